@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a raw scan to brain mask, structures, bias field and affine to MNI305."""

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a scan was made: what the slice operator needs to know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from brainprior_bids.engine.errors import GeometryError
+
+
+@dataclass(frozen=True)
+class Acquisition:
+    """Slice geometry, on the closest-canonical (RAS) axes of the scan.
+
+    Parameters
+    ----------
+    slice_axis : 0, 1 or 2
+        The axis along which slices were excited.
+    thickness_mm : float
+        Full width at half maximum of the slice profile.
+    spacing_mm : float
+        Distance between the centres of neighbouring slices; spacing - thickness is the gap.
+    profile : {"gaussian", "boxcar"}
+        Shape of the slice profile.
+
+    Raises
+    ------
+    GeometryError
+        If a value makes no sense.
+    """
+
+    slice_axis: int
+    thickness_mm: float
+    spacing_mm: float
+    profile: str = "gaussian"
+
+    def __post_init__(self) -> None:
+        if self.slice_axis not in (0, 1, 2):
+            raise GeometryError(f"Acquisition: slice_axis must be 0, 1 or 2, got {self.slice_axis}.")
+        for name in ("thickness_mm", "spacing_mm"):
+            value = getattr(self, name)
+            if not 0 < value < 1000:
+                raise GeometryError(
+                    f"Acquisition: {name} must be above 0 and in mm, got {value}. "
+                    "Check SliceThickness in the JSON, or pass --slice-thickness."
+                )
+        if self.profile not in ("gaussian", "boxcar"):
+            raise GeometryError(
+                f"Acquisition: profile must be 'gaussian' or 'boxcar', got {self.profile!r}."
+            )
+
+    @property
+    def gap_mm(self) -> float:
+        """Unmeasured distance between slices; negative where slices overlap."""
+        return self.spacing_mm - self.thickness_mm
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able mapping; ``Acquisition.from_dict`` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Acquisition:
+        """From ``to_dict``; keys that are not ours are ignored."""
+        return cls(**{name: values[name] for name in cls.__dataclass_fields__ if name in values})

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tree of our exceptions.
+
+Every message says who (scan, operator), what was expected, what came and what to do.
+"""
+
+
+class BrainpriorError(Exception):
+    """Root of every error that brainprior raises on purpose."""
+
+
+class UsageError(BrainpriorError):
+    """The command line or a call was wrong; the command exits with 2."""
+
+
+class InputError(BrainpriorError):
+    """A scan, mask or sidecar cannot be used; that scan fails, the others go on."""
+
+
+class ShapeMismatchError(InputError):
+    """Two arrays or operators disagree on their shape."""
+
+
+class GeometryError(InputError):
+    """An affine, a spacing or a thickness makes no sense."""
+
+
+class AnatomyError(InputError):
+    """No brain, or no usable structures, were found in a scan."""
+
+
+class WeightsError(BrainpriorError):
+    """A weights file is missing, of another version, or not what its hash says."""
+
+
+class DivergenceError(BrainpriorError):
+    """An iteration produced non-finite values."""
+
+
+class ConvergenceError(BrainpriorError):
+    """An iterative solve did not reach its stated tolerance."""
