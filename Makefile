@@ -1,0 +1,33 @@
+# Everything below works on a fresh machine with Python 3.11 or newer: it makes .venv and installs what it needs.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+DEMO   := demo
+READY  := $(VENV)/.ready
+
+.PHONY: demo test lint clean
+
+# The demo data set, restored; prints where the report is.
+demo: $(READY)
+	rm -rf $(DEMO)/bids
+	$(BIN)/python -m brainprior_bids.evaluation.demo $(DEMO)/bids
+	$(BIN)/brainprior $(DEMO)/bids $(DEMO)/out participant --omp-nthreads 2 -v
+	@echo "Report: $(CURDIR)/$(DEMO)/out/sub-01.html"
+
+# The whole suite. Tests marked "shared" need a folder of real scans and are skipped where it is absent.
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(READY): setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "brainprior needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,test,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(DEMO) build dist *.egg-info
