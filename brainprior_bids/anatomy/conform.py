@@ -1,0 +1,502 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Conform: read a scan, check it, turn it to closest-canonical axes, say how it was made.
+
+Nothing is resampled: voxels are permuted and flipped only. The rules, in one place:
+
+*Affine.* The sform where its code is above 0, otherwise the qform; a singular sform gives way to
+a usable qform. Where both are set and move a corner of the image by more than
+``AFFINE_TOLERANCE_MM`` relative to each other, the sform is used and a warning says so. Where
+neither is set, left cannot be told from right: refused.
+
+*Values.* float32, the header's slope and intercept applied. Non-finite voxels outside the head
+become 0 with a warning; inside the head they are refused. Negative values are kept and counted.
+
+*Slice axis*, first rule that decides: a spacing at least ``ANISOTROPY`` times the other two;
+``dim_info`` of the header; ``SliceEncodingDirection`` of the JSON; the one axis whose spacing
+differs from two that agree (in-plane voxels are square); the largest spacing; the
+inferior-superior axis.
+
+*Thickness*: the caller's value; ``SliceThickness`` where it lies within 0.3 to 2.2 slice spacings;
+otherwise the slice spacing of the header, with a warning for thick slices.
+
+*Spacing*: always the header's; a disagreeing ``SpacingBetweenSlices`` is a warning.
+"""
+
+from __future__ import annotations
+
+import base64
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
+from nibabel.spatialimages import HeaderDataError, HeaderTypeError
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from brainprior_bids.engine.acquisition import Acquisition
+from brainprior_bids.engine.errors import GeometryError, InputError
+from brainprior_bids.engine.grids import Grid
+
+AFFINE_TOLERANCE_MM = 0.1
+"""sform and qform may differ by this much at a corner: float32 quaternions are good to 0.001."""
+ANISOTROPY = 1.5
+"""A spacing this many times the next one makes its axis the slice axis beyond doubt."""
+THIN_MM = 1.5
+"""Near-isotropic scans up to this spacing have a boxcar one voxel wide: nothing to undo."""
+MAX_VOXELS = 2**30
+
+_READ_ERRORS = (
+    ImageFileError,
+    HeaderDataError,
+    HeaderTypeError,
+    EOFError,
+    OSError,
+    ValueError,
+    zlib.error,
+)
+
+
+@dataclass(frozen=True)
+class Conformed:
+    """A scan on closest-canonical axes.
+
+    Attributes
+    ----------
+    image : Nifti1Image
+        (i, j, k) float32, RAS axes (closest canonical), scanner units, its own grid.
+    acquisition : Acquisition
+        Slice geometry on the axes of ``image``.
+    facts : dict
+        JSON-able: the original header and where each value came from.
+    warnings : list of str
+        Sentences for the log, the report and the provenance.
+    """
+
+    image: nib.Nifti1Image
+    acquisition: Acquisition
+    facts: dict[str, Any]
+    warnings: list[str] = field(default_factory=list)
+
+
+def conform(
+    path: Path,
+    *,
+    metadata: Mapping[str, Any],
+    slice_thickness_mm: float | None = None,
+) -> Conformed:
+    """Read and check one scan.
+
+    Parameters
+    ----------
+    path : Path
+        ``.nii`` or ``.nii.gz``, NIfTI-1 or NIfTI-2.
+    metadata : Mapping
+        The scan's BIDS metadata, inheritance applied; may be empty.
+    slice_thickness_mm : float, optional
+        Overrides ``SliceThickness``.
+
+    Raises
+    ------
+    InputError
+        Missing, unreadable or truncated file; more than one volume; constant image; values that
+        are not real numbers; non-finite voxels inside the head.
+    GeometryError
+        No orientation, a singular affine, an impossible voxel size or thickness.
+    """
+    path = Path(path)
+    name = path.name.removesuffix(".gz").removesuffix(".nii")
+    warnings: list[str] = []
+
+    image, stored = _read(path, name)
+    data = _single_volume(stored, name)
+    affine, affine_facts = _choose_affine(image.header, data.shape, name, warnings)
+    original = Grid(data.shape, affine)  # raises GeometryError where singular
+    _check_voxel_size(original, name)
+
+    orientation = io_orientation(affine)
+    data = np.ascontiguousarray(apply_orientation(data, orientation), dtype=np.float32)
+    grid = Grid(data.shape, affine @ inv_ornt_aff(orientation, original.shape))
+    data, value_facts = _check_values(data, grid, name, warnings)
+
+    acquisition, acquisition_facts = _acquisition(
+        grid, orientation, image.header, metadata, slice_thickness_mm, name, warnings
+    )
+    canonical = nib.Nifti1Image(data, np.array(grid.affine))
+    code = affine_facts["code"]
+    canonical.set_sform(grid.affine, code)
+    canonical.set_qform(grid.affine, code)
+    canonical.header.set_xyzt_units("mm", "sec")
+
+    facts = {
+        "source": path.name,
+        "original": _header_facts(image, orientation),
+        "affine": affine_facts,
+        "values": value_facts,
+        "acquisition": acquisition_facts,
+        "grid": {
+            "shape": list(grid.shape),
+            "spacing_mm": [float(s) for s in grid.spacing_mm],
+            "affine": grid.affine.tolist(),
+            "rotation_from_axes_deg": _obliquity_deg(grid),
+        },
+    }
+    return Conformed(canonical, acquisition, facts, warnings)
+
+
+def _read(path: Path, name: str) -> tuple[nib.Nifti1Image, NDArray[Any]]:
+    if path.is_symlink() and not path.exists():
+        raise InputError(
+            f"{name}: {path} is a link to a file that is not there. In a DataLad or git-annex "
+            "data set fetch its content first (datalad get)."
+        )
+    if not path.is_file():
+        raise InputError(f"{name}: expected an image file, there is none at {path}.")
+    try:
+        image = nib.load(path, mmap=False)
+        if not isinstance(image, nib.Nifti1Image):  # Nifti2Image derives from it
+            raise InputError(
+                f"{name}: expected a NIfTI file (.nii or .nii.gz), got "
+                f"{type(image).__name__} in {path}. Convert it, for example with dcm2niix."
+            )
+        if int(np.prod(image.shape, dtype=np.int64)) > MAX_VOXELS:
+            raise InputError(
+                f"{name}: the header of {path} speaks of {image.shape} voxels, more than a brain "
+                "scan holds. The file is damaged or not a single scan."
+            )
+        if image.get_data_dtype().kind not in "iuf":
+            raise InputError(
+                f"{name}: expected one real number a voxel, got {image.get_data_dtype()} in "
+                f"{path}. Export the magnitude image."
+            )
+        return image, np.asanyarray(image.dataobj)
+    except _READ_ERRORS as error:
+        raise InputError(
+            f"{name}: {path} cannot be read, it is truncated, damaged or no NIfTI file "
+            f"({type(error).__name__}: {error}). Copy or convert it again."
+        ) from error
+
+
+def _single_volume(data: NDArray[Any], name: str) -> NDArray[Any]:
+    """Drop trailing axes of length 1; (i, j, k) or InputError."""
+    while data.ndim > 3 and data.shape[-1] == 1:
+        data = data[..., 0]
+    if data.ndim > 3:
+        raise InputError(
+            f"{name}: expected one 3-D volume, got {int(np.prod(data.shape[3:]))} volumes (shape "
+            f"{data.shape}). Average the repetitions or store one file a volume."
+        )
+    if data.ndim < 3 or min(data.shape) < 4:
+        raise InputError(
+            f"{name}: expected a 3-D volume of at least 4 voxels along each axis, got shape "
+            f"{data.shape}. A localiser or a single slice cannot be restored."
+        )
+    return data
+
+
+def _form(header: nib.Nifti1Header, which: str) -> tuple[NDArray[np.float64] | None, int, str]:
+    """The sform or qform: (affine or None where it is unusable, code, why it is unusable)."""
+    code = int(header[f"{which}_code"])
+    if code == 0:
+        return None, 0, "its code is 0"
+    try:
+        affine = header.get_sform() if which == "sform" else header.get_qform()
+    except (HeaderDataError, ValueError) as error:
+        return None, code, str(error)
+    if affine is None or not np.isfinite(affine).all():
+        return None, code, "it is not finite"
+    if abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        return None, code, "it is singular"
+    return np.asarray(affine, dtype=np.float64), code, ""
+
+
+def _choose_affine(
+    header: nib.Nifti1Header, shape: tuple[int, ...], name: str, warnings: list[str]
+) -> tuple[NDArray[np.float64], dict[str, Any]]:
+    sform, sform_code, sform_problem = _form(header, "sform")
+    qform, qform_code, qform_problem = _form(header, "qform")
+    if sform is None and qform is None:
+        raise GeometryError(
+            f"{name}: expected a usable sform or qform; sform: {sform_problem}; qform: "
+            f"{qform_problem}. Left and right cannot be told apart without one. Convert the scan "
+            "again from DICOM, or set the sform."
+        )
+    facts: dict[str, Any] = {"sform_code": sform_code, "qform_code": qform_code}
+    if sform is not None and qform is not None:
+        corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape])).reshape(3, -1)
+        moved = (sform - qform)[:3] @ np.vstack([corners, np.ones(corners.shape[1])])
+        distance = float(np.linalg.norm(moved, axis=0).max())
+        facts["sform_qform_distance_mm"] = distance
+        if distance > AFFINE_TOLERANCE_MM:
+            flipped = np.linalg.det(sform[:3, :3]) * np.linalg.det(qform[:3, :3]) < 0
+            mirror = (
+                " and are mirror images of each other, so left may be right" if flipped else ""
+            )
+            warnings.append(
+                f"{name}: sform and qform differ by up to {distance:.2f} mm{mirror}; the sform is "
+                "used. Repair the header if that is wrong."
+            )
+    for which, affine, code, problem in (
+        ("sform", sform, sform_code, sform_problem),
+        ("qform", qform, qform_code, qform_problem),
+    ):
+        if affine is None and code > 0:
+            warnings.append(f"{name}: the {which} cannot be used ({problem}); the other one is.")
+    affine = sform if sform is not None else qform
+    assert affine is not None
+    facts["matrix"] = affine.tolist()
+    facts["used"] = "sform" if sform is not None else "qform"
+    facts["code"] = sform_code if sform is not None else qform_code
+
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    pixdim = np.abs(np.asarray(header["pixdim"][1:4], dtype=float))
+    if not np.allclose(spacing, pixdim, rtol=0.01):
+        warnings.append(
+            f"{name}: the header's voxel sizes {_numbers(pixdim)} mm differ from those of its "
+            f"{facts['used']}, {_numbers(spacing)} mm; the latter are used."
+        )
+    direction = affine[:3, :3] / spacing
+    shear = float(np.abs(direction.T @ direction - np.eye(3)).max())
+    facts["largest_cosine_between_axes"] = shear
+    if shear > 0.02:
+        warnings.append(
+            f"{name}: the axes of its {facts['used']} are not at right angles (cosine "
+            f"{shear:.3f}), as after an affine registration. Give the scan as it was acquired."
+        )
+    return affine, facts
+
+
+def _check_voxel_size(grid: Grid, name: str) -> None:
+    spacing = grid.spacing_mm
+    if spacing.min() < 0.1 or spacing.max() > 20:
+        raise GeometryError(
+            f"{name}: expected voxels of 0.1 to 20 mm, got {_numbers(spacing)}. Is the affine in "
+            "millimetres?"
+        )
+
+
+def _check_values(
+    data: NDArray[np.float32], grid: Grid, name: str, warnings: list[str]
+) -> tuple[NDArray[np.float32], dict[str, Any]]:
+    finite = np.isfinite(data)
+    bad = int(data.size - finite.sum())
+    if bad == data.size:
+        raise InputError(f"{name}: expected an image, every voxel is NaN or infinite.")
+    if bad:
+        data = np.where(finite, data, np.float32(0))
+    low, high = float(data.min()), float(data.max())
+    if low == high:
+        raise InputError(
+            f"{name}: expected an image, every voxel is {low:g}. The export or an earlier step "
+            "failed."
+        )
+    inside = int((_head(data, grid) & ~finite).sum()) if bad else 0
+    if inside:
+        raise InputError(
+            f"{name}: {inside} voxels inside the head are NaN or infinite ({bad} in all). "
+            "Nothing can be assumed there; repair the image or its export."
+        )
+    if bad:
+        warnings.append(f"{name}: {bad} voxels outside the head are NaN or infinite; set to 0.")
+    negative = int((data < 0).sum())
+    if negative > 0.001 * data.size:
+        warnings.append(
+            f"{name}: {negative} voxels ({100 * negative / data.size:.1f} %) are negative, down "
+            f"to {low:g}; kept as they are."
+        )
+    facts = {
+        "min": low,
+        "max": high,
+        "non_finite_voxels_set_to_0": bad,
+        "negative_voxels": negative,
+    }
+    return data, facts
+
+
+def _head(data: NDArray[np.float32], grid: Grid) -> NDArray[np.bool_]:
+    """The head, generously: above a tenth of the bright level, closed by 10 mm, holes filled."""
+    positive = data[data > 0]
+    if not positive.size:  # an image without positive values has no background to speak of
+        return np.ones(data.shape, dtype=bool)
+    bright = data > 0.1 * np.percentile(positive, 95)
+    steps = np.maximum(np.ceil(3 / grid.spacing_mm).astype(int), 1)
+    labels, count = ndimage.label(bright)
+    if count > 1:
+        sizes = np.bincount(labels.ravel())
+        sizes[0] = 0
+        bright = labels == sizes.argmax()
+    margin = [(int(n), int(n)) for n in np.ceil(10 / grid.spacing_mm).astype(int) + steps]
+    padded = np.pad(bright, margin)
+    spacing = tuple(grid.spacing_mm)
+    dilated = ndimage.distance_transform_edt(~padded, sampling=spacing) <= 10
+    closed = ndimage.distance_transform_edt(dilated, sampling=spacing) > 10
+    closed |= padded
+    for axis in range(3):  # a hole that is open along one axis is closed in the planes across it
+        for plane in np.moveaxis(closed, axis, 0):
+            plane[:] = ndimage.binary_fill_holes(plane)
+    inner = tuple(slice(a, -b) for a, b in margin)
+    return closed[inner]
+
+
+def _acquisition(
+    grid: Grid,
+    orientation: NDArray[np.float64],
+    header: nib.Nifti1Header,
+    metadata: Mapping[str, Any],
+    slice_thickness_mm: float | None,
+    name: str,
+    warnings: list[str],
+) -> tuple[Acquisition, dict[str, Any]]:
+    spacing = grid.spacing_mm
+    axis, axis_source = _slice_axis(spacing, orientation, header, metadata, name, warnings)
+    between = float(spacing[axis])
+    in_plane = [float(s) for i, s in enumerate(spacing) if i != axis]
+    kind = str(metadata.get("MRAcquisitionType", "")).upper()
+    thin = between <= THIN_MM and between <= ANISOTROPY * max(in_plane)
+
+    stated_spacing = _positive(metadata, "SpacingBetweenSlices", name, warnings)
+    if stated_spacing is not None and abs(stated_spacing - between) > 0.05 * between:
+        warnings.append(
+            f"{name}: SpacingBetweenSlices is {stated_spacing:g} mm in the JSON, the header's "
+            f"slices are {between:g} mm apart; the header is used."
+        )
+
+    stated = _positive(metadata, "SliceThickness", name, warnings)
+    if slice_thickness_mm is not None:
+        thickness, thickness_source = float(slice_thickness_mm), "option"
+        if thickness > 3 * between:
+            warnings.append(
+                f"{name}: the slice thickness given, {thickness:g} mm, is more than three times "
+                f"the slice spacing of {between:g} mm."
+            )
+    elif stated is not None and 0.3 * between <= stated <= 2.2 * between:
+        thickness, thickness_source = stated, "SliceThickness"
+    else:
+        thickness, thickness_source = between, "header slice spacing"
+        if stated is not None:
+            warnings.append(
+                f"{name}: SliceThickness is {stated:g} mm in the JSON, the header's slices are "
+                f"{between:g} mm apart; {between:g} mm assumed. Was the image resampled? Pass "
+                "--slice-thickness if that is wrong."
+            )
+        elif not thin and kind != "3D":
+            warnings.append(
+                f"{name}: no SliceThickness in any JSON; {between:g} mm assumed from the header's "
+                "slice spacing. Pass --slice-thickness if that is wrong."
+            )
+    thin = thin and thickness <= 1.1 * between
+    acquisition = Acquisition(axis, thickness, between, "boxcar" if thin else "gaussian")
+    facts = {
+        **acquisition.to_dict(),
+        "gap_mm": acquisition.gap_mm,
+        "in_plane_mm": in_plane,
+        "slice_axis_source": axis_source,
+        "thickness_source": thickness_source,
+        "spacing_source": "header",
+        "profile_source": (
+            "thin and near-isotropic: one voxel wide" if thin else "default for thick slices"
+        ),
+        "metadata": {
+            key: metadata[key]
+            for key in (
+                "SliceThickness",
+                "SpacingBetweenSlices",
+                "MRAcquisitionType",
+                "MagneticFieldStrength",
+                "SliceEncodingDirection",
+                "Manufacturer",
+                "PulseSequenceType",
+                "EchoTime",
+                "RepetitionTime",
+                "InversionTime",
+            )
+            if isinstance(metadata.get(key), str | int | float)
+        },
+    }
+    return acquisition, facts
+
+
+def _slice_axis(
+    spacing: NDArray[np.float64],
+    orientation: NDArray[np.float64],
+    header: nib.Nifti1Header,
+    metadata: Mapping[str, Any],
+    name: str,
+    warnings: list[str],
+) -> tuple[int, str]:
+    """Slice axis on the canonical axes, and the rule that found it."""
+    stated: dict[str, int] = {}
+    in_header = header.get_dim_info()[2]
+    if in_header is not None:
+        stated["header dim_info"] = int(orientation[in_header, 0])
+    direction = str(metadata.get("SliceEncodingDirection", ""))[:1]
+    if direction in ("i", "j", "k"):
+        stated["SliceEncodingDirection"] = int(orientation["ijk".index(direction), 0])
+
+    largest = int(np.argmax(spacing))
+    others = np.delete(spacing, largest)
+    if spacing[largest] >= ANISOTROPY * others.max():
+        for source, axis in stated.items():
+            if axis != largest:
+                warnings.append(
+                    f"{name}: {source} names another slice axis than the one of "
+                    f"{spacing[largest]:g} mm spacing; the latter is used."
+                )
+        return largest, "largest spacing"
+    for source, axis in stated.items():
+        return axis, source
+    for axis in range(3):
+        a, b = np.delete(spacing, axis)
+        if abs(a - b) <= 0.01 * a and abs(spacing[axis] - a) > 0.01 * a:
+            return axis, "square in-plane voxels"
+    if spacing[largest] > 1.01 * others.max():
+        return largest, "largest spacing"
+    return 2, "default"
+
+
+def _positive(
+    metadata: Mapping[str, Any], key: str, name: str, warnings: list[str]
+) -> float | None:
+    value = metadata.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < np.inf:
+        warnings.append(f"{name}: {key} must be a number above 0 in mm, got {value!r}; ignored.")
+        return None
+    return float(value)
+
+
+def _header_facts(image: nib.Nifti1Image, orientation: NDArray[np.float64]) -> dict[str, Any]:
+    header = image.header
+    slope, intercept = image.dataobj.slope, image.dataobj.inter
+    return {
+        "format": "NIfTI-2" if isinstance(header, nib.Nifti2Header) else "NIfTI-1",
+        "shape": [int(n) for n in image.shape],
+        "zooms": [float(z) for z in header.get_zooms()],
+        "axis_codes": "".join(nib.orientations.ornt2axcodes(orientation)),
+        "axes_to_canonical": [[int(a), int(f)] for a, f in orientation],
+        "sform_code": int(header["sform_code"]),
+        "qform_code": int(header["qform_code"]),
+        "datatype": str(header.get_data_dtype()),
+        "scl_slope": float(slope),
+        "scl_inter": float(intercept),
+        "descrip": bytes(header["descrip"].tobytes()).rstrip(b"\0").decode("latin-1"),
+        "xyzt_units": list(header.get_xyzt_units()),
+        "header_base64": base64.b64encode(header.binaryblock).decode("ascii"),
+    }
+
+
+def _obliquity_deg(grid: Grid) -> float:
+    """Largest angle between a voxel axis and its closest anatomical axis, degrees."""
+    direction = grid.affine[:3, :3] / grid.spacing_mm
+    cosines = np.clip(np.abs(np.diag(direction)), 0, 1)
+    return float(np.degrees(np.arccos(cosines)).max())
+
+
+def _numbers(values: NDArray[np.float64]) -> str:
+    return " × ".join(f"{float(v):.3g}" for v in values)
