@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""BIDS names: a scan's name taken apart, and the names of what is made from it.
+
+A derivative keeps every entity of its source, in the source's spelling (``run-01`` stays
+``run-01``), so two different scans never share a name. Only ``space``, ``res``, ``desc`` and
+the like are put between them, in the order of the specification.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from brainprior_bids.engine.errors import InputError
+
+ENTITY_ORDER = (
+    "sub", "tpl", "ses", "cohort", "sample", "task", "tracksys", "acq", "nuc", "voi", "ce",
+    "trc", "stain", "rec", "dir", "run", "mod", "echo", "flip", "inv", "mt", "part", "proc",
+    "hemi", "space", "split", "recording", "chunk", "atlas", "seg", "scale", "res", "den",
+    "label", "from", "to", "mode", "desc",
+)  # fmt: skip
+"""Entities in the order of BIDS 1.11; ``from``, ``to`` and ``mode`` as fMRIPrep places them."""
+
+_PAIR = re.compile(r"^(?P<key>[a-zA-Z]+)-(?P<value>[a-zA-Z0-9+]+)$")
+
+
+@dataclass(frozen=True)
+class BIDSName:
+    """A BIDS file name: entities, suffix and extension.
+
+    Parameters
+    ----------
+    entities : tuple of (key, value)
+        As written in the name, ``("sub", "01")`` first.
+    suffix : str
+        ``T1w``, ``mask`` …
+    extension : str
+        With the leading dot; may be empty.
+    """
+
+    entities: tuple[tuple[str, str], ...]
+    suffix: str
+    extension: str = ""
+
+    @classmethod
+    def parse(cls, path: str | PurePosixPath) -> BIDSName:
+        """From a file name or path.
+
+        Raises
+        ------
+        InputError
+            If the name is not ``key-value_…_suffix.ext`` and does not begin with ``sub-``.
+        """
+        name = PurePosixPath(path).name
+        stem, dot, extension = name.partition(".")
+        *pairs, suffix = stem.split("_")
+        entities = []
+        for pair in pairs:
+            match = _PAIR.match(pair)
+            if match is None:
+                raise InputError(
+                    f"{name}: '{pair}' is not a BIDS key-value pair such as 'acq-highres'. "
+                    "Rename the file (letters, digits and + only in a value)."
+                )
+            entities.append((match["key"], match["value"]))
+        if not entities or entities[0][0] != "sub":
+            raise InputError(f"{name}: a BIDS name begins with 'sub-<label>_'. Rename the file.")
+        return cls(tuple(entities), suffix, dot + extension)
+
+    def get(self, key: str) -> str | None:
+        """The value of an entity, or None."""
+        return dict(self.entities).get(key)
+
+    @property
+    def stem(self) -> str:
+        """The name without its extension."""
+        return "_".join([*(f"{key}-{value}" for key, value in self.entities), self.suffix])
+
+    @property
+    def folder(self) -> PurePosixPath:
+        """``sub-XX`` or ``sub-XX/ses-YY``."""
+        folder = PurePosixPath(f"sub-{self.get('sub')}")
+        session = self.get("ses")
+        return folder / f"ses-{session}" if session else folder
+
+    def derivative(
+        self, suffix: str | None = None, extension: str = ".nii.gz", **entities: str | None
+    ) -> str:
+        """The name of something made from this scan.
+
+        Parameters
+        ----------
+        suffix : str, optional
+            The scan's own where not given.
+        entities : str or None
+            Added or replaced; None removes one. ``from_`` stands for ``from``.
+        """
+        pairs = dict(self.entities)
+        for key, value in entities.items():
+            key = key.rstrip("_")
+            if key not in ENTITY_ORDER:
+                raise ValueError(f"BIDSName: unknown entity {key!r}.")
+            if value is None:
+                pairs.pop(key, None)
+            else:
+                pairs[key] = value
+        order = sorted(pairs, key=lambda key: _rank(key, list(pairs)))
+        name = BIDSName(tuple((key, pairs[key]) for key in order), suffix or self.suffix)
+        return name.stem + extension
+
+    @property
+    def node_name(self) -> str:
+        """A name that Nipype accepts (letters, digits, underscore), unique to this scan."""
+        name = re.sub(r"[^a-zA-Z0-9]", "_", self.stem)
+        if "+" in self.stem:  # replaced above: tell a+b from what it could be taken for
+            name += "_" + hashlib.sha256(self.stem.encode()).hexdigest()[:6]
+        return name
+
+
+def _rank(key: str, given: list[str]) -> tuple[int, int]:
+    """Position of an entity; one that BIDS does not know goes where the source had it, last."""
+    place = ENTITY_ORDER.index(key) if key in ENTITY_ORDER else ENTITY_ORDER.index("space") - 1
+    return place, given.index(key)
+
+
+def output_names(source: BIDSName, *, n_samples: int) -> dict[str, str]:
+    """What one restored scan leaves in ``sub-XX/[ses-YY/]anat``: role -> file name.
+
+    Masks and label images of a T1w carry no ``space-``; those of another contrast carry
+    ``space-<suffix>``, because without it they would be read as the T1w's.
+    """
+    space = None if source.suffix == "T1w" else source.suffix
+    names = {
+        "restored": source.derivative(desc="restored"),
+        "restored_mni305": source.derivative(space="MNI305", desc="restored"),
+        "mask": source.derivative("mask", space=space, desc="brain"),
+        "structures": source.derivative("dseg", space=space, desc="structures"),
+        "structures_table": source.derivative("dseg", ".tsv", space=space, desc="structures"),
+        "to_mni305": source.derivative(
+            "xfm", ".txt", from_=source.suffix, to="MNI305", mode="image"
+        ),
+        "from_mni305": source.derivative(
+            "xfm", ".txt", from_="MNI305", to=source.suffix, mode="image"
+        ),
+    }
+    if n_samples > 1:
+        names["uncertainty"] = source.derivative(desc="uncertainty")
+    return names
+
+
+def scan_seed(random_seed: int, source: BIDSName) -> int:
+    """The scan's own seed, in [0, 2**63): SHA-256 of the run's seed and the scan's name.
+
+    It depends on nothing else (not on the order, nor on the other scans of the run).
+    """
+    digest = hashlib.sha256(f"{random_seed}:{source.stem}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which scans were asked for, and what their sidecars say.
+
+pybids does the reading (names, inheritance of metadata); it is shown only the ``anat`` folders
+of the requested subjects and sessions, so a large data set costs what was asked of it. Nothing
+is written to the data set: the index lives in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from brainprior_bids.bids.names import BIDSName
+from brainprior_bids.engine.errors import InputError, UsageError
+from brainprior_bids.settings import Settings
+
+EXTENSIONS = (".nii", ".nii.gz")
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One image of the raw data set.
+
+    Parameters
+    ----------
+    path : Path
+        The image.
+    relative : PurePosixPath
+        The same, from the data set's root.
+    name : BIDSName
+        Its name taken apart.
+    metadata : mapping
+        Of every sidecar that applies, by BIDS inheritance.
+    problem : str or None
+        Why it cannot be processed, where that is known without opening it.
+    """
+
+    path: Path
+    relative: PurePosixPath
+    name: BIDSName
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    problem: str | None = None
+
+    @property
+    def subject(self) -> str:
+        """Label without ``sub-``."""
+        return str(self.name.get("sub"))
+
+    @property
+    def contrast(self) -> str:
+        """What the network is told: ``T1w``, ``T2w``, ``FLAIR`` or ``unknown``."""
+        return self.name.suffix if self.name.suffix in ("T1w", "T2w", "FLAIR") else "unknown"
+
+
+def check_dataset(bids_dir: Path) -> dict[str, Any]:
+    """The content of ``dataset_description.json``.
+
+    Raises
+    ------
+    UsageError
+        If the folder or the file is missing or unreadable.
+    """
+    if not bids_dir.is_dir():
+        what = "is not a folder" if bids_dir.exists() else "does not exist"
+        raise UsageError(
+            f"bids_dir {bids_dir} {what}. Give the root of a BIDS data set "
+            "(in a container: check that it is mounted, for example -v /my/data:/data:ro)."
+        )
+    path = bids_dir / "dataset_description.json"
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(
+            f"{bids_dir} has no dataset_description.json, so it is not the root of a BIDS data "
+            'set. Give the root, or write the file: {"Name": "…", "BIDSVersion": "1.10.0"}.'
+        ) from None
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be read ({error.strerror}). Check its permissions."
+        ) from (error)
+    except ValueError as error:
+        raise UsageError(f"{path} is not valid JSON ({error}). Repair it.") from error
+    if not isinstance(description, dict):
+        raise UsageError(f"{path} must hold a JSON object, got {type(description).__name__}.")
+    return description
+
+
+def list_subjects(bids_dir: Path) -> list[str]:
+    """Labels of the ``sub-`` folders, sorted."""
+    return sorted(
+        entry.name[4:]
+        for entry in bids_dir.iterdir()
+        if entry.name.startswith("sub-") and entry.is_dir()
+    )
+
+
+def find_scans(settings: Settings) -> list[Scan]:
+    """Every scan that was asked for, sorted by path.
+
+    Raises
+    ------
+    UsageError
+        An unknown label, a filter that pybids does not know, a sidecar that is not JSON, or
+        nothing found; the message prints what is there, or the filters in force.
+    """
+    present = list_subjects(settings.bids_dir)
+    _require(settings.participant_label, present, "participant", settings.bids_dir)
+    subjects = sorted(settings.participant_label or present)
+    sessions = sorted(
+        {
+            entry.name[4:]
+            for subject in subjects
+            for entry in (settings.bids_dir / f"sub-{subject}").glob("ses-*")
+            if entry.is_dir()
+        }
+    )
+    _require(settings.session_label, sessions, "session", settings.bids_dir)
+
+    layout = _index(settings.bids_dir, settings.participant_label, settings.session_label)
+    found: dict[Path, Mapping[str, Any]] = {}
+    for suffix in settings.modalities:
+        query = _query(settings, suffix)
+        try:
+            files = layout.get(**query, invalid_filters="error")
+        except ValueError as error:
+            raise UsageError(
+                f"--bids-filter-file: the filter for {suffix} cannot be used: {error}"
+            ) from error
+        for file in files:
+            found[Path(file.path)] = file.get_metadata()
+    scans = _scans(settings.bids_dir, found)
+    if not scans:
+        raise UsageError(
+            f"No scan in {settings.bids_dir} matches. Filters in force:\n{_describe(settings)}\n"
+            "Widen one of them, or check the file names."
+        )
+    return scans
+
+
+def _scans(bids_dir: Path, found: Mapping[Path, Mapping[str, Any]]) -> list[Scan]:
+    scans: dict[str, Scan] = {}
+    for path in sorted(found):
+        relative = PurePosixPath(path.relative_to(bids_dir))
+        try:
+            name = BIDSName.parse(relative)
+        except InputError as error:
+            raise UsageError(str(error)) from error
+        if name.get("part") not in (None, "mag"):  # phase, real, imaginary: no brain picture
+            continue
+        problem = None
+        if not path.exists():
+            problem = (
+                f"{name.stem}: the file is a link whose content is not here. "
+                "Fetch it (datalad get, or git annex get) and run again."
+            )
+        if name.stem in scans:
+            twin = scans[name.stem]
+            problem = (
+                f"{name.stem}: two files are this scan ({twin.relative} and {relative}). "
+                "Remove one of them."
+            )
+        scans[name.stem] = Scan(path, relative, name, dict(found[path]), problem)
+    return list(scans.values())
+
+
+def _index(bids_dir: Path, subjects: Sequence[str], sessions: Sequence[str]) -> Any:
+    """A pybids layout of the ``anat`` folders of these subjects and sessions (empty: all)."""
+    from bids.layout import BIDSLayout, BIDSLayoutIndexer
+
+    ignore = [
+        r"^/(?!sub-)[^/]+$",
+        r"^/sub-[^/]+/(?:ses-[^/]+/)?(?!ses-|anat(?:/|$))[^/]+$",
+    ]
+    if subjects:
+        ignore.append(rf"^/sub-(?!(?:{_any(subjects)})(?:/|$))")
+    if sessions:
+        ignore.append(rf"^/sub-[^/]+/ses-(?!(?:{_any(sessions)})(?:/|$))")
+    indexer = BIDSLayoutIndexer(validate=False, ignore=[re.compile(patt) for patt in ignore])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pybids' own deprecations; nothing a user can act on
+        try:
+            return BIDSLayout(str(bids_dir), indexer=indexer, validate=False)
+        except OSError as error:  # pybids wraps a JSON decoding error so, naming the file
+            raise UsageError(
+                f"{bids_dir} cannot be indexed: {error} Repair or remove the file."
+            ) from error
+
+
+def _query(settings: Settings, suffix: str) -> dict[str, Any]:
+    from bids.layout import Query
+
+    words = {"*": Query.ANY}
+    query: dict[str, Any] = {
+        "datatype": "anat",
+        "suffix": suffix,
+        "extension": list(EXTENSIONS),
+    }
+    if settings.participant_label:
+        query["subject"] = list(settings.participant_label)
+    if settings.session_label:
+        query["session"] = list(settings.session_label)
+    if settings.run_id:
+        query["run"] = [int(run) for run in settings.run_id]
+    for entity, value in settings.bids_filters.get(suffix, {}).items():
+        if value is None:
+            query[entity] = Query.NONE
+        elif isinstance(value, list):
+            query[entity] = value
+        else:
+            query[entity] = words.get(value, value)
+    return query
+
+
+def read_filters(path: Path, modalities: Iterable[str]) -> dict[str, Any]:
+    """``--bids-filter-file``: ``{"t1w": {"acquisition": "mprage", "session": null}}``.
+
+    Returns
+    -------
+    suffix -> {pybids entity -> value}; null means "the entity is absent", "*" "it is present".
+
+    Raises
+    ------
+    UsageError
+        If the file is missing, is not JSON, or has a key that is no modality in use.
+    """
+    try:
+        filters = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--bids-filter-file {path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise UsageError(f"--bids-filter-file {path} is not valid JSON ({error}).") from error
+    by_key = {suffix.lower(): suffix for suffix in modalities}
+    if not isinstance(filters, dict) or not all(isinstance(v, dict) for v in filters.values()):
+        raise UsageError(
+            f"--bids-filter-file {path}: expected an object of objects, such as "
+            '{"t1w": {"acquisition": "mprage"}}.'
+        )
+    unknown = sorted(key for key in filters if key.lower() not in by_key)
+    if unknown:
+        raise UsageError(
+            f"--bids-filter-file {path}: unknown key {', '.join(unknown)}; "
+            f"known are {', '.join(by_key)} (set by --modalities)."
+        )
+    return {by_key[key.lower()]: value for key, value in filters.items()}
+
+
+def _require(asked: Sequence[str], present: Sequence[str], what: str, where: Path) -> None:
+    missing = [label for label in asked if label not in present]
+    if missing:
+        shown = ", ".join(present[:30]) + (", …" if len(present) > 30 else "")
+        raise UsageError(
+            f"No such {what} in {where}: {', '.join(missing)}. "
+            + (f"There are {len(present)}: {shown}." if present else f"It has no {what}s.")
+        )
+
+
+def _describe(settings: Settings) -> str:
+    lines = [
+        f"  participants: {', '.join(settings.participant_label) or 'all'}",
+        f"  sessions: {', '.join(settings.session_label) or 'all'}",
+        f"  runs: {', '.join(settings.run_id) or 'all'}",
+        f"  modalities: {', '.join(settings.modalities)}",
+    ]
+    if settings.bids_filters:
+        lines.append(f"  --bids-filter-file: {json.dumps(settings.bids_filters)}")
+    return "\n".join(lines)
+
+
+def _any(labels: Sequence[str]) -> str:
+    return "|".join(re.escape(label) for label in labels)

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The BIDS validator, shown only what was asked for.
+
+The validator reads a whole data set. It is given a folder of links instead: the files of the
+root (their metadata is inherited) and the ``anat`` folders of the requested subjects. An error
+elsewhere in the data set is not this run's concern.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from brainprior_bids.bids.query import Scan
+
+
+@dataclass(frozen=True)
+class Issue:
+    """One finding of the validator."""
+
+    code: str
+    location: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.code} {self.location} {self.message}".rstrip()
+
+
+def find_validator() -> str | None:
+    """The command ``bids-validator-deno``, beside this Python or on the path; None if absent."""
+    beside = Path(sys.executable).with_name("bids-validator-deno")
+    return str(beside) if beside.exists() else shutil.which("bids-validator-deno")
+
+
+def validate(root: Path, *, command: str) -> list[Issue]:
+    """Errors (not warnings) that the validator finds in ``root``.
+
+    Raises
+    ------
+    RuntimeError
+        If the validator itself fails.
+    """
+    result = subprocess.run(
+        [command, "--format", "json", "--ignoreWarnings", str(root)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    try:
+        issues = json.loads(result.stdout)["issues"]["issues"]
+    except (ValueError, KeyError):
+        raise RuntimeError(
+            f"bids-validator-deno did not answer: {result.stderr.strip()[-500:]}"
+        ) from None
+    return [
+        Issue(
+            " ".join(filter(None, (item["code"], item.get("subCode")))),
+            item.get("location", ""),
+            " ".join(item.get("issueMessage", "").split()),
+        )
+        for item in issues
+        if item.get("severity") == "error"
+    ]
+
+
+def validate_scans(
+    bids_dir: Path, scans: Iterable[Scan], *, command: str, scratch: Path
+) -> list[Issue]:
+    """``validate`` on the root's files and the ``anat`` folders of ``scans``."""
+    folders = sorted({scan.relative.parent for scan in scans})
+    with tempfile.TemporaryDirectory(prefix="validate-", dir=scratch) as name:
+        view = Path(name)
+        for entry in bids_dir.iterdir():
+            # participants.tsv lists people who are not in the view
+            if entry.is_file() and not entry.name.startswith((".", "participants.")):
+                (view / entry.name).symlink_to(entry)
+        for folder in folders:
+            target = view / folder
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.symlink_to(bids_dir / folder)
+            # sidecars between the root and the scan take part in inheritance
+            for parent in (p for p in folder.parents if p.name):
+                for sidecar in (bids_dir / parent).glob("*.json"):
+                    link = view / parent / sidecar.name
+                    if not link.exists():
+                        link.symlink_to(sidecar)
+        return validate(view, command=command)

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings of a run: one frozen object, passed as an argument, written as TOML.
+
+Nothing in the package reads a global setting: what a function needs, it is given.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+TASKS = ("restore", "inpaint", "refine")
+SAMPLERS = ("exact", "daps")
+MODALITIES = ("T1w", "T2w", "FLAIR")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that was asked for, with the defaults filled in.
+
+    Parameters
+    ----------
+    bids_dir, output_dir, work_dir : Path
+        Absolute.
+    participant_label, session_label, run_id : tuple of str
+        Labels without their ``sub-``, ``ses-``, ``run-``; empty means all.
+    modalities : tuple of str
+        Suffixes of the scans to take.
+    bids_filters : mapping
+        Suffix -> pybids query, from ``--bids-filter-file``; in TOML as JSON text.
+    task, sampler, n_samples, n_steps
+        What the engine does; see ``brainprior_bids.engine.restore``.
+    prior : Path or None
+        Weights of the prior; None is the embedded one.
+    slice_thickness_mm : float or None
+        Overrides the sidecars.
+    random_seed : int
+        Each scan's seed is derived from it and the scan's name.
+    device : str
+        ``cpu`` or ``cuda:N``; ``auto`` is resolved before a run starts.
+    nprocs, omp_nthreads, n_gpu_procs : int
+        Processors in all, threads of one node, restorations at once on the GPU.
+    mem_gb : float
+        Upper bound of the memory that the running nodes may claim together.
+    """
+
+    bids_dir: Path
+    output_dir: Path
+    work_dir: Path
+    participant_label: tuple[str, ...] = ()
+    session_label: tuple[str, ...] = ()
+    run_id: tuple[str, ...] = ()
+    modalities: tuple[str, ...] = MODALITIES
+    bids_filters: dict[str, Any] = field(default_factory=dict)
+    skip_bids_validation: bool = False
+    task: str = "restore"
+    sampler: str = "exact"
+    n_samples: int = 4
+    n_steps: int = 20
+    prior: Path | None = None
+    slice_thickness_mm: float | None = None
+    random_seed: int = 0
+    device: str = "auto"
+    n_gpu_procs: int = 1
+    nprocs: int = 1
+    omp_nthreads: int = 1
+    mem_gb: float = 8.0
+    force: bool = False
+    sloppy: bool = False
+    dry_run: bool = False
+    stop_on_first_crash: bool = False
+    write_graph: bool = False
+    verbose: int = 0
+    run_uuid: str = ""
+    command: tuple[str, ...] = ()
+
+    @property
+    def use_gpu(self) -> bool:
+        """True only where the device was resolved to CUDA."""
+        return self.device.startswith("cuda")
+
+    def scan_settings(self) -> dict[str, Any]:
+        """What decides a scan's result, given its image, metadata and the weights."""
+        return {
+            "task": self.task,
+            "sampler": self.sampler,
+            "n_samples": self.n_samples,
+            "n_steps": self.n_steps,
+            "slice_thickness_mm": self.slice_thickness_mm,
+            "random_seed": self.random_seed,
+        }
+
+    def to_toml(self) -> str:
+        """The settings as TOML, one ``[brainprior]`` table; unset values are left out."""
+        lines = ["# Settings of one brainprior run.", "[brainprior]"]
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if value is None:
+                continue
+            if item.name == "bids_filters":
+                value = json.dumps(value)
+            lines.append(f"{item.name} = {_toml(value)}")
+        return "\n".join(lines) + "\n"
+
+    @classmethod
+    def from_toml(cls, text: str) -> Settings:
+        """From ``to_toml``.
+
+        Raises
+        ------
+        ValueError
+            If the text is not TOML, lacks the table, or names a setting that does not exist.
+        """
+        table = tomllib.loads(text).get("brainprior")
+        if not isinstance(table, dict):
+            raise ValueError("Settings: expected a [brainprior] table, got none.")
+        known = {item.name for item in fields(cls)}
+        unknown = sorted(set(table) - known)
+        if unknown:
+            raise ValueError(f"Settings: unknown {', '.join(unknown)}. Remove or correct them.")
+        values: dict[str, Any] = {}
+        for name, value in table.items():
+            if name in ("bids_dir", "output_dir", "work_dir", "prior"):
+                values[name] = Path(value)
+            elif name == "bids_filters":
+                values[name] = json.loads(value)
+            else:
+                values[name] = tuple(value) if isinstance(value, list) else value
+        return cls(**values)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    # a JSON string without surrogate pairs is a TOML basic string
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007F")
