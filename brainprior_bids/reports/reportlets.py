@@ -1,0 +1,514 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pictures of one restored scan, from the files of its nodes.
+
+Every picture states its plane and coordinate, the left and right of the person, and its units;
+what to look for is said in the report (``data/reports/subject.yml``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from brainprior_bids.bids.files import write_text
+from brainprior_bids.reports import atlas
+from brainprior_bids.reports.sheet import (
+    FAINT,
+    GROUND,
+    INK,
+    Contour,
+    Labels,
+    Mark,
+    Panel,
+    Picture,
+    Sheet,
+)
+from brainprior_bids.reports.volumes import (
+    PLANES,
+    Box,
+    Section,
+    Volume,
+    bounding_box,
+    load_volume,
+    section,
+    spread,
+)
+
+DISPLAY = "Neurological display: the left of the picture is the left of the person."
+MARGIN_MM = 12.0
+MASK_COLOUR = "#00d5ff"
+
+
+@dataclass(frozen=True)
+class ScanImages:
+    """The images of one scan, read when first needed.
+
+    Parameters
+    ----------
+    files : Mapping of role to path
+        ``scan``, ``mask_scan``, ``log_bias`` and ``residual`` on the scan's grid; ``mask``,
+        ``structures``, ``restored`` and ``uncertainty`` on the restored 1 mm grid;
+        ``restored_mni305``; the JSON files ``conform.json``, ``structures.json``,
+        ``affine.json`` and ``restore.json``. Roles that are absent leave out what needs them.
+    """
+
+    files: Mapping[str, Path]
+
+    def __contains__(self, role: str) -> bool:
+        return role in self.files
+
+    def load(self, role: str) -> Volume:
+        """The image of a role."""
+        return load_volume(Path(self.files[role]))
+
+    def facts(self, role: str) -> Mapping[str, Any]:
+        """The JSON object of a role; empty where there is none."""
+        if role not in self.files:
+            return {}
+        value = json.loads(Path(self.files[role]).read_text(encoding="utf-8"))
+        return value if isinstance(value, dict) else {"table": value}
+
+    @cached_property
+    def scan(self) -> Volume:
+        """The input on its own grid, scanner units."""
+        return self.load("scan")
+
+    @cached_property
+    def restored(self) -> Volume:
+        """Posterior mean on the 1 mm grid, scanner units."""
+        return self.load("restored")
+
+    @cached_property
+    def mask(self) -> Volume:
+        """Brain mask on the 1 mm grid, 0 or 1."""
+        return self.load("mask")
+
+    @cached_property
+    def mask_scan(self) -> Volume:
+        """Share of brain in each voxel of the scan's grid, 0 to 1."""
+        if "mask_scan" in self.files:
+            return self.load("mask_scan")
+        return self.mask.regrid(self.scan, order=1)
+
+    @cached_property
+    def box(self) -> Box:
+        """The part of the 1 mm grid that is drawn."""
+        return bounding_box(self.mask, MARGIN_MM)
+
+    @cached_property
+    def slice_axis(self) -> int:
+        """The axis across the slices: from ``conform``, else that of the largest voxel size."""
+        facts = self.facts("conform.json")
+        acquisition = facts.get("acquisition", facts)
+        axis = acquisition.get("slice_axis") if isinstance(acquisition, Mapping) else None
+        return axis if axis in (0, 1, 2) else int(np.argmax(self.scan.spacing_mm))
+
+    @cached_property
+    def window(self) -> tuple[float, float]:
+        """Grey window of the input and the restored image alike, scanner units.
+
+        From 0 to the larger of the two 99.5th percentiles inside the mask.
+        """
+        high = [np.percentile(self.restored.data[self.mask.data > 0.5], 99.5)]
+        inside = self.mask_scan.data > 0.5
+        if inside.any():
+            high.append(np.percentile(self.scan.data[inside], 99.5))
+        return 0.0, float(max(high))
+
+    @property
+    def footer(self) -> str:
+        """How to read the orientation of pictures in the scan's own frame."""
+        tilt = self.scan.tilt_degrees
+        if tilt < 0.5:
+            return f"{DISPLAY} Coordinates: scanner mm, RAS."
+        return (
+            f"{DISPLAY} Scan axes, tilted by up to {tilt:.0f}° from the scanner's; coordinates: "
+            "scanner mm, RAS, at the centre of each section."
+        )
+
+    def sections(self, volume: Volume, counts: tuple[int, int, int]) -> list[Section]:
+        """Sections of a 1 mm volume through the mask, ``counts`` along i, j and k."""
+        return [
+            section(volume, axis, index, self.box)
+            for axis in range(3)
+            for index in spread(self.mask, axis, counts[axis])
+        ]
+
+
+def make_reportlets(
+    files: Mapping[str, Path], out_dir: Path, *, prefix: str, suffix: str
+) -> list[Path]:
+    """Draw every picture that ``files`` allows.
+
+    Parameters
+    ----------
+    files : Mapping of role to path
+        See ``ScanImages``; ``scan``, ``mask`` and ``restored`` are required.
+    out_dir : Path
+        Where the pictures go; made if absent.
+    prefix : str
+        Entities of the scan, ``sub-01_ses-2``.
+    suffix : str
+        ``T1w``, ``T2w``, ``FLAIR`` ...
+
+    Returns
+    -------
+    list of Path
+        ``<prefix>[_space-MNI305]_desc-<what>_<suffix>.svg``, in the order of the report.
+
+    Raises
+    ------
+    KeyError
+        If a required role is absent.
+    """
+    for role in ("scan", "mask", "restored"):
+        if role not in files:
+            raise KeyError(f"make_reportlets: '{role}' is required, got {sorted(files)}.")
+    images = ScanImages({role: Path(path) for role, path in files.items() if path is not None})
+    made = []
+    for what, (needs, draw) in REPORTLETS.items():
+        if all(role in images for role in needs):
+            space = "_space-MNI305" if what == "mni305" else ""
+            path = Path(out_dir) / f"{prefix}{space}_desc-{what}_{suffix}.svg"
+            made.append(draw(images, path))
+    return made
+
+
+def draw_flicker(images: ScanImages, path: Path) -> Path:
+    """Input and restored image in the same place, changing under the pointer."""
+    sheet = Sheet(images.footer)
+    n_samples = images.facts("restore.json").get("n_samples")
+    sheet.title(
+        f"Restored (mean of {n_samples} samples)" if n_samples else "Restored",
+        note="Hold the pointer over the picture to change between input and restored",
+        before="Input, interpolated linearly to the same grid",
+    )
+    before = _dim_outside(images.scan.regrid(images.restored, order=1), images.mask)
+    counts = (1, 1, 1)
+    sheet.row(
+        [
+            Panel([Picture(new, images.window), Picture(old, images.window, before=True)])
+            for old, new in zip(
+                images.sections(before, counts),
+                images.sections(images.restored, counts),
+                strict=True,
+            )
+        ]
+    )
+    sheet.bar("gray", images.window, "scanner units")
+    return sheet.save(path)
+
+
+def draw_slices(images: ScanImages, path: Path) -> Path:
+    """Sections across the slices: the input as it was measured, above the restored image."""
+    through = [axis for axis in range(3) if axis != images.slice_axis]
+    counts = tuple(2 if axis in through else 0 for axis in range(3))
+    sheet = Sheet(images.footer)
+    measured = images.scan.regrid(images.restored, order=0)
+    thick = images.scan.spacing_mm[images.slice_axis]
+    sheet.title(
+        "Input as measured",
+        note=f"{thick:.3g} mm between {PLANES[images.slice_axis]} slices, voxels not interpolated",
+    )
+    sheet.row(
+        [
+            Panel([Picture(cut, images.window, smooth=False)])
+            for cut in images.sections(measured, counts)
+        ]
+    )
+    sheet.title("Restored", note="the same sections and the same grey window")
+    sheet.row(
+        [Panel([Picture(cut, images.window)]) for cut in images.sections(images.restored, counts)]
+    )
+    return sheet.save(path)
+
+
+def draw_uncertainty(images: ScanImages, path: Path) -> Path:
+    """Standard deviation over the posterior samples, in scanner units and in % of the signal."""
+    sd = images.load("uncertainty")
+    inside = images.mask.data > 0.5
+    floor = 0.1 * images.window[1]
+    relative = sd.like(
+        np.where(inside, 100 * sd.data / np.maximum(images.restored.data, floor), 0)
+    )
+    n_samples = images.facts("restore.json").get("n_samples")
+    of = f" of {n_samples} samples" if n_samples else ""
+    sheet = Sheet(images.footer)
+    for volume, title, unit in (
+        (sd.like(np.where(inside, sd.data, 0)), f"Standard deviation{of}", "scanner units"),
+        (relative, "The same in % of the restored value", "%"),
+    ):
+        median, high = np.percentile(volume.data[inside], (50, 95))
+        limits = (0.0, _round_up(float(np.percentile(volume.data[inside], 99.5))))
+        sheet.title(
+            title, note=f"inside the mask: median {median:.3g}, 95 % below {high:.3g} {unit}"
+        )
+        sheet.row(
+            [
+                Panel([Picture(cut, limits, "inferno")])
+                for cut in images.sections(volume, (1, 1, 1))
+            ]
+        )
+        sheet.bar("inferno", limits, unit)
+    return sheet.save(path)
+
+
+def draw_mask(images: ScanImages, path: Path) -> Path:
+    """Contour of the brain mask on the input, in the input's own voxels."""
+    box = bounding_box(images.mask_scan, 2 * MARGIN_MM)
+    sheet = Sheet(images.footer)
+    limits = (0.0, float(np.percentile(images.scan.data[images.mask_scan.data > 0], 99.5)))
+
+    def panel(axis: int, index: int) -> Panel:
+        return Panel(
+            [
+                Picture(section(images.scan, axis, index, box), limits),
+                Contour(section(images.mask_scan, axis, index, box), colour=MASK_COLOUR),
+            ]
+        )
+
+    axes = [images.slice_axis, *(a for a in range(3) if a != images.slice_axis)]
+    acquired = spread(images.mask_scan, axes[0], 8)
+    sheet.title(
+        "Brain mask on the input, slices as acquired", note="contour: half of the voxel is brain"
+    )
+    sheet.row([panel(axes[0], index) for index in acquired[:4]])
+    sheet.row([panel(axes[0], index) for index in acquired[4:]])
+    sheet.title("Across the slices")
+    sheet.row(
+        [panel(axis, index) for axis in axes[1:] for index in spread(images.mask_scan, axis, 2)]
+    )
+    return sheet.save(path)
+
+
+def draw_structures(images: ScanImages, path: Path) -> Path:
+    """The labelled structures over the restored image."""
+    labels = images.load("structures")
+    values = np.unique(labels.data).astype(int)
+    values = values[values > 0]
+    rows = labels.like(np.searchsorted(values, labels.data) + 1)
+    rows.data[labels.data < 0.5] = 0
+    table = np.array([(0, 0, 0), *(atlas.colour(v) for v in values)], np.uint8)
+    sheet = Sheet(images.footer)
+    sheet.title("Structures over the restored image", note="right-sided structures are darker")
+    for counts in ((0, 0, 3), (1, 2, 0)):
+        sheet.row(
+            [
+                Panel([Picture(grey, images.window), Labels(cut, table)])
+                for grey, cut in zip(
+                    images.sections(images.restored, counts),
+                    images.sections(rows, counts),
+                    strict=True,
+                )
+            ]
+        )
+    names = {int(v): atlas.name(int(v)) for v in values if not atlas.is_right(int(v))}
+    sheet.legend(
+        [(_hex(atlas.colour(v)), name.removeprefix("left ")) for v, name in names.items()]
+    )
+    return sheet.save(path)
+
+
+def draw_mni305(images: ScanImages, path: Path) -> Path:
+    """The restored image in MNI305 space, with where structures are and where they should be."""
+    volume = images.load("restored_mni305")
+    brain = volume.like((volume.data > 0).astype(np.float32))
+    box = bounding_box(brain, 8.0)
+    limits = (0.0, float(np.percentile(volume.data[volume.data > 0], 99.5)))
+    matrix = np.asarray(images.facts("affine.json").get("matrix", np.eye(4)), float)
+    pairs = atlas.centroid_pairs(images.facts("structures.json").get("table", []), matrix)
+    sheet = Sheet(f"{DISPLAY} MNI305 mm, RAS; grid lines every 20 mm.")
+    sheet.title(
+        "Restored image in MNI305 space",
+        note="○ expected centre of a structure, × found, within 6 mm of the section"
+        if pairs
+        else "",
+    )
+    for cuts in (((2, -20.0), (2, 0.0), (2, 20.0)), ((0, -14.0), (1, -20.0), (1, 10.0))):
+        panels = []
+        for axis, mm in cuts:
+            index = round(mm - volume.affine[axis, 3])
+            cut = section(volume, axis, index, box)
+            horizontal, vertical = (a for a in range(3) if a != axis)
+            left = volume.affine[horizontal, 3] + box[horizontal][0] - 0.5
+            top = volume.affine[vertical, 3] + box[vertical][1] - 0.5
+            marks = []
+            for name, expected, found in pairs:
+                if abs(expected[axis] - mm) > 6:
+                    continue
+                x, y = expected[horizontal] - left, top - expected[vertical]
+                x2, y2 = found[horizontal] - left, top - found[vertical]
+                marks += [
+                    Mark(x, y, "line", "#ffd54f", x2, y2),
+                    Mark(x, y, "ring", "#69f0ae", hint=f"{name}, expected"),
+                    Mark(x2, y2, "cross", "#ffd54f", hint=f"{name}, found"),
+                ]
+            rulers = [
+                *((x - left, -1.0, x) for x in _tens(left, left + cut.width_mm)),
+                *((-1.0, top - y, y) for y in _tens(top - cut.height_mm, top)),
+            ]
+            panels.append(Panel([Picture(cut, limits), *marks], rulers))
+        sheet.row(panels)
+    return sheet.save(path)
+
+
+def draw_bias(images: ScanImages, path: Path) -> Path:
+    """The multiplicative bias field, on the scan's grid, inside the head that is drawn."""
+    field = images.load("log_bias")
+    box = bounding_box(images.mask_scan, MARGIN_MM)
+    inside = images.mask_scan.data > 0.5
+    low, high = np.exp(np.percentile(field.data[inside], (1, 99)))
+    reach = max(float(high) - 1, 1 - float(low), 0.05)
+    limits = (1 - _round_up(reach), 1 + _round_up(reach))
+    dim = (0.0, 3 * images.window[1])
+    shown = field.like(np.exp(field.data))
+    sheet = Sheet(images.footer)
+    sheet.title(
+        "Bias field",
+        note=f"inside the mask: {low:.2f} to {high:.2f} (1st to 99th percentile), mean of log 0",
+    )
+    sheet.row(
+        [
+            Panel(
+                [
+                    Picture(section(images.scan, axis, index, box), dim),
+                    Picture(
+                        section(shown, axis, index, box),
+                        limits,
+                        "RdBu_r",
+                        smooth=False,
+                        inside=section(images.mask_scan, axis, index, box),
+                    ),
+                ]
+            )
+            for axis in range(3)
+            for index in spread(images.mask_scan, axis, 1)
+        ]
+    )
+    sheet.bar("RdBu_r", limits, "factor on the signal")
+    return sheet.save(path)
+
+
+def draw_histogram(images: ScanImages, path: Path) -> Path:
+    """Distribution of the values inside the mask, before and after."""
+    inside = images.mask_scan.data > 0.5
+    high = images.window[1] * 1.15
+    bins = np.linspace(0, high, 129)
+    curves: list[tuple[NDArray[np.float32], str, str]] = [
+        (images.scan.data[inside], "input", "#ffb74d"),
+        (images.restored.data[images.mask.data > 0.5], "restored", "#4fc3f7"),
+    ]
+    if "log_bias" in images:
+        flat = images.scan.data[inside] * np.exp(-images.load("log_bias").data[inside])
+        curves.insert(1, (flat, "input without bias field", "#a1887f"))
+    figure = Figure(figsize=(8.4, 2.9), facecolor=GROUND, layout="constrained")
+    axes = figure.subplots()
+    axes.set_facecolor(GROUND)
+    for values, label, colour in curves:
+        density, _ = np.histogram(values, bins=bins, density=True)
+        axes.stairs(density / density.max(), bins, label=label, color=colour, linewidth=1.4)
+    axes.set_xlim(0, high)
+    axes.set_ylim(0, 1.05)
+    axes.set_yticks([])
+    axes.set_xlabel("value inside the brain mask, scanner units", color=INK)
+    axes.set_ylabel("share of voxels, peak = 1", color=INK)
+    axes.tick_params(colors=FAINT)
+    for spine in axes.spines.values():
+        spine.set_color(FAINT)
+    axes.legend(frameon=False, labelcolor=INK)
+    return _save_figure(figure, path)
+
+
+def draw_residual(images: ScanImages, path: Path) -> Path:
+    """What the restored image does not explain of the input, on the scan's grid."""
+    residual = images.load("residual")
+    box = bounding_box(images.mask_scan, MARGIN_MM)
+    inside = images.mask_scan.data > 0.5
+    reach = _round_up(float(np.percentile(np.abs(residual.data[inside]), 99.5)))
+    dim = (0.0, 3 * images.window[1])
+    sheet = Sheet(images.footer)
+    rms = float(np.sqrt(np.mean(residual.data[inside] ** 2)))
+    sheet.title(
+        "Input minus the input predicted from the restored image",
+        note=f"inside the mask: RMS {rms:.3g} scanner units",
+    )
+    sheet.row(
+        [
+            Panel(
+                [
+                    Picture(section(images.scan, axis, index, box), dim),
+                    Picture(
+                        section(residual, axis, index, box),
+                        (-reach, reach),
+                        "RdBu_r",
+                        smooth=False,
+                        inside=section(images.mask_scan, axis, index, box),
+                    ),
+                ]
+            )
+            for axis in range(3)
+            for index in spread(images.mask_scan, axis, 1)
+        ]
+    )
+    sheet.bar("RdBu_r", (-reach, reach), "scanner units")
+    return sheet.save(path)
+
+
+REPORTLETS: dict[str, tuple[tuple[str, ...], Callable[[ScanImages, Path], Path]]] = {
+    "flicker": ((), draw_flicker),
+    "slices": ((), draw_slices),
+    "uncertainty": (("uncertainty",), draw_uncertainty),
+    "residual": (("residual",), draw_residual),
+    "mask": ((), draw_mask),
+    "structures": (("structures",), draw_structures),
+    "mni305": (("restored_mni305",), draw_mni305),
+    "bias": (("log_bias",), draw_bias),
+    "histogram": ((), draw_histogram),
+}
+"""``desc`` -> roles needed beside scan, mask and restored, and the function that draws."""
+
+
+def _dim_outside(volume: Volume, mask: Volume) -> Volume:
+    """The surroundings of the brain at a third of their brightness."""
+    return volume.like(volume.data * np.where(mask.data > 0.5, 1.0, 0.33))
+
+
+def _round_up(value: float) -> float:
+    """To two leading digits, upwards: limits of colour bars that read well."""
+    if value <= 0:
+        return 1.0
+    step = 10.0 ** (np.floor(np.log10(value)) - 1)
+    return float(np.ceil(value / step) * step)
+
+
+def _tens(low: float, high: float) -> list[float]:
+    """Multiples of 20 strictly between two values."""
+    return [float(v) for v in range(-200, 201, 20) if low < v < high]
+
+
+def _hex(colour: tuple[int, int, int]) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*colour)
+
+
+def _save_figure(figure: Figure, path: Path) -> Path:
+    """A matplotlib figure as an SVG whose text stays text."""
+    stream = StringIO()
+    with rc_context(
+        {
+            "svg.fonttype": "none",
+            "svg.hashsalt": path.name,
+            "font.family": ["Helvetica", "Arial", "DejaVu Sans"],
+        }
+    ):
+        figure.savefig(stream, format="svg", facecolor=GROUND, metadata={"Date": None})
+    return write_text(path, stream.getvalue())
