@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ALLOWED = {
     "engine": set(),
     "anatomy": {"engine"},
-    "reports": {"engine", "anatomy"},
+    "reports": {"engine", "anatomy", "bids"},
     "bids": {"engine", "anatomy", "settings"},
     "interfaces": {"engine", "anatomy", "reports", "bids", "settings"},
     "workflows": {"engine", "anatomy", "reports", "bids", "interfaces", "settings"},
