@@ -48,8 +48,8 @@ def resample(
     Returns
     -------
     (I, J, K) float32 array
-        On ``target``; 0 outside the source, never beyond the range of ``data`` and 0 (a cubic
-        spline overshoots at edges).
+        On ``target``; 0 outside the source, and never below both 0 and the lowest value of
+        ``data`` (a cubic spline undershoots at edges).
 
     Raises
     ------
@@ -75,7 +75,7 @@ def resample(
         mode="grid-constant",
         cval=0.0,
     )
-    return np.clip(out, min(float(values.min()), 0.0), max(float(values.max()), 0.0), out=out)
+    return np.maximum(out, min(float(values.min()), 0.0), out=out)
 
 
 def to_mni305(image: nib.Nifti1Image, matrix: ArrayLike, *, order: int = 3) -> nib.Nifti1Image:
