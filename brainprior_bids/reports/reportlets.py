@@ -8,6 +8,7 @@ what to look for is said in the report (``data/reports/subject.yml``).
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +27,7 @@ from brainprior_bids.reports.sheet import (
     FAINT,
     GROUND,
     INK,
+    XML,
     Contour,
     Labels,
     Mark,
@@ -58,8 +60,8 @@ class ScanImages:
     files : Mapping of role to path
         ``scan``, ``mask_scan``, ``log_bias`` and ``residual`` on the scan's grid; ``mask``,
         ``structures``, ``restored`` and ``uncertainty`` on the restored 1 mm grid;
-        ``restored_mni305``; the JSON files ``conform.json``, ``structures.json``,
-        ``affine.json`` and ``restore.json``. Roles that are absent leave out what needs them.
+        ``restored_mni305``; the JSON files ``conform``, ``structures_table``, ``affine`` and
+        ``restore``. Roles that are absent leave out what needs them.
     """
 
     files: Mapping[str, Path]
@@ -108,7 +110,7 @@ class ScanImages:
     @cached_property
     def slice_axis(self) -> int:
         """The axis across the slices: from ``conform``, else that of the largest voxel size."""
-        facts = self.facts("conform.json")
+        facts = self.facts("conform")
         acquisition = facts.get("acquisition", facts)
         axis = acquisition.get("slice_axis") if isinstance(acquisition, Mapping) else None
         return axis if axis in (0, 1, 2) else int(np.argmax(self.scan.spacing_mm))
@@ -187,7 +189,7 @@ def make_reportlets(
 def draw_flicker(images: ScanImages, path: Path) -> Path:
     """Input and restored image in the same place, changing under the pointer."""
     sheet = Sheet(images.footer)
-    n_samples = images.facts("restore.json").get("n_samples")
+    n_samples = images.facts("restore").get("n_samples")
     sheet.title(
         f"Restored (mean of {n_samples} samples)" if n_samples else "Restored",
         note="Hold the pointer over the picture to change between input and restored",
@@ -241,7 +243,7 @@ def draw_uncertainty(images: ScanImages, path: Path) -> Path:
     relative = sd.like(
         np.where(inside, 100 * sd.data / np.maximum(images.restored.data, floor), 0)
     )
-    n_samples = images.facts("restore.json").get("n_samples")
+    n_samples = images.facts("restore").get("n_samples")
     of = f" of {n_samples} samples" if n_samples else ""
     sheet = Sheet(images.footer)
     for volume, title, unit in (
@@ -325,8 +327,8 @@ def draw_mni305(images: ScanImages, path: Path) -> Path:
     brain = volume.like((volume.data > 0).astype(np.float32))
     box = bounding_box(brain, 8.0)
     limits = (0.0, float(np.percentile(volume.data[volume.data > 0], 99.5)))
-    matrix = np.asarray(images.facts("affine.json").get("matrix", np.eye(4)), float)
-    pairs = atlas.centroid_pairs(images.facts("structures.json").get("table", []), matrix)
+    matrix = np.asarray(images.facts("affine").get("matrix", np.eye(4)), float)
+    pairs = atlas.centroid_pairs(images.facts("structures_table").get("table", []), matrix)
     sheet = Sheet(f"{DISPLAY} MNI305 mm, RAS; grid lines every 20 mm.")
     sheet.title(
         "Restored image in MNI305 space",
@@ -375,7 +377,7 @@ def draw_bias(images: ScanImages, path: Path) -> Path:
     sheet = Sheet(images.footer)
     sheet.title(
         "Bias field",
-        note=f"inside the mask: {low:.2f} to {high:.2f} (1st to 99th percentile), mean of log 0",
+        note=f"inside the mask: {low:.2f} to {high:.2f} (1st to 99th percentile)",
     )
     sheet.row(
         [
@@ -403,7 +405,7 @@ def draw_histogram(images: ScanImages, path: Path) -> Path:
     """Distribution of the values inside the mask, before and after."""
     inside = images.mask_scan.data > 0.5
     high = images.window[1] * 1.15
-    bins = np.linspace(0, high, 129)
+    bins = _bins(images.scan.data[inside], high)
     curves: list[tuple[NDArray[np.float32], str, str]] = [
         (images.scan.data[inside], "input", "#ffb74d"),
         (images.restored.data[images.mask.data > 0.5], "restored", "#4fc3f7"),
@@ -411,7 +413,7 @@ def draw_histogram(images: ScanImages, path: Path) -> Path:
     if "log_bias" in images:
         flat = images.scan.data[inside] * np.exp(-images.load("log_bias").data[inside])
         curves.insert(1, (flat, "input without bias field", "#a1887f"))
-    figure = Figure(figsize=(8.4, 2.9), facecolor=GROUND, layout="constrained")
+    figure = Figure(figsize=(11, 3.2), facecolor=GROUND, layout="constrained")
     axes = figure.subplots()
     axes.set_facecolor(GROUND)
     for values, label, colour in curves:
@@ -491,6 +493,19 @@ def _round_up(value: float) -> float:
     return float(np.ceil(value / step) * step)
 
 
+def _bins(values: NDArray[np.float32], high: float) -> NDArray[np.float64]:
+    """About 100 bin edges from 0 to ``high``, each bin a whole number of grey levels wide.
+
+    Scans hold integers: bins narrower than a level, or unevenly filled with levels, draw a comb.
+    """
+    levels = np.unique(values)
+    step = float(np.diff(levels).min()) if 1 < levels.size < 20_000 else 0.0
+    width = high / 100
+    if step > width / 20:
+        width = step * max(1.0, np.round(width / step))
+    return np.arange(-width / 2, high + width, width)
+
+
 def _tens(low: float, high: float) -> list[float]:
     """Multiples of 20 strictly between two values."""
     return [float(v) for v in range(-200, 201, 20) if low < v < high]
@@ -511,4 +526,6 @@ def _save_figure(figure: Figure, path: Path) -> Path:
         }
     ):
         figure.savefig(stream, format="svg", facecolor=GROUND, metadata={"Date": None})
-    return write_text(path, stream.getvalue())
+    text = stream.getvalue()
+    text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text[text.index("<svg") :], count=2)
+    return write_text(path, f"{XML}{text}")

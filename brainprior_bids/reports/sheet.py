@@ -33,6 +33,9 @@ PANEL = "#000000"
 GROUND = "#111417"
 FONT = "Helvetica, Arial, 'Liberation Sans', sans-serif"
 
+XML = '<?xml version="1.0" encoding="utf-8"?>'
+"""Shares its line with ``<svg``: nireports rewrites files where a line begins with that."""
+
 FLICKER = """<style>
 @keyframes flicker { 0%, 45% { opacity: 1 } 50%, 95% { opacity: 0 } 100% { opacity: 1 } }
 .before { opacity: 0 }
@@ -244,9 +247,8 @@ class Sheet:
             self._text(10, self._y + 14, self.footer, 12, colour=FAINT)
             self._y += 22
         style = FLICKER if self._flickers else ""
-        # The XML declaration shares the line of <svg: nireports then leaves the file as it is.
         text = (
-            '<?xml version="1.0" encoding="utf-8"?><svg xmlns="http://www.w3.org/2000/svg" '
+            f'{XML}<svg xmlns="http://www.w3.org/2000/svg" '
             f'viewBox="0 0 {WIDTH:g} {self._y:.1f}" preserveAspectRatio="xMidYMid meet" '
             f'font-family="{FONT}">\n{style}'
             f'<rect width="{WIDTH:g}" height="{self._y:.1f}" fill="{GROUND}"/>\n'
@@ -296,7 +298,7 @@ class Sheet:
             (left, x + 12, y + high / 2 + 5),
             (right, x + wide - 12 - inset, y + high / 2 + 5),
             (low, x + wide / 2, y + high - 7 - inset),
-            (up, x + wide / 2 + (45 if wide < 300 else 0), y + 18),
+            (up, x + wide * (0.72 if wide < 320 else 0.5), y + 18),
         ):
             size = 16.0 if letter in "LR" else 12.5
             self._text(at_x, at_y, letter, size, "middle", bold=letter in "LR", halo=True)

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""nireports' assembler, told which pictures belong to which scan, and with an offline template.
+
+The pictures are found by their names alone, in ``sub-XX/figures``: nireports' own index would walk
+the whole derivative folder and knows a fixed list of entities (see
+``docs/decisions/report-assembler.md``).
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import yaml
+from nireports.assembler.report import Report, SubReport
+from nireports.assembler.reportlet import Reportlet
+
+from brainprior_bids.bids.names import BIDSName
+from brainprior_bids.engine.errors import InputError
+
+SPECIFICATION = "subject.yml"
+TEMPLATE = "report.html.j2"
+
+
+@dataclass
+class TextReportlet:
+    """A piece of HTML in the place of a picture, with the attributes the template reads."""
+
+    name: str
+    html: str
+    title: str | None = None
+    subtitle: str | None = None
+    description: str | None = None
+    components: list[tuple[str, str | None]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.components = [(self.html, None)]
+
+
+@dataclass(frozen=True)
+class TextSection:
+    """A section without pictures."""
+
+    name: str
+    html: str
+
+
+@dataclass(frozen=True)
+class ScanSection:
+    """A section with a scan's facts and its pictures."""
+
+    scan: str
+    html: str
+
+
+class FigureIndex:
+    """The pictures of one subject; answers the query that nireports' ``Reportlet`` makes.
+
+    Parameters
+    ----------
+    output_dir : Path
+        Root of the derivative data set.
+    subject : str
+        Label, without ``sub-``.
+    """
+
+    def __init__(self, output_dir: Path, subject: str) -> None:
+        self.root = str(output_dir)
+        self._found: dict[tuple[str, str], Path] = {}
+        for path in sorted((output_dir / f"sub-{subject}" / "figures").glob("sub-*_*.*")):
+            try:
+                name = BIDSName.parse(path.name)
+            except InputError:  # not one of ours
+                continue
+            scan = name.derivative(extension="", space=None, desc=None)
+            self._found[scan, name.get("desc") or ""] = path
+
+    def get(self, *, scan: str, desc: str) -> list[SimpleNamespace]:
+        """The picture ``desc`` of a scan: a list of one, or of none."""
+        path = self._found.get((scan, desc))
+        return [] if path is None else [SimpleNamespace(path=str(path), entities={})]
+
+
+class SubjectReport(Report):
+    """A nireports report whose sections are text and the pictures of scans, in a given order."""
+
+    __slots__ = ()
+
+    def index(self, config: Mapping[str, Any]) -> None:
+        """Make the sections; called by ``Report`` when it is constructed."""
+        out_dir = Path(config["out_dir"])
+        figures: FigureIndex = config["metadata"]["figures"]
+        for section in config["metadata"]["sections"]:
+            if isinstance(section, TextSection):
+                text = TextReportlet(f"{section.name}-text", section.html)
+                self.sections.append(SubReport(section.name, reportlets=[text]))
+                continue
+            reportlets: list[Any] = [TextReportlet(f"{section.scan}-facts", section.html)]
+            for entry in config["reportlets"]:
+                settings = {**entry, "name": f"{section.scan}-{entry['bids']['desc']}"}
+                reportlet = Reportlet(
+                    figures, config=settings, out_dir=out_dir, bids_filters={"scan": section.scan}
+                )
+                if not reportlet.is_empty():
+                    reportlets.append(reportlet)
+            self.sections.append(SubReport(section.scan, reportlets=reportlets))
+
+
+def assemble(
+    out_file: Path,
+    *,
+    title: str,
+    subject: str,
+    sections: Sequence[TextSection | ScanSection],
+) -> Path:
+    """Write the report of one subject, whole or not at all.
+
+    Parameters
+    ----------
+    out_file : Path
+        In the root of the derivative data set, so that its links to pictures are relative.
+    """
+    data = files("brainprior_bids") / "data" / "reports"
+    specification = yaml.safe_load((data / SPECIFICATION).read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory(prefix=".report-", dir=out_file.parent) as folder:
+        bootstrap = Path(folder) / SPECIFICATION
+        bootstrap.write_text(
+            yaml.safe_dump(
+                {**specification, "title": title, "template_path": str(data / TEMPLATE)}
+            ),
+            encoding="utf-8",
+        )
+        draft = Path(folder) / out_file.name
+        report = SubjectReport(
+            out_file.parent,
+            None,
+            bootstrap_file=bootstrap,
+            out_filename=str(draft),
+            plugins=[],
+            metadata={
+                "figures": FigureIndex(out_file.parent, subject),
+                "sections": list(sections),
+            },
+        )
+        report.generate_report()
+        os.replace(draft, out_file)
+    return out_file
