@@ -11,6 +11,7 @@ its receptive field.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,6 +20,27 @@ from torch.nn import functional
 
 SHUFFLE = 2
 """Factor of the pixel-unshuffle along each axis."""
+
+
+def normalise_intensity(x: Tensor) -> Tensor:
+    """Scale a volume so that its bright tissue is about 1; negative values become 0.
+
+    The unit is the 98th percentile of the voxels above the mean of the positive ones, which
+    hardly depends on how much air is in the field of view. Values are clipped at 3.
+
+    Parameters
+    ----------
+    x : tensor of any shape
+        Finite. An image without positive voxels comes back as zeros.
+    """
+    x = x.clamp_min(0)
+    positive = x[x > 0]
+    if positive.numel() == 0:
+        return x
+    bright = positive[positive >= positive.mean()]
+    k = max(round(0.98 * bright.numel()), 1)
+    unit = bright.kthvalue(k).values
+    return (x / unit).clamp_max(3.0)
 
 
 def unshuffle(x: Tensor) -> Tensor:
@@ -44,8 +66,8 @@ class VoxelNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, c, i, j, k) -> the same shape."""
-        scale = (x.float().square().mean(dim=1, keepdim=True) + 1e-5).rsqrt()
-        return x * scale.to(x.dtype) * self.gain.to(x.dtype)[:, None, None, None]
+        scale = ((x * x).mean(dim=1, keepdim=True) + 1e-5).rsqrt()
+        return x * (scale * self.gain.to(x.dtype)[:, None, None, None])
 
 
 class Block(nn.Module):
@@ -83,17 +105,14 @@ class ParcellationNetwork(nn.Module):
         super().__init__()
         self.classes = tuple(int(c) for c in classes)
         self.widths = tuple(int(w) for w in widths)
+        self.metadata: dict[str, Any] = {}  # of the weights file, when loaded from one
         self.multiple = SHUFFLE * 2 ** (len(self.widths) - 1)
         w = self.widths
         self.stem = nn.Conv3d(8, w[0], 3, padding=1)
         self.encoder = nn.ModuleList([Block(n, n) for n in w])
-        self.down = nn.ModuleList(
-            [nn.Conv3d(a, b, 2, stride=2) for a, b in zip(w[:-1], w[1:], strict=True)]
-        )
+        self.down = nn.ModuleList([nn.Conv3d(a, b, 2, stride=2) for a, b in pairwise(w)])
         self.middle = Block(w[-1], w[-1])
-        self.up = nn.ModuleList(
-            [nn.ConvTranspose3d(b, a, 2, stride=2) for a, b in zip(w[:-1], w[1:], strict=True)]
-        )
+        self.up = nn.ModuleList([nn.ConvTranspose3d(b, a, 2, stride=2) for a, b in pairwise(w)])
         self.decoder = nn.ModuleList([Block(2 * n, n) for n in w[:-1]])
         self.norm = VoxelNorm(w[0])
         self.head = nn.Conv3d(w[0], 8 * len(self.classes), 1)

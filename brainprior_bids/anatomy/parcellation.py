@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a scan to its brain mask and structures.
+
+The scan is averaged or interpolated to 2 mm along its own axes, the network gives the probability
+of every class, and the probabilities are interpolated to the grid of the restored image (same
+axes and edges, about 1 mm). No step rotates anything, so left stays left.
+
+The brain mask is every structure together with the fluid between the gyri: the hull that
+skull-strippers cut, not the bare tissue.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage
+from torch import Tensor
+
+from brainprior_bids.engine.denoiser import fast_dtype
+from brainprior_bids.engine.errors import AnatomyError, ShapeMismatchError
+from brainprior_bids.engine.grids import Grid
+from brainprior_bids.engine.parcellation_network import ParcellationNetwork, normalise_intensity
+
+NETWORK_MM = 2.0
+SMALLEST_ML, LARGEST_ML = 400.0, 2500.0
+"""Plausible volume of a whole brain with its fluid, neonates excluded."""
+SMALLEST_PART_ML = 150.0
+"""The least that is taken for a brain when the field of view cuts through it."""
+CSF = 24
+SCATTERED = (2, 3, 41, 42, CSF)
+"""Structures that need not be in one piece at 2 mm."""
+
+
+@dataclass(frozen=True)
+class Parcellation:
+    """Where the brain and its structures are.
+
+    Attributes
+    ----------
+    structures : (I, J, K) int16 array
+        FreeSurfer values on the restored grid, 0 outside the mask.
+    mask : (I, J, K) uint8 array
+        Brain with the fluid between the gyri, on the restored grid.
+    mask_scan : (i, j, k) float32 array
+        Share of every voxel of the scan that lies in the mask, 0-1.
+    table : list of dict
+        Per structure found: ``index``, ``name``, ``volume_mm3``, ``confidence`` (mean of the
+        largest class probability), ``centroid_mm`` (scanner RAS).
+    warnings : list of str
+    """
+
+    structures: NDArray[np.int16]
+    mask: NDArray[np.uint8]
+    mask_scan: NDArray[np.float32]
+    table: list[dict[str, Any]]
+    warnings: list[str] = field(default_factory=list)
+
+
+@cache
+def structure_names() -> dict[int, str]:
+    """FreeSurfer value -> name of every structure, from ``data/structures.tsv``."""
+    text = (files("brainprior_bids") / "data" / "structures.tsv").read_text()
+    rows = [line.split("\t") for line in text.splitlines()[1:]]
+    return {int(row[0]): row[1] for row in rows}
+
+
+def mirrored(value: int) -> int:
+    """The structure on the other side, itself for one without sides."""
+    names = structure_names()
+    name = names.get(value, "")
+    for side, other in (("Left-", "Right-"), ("Right-", "Left-")):
+        if name.startswith(side):
+            partner = other + name.removeprefix(side)
+            return next(index for index, found in names.items() if found == partner)
+    return value
+
+
+def resampling_matrix(n_out: int, n_in: int) -> NDArray[np.float32]:
+    """(n_out, n_in) weights between two grids with common edges; rows sum to 1.
+
+    To larger voxels: the mean over the voxel, each input voxel weighted by its overlap. To
+    smaller voxels: linear interpolation between centres, constant beyond the outermost ones.
+    """
+    width = n_in / n_out  # of an output voxel, in input voxels
+    centres = (np.arange(n_out) + 0.5) * width
+    inputs = np.arange(n_in) + 0.5
+    if width >= 1:
+        low = np.maximum(centres[:, None] - width / 2, inputs - 0.5)
+        high = np.minimum(centres[:, None] + width / 2, inputs + 0.5)
+        weights = np.clip(high - low, 0, None)
+    else:
+        clipped = np.clip(centres, inputs[0], inputs[-1])
+        weights = np.clip(1 - np.abs(clipped[:, None] - inputs), 0, None)
+    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+
+
+def resample_separable(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """(..., i, j, k) -> (..., *shape) between grids with common axes and edges."""
+    for axis in (-1, -2, -3):
+        n = shape[axis]
+        if x.shape[axis] != n:
+            matrix = torch.from_numpy(resampling_matrix(n, x.shape[axis]))
+            x = torch.movedim(torch.movedim(x, axis, -1) @ matrix.T, -1, axis)
+    return x
+
+
+@torch.no_grad()
+def class_probabilities(
+    volume: Tensor, network: ParcellationNetwork, *, mirror: bool = True
+) -> Tensor:
+    """(i, j, k) at 2 mm, RAS -> (classes, i, j, k) probabilities on the CPU, float32.
+
+    Parameters
+    ----------
+    mirror : bool
+        Average with the result for the left-right mirrored volume, labels exchanged.
+    """
+    device = next(network.parameters()).device
+    size = volume.shape
+    pad: list[int] = []
+    for n in reversed(size):
+        extra = -n % network.multiple
+        pad += [extra // 2, extra - extra // 2]
+    x = torch.nn.functional.pad(normalise_intensity(volume), pad)[None, None].to(device)
+    dtype = fast_dtype(device)
+    inner = tuple(slice(pad[4 - 2 * a], pad[4 - 2 * a] + size[a]) for a in range(3))
+
+    def run(x: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            logits = network(x)[0]
+        return torch.softmax(logits.float(), dim=0)
+
+    probabilities = run(x)
+    if mirror:
+        exchange = [network.classes.index(mirrored(value)) for value in network.classes]
+        probabilities += run(x.flip(2)).flip(1)[exchange]
+        probabilities /= 2
+    return probabilities[(slice(None), *inner)].cpu()
+
+
+def parcellate(
+    image: nib.Nifti1Image, *, network: ParcellationNetwork, restored_grid: Grid
+) -> Parcellation:
+    """Brain mask and structures of one scan.
+
+    Parameters
+    ----------
+    image : Nifti1Image
+        (i, j, k), closest-canonical (RAS) axes, any contrast, with or without scalp.
+    network : ParcellationNetwork
+        From ``engine.weights.load_parcellation``.
+    restored_grid : Grid
+        Same axes and edges as the scan, about 1 mm (``Grid.one_millimetre``).
+
+    Raises
+    ------
+    ShapeMismatchError
+        If ``restored_grid`` does not share the scan's axes and edges.
+    AnatomyError
+        If nothing that could be a brain is found.
+    """
+    scan_grid = Grid(image.shape, image.affine)
+    _check_edges(scan_grid, restored_grid)
+    data = torch.from_numpy(np.ascontiguousarray(image.get_fdata(dtype=np.float32)))
+    coarse = tuple(max(round(float(e) / NETWORK_MM), 1) for e in scan_grid.extent_mm)
+    probabilities = class_probabilities(resample_separable(data, coarse), network)
+    coarse_mm3 = float(np.prod(scan_grid.extent_mm / np.array(coarse)))
+    names = structure_names()
+    channels = {v: c for c, v in enumerate(network.classes) if v in names}
+    inside, warnings = _clean_mask(
+        probabilities[list(channels.values())].sum(0).numpy(), coarse_mm3
+    )
+    fine = torch.from_numpy(inside)
+    mask = resample_separable(fine, restored_grid.shape).numpy() >= 0.5
+    structures, best = _structures(probabilities, channels, inside, mask)
+    mask_scan = resample_separable(
+        torch.from_numpy(mask.astype(np.float32)), scan_grid.shape
+    ).numpy()
+    table = _table(structures, best, restored_grid, names)
+    compact = [row for row in table if row["index"] not in SCATTERED]
+    if len(compact) < 4:
+        raise AnatomyError(
+            f"parcellate: expected a brain with its inner structures, found only "
+            f"{[row['name'] for row in table]} in {mask.sum() * coarse_mm3 / 8000:.0f} ml. "
+            "Is this a head, and is its header's orientation right?"
+        )
+    confidence = float(np.mean([row["confidence"] for row in table]))
+    if confidence < 0.6:
+        warnings.append(
+            f"Structures were found with a mean confidence of {confidence:.2f} (usually above "
+            "0.7): look at the mask and the structures."
+        )
+    return Parcellation(structures, mask.astype(np.uint8), mask_scan, table, warnings)
+
+
+def _check_edges(scan: Grid, restored: Grid) -> None:
+    """Both grids must cover the same box along the same axes."""
+    corners = [
+        (grid.affine @ np.append(np.array(c) * grid.shape - 0.5, 1))[:3]
+        for c in np.ndindex(2, 2, 2)
+        for grid in (scan, restored)
+    ]
+    gap = max(
+        float(np.linalg.norm(a - b)) for a, b in zip(corners[::2], corners[1::2], strict=True)
+    )
+    if gap > 0.1:
+        raise ShapeMismatchError(
+            f"parcellate: the restored grid must have the scan's axes and edges, corners are "
+            f"{gap:.1f} mm apart. Make it with scan_grid.one_millimetre()."
+        )
+
+
+def _largest(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    components, count = ndimage.label(mask)
+    if count <= 1:
+        return mask
+    sizes = np.bincount(components.ravel())
+    sizes[0] = 0
+    largest: NDArray[np.bool_] = components == np.argmax(sizes)
+    return largest
+
+
+def _clean_mask(
+    inside: NDArray[np.float32], voxel_mm3: float
+) -> tuple[NDArray[np.float32], list[str]]:
+    """Probability of brain with one component and no holes, and warnings.
+
+    Thin bridges (one voxel of 2 mm) to other tissue do not join a component.
+    """
+    brain = inside > 0.5
+    core = _largest(ndimage.binary_erosion(brain))
+    component = _largest(brain & ndimage.binary_dilation(core, iterations=2))
+    filled = ndimage.binary_fill_holes(component)
+    volume = filled.sum() * voxel_mm3 / 1000
+    faces = [f for a in range(3) for f in (filled.take(0, a), filled.take(-1, a))]
+    cut = sum(int(f.sum()) for f in faces) * voxel_mm3 ** (2 / 3) / 100  # cm2 at the border
+    warnings = []
+    partial = cut > 10
+    smallest = SMALLEST_PART_ML if partial else SMALLEST_ML
+    if not smallest <= volume <= LARGEST_ML:
+        raise AnatomyError(
+            f"parcellate: expected a brain of {smallest:.0f} to {LARGEST_ML:.0f} ml, found "
+            f"{volume:.0f} ml. Is this a head scan with a usable contrast and the right voxel "
+            "size in its header?"
+        )
+    if partial:
+        warnings.append(
+            f"The field of view cuts through the brain ({cut:.0f} cm2 of the mask lie on its "
+            "border): only the part inside is restored."
+        )
+    near = ndimage.binary_dilation(filled)
+    cleaned = np.where(near, inside, 0).astype(np.float32)
+    cleaned[filled & ~brain] = 1.0
+    return cleaned, warnings
+
+
+def _structures(
+    probabilities: Tensor,
+    channels: dict[int, int],
+    inside: NDArray[np.float32],
+    mask: NDArray[np.bool_],
+) -> tuple[NDArray[np.int16], NDArray[np.float32]]:
+    """Structure with the largest interpolated probability, and that probability, in the mask.
+
+    Each compact structure keeps its largest piece at 2 mm. Interpolation runs in the box where
+    a structure has any probability.
+    """
+    ratio = [m / n for m, n in zip(mask.shape, inside.shape, strict=True)]
+    winner = probabilities.argmax(0).numpy()
+    matrices = [resampling_matrix(m, n) for m, n in zip(mask.shape, inside.shape, strict=True)]
+    structures = np.zeros(mask.shape, np.int16)
+    best = np.zeros(mask.shape, np.float32)
+    support = inside > 0
+    for value, channel in channels.items():
+        p = probabilities[channel].numpy() * support
+        if value not in SCATTERED:
+            piece = _largest(winner == channel)
+            p = p * ndimage.binary_dilation(piece, iterations=2)
+        box = ndimage.find_objects((p > 0.01).astype(np.int8))
+        if not box:
+            continue
+        wide = [
+            slice(max(s.start - 1, 0), min(s.stop + 1, n))
+            for s, n in zip(box[0], p.shape, strict=True)
+        ]
+        fine_box = tuple(
+            slice(int(np.floor(s.start * r)), int(np.ceil(s.stop * r)))
+            for s, r in zip(wide, ratio, strict=True)
+        )
+        weights = [
+            torch.from_numpy(np.ascontiguousarray(m[f, s]))
+            for m, f, s in zip(matrices, fine_box, wide, strict=True)
+        ]
+        small = torch.from_numpy(np.ascontiguousarray(p[tuple(wide)]))
+        fine = torch.einsum("ai,bj,ck,ijk->abc", *weights, small).numpy()
+        better = fine > best[fine_box]
+        structures[fine_box][better] = value
+        best[fine_box][better] = fine[better]
+    structures[~mask] = 0
+    unnamed = mask & (structures == 0)
+    structures[unnamed] = CSF
+    return structures, best
+
+
+def _table(
+    structures: NDArray[np.int16],
+    best: NDArray[np.float32],
+    grid: Grid,
+    names: dict[int, str],
+) -> list[dict[str, Any]]:
+    """Volume, confidence and centroid of every structure present."""
+    size = max(names) + 1
+    flat = structures.ravel()
+    counts = np.bincount(flat, minlength=size)
+    confidence = np.bincount(flat, best.ravel(), minlength=size)
+    moments = []
+    for axis in range(3):
+        view = [1, 1, 1]
+        view[axis] = -1
+        index = np.arange(grid.shape[axis], dtype=np.float32).reshape(view)
+        moments.append(
+            np.bincount(flat, np.broadcast_to(index, grid.shape).ravel(), minlength=size)
+        )
+    voxel_mm3 = float(np.prod(grid.spacing_mm))
+    table = []
+    for value, name in names.items():
+        if counts[value] == 0:
+            continue
+        centre = [m[value] / counts[value] for m in moments]
+        centroid = (grid.affine @ [*centre, 1.0])[:3]
+        table.append(
+            {
+                "index": value,
+                "name": name,
+                "volume_mm3": round(float(counts[value]) * voxel_mm3, 1),
+                "confidence": round(float(confidence[value] / counts[value]), 4),
+                "centroid_mm": [round(float(c), 3) for c in centroid],
+            }
+        )
+    return table
