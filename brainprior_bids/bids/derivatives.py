@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The derivative data set: its description, what the validator is to ignore, and sidecars."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from brainprior_bids import __version__
+from brainprior_bids.bids.files import read_json, write_json, write_text
+from brainprior_bids.bids.query import Scan
+from brainprior_bids.engine.errors import UsageError
+
+BIDS_VERSION = "1.10.0"
+
+BIDSIGNORE = ("*.html", "logs", "prov", "sub-*/figures", "sub-*/log", "*_xfm.txt", ".brainprior*")
+"""No trailing slashes: the Deno validator would not match them."""
+
+DESCRIPTIONS = {
+    "restored": "1 mm skull-stripped image, free of the bias field: mean of the posterior samples",
+    "uncertainty": "voxelwise standard deviation of the posterior samples, in the image's units",
+    "brain": "brain mask from the parcellation network",
+    "structures": "brain structures from the parcellation network, FreeSurfer's label values",
+}
+"""``desc-`` value -> meaning, for ``descriptions.tsv``."""
+
+INHERITED = (
+    "Manufacturer",
+    "ManufacturersModelName",
+    "MagneticFieldStrength",
+    "EchoTime",
+    "RepetitionTime",
+    "InversionTime",
+    "FlipAngle",
+)
+"""Metadata of the source that stays true of the restored image."""
+
+
+def write_dataset_files(output_dir: Path, *, bids_dir: Path, raw: Mapping[str, Any]) -> None:
+    """Write ``dataset_description.json``, ``.bidsignore``, ``descriptions.tsv`` and a README.
+
+    Parameters
+    ----------
+    output_dir : Path
+        Root of the derivative data set; made if absent.
+    bids_dir : Path
+        Root of the raw data set.
+    raw : mapping
+        Its ``dataset_description.json``.
+    """
+    description: dict[str, Any] = {
+        "Name": f"brainprior: restored images of {raw.get('Name', 'an unnamed data set')}",
+        "BIDSVersion": BIDS_VERSION,
+        "DatasetType": "derivative",
+        "GeneratedBy": [
+            {
+                "Name": "brainprior",
+                "Version": __version__,
+                "Description": "Posterior sampling of 1 mm brain images under a diffusion prior",
+            }
+        ],
+        "DatasetLinks": {"raw": bids_dir.as_uri()},
+        "HowToAcknowledge": "Cite brainprior (CITATION.cff in its repository) and the raw data.",
+    }
+    if raw.get("License"):
+        description["License"] = raw["License"]
+    source = {"URL": bids_dir.as_uri()}
+    if raw.get("DatasetDOI"):
+        source["DOI"] = raw["DatasetDOI"]
+    description["SourceDatasets"] = [source]
+    write_json(output_dir / "dataset_description.json", description)
+    write_text(output_dir / ".bidsignore", "\n".join(BIDSIGNORE) + "\n")
+    rows = [f"{key}\t{text}" for key, text in DESCRIPTIONS.items()]
+    write_text(output_dir / "descriptions.tsv", "\n".join(["desc_id\tdescription", *rows]) + "\n")
+    write_text(
+        output_dir / "README",
+        "Images restored by brainprior. Open sub-<label>.html for the report of a participant;\n"
+        "logs/status.tsv says which scans were done. The images are estimates under a prior:\n"
+        "read the uncertainty map beside each (desc-uncertainty).\n",
+    )
+
+
+def check_output(output_dir: Path) -> None:
+    """Refuse an output folder that holds somebody else's data set, or cannot be written.
+
+    Raises
+    ------
+    UsageError
+    """
+    path = output_dir / "dataset_description.json"
+    if path.exists():
+        try:
+            there = read_json(path)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{path} cannot be read ({error}). Repair or remove it.") from error
+        makers = [m.get("Name") for m in there.get("GeneratedBy", []) if isinstance(m, dict)]
+        if "brainprior" not in makers:
+            raise UsageError(
+                f"output_dir {output_dir} is a data set that brainprior did not make "
+                f"({there.get('Name', 'unnamed')}). Choose another folder, for example "
+                f"{output_dir / 'derivatives' / 'brainprior'}."
+            )
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        probe = write_text(output_dir / ".brainprior-probe", "")
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(
+            f"output_dir {output_dir} cannot be written ({error.strerror}). Check its "
+            "permissions and that it is mounted read-write."
+        ) from error
+
+
+def bids_uri(path: str, *, dataset: str = "") -> str:
+    """``bids:<dataset>:<path>``; an empty data set is this one."""
+    return f"bids:{dataset}:{path}"
+
+
+def sidecars(
+    scan: Scan, outputs: Mapping[str, str], facts: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """The JSON of every image that gets one: role -> content.
+
+    Parameters
+    ----------
+    scan : Scan
+        The source.
+    outputs : role -> path
+        Relative to the output folder.
+    facts : mapping
+        ``restore`` (of the Restore node) and ``parcellation``.
+    """
+    raw = bids_uri(str(scan.relative), dataset="raw")
+    mask = bids_uri(outputs["mask"])
+    structures = bids_uri(outputs["structures"])
+    restored = bids_uri(outputs["restored"])
+    restore = facts["restore"]
+    prior = restore["prior"]
+    image: dict[str, Any] = {
+        **{key: scan.metadata[key] for key in INHERITED if key in scan.metadata},
+        "SkullStripped": True,
+        "Sources": [raw, mask],
+        "Sampler": restore["sampler"],
+        "NumberOfSamples": restore["n_samples"],
+        "RandomSeed": restore["seed"],
+        "Prior": {key: prior.get(key) for key in ("name", "sha256")},
+        "NoiseStandardDeviation": restore["noise_sd"] * restore["unit"],
+        "Units": "arbitrary",
+    }
+    weights = facts["parcellation"].get("weights", {})
+    reference = {} if scan.name.suffix == "T1w" else {"SpatialReference": raw}
+    made = {
+        "restored": {"Description": DESCRIPTIONS["restored"], **image},
+        "restored_mni305": {
+            "Description": DESCRIPTIONS["restored"] + "; resampled once to MNI305",
+            **image,
+            "Sources": [restored, bids_uri(outputs["to_mni305"])],
+        },
+        "mask": {
+            "Description": DESCRIPTIONS["brain"],
+            "Type": "Brain",
+            "Sources": [structures],
+            **reference,
+        },
+        "structures": {
+            "Description": DESCRIPTIONS["structures"],
+            "Sources": [raw],
+            "Weights": {key: weights.get(key) for key in ("name", "sha256")},
+            **reference,
+        },
+    }
+    if "uncertainty" in outputs:
+        made["uncertainty"] = {"Description": DESCRIPTIONS["uncertainty"], **image}
+    return made
+
+
+def structures_table(table: list[Mapping[str, Any]]) -> str:
+    """The ``dseg.tsv``: label value, name, volume and the network's confidence."""
+    lines = ["index\tname\tvolume_mm3\tconfidence"]
+    for row in sorted(table, key=lambda item: item["index"]):
+        lines.append(
+            f"{row['index']}\t{row['name']}\t{row['volume_mm3']:.0f}\t{row['confidence']:.3f}"
+        )
+    return "\n".join(lines) + "\n"

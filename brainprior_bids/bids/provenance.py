@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What made a result: hashes, settings, software, and the parameters that were really used.
+
+Files are named as in the draft of BIDS-Prov (BEP028): ``prov/prov-<label>_<record>.json`` with
+the records ``act`` (activities), ``ent`` (entities: files and their SHA-256), ``soft`` (software)
+and ``env`` (machine). A run writes ``soft`` and ``env`` once; each finished scan writes its own
+``act`` and ``ent``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import uuid
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from brainprior_bids import __version__
+from brainprior_bids.bids.derivatives import bids_uri
+from brainprior_bids.bids.files import to_json, write_json
+from brainprior_bids.bids.query import Scan
+from brainprior_bids.settings import Settings
+
+PACKAGES = (
+    "torch", "numpy", "scipy", "nibabel", "nipype", "pybids", "SimpleITK", "torch-interpol",
+    "safetensors", "matplotlib",
+)  # fmt: skip
+"""Packages whose version can change a result."""
+
+
+def new_run_uuid() -> str:
+    """Time and a random part: unique, and sorted by time."""
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}_{uuid.uuid4()}"
+
+
+def sha256_file(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def fingerprint(
+    scan: Scan, settings: Settings, *, input_sha256: str, weights: Mapping[str, str]
+) -> str:
+    """SHA-256 over everything that decides a scan's result.
+
+    Parameters
+    ----------
+    input_sha256 : str
+        Of the image.
+    weights : role -> SHA-256
+        Of the prior and the parcellation network.
+    """
+    parts = {
+        "version": __version__,
+        "scan": scan.name.stem,
+        "input": input_sha256,
+        "metadata": dict(scan.metadata),
+        "settings": settings.scan_settings(),
+        "weights": dict(weights),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def label(*parts: str) -> str:
+    """A BIDS label: letters and digits only."""
+    return "".join(re.sub(r"[^a-zA-Z0-9]", "", part) for part in parts)
+
+
+def write_run(settings: Settings) -> list[Path]:
+    """Write the run's software and environment records, and its settings."""
+    run = label(settings.run_uuid)
+    folder = settings.output_dir / "prov"
+    software = {
+        "Software": [
+            {
+                "Id": f"bids::prov#software-{run}",
+                "Label": "brainprior",
+                "Version": __version__,
+                "Python": platform.python_version(),
+                "Packages": {name: _version(name) for name in PACKAGES},
+            }
+        ]
+    }
+    environment = {
+        "Environments": [
+            {
+                "Id": f"bids::prov#environment-{run}",
+                "Label": "machine",
+                "OperatingSystem": platform.platform(),
+                "Architecture": platform.machine(),
+                "Processors": os.cpu_count(),
+                "Threads": settings.omp_nthreads,
+                "Device": settings.device,
+            }
+        ]
+    }
+    return [
+        write_json(folder / f"prov-{run}_soft.json", software),
+        write_json(folder / f"prov-{run}_env.json", environment),
+    ]
+
+
+def scan_records(
+    scan: Scan,
+    *,
+    run_uuid: str,
+    command: list[str],
+    settings: Mapping[str, Any],
+    seed: int,
+    input_sha256: str,
+    outputs: Mapping[str, tuple[str, str]],
+    facts: Mapping[str, Any],
+    nodes: list[Mapping[str, Any]],
+    warnings: list[str],
+) -> dict[str, str]:
+    """File name -> text of one scan's activity and entity records.
+
+    Parameters
+    ----------
+    outputs : role -> (path from the output folder, SHA-256)
+    facts : mapping
+        ``conform``, ``parcellation``, ``affine``, ``restore``: what each node recorded.
+    nodes : list of mapping
+        Time and memory of every node.
+    """
+    run, name = label(run_uuid), label(scan.name.stem)
+    activity = f"bids::prov#restore-{run}{name}"
+    source = bids_uri(str(scan.relative), dataset="raw")
+    starts = sorted(str(node["started"]) for node in nodes if "started" in node)
+    act = {
+        "Activities": [
+            {
+                "Id": activity,
+                "Label": f"restore {scan.name.stem}",
+                "Command": " ".join(command),
+                "AssociatedWith": f"bids::prov#software-{run}",
+                "Used": [source, f"bids::prov#environment-{run}"],
+                "StartedAtTime": starts[0] if starts else None,
+                "EndedAtTime": datetime.now(UTC).isoformat(timespec="seconds"),
+                "RunUUID": run_uuid,
+                "Arguments": command,
+                "Settings": dict(settings),
+                "RandomSeed": settings.get("random_seed"),
+                "ScanSeed": seed,
+                "Conform": facts.get("conform"),
+                "Parcellation": facts.get("parcellation"),
+                "Affine": facts.get("affine"),
+                "Restore": facts.get("restore"),
+                "Nodes": list(nodes),
+                "Warnings": warnings,
+            }
+        ]
+    }
+    entities = [
+        {
+            "Id": source,
+            "Label": scan.relative.name,
+            "AtLocation": str(scan.relative),
+            "Digest": {"sha256": input_sha256},
+        }
+    ]
+    for role, (path, digest) in outputs.items():
+        entities.append(
+            {
+                "Id": bids_uri(path),
+                "Label": role,
+                "AtLocation": path,
+                "GeneratedBy": activity,
+                "Digest": {"sha256": digest},
+            }
+        )
+    return {
+        f"prov-{run}{name}_act.json": to_json(act),
+        f"prov-{run}{name}_ent.json": to_json({"Entities": entities}),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

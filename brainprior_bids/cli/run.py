@@ -1,0 +1,375 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``brainprior``: from the command line to an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from brainprior_bids import __version__
+from brainprior_bids.bids import status
+from brainprior_bids.bids.derivatives import check_output, write_dataset_files
+from brainprior_bids.bids.files import write_text
+from brainprior_bids.bids.names import output_names, scan_seed
+from brainprior_bids.bids.provenance import fingerprint, sha256_file, write_run
+from brainprior_bids.bids.query import Scan, check_dataset, find_scans
+from brainprior_bids.bids.validate import find_validator, validate_scans
+from brainprior_bids.cli.environment import prepare_environment
+from brainprior_bids.cli.parser import parse_settings
+from brainprior_bids.engine.errors import BrainpriorError, UsageError, WeightsError
+from brainprior_bids.settings import Settings
+
+LOG = logging.getLogger("brainprior")
+TRAINERS = ("prior", "parcellation")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Returns
+    -------
+    0 every requested scan is done; 1 something failed; 2 the request cannot be carried out.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    _log_to_stderr()
+    try:
+        if arguments[:1] == ["train"]:
+            return train(arguments[1:])
+        return run(parse_settings(arguments))
+    except UsageError as error:
+        print(f"brainprior: error: {error}", file=sys.stderr)
+        return 2
+    except BrainpriorError as error:
+        print(f"brainprior: failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("brainprior: interrupted; the same command goes on from here.", file=sys.stderr)
+        return 130
+
+
+def train(argv: Sequence[str]) -> int:
+    """``brainprior train prior|parcellation``; the trainer is imported when it is asked for."""
+    parser = argparse.ArgumentParser(prog="brainprior train", description="Train a network.")
+    commands = parser.add_subparsers(dest="network", required=True, metavar="|".join(TRAINERS))
+    chosen = next((word for word in argv if word in TRAINERS), None)
+    for name in TRAINERS:
+        command = commands.add_parser(name, help=f"train the {name} network")
+        if name == chosen:
+            module = importlib.import_module(f"brainprior_bids.training.{name}")
+            module.add_arguments(command)
+            command.set_defaults(trainer=module.main)
+    options = parser.parse_args(list(argv))
+    return int(options.trainer(options))
+
+
+def run(settings: Settings) -> int:
+    """Restore what the settings ask for; the exit code."""
+    raw = check_dataset(settings.bids_dir)
+    scans = find_scans(settings)
+    if settings.dry_run:
+        return _dry_run(scans, settings)
+    check_output(settings.output_dir)
+    prepare_environment(settings)
+    if not settings.skip_bids_validation:
+        _validate(scans, settings)
+    weights = _weights(settings)
+    write_dataset_files(settings.output_dir, bids_dir=settings.bids_dir, raw=raw)
+    write_run(settings)
+    LOG.info("brainprior %s, run %s", __version__, settings.run_uuid)
+    LOG.info(
+        "%d scan(s) of %d participant(s); %s, %d processor(s), %d thread(s) a step",
+        len(scans),
+        len({scan.subject for scan in scans}),
+        settings.device,
+        settings.nprocs,
+        settings.omp_nthreads,
+    )
+    jobs = _plan(scans, settings, {role: digest for role, (_, digest) in weights.items()})
+    if jobs:
+        _execute(jobs, settings, {role: path for role, (path, _) in weights.items()})
+    status.rebuild_status(settings.output_dir)
+    reports_made = _reports(scans, settings)
+    return _conclude(scans, settings) or (0 if reports_made else 1)
+
+
+def _validate(scans: Sequence[Scan], settings: Settings) -> None:
+    command = find_validator()
+    if command is None:
+        LOG.warning("bids-validator-deno is not installed: the data set was not validated.")
+        return
+    try:
+        issues = validate_scans(
+            settings.bids_dir, scans, command=command, scratch=settings.work_dir
+        )
+    except RuntimeError as error:
+        LOG.warning("%s The data set was not validated.", error)
+        return
+    images = {f"/{scan.relative}" for scan in scans}
+    for issue in issues:
+        if issue.location in images:  # that scan's own matter: it fails alone, or not at all
+            LOG.warning("validator: %s", issue)
+    fatal = [issue for issue in issues if issue.location not in images]
+    if fatal:
+        shown = "\n".join(f"  {issue}" for issue in fatal[:10])
+        raise UsageError(
+            f"{settings.bids_dir} is not valid BIDS, {len(fatal)} error(s) in what was asked "
+            f"for:\n{shown}\nRepair them, or pass --skip-bids-validation."
+        )
+
+
+def _weights(settings: Settings) -> dict[str, tuple[Path, str]]:
+    """Role -> file and SHA-256 of the weights, checked before anything runs."""
+    from brainprior_bids.engine import weights
+
+    paths = {
+        "prior": settings.prior or weights.FOLDER / "prior.safetensors",
+        "parcellation": weights.FOLDER / "parcellation.safetensors",
+    }
+    checked = {}
+    for kind, path in paths.items():
+        try:
+            _, metadata = weights.read_weights(path, kind=kind)
+        except WeightsError as error:
+            raise UsageError(str(error)) from error
+        checked[kind] = (path, metadata["sha256"])
+    return checked
+
+
+def _plan(scans: Sequence[Scan], settings: Settings, weights: dict[str, str]) -> list[Any]:
+    """The scans that need work; the others get their summary here."""
+    from brainprior_bids.workflows.scan import Job
+
+    jobs = []
+    for scan in scans:
+        if scan.problem is not None:
+            _write_failure(scan, settings, {"message": scan.problem, "type": "InputError"})
+            continue
+        digest = fingerprint(scan, settings, input_sha256=sha256_file(scan.path), weights=weights)
+        previous = status.read_summary(settings.output_dir, scan.name.stem)
+        if previous is not None and not settings.force and _is_done(previous, digest, settings):
+            LOG.info("%s: already done with the same input and settings", scan.name.stem)
+            previous.update(
+                status="skipped",
+                message="already done with the same input, settings and version",
+            )
+            status.write_summary(settings.output_dir, previous)
+            continue
+        jobs.append(Job(scan, scan_seed(settings.random_seed, scan.name), digest))
+    return jobs
+
+
+def _is_done(previous: dict[str, Any], digest: str, settings: Settings) -> bool:
+    return (
+        previous.get("status") in status.FINISHED
+        and previous.get("fingerprint") == digest
+        and all(
+            (settings.output_dir / path).is_file()
+            for path in (*previous["outputs"], *previous["figures"])
+        )
+    )
+
+
+def _execute(jobs: Sequence[Any], settings: Settings, weights: dict[str, Path]) -> None:
+    """Build the graph, run it, and give every scan that did not end a summary saying why."""
+    from brainprior_bids.interfaces.base import FAILURE
+    from brainprior_bids.workflows.base import configure_nipype, init_brainprior_wf
+    from brainprior_bids.workflows.plugin import SurvivingPool
+    from brainprior_bids.workflows.scan import log_dir
+
+    for subject in {job.scan.subject for job in jobs}:
+        write_text(log_dir(settings, subject) / "brainprior.toml", settings.to_toml())
+    configure_nipype(settings, crash_dir=settings.output_dir / "logs")
+    workflow = init_brainprior_wf(
+        jobs=jobs,
+        settings=settings,
+        prior=weights["prior"],
+        parcellation=weights["parcellation"],
+    )
+    if settings.write_graph:
+        workflow.write_graph(
+            str(settings.output_dir / "logs" / "graph.dot"), graph2use="colored", format="svg"
+        )
+    base = settings.work_dir / workflow.name
+    for failure in base.glob(f"*/*/{FAILURE}"):  # of an earlier run
+        failure.unlink()
+    progress = Progress(jobs)
+    arguments = {
+        "n_procs": settings.nprocs,
+        "memory_gb": settings.mem_gb,
+        "n_gpu_procs": settings.n_gpu_procs if settings.use_gpu else 0,
+        "raise_insufficient": False,
+        "mp_context": "forkserver",
+        "status_callback": progress,
+    }
+    crashed: Exception | None = None
+    try:
+        if settings.nprocs == 1:
+            workflow.run(plugin="Linear", plugin_args=arguments)
+        else:
+            workflow.run(plugin=SurvivingPool(plugin_args=arguments))
+    except Exception as error:  # Nipype re-raises the first failed node's, whatever it was
+        crashed = error
+        LOG.debug("the graph ended with an error", exc_info=True)
+    for job in jobs:
+        summary = status.read_summary(settings.output_dir, job.scan.name.stem)
+        if summary is None or summary.get("run_uuid") != settings.run_uuid:
+            folder = base / f"{job.scan.name.node_name}_wf"
+            _write_failure(job.scan, settings, _why(job.scan, folder, settings, crashed))
+
+
+class Progress:
+    """Says which step of which scan began and ended, and how much is left."""
+
+    def __init__(self, jobs: Sequence[Any]) -> None:
+        from brainprior_bids.workflows.scan import NODES
+
+        self._names = {f"{job.scan.name.node_name}_wf": job.scan.name.stem for job in jobs}
+        self._nodes = NODES
+        self._total = len(jobs) * len(NODES)
+        self._ended = 0
+
+    def __call__(self, node: Any, event: str) -> None:
+        *_, scan, step = node.fullname.split(".")
+        if step not in self._nodes:
+            return
+        if event == "start":
+            LOG.info("%s: %s …", self._names[scan], step)
+            return
+        self._ended += 1
+        what = "done" if event == "end" else "FAILED"
+        LOG.info("[%d/%d] %s: %s %s", self._ended, self._total, self._names[scan], step, what)
+
+
+def _why(
+    scan: Scan, folder: Path, settings: Settings, crashed: Exception | None
+) -> dict[str, Any]:
+    """Why a scan did not end: what its node said, or what the graph ended with."""
+    from brainprior_bids.bids.files import read_json
+    from brainprior_bids.interfaces.base import FAILURE
+    from brainprior_bids.workflows.plugin import KILLED
+    from brainprior_bids.workflows.scan import log_dir
+
+    crash_files = sorted(log_dir(settings, scan.subject).glob("crash-*.txt"))
+    own = [path for path in crash_files if f"{scan.name.node_name}_wf" in _read(path)]
+    crash_file = str(own[-1].relative_to(settings.output_dir)) if own else None
+    for failure in sorted(folder.glob(f"*/{FAILURE}")):
+        found = read_json(failure)
+        message = found["message"]
+        if not found["expected"]:
+            message = f"{found['type']} in {failure.parent.name}: {message}"
+        return {
+            "node": failure.parent.name,
+            "type": found["type"],
+            "message": message,
+            "crash_file": crash_file,
+        }
+    if own and KILLED in _read(own[-1]):
+        return {"type": "KilledWorker", "message": KILLED, "crash_file": crash_file}
+    if own:
+        lines = [line for line in _read(own[-1]).splitlines() if line.strip()]
+        return {"type": "Crash", "message": lines[-1].strip(), "crash_file": crash_file}
+    if crashed is not None:
+        last = [line for line in str(crashed).splitlines() if line.strip()][-1:]
+        reason = last[0].strip() if last else type(crashed).__name__
+        return {"type": type(crashed).__name__, "message": f"not finished: {reason}"}
+    return {"type": "Unknown", "message": "not finished; run again with -vv to see why"}
+
+
+def _write_failure(scan: Scan, settings: Settings, error: dict[str, Any]) -> None:
+    message = str(error["message"])
+    if not message.startswith(scan.name.stem):
+        message = f"{scan.name.stem}: {message}"
+    status.write_summary(
+        settings.output_dir,
+        {
+            "scan": scan.name.stem,
+            "subject": scan.subject,
+            "source": str(scan.relative),
+            "task": settings.task,
+            "status": "failed",
+            "seconds": None,
+            "message": message,
+            "run_uuid": settings.run_uuid,
+            "version": __version__,
+            "fingerprint": None,
+            "outputs": [],
+            "figures": [],
+            "warnings": [],
+            "facts": {},
+            "nodes": [],
+            "error": {"node": None, "crash_file": None, **error},
+        },
+    )
+
+
+def _reports(scans: Sequence[Scan], settings: Settings) -> bool:
+    """One HTML page a participant; False if one could not be made."""
+    from brainprior_bids.reports.subject import build_subject_report
+
+    made = True
+    for subject in sorted({scan.subject for scan in scans}):
+        try:
+            build_subject_report(settings.output_dir, subject)
+        except Exception as error:  # the images are there: say it, and go on
+            LOG.error("sub-%s: the report could not be made: %s", subject, error)
+            LOG.debug("traceback", exc_info=True)
+            made = False
+    return made
+
+
+def _conclude(scans: Sequence[Scan], settings: Settings) -> int:
+    """Say how it ended; 0 if every scan is done."""
+    summaries = [status.read_summary(settings.output_dir, scan.name.stem) for scan in scans]
+    states = [summary["status"] if summary else "failed" for summary in summaries]
+    for summary in summaries:
+        if summary and summary["status"] == "failed":
+            LOG.error("FAILED %s", summary["message"])
+            if summary["error"].get("crash_file"):
+                LOG.error("  see %s", settings.output_dir / summary["error"]["crash_file"])
+    LOG.info(
+        "%d done, %d already done, %d failed. Status: %s",
+        states.count("done"),
+        states.count("skipped"),
+        states.count("failed"),
+        settings.output_dir / "logs" / "status.tsv",
+    )
+    for subject in sorted({scan.subject for scan in scans}):
+        report = settings.output_dir / f"sub-{subject}.html"
+        if report.exists():
+            LOG.info("report: %s", report)
+    return 1 if "failed" in states else 0
+
+
+def _dry_run(scans: Sequence[Scan], settings: Settings) -> int:
+    calls = settings.n_samples * settings.n_steps
+    for scan in scans:
+        print(
+            f"{scan.relative}  {settings.task}, seed {scan_seed(settings.random_seed, scan.name)}"
+        )
+        if scan.problem:
+            print(f"  would fail: {scan.problem}")
+        for name in output_names(scan.name, n_samples=settings.n_samples).values():
+            print(f"  {scan.name.folder}/anat/{name}")
+    print(
+        f"{len(scans)} scan(s), {calls} network calls each with the exact sampler, "
+        f"on {settings.device}; nothing was written."
+    )
+    return 0
+
+
+def _log_to_stderr() -> None:
+    if not LOG.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        LOG.addHandler(handler)
+        LOG.propagate = False
+    LOG.setLevel(logging.INFO)
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")

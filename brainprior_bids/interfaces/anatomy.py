@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Interfaces to ``brainprior_bids.anatomy``: files in the node's folder <-> arrays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from nipype.interfaces.base import File, isdefined, traits
+
+from brainprior_bids.bids.files import read_json, write_json
+from brainprior_bids.engine.errors import InputError
+from brainprior_bids.engine.grids import Grid
+from brainprior_bids.interfaces.base import (
+    MeasuredInputSpec,
+    MeasuredInterface,
+    MeasuredOutputSpec,
+)
+
+
+def grid_of(image: nib.Nifti1Image) -> Grid:
+    """The grid of a conformed image."""
+    return Grid(image.shape[:3], image.affine)
+
+
+def save(array: np.ndarray, grid: Grid, path: Path) -> str:
+    """Write an array on a grid as NIfTI: its own dtype, slope 1, sform and qform alike."""
+    image = nib.Nifti1Image(array, np.array(grid.affine))
+    image.set_sform(grid.affine, 1)
+    image.set_qform(grid.affine, 1)
+    image.header.set_slope_inter(1, 0)
+    image.header.set_xyzt_units("mm", "sec")
+    nib.save(image, path)
+    return str(path)
+
+
+class _ConformInputSpec(MeasuredInputSpec):
+    in_file = File(mandatory=True, desc="a raw T1w, T2w or FLAIR")
+    metadata = traits.Dict({}, usedefault=True, desc="of its sidecars, inheritance applied")
+    slice_thickness = traits.Range(
+        low=0.0, exclude_low=True, desc="mm; overrides the sidecars' SliceThickness"
+    )
+
+
+class _ConformOutputSpec(MeasuredOutputSpec):
+    out_file = File(desc="the scan on closest-canonical axes, float32, scanner units")
+    conform_json = File(desc="facts about the header, and the slice geometry")
+
+
+class Conform(MeasuredInterface):
+    """Check the header, the geometry and the values; turn the axes to RAS; resample nothing."""
+
+    input_spec = _ConformInputSpec
+    output_spec = _ConformOutputSpec
+
+    def _work(self, folder: Path) -> list[str]:
+        from brainprior_bids.anatomy.conform import conform
+
+        thickness = self.inputs.slice_thickness
+        done = conform(
+            Path(self.inputs.in_file),
+            metadata=self.inputs.metadata,
+            slice_thickness_mm=float(thickness) if isdefined(thickness) else None,
+        )
+        out_file = folder / "scan.nii.gz"
+        nib.save(done.image, out_file)
+        conform_json = write_json(
+            folder / "conform.json",
+            {
+                "acquisition": done.acquisition.to_dict(),
+                "facts": done.facts,
+                "warnings": done.warnings,
+            },
+        )
+        self._results.update(out_file=str(out_file), conform_json=str(conform_json))
+        return done.warnings
+
+
+class _ParcellateInputSpec(MeasuredInputSpec):
+    in_file = File(exists=True, mandatory=True, desc="the conformed scan")
+    weights = File(exists=True, mandatory=True, desc="weights of the parcellation network")
+    device = traits.Str("cpu", usedefault=True, nohash=True)
+
+
+class _ParcellateOutputSpec(MeasuredOutputSpec):
+    structures = File(desc="label image on the 1 mm grid, FreeSurfer values, int16")
+    mask = File(desc="brain on the 1 mm grid, uint8")
+    mask_scan = File(desc="share of each scan voxel inside the brain, float32")
+    structures_json = File(desc="table of structures, and the weights that made it")
+
+
+class Parcellate(MeasuredInterface):
+    """Label the brain's structures; the mask is what they cover."""
+
+    input_spec = _ParcellateInputSpec
+    output_spec = _ParcellateOutputSpec
+
+    def _work(self, folder: Path) -> list[str]:
+        from brainprior_bids.anatomy.parcellation import parcellate
+        from brainprior_bids.engine.weights import load_parcellation, sha256_file
+
+        image = nib.load(self.inputs.in_file)
+        scan_grid = grid_of(image)
+        grid = scan_grid.one_millimetre()
+        weights = Path(self.inputs.weights)
+        network = load_parcellation(weights, device=self.inputs.device)
+        done = parcellate(image, network=network, restored_grid=grid)
+        structures_json = write_json(
+            folder / "structures.json",
+            {
+                "table": done.table,
+                "warnings": done.warnings,
+                "weights": {
+                    "name": network.metadata.get("name"),
+                    "licence": network.metadata.get("licence"),
+                    "sha256": sha256_file(weights),
+                },
+            },
+        )
+        self._results.update(
+            structures=save(
+                np.asarray(done.structures, np.int16), grid, folder / "structures.nii.gz"
+            ),
+            mask=save(np.asarray(done.mask, np.uint8), grid, folder / "mask.nii.gz"),
+            mask_scan=save(
+                np.asarray(done.mask_scan, np.float32), scan_grid, folder / "mask_scan.nii.gz"
+            ),
+            structures_json=str(structures_json),
+        )
+        return list(done.warnings)
+
+
+class _N4InputSpec(MeasuredInputSpec):
+    in_file = File(exists=True, mandatory=True, desc="the conformed scan")
+    mask_scan = File(exists=True, mandatory=True, desc="brain on the scan's grid, in [0, 1]")
+
+
+class _N4OutputSpec(MeasuredOutputSpec):
+    log_bias = File(desc="natural log of the bias field on the scan's grid, mean 0 in the mask")
+
+
+class N4(MeasuredInterface):
+    """Estimate the bias field inside the brain (N4); it only starts the engine's own."""
+
+    input_spec = _N4InputSpec
+    output_spec = _N4OutputSpec
+
+    def _work(self, folder: Path) -> list[str]:
+        from brainprior_bids.anatomy.bias import n4
+
+        image = nib.load(self.inputs.in_file)
+        mask = np.asarray(nib.load(self.inputs.mask_scan).dataobj, np.float32)
+        log_bias = np.asarray(n4(image, mask, threads=int(self.inputs.num_threads)), np.float32)
+        self._results["log_bias"] = save(log_bias, grid_of(image), folder / "log_bias.nii.gz")
+        return []
+
+
+class _CentroidAffineInputSpec(MeasuredInputSpec):
+    structures_json = File(exists=True, mandatory=True, desc="table of structures")
+
+
+class _CentroidAffineOutputSpec(MeasuredOutputSpec):
+    affine_json = File(desc="matrix scanner RAS mm -> MNI305 RAS mm, and its residuals")
+    to_mni305 = File(desc="ITK text: resamples the scan into MNI305")
+    from_mni305 = File(desc="ITK text: resamples MNI305 into the scan's space")
+
+
+class CentroidAffine(MeasuredInterface):
+    """Fit the structures' centroids to those of MNI305, by weighted least squares."""
+
+    input_spec = _CentroidAffineInputSpec
+    output_spec = _CentroidAffineOutputSpec
+
+    def _work(self, folder: Path) -> list[str]:
+        from brainprior_bids.anatomy.affine import fit_affine
+        from brainprior_bids.anatomy.spaces import write_itk_affine
+
+        fit = fit_affine(read_json(Path(self.inputs.structures_json))["table"])
+        matrix = np.asarray(fit.matrix, np.float64)
+        affine_json = write_json(
+            folder / "affine.json",
+            {
+                "matrix": matrix,
+                "dof": fit.dof,
+                "residuals_mm": fit.residuals_mm,
+                "median_residual_mm": fit.median_residual_mm,
+                "used": fit.used,
+                "warnings": fit.warnings,
+            },
+        )
+        forward, inverse = folder / "to_mni305.txt", folder / "from_mni305.txt"
+        write_itk_affine(forward, matrix)
+        write_itk_affine(inverse, np.linalg.inv(matrix))
+        self._results.update(
+            affine_json=str(affine_json), to_mni305=str(forward), from_mni305=str(inverse)
+        )
+        return list(fit.warnings)
+
+
+class _ToMNI305InputSpec(MeasuredInputSpec):
+    in_file = File(exists=True, mandatory=True, desc="an image in the scan's space")
+    affine_json = File(exists=True, mandatory=True, desc="of CentroidAffine")
+
+
+class _ToMNI305OutputSpec(MeasuredOutputSpec):
+    out_file = File(desc="the image on the 1 mm MNI305 grid")
+
+
+class ToMNI305(MeasuredInterface):
+    """Resample once, through the affine, onto the 1 mm MNI305 grid."""
+
+    input_spec = _ToMNI305InputSpec
+    output_spec = _ToMNI305OutputSpec
+
+    def _work(self, folder: Path) -> list[str]:
+        from brainprior_bids.anatomy.spaces import to_mni305
+
+        matrix = np.array(read_json(Path(self.inputs.affine_json))["matrix"], np.float64)
+        if matrix.shape != (4, 4):
+            raise InputError(
+                f"ToMNI305: expected a 4 x 4 matrix in {self.inputs.affine_json}, got "
+                f"{matrix.shape}. Remove the work folder and run again."
+            )
+        out_file = folder / "restored_mni305.nii.gz"
+        nib.save(to_mni305(nib.load(self.inputs.in_file), matrix), out_file)
+        self._results["out_file"] = str(out_file)
+        return []

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every node shares: its threads, its measured time and memory, a failure that can be read.
+
+A node leaves ``node.json`` in its folder (time, peak memory, threads, warnings), which the last
+node gathers into the provenance, or ``failure.json``, which the command reads to say in one
+sentence why a scan failed; the traceback stays in Nipype's crash file.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+from nipype.interfaces.base import (
+    BaseInterfaceInputSpec,
+    File,
+    SimpleInterface,
+    TraitedSpec,
+    traits,
+)
+
+from brainprior_bids import __version__
+from brainprior_bids.bids.files import write_json
+from brainprior_bids.engine.errors import BrainpriorError
+
+RECORD = "node.json"
+FAILURE = "failure.json"
+
+
+class MeasuredInputSpec(BaseInterfaceInputSpec):
+    """Inputs of every node."""
+
+    num_threads = traits.Range(
+        low=1, value=1, usedefault=True, nohash=True, desc="threads the node may use"
+    )
+    code_version = traits.Str(
+        __version__, usedefault=True, desc="a result of another version is not taken over"
+    )
+
+
+class MeasuredOutputSpec(TraitedSpec):
+    """Outputs of every node."""
+
+    record = File(desc="time, peak memory, threads and warnings of this node, JSON")
+
+
+class MeasuredInterface(SimpleInterface):
+    """An interface whose work is one method, ``_work``."""
+
+    input_spec = MeasuredInputSpec
+    output_spec = MeasuredOutputSpec
+
+    def _work(self, folder: Path) -> list[str]:
+        """Do it, put the outputs' paths into ``self._results``, return the warnings."""
+        raise NotImplementedError  # abstract: every interface has its own
+
+    def _run_interface(self, runtime: Any) -> Any:
+        import torch
+
+        folder = Path(runtime.cwd)
+        torch.set_num_threads(int(self.inputs.num_threads))
+        meter = Meter()
+        try:
+            with meter:
+                warnings = self._work(folder)
+        except Exception as error:
+            write_json(
+                folder / FAILURE,
+                {
+                    "node": type(self).__name__,
+                    "type": type(error).__name__,
+                    "message": str(error) or type(error).__name__,
+                    "expected": isinstance(error, BrainpriorError),
+                    **meter.facts(),
+                },
+            )
+            raise
+        self._results["record"] = str(
+            write_json(
+                folder / RECORD,
+                {
+                    "node": type(self).__name__,
+                    "threads": int(self.inputs.num_threads),
+                    "warnings": warnings,
+                    **meter.facts(),
+                },
+            )
+        )
+        return runtime
+
+
+class Meter:
+    """Wall time, processor time and peak memory of a block, measured while it runs.
+
+    The resident memory of this process is read every 50 ms: a worker is used for many nodes, so
+    the system's own high-water mark would show the largest of them. GPU memory is what torch's
+    allocator held at most.
+    """
+
+    interval_s = 0.05
+
+    def __init__(self) -> None:
+        self._process = psutil.Process()
+        self._stop = threading.Event()
+        self._peak = 0
+        self._gpu = 0
+        self._seconds = 0.0
+        self._cpu = 0.0
+
+    def __enter__(self) -> Meter:
+        self.started = datetime.now(UTC).isoformat(timespec="seconds")
+        self._clock = time.monotonic()
+        self._cpu_clock = time.process_time()
+        self._baseline = self._peak = self._process.memory_info().rss
+        self._reset_gpu()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._peak = max(self._peak, self._process.memory_info().rss)
+        self._seconds = time.monotonic() - self._clock
+        self._cpu = time.process_time() - self._cpu_clock
+        self._gpu = self._gpu_peak()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self.interval_s):
+            self._peak = max(self._peak, self._process.memory_info().rss)
+
+    @staticmethod
+    def _reset_gpu() -> None:
+        import torch
+
+        if torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
+
+    @staticmethod
+    def _gpu_peak() -> int:
+        import torch
+
+        return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
+
+    def facts(self) -> dict[str, Any]:
+        """Start (UTC), seconds, processor seconds, peak and added memory in GiB."""
+        gib = 2**30
+        return {
+            "started": self.started,
+            "seconds": round(self._seconds, 3),
+            "cpu_seconds": round(self._cpu, 3),
+            "peak_memory_gb": round(self._peak / gib, 3),
+            "added_memory_gb": round((self._peak - self._baseline) / gib, 3),
+            "gpu_memory_gb": round(self._gpu / gib, 3),
+        }

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The last two nodes of a scan: pictures, and the derivatives put in place."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from nipype.interfaces.base import File, InputMultiPath, OutputMultiPath, isdefined, traits
+
+from brainprior_bids import __version__
+from brainprior_bids.bids.derivatives import sidecars, structures_table
+from brainprior_bids.bids.files import publish, read_json, to_json
+from brainprior_bids.bids.names import BIDSName, output_names
+from brainprior_bids.bids.provenance import scan_records, sha256_file
+from brainprior_bids.bids.query import Scan
+from brainprior_bids.bids.status import read_summary, summary_path, write_summary
+from brainprior_bids.interfaces.base import (
+    MeasuredInputSpec,
+    MeasuredInterface,
+    MeasuredOutputSpec,
+)
+
+IMAGES = ("restored", "uncertainty", "restored_mni305", "mask", "structures")
+TEXTS = ("to_mni305", "from_mni305")
+
+
+class _ScanFilesInputSpec(MeasuredInputSpec):
+    """Files of the nodes before."""
+
+    scan = File(exists=True, mandatory=True)
+    conform_json = File(exists=True, mandatory=True)
+    structures = File(exists=True, mandatory=True)
+    structures_json = File(exists=True, mandatory=True)
+    mask = File(exists=True, mandatory=True)
+    mask_scan = File(exists=True, mandatory=True)
+    affine_json = File(exists=True, mandatory=True)
+    restored = File(exists=True, mandatory=True)
+    uncertainty = File(exists=True)
+    log_bias = File(exists=True, mandatory=True)
+    restored_mni305 = File(exists=True, mandatory=True)
+    restore_json = File(exists=True, mandatory=True)
+    name = traits.Str(mandatory=True, desc="BIDS name of the scan, without extension")
+
+
+class _ReportletsOutputSpec(MeasuredOutputSpec):
+    figures = OutputMultiPath(File(), desc="SVG pictures")
+
+
+class Reportlets(MeasuredInterface):
+    """Draw the pictures of one scan."""
+
+    input_spec = _ScanFilesInputSpec
+    output_spec = _ReportletsOutputSpec
+
+    def _work(self, folder: Path) -> list[str]:
+        from brainprior_bids.reports.reportlets import make_reportlets
+
+        inputs = self.inputs
+        files = {
+            "scan": inputs.scan,
+            "mask_scan": inputs.mask_scan,
+            "log_bias": inputs.log_bias,
+            "mask": inputs.mask,
+            "structures": inputs.structures,
+            "structures_table": inputs.structures_json,
+            "restored": inputs.restored,
+            "restored_mni305": inputs.restored_mni305,
+            "conform": inputs.conform_json,
+            "affine": inputs.affine_json,
+            "restore": inputs.restore_json,
+        }
+        if isdefined(inputs.uncertainty):
+            files["uncertainty"] = inputs.uncertainty
+        name = BIDSName.parse(inputs.name)
+        prefix = name.stem.removesuffix(f"_{name.suffix}")
+        figures = make_reportlets(
+            {role: Path(path) for role, path in files.items()},
+            folder / "figures",
+            prefix=prefix,
+            suffix=name.suffix,
+        )
+        self._results["figures"] = [str(path) for path in figures]
+        return []
+
+
+class _WriteInputSpec(_ScanFilesInputSpec):
+    to_mni305 = File(exists=True, mandatory=True)
+    from_mni305 = File(exists=True, mandatory=True)
+    figures = InputMultiPath(File(exists=True))
+    records = InputMultiPath(File(exists=True), desc="node.json of the nodes before")
+    source_file = File(exists=True, mandatory=True, desc="the raw image")
+    relative = traits.Str(mandatory=True, desc="its path from the data set's root")
+    metadata = traits.Dict({}, usedefault=True)
+    output_dir = traits.Str(mandatory=True)
+    settings = traits.Dict(mandatory=True, desc="what decides the result")
+    seed = traits.Range(low=0, high=2**63 - 1, value=0, usedefault=True)
+    fingerprint = traits.Str(mandatory=True)
+    run_uuid = traits.Str(mandatory=True)
+    command = traits.List(traits.Str(), desc="argv")
+
+
+class _WriteOutputSpec(MeasuredOutputSpec):
+    summary = File(desc="logs/scans/<scan>.json")
+
+
+class Write(MeasuredInterface):
+    """Put the derivatives, their sidecars, the pictures and the provenance in place.
+
+    Everything is first written into a hidden folder of the output folder, then renamed: a reader
+    sees a whole file or none. The summary comes last, so a scan is ``done`` only with everything
+    in place. It always runs: the outputs may have been removed while the work folder was kept.
+    """
+
+    input_spec = _WriteInputSpec
+    output_spec = _WriteOutputSpec
+    _always_run = True
+
+    def _work(self, folder: Path) -> list[str]:
+        inputs = self.inputs
+        output_dir = Path(inputs.output_dir)
+        scan = Scan(
+            Path(inputs.source_file),
+            PurePosixPath(inputs.relative),
+            BIDSName.parse(inputs.relative),
+            inputs.metadata,
+        )
+        facts = {
+            "conform": read_json(Path(inputs.conform_json)),
+            "parcellation": read_json(Path(inputs.structures_json)),
+            "affine": read_json(Path(inputs.affine_json)),
+            "restore": read_json(Path(inputs.restore_json)),
+            "seed": inputs.seed,
+        }
+        nodes = [read_json(Path(record)) for record in inputs.records]
+        warnings = [text for node in nodes for text in node["warnings"]]
+        staging = Path(tempfile.mkdtemp(prefix=".brainprior-staging-", dir=output_dir))
+        try:
+            staged, outputs = self._stage(staging, scan, facts)
+            digests = {role: (path, sha256_file(staging / path)) for role, path in outputs.items()}
+            input_sha256 = sha256_file(scan.path)
+            records = scan_records(
+                scan,
+                run_uuid=inputs.run_uuid,
+                command=list(inputs.command),
+                settings=inputs.settings,
+                seed=inputs.seed,
+                input_sha256=input_sha256,
+                outputs=digests,
+                facts=facts,
+                nodes=nodes,
+                warnings=warnings,
+            )
+            for file_name, text in records.items():
+                staged.append(f"prov/{file_name}")
+                _write(staging / "prov" / file_name, text)
+            figures = self._stage_figures(staging, scan)
+            staged += figures
+            previous = read_summary(output_dir, scan.name.stem) or {}
+            publish({staging / path: output_dir / path for path in staged})
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        self._remove_stale(output_dir, previous, set(staged))
+        write_summary(
+            output_dir,
+            {
+                "scan": scan.name.stem,
+                "subject": scan.subject,
+                "source": str(scan.relative),
+                "source_sha256": input_sha256,
+                "task": inputs.settings["task"],
+                "status": "done",
+                "seconds": round(sum(node["seconds"] for node in nodes), 3),
+                "message": f"{len(warnings)} warning(s)" if warnings else "",
+                "run_uuid": inputs.run_uuid,
+                "version": __version__,
+                "fingerprint": inputs.fingerprint,
+                "seed": inputs.seed,
+                "outputs": sorted(path for path in staged if path not in figures),
+                "figures": figures,
+                "warnings": warnings,
+                "facts": facts,
+                "nodes": nodes,
+                "error": None,
+            },
+        )
+        self._results["summary"] = str(summary_path(output_dir, scan.name.stem))
+        return []
+
+    def _stage(
+        self, staging: Path, scan: Scan, facts: dict[str, Any]
+    ) -> tuple[list[str], dict[str, str]]:
+        """Write images, transforms, tables and sidecars below ``staging``.
+
+        Returns
+        -------
+        every staged path, and role -> path of those that are not sidecars; all relative.
+        """
+        inputs = self.inputs
+        has_sd = isdefined(inputs.uncertainty)
+        names = output_names(scan.name, n_samples=2 if has_sd else 1)
+        anat = PurePosixPath(scan.name.folder) / "anat"
+        outputs = {role: str(anat / name) for role, name in names.items()}
+        (staging / anat).mkdir(parents=True)
+        code = facts["conform"]["facts"]["affine"]["code"]
+        for role in IMAGES:
+            if role in outputs:
+                _copy_image(Path(getattr(inputs, role)), staging / outputs[role], role, code)
+        for role in TEXTS:
+            shutil.copyfile(getattr(inputs, role), staging / outputs[role])
+        _write(
+            staging / outputs["structures_table"],
+            structures_table(facts["parcellation"]["table"]),
+        )
+        staged = list(outputs.values())
+        for role, content in sidecars(scan, outputs, facts).items():
+            path = outputs[role].removesuffix(".nii.gz") + ".json"
+            _write(staging / path, to_json(content))
+            staged.append(path)
+        return staged, outputs
+
+    def _stage_figures(self, staging: Path, scan: Scan) -> list[str]:
+        """Copy the pictures into ``sub-XX/figures``; relative paths."""
+        if not isdefined(self.inputs.figures):
+            return []
+        target = PurePosixPath(f"sub-{scan.subject}") / "figures"
+        (staging / target).mkdir(parents=True)
+        figures = []
+        for figure in self.inputs.figures:
+            path = target / Path(figure).name
+            shutil.copyfile(figure, staging / path)
+            figures.append(str(path))
+        return figures
+
+    @staticmethod
+    def _remove_stale(output_dir: Path, previous: dict[str, Any], staged: set[str]) -> None:
+        """Remove what an earlier run of this scan left and this one did not replace."""
+        for path in (*previous.get("outputs", ()), *previous.get("figures", ())):
+            if path not in staged:
+                (output_dir / path).unlink(missing_ok=True)
+
+
+def _copy_image(source: Path, target: Path, role: str, code: int) -> None:
+    """Copy an image; those in the scan's own space carry the scan's own sform code."""
+    image = nib.load(source)
+    if role != "restored_mni305":
+        image.set_sform(image.affine, code)
+        image.set_qform(image.affine, code)
+    array = np.asanyarray(image.dataobj)
+    copy = nib.Nifti1Image(array, image.affine, image.header)
+    copy.header.set_slope_inter(1, 0)
+    nib.save(copy, target)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")

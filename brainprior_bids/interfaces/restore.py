@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Interface to ``brainprior_bids.engine.restore``; the graph's only GPU node."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from nipype.interfaces.base import File, traits
+
+from brainprior_bids.bids.files import read_json, write_json
+from brainprior_bids.engine.acquisition import Acquisition
+from brainprior_bids.interfaces.anatomy import grid_of, save
+from brainprior_bids.interfaces.base import (
+    MeasuredInputSpec,
+    MeasuredInterface,
+    MeasuredOutputSpec,
+)
+
+LOG = logging.getLogger("nipype.interface")
+
+
+class _RestoreInputSpec(MeasuredInputSpec):
+    in_file = File(exists=True, mandatory=True, desc="the conformed scan, bias and skull included")
+    conform_json = File(exists=True, mandatory=True, desc="slice geometry, of Conform")
+    mask = File(exists=True, mandatory=True, desc="brain on the 1 mm grid")
+    mask_scan = File(exists=True, mandatory=True, desc="brain on the scan's grid, in [0, 1]")
+    log_bias = File(exists=True, mandatory=True, desc="of N4, to start from")
+    affine_json = File(
+        exists=True, mandatory=True, desc="scanner RAS -> MNI305, of CentroidAffine"
+    )
+    prior = File(exists=True, mandatory=True, desc="weights of the prior")
+    contrast = traits.Enum("T1w", "T2w", "FLAIR", "unknown", mandatory=True)
+    sampler = traits.Enum("exact", "daps", usedefault=True)
+    n_samples = traits.Range(low=1, value=4, usedefault=True)
+    n_steps = traits.Range(low=1, value=20, usedefault=True, desc="noise levels")
+    seed = traits.Range(low=0, high=2**63 - 1, value=0, usedefault=True)
+    device = traits.Str("cpu", usedefault=True, nohash=True, desc="cpu or cuda:N")
+    use_gpu = traits.Bool(
+        False, usedefault=True, nohash=True, desc="makes this a GPU node for Nipype's scheduler"
+    )
+    label = traits.Str("", usedefault=True, nohash=True, desc="the scan, for progress lines")
+
+
+class _RestoreOutputSpec(MeasuredOutputSpec):
+    restored = File(desc="mean of the samples on the 1 mm grid, scanner units")
+    uncertainty = File(desc="SD of the samples, same grid and units; with 2 samples or more")
+    log_bias = File(desc="natural log of the bias field found, on the scan's grid")
+    restore_json = File(desc="noise, residuals, calls, schedule, weights")
+
+
+class Restore(MeasuredInterface):
+    """Draw from the posterior of the 1 mm brain, given the scan and the prior."""
+
+    input_spec = _RestoreInputSpec
+    output_spec = _RestoreOutputSpec
+
+    def _work(self, folder: Path) -> list[str]:
+        from brainprior_bids.engine.restore import restore
+        from brainprior_bids.engine.weights import load_prior, sha256_file
+
+        image = nib.load(self.inputs.in_file)
+        grid = grid_of(image)
+        prior_path = Path(self.inputs.prior)
+        prior = load_prior(prior_path, device=self.inputs.device)
+        acquisition = Acquisition.from_dict(
+            read_json(Path(self.inputs.conform_json))["acquisition"]
+        )
+        done = restore(
+            np.asarray(image.dataobj, np.float32),
+            grid=grid,
+            acquisition=acquisition,
+            mask=_array(self.inputs.mask_scan),
+            mask_1mm=_array(self.inputs.mask),
+            to_mni305=np.array(read_json(Path(self.inputs.affine_json))["matrix"], np.float64),
+            contrast=self.inputs.contrast,
+            prior=prior,
+            log_bias=_array(self.inputs.log_bias),
+            noise_sd=None,
+            sampler=self.inputs.sampler,
+            n_samples=self.inputs.n_samples,
+            n_steps=self.inputs.n_steps,
+            seed=self.inputs.seed,
+            device=self.inputs.device,
+            observe=progress(self.inputs.label, self.inputs.n_samples * self.inputs.n_steps),
+        )
+        facts: dict[str, Any] = {
+            "sampler": done.sampler,
+            "contrast": self.inputs.contrast,
+            "n_samples": self.inputs.n_samples,
+            "seed": self.inputs.seed,
+            "schedule": list(done.schedule),
+            "calls": done.calls,
+            "noise_sd_initial": done.noise_sd_initial,
+            "noise_sd": done.noise_sd,
+            "residual_ratios": list(done.residual_ratios),
+            "unit": done.unit,
+            "seconds": done.seconds,
+            "acquisition": acquisition.to_dict(),
+            "environment": environment(self.inputs.device, self.inputs.num_threads),
+            "prior": {**_card(prior.metadata), "sha256": sha256_file(prior_path)},
+            "warnings": done.warnings,
+        }
+        self._results.update(
+            restored=save(
+                np.asarray(done.mean, np.float32), done.grid, folder / "restored.nii.gz"
+            ),
+            log_bias=save(np.asarray(done.log_bias, np.float32), grid, folder / "log_bias.nii.gz"),
+            restore_json=str(write_json(folder / "restore.json", facts)),
+        )
+        if done.sd is not None:
+            self._results["uncertainty"] = save(
+                np.asarray(done.sd, np.float32), done.grid, folder / "uncertainty.nii.gz"
+            )
+        return list(done.warnings)
+
+
+def progress(label: str, total: int) -> Callable[..., None]:
+    """An observer that logs every quarter of the sampling steps."""
+    seen = 0
+    every = max(1, total // 4)
+
+    def observe(*_: object, **__: object) -> None:
+        nonlocal seen
+        seen += 1
+        if seen % every == 0:
+            LOG.info("%s: sampling, step %d of %d", label, seen, total)
+
+    return observe
+
+
+def environment(device: str, threads: int) -> dict[str, Any]:
+    """What else the bytes of a result depend on: processor, torch, CUDA, determinism."""
+    import platform
+
+    import torch
+
+    facts: dict[str, Any] = {
+        "device": device,
+        "threads": threads,
+        "processor": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+    }
+    if device.startswith("cuda"):
+        facts["gpu"] = torch.cuda.get_device_name(device)
+        facts["cuda"] = torch.version.cuda
+        facts["cudnn"] = torch.backends.cudnn.version()
+        facts["cudnn_deterministic"] = torch.backends.cudnn.deterministic
+        facts["tf32"] = torch.backends.cuda.matmul.allow_tf32
+    return facts
+
+
+def _card(metadata: dict[str, Any]) -> dict[str, Any]:
+    keys = ("name", "licence", "training_data", "format", "version")
+    return {key: metadata[key] for key in keys if key in metadata}
+
+
+def _array(path: str) -> np.ndarray:
+    return np.asarray(nib.load(path).dataobj, np.float32)

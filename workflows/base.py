@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The graph of a run: every scan on its own, so that one that fails stops no other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from brainprior_bids.workflows.scan import Job, init_scan_wf
+from nipype import config
+from nipype.pipeline import engine as pe
+
+from brainprior_bids.settings import Settings
+
+
+def init_brainprior_wf(
+    *, jobs: Sequence[Job], settings: Settings, prior: Path, parcellation: Path
+) -> pe.Workflow:
+    """One workflow a scan, side by side.
+
+    Parameters
+    ----------
+    jobs : sequence of Job
+        Scans to be restored.
+    settings : Settings
+        Of the run.
+    prior, parcellation : Path
+        Weights.
+
+    Returns
+    -------
+    Workflow
+        Its folders below ``settings.work_dir`` depend on the scans' names alone, so that a later
+        run goes on where this one stopped.
+    """
+    workflow = pe.Workflow(name="brainprior_wf", base_dir=str(settings.work_dir))
+    workflow.add_nodes(
+        [
+            init_scan_wf(
+                job=job,
+                settings=settings,
+                prior=prior,
+                parcellation=parcellation,
+                name=f"{job.scan.name.node_name}_wf",
+            )
+            for job in jobs
+        ]
+    )
+    return workflow
+
+
+def configure_nipype(settings: Settings, *, crash_dir: Path) -> None:
+    """Set Nipype's own configuration for this process; its workers get the nodes' copy.
+
+    Results are looked up by the content of the inputs, nothing that a node left is removed, and
+    a crash of one scan is written down and does not stop the others.
+    """
+    config.update_config(
+        {
+            "execution": {
+                "crashdump_dir": str(crash_dir),
+                "crashfile_format": "txt",
+                "hash_method": "content",
+                "stop_on_first_crash": str(settings.stop_on_first_crash).lower(),
+                "remove_unnecessary_outputs": "false",
+                "keep_inputs": "true",
+                "get_linked_libs": "false",
+                "check_version": "false",
+                "poll_sleep_duration": "0.2",
+                "create_report": "false",
+            },
+            "logging": {"log_directory": str(crash_dir), "log_to_file": "false"},
+        }
+    )

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The way of one scan, from the raw image to its derivatives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from nipype.interfaces.utility import Merge
+from nipype.pipeline import engine as pe
+
+from brainprior_bids.bids.query import Scan
+from brainprior_bids.interfaces.anatomy import N4, CentroidAffine, Conform, Parcellate, ToMNI305
+from brainprior_bids.interfaces.derivatives import Reportlets, Write
+from brainprior_bids.interfaces.restore import Restore
+from brainprior_bids.settings import Settings
+
+MEMORY_GB = {
+    "conform": 0.8,
+    "parcellate": 2.0,
+    "n4": 0.8,
+    "affine": 0.4,
+    "restore": 3.0,
+    "mni305": 0.8,
+    "reportlets": 0.8,
+    "write": 0.6,
+}
+"""What a node may claim, in GiB, the interpreter included."""
+
+NODES = tuple(MEMORY_GB)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One scan to be restored, with what was decided before the graph is built.
+
+    Parameters
+    ----------
+    scan : Scan
+    seed : int
+        The scan's own, derived from the run's.
+    fingerprint : str
+        Of everything that decides the result.
+    """
+
+    scan: Scan
+    seed: int
+    fingerprint: str
+
+
+def log_dir(settings: Settings, subject: str) -> Path:
+    """Where a participant's settings and crash files of this run lie."""
+    return settings.output_dir / f"sub-{subject}" / "log" / settings.run_uuid
+
+
+def init_scan_wf(
+    *, job: Job, settings: Settings, prior: Path, parcellation: Path, name: str
+) -> pe.Workflow:
+    """conform → parcellate → n4 → affine → restore → mni305 → reportlets → write.
+
+    Parameters
+    ----------
+    job : Job
+        The scan; its image and metadata are the graph's only inputs.
+    settings : Settings
+        Of the run. ``restore`` is a GPU node only where ``settings.use_gpu``; on the CPU the
+        nodes that compute take ``omp_nthreads`` processors.
+    prior, parcellation : Path
+        Weights.
+    name : str
+        Of the workflow: letters, digits, underscore.
+
+    Returns
+    -------
+    Workflow
+        Its outputs are files in ``settings.output_dir``; ``write.outputs.summary`` names the
+        scan's summary.
+    """
+    scan = job.scan
+    threads = settings.omp_nthreads
+
+    def node(interface: pe.nodes.Interface, name: str, *, threads: int = 1) -> pe.Node:
+        interface.inputs.num_threads = threads
+        made = pe.Node(
+            interface, name=name, mem_gb=MEMORY_GB[name], n_procs=threads, overwrite=settings.force
+        )
+        made.config = {"execution": {"crashdump_dir": str(log_dir(settings, scan.subject))}}
+        return made
+
+    conform = node(Conform(in_file=str(scan.path), metadata=dict(scan.metadata)), "conform")
+    if settings.slice_thickness_mm is not None:
+        conform.inputs.slice_thickness = settings.slice_thickness_mm
+    parcellate = node(Parcellate(weights=str(parcellation)), "parcellate", threads=threads)
+    n4 = node(N4(), "n4", threads=threads)
+    affine = node(CentroidAffine(), "affine")
+    restore = node(
+        Restore(
+            prior=str(prior),
+            contrast=scan.contrast,
+            sampler=settings.sampler,
+            n_samples=settings.n_samples,
+            n_steps=settings.n_steps,
+            seed=job.seed,
+            device=settings.device,
+            use_gpu=settings.use_gpu,
+            label=scan.name.stem,
+        ),
+        "restore",
+        # a GPU node takes n_procs GPU slots: one
+        threads=1 if settings.use_gpu else threads,
+    )
+    mni305 = node(ToMNI305(), "mni305")
+    reportlets = node(Reportlets(name=scan.name.stem), "reportlets")
+    write = node(
+        Write(
+            name=scan.name.stem,
+            source_file=str(scan.path),
+            relative=str(scan.relative),
+            metadata=dict(scan.metadata),
+            output_dir=str(settings.output_dir),
+            settings=settings.scan_settings(),
+            seed=job.seed,
+            fingerprint=job.fingerprint,
+            run_uuid=settings.run_uuid,
+            command=list(settings.command),
+        ),
+        "write",
+    )
+    records = pe.Node(Merge(7), name="records", run_without_submitting=True)
+
+    workflow = pe.Workflow(name=name)
+    # fmt: off
+    workflow.connect([
+        (conform, parcellate, [("out_file", "in_file")]),
+        (conform, n4, [("out_file", "in_file")]),
+        (parcellate, n4, [("mask_scan", "mask_scan")]),
+        (parcellate, affine, [("structures_json", "structures_json")]),
+        (conform, restore, [("out_file", "in_file"), ("conform_json", "conform_json")]),
+        (parcellate, restore, [("mask", "mask"), ("mask_scan", "mask_scan")]),
+        (n4, restore, [("log_bias", "log_bias")]),
+        (affine, restore, [("affine_json", "affine_json")]),
+        (restore, mni305, [("restored", "in_file")]),
+        (affine, mni305, [("affine_json", "affine_json")]),
+        *[link for last in (reportlets, write) for link in (
+            (conform, last, [("out_file", "scan"), ("conform_json", "conform_json")]),
+            (parcellate, last, [("structures", "structures"), ("mask", "mask"),
+                                ("structures_json", "structures_json"),
+                                ("mask_scan", "mask_scan")]),
+            (affine, last, [("affine_json", "affine_json")]),
+            (restore, last, [("restored", "restored"), ("uncertainty", "uncertainty"),
+                             ("log_bias", "log_bias"), ("restore_json", "restore_json")]),
+            (mni305, last, [("out_file", "restored_mni305")]),
+        )],
+        (affine, write, [("to_mni305", "to_mni305"), ("from_mni305", "from_mni305")]),
+        (reportlets, write, [("figures", "figures")]),
+        (conform, records, [("record", "in1")]),
+        (parcellate, records, [("record", "in2")]),
+        (n4, records, [("record", "in3")]),
+        (affine, records, [("record", "in4")]),
+        (restore, records, [("record", "in5")]),
+        (mni305, records, [("record", "in6")]),
+        (reportlets, records, [("record", "in7")]),
+        (records, write, [("out", "records")]),
+    ])
+    # fmt: on
+    return workflow
