@@ -173,9 +173,10 @@ def _index(bids_dir: Path, subjects: Sequence[str], sessions: Sequence[str]) -> 
     """A pybids layout of the ``anat`` folders of these subjects and sessions (empty: all)."""
     from bids.layout import BIDSLayout, BIDSLayoutIndexer
 
+    # pybids matches files too: the sidecars above an anat folder have to pass
     ignore = [
-        r"^/(?!sub-)[^/]+$",
-        r"^/sub-[^/]+/(?:ses-[^/]+/)?(?!ses-|anat(?:/|$))[^/]+$",
+        r"^/(?!sub-)[^/]+(?<!\.json)$",
+        r"^/sub-[^/]+/(?:ses-[^/]+/)?(?!ses-|anat(?:/|$))[^/]+(?<!\.json)$",
     ]
     if subjects:
         ignore.append(rf"^/sub-(?!(?:{_any(subjects)})(?:/|$))")

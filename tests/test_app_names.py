@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names of scans and of what is made from them."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from brainprior_bids.bids.names import BIDSName, output_names, scan_seed
+from brainprior_bids.engine.errors import InputError
+
+labels = st.text("abcXYZ0129", min_size=1, max_size=4)
+optional = st.one_of(st.none(), labels)
+
+
+def test_a_t1w_gets_the_names_that_the_documentation_lists():
+    names = output_names(BIDSName.parse("sub-01/anat/sub-01_T1w.nii.gz"), n_samples=4)
+    assert set(names.values()) == {
+        "sub-01_desc-restored_T1w.nii.gz",
+        "sub-01_desc-uncertainty_T1w.nii.gz",
+        "sub-01_space-MNI305_desc-restored_T1w.nii.gz",
+        "sub-01_desc-brain_mask.nii.gz",
+        "sub-01_desc-structures_dseg.nii.gz",
+        "sub-01_desc-structures_dseg.tsv",
+        "sub-01_from-T1w_to-MNI305_mode-image_xfm.txt",
+        "sub-01_from-MNI305_to-T1w_mode-image_xfm.txt",
+    }
+
+
+def test_a_t2w_says_whose_space_its_mask_is_in_and_keeps_its_entities():
+    source = BIDSName.parse("sub-01_ses-a_acq-thick_run-02_T2w.nii")
+    names = output_names(source, n_samples=1)
+    assert names["mask"] == "sub-01_ses-a_acq-thick_run-02_space-T2w_desc-brain_mask.nii.gz"
+    assert names["restored"] == "sub-01_ses-a_acq-thick_run-02_desc-restored_T2w.nii.gz"
+    assert "uncertainty" not in names
+    assert str(source.folder) == "sub-01/ses-a"
+
+
+@given(
+    scans=st.lists(
+        st.tuples(labels, optional, optional, optional, st.sampled_from(["T1w", "T2w", "FLAIR"])),
+        min_size=2,
+        max_size=6,
+        unique=True,
+    )
+)
+def test_different_scans_never_share_a_name(scans):
+    seen: set[str] = set()
+    nodes: set[str] = set()
+    for sub, ses, acq, run, suffix in scans:
+        pairs = [("sub", sub), ("ses", ses), ("acq", acq), ("run", run)]
+        source = BIDSName(tuple((k, v) for k, v in pairs if v), suffix)
+        names = {f"{source.folder}/{n}" for n in output_names(source, n_samples=4).values()}
+        assert len(names) == 8
+        assert not names & seen
+        seen |= names
+        nodes.add(source.node_name)
+    assert len(nodes) == len(scans)
+
+
+@given(labels, optional, optional, st.sampled_from(["T1w", "mask"]))
+def test_parsing_undoes_writing(sub, ses, acq, suffix):
+    name = BIDSName(
+        tuple((k, v) for k, v in (("sub", sub), ("ses", ses), ("acq", acq)) if v),
+        suffix,
+        ".nii.gz",
+    )
+    assert BIDSName.parse(name.stem + ".nii.gz") == name
+
+
+@pytest.mark.parametrize(
+    "name", ["T1w.nii.gz", "ses-1_T1w.nii", "sub-01_acq_T1w.nii", "sub-0.1_T1w"]
+)
+def test_a_name_that_is_not_bids_is_refused(name):
+    with pytest.raises(InputError, match=r"Rename|BIDS name"):
+        BIDSName.parse(name)
+
+
+def test_plus_in_a_label_does_not_merge_two_nodes():
+    plus, under = (BIDSName.parse(f"sub-01_acq-{a}_T1w.nii") for a in ("a+b", "ab"))
+    assert plus.node_name != under.node_name
+    assert plus.node_name.replace("_", "").isalnum()
+
+
+def test_the_scan_seed_is_the_documented_hash():
+    source = BIDSName.parse("sub-01_T2w.nii.gz")
+    digest = hashlib.sha256(b"7:sub-01_T2w").digest()
+    assert scan_seed(7, source) == int.from_bytes(digest[:8], "big") // 2 < 2**63
+    assert scan_seed(8, source) != scan_seed(7, source)
+    assert scan_seed(7, BIDSName.parse("sub-02_T2w.nii.gz")) != scan_seed(7, source)

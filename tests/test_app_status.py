@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files put in place whole, and the status table made from the summaries."""
+
+from __future__ import annotations
+
+import csv
+import json
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from brainprior_bids.bids.files import publish, read_json, to_json, write_text
+from brainprior_bids.bids.status import read_summaries, rebuild_status, write_summary
+
+
+def summary(scan: str, **values):
+    return {"scan": scan, "source": f"{scan}.nii.gz", "task": "restore", "status": "done",
+            "seconds": 12.34, "message": "", **values}  # fmt: skip
+
+
+def test_one_row_a_scan_with_messages_on_one_line(tmp_path):
+    write_summary(tmp_path, summary("sub-02_T1w"))
+    write_summary(
+        tmp_path, summary("sub-01_T1w", status="failed", seconds=None, message='a\tb\n"c"')
+    )
+    with rebuild_status(tmp_path).open(newline="") as stream:
+        rows = list(csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE))
+    assert [list(row.values()) for row in rows] == [
+        ["sub-01_T1w.nii.gz", "restore", "failed", "n/a", 'a b "c"'],
+        ["sub-02_T1w.nii.gz", "restore", "done", "12.3", "n/a"],
+    ]
+
+
+def test_a_damaged_summary_does_not_take_the_others_with_it(tmp_path):
+    write_summary(tmp_path, summary("sub-02_T1w"))
+    (tmp_path / "logs" / "scans" / "sub-01_T1w.json").write_text("{")
+    assert [s["scan"] for s in read_summaries(tmp_path)] == ["sub-02_T1w"]
+
+
+def _write_many(folder: str, worker: int) -> None:
+    for number in range(10):
+        write_summary(Path(folder), summary(f"sub-{worker}{number}_T1w"))
+        rebuild_status(Path(folder))
+
+
+def test_processes_that_share_a_folder_lose_nothing(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_write_many, args=(str(tmp_path), n)) for n in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    rebuild_status(tmp_path)
+    lines = (tmp_path / "logs" / "status.tsv").read_text().splitlines()
+    assert len(lines) == 31
+    assert not [p for p in tmp_path.rglob("*") if p.name.startswith(".")]
+
+
+def test_json_has_no_nan_and_no_numpy():
+    value = {"a": np.float32(1.5), "b": np.array([1, 2]), "c": float("nan"), "d": (Path("/x"),)}
+    assert json.loads(to_json(value)) == {"a": 1.5, "b": [1, 2], "c": None, "d": ["/x"]}
+
+
+def test_read_json_wants_an_object(tmp_path):
+    (tmp_path / "a.json").write_text("[1]")
+    with pytest.raises(ValueError, match="object"):
+        read_json(tmp_path / "a.json")
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+    path = write_text(tmp_path / "a.txt", "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "\ud800")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_files_are_published_all_or_none(tmp_path):
+    staged = tmp_path / "staged"
+    staged.mkdir()
+    for name in "abc":
+        (staged / name).write_text(name)
+    target = tmp_path / "out"
+    (target / "c").mkdir(parents=True)  # a folder in the way of the last rename
+    files = {staged / name: target / name for name in "abc"}
+    with pytest.raises(OSError, match=r"."):
+        publish(files)
+    assert [p.name for p in target.iterdir()] == ["c"]

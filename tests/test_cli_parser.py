@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: what is accepted, what is refused and how it ends."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from brainprior_bids import __version__
+from brainprior_bids.cli import resources
+from brainprior_bids.cli.parser import WORK_DIR, parse_settings
+from brainprior_bids.cli.run import main
+from brainprior_bids.engine.errors import UsageError
+
+
+@pytest.fixture
+def folders(tmp_path):
+    (tmp_path / "raw").mkdir()
+    return [str(tmp_path / "raw"), str(tmp_path / "out"), "participant", "--device", "cpu"]
+
+
+def test_the_defaults_are_the_documented_ones(folders, tmp_path):
+    settings = parse_settings([*folders, "--nprocs", "2"])
+    assert settings.modalities == ("T1w", "T2w", "FLAIR")
+    assert (settings.task, settings.sampler, settings.n_samples) == ("restore", "exact", 4)
+    assert settings.random_seed == 0
+    assert settings.work_dir == tmp_path / "out" / WORK_DIR
+    assert settings.omp_nthreads == 2
+    assert not settings.use_gpu
+
+
+def test_prefixes_are_stripped_and_aliases_taken(folders):
+    settings = parse_settings(
+        [*folders, "--participant-label", "sub-01", "02", "--session-id", "ses-a",
+         "--run-id", "run-01", "--n-cpus", "3", "--mem", "6G", "-m", "T2w", "-vv", "--notrack"]
+    )  # fmt: skip
+    assert settings.participant_label == ("01", "02")
+    assert settings.session_label == ("a",)
+    assert settings.run_id == ("01",)
+    assert settings.nprocs == 3
+    assert settings.mem_gb == pytest.approx(6)
+    assert settings.verbose == 2
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        (["--task", "inpaint"], "not available in this version"),
+        (["--modalities", "bold"], "no prior for bold"),
+        (["--n-samples", "0"], "at least 1"),
+        (["--random-seed", "-1"], "from 0"),
+        (["--slice-thickness", "0"], "above 0"),
+        (["--mem", "lots"], "8G"),
+        (["--device", "gpu"], "cuda:N"),
+        (["--device", "cuda:99"], "--gpus all"),
+        (["--run-id", "one"], "whole number"),
+        (["--prior", "nowhere.safetensors"], "no such file"),
+        (["--bids-filter-file", "nowhere.json"], "cannot be read"),
+        (["--frobnicate"], "--help"),
+    ],
+)
+def test_what_cannot_be_used_says_so_and_ends_with_2(folders, extra, said, capsys):
+    assert main([*folders, *extra]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_nothing_writes_into_the_raw_data(tmp_path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    common = ["participant", "--device", "cpu"]
+    for out, work in (
+        (raw, None),
+        (raw / "sub-01", None),
+        (raw / "derivatives", None),
+        (tmp_path / "out", raw / "work"),
+        (tmp_path / "out", raw),
+        (tmp_path / "out", tmp_path / "out"),
+    ):
+        given = [str(raw), str(out), *common, *(["-w", str(work)] if work else [])]
+        with pytest.raises(UsageError, match=r"output_dir|work-dir"):
+            parse_settings(given)
+    allowed = parse_settings([str(raw), str(raw / "derivatives" / "brainprior"), *common])
+    assert allowed.work_dir.parent == allowed.output_dir
+
+
+def test_a_link_to_the_raw_data_is_the_raw_data(tmp_path):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "raw")
+    with pytest.raises(UsageError, match="output_dir is bids_dir"):
+        parse_settings([str(tmp_path / "raw"), str(tmp_path / "link"), "participant"])
+
+
+def test_missing_data_set_ends_with_2(tmp_path, capsys):
+    given = [str(tmp_path / "no"), str(tmp_path / "out"), "participant", "--device", "cpu"]
+    assert main(given) == 2
+    assert "does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", [[sys.executable, "-m", "brainprior_bids"]])
+def test_version_and_help_come_from_the_command(command):
+    version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+    assert version.stdout.strip() == f"brainprior {__version__}"
+    text = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
+    for word in ("--participant-label", "--session-label", "--nthreads", "exit codes", "examples"):
+        assert word in text
+
+
+def test_train_needs_to_be_told_what(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["train"])
+    assert ended.value.code == 2
+    assert "prior|parcellation" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "gib"), [("8G", 8), ("512M", 0.5), ("1024", 1), ("1T", 1024), ("2 gb", 2)]
+)
+def test_memory_sizes(text, gib):
+    assert resources.parse_memory_gb(text) == pytest.approx(gib)
+
+
+def test_a_containers_limits_count(tmp_path):
+    (tmp_path / "cpu.max").write_text("100000 100000\n")
+    (tmp_path / "memory.max").write_text(str(2**31))
+    assert resources.available_processors(tmp_path) == 1
+    assert resources.available_memory_gb(tmp_path) == pytest.approx(1.8)
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert resources.available_processors(tmp_path) >= 1
