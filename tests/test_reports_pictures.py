@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pictures of a scan: left is left, whatever the storage; coordinates; size; contents."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+
+import nibabel as nb
+import numpy as np
+import pytest
+from lxml import etree
+from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
+from PIL import Image
+from scipy.spatial.transform import Rotation
+
+from brainprior_bids.engine.grids import MNI305, Grid
+from brainprior_bids.reports import volumes
+from brainprior_bids.reports.reportlets import REPORTLETS, make_reportlets
+
+SVG = "{http://www.w3.org/2000/svg}"
+BRAIN_CENTRE = np.array([3.0, -12.0, 20.0])
+SEMI_AXES = np.array([30.0, 40.0, 28.0])
+MARKS = np.array([[-17.0, 0.0, 0.0], [0.0, 25.0, 0.0]])
+"""To the left and to the front of the centre; mm in the head's own axes."""
+LEFT = (42 - 17) / 84  # share of the width: 60 mm of brain and 12 mm of margin on each side
+FRONT = (52 - 25) / 104
+
+
+def head(grid, rotation):
+    """Brain, marks and mask of a synthetic head that is turned with the scan's axes.
+
+    Returns (image, mask); the marks are 3 times as bright as the brain.
+    """
+    points = np.moveaxis(grid.points_mm().astype(float), 0, -1) - BRAIN_CENTRE
+    points = points @ rotation  # into the head's own axes
+    brain = ((points / SEMI_AXES) ** 2).sum(-1) < 1
+    image = np.where(brain, 100.0, 0.0)
+    for mark in MARKS:
+        image[((points - mark) ** 2).sum(-1) < 6**2] = 300.0
+    return image.astype(np.float32), brain.astype(np.float32)
+
+
+def stored(image, grid, codes):
+    """A NIfTI image of a canonical array, stored along other axes."""
+    turn = ornt_transform(io_orientation(grid.affine), axcodes2ornt(tuple(codes)))
+    data = nb.orientations.apply_orientation(image, turn)
+    return nb.Nifti1Image(data, grid.affine @ inv_ornt_aff(turn, image.shape))
+
+
+def node_files(folder, *, codes="RAS", angles=(0, 0, 0), spacing=(2.0, 2.0, 5.0)):
+    """Files as the nodes leave them, of a synthetic head."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rotation = Rotation.from_euler("xyz", angles, degrees=True).as_matrix()
+    shape = tuple(int(np.ceil(112 / s)) for s in spacing)
+    affine = np.eye(4)
+    affine[:3, :3] = rotation @ np.diag(spacing)
+    affine[:3, 3] = BRAIN_CENTRE - affine[:3, :3] @ ((np.array(shape) - 1) / 2)
+    grid = Grid(shape, affine)
+    fine = grid.one_millimetre()
+    scan, mask_scan = head(grid, rotation)
+    restored, mask = head(fine, rotation)
+    restored *= mask
+    labels = np.where(np.arange(fine.shape[0])[:, None, None] < fine.shape[0] / 2, 3, 42) * mask
+    mni, brain = head(MNI305, np.eye(3))
+    arrays = {
+        "scan": (scan, grid),
+        "mask_scan": (mask_scan, grid),
+        "log_bias": (np.linspace(-0.2, 0.2, scan.size).reshape(scan.shape), grid),
+        "residual": (np.sin(np.arange(scan.size)).reshape(scan.shape), grid),
+        "restored": (restored, fine),
+        "mask": (mask, fine),
+        "structures": (labels, fine),
+        "uncertainty": (5 * mask + 0.02 * restored, fine),
+        "restored_mni305": (mni * brain, MNI305),
+    }
+    files = {}
+    for role, (array, on) in arrays.items():
+        files[role] = folder / f"{role}.nii.gz"
+        nb.save(stored(array.astype(np.float32), on, codes), files[role])
+    tables = {
+        "conform": {"acquisition": {"slice_axis": 2, "thickness_mm": 5, "spacing_mm": 5}},
+        "structures_table": {"table": [{"index": 10, "centroid_mm": [-10.0, -18.0, 8.0]}]},
+        "affine": {"matrix": np.eye(4).tolist()},
+        "restore": {"n_samples": 4},
+    }
+    for role, table in tables.items():
+        files[role] = folder / f"{role}.json"
+        files[role].write_text(json.dumps(table))
+    return files
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """All pictures of an upright head: desc -> path."""
+    folder = tmp_path_factory.mktemp("drawn")
+    paths = make_reportlets(
+        node_files(folder / "nodes"), folder / "figures", prefix="sub-01_run-02", suffix="T2w"
+    )
+    return {re.search("_desc-([a-z0-9]+)_", path.name)[1]: path for path in paths}
+
+
+def images(path):
+    """The embedded pictures of an SVG: (element, pixel array), in the order of drawing."""
+    found = []
+    for element in etree.parse(path).getroot().iter(f"{SVG}image"):
+        header, _, content = element.get("href").partition(",")
+        assert header == "data:image/png;base64"
+        found.append((element, Image.open(io.BytesIO(base64.b64decode(content)))))
+    return found
+
+
+def letters(path, wanted):
+    """x of every text that is exactly ``wanted``."""
+    return [
+        float(element.get("x"))
+        for element in etree.parse(path).getroot().iter(f"{SVG}text")
+        if element.text == wanted
+    ]
+
+
+def centre_of_mark(picture):
+    """(row, column) of the bright mark, as shares of the picture's height and width."""
+    pixels = np.asarray(picture.convert("L"), float)
+    rows, columns = np.nonzero(pixels > 0.9 * pixels.max())
+    return (rows.mean() + 0.5) / pixels.shape[0], (columns.mean() + 0.5) / pixels.shape[1]
+
+
+def marks_of_axial(picture):
+    """Row of the front mark and column of the left mark, as shares, in an axial section."""
+    pixels = np.asarray(picture.convert("L"), float)
+    rows, columns = np.nonzero(pixels > 0.9 * pixels.max())
+    row = (rows[rows < pixels.shape[0] * 0.38].mean() + 0.5) / pixels.shape[0]
+    return row, (columns[columns < pixels.shape[1] * 0.4].mean() + 0.5) / pixels.shape[1]
+
+
+@pytest.mark.parametrize(
+    ("codes", "angles"),
+    [
+        ("RAS", (0, 0, 0)),
+        ("LAS", (0, 0, 0)),
+        ("LPS", (0, 0, 0)),
+        ("PIR", (0, 0, 0)),
+        ("SAL", (12, -9, 7)),
+        ("RAS", (-20, 15, 10)),
+    ],
+)
+def test_left_is_left_and_front_is_front(tmp_path, codes, angles):
+    files = node_files(tmp_path, codes=codes, angles=angles)
+    for role in ("log_bias", "residual", "uncertainty", "structures", "restored_mni305"):
+        del files[role]
+    flicker = make_reportlets(files, tmp_path / "f", prefix="sub-1", suffix="T1w")[0]
+    pictures = images(flicker)
+    frames = [(e, p) for e, p in pictures if float(e.get("height")) > 50]
+    assert len(frames) == 6  # three planes, before and after
+    before = [p for e, p in frames if e.get("class") == "before"]
+    after = [p for e, p in frames if e.get("class") is None]
+    assert len(before) == len(after) == 3
+    for sagittal, coronal, axial in (before, after):
+        assert centre_of_mark(sagittal)[1] == pytest.approx(1 - FRONT, abs=0.03)
+        assert centre_of_mark(coronal)[1] == pytest.approx(LEFT, abs=0.03)
+        assert marks_of_axial(axial) == pytest.approx((FRONT, LEFT), abs=0.03)
+    left, right = letters(flicker, "L"), letters(flicker, "R")
+    assert len(left) == len(right) == 2  # coronal and axial
+    assert all(a < b for a, b in zip(left, right, strict=True))
+    assert "left of the picture is the left of the person" in flicker.read_text()
+    assert ("Scan axes, tilted" in flicker.read_text()) == (angles != (0, 0, 0))
+
+
+def test_mni305_left_is_left(drawn):
+    axial = [p for e, p in images(drawn["mni305"])][2]  # z = 20 mm, where the left mark is
+    assert marks_of_axial(axial)[1] == pytest.approx((38 - 17) / 76, abs=0.03)  # 8 mm of margin
+
+
+def test_every_picture_is_there_valid_and_light(drawn):
+    assert set(drawn) == set(REPORTLETS)
+    for path in drawn.values():
+        root = etree.parse(path).getroot()
+        assert root.tag == f"{SVG}svg"
+        assert root.get("viewBox")
+        assert root.get("width") is None  # the page sets the width
+        assert not re.search(r'(?:href|src)="https?:', path.read_text())
+    assert sum(path.stat().st_size for path in drawn.values()) < 2_000_000
+    assert drawn["mni305"].name == "sub-01_run-02_space-MNI305_desc-mni305_T2w.svg"
+    assert drawn["mask"].name == "sub-01_run-02_desc-mask_T2w.svg"
+
+
+@pytest.mark.parametrize("what", ["flicker", "slices", "uncertainty", "mask", "bias", "residual"])
+def test_every_frame_names_its_plane_and_place(drawn, what):
+    text = drawn[what].read_text()
+    labels = re.findall(r"(sagittal|coronal|axial)  ([xyz]) = [+−]?\d+ mm", text)
+    frames = [e for e, _ in images(drawn[what]) if float(e.get("height")) > 50]
+    boxes = {tuple(e.get(k) for k in ("x", "y", "width", "height")) for e in frames}
+    assert len(labels) == len(boxes)
+    letter_of = {"sagittal": "x", "coronal": "y", "axial": "z"}
+    assert all(letter_of[plane] == letter for plane, letter in labels)
+
+
+def test_the_slices_are_seen_from_the_side(drawn):
+    """Slice axis k: sagittal and coronal sections only, measured above restored."""
+    assert "axial  z" not in drawn["slices"].read_text()
+    assert len(images(drawn["slices"])) == 8
+    measured = np.asarray(images(drawn["slices"])[0][1])
+    repeats = (measured[1:] == measured[:-1]).all(axis=1).mean()
+    assert repeats > 0.7  # 5 mm slices on 1 mm rows: 4 of 5 rows repeat the one before
+
+
+def test_before_and_after_share_one_window(tmp_path):
+    """The same value has the same grey in both; the input's surroundings are dimmed."""
+    files = node_files(tmp_path)
+    flicker = make_reportlets(files, tmp_path / "f", prefix="sub-1", suffix="T1w")[0]
+    planes = [(e.get("class"), np.asarray(p)) for e, p in images(flicker)][:6]
+    for (_, new), (state, old) in zip(planes[::2], planes[1::2], strict=True):
+        assert state == "before"
+        assert np.median(new[new > 0]) == np.median(old[new > 0])
+
+
+def test_without_uncertainty_there_is_no_such_picture(tmp_path):
+    files = node_files(tmp_path)
+    del files["uncertainty"], files["residual"]
+    names = [p.name for p in make_reportlets(files, tmp_path / "f", prefix="sub-1", suffix="T1w")]
+    assert not any("uncertainty" in name or "residual" in name for name in names)
+    assert len(names) == len(REPORTLETS) - 2
+
+
+def test_a_required_image_is_missing(tmp_path):
+    with pytest.raises(KeyError, match="'restored' is required"):
+        make_reportlets({"scan": tmp_path, "mask": tmp_path}, tmp_path, prefix="s", suffix="T1w")
+
+
+def test_the_same_files_make_the_same_bytes(tmp_path, drawn):
+    files = node_files(tmp_path)
+    again = make_reportlets(files, tmp_path / "f", prefix="sub-01_run-02", suffix="T2w")
+    assert [p.read_bytes() for p in again] == [p.read_bytes() for p in drawn.values()]
+
+
+def test_structures_keep_their_sides(drawn):
+    """The left half's colour is the brighter one and lies on the left."""
+    overlay = images(drawn["structures"])[1][1]  # axial, over its grey picture
+    rgb = np.asarray(overlay.convert("RGBA")).astype(int)
+    shown = rgb[..., 3] > 0
+    columns = np.broadcast_to(np.arange(shown.shape[1]), shown.shape)
+    bright = shown & (rgb[..., 0] > 170)
+    dark = shown & (rgb[..., 0] < 170)
+    assert columns[bright].max() < columns[dark].min() + 1
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_position_of_a_section(axis):
+    """On upright axes the coordinate is the affine's own; on tilted ones that of the centre."""
+    rng = np.random.default_rng(axis)
+    rotation = Rotation.from_euler("xyz", rng.uniform(-20, 20, 3), degrees=True).as_matrix()
+    for turn in (np.eye(3), rotation):
+        affine = np.eye(4)
+        affine[:3, :3] = turn @ np.diag([1.0, 2.0, 3.0])
+        affine[:3, 3] = rng.uniform(-100, 100, 3)
+        volume = volumes.Volume(np.zeros((20, 21, 22), np.float32), affine)
+        centre = np.array([9.5, 10.0, 10.5])
+        centre[axis] = 7
+        expected = (affine[:3, :3] @ centre + affine[:3, 3])[axis]
+        assert volumes.section(volume, axis, 7).position_mm == pytest.approx(expected)
+
+
+def test_spread_and_box():
+    mask = np.zeros((40, 50, 60), np.float32)
+    mask[10:20, 5:45, 30:33] = 1
+    volume = volumes.Volume(mask, np.diag([1.0, 1.0, 4.0, 1.0]))
+    assert volumes.bounding_box(volume, 6.0) == ((4, 26), (0, 50), (28, 35))
+    assert volumes.spread(volume, 0, 1) == [15]
+    assert volumes.spread(volume, 1, 3) == [15, 25, 35]
+    empty = volume.like(np.zeros_like(mask))
+    assert volumes.bounding_box(empty, 1.0) == ((0, 40), (0, 50), (0, 60))
+
+
+def test_regrid_to_the_same_place():
+    """A linear ramp keeps its values in mm, from a coarse to the 1 mm grid."""
+    grid = Grid((12, 14, 6), np.diag([2.0, 2.0, 5.0, 1.0]))
+    fine = grid.one_millimetre()
+    ramp = grid.points_mm()[0]
+    coarse = volumes.Volume(ramp, grid.affine)
+    target = volumes.Volume(np.zeros(fine.shape, np.float32), fine.affine)
+    got = coarse.regrid(target, order=1).data
+    inner = (slice(2, -2),) * 3
+    np.testing.assert_allclose(got[inner], fine.points_mm()[0][inner], atol=1e-4)
+
+
+def test_values_that_are_not_finite_read_zero(tmp_path):
+    data = np.ones((4, 4, 4), np.float32)
+    data[0, 0, 0], data[1, 1, 1] = np.nan, np.inf
+    nb.save(nb.Nifti1Image(data, np.eye(4)), tmp_path / "x.nii")
+    loaded = volumes.load_volume(tmp_path / "x.nii").data
+    assert loaded[0, 0, 0] == loaded[1, 1, 1] == 0
+    assert loaded.sum() == 62

@@ -1,0 +1,356 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report of a subject: links resolve, nothing comes from the network, errors are shown."""
+
+from __future__ import annotations
+
+import errno
+import re
+from urllib.parse import unquote
+
+import pytest
+from lxml import html
+
+from brainprior_bids.bids.files import write_json
+from brainprior_bids.bids.status import write_summary
+from brainprior_bids.reports.assembler import SubjectReport
+from brainprior_bids.reports.sheet import XML
+from brainprior_bids.reports.subject import build_subject_report
+
+SVG = f'{XML}<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 2 1"/>'
+PICTURES = ("flicker", "slices", "uncertainty", "mask", "structures", "bias", "histogram")
+
+
+def summary(scan, **values):
+    """A summary as the last node of a scan writes it."""
+    return {
+        "scan": scan,
+        "subject": scan.split("_")[0].removeprefix("sub-"),
+        "source": f"{scan.split('_')[0]}/anat/{scan}.nii.gz",
+        "status": "done",
+        "seconds": 130.0,
+        "message": "",
+        "version": "9.8.7",
+        "run_uuid": "20260102-030405_ab-cd",
+        "seed": 2**62 + 11,
+        "warnings": [],
+        "outputs": [],
+        "nodes": [
+            {"node": "Conform", "seconds": 1.5, "peak_memory_gb": 0.4, "threads": 1},
+            {"node": "Restore", "seconds": 128.5, "peak_memory_gb": 2.75, "threads": 2},
+        ],
+        "facts": {
+            "conform": {
+                "acquisition": {
+                    "slice_axis": 2,
+                    "thickness_mm": 5.0,
+                    "spacing_mm": 6.0,
+                    "profile": "gaussian",
+                },
+                "facts": {
+                    "original": {"axis_codes": "LPS"},
+                    "grid": {
+                        "shape": [128, 120, 30],
+                        "spacing_mm": [1.5, 1.5, 6.0],
+                        "rotation_from_axes_deg": 12.34,
+                    },
+                    "acquisition": {
+                        "thickness_source": "SliceThickness",
+                        "gap_mm": 1.0,
+                        "metadata": {"MagneticFieldStrength": 3},
+                    },
+                },
+            },
+            "parcellation": {
+                "table": [
+                    {
+                        "index": 10,
+                        "volume_mm3": 7650.0,
+                        "confidence": 0.91,
+                        "centroid_mm": [-10.0, -18.0, 8.0],
+                    }
+                ],
+                "weights": {"name": "little-net", "sha256": "ab" * 32},
+            },
+            "affine": {
+                "matrix": [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]],
+                "dof": 12,
+                "used": [10],
+                "median_residual_mm": 2.5,
+            },
+            "restore": {
+                "sampler": "exact",
+                "contrast": "T2w",
+                "n_samples": 4,
+                "calls": 20,
+                "schedule": [10.0, 1.0, 0.0],
+                "noise_sd_initial": 0.02,
+                "noise_sd": 0.021,
+                "residual_ratios": [1.0, 1.04],
+                "unit": 500.0,
+                "seconds": 128.0,
+                "environment": {"device": "cpu", "processor": "x86_64", "threads": 2},
+                "prior": {"name": "little-prior", "sha256": "cd" * 32},
+            },
+        },
+        "error": None,
+        **values,
+    }
+
+
+def pictures(output_dir, scan, whats=PICTURES):
+    """Picture files of a scan."""
+    prefix, _, suffix = scan.rpartition("_")
+    folder = output_dir / scan.split("_")[0] / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    for what in whats:
+        (folder / f"{prefix}_desc-{what}_{suffix}.svg").write_text(SVG)
+    (folder / f"{prefix}_space-MNI305_desc-mni305_{suffix}.svg").write_text(SVG)
+
+
+def read(path):
+    """The page as a tree."""
+    return html.fromstring(path.read_text(encoding="utf-8"))
+
+
+def linked(page):
+    """(element, address) of everything that the page loads or points to."""
+    return [(e, a) for e, _, a, _ in page.iterlinks()]
+
+
+@pytest.fixture
+def output_dir(tmp_path):
+    """Two scans done, one failed, and another subject's scan."""
+    for scan in ("sub-01_ses-a_T1w", "sub-01_ses-a_acq-x_T1w"):
+        write_summary(tmp_path, summary(scan))
+        pictures(tmp_path, scan)
+    write_summary(
+        tmp_path,
+        summary(
+            "sub-01_ses-a_FLAIR",
+            status="failed",
+            facts={},
+            nodes=[],
+            error={
+                "node": "Conform",
+                "type": "InputError",
+                "message": "sub-01_ses-a_FLAIR: expected <one> volume & got 4.",
+                "crash_file": "sub-01/log/crash-1.txt",
+            },
+        ),
+    )
+    write_summary(tmp_path, summary("sub-011_T1w"))
+    pictures(tmp_path, "sub-011_T1w")
+    return tmp_path
+
+
+def test_every_link_resolves_and_nothing_comes_from_the_network(output_dir):
+    path = build_subject_report(output_dir, "sub-01")
+    assert path == output_dir / "sub-01.html"
+    page = read(path)
+    identifiers = {element.get("id") for element in page.iter() if element.get("id")}
+    shown = set()
+    for element, address in linked(page):
+        if element.tag == "a" and address.startswith("http"):
+            continue  # a reference: opened only when it is clicked
+        assert not re.match(r"(?:[a-z]+:)?//", address), address
+        if address.startswith("#"):
+            assert unquote(address[1:]) in identifiers
+            continue
+        file = output_dir / unquote(address)
+        assert file.is_file(), address
+        if element.tag in ("img", "object"):
+            shown.add(file.name)
+    assert shown == {p.name for p in (output_dir / "sub-01" / "figures").iterdir()}
+    assert not page.xpath("//script")
+    assert "@import" not in path.read_text()
+    assert "url(" not in path.read_text()
+
+
+def test_the_flicker_is_an_object_because_an_image_does_not_see_the_pointer(output_dir):
+    page = read(build_subject_report(output_dir, "01"))
+    assert len(page.xpath("//object")) == 2
+    assert all("desc-flicker" in element.get("data") for element in page.xpath("//object"))
+
+
+def test_each_scan_has_its_own_section_with_its_own_pictures(output_dir):
+    page = read(build_subject_report(output_dir, "01"))
+    names = [section.get("id") for section in page.xpath("//section")]
+    assert names == [
+        "Summary",
+        "sub-01_ses-a_T1w",
+        "sub-01_ses-a_acq-x_T1w",
+        "Methods",
+        "Errors",
+        "Provenance",
+    ]
+    for scan, prefix in (
+        ("sub-01_ses-a_T1w", "sub-01_ses-a_"),
+        ("sub-01_ses-a_acq-x_T1w", "sub-01_ses-a_acq-x_"),
+    ):
+        (section,) = page.xpath(f"//section[@id='{scan}']")
+        drawn = [e.get("src") or e.get("data") for e in section.xpath(".//img | .//object")]
+        assert len(drawn) == len(PICTURES) + 1
+        rest = {d.rpartition("/")[2].removeprefix(prefix) for d in drawn}
+        assert all(r.startswith(("desc-", "space-MNI305_desc-")) for r in rest)
+
+
+def test_facts_of_a_scan(output_dir):
+    page = read(build_subject_report(output_dir, "01"))
+    (section,) = page.xpath("//section[@id='sub-01_ses-a_T1w']")
+    rows = {
+        row.find("th").text_content(): row.find("td").text_content()
+        for row in section.xpath(".//table[@class='facts']//tr")
+    }
+    expected = {
+        "File": "sub-01/anat/sub-01_ses-a_T1w.nii.gz",
+        "Stored orientation": "LPS",
+        "Voxel size": "1.5 × 1.5 × 6 mm",
+        "Grid": "128 × 120 × 30",
+        "Tilt of the scan's axes": "12.3°",
+        "Slices follow": "inferior-superior",
+        "Slice thickness": "5 mm (from: SliceThickness)",
+        "Gap between slices": "1 mm",
+        "Field strength": "3 T",
+        "Noise levels": "3, from 10 to 0",
+        "Noise before sampling": "0.0200 of the brain's 99th percentile, 10 in scanner units",
+        "Misfit of each sample": "1.00, 1.04",
+        "Seed": str(2**62 + 11),
+        "Their volume": "8 ml",
+        "Median distance": "2.5 mm",
+        "Time": "2.2 min",
+        "Peak memory": "2.8 GB",
+        "Device": "cpu (x86_64)",
+    }
+    assert {key: rows[key] for key in expected} == expected
+
+
+def test_a_failed_scan_is_told_with_its_message(output_dir):
+    path = build_subject_report(output_dir, "01")
+    page = read(path)
+    (errors,) = page.xpath("//section[@id='Errors']")
+    text = errors.text_content()
+    assert "sub-01_ses-a_FLAIR" in text
+    assert "expected <one> volume & got 4." in text  # escaped in the source, whole in the page
+    assert "<one>" not in path.read_text()
+    assert "Conform" in text
+    assert "crash-1.txt" in text
+    (top,) = page.xpath("//section[@id='Summary']")
+    assert "1 of 3 scans failed" in top.text_content()
+    assert "No errors" not in page.text_content()
+
+
+def test_no_error_says_so(tmp_path):
+    write_summary(tmp_path, summary("sub-2_T1w"))
+    page = read(build_subject_report(tmp_path, "2"))
+    (errors,) = page.xpath("//section[@id='Errors']")
+    assert "No errors to report." in errors.text_content()
+
+
+def test_the_caution_about_lesions_is_in_the_summary(output_dir):
+    (top,) = read(build_subject_report(output_dir, "01")).xpath("//section[@id='Summary']")
+    text = " ".join(top.text_content().split())
+    assert "may erase a lesion or invent one" in text
+    assert "Do not use a restored image to look for lesions" in text
+
+
+def test_warnings_stand_above_the_pictures(tmp_path):
+    write_summary(tmp_path, summary("sub-2_T1w", warnings=["5 mm assumed <from> the header."]))
+    pictures(tmp_path, "sub-2_T1w")
+    path = build_subject_report(tmp_path, "2")
+    text = path.read_text()
+    assert text.index("5 mm assumed &lt;from&gt;") < text.index("desc-flicker")
+
+
+@pytest.mark.parametrize(
+    "bare",
+    [
+        {"scan": "sub-3_T1w", "subject": "3", "status": "done"},
+        {"scan": "sub-3_T1w", "subject": "3", "status": "failed"},
+        {"scan": "sub-3_T1w", "subject": "3"},
+    ],
+)
+def test_a_summary_with_little_in_it(tmp_path, bare):
+    write_summary(tmp_path, bare)
+    text = build_subject_report(tmp_path, "3").read_text()
+    assert "not recorded" in text
+
+
+def test_a_subject_without_scans_gets_a_page(tmp_path):
+    text = build_subject_report(tmp_path, "7").read_text()
+    assert "No scan of this participant was restored." in text
+
+
+def test_provenance_is_read_from_the_records(tmp_path):
+    scan = "sub-01_T1w"
+    run = "20260102030405abcd"
+    act, soft = f"prov/prov-{run}sub01T1w_act.json", f"prov/prov-{run}_soft.json"
+    command = ["brainprior", "in", "out", "participant"]
+    write_json(
+        tmp_path / act,
+        {"Activities": [{"Arguments": command, "Settings": {"random_seed": 5}}]},
+    )
+    write_json(
+        tmp_path / soft, {"Software": [{"Python": "3.11.7", "Packages": {"torch": "2.13.0"}}]}
+    )
+    write_summary(tmp_path, summary(scan, outputs=[act]))
+    page = read(build_subject_report(tmp_path, "01"))
+    (section,) = page.xpath("//section[@id='Provenance']")
+    text = section.text_content()
+    for expected in (" ".join(command), "9.8.7", "cd" * 32, str(2**62 + 11), "torch 2.13.0"):
+        assert expected in text
+    links = {a for e, a in linked(section) if e.tag == "a"}
+    assert links == {f"./{act}", f"./{soft}"}
+
+
+def test_methods_name_what_ran(tmp_path):
+    write_summary(tmp_path, summary("sub-01_T1w"))
+    daps = summary("sub-01_T2w")
+    daps["facts"]["restore"] |= {"sampler": "daps", "n_samples": 2, "calls": 50}
+    write_summary(tmp_path, daps)
+    (section,) = read(build_subject_report(tmp_path, "01")).xpath("//section[@id='Methods']")
+    text = " ".join(section.text_content().split())
+    for expected in (
+        "1 T1w, 1 T2w scans",
+        "9.8.7",
+        "little-prior, SHA-256 cdcdcdcdcdcd",
+        "exact Gaussian conditional draw (4 samples, 20 calls of the network each)",
+        "with its inner Langevin steps (2 samples, 50 calls of the network each)",
+        "arXiv:2510.15119",
+        "arXiv:2407.01521",
+        "arXiv:2206.00364",
+    ):
+        assert expected in text
+
+
+def test_the_report_changes_no_picture_and_leaves_nothing_behind(output_dir):
+    folder = output_dir / "sub-01" / "figures"
+    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.iterdir()}
+    first = build_subject_report(output_dir, "01").read_bytes()
+    assert build_subject_report(output_dir, "01").read_bytes() == first
+    assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.iterdir()} == before
+    assert {p.name for p in output_dir.iterdir()} == {"logs", "sub-01", "sub-011", "sub-01.html"}
+
+
+def test_a_report_that_cannot_be_made_keeps_the_old_one(output_dir, monkeypatch):
+    old = build_subject_report(output_dir, "01").read_bytes()
+
+    def disk_full(report):
+        report.out_filename.write_text("<html>half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(SubjectReport, "generate_report", disk_full)
+    with pytest.raises(OSError, match="No space"):
+        build_subject_report(output_dir, "01")
+    assert (output_dir / "sub-01.html").read_bytes() == old
+    assert not [p for p in output_dir.iterdir() if p.name.startswith(".report")]
+
+
+def test_files_of_others_in_the_figures_folder_are_left_out(output_dir):
+    folder = output_dir / "sub-01" / "figures"
+    (folder / "sub-01_ses-a_task_rest.svg").write_text(SVG)
+    (folder / "notes.txt").write_text("mine")
+    (folder / "sub-01_ses-a_desc-other_T1w.svg").write_text(SVG)
+    text = build_subject_report(output_dir, "01").read_text()
+    assert "task_rest" not in text
+    assert "notes.txt" not in text
+    assert "desc-other" not in text
