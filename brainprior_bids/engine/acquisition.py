@@ -38,7 +38,9 @@ class Acquisition:
 
     def __post_init__(self) -> None:
         if self.slice_axis not in (0, 1, 2):
-            raise GeometryError(f"Acquisition: slice_axis must be 0, 1 or 2, got {self.slice_axis}.")
+            raise GeometryError(
+                f"Acquisition: slice_axis must be 0, 1 or 2, got {self.slice_axis}."
+            )
         for name in ("thickness_mm", "spacing_mm"):
             value = getattr(self, name)
             if not 0 < value < 1000:

@@ -61,12 +61,12 @@ class Grid:
     @property
     def spacing_mm(self) -> NDArray[np.float64]:
         """(3,) voxel size in mm along i, j, k."""
-        return np.linalg.norm(self.affine[:3, :3], axis=0)
+        return np.asarray(np.linalg.norm(self.affine[:3, :3], axis=0), np.float64)
 
     @property
     def extent_mm(self) -> NDArray[np.float64]:
         """(3,) field of view in mm, from voxel edge to voxel edge."""
-        return self.spacing_mm * np.array(self.shape)
+        return np.asarray(self.spacing_mm * np.array(self.shape), np.float64)
 
     def one_millimetre(self) -> Grid:
         """The grid of about 1 mm voxels with the same axes and the same edges.
@@ -86,9 +86,7 @@ class Grid:
         """The part from voxel ``start`` up to, not including, ``stop``."""
         affine = np.array(self.affine)
         affine[:3, 3] = (self.affine @ np.append(np.array(start, float), 1.0))[:3]
-        return Grid(
-            (stop[0] - start[0], stop[1] - start[1], stop[2] - start[2]), affine
-        )
+        return Grid((stop[0] - start[0], stop[1] - start[1], stop[2] - start[2]), affine)
 
     def points_mm(self, to: NDArray[np.float64] | None = None) -> NDArray[np.float32]:
         """(3, i, j, k) mm coordinates of every voxel centre, optionally mapped on by ``to``.

@@ -1,0 +1,474 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one public entry: a scan and what is known of it in, posterior samples at 1 mm out.
+
+``y = b * (A x) + n``: the scan y in its own units, brain and surroundings, not divided by its
+bias field; x the brain on a 1 mm grid along the scan's axes. See ``likelihood`` for the symbols.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from brainprior_bids.engine.acquisition import Acquisition
+from brainprior_bids.engine.bias import CosineField
+from brainprior_bids.engine.box import Box, brain_box
+from brainprior_bids.engine.errors import (
+    GeometryError,
+    InputError,
+    ShapeMismatchError,
+    UsageError,
+)
+from brainprior_bids.engine.grids import Grid
+from brainprior_bids.engine.likelihood import SliceLikelihood
+from brainprior_bids.engine.noise import estimate_noise_sd
+from brainprior_bids.engine.operators.fourier import resampling_matrix
+from brainprior_bids.engine.operators.slices import (
+    SliceProfile,
+    boxcar_profile,
+    gaussian_profile,
+    slice_weights,
+)
+from brainprior_bids.engine.samplers.daps import DAPS_1K, DapsSettings, sample_daps
+from brainprior_bids.engine.samplers.exact import sample_exact
+from brainprior_bids.engine.schedules import edm_schedule
+from brainprior_bids.engine.spectral import SpectralSolver, Spectrum
+
+NOISE_FLOOR = 0.005
+"""Smallest noise SD assumed, engine unit: the paper's value for restoration."""
+SIGMA_MAX = 10.0
+SIGMA_MIN = 0.01
+SAMPLERS = ("exact", "daps")
+THREE_D = 1.25
+"""Slices no further apart than this times the in-plane voxel are k-space encoded (3-D)."""
+
+Observe = Callable[[int, int, float, int], None]
+
+
+class PriorLike(Protocol):
+    """What ``restore`` asks of a prior (``denoiser.Prior`` is one)."""
+
+    def denoise(self, x: Tensor, sigma: float, *, coordinates: Tensor, contrast: str) -> Tensor:
+        """(n, 1, i, j, k) noisy -> Tweedie mean."""
+        ...
+
+    def spectrum(self, contrast: str) -> Spectrum:
+        """The calibrated error spectrum of that contrast."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Restoration:
+    """What ``restore`` found; images are float32 on ``grid``, in scanner units, without bias."""
+
+    grid: Grid  # 1 mm, the scan's axes and whole field of view
+    samples: NDArray[np.float32]  # (n, i, j, k) posterior samples, 0 outside the mask
+    mean: NDArray[np.float32]  # (i, j, k) of the samples
+    sd: NDArray[np.float32] | None  # (i, j, k) posterior SD; None for a single sample
+    log_bias: NDArray[np.float32]  # on the scan's grid; mean 0 inside the mask
+    noise_sd_initial: float  # engine unit, a voxel of the scan, before sampling
+    noise_sd: float  # after sampling, mean over samples
+    residual_ratios: list[float]  # RMS of each sample's residual over its expected SD
+    unit: float  # scanner units per engine unit
+    calls: int  # network calls per sample
+    sampler: str
+    schedule: list[float]
+    seeds: list[int]
+    inner_iterations: float  # of the exact solve, mean per level
+    box: Box
+    seconds: float
+    warnings: list[str] = field(default_factory=list)
+
+
+def sample_seed(seed: int, index: int) -> int:
+    """The seed of one sample: the first 63 bits of SHA-256 of ``"<seed>:<index>"``.
+
+    Neighbouring seeds and indices are thereby unrelated.
+    """
+    digest = hashlib.sha256(f"{seed}:{index}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def restore(
+    scan: ArrayLike | Tensor,
+    *,
+    grid: Grid,
+    acquisition: Acquisition,
+    mask: ArrayLike | Tensor,
+    mask_1mm: ArrayLike | Tensor,
+    to_mni305: ArrayLike,
+    contrast: str,
+    prior: PriorLike,
+    log_bias: ArrayLike | Tensor | None = None,
+    noise_sd: float | None = None,
+    sampler: str = "exact",
+    n_samples: int = 4,
+    n_steps: int = 20,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    observe: Observe | None = None,
+    sigma_max: float = SIGMA_MAX,
+    sigma_min: float = SIGMA_MIN,
+    refine_bias: bool = True,
+    daps: DapsSettings = DAPS_1K,
+) -> Restoration:
+    """Draw posterior samples of the brain at 1 mm.
+
+    Parameters
+    ----------
+    scan : (i, j, k)
+        Closest-canonical (RAS) voxels in scanner units; neither skull-stripped nor divided by
+        its bias field.
+    grid : Grid
+        Of the scan: voxel -> scanner RAS mm.
+    acquisition : Acquisition
+        Slice axis, thickness, spacing and profile, on those axes.
+    mask : (i, j, k) in [0, 1]
+        Brain on the scan's grid; sets the intensity unit and the gain of the bias field.
+    mask_1mm : array on ``grid.one_millimetre()`` in [0, 1]
+        Brain on the restored grid; the result is 0 where it is 0.
+    to_mni305 : (4, 4)
+        Scanner RAS mm -> MNI305 RAS mm; tells the network where each voxel lies.
+    contrast : str
+        "T1w", "T2w", "FLAIR" or "unknown".
+    prior : Prior
+    log_bias : (i, j, k), optional
+        Where the bias field starts (N4): log b. Without it, from 0.
+    noise_sd : float, optional
+        Of a scan voxel, engine unit; given, it is kept. None estimates it from the scan and
+        refines it while sampling; not below ``NOISE_FLOOR``.
+    sampler : "exact" or "daps"
+        For "daps" see ``samplers.daps``; ``daps`` holds its settings, and ``n_steps``,
+        ``sigma_max`` and ``sigma_min`` are not used.
+    n_samples, n_steps : int
+        Samples, and network calls for each.
+    seed : int
+        Each sample has a generator of its own, seeded by ``sample_seed(seed, index)``: the same
+        bytes on the same machine and settings, whatever the number of samples.
+    device : torch device
+        Where the volumes live; noise is drawn on the CPU.
+    observe : function, optional
+        ``observe(step, total, sigma, sample_index)`` after each level.
+    refine_bias : bool
+        Move the bias field while sampling.
+
+    Returns
+    -------
+    Restoration
+
+    Raises
+    ------
+    ShapeMismatchError
+        If an array does not lie on its grid.
+    GeometryError
+        If the slices do not fit the field of view or the affine is singular.
+    InputError
+        If the mask is empty, the brain is constant or not positive, the noise SD is not above
+        0, or NaN lies inside the brain.
+    UsageError
+        If an option makes no sense.
+    ConvergenceError, DivergenceError
+        From the sampler.
+    """
+    began = time.perf_counter()
+    warnings: list[str] = []
+    if sampler not in SAMPLERS:
+        raise UsageError(f"restore: sampler must be one of {SAMPLERS}, got {sampler!r}.")
+    if n_samples < 1:
+        raise UsageError(f"restore: n_samples must be at least 1, got {n_samples}.")
+    device = torch.device(device)
+    fine = grid.one_millimetre()
+    volume = _volume("scan", scan, grid.shape)
+    inside = _volume("mask", mask, grid.shape)
+    inside_1mm = _volume("mask_1mm", mask_1mm, fine.shape).clamp(0, 1)
+    matrix = np.asarray(to_mni305, dtype=np.float64)
+    if matrix.shape != (4, 4) or not np.isfinite(matrix).all() or _singular(matrix):
+        raise GeometryError(
+            f"restore: to_mni305 must be an invertible 4 x 4 matrix, got\n{matrix}."
+        )
+    start_bias = (
+        torch.zeros(grid.shape) if log_bias is None else _volume("log_bias", log_bias, grid.shape)
+    )
+    brain = inside > 0.5
+    if not bool(brain.any()) or not bool((inside_1mm > 0.5).any()):
+        raise InputError(
+            "restore: the brain mask is empty. Check the parcellation, or pass another mask."
+        )
+    missing = ~torch.isfinite(volume)
+    if bool((missing & brain).any()):
+        raise InputError(
+            f"restore: {int((missing & brain).sum())} voxels inside the brain are NaN or "
+            "infinite. Repair the image first."
+        )
+    volume = torch.where(missing, 0.0, volume)
+    start_bias = start_bias - start_bias[brain].mean()
+    unit = float(torch.quantile(_at_most(volume[brain] / start_bias[brain].exp()), 0.99))
+    if not (math.isfinite(unit) and unit > 0):
+        raise InputError(
+            f"restore: the 99th percentile inside the brain is {unit}, expected above 0. "
+            "Is the image all zero, or negative?"
+        )
+
+    axis = acquisition.slice_axis
+    _check_spacing(grid, acquisition, warnings)
+    data, thinned = _reduce(volume / unit, fine.shape, axis)
+    bias_data = _interpolate(start_bias, tuple(data.shape))
+    box = brain_box((inside_1mm > 0).numpy(), _triple(data.shape), axis)
+    profile, sensed = _profiles(grid, fine, tuple(data.shape), acquisition)
+    share = _share(inside_1mm, sensed)[box.data_slices]
+    weights = profile[box.data_start[axis] : box.data_stop[axis], box.start[axis] : box.stop[axis]]
+
+    estimated = noise_sd is None
+    initial = (
+        _noise_before(data[box.data_slices], share, axis, warnings)
+        if estimated
+        else (float(noise_sd if noise_sd is not None else 0.0) * thinned)
+    )
+    spacing = fine.spacing_mm
+    order = [axis, *(a for a in range(3) if a != axis)]
+    solver = SpectralSolver(
+        weights,
+        _triple([box.shape[a] for a in order]),
+        _triple([box.data_shape[a] for a in order]),
+        (float(spacing[order[0]]), float(spacing[order[1]]), float(spacing[order[2]])),
+        device=device,
+    )
+    extent = np.array(box.shape) * spacing
+    bias_field = CosineField((float(extent[0]), float(extent[1]), float(extent[2])))
+    support = F.max_pool3d((inside_1mm[None, None] > 0).float(), 3, 1, 1)[0, 0]
+    likelihood = SliceLikelihood(
+        data[box.data_slices],
+        share=share,
+        solver=solver,
+        slice_axis=axis,
+        spectrum=prior.spectrum(contrast),
+        support=support[box.image_slices],
+        noise_sd=initial,
+        log_bias=bias_data[box.data_slices],
+        bias_field=bias_field if refine_bias else None,
+        bias_positions=_positions(box, _triple(data.shape), fine.shape, box.data_slices),
+    )
+    coordinates = torch.from_numpy(fine.crop(box.start, box.stop).points_mm(to=matrix)).to(device)
+
+    def denoise(x_t: Tensor, sigma: float) -> Tensor:
+        answer = prior.denoise(x_t[None, None], sigma, coordinates=coordinates, contrast=contrast)
+        return answer[0, 0]
+
+    sigmas = daps.levels() if sampler == "daps" else edm_schedule(n_steps, sigma_max, sigma_min)
+    final = inside_1mm[box.image_slices].to(device) > 0
+    samples = np.zeros((n_samples, *fine.shape), np.float32)
+    ratios, noises, fields, seeds = [], [], [], []
+    for index in range(n_samples):
+        likelihood.reset()
+        seeds.append(sample_seed(seed, index))
+        generator = torch.Generator().manual_seed(seeds[-1])
+
+        def report(step: int, sigma: float, *_: Any, index: int = index) -> None:
+            if observe is not None:
+                observe(step, len(sigmas) - 1, sigma, index)
+
+        if sampler == "exact":
+            x0 = sample_exact(
+                denoise,
+                likelihood,
+                sigmas,
+                shape=box.shape,
+                generator=generator,
+                device=device,
+                refine_bias=refine_bias,
+                refine_noise=estimated,
+                observe=report,
+            )
+        else:
+            x0 = sample_daps(
+                denoise,
+                likelihood,
+                daps,
+                shape=box.shape,
+                generator=generator,
+                device=device,
+                refine_bias=refine_bias,
+                refine_noise=estimated,
+                observe=report,
+            )
+        x0 = x0 * final
+        ratios.append(likelihood.residual_ratio(x0))
+        noises.append(likelihood.noise_sd / thinned)
+        fields.append(likelihood.coefficients)
+        samples[(index, *box.image_slices)] = x0.cpu().numpy()
+    samples *= unit
+    everywhere = _positions(
+        box, _triple(data.shape), fine.shape, tuple(slice(0, n) for n in grid.shape), grid.shape
+    )
+    extra = (
+        bias_field.evaluate(torch.stack(fields).mean(0), bias_field.basis(everywhere))
+        if refine_bias
+        else torch.zeros(grid.shape)
+    )
+    found = start_bias + extra
+    found = found - found[brain].mean()
+    return Restoration(
+        grid=fine,
+        samples=samples,
+        mean=samples.mean(0, dtype=np.float32),
+        sd=samples.std(0, ddof=1, dtype=np.float32) if n_samples > 1 else None,
+        log_bias=found.numpy().astype(np.float32),
+        noise_sd_initial=initial / thinned,
+        noise_sd=float(np.mean(noises)),
+        residual_ratios=ratios,
+        unit=unit,
+        calls=daps.calls if sampler == "daps" else n_steps,
+        sampler=sampler,
+        schedule=[float(s) for s in sigmas],
+        seeds=seeds,
+        inner_iterations=float(np.mean(likelihood.iterations)) if likelihood.iterations else 0.0,
+        box=box,
+        seconds=time.perf_counter() - began,
+        warnings=warnings,
+    )
+
+
+def _volume(name: str, values: ArrayLike | Tensor, shape: tuple[int, int, int]) -> Tensor:
+    tensor = (
+        values.detach().cpu()
+        if isinstance(values, Tensor)
+        else torch.from_numpy(np.ascontiguousarray(np.asarray(values)))
+    )
+    if tuple(tensor.shape) != shape:
+        raise ShapeMismatchError(
+            f"restore: {name} must have shape {shape}, got {tuple(tensor.shape)}. "
+            "scan, mask and log_bias lie on the scan's grid, mask_1mm on grid.one_millimetre()."
+        )
+    return tensor.to(torch.float32)
+
+
+def _triple(values: Any) -> tuple[int, int, int]:
+    return (int(values[0]), int(values[1]), int(values[2]))
+
+
+def _singular(matrix: NDArray[np.float64]) -> bool:
+    return bool(abs(np.linalg.det(matrix[:3, :3])) < 1e-9)
+
+
+def _at_most(values: Tensor, n: int = 8_000_000) -> Tensor:
+    """Every so-manieth value, so that torch.quantile takes it (its limit is 2^24)."""
+    return values[:: max(1, -(-values.numel() // n))]
+
+
+def _check_spacing(grid: Grid, acquisition: Acquisition, warnings: list[str]) -> None:
+    """The header's slice spacing is what the voxels have; the acquisition only says it again."""
+    spacing = float(grid.spacing_mm[acquisition.slice_axis])
+    if abs(acquisition.spacing_mm - spacing) > 0.05 * spacing:
+        warnings.append(
+            f"Slices are {spacing:.3g} mm apart in the image but "
+            f"{acquisition.spacing_mm:.3g} mm by its description; the image is believed."
+        )
+    if acquisition.thickness_mm > float(grid.extent_mm[acquisition.slice_axis]):
+        raise GeometryError(
+            f"restore: slices of {acquisition.thickness_mm} mm do not fit a field of view of "
+            f"{grid.extent_mm[acquisition.slice_axis]:.4g} mm. Check SliceThickness."
+        )
+
+
+def _reduce(
+    volume: Tensor, fine_shape: tuple[int, int, int], slice_axis: int
+) -> tuple[Tensor, float]:
+    """Bring axes that are finer than the image to its grid by a k-space crop.
+
+    The prior knows nothing beyond 1 mm, so the low frequencies are all that the data say of x.
+    Returns the data, and the factor by which the crop lowers the SD of white noise.
+    """
+    factor = 1.0
+    for axis in range(3):
+        n, m = fine_shape[axis], volume.shape[axis]
+        if m > n:
+            volume = SliceProfile(resampling_matrix(m, n), tuple(volume.shape), axis)(volume)
+            factor *= math.sqrt(n / m)
+    return volume, factor
+
+
+def _interpolate(volume: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Linear interpolation between grids whose edges meet; for smooth fields."""
+    if tuple(volume.shape) == tuple(shape):
+        return volume
+    return F.interpolate(volume[None, None], size=shape, mode="trilinear")[0, 0]
+
+
+def _profiles(
+    grid: Grid, fine: Grid, data_shape: tuple[int, ...], acquisition: Acquisition
+) -> tuple[Tensor, list[Tensor]]:
+    """W for the slice axis, and per axis a non-negative version of what a data voxel sees."""
+    axis = acquisition.slice_axis
+    in_plane = max(float(s) for a, s in enumerate(grid.spacing_mm) if a != axis)
+    sensed = []
+    for a in range(3):
+        extent = float(fine.extent_mm[a])
+        sensed.append(
+            slice_weights(
+                boxcar_profile(extent / data_shape[a]),
+                n_slices=data_shape[a],
+                spacing_mm=extent / data_shape[a],
+                n_thin=fine.shape[a],
+                thin_mm=extent / fine.shape[a],
+            )
+        )
+    spacing = float(grid.spacing_mm[axis])
+    encoded = spacing <= THREE_D * max(in_plane, 1.0) and abs(acquisition.gap_mm) < 0.1 * spacing
+    if encoded:
+        return resampling_matrix(fine.shape[axis], data_shape[axis]), sensed
+    make = {"gaussian": gaussian_profile, "boxcar": boxcar_profile}[acquisition.profile]
+    extent = float(fine.extent_mm[axis])
+    weights = slice_weights(
+        make(acquisition.thickness_mm),
+        n_slices=data_shape[axis],
+        spacing_mm=extent / data_shape[axis],
+        n_thin=fine.shape[axis],
+        thin_mm=extent / fine.shape[axis],
+    )
+    sensed[axis] = weights
+    return weights, sensed
+
+
+def _share(mask_1mm: Tensor, sensed: list[Tensor]) -> Tensor:
+    share = mask_1mm
+    for axis, weights in enumerate(sensed):
+        share = SliceProfile(weights, tuple(share.shape), axis)(share)
+    return share.clamp(0, 1)
+
+
+def _noise_before(data: Tensor, share: Tensor, axis: int, warnings: list[str]) -> float:
+    found = estimate_noise_sd(data, share > 0.9, axis)
+    if found is None:
+        warnings.append(
+            f"Too few voxels to estimate the noise; an SD of {NOISE_FLOOR} was assumed."
+        )
+        return NOISE_FLOOR
+    return max(found, NOISE_FLOOR)
+
+
+def _positions(
+    box: Box,
+    data_shape: tuple[int, int, int],
+    fine_shape: tuple[int, int, int],
+    part: tuple[slice, ...],
+    of_shape: tuple[int, int, int] | None = None,
+) -> list[Tensor]:
+    """Relative positions (0 and 1 at the box's edges) of the voxels ``part`` of a grid that
+    spans the field of view with ``of_shape`` (default: the data's) voxels."""
+    positions = []
+    for a in range(3):
+        n = (of_shape or data_shape)[a]
+        index = torch.arange(n, dtype=torch.float64)[part[a]]
+        at = (index + 0.5) * fine_shape[a] / n  # in 1 mm voxels from the edge
+        positions.append((at - box.start[a]) / (box.stop[a] - box.start[a]))
+    return positions

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The default sampler: DAPS (arXiv 2407.01521) with its inner Langevin solved exactly.
+
+``m = D(x_t; sigma)`` is the Tweedie mean, V_sigma the calibrated covariance of its error. Where
+the measurement is linear and its noise Gaussian, ``N(m, V_sigma) N(y; A x, Sigma)`` can be drawn
+from exactly; about 20 network calls then replace 1000.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from brainprior_bids.engine.errors import DivergenceError
+
+Denoise = Callable[[Tensor, float], Tensor]
+Observe = Callable[[int, float, Tensor, Tensor], None]
+
+
+class Conditional(Protocol):
+    """What the sampler asks of the data."""
+
+    def refine(self, mean: Tensor, sigma: float, *, bias: bool, noise: bool) -> None:
+        """Update nuisance parameters from the denoiser's mean."""
+
+    def draw(self, mean: Tensor, sigma: float, generator: torch.Generator) -> Tensor:
+        """A draw from ``N(m, V_sigma)`` times the likelihood."""
+        ...
+
+
+def sample_exact(
+    denoise: Denoise,
+    data: Conditional,
+    sigmas: Sequence[float],
+    *,
+    shape: tuple[int, ...],
+    generator: torch.Generator,
+    device: torch.device | str = "cpu",
+    refine_bias: bool = False,
+    refine_noise: bool = False,
+    observe: Observe | None = None,
+) -> Tensor:
+    """One posterior sample.
+
+    Parameters
+    ----------
+    denoise : function
+        ``D(x_t, sigma)``: (shape) -> (shape).
+    sigmas : sequence of float
+        Falling levels that end in 0.
+    generator : torch.Generator
+        On the CPU; the only source of randomness.
+    observe : function, optional
+        Called as ``observe(step, sigma, mean, x0)`` after each level.
+
+    Raises
+    ------
+    DivergenceError
+        If a value is not finite.
+    ConvergenceError
+        From the inner solve.
+    """
+    x_t = sigmas[0] * torch.randn(shape, generator=generator).to(device)
+    x0 = x_t
+    for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        mean = denoise(x_t, sigma)
+        if not bool(torch.isfinite(mean).all()):
+            raise DivergenceError(
+                f"exact: the denoiser gave non-finite values at sigma {sigma:.3g}. "
+                "Run it in float32, or check the weights."
+            )
+        data.refine(mean, sigma, bias=refine_bias, noise=refine_noise)
+        x0 = data.draw(mean, sigma, generator)
+        if sigma_next > 0:
+            x_t = x0 + sigma_next * torch.randn(shape, generator=generator).to(device)
+        if observe is not None:
+            observe(step, sigma, mean, x0)
+    return x0
