@@ -40,7 +40,7 @@ def _truncated_pulse(u: NDArray[np.float64]) -> NDArray[np.float64]:
     """Magnitude response of a two-lobed Hamming sinc pulse: flat top, ramps, small side lobes."""
     t = np.linspace(-1, 1, 401)  # of the pulse's duration
     pulse = np.sinc(2 * t) * (0.54 + 0.46 * np.cos(np.pi * t))
-    response = np.abs(np.cos(2 * np.pi * np.multiply.outer(u, t)) @ pulse)
+    response = np.abs(np.cos(4 * np.pi * np.multiply.outer(u, t)) @ pulse)
     at_zero = pulse.sum()
     return np.where(np.abs(u) < 2, response / at_zero, 0.0)
 

@@ -148,8 +148,13 @@ def _head(rng: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.boo
         return np.sqrt(sum(((axis - c) / r) ** 2 for axis, c, r in parts))
 
     def wobble(size_mm: float, sd: float) -> NDArray[np.float32]:
-        noise = rng.normal(size=brain.shape).astype(np.float32)
-        noise = ndimage.gaussian_filter(noise, size_mm, truncate=2.5)
+        step = max(1, int(size_mm / 2))  # smooth noise needs no fine grid
+        coarse = rng.normal(size=[n // step + 2 for n in brain.shape]).astype(np.float32)
+        noise = ndimage.gaussian_filter(coarse, size_mm / step)
+        if step > 1:
+            fine = np.diag([1 / step] * 3)
+            noise = ndimage.affine_transform(noise, fine, output_shape=brain.shape, order=1)
+        noise = noise[: brain.shape[0], : brain.shape[1], : brain.shape[2]]
         return noise / noise.std() * np.float32(sd)
 
     # depth: mm outside the closed surface of the brain

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far an image is from the truth, inside a mask, in units where the truth's brain is 1.
+
+The unit is the 99th percentile of the truth inside the mask; PSNR's peak and SSIM's data range
+are that unit, so figures of different scans can be put side by side.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import ndimage
+
+from brainprior_bids.engine.errors import InputError, ShapeMismatchError
+
+SSIM_SIGMA = 1.5  # voxels; Wang et al. 2004, with K1 = 0.01 and K2 = 0.03
+
+
+def matching_gain(image: ArrayLike, truth: ArrayLike, mask: ArrayLike) -> float:
+    """The factor on ``image`` that brings it closest to ``truth`` in least squares.
+
+    Raises
+    ------
+    ShapeMismatchError, InputError
+        As ``compare``.
+    """
+    x, t, _ = _inside(image, truth, mask)
+    power = float(x @ x)
+    if power == 0:
+        raise InputError("matching_gain: the image is 0 everywhere in the mask.")
+    return float(x @ t) / power
+
+
+def compare(image: ArrayLike, truth: ArrayLike, mask: ArrayLike) -> dict[str, float]:
+    """MAE, PSNR and SSIM inside the mask.
+
+    Parameters
+    ----------
+    image, truth : (i, j, k) arrays
+        Same grid and intensity unit.
+    mask : (i, j, k) array
+        Above 0.5 is inside. SSIM is taken on images set to 0 outside, and averaged inside.
+
+    Returns
+    -------
+    dict
+        ``mae`` and ``rmse`` in units of the truth's 99th percentile, ``psnr_db``, ``ssim``.
+
+    Raises
+    ------
+    ShapeMismatchError
+        If the three disagree.
+    InputError
+        If the mask is empty, a value inside is not finite, or the truth is not above 0.
+    """
+    x, t, inside = _inside(image, truth, mask)
+    unit = float(np.percentile(t, 99))
+    if unit <= 0:
+        raise InputError(f"compare: the truth's 99th percentile must be above 0, got {unit:g}.")
+    difference = (x - t) / unit
+    mse = float(np.mean(difference**2))
+    return {
+        "mae": float(np.abs(difference).mean()),
+        "rmse": float(np.sqrt(mse)),
+        "psnr_db": float(-10 * np.log10(mse)) if mse > 0 else float("inf"),
+        "ssim": _ssim(np.asarray(image), np.asarray(truth), inside, unit),
+    }
+
+
+def crps(samples: ArrayLike, truth: ArrayLike, mask: ArrayLike) -> float:
+    """Fair continuous ranked probability score of N samples, averaged inside the mask.
+
+    ``mean |x_i - t| - sum_ij |x_i - x_j| / (2 N (N - 1))``, in units of the truth's 99th
+    percentile; the mean absolute error for N = 1. Ferro, QJRMS 140 (2014).
+
+    Parameters
+    ----------
+    samples : (n, i, j, k) array
+    truth, mask : (i, j, k) arrays
+    """
+    stack = np.asarray(samples)
+    parts = [_inside(sample, truth, mask) for sample in stack]
+    t = parts[0][1]
+    x = np.sort(np.stack([part[0] for part in parts]), axis=0)
+    n = len(x)
+    score = np.abs(x - t).mean(0)
+    if n > 1:
+        rank = 2 * np.arange(n) - (n - 1)  # sum_{i<j} (x_j - x_i) of the sorted samples
+        score = score - np.tensordot(rank, x, 1) / (n * (n - 1))
+    return float(score.mean() / np.percentile(t, 99))
+
+
+def _inside(
+    image: ArrayLike, truth: ArrayLike, mask: ArrayLike
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
+    x, t, inside = np.asarray(image), np.asarray(truth), np.asarray(mask) > 0.5
+    if not x.shape == t.shape == inside.shape:
+        raise ShapeMismatchError(
+            f"Metrics: expected one shape, got image {x.shape}, truth {t.shape}, mask "
+            f"{inside.shape}."
+        )
+    if not inside.any():
+        raise InputError("Metrics: the mask is empty.")
+    values, reference = x[inside].astype(np.float64), t[inside].astype(np.float64)
+    if not (np.isfinite(values).all() and np.isfinite(reference).all()):
+        raise InputError("Metrics: a value inside the mask is not finite.")
+    return values, reference, inside
+
+
+def _ssim(
+    image: NDArray[np.floating],
+    truth: NDArray[np.floating],
+    inside: NDArray[np.bool_],
+    unit: float,
+) -> float:
+    margin = int(4 * SSIM_SIGMA)
+    corners = [
+        (np.flatnonzero(inside.any(axis=tuple({0, 1, 2} - {a})))[[0, -1]]) for a in range(3)
+    ]
+    box = tuple(slice(max(a - margin, 0), b + margin + 1) for a, b in corners)
+    inside = inside[box]
+    x = np.where(inside, image[box], 0).astype(np.float64) / unit
+    t = np.where(inside, truth[box], 0).astype(np.float64) / unit
+
+    def local(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        return ndimage.gaussian_filter(values, SSIM_SIGMA, truncate=3.5)
+
+    mean_x, mean_t = local(x), local(t)
+    var_x, var_t = local(x * x) - mean_x**2, local(t * t) - mean_t**2
+    covariance = local(x * t) - mean_x * mean_t
+    c1, c2 = 0.01**2, 0.03**2
+    ssim = ((2 * mean_x * mean_t + c1) * (2 * covariance + c2)) / (
+        (mean_x**2 + mean_t**2 + c1) * (var_x + var_t + c2)
+    )
+    return float(ssim[inside].mean())

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Metrics against formulas and scikit-image."""
+
+import numpy as np
+import pytest
+from skimage.metrics import structural_similarity
+
+from brainprior_bids.engine.errors import InputError, ShapeMismatchError
+from brainprior_bids.evaluation.metrics import compare, crps, matching_gain
+
+
+@pytest.fixture
+def pair():
+    rng = np.random.default_rng(0)
+    truth = 300 * rng.uniform(0.2, 1, (24, 26, 22))
+    mask = np.zeros(truth.shape)
+    mask[4:-5, 6:-4, 5:-6] = 1
+    return truth + rng.normal(0, 12, truth.shape), truth, mask
+
+
+def test_mae_and_psnr_are_their_formulas(pair):
+    image, truth, mask = pair
+    unit = np.percentile(truth[mask > 0], 99)
+    error = (image - truth)[mask > 0] / unit
+    figures = compare(image, truth, mask)
+    assert figures["mae"] == pytest.approx(np.abs(error).mean())
+    assert figures["psnr_db"] == pytest.approx(-20 * np.log10(error.std() + 0), abs=0.05)
+    assert figures["psnr_db"] == pytest.approx(-20 * np.log10(figures["rmse"]))
+
+
+def test_ssim_is_that_of_scikit_image(pair):
+    image, truth, mask = pair
+    unit = np.percentile(truth[mask > 0], 99)
+    _, whole = structural_similarity(
+        image / unit * mask,
+        truth / unit * mask,
+        data_range=1.0,
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
+        full=True,
+    )
+    # scikit-image reflects at the border of the array as we do; the mask's bounding box plus the
+    # filter's radius is all that the values inside depend on
+    assert compare(image, truth, mask)["ssim"] == pytest.approx(whole[mask > 0].mean(), abs=1e-9)
+
+
+def test_what_lies_outside_the_mask_does_not_count(pair):
+    image, truth, mask = pair
+    other = np.where(mask > 0, image, 1e6)
+    assert compare(other, truth, mask) == compare(image, truth, mask)
+
+
+def test_the_same_image_is_perfect_and_the_unit_drops_out(pair):
+    image, truth, mask = pair
+    same = compare(truth, truth, mask)
+    assert (same["mae"], same["psnr_db"]) == (0, float("inf"))
+    assert same["ssim"] == pytest.approx(1)
+    scaled = compare(1000 * image, 1000 * truth, mask)
+    for key, value in compare(image, truth, mask).items():
+        assert scaled[key] == pytest.approx(value)
+
+
+def test_gain(pair):
+    image, truth, mask = pair
+    assert matching_gain(truth / 3, truth, mask) == pytest.approx(3)
+    gain = matching_gain(image, truth, mask)
+    best = compare(gain * image, truth, mask)["rmse"]
+    assert best < compare(1.01 * gain * image, truth, mask)["rmse"]
+    assert best < compare(0.99 * gain * image, truth, mask)["rmse"]
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_crps_against_the_double_sum(pair, n):
+    image, truth, mask = pair
+    samples = image + np.random.default_rng(1).normal(0, 9, (n, *image.shape))
+    inside = mask > 0
+    x, t = samples[:, inside], truth[inside]
+    expected = np.abs(x - t).mean(0)
+    if n > 1:
+        expected = expected - np.abs(x[:, None] - x[None]).sum((0, 1)) / (2 * n * (n - 1))
+    assert crps(samples, truth, mask) == pytest.approx(expected.mean() / np.percentile(t, 99))
+
+
+def test_bad_input_is_refused(pair):
+    image, truth, mask = pair
+    with pytest.raises(ShapeMismatchError, match="expected one shape"):
+        compare(image[1:], truth, mask)
+    with pytest.raises(InputError, match="mask is empty"):
+        compare(image, truth, 0 * mask)
+    with pytest.raises(InputError, match="not finite"):
+        compare(np.where(mask > 0, np.nan, 1), truth, mask)
+    with pytest.raises(InputError, match="must be above 0"):
+        compare(image, -truth, mask)
+    with pytest.raises(InputError, match="0 everywhere"):
+        matching_gain(0 * image, truth, mask)
