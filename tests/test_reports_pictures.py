@@ -82,7 +82,9 @@ def node_files(folder, *, codes="RAS", angles=(0, 0, 0), spacing=(2.0, 2.0, 5.0)
         nb.save(stored(array.astype(np.float32), on, codes), files[role])
     tables = {
         "conform": {"acquisition": {"slice_axis": 2, "thickness_mm": 5, "spacing_mm": 5}},
-        "structures_table": {"table": [{"index": 10, "centroid_mm": [-10.0, -18.0, 8.0]}]},
+        "structures_table": {
+            "table": [{"index": 10, "name": "Left-Thalamus", "centroid_mm": [-10.0, -18.0, 8.0]}]
+        },
         "affine": {"matrix": np.eye(4).tolist()},
         "restore": {"n_samples": 4},
     }
@@ -171,7 +173,7 @@ def test_left_is_left_and_front_is_front(tmp_path, codes, angles):
 
 def test_mni305_left_is_left(drawn):
     axial = [p for e, p in images(drawn["mni305"])][2]  # z = 20 mm, where the left mark is
-    assert marks_of_axial(axial)[1] == pytest.approx((38 - 17) / 76, abs=0.03)  # 8 mm of margin
+    assert marks_of_axial(axial)[1] == pytest.approx((80 + 3 - 17) / 160, abs=0.02)  # from x = -80 mm
 
 
 def test_every_picture_is_there_valid_and_light(drawn):

@@ -64,6 +64,7 @@ def summary(scan, **values):
                 "table": [
                     {
                         "index": 10,
+                        "name": "Left-Thalamus",
                         "volume_mm3": 7650.0,
                         "confidence": 0.91,
                         "centroid_mm": [-10.0, -18.0, 8.0],

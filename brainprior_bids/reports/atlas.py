@@ -3,69 +3,64 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-_STRUCTURES: dict[int, tuple[str, tuple[int, int, int]]] = {
-    2: ("left cerebral white matter", (245, 245, 245)),
-    3: ("left cerebral cortex", (205, 62, 78)),
-    4: ("left lateral ventricle", (120, 18, 134)),
-    5: ("left inferior lateral ventricle", (196, 58, 250)),
-    7: ("left cerebellar white matter", (220, 248, 164)),
-    8: ("left cerebellar cortex", (230, 148, 34)),
-    10: ("left thalamus", (0, 148, 14)),
-    11: ("left caudate", (122, 186, 220)),
-    12: ("left putamen", (236, 13, 176)),
-    13: ("left pallidum", (12, 48, 255)),
-    14: ("third ventricle", (204, 182, 142)),
-    15: ("fourth ventricle", (42, 204, 164)),
-    16: ("brain stem", (119, 159, 176)),
-    17: ("left hippocampus", (220, 216, 20)),
-    18: ("left amygdala", (103, 255, 255)),
-    24: ("cerebrospinal fluid", (90, 90, 110)),
-    26: ("left accumbens", (255, 165, 0)),
-    28: ("left ventral diencephalon", (165, 42, 42)),
-}
-"""FreeSurfer's colour table, a little lighter where it is too dark for a black ground."""
+from brainprior_bids.anatomy.affine import mni305_centroids
 
-_RIGHT_OF = {
-    41: 2, 42: 3, 43: 4, 44: 5, 46: 7, 47: 8, 49: 10, 50: 11, 51: 12, 52: 13, 53: 17, 54: 18,
-    58: 26, 60: 28,
-}  # fmt: skip
+RGB = tuple[int, int, int]
+UNKNOWN: RGB = (160, 160, 160)
+DARKER = 0.65
+"""Brightness of the right side's colours; FreeSurfer gives both sides the same one."""
+
+
+@cache
+def _structures() -> dict[int, tuple[str, RGB]]:
+    """FreeSurfer value -> name and colour, from ``data/structures.tsv``."""
+    text = (files("brainprior_bids") / "data" / "structures.tsv").read_text(encoding="utf-8")
+    return {
+        int(row["index"]): (row["name"], (int(row["red"]), int(row["green"]), int(row["blue"])))
+        for row in csv.DictReader(text.splitlines(), delimiter="\t")
+    }
+
+
+def name(value: int) -> str:
+    """FreeSurfer's name; ``label 77`` for a value that is not in the table."""
+    return _structures()[value][0] if value in _structures() else f"label {value}"
 
 
 def is_right(value: int) -> bool:
     """Whether a label belongs to the right half of the brain."""
-    return value in _RIGHT_OF
+    return name(value).startswith("Right-")
 
 
-def name(value: int) -> str:
-    """The structure's name; ``label 77`` for one that is not in the table."""
-    if value in _RIGHT_OF:
-        return "right " + _STRUCTURES[_RIGHT_OF[value]][0].removeprefix("left ")
-    return _STRUCTURES[value][0] if value in _STRUCTURES else f"label {value}"
-
-
-def colour(value: int) -> tuple[int, int, int]:
+def colour(value: int) -> RGB:
     """RGB, 0 to 255; the right side's is the left side's, darker."""
-    if value in _RIGHT_OF:
-        red, green, blue = _STRUCTURES[_RIGHT_OF[value]][1]
-        return int(red * 0.65), int(green * 0.65), int(blue * 0.65)
-    return _STRUCTURES[value][1] if value in _STRUCTURES else (160, 160, 160)
+    if value not in _structures():
+        return UNKNOWN
+    red, green, blue = _structures()[value][1]
+    share = DARKER if is_right(value) else 1.0
+    return int(red * share), int(green * share), int(blue * share)
 
 
-def expected_centroids() -> dict[int, NDArray[np.float64]]:
-    """FreeSurfer value -> (3,) mean centre in MNI305 mm."""
-    source = files("brainprior_bids") / "data" / "mni305_centroids.json"
-    if not source.is_file():
-        return {}
-    table = json.loads(source.read_text(encoding="utf-8"))["structures"]
-    return {int(row["index"]): np.asarray(row["mean"], float) for row in table}
+@cache
+def outlines() -> list[dict[str, Any]]:
+    """Sections of MNI305 with the outline of the average brain.
+
+    Returns
+    -------
+    list of ``axis`` (the section is perpendicular to it), ``mm`` (its place) and ``lines`` (each a
+    list of points, mm along the two other axes), from ``data/reports/mni305_outline.json``.
+    """
+    source = files("brainprior_bids") / "data" / "reports" / "mni305_outline.json"
+    return list(json.loads(source.read_text(encoding="utf-8"))["sections"])
 
 
 def centroid_pairs(
@@ -75,16 +70,16 @@ def centroid_pairs(
 
     Parameters
     ----------
-    table : rows with ``index`` and ``centroid_mm``
+    table : rows with ``name`` and ``centroid_mm``
         As the parcellation wrote it; scanner RAS mm.
     to_mni305 : (4, 4) array
         Scanner RAS mm to MNI305 RAS mm.
     """
-    expected = expected_centroids()
+    expected = mni305_centroids()["structures"]
     pairs = []
     for row in table:
-        value, centre = int(row["index"]), row.get("centroid_mm")
-        if value in expected and centre is not None:
+        known, centre = expected.get(row.get("name")), row.get("centroid_mm")
+        if known is not None and centre is not None:
             found = (to_mni305 @ np.append(np.asarray(centre, float), 1.0))[:3]
-            pairs.append((name(value), expected[value], found))
+            pairs.append((str(row["name"]), np.asarray(known["centroid_mm"], float), found))
     return pairs

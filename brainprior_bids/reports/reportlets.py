@@ -31,6 +31,7 @@ from brainprior_bids.reports.sheet import (
     Contour,
     Labels,
     Mark,
+    Outline,
     Panel,
     Picture,
     Sheet,
@@ -49,6 +50,8 @@ from brainprior_bids.reports.volumes import (
 DISPLAY = "Neurological display: the left of the picture is the left of the person."
 MARGIN_MM = 12.0
 MASK_COLOUR = "#00d5ff"
+EXPECTED = "#69f0ae"
+FOUND = "#ffd54f"
 
 
 @dataclass(frozen=True)
@@ -316,7 +319,7 @@ def draw_structures(images: ScanImages, path: Path) -> Path:
         )
     names = {int(v): atlas.name(int(v)) for v in values if not atlas.is_right(int(v))}
     sheet.legend(
-        [(_hex(atlas.colour(v)), name.removeprefix("left ")) for v, name in names.items()]
+        [(_hex(atlas.colour(v)), name.removeprefix("Left-")) for v, name in names.items()]
     )
     return sheet.save(path)
 
@@ -324,43 +327,55 @@ def draw_structures(images: ScanImages, path: Path) -> Path:
 def draw_mni305(images: ScanImages, path: Path) -> Path:
     """The restored image in MNI305 space, with where structures are and where they should be."""
     volume = images.load("restored_mni305")
-    brain = volume.like((volume.data > 0).astype(np.float32))
-    box = bounding_box(brain, 8.0)
+    low, high = (-80, -116, -72), (80, 80, 88)  # the average brain and a margin, mm
+    box = tuple(
+        (round(a - volume.affine[n, 3]), round(b - volume.affine[n, 3]))
+        for n, (a, b) in enumerate(zip(low, high, strict=True))
+    )
     limits = (0.0, float(np.percentile(volume.data[volume.data > 0], 99.5)))
     matrix = np.asarray(images.facts("affine").get("matrix", np.eye(4)), float)
     pairs = atlas.centroid_pairs(images.facts("structures_table").get("table", []), matrix)
     sheet = Sheet(f"{DISPLAY} MNI305 mm, RAS; grid lines every 20 mm.")
     sheet.title(
         "Restored image in MNI305 space",
-        note="○ expected centre of a structure, × found, within 6 mm of the section"
-        if pairs
-        else "",
+        note="green: expected outline and centres of structures; yellow ×: found, within 6 mm",
     )
-    for cuts in (((2, -20.0), (2, 0.0), (2, 20.0)), ((0, -14.0), (1, -20.0), (1, 10.0))):
-        panels = []
-        for axis, mm in cuts:
-            index = round(mm - volume.affine[axis, 3])
-            cut = section(volume, axis, index, box)
-            horizontal, vertical = (a for a in range(3) if a != axis)
-            left = volume.affine[horizontal, 3] + box[horizontal][0] - 0.5
-            top = volume.affine[vertical, 3] + box[vertical][1] - 0.5
-            marks = []
-            for name, expected, found in pairs:
-                if abs(expected[axis] - mm) > 6:
-                    continue
-                x, y = expected[horizontal] - left, top - expected[vertical]
-                x2, y2 = found[horizontal] - left, top - found[vertical]
-                marks += [
-                    Mark(x, y, "line", "#ffd54f", x2, y2),
-                    Mark(x, y, "ring", "#69f0ae", hint=f"{name}, expected"),
-                    Mark(x2, y2, "cross", "#ffd54f", hint=f"{name}, found"),
-                ]
-            rulers = [
-                *((x - left, -1.0, x) for x in _tens(left, left + cut.width_mm)),
-                *((-1.0, top - y, y) for y in _tens(top - cut.height_mm, top)),
+    panels = []
+    for entry in atlas.outlines():
+        axis, mm = int(entry["axis"]), float(entry["mm"])
+        cut = section(volume, axis, round(mm - volume.affine[axis, 3]), box)
+        horizontal, vertical = (a for a in range(3) if a != axis)
+        corner = np.array(  # upper left, mm
+            [
+                volume.affine[horizontal, 3] + box[horizontal][0] - 0.5,
+                volume.affine[vertical, 3] + box[vertical][1] - 0.5,
             ]
-            panels.append(Panel([Picture(cut, limits), *marks], rulers))
-        sheet.row(panels)
+        )
+
+        def place(points: Any, corner: NDArray[np.float64] = corner) -> NDArray[np.float64]:
+            """MNI305 mm to mm from the left and upper edge."""
+            return (np.asarray(points, float) - corner) * (1, -1)
+
+        layers: list[Picture | Outline | Mark] = [Picture(cut, limits)]
+        layers += [Outline(place(line), EXPECTED) for line in entry["lines"]]
+        for name, expected, found in pairs:
+            if abs(expected[axis] - mm) > 6:
+                continue
+            x, y = place(expected[[horizontal, vertical]])
+            x2, y2 = place(found[[horizontal, vertical]])
+            layers += [
+                Mark(x, y, "line", FOUND, x2, y2),
+                Mark(x, y, "ring", EXPECTED, hint=f"{name}, expected"),
+                Mark(x2, y2, "cross", FOUND, hint=f"{name}, found"),
+            ]
+        left, top = corner
+        rulers = [
+            *((x - left, -1.0, x) for x in _twenties(left, left + cut.width_mm)),
+            *((-1.0, top - y, y) for y in _twenties(top - cut.height_mm, top)),
+        ]
+        panels.append(Panel(layers, rulers))
+    for first in range(0, len(panels), 3):
+        sheet.row(panels[first : first + 3])
     return sheet.save(path)
 
 
@@ -506,7 +521,7 @@ def _bins(values: NDArray[np.float32], high: float) -> NDArray[np.float64]:
     return np.arange(-width / 2, high + width, width)
 
 
-def _tens(low: float, high: float) -> list[float]:
+def _twenties(low: float, high: float) -> list[float]:
     """Multiples of 20 strictly between two values."""
     return [float(v) for v in range(-200, 201, 20) if low < v < high]
 

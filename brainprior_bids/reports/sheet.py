@@ -138,10 +138,24 @@ class Mark:
 
 
 @dataclass(frozen=True)
+class Outline:
+    """A closed or open line through points of the panel.
+
+    Parameters
+    ----------
+    points : (n, 2) array
+        x and y, mm from the left and upper edge.
+    """
+
+    points: NDArray[np.float64]
+    colour: str
+
+
+@dataclass(frozen=True)
 class Panel:
     """What is drawn in one frame, from the back to the front; sections share their extent."""
 
-    layers: Sequence[Picture | Labels | Contour | Mark]
+    layers: Sequence[Picture | Labels | Contour | Outline | Mark]
     rulers: Sequence[tuple[float, float, float]] = ()
     """(x, y, mm): labelled ticks; y < 0 is a vertical line at x, x < 0 a horizontal one at y."""
 
@@ -149,7 +163,7 @@ class Panel:
     def section(self) -> Section:
         """The section that gives the frame its extent."""
         first = self.layers[0]
-        if isinstance(first, Mark):
+        if isinstance(first, (Mark, Outline)):
             raise TypeError("Panel: the first layer must have a section.")
         return first.section
 
@@ -262,6 +276,9 @@ class Sheet:
             if isinstance(layer, Mark):
                 self._mark(layer, x, y, scale)
                 continue
+            if isinstance(layer, Outline):
+                self._path([layer.points * scale + (x, y)], layer.colour, 1.2)
+                continue
             wide = layer.section.width_mm * scale
             high = layer.section.height_mm * scale
             if isinstance(layer, Contour):
@@ -306,14 +323,18 @@ class Sheet:
     def _contour(self, layer: Contour, x: float, y: float, scale: float) -> None:
         padded = np.pad(layer.section.image, 1)  # closes lines at the border
         rows, columns = (size * scale for size in layer.section.pixel_mm)
-        path = []
-        for line in contourpy.contour_generator(z=padded).lines(layer.level):
-            points = (np.asarray(line) - 0.5) * (columns, rows) + (x, y)
-            path.append("M" + "L".join(f"{px:.1f} {py:.1f}" for px, py in points))
+        lines = contourpy.contour_generator(z=padded).lines(layer.level)
+        points = [(np.asarray(line) - 0.5) * (columns, rows) + (x, y) for line in lines]
+        self._path(points, layer.colour, layer.width)
+
+    def _path(self, lines: Sequence[NDArray[np.float64]], colour: str, width: float) -> None:
+        path = "".join(
+            "M" + "L".join(f"{px:.1f} {py:.1f}" for px, py in points) for points in lines
+        )
         if path:
             self._body.append(
-                f'<path d="{"".join(path)}" fill="none" stroke="{layer.colour}" '
-                f'stroke-width="{layer.width}" stroke-linejoin="round"/>'
+                f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="{width}" '
+                'stroke-linejoin="round"/>'
             )
 
     def _mark(self, mark: Mark, x: float, y: float, scale: float) -> None:
