@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from brainprior_bids.workflows.scan import Job, init_scan_wf
-from nipype import config
+from nipype import config, logging
 from nipype.pipeline import engine as pe
 
 from brainprior_bids.settings import Settings
+
+LEVELS = ("CRITICAL", "INFO", "DEBUG")
+"""Level of Nipype's own log for no, one and two ``-v``; a failed scan is reported by us."""
 
 
 def init_brainprior_wf(
@@ -69,6 +72,11 @@ def configure_nipype(settings: Settings, *, crash_dir: Path) -> None:
                 "poll_sleep_duration": "0.2",
                 "create_report": "false",
             },
-            "logging": {"log_directory": str(crash_dir), "log_to_file": "false"},
+            "logging": {
+                "log_directory": str(crash_dir),
+                "log_to_file": "false",
+                "workflow_level": LEVELS[min(settings.verbose, 2)],
+            },
         }
     )
+    logging.update_logging(config)

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nipype's MultiProc, made to end where it would hang.
+"""Nipype's MultiProc, made to end where it would hang, and to finish what it began.
 
 A worker that the system kills (out of memory, most often) breaks the whole pool: MultiProc then
-waits for ever for a result that cannot come. Here the nodes that were running are reported as
-failed, a new pool is started, and the other scans go on.
+waits for ever for a result that cannot come. Here every node that was running is run once more,
+alone, in a new pool; one whose worker is killed again has failed, and the other scans go on.
+
+Of the nodes that could run, the one furthest down its scan's way goes first: results come one
+by one, not all at the end.
 """
 
 from __future__ import annotations
 
+import logging
 import multiprocessing as mp
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -15,34 +19,74 @@ from typing import Any
 
 from nipype.pipeline.plugins.multiproc import MultiProcPlugin, process_initializer, run_node
 
+LOG = logging.getLogger("brainprior")
+
 KILLED = (
-    "A worker process was killed while this step, or one beside it, was running. Most often "
-    "memory ran out: give --mem less than the machine has, or a smaller --nprocs."
+    "The worker process of this step was killed, twice. Most often memory ran out: "
+    "run it on a machine with more, or leave other programs less of it."
 )
 
 
 class SurvivingPool(MultiProcPlugin):
-    """MultiProc whose pool is replaced when a worker is killed."""
+    """MultiProc whose pool is replaced when a worker is killed.
+
+    Parameters
+    ----------
+    plugin_args : dict
+        MultiProc's, and ``order``: the nodes' names from first to last.
+    """
+
+    def __init__(self, plugin_args: dict[str, Any]) -> None:
+        super().__init__(plugin_args=plugin_args)
+        self._order = {name: rank for rank, name in enumerate(plugin_args["order"])}
+        self._submitted: dict[int, tuple[Any, bool]] = {}
+        self._broken: set[int] = set()
+
+    def _sort_jobs(self, jobids: Any, scheduler: str = "tsort") -> list[int]:
+        """Furthest first."""
+        return sorted(jobids, key=lambda job: (-self._order.get(self.procs[job].name, 0), job))
 
     def _submit_job(self, node: Any, updatehash: bool = False) -> int:
         self._taskid += 1
         task = self._taskid
+        self._submitted[task] = (node, updatehash)
         try:
             future = self.pool.submit(run_node, node, updatehash, task)
         except BrokenProcessPool:
             self._renew()
             future = self.pool.submit(run_node, node, updatehash, task)
-        future.add_done_callback(lambda done: self._collect(done, task))
         self._task_obj[task] = future
+        future.add_done_callback(lambda done: self._collect(done, task))
         return task
 
     def _collect(self, future: Future[dict[str, Any]], task: int) -> None:
         try:
             self._taskresult[task] = future.result()
-        except BaseException as error:
-            # future.result() raises what broke the pool; a node's own error comes as a result
-            text = f"{KILLED} ({type(error).__name__}: {error})"
-            self._taskresult[task] = {"result": None, "traceback": [text], "taskid": task}
+        except BrokenProcessPool:
+            self._broken.add(task)
+        except Exception as error:  # a result that cannot be sent, for example
+            self._taskresult[task] = _failure(task, f"{type(error).__name__}: {error}")
+
+    def _get_result(self, taskid: int) -> dict[str, Any] | None:
+        if taskid in self._broken:
+            self._broken.remove(taskid)
+            self._taskresult[taskid] = self._again(taskid)
+        return self._taskresult.get(taskid)
+
+    def _again(self, task: int) -> dict[str, Any]:
+        """Run a task alone, in a new pool, and wait for it."""
+        node, updatehash = self._submitted[task]
+        LOG.warning("A worker was killed; %s is run again, alone.", node.fullname)
+        self._renew()
+        try:
+            return self.pool.submit(run_node, node, updatehash, task).result()
+        except BrokenProcessPool:
+            self._renew()
+            return _failure(task, KILLED)
+
+    def _clear_task(self, taskid: int) -> None:
+        super()._clear_task(taskid)
+        del self._submitted[taskid]
 
     def _renew(self) -> None:
         self.pool.shutdown(wait=False)
@@ -52,3 +96,7 @@ class SurvivingPool(MultiProcPlugin):
             initargs=(self._cwd,),
             mp_context=mp.get_context(self.plugin_args.get("mp_context")),
         )
+
+
+def _failure(task: int, text: str) -> dict[str, Any]:
+    return {"result": None, "traceback": [text], "taskid": task}

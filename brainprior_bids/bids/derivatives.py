@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +73,7 @@ def write_dataset_files(output_dir: Path, *, bids_dir: Path, raw: Mapping[str, A
     description["SourceDatasets"] = [source]
     write_json(output_dir / "dataset_description.json", description)
     write_text(output_dir / ".bidsignore", "\n".join(BIDSIGNORE) + "\n")
-    rows = [f"{key}\t{text}" for key, text in DESCRIPTIONS.items()]
+    rows = [f"desc-{key}\t{text}" for key, text in DESCRIPTIONS.items()]
     write_text(output_dir / "descriptions.tsv", "\n".join(["desc_id\tdescription", *rows]) + "\n")
     write_text(
         output_dir / "README",
@@ -176,10 +178,28 @@ def sidecars(
 
 
 def structures_table(table: list[Mapping[str, Any]]) -> str:
-    """The ``dseg.tsv``: label value, name, volume and the network's confidence."""
-    lines = ["index\tname\tvolume_mm3\tconfidence"]
+    """The ``dseg.tsv``: label value, name, colour, volume and the network's confidence."""
+    colours = _colours()
+    lines = ["index\tname\tcolor\tvolume_mm3\tconfidence"]
     for row in sorted(table, key=lambda item: item["index"]):
-        lines.append(
-            f"{row['index']}\t{row['name']}\t{row['volume_mm3']:.0f}\t{row['confidence']:.3f}"
+        cells = (
+            str(row["index"]),
+            str(row["name"]),
+            colours.get(int(row["index"]), "n/a"),
+            f"{row['volume_mm3']:.0f}",
+            f"{row['confidence']:.3f}",
         )
+        lines.append("\t".join(cells))
     return "\n".join(lines) + "\n"
+
+
+def _colours() -> dict[int, str]:
+    """Label value -> ``#rrggbb``, from ``data/structures.tsv``."""
+    text = (resources.files("brainprior_bids") / "data" / "structures.tsv").read_text()
+    rows = csv.DictReader(text.splitlines(), delimiter="\t")
+    return {
+        int(row["index"]): "#{:02x}{:02x}{:02x}".format(
+            *(int(row[part]) for part in ("red", "green", "blue"))
+        )
+        for row in rows
+    }

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -179,7 +180,7 @@ def _execute(jobs: Sequence[Any], settings: Settings, weights: dict[str, Path]) 
     from brainprior_bids.interfaces.base import FAILURE
     from brainprior_bids.workflows.base import configure_nipype, init_brainprior_wf
     from brainprior_bids.workflows.plugin import SurvivingPool
-    from brainprior_bids.workflows.scan import log_dir
+    from brainprior_bids.workflows.scan import NODES, log_dir
 
     for subject in {job.scan.subject for job in jobs}:
         write_text(log_dir(settings, subject) / "brainprior.toml", settings.to_toml())
@@ -205,13 +206,11 @@ def _execute(jobs: Sequence[Any], settings: Settings, weights: dict[str, Path]) 
         "raise_insufficient": False,
         "mp_context": "forkserver",
         "status_callback": progress,
+        "order": NODES,
     }
     crashed: Exception | None = None
     try:
-        if settings.nprocs == 1:
-            workflow.run(plugin="Linear", plugin_args=arguments)
-        else:
-            workflow.run(plugin=SurvivingPool(plugin_args=arguments))
+        workflow.run(plugin=SurvivingPool(plugin_args=arguments))
     except Exception as error:  # Nipype re-raises the first failed node's, whatever it was
         crashed = error
         LOG.debug("the graph ended with an error", exc_info=True)
@@ -232,14 +231,19 @@ class Progress:
         self._nodes = NODES
         self._total = len(jobs) * len(NODES)
         self._ended = 0
+        self._running: set[str] = set()
 
     def __call__(self, node: Any, event: str) -> None:
         *_, scan, step = node.fullname.split(".")
         if step not in self._nodes:
             return
         if event == "start":
+            self._running.add(node.fullname)
             LOG.info("%s: %s …", self._names[scan], step)
             return
+        if node.fullname not in self._running:  # never started, because one before it failed
+            return
+        self._running.remove(node.fullname)
         self._ended += 1
         what = "done" if event == "end" else "FAILED"
         LOG.info("[%d/%d] %s: %s %s", self._ended, self._total, self._names[scan], step, what)
@@ -269,7 +273,15 @@ def _why(
             "crash_file": crash_file,
         }
     if own and KILLED in _read(own[-1]):
-        return {"type": "KilledWorker", "message": KILLED, "crash_file": crash_file}
+        step = re.search(r"^Node: \S+\.(\w+)$", _read(own[-1]), re.MULTILINE)
+        node = step[1] if step else None
+        message = f"{node}: {KILLED}" if node else KILLED
+        return {
+            "node": node,
+            "type": "KilledWorker",
+            "message": message,
+            "crash_file": crash_file,
+        }
     if own:
         lines = [line for line in _read(own[-1]).splitlines() if line.strip()]
         return {"type": "Crash", "message": lines[-1].strip(), "crash_file": crash_file}

@@ -78,12 +78,19 @@ class Reportlets(MeasuredInterface):
             files["uncertainty"] = inputs.uncertainty
         name = BIDSName.parse(inputs.name)
         prefix = name.stem.removesuffix(f"_{name.suffix}")
-        figures = make_reportlets(
-            {role: Path(path) for role, path in files.items()},
-            folder / "figures",
-            prefix=prefix,
-            suffix=name.suffix,
-        )
+        try:
+            figures = make_reportlets(
+                {role: Path(path) for role, path in files.items()},
+                folder / "figures",
+                prefix=prefix,
+                suffix=name.suffix,
+            )
+        except Exception as error:  # the images are there: they are not lost for a picture
+            self._results["figures"] = []
+            return [
+                f"{inputs.name}: the pictures could not be drawn "
+                f"({type(error).__name__}: {error}); the images are not affected."
+            ]
         self._results["figures"] = [str(path) for path in figures]
         return []
 

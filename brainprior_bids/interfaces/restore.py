@@ -86,7 +86,7 @@ class Restore(MeasuredInterface):
             n_steps=self.inputs.n_steps,
             seed=self.inputs.seed,
             device=self.inputs.device,
-            observe=progress(self.inputs.label, self.inputs.n_samples * self.inputs.n_steps),
+            observe=progress(self.inputs.label, self.inputs.n_samples),
         )
         facts: dict[str, Any] = {
             "sampler": done.sampler,
@@ -95,6 +95,9 @@ class Restore(MeasuredInterface):
             "seed": self.inputs.seed,
             "schedule": list(done.schedule),
             "calls": done.calls,
+            "sample_seeds": list(done.seeds),
+            "inner_iterations": done.inner_iterations,
+            "box": {"start": list(done.box.start), "stop": list(done.box.stop)},
             "noise_sd_initial": done.noise_sd_initial,
             "noise_sd": done.noise_sd,
             "residual_ratios": list(done.residual_ratios),
@@ -119,16 +122,15 @@ class Restore(MeasuredInterface):
         return list(done.warnings)
 
 
-def progress(label: str, total: int) -> Callable[..., None]:
-    """An observer that logs every quarter of the sampling steps."""
-    seen = 0
-    every = max(1, total // 4)
+def progress(label: str, n_samples: int) -> Callable[[int, int, float, int], None]:
+    """An observer that logs each quarter of every sample."""
 
-    def observe(*_: object, **__: object) -> None:
-        nonlocal seen
-        seen += 1
-        if seen % every == 0:
-            LOG.info("%s: sampling, step %d of %d", label, seen, total)
+    def observe(step: int, total: int, sigma: float, sample: int) -> None:
+        if (step + 1) % max(1, total // 4) == 0:
+            LOG.info(
+                "%s: sample %d of %d, step %d of %d (sigma %.3g)",
+                label, sample + 1, n_samples, step + 1, total, sigma,
+            )  # fmt: skip
 
     return observe
 

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The graph that is built, and the tree that it announces."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from brainprior_bids.workflows.base import init_brainprior_wf
+from brainprior_bids.workflows.scan import NODES, Job
+
+from brainprior_bids.bids.names import scan_seed
+from brainprior_bids.bids.query import find_scans
+from brainprior_bids.settings import Settings
+
+SKELETON = [
+    "sub-01/anat/sub-01_T1w.nii.gz",
+    "sub-01/anat/sub-01_acq-thick_run-1_T2w.nii.gz",
+    "sub-01/anat/sub-01_acq-thick_run-2_T2w.nii.gz",
+    "sub-02/ses-a/anat/sub-02_ses-a_FLAIR.nii",
+    "sub-02/ses-b/anat/sub-02_ses-b_FLAIR.nii",
+]
+GOLDEN = """\
+sub-01/anat/sub-01_acq-thick_run-1_desc-restored_T2w.nii.gz
+sub-01/anat/sub-01_acq-thick_run-1_desc-uncertainty_T2w.nii.gz
+sub-01/anat/sub-01_acq-thick_run-1_from-MNI305_to-T2w_mode-image_xfm.txt
+sub-01/anat/sub-01_acq-thick_run-1_from-T2w_to-MNI305_mode-image_xfm.txt
+sub-01/anat/sub-01_acq-thick_run-1_space-MNI305_desc-restored_T2w.nii.gz
+sub-01/anat/sub-01_acq-thick_run-1_space-T2w_desc-brain_mask.nii.gz
+sub-01/anat/sub-01_acq-thick_run-1_space-T2w_desc-structures_dseg.nii.gz
+sub-01/anat/sub-01_acq-thick_run-1_space-T2w_desc-structures_dseg.tsv
+sub-01/anat/sub-01_acq-thick_run-2_desc-restored_T2w.nii.gz
+sub-01/anat/sub-01_acq-thick_run-2_desc-uncertainty_T2w.nii.gz
+sub-01/anat/sub-01_acq-thick_run-2_from-MNI305_to-T2w_mode-image_xfm.txt
+sub-01/anat/sub-01_acq-thick_run-2_from-T2w_to-MNI305_mode-image_xfm.txt
+sub-01/anat/sub-01_acq-thick_run-2_space-MNI305_desc-restored_T2w.nii.gz
+sub-01/anat/sub-01_acq-thick_run-2_space-T2w_desc-brain_mask.nii.gz
+sub-01/anat/sub-01_acq-thick_run-2_space-T2w_desc-structures_dseg.nii.gz
+sub-01/anat/sub-01_acq-thick_run-2_space-T2w_desc-structures_dseg.tsv
+sub-01/anat/sub-01_desc-brain_mask.nii.gz
+sub-01/anat/sub-01_desc-restored_T1w.nii.gz
+sub-01/anat/sub-01_desc-structures_dseg.nii.gz
+sub-01/anat/sub-01_desc-structures_dseg.tsv
+sub-01/anat/sub-01_desc-uncertainty_T1w.nii.gz
+sub-01/anat/sub-01_from-MNI305_to-T1w_mode-image_xfm.txt
+sub-01/anat/sub-01_from-T1w_to-MNI305_mode-image_xfm.txt
+sub-01/anat/sub-01_space-MNI305_desc-restored_T1w.nii.gz
+sub-02/ses-a/anat/sub-02_ses-a_desc-restored_FLAIR.nii.gz
+sub-02/ses-a/anat/sub-02_ses-a_desc-uncertainty_FLAIR.nii.gz
+sub-02/ses-a/anat/sub-02_ses-a_from-FLAIR_to-MNI305_mode-image_xfm.txt
+sub-02/ses-a/anat/sub-02_ses-a_from-MNI305_to-FLAIR_mode-image_xfm.txt
+sub-02/ses-a/anat/sub-02_ses-a_space-FLAIR_desc-brain_mask.nii.gz
+sub-02/ses-a/anat/sub-02_ses-a_space-FLAIR_desc-structures_dseg.nii.gz
+sub-02/ses-a/anat/sub-02_ses-a_space-FLAIR_desc-structures_dseg.tsv
+sub-02/ses-a/anat/sub-02_ses-a_space-MNI305_desc-restored_FLAIR.nii.gz
+sub-02/ses-b/anat/sub-02_ses-b_desc-restored_FLAIR.nii.gz
+sub-02/ses-b/anat/sub-02_ses-b_desc-uncertainty_FLAIR.nii.gz
+sub-02/ses-b/anat/sub-02_ses-b_from-FLAIR_to-MNI305_mode-image_xfm.txt
+sub-02/ses-b/anat/sub-02_ses-b_from-MNI305_to-FLAIR_mode-image_xfm.txt
+sub-02/ses-b/anat/sub-02_ses-b_space-FLAIR_desc-brain_mask.nii.gz
+sub-02/ses-b/anat/sub-02_ses-b_space-FLAIR_desc-structures_dseg.nii.gz
+sub-02/ses-b/anat/sub-02_ses-b_space-FLAIR_desc-structures_dseg.tsv
+sub-02/ses-b/anat/sub-02_ses-b_space-MNI305_desc-restored_FLAIR.nii.gz
+""".splitlines()
+
+
+@pytest.fixture
+def raw(tmp_path):
+    root = tmp_path / "raw"
+    for name in SKELETON:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (root / "dataset_description.json").write_text('{"Name": "t", "BIDSVersion": "1.10.0"}')
+    return root
+
+
+def build(settings: Settings, tmp_path: Path):
+    weights = tmp_path / "weights"
+    weights.touch()
+    jobs = [
+        Job(scan, scan_seed(settings.random_seed, scan.name), "f" * 64)
+        for scan in find_scans(settings)
+    ]
+    return init_brainprior_wf(jobs=jobs, settings=settings, prior=weights, parcellation=weights)
+
+
+def by_step(workflow):
+    steps: dict[str, list] = {}
+    for node in sorted(workflow._get_all_nodes(), key=lambda node: node.fullname):
+        steps.setdefault(node.name, []).append(node)
+    return steps
+
+
+def test_a_dry_run_announces_the_golden_tree(raw, tmp_path):
+    given = [str(raw), str(tmp_path / "out"), "participant", "--dry-run", "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, "-m", "brainprior_bids", *given],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    listed = [line.strip() for line in done.stdout.splitlines() if line.startswith("  ")]
+    assert sorted(listed) == GOLDEN
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_scan_goes_its_own_way_through_every_step(raw, tmp_path):
+    workflow = build(Settings(raw, tmp_path / "out", tmp_path / "work"), tmp_path)
+    steps = by_step(workflow)
+    assert set(steps) == {*NODES, "records"}
+    assert {len(nodes) for nodes in steps.values()} == {len(SKELETON)}
+    graph = workflow._create_flat_graph()
+    import networkx as nx
+
+    assert nx.number_weakly_connected_components(graph) == len(SKELETON)
+    for component in nx.weakly_connected_components(graph):
+        order = [n.name for n in nx.topological_sort(graph.subgraph(component))]
+        assert order[0] == "conform"
+        assert order[-1] == "write"
+
+
+def test_restore_is_a_gpu_node_only_on_cuda(raw, tmp_path):
+    settings = Settings(raw, tmp_path / "out", tmp_path / "work", omp_nthreads=3, device="cpu")
+    on_cpu = by_step(build(settings, tmp_path))
+    assert not any(node.is_gpu_node() for nodes in on_cpu.values() for node in nodes)
+    assert {node.n_procs for node in on_cpu["restore"]} == {3}
+    on_gpu = by_step(build(replace(settings, device="cuda:1"), tmp_path))
+    gpu_steps = {name for name, nodes in on_gpu.items() if any(n.is_gpu_node() for n in nodes)}
+    assert gpu_steps == {"restore"}
+    assert {node.n_procs for node in on_gpu["restore"]} == {1}
+    assert {node.inputs.device for node in on_gpu["restore"]} == {"cuda:1"}
+
+
+def test_seeds_differ_between_scans_and_come_from_the_run(raw, tmp_path):
+    settings = Settings(raw, tmp_path / "out", tmp_path / "work", random_seed=5)
+    seeds = [node.inputs.seed for node in by_step(build(settings, tmp_path))["restore"]]
+    assert len(set(seeds)) == len(SKELETON)
+    again = [node.inputs.seed for node in by_step(build(settings, tmp_path))["restore"]]
+    assert seeds == again
+
+
+def test_how_it_is_computed_does_not_make_a_result_stale(raw, tmp_path):
+    settings = Settings(raw, tmp_path / "out", tmp_path / "work", omp_nthreads=1, device="cpu")
+
+    def digest(settings):
+        node = by_step(build(settings, tmp_path))["restore"][0]
+        return node.inputs.get_hashval(hash_method="content")[1]
+
+    assert digest(settings) == digest(replace(settings, omp_nthreads=4, device="cuda:0"))
+    assert digest(settings) != digest(replace(settings, n_samples=5))
+    assert digest(settings) != digest(replace(settings, random_seed=1))

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A worker that is killed neither hangs the run nor takes other nodes with it."""
+
+from __future__ import annotations
+
+import pytest
+from brainprior_bids.workflows.plugin import KILLED, SurvivingPool
+from nipype.interfaces.utility import Function
+from nipype.pipeline import engine as pe
+
+pytestmark = pytest.mark.timeout(120)
+
+
+def die_once(marker, value):
+    import os
+    import signal
+    from pathlib import Path
+
+    if not Path(marker).exists():
+        Path(marker).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return value
+
+
+def die(value):
+    import os
+    import signal
+
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def slow(value):
+    import time
+
+    time.sleep(1.0)
+    return value
+
+
+def node(function, name, inputs, **values):
+    made = pe.Node(Function(inputs, ["out"], function), name=name)
+    made.inputs.trait_set(**values)
+    return made
+
+
+def run(tmp_path, nodes):
+    workflow = pe.Workflow(name="wf", base_dir=str(tmp_path))
+    workflow.add_nodes(nodes)
+    workflow.config["execution"] = {
+        "crashdump_dir": str(tmp_path / "crash"),
+        "crashfile_format": "txt",
+        "poll_sleep_duration": "0.1",
+    }
+    events: list[tuple[str, str]] = []
+    plugin = SurvivingPool(
+        plugin_args={
+            "n_procs": 2,
+            "memory_gb": 4,
+            "mp_context": "forkserver",
+            "order": [n.name for n in nodes],
+            "status_callback": lambda n, event: events.append((n.name, event)),
+        }
+    )
+    try:
+        workflow.run(plugin=plugin)
+    finally:
+        run.events = events
+    return events
+
+
+def test_a_node_killed_once_is_run_again(tmp_path):
+    nodes = [
+        node(slow, "beside", ["value"], value=1),
+        node(die_once, "victim", ["marker", "value"], marker=str(tmp_path / "m"), value=2),
+    ]
+    events = run(tmp_path, nodes)
+    assert sorted(name for name, event in events if event == "end") == ["beside", "victim"]
+    assert not list((tmp_path).glob("crash/*"))
+
+
+def test_a_node_killed_twice_fails_alone(tmp_path):
+    nodes = [
+        node(slow, "beside", ["value"], value=1),
+        node(die, "victim", ["value"], value=2),
+        node(slow, "later", ["value"], value=3),
+    ]
+    with pytest.raises(RuntimeError, match="killed"):
+        run(tmp_path, nodes)
+    ended = {name: event for name, event in run.events if event != "start"}
+    assert ended == {"beside": "end", "victim": "exception", "later": "end"}
+    (crash,) = (tmp_path / "crash").glob("*.txt")
+    assert KILLED in crash.read_text()
