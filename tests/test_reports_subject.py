@@ -311,7 +311,7 @@ def test_methods_name_what_ran(tmp_path):
     (section,) = read(build_subject_report(tmp_path, "01")).xpath("//section[@id='Methods']")
     text = " ".join(section.text_content().split())
     for expected in (
-        "1 T1w, 1 T2w scans",
+        "1 T1w and 1 T2w scans",
         "9.8.7",
         "little-prior, SHA-256 cdcdcdcdcdcd",
         "exact Gaussian conditional draw (4 samples, 20 calls of the network each)",

@@ -215,26 +215,29 @@ def draw_flicker(images: ScanImages, path: Path) -> Path:
 
 
 def draw_slices(images: ScanImages, path: Path) -> Path:
-    """Sections across the slices: the input as it was measured, above the restored image."""
-    through = [axis for axis in range(3) if axis != images.slice_axis]
-    counts = tuple(2 if axis in through else 0 for axis in range(3))
+    """Sections across the slices: the input as it was measured, beside the restored image."""
     sheet = Sheet(images.footer)
     measured = images.scan.regrid(images.restored, order=0)
     thick = images.scan.spacing_mm[images.slice_axis]
     sheet.title(
-        "Input as measured",
-        note=f"{thick:.3g} mm between {PLANES[images.slice_axis]} slices, voxels not interpolated",
+        "First column: input as measured; second column: restored",
+        note=f"{PLANES[images.slice_axis]} slices every {thick:.3g} mm, voxels not interpolated",
     )
-    sheet.row(
-        [
-            Panel([Picture(cut, images.window, smooth=False)])
-            for cut in images.sections(measured, counts)
-        ]
-    )
-    sheet.title("Restored", note="the same sections and the same grey window")
-    sheet.row(
-        [Panel([Picture(cut, images.window)]) for cut in images.sections(images.restored, counts)]
-    )
+    for axis in (axis for axis in range(3) if axis != images.slice_axis):
+        # sagittal beside the midline, where the hemisphere is cut
+        index = spread(images.mask, axis, 2)[0] if axis == 0 else spread(images.mask, axis, 1)[0]
+        sheet.row(
+            [
+                Panel(
+                    [
+                        Picture(
+                            section(measured, axis, index, images.box), images.window, smooth=False
+                        )
+                    ]
+                ),
+                Panel([Picture(section(images.restored, axis, index, images.box), images.window)]),
+            ]
+        )
     return sheet.save(path)
 
 

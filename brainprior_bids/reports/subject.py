@@ -263,7 +263,7 @@ def _methods(scans: Sequence[Mapping[str, Any]]) -> str:
     scan_word = "scan" if len(scans) == 1 else "scans"
     return _render(
         "methods.html.j2",
-        count=f"{', '.join(counts)} {scan_word}",
+        count=f"{' and '.join(counts)} {scan_word}",
         version=", ".join(dict.fromkeys(str(s.get("version") or __version__) for s in scans)),
         parcellation=_weights(scans, "parcellation", "weights"),
         prior=_weights(scans, "restore", "prior"),
