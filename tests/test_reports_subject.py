@@ -73,7 +73,7 @@ def summary(scan, **values):
                 "weights": {"name": "little-net", "sha256": "ab" * 32},
             },
             "affine": {
-                "matrix": [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]],
+                "residuals_mm": {"Left-Thalamus": 1.26},
                 "dof": 12,
                 "used": [10],
                 "median_residual_mm": 2.5,
@@ -223,6 +223,13 @@ def test_facts_of_a_scan(output_dir):
         "Device": "cpu (x86_64)",
     }
     assert {key: rows[key] for key in expected} == expected
+
+
+def test_table_of_structures(output_dir):
+    page = read(build_subject_report(output_dir, "01"))
+    (table,) = page.xpath("//section[@id='sub-01_ses-a_T1w']//details//tbody")
+    cells = [[td.text_content() for td in row.findall("td")] for row in table.findall("tr")]
+    assert cells == [["Left-Thalamus", "10", "7.7", "0.91", "1.3"]]  # 7650 mm3; 1.26 mm
 
 
 def test_a_failed_scan_is_told_with_its_message(output_dir):

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 
 from brainprior_bids import __version__
 from brainprior_bids.bids.files import read_json
@@ -200,11 +199,7 @@ def _run_rows(scan: Mapping[str, Any]) -> Rows:
 
 def _structures(scan: Mapping[str, Any]) -> list[dict[str, str]]:
     table = _get(scan, "facts", "parcellation", "table") or []
-    matrix = _get(scan, "facts", "affine", "matrix")
-    distance: dict[str, float] = {}
-    if matrix:
-        pairs = atlas.centroid_pairs(table, np.asarray(matrix, float))
-        distance = {name: float(np.linalg.norm(found - at)) for name, at, found in pairs}
+    distance = _get(scan, "facts", "affine", "residuals_mm") or {}
     rows = []
     for row in table:
         name = atlas.name(int(row["index"]))
