@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Nodes on small files: what they leave, what they measure, how they fail."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from brainprior_bids.bids.derivatives import check_output, write_dataset_files
+from brainprior_bids.bids.provenance import sha256_file
+from brainprior_bids.bids.status import read_summary
+from brainprior_bids.bids.validate import find_validator, validate, validate_scans
+from brainprior_bids.engine import weights
+from brainprior_bids.engine.denoiser import ErrorSpectrum, Precondition
+from brainprior_bids.engine.errors import InputError, UsageError
+from brainprior_bids.engine.grids import Grid
+from brainprior_bids.engine.unet import UNet
+from brainprior_bids.interfaces.anatomy import Conform, ToMNI305, save
+from brainprior_bids.interfaces.base import FAILURE, RECORD, Meter
+from brainprior_bids.interfaces.derivatives import Write
+from brainprior_bids.interfaces.restore import Restore
+
+SHAPE = (40, 44, 10)
+SPACING = (1.0, 1.0, 4.0)
+
+
+@pytest.fixture
+def raw(tmp_path):
+    """A data set of one small FLAIR: a bright ellipsoid with a stripe, and noise."""
+    root = tmp_path / "raw"
+    (root / "sub-01" / "ses-a" / "anat").mkdir(parents=True)
+    (root / "dataset_description.json").write_text(
+        json.dumps({"Name": "t", "BIDSVersion": "1.10.0", "DatasetType": "raw", "License": "CC0"})
+    )
+    (root / "README").write_text("A data set for a test. " * 10)
+    (root / "FLAIR.json").write_text('{"SliceThickness": 4.0, "MagneticFieldStrength": 3}')
+    affine = np.diag([*SPACING, 1.0])
+    affine[:3, 3] = -np.array(SHAPE) * SPACING / 2
+    grid = Grid(SHAPE, affine)
+    rng = np.random.default_rng(1)
+    inside = ellipsoid(grid)
+    data = inside * (600 + 150 * np.sin(grid.points_mm()[0] / 3)) + rng.normal(0, 10, SHAPE)
+    path = root / "sub-01" / "ses-a" / "anat" / "sub-01_ses-a_FLAIR.nii.gz"
+    image = nib.Nifti1Image(np.abs(data).astype(np.int16), affine)
+    image.set_sform(affine, 1)
+    image.set_qform(affine, 1)
+    image.header.set_xyzt_units("mm", "sec")
+    nib.save(image, path)
+    return root
+
+
+def ellipsoid(grid: Grid) -> np.ndarray:
+    return (np.square(grid.points_mm() / np.array([15, 17, 15])[:, None, None, None]).sum(0)) < 1
+
+
+@pytest.fixture
+def prior(tmp_path):
+    """A prior that knows nothing but its spread: an untrained network, white errors."""
+    torch.manual_seed(0)
+    model = Precondition(UNet(channels=(8, 8), blocks=(1, 1), embedding=16), torch.full((8,), 0.5))
+    path = tmp_path / "prior.safetensors"
+    weights.write_weights(
+        path,
+        weights.prior_state(model, {"unknown": ErrorSpectrum.isotropic(0.5)}),
+        {
+            "kind": "prior",
+            "name": "untrained",
+            "licence": "CC0",
+            "training_data": "none",
+            "config": model.network.config,
+        },
+    )
+    return path
+
+
+def run(interface, folder: Path):
+    folder.mkdir(parents=True, exist_ok=True)
+    return interface.run(cwd=str(folder)).outputs
+
+
+@pytest.fixture
+def files(raw, prior, tmp_path):
+    """The files of every node before Write, the restoration really made."""
+    source = raw / "sub-01" / "ses-a" / "anat" / "sub-01_ses-a_FLAIR.nii.gz"
+    conformed = run(Conform(in_file=str(source), metadata={"SliceThickness": 4.0}), tmp_path / "c")
+    scan = nib.load(conformed.out_file)
+    grid = Grid(scan.shape, scan.affine)
+    fine = grid.one_millimetre()
+    made = tmp_path / "made"
+    made.mkdir()
+    mask = ellipsoid(fine)
+    text = {
+        "structures_json": {
+            "table": [
+                {"index": 2, "name": "Left-Cerebral-White-Matter", "volume_mm3": 7000.0,
+                 "confidence": 0.9, "centroid_mm": [0.0, 0.0, 0.0]},
+            ],
+            "warnings": [],
+            "weights": {"name": "p", "sha256": "0" * 64},
+        },
+        "affine_json": {"matrix": np.eye(4).tolist()},
+    }  # fmt: skip
+    out = {}
+    for name, value in text.items():
+        path = made / f"{name}.json"
+        path.write_text(json.dumps(value))
+        out[name] = str(path)
+    for name in ("to_mni305", "from_mni305"):
+        (made / f"{name}.txt").write_text("#Insight Transform File V1.0\n")
+        out[name] = str(made / f"{name}.txt")
+    out["mask"] = save(mask.astype(np.uint8), fine, made / "mask.nii.gz")
+    out["structures"] = save(2 * mask.astype(np.int16), fine, made / "structures.nii.gz")
+    out["mask_scan"] = save(ellipsoid(grid).astype(np.float32), grid, made / "mask_scan.nii.gz")
+    log_bias = save(np.zeros(SHAPE, np.float32), grid, made / "log_bias.nii.gz")
+    restored = run(
+        Restore(
+            in_file=conformed.out_file,
+            conform_json=conformed.conform_json,
+            mask=out["mask"],
+            mask_scan=out["mask_scan"],
+            log_bias=log_bias,
+            affine_json=out["affine_json"],
+            prior=str(prior),
+            contrast="FLAIR",
+            n_samples=2,
+            n_steps=4,
+            seed=3,
+        ),
+        tmp_path / "r",
+    )
+    template = run(
+        ToMNI305(in_file=restored.restored, affine_json=out["affine_json"]), tmp_path / "m"
+    )
+    out.update(
+        scan=conformed.out_file,
+        conform_json=conformed.conform_json,
+        restored=restored.restored,
+        uncertainty=restored.uncertainty,
+        log_bias=restored.log_bias,
+        restore_json=restored.restore_json,
+        restored_mni305=template.out_file,
+        records=[conformed.record, restored.record, template.record],
+    )
+    return out
+
+
+def writer(files, raw, output_dir, **changes):
+    relative = "sub-01/ses-a/anat/sub-01_ses-a_FLAIR.nii.gz"
+    values = {
+        "name": "sub-01_ses-a_FLAIR",
+        "source_file": str(raw / relative),
+        "relative": relative,
+        "metadata": {"SliceThickness": 4.0, "MagneticFieldStrength": 3},
+        "output_dir": str(output_dir),
+        "settings": {"task": "restore", "random_seed": 0},
+        "seed": 3,
+        "fingerprint": "f" * 64,
+        "run_uuid": "20260101-000000_abc",
+        "command": ["brainprior", "raw", "out", "participant"],
+        **files,
+        **changes,
+    }
+    return Write(**{name: value for name, value in values.items() if value is not None})
+
+
+@pytest.fixture
+def output_dir(raw, tmp_path):
+    output_dir = tmp_path / "out"
+    check_output(output_dir)
+    raw_description = json.loads((raw / "dataset_description.json").read_text())
+    write_dataset_files(output_dir, bids_dir=raw, raw=raw_description)
+    return output_dir
+
+
+def tree(root: Path) -> list[str]:
+    return sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
+
+
+def test_a_finished_scan_leaves_the_documented_files(files, raw, output_dir, tmp_path):
+    run(writer(files, raw, output_dir), tmp_path / "w")
+    anat = "sub-01/ses-a/anat/sub-01_ses-a"
+    run_label = "prov/prov-20260101000000abcsub01sesaFLAIR"
+    assert tree(output_dir) == sorted(
+        [
+            ".bidsignore",
+            "README",
+            "dataset_description.json",
+            "descriptions.tsv",
+            "logs/scans/sub-01_ses-a_FLAIR.json",
+            f"{run_label}_act.json",
+            f"{run_label}_ent.json",
+            f"{anat}_from-FLAIR_to-MNI305_mode-image_xfm.txt",
+            f"{anat}_from-MNI305_to-FLAIR_mode-image_xfm.txt",
+            f"{anat}_space-FLAIR_desc-structures_dseg.tsv",
+            *(
+                f"{anat}_{name}{extension}"
+                for name in (
+                    "desc-restored_FLAIR",
+                    "desc-uncertainty_FLAIR",
+                    "space-MNI305_desc-restored_FLAIR",
+                    "space-FLAIR_desc-brain_mask",
+                    "space-FLAIR_desc-structures_dseg",
+                )
+                for extension in (".nii.gz", ".json")
+            ),
+        ]
+    )
+    side = json.loads((output_dir / f"{anat}_desc-restored_FLAIR.json").read_text())
+    assert side["SkullStripped"] is True
+    assert side["MagneticFieldStrength"] == 3
+    assert side["Sources"][0] == "bids:raw:sub-01/ses-a/anat/sub-01_ses-a_FLAIR.nii.gz"
+    mask = json.loads((output_dir / f"{anat}_space-FLAIR_desc-brain_mask.json").read_text())
+    assert mask["Type"] == "Brain"
+    assert mask["SpatialReference"].endswith("_FLAIR.nii.gz")
+    restored = nib.load(output_dir / f"{anat}_desc-restored_FLAIR.nii.gz")
+    assert restored.get_data_dtype() == np.float32
+    assert restored.shape == (40, 44, 40)
+    np.testing.assert_array_equal(restored.get_sform(), restored.get_qform())
+
+
+def test_the_records_hold_the_hashes_of_what_is_there(files, raw, output_dir, tmp_path):
+    run(writer(files, raw, output_dir), tmp_path / "w")
+    (path,) = (output_dir / "prov").glob("*_ent.json")
+    entities = json.loads(path.read_text())["Entities"]
+    source, *outputs = entities
+    assert source["Digest"]["sha256"] == sha256_file(raw / source["AtLocation"])
+    assert len(outputs) == 8
+    for entity in outputs:
+        assert entity["Digest"]["sha256"] == sha256_file(output_dir / entity["AtLocation"])
+    (path,) = (output_dir / "prov").glob("*_act.json")
+    (activity,) = json.loads(path.read_text())["Activities"]
+    assert activity["ScanSeed"] == 3
+    assert activity["Restore"]["sampler"] == "exact"
+    assert len(activity["Restore"]["residual_ratios"]) == 2
+    assert activity["Restore"]["prior"]["name"] == "untrained"
+    assert [node["node"] for node in activity["Nodes"]] == ["Conform", "Restore", "ToMNI305"]
+    assert all(node["peak_memory_gb"] > 0.05 for node in activity["Nodes"])
+
+
+@pytest.mark.skipif(find_validator() is None, reason="bids-validator-deno is not installed")
+def test_the_validator_finds_no_error(files, raw, output_dir, tmp_path):
+    run(writer(files, raw, output_dir), tmp_path / "w")
+    command = find_validator()
+    assert validate(output_dir, command=command) == []
+    (output_dir / "sub-01" / "ses-a" / "anat" / "nonsense.nii.gz").touch()
+    assert validate(output_dir, command=command)  # it does look
+
+
+@pytest.mark.skipif(find_validator() is None, reason="bids-validator-deno is not installed")
+def test_only_the_requested_part_is_validated(raw, tmp_path):
+    from brainprior_bids.bids.query import find_scans
+    from brainprior_bids.settings import Settings
+
+    bad = raw / "sub-02" / "anat" / "sub-02_acq_T1w.nii.gz"
+    bad.parent.mkdir(parents=True)
+    bad.touch()
+    settings = Settings(raw, tmp_path / "o", tmp_path / "w", participant_label=("01",))
+    scans = find_scans(settings)
+    assert validate_scans(raw, scans, command=find_validator(), scratch=tmp_path) == []
+    assert validate(raw, command=find_validator())
+
+
+def test_one_sample_has_no_uncertainty_and_removes_an_older_one(files, raw, output_dir, tmp_path):
+    run(writer(files, raw, output_dir), tmp_path / "w")
+    assert any("uncertainty" in name for name in tree(output_dir))
+    again = writer(files, raw, output_dir, uncertainty=None, run_uuid="20260102-000000_def")
+    run(again, tmp_path / "w2")
+    assert not any("uncertainty" in name for name in tree(output_dir))
+    assert len(list((output_dir / "prov").glob("*_act.json"))) == 1
+    summary = read_summary(output_dir, "sub-01_ses-a_FLAIR")
+    assert summary["run_uuid"].endswith("def")
+
+
+def test_a_failure_while_writing_leaves_nothing(files, raw, output_dir, tmp_path):
+    before = tree(output_dir)
+    in_the_way = output_dir / "sub-01" / "ses-a" / "anat"
+    in_the_way = in_the_way / "sub-01_ses-a_space-MNI305_desc-restored_FLAIR.nii.gz"
+    in_the_way.mkdir(parents=True)
+    with pytest.raises(IsADirectoryError):
+        run(writer(files, raw, output_dir), tmp_path / "w")
+    assert tree(output_dir) == before
+    assert read_summary(output_dir, "sub-01_ses-a_FLAIR") is None
+
+
+def test_the_same_seed_gives_the_same_bytes(files, raw, prior, tmp_path):
+    def restored(seed: int, folder: str) -> bytes:
+        made = run(
+            Restore(
+                in_file=files["scan"],
+                conform_json=files["conform_json"],
+                mask=files["mask"],
+                mask_scan=files["mask_scan"],
+                log_bias=files["log_bias"],
+                affine_json=files["affine_json"],
+                prior=str(prior),
+                contrast="FLAIR",
+                n_samples=1,
+                n_steps=3,
+                seed=seed,
+            ),
+            tmp_path / folder,
+        )
+        return Path(made.restored).read_bytes()
+
+    first = restored(3, "a")
+    assert first == restored(3, "b")
+    assert first != restored(4, "d")
+
+
+def test_a_node_that_fails_says_why_in_one_sentence(tmp_path):
+    bad = tmp_path / "sub-01_T1w.nii.gz"
+    bad.write_bytes(b"\x1f\x8b broken")
+    folder = tmp_path / "node"
+    with pytest.raises(InputError):
+        run(Conform(in_file=str(bad)), folder)
+    failure = json.loads((folder / FAILURE).read_text())
+    assert failure["expected"] is True
+    assert failure["message"].startswith("sub-01_T1w:")
+    assert not (folder / RECORD).exists()
+
+
+def test_the_meter_sees_memory_that_is_gone_again():
+    meter = Meter()
+    with meter:
+        block = np.ones(60 * 2**20, np.uint8)
+        import time
+
+        time.sleep(0.2)
+        del block
+    facts = meter.facts()
+    assert facts["seconds"] >= 0.2
+    assert facts["peak_memory_gb"] > facts["added_memory_gb"] > 0.05
+
+
+def test_a_foreign_data_set_is_not_written_into(raw, tmp_path):
+    with pytest.raises(UsageError, match="did not make"):
+        check_output(raw)
+    locked = tmp_path / "file"
+    locked.write_text("")
+    with pytest.raises(UsageError, match="cannot be written"):
+        check_output(locked / "out")
