@@ -173,6 +173,13 @@ def test_the_flicker_is_an_object_because_an_image_does_not_see_the_pointer(outp
     assert all("desc-flicker" in element.get("data") for element in page.xpath("//object"))
 
 
+def test_every_picture_has_a_text_for_those_who_do_not_see_it(output_dir):
+    page = read(build_subject_report(output_dir, "01"))
+    alts = [element.get("alt") for element in page.xpath("//img")]
+    assert "Uncertainty, sub-01_ses-a_acq-x_T1w" in alts
+    assert all(alts)
+
+
 def test_each_scan_has_its_own_section_with_its_own_pictures(output_dir):
     page = read(build_subject_report(output_dir, "01"))
     names = [section.get("id") for section in page.xpath("//section")]

@@ -108,6 +108,11 @@ class SubjectReport(Report):
                     figures, config=settings, out_dir=out_dir, bids_filters={"scan": section.scan}
                 )
                 if not reportlet.is_empty():
+                    alt = f'<img alt="{entry["subtitle"]}, {section.scan}" '  # nireports has none
+                    reportlet.components = [
+                        (content.replace("<img ", alt, 1), caption)
+                        for content, caption in reportlet.components
+                    ]
                     reportlets.append(reportlet)
             self.sections.append(SubReport(section.scan, reportlets=reportlets))
 
