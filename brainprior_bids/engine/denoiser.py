@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The prior: an EDM denoiser of brain images and the spectrum of its error.
+
+Symbols: ``x`` a clean brain in the engine's unit, ``sigma`` the SD of the white noise added to it,
+``D(x + sigma n; sigma)`` the estimate of E[x | x + sigma n] (Tweedie mean). EDM's preconditioning
+(arXiv 2206.00364, table 1) is applied to each Haar band with that band's own spread s:
+
+    D = c_skip y + c_out F(c_in y),  c_skip = s² / (sigma² + s²),
+    c_out = sigma s / sqrt(sigma² + s²),  c_in = 1 / sqrt(sigma² + s²)
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from brainprior_bids.engine.errors import ShapeMismatchError, UsageError
+from brainprior_bids.engine.unet import (
+    BANDS,
+    CONTRASTS,
+    UNet,
+    coordinate_features,
+    from_bands,
+    to_bands,
+)
+
+
+class ErrorSpectrum:
+    """V(sigma, |k|): variance of the denoiser's error, by noise level and spatial frequency.
+
+    Orthonormal FFT: white noise of variance s² has V = s² at every frequency.
+
+    Parameters
+    ----------
+    sigmas : (s,) tensor
+        Ascending noise levels, above 0.
+    frequencies : (f,) tensor
+        Ascending bin centres in cycles per mm.
+    variances : (s, f) tensor
+        Above 0.
+
+    Raises
+    ------
+    ShapeMismatchError
+        If the three disagree.
+    """
+
+    def __init__(self, sigmas: Tensor, frequencies: Tensor, variances: Tensor) -> None:
+        if variances.shape != (len(sigmas), len(frequencies)) or variances.numel() == 0:
+            raise ShapeMismatchError(
+                f"ErrorSpectrum: variances must be ({len(sigmas)}, {len(frequencies)}), "
+                f"got {tuple(variances.shape)}."
+            )
+        if not (
+            bool((variances > 0).all())
+            and bool((sigmas > 0).all())
+            and bool((sigmas.diff() > 0).all())
+            and bool((frequencies.diff() > 0).all())
+        ):
+            raise UsageError(
+                "ErrorSpectrum: sigmas and frequencies must ascend; sigmas and variances must be "
+                "above 0."
+            )
+        self.sigmas = sigmas.double().cpu()
+        self.frequencies = frequencies.double().cpu()
+        # No denoiser worth its name adds noise, and more noise never means less error.
+        bounded = torch.minimum(variances.double().cpu(), self.sigmas[:, None] ** 2)
+        self.variances = bounded.cummax(0).values
+
+    @classmethod
+    def isotropic(cls, sigma_data: float) -> ErrorSpectrum:
+        """White: sigma² sd² / (sigma² + sd²), the error for a white Gaussian prior."""
+        sigmas = torch.logspace(-4, 3, 281, dtype=torch.float64)
+        v = sigmas**2 * sigma_data**2 / (sigmas**2 + sigma_data**2)
+        return cls(sigmas, torch.tensor([0.0, 1.0]), v[:, None].expand(-1, 2))
+
+    def variance(self, sigma: float, frequency: Tensor) -> Tensor:
+        """V at each frequency in cycles/mm; the shape, dtype and device of ``frequency``.
+
+        Linear in the logarithms of sigma and V and in the frequency. Below the smallest tabulated
+        sigma V falls as sigma²; above the largest it stays; outside the frequencies the nearest
+        bin counts.
+        """
+        if not sigma > 0:
+            raise UsageError(f"ErrorSpectrum: sigma must be above 0, got {sigma}.")
+        logs, table = self.sigmas.log(), self.variances.log()
+        wanted = torch.tensor(float(sigma), dtype=torch.float64).log()
+        inside = wanted.clamp(logs[0], logs[-1])
+        row = _interpolate(logs, table.T, inside.reshape(1))[:, 0]
+        row = row + 2 * (wanted - logs[0]).clamp(max=0)
+        k = frequency.detach().double().cpu().abs().reshape(-1)
+        values = _interpolate(self.frequencies, row[None], k)[0].exp()
+        return values.clamp(max=float(sigma) ** 2).reshape(frequency.shape).to(frequency)
+
+
+def _interpolate(knots: Tensor, values: Tensor, at: Tensor) -> Tensor:
+    """(k,) ascending, (m, k), (p,) -> (m, p): piecewise linear, constant outside."""
+    if len(knots) == 1:
+        return values.expand(-1, len(at))
+    at = at.clamp(knots[0], knots[-1])
+    high = torch.searchsorted(knots, at).clamp(1, len(knots) - 1)
+    share = (at - knots[high - 1]) / (knots[high] - knots[high - 1])
+    return values[:, high - 1] * (1 - share) + values[:, high] * share
+
+
+class Precondition(nn.Module):
+    """EDM's preconditioning, per Haar band, around a ``UNet``.
+
+    Parameters
+    ----------
+    network : UNet
+    band_sd : (8,) tensor
+        Spread of each band over the training data, background included.
+    """
+
+    band_sd: Tensor
+
+    def __init__(self, network: UNet, band_sd: Tensor) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("band_sd", band_sd.reshape(BANDS).float().clone())
+
+    def scales(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(n,) -> c_skip, c_out, c_in, each (n, 8, 1, 1, 1)."""
+        s2 = self.band_sd[None, :, None, None, None] ** 2
+        sigma2 = sigma[:, None, None, None, None] ** 2
+        total = sigma2 + s2
+        return s2 / total, (sigma2 * s2 / total).sqrt(), total.rsqrt()
+
+    def forward(self, bands: Tensor, sigma: Tensor, place: Tensor, contrast: Tensor) -> Tensor:
+        """Noisy bands (n, 8, i, j, k) float32, sigma (n,) -> denoised bands."""
+        c_skip, c_out, c_in = self.scales(sigma)
+        f = self.network(c_in * bands, place, sigma.log() / 4, contrast)
+        denoised: Tensor = c_skip * bands + c_out * f
+        return denoised
+
+
+def fast_dtype(device: torch.device) -> torch.dtype | None:
+    """bfloat16 where the device computes it faster than float32, else None."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
+    if device.type == "cpu":
+        has = torch.cpu.get_capabilities()
+        return torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_bf16") else None
+    return None
+
+
+class Prior:
+    """A trained denoiser with what is known about it.
+
+    Parameters
+    ----------
+    model : Precondition
+    spectra : mapping
+        Contrast to the measured ``ErrorSpectrum``; "unknown" must be there.
+    metadata : mapping
+        The model card's facts, as stored with the weights.
+    device : str or torch.device
+    dtype : torch.dtype, optional
+        Of the convolutions; None takes bfloat16 where that is faster (see ``fast_dtype``).
+    """
+
+    def __init__(
+        self,
+        model: Precondition,
+        *,
+        spectra: Mapping[str, ErrorSpectrum],
+        metadata: Mapping[str, Any],
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if "unknown" not in spectra:
+            raise UsageError(f"Prior: no error spectrum for 'unknown', only for {list(spectra)}.")
+        self.device = torch.device(device)
+        self.dtype = dtype or fast_dtype(self.device) or torch.float32
+        self.model = model.to(self.device).eval()
+        for parameter in self.model.parameters():
+            if parameter.ndim == 5:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
+        self.metadata = dict(metadata)
+        self.sigma_data = float(model.band_sd.square().mean().sqrt())
+        self._spectra = dict(spectra)
+        self._place: tuple[Tensor, Tensor] | None = None
+
+    def spectrum(self, contrast: str) -> ErrorSpectrum:
+        """The error spectrum of one contrast; that of "unknown" where none was measured."""
+        return self._spectra.get(contrast, self._spectra["unknown"])
+
+    @torch.no_grad()
+    def denoise(self, x: Tensor, sigma: float, *, coordinates: Tensor, contrast: str) -> Tensor:
+        """The estimate of E[clean | x].
+
+        Parameters
+        ----------
+        x : (n, 1, i, j, k) float32
+            Clean brain plus white noise of SD ``sigma``, in the engine's unit.
+        sigma : float
+            Above 0.
+        coordinates : (3, i, j, k)
+            MNI305 mm of every voxel. The features made of it are kept while the same tensor
+            object comes again.
+        contrast : str
+            One of ``CONTRASTS``.
+
+        Returns
+        -------
+        (n, 1, i, j, k) float32, on the device of ``x``.
+
+        Raises
+        ------
+        ShapeMismatchError, UsageError
+            If the arguments do not fit.
+        """
+        if x.ndim != 5 or x.shape[1] != 1 or coordinates.shape != (3, *x.shape[2:]):
+            raise ShapeMismatchError(
+                f"Prior: expected x (n, 1, i, j, k) and coordinates (3, i, j, k), got "
+                f"{tuple(x.shape)} and {tuple(coordinates.shape)}."
+            )
+        if contrast not in CONTRASTS:
+            raise UsageError(f"Prior: contrast must be one of {CONTRASTS}, got {contrast!r}.")
+        if not sigma > 0:
+            raise UsageError(f"Prior: sigma must be above 0, got {sigma}.")
+        shape = x.shape[2:]
+        multiple = 2 * self.model.network.multiple
+        padding = [(-size) % multiple for size in shape]
+        noisy = _pad(x.to(self.device, torch.float32), padding)
+        place = self._place_features(coordinates, padding)
+        n = len(x)
+        level = torch.full((n,), float(sigma), device=self.device)
+        kind = torch.full((n,), CONTRASTS.index(contrast), device=self.device)
+        precision = (
+            contextlib.nullcontext()
+            if self.dtype == torch.float32
+            else torch.autocast(self.device.type, self.dtype)
+        )
+        with precision:
+            bands = self.model(to_bands(noisy), level, place, kind)
+        clean = from_bands(bands)[:, :, : shape[0], : shape[1], : shape[2]]
+        return clean.contiguous().to(x.device)
+
+    def _place_features(self, coordinates: Tensor, padding: list[int]) -> Tensor:
+        if self._place is None or self._place[0] is not coordinates:
+            mm = coordinates.to(self.device, torch.float32)[None]
+            features = coordinate_features(_pad(mm, padding))
+            self._place = (
+                coordinates,
+                features.contiguous(memory_format=torch.channels_last_3d),
+            )
+        return self._place[1]
+
+
+def _pad(x: Tensor, padding: list[int]) -> Tensor:
+    """Grow the end of each axis by mirroring: noise stays noise of the same spread."""
+    if not any(padding):
+        return x
+    fits = all(grow < size for grow, size in zip(padding, x.shape[2:], strict=True))
+    ends = [end for grow in reversed(padding) for end in (0, grow)]
+    return F.pad(x, ends, mode="reflect" if fits else "replicate")

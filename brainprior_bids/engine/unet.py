@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A residual U-Net over orthonormal 2 x 2 x 2 bands.
+
+The image enters as its eight Haar bands: a pixel-unshuffle by 2 followed by an orthonormal 8 x 8
+mix of the eight channels, so white noise stays white and every convolution runs on an eighth of
+the voxels. The local mean (band 0) is apart from the seven detail bands, whose amplitude is some
+thirty times smaller; each band can then be scaled by its own spread.
+
+No operation takes a statistic over space: normalisation is per voxel, over channels, so a crop,
+a tile and a whole brain are treated alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BANDS = 8
+CONTRASTS = ("T1w", "T2w", "FLAIR", "unknown")
+WAVELENGTHS_MM = (320.0, 160.0, 80.0, 40.0)
+
+
+def haar_matrix() -> Tensor:
+    """(8, 8) orthonormal: row b mixes the 2 x 2 x 2 voxels (i, j, k order) into band b."""
+    pair = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / math.sqrt(2)
+    return torch.kron(pair, torch.kron(pair, pair)).float()
+
+
+def to_bands(x: Tensor) -> Tensor:
+    """(n, 1, i, j, k), even sizes -> (n, 8, i/2, j/2, k/2), orthonormal."""
+    n, _, i, j, k = x.shape
+    blocks = x.reshape(n, i // 2, 2, j // 2, 2, k // 2, 2).permute(0, 1, 3, 5, 2, 4, 6)
+    bands = blocks.reshape(n, i // 2, j // 2, k // 2, BANDS) @ haar_matrix().to(x).T
+    return bands.permute(0, 4, 1, 2, 3)  # channels last in memory
+
+
+def from_bands(bands: Tensor) -> Tensor:
+    """The inverse, and the transpose, of ``to_bands``."""
+    n, _, i, j, k = bands.shape
+    blocks = bands.permute(0, 2, 3, 4, 1) @ haar_matrix().to(bands)
+    voxels = blocks.reshape(n, i, j, k, 2, 2, 2).permute(0, 1, 4, 2, 5, 3, 6)
+    return voxels.reshape(n, 1, 2 * i, 2 * j, 2 * k)
+
+
+def coordinate_features(coordinates: Tensor) -> Tensor:
+    """(n, 3, i, j, k) mm, even sizes -> (n, 27, i/2, j/2, k/2), low Fourier features.
+
+    One position for each 2 x 2 x 2 block; beyond 160 mm a position says only "far outside".
+    """
+    centre = F.avg_pool3d(coordinates, 2).clamp(-160, 160)
+    angles = [centre * (2 * math.pi / wavelength) for wavelength in WAVELENGTHS_MM]
+    return torch.cat(
+        [centre / 100, *(f(angle) for angle in angles for f in (torch.sin, torch.cos))], 1
+    )
+
+
+COORDINATE_FEATURES = 3 * (1 + 2 * len(WAVELENGTHS_MM))
+
+
+def _zero(layer: nn.Module) -> None:
+    """Start a layer at zero."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+
+
+class Block(nn.Module):
+    """x + conv(silu(conv(film(norm(x))))); the last convolution starts at zero."""
+
+    def __init__(self, channels: int, embedding: int) -> None:
+        super().__init__()
+        self.film = nn.Linear(embedding, 2 * channels)
+        self.conv1 = nn.Conv3d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv3d(channels, channels, 3, padding=1)
+        _zero(self.film)
+        _zero(self.conv2)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """(n, c, i, j, k), (n, e) -> (n, c, i, j, k)."""
+        scale, shift = self.film(embedding).float().chunk(2, 1)
+        last = x.permute(0, 2, 3, 4, 1)
+        normed = torch.stack(
+            [  # the norm's own affine applies the conditioning, in one pass over memory
+                F.layer_norm(
+                    item, item.shape[-1:], (1 + scale[n]).to(x.dtype), shift[n].to(x.dtype)
+                )
+                for n, item in enumerate(last)
+            ]
+        ).permute(0, 4, 1, 2, 3)
+        h: Tensor = self.conv2(F.silu(self.conv1(normed)))
+        return x + h
+
+
+class UNet(nn.Module):
+    """Scaled bands, features of position, noise level and contrast -> (n, 8, i, j, k).
+
+    Parameters
+    ----------
+    channels : sequence of int
+        Width at each resolution: 2 mm, 4 mm, 8 mm, ….
+    blocks : sequence of int
+        Residual blocks at each resolution, on the way down and again on the way up; at the
+        coarsest only once.
+    embedding : int
+        Width of the conditioning vector.
+    """
+
+    frequencies: Tensor
+
+    def __init__(
+        self,
+        channels: Sequence[int] = (48, 96, 128),
+        blocks: Sequence[int] = (1, 2, 2),
+        embedding: int = 128,
+    ) -> None:
+        super().__init__()
+        self.config: dict[str, Any] = {
+            "channels": list(channels),
+            "blocks": list(blocks),
+            "embedding": embedding,
+        }
+        self.multiple = 2 ** (len(channels) - 1)
+        self.image_in = nn.Conv3d(BANDS, channels[0], 3, padding=1)
+        self.place_in = nn.Conv3d(COORDINATE_FEATURES, channels[0], 1)
+        self.register_buffer(
+            "frequencies", torch.exp(torch.linspace(0, math.log(64), 32)) / 4, persistent=False
+        )
+        self.noise_in = nn.Sequential(
+            nn.Linear(64, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
+        )
+        self.contrast_in = nn.Embedding(len(CONTRASTS), embedding)
+        nn.init.normal_(self.contrast_in.weight, std=0.5)
+        self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
+        self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
+        for level, (width, count) in enumerate(zip(channels, blocks, strict=True)):
+            self.down_blocks.append(nn.ModuleList(Block(width, embedding) for _ in range(count)))
+            if level < len(channels) - 1:
+                self.up_blocks.append(nn.ModuleList(Block(width, embedding) for _ in range(count)))
+                self.downs.append(nn.Conv3d(width, channels[level + 1], 2, stride=2))
+                self.ups.append(nn.ConvTranspose3d(channels[level + 1], width, 2, stride=2))
+        self.out = nn.Conv3d(channels[0], BANDS, 3, padding=1)
+        _zero(self.out)
+
+    def forward(self, bands: Tensor, place: Tensor, noise: Tensor, contrast: Tensor) -> Tensor:
+        """One pass.
+
+        Parameters
+        ----------
+        bands : (n, 8, i, j, k) float32
+            Each of unit spread; i, j, k multiples of ``multiple``.
+        place : (n or 1, 27, i, j, k)
+            ``coordinate_features``.
+        noise : (n,)
+            ln(sigma) / 4.
+        contrast : (n,) int64
+            Index into ``CONTRASTS``.
+        """
+        angle = noise[:, None] * self.frequencies * 2 * math.pi
+        e = self.noise_in(torch.cat([angle.sin(), angle.cos()], 1)) + self.contrast_in(contrast)
+        e = F.silu(e)
+        # In float32: at sigma 0.01 the noise is below the rounding of bfloat16.
+        with torch.autocast(bands.device.type, enabled=False):
+            image = self.image_in(bands.float())
+        h = image + self.place_in(place)
+        if torch.is_autocast_enabled(bands.device.type):
+            h = h.to(torch.get_autocast_dtype(bands.device.type))
+        skips = []
+        for level, group in enumerate(self.down_blocks):
+            for block in group:  # type: ignore[attr-defined]
+                h = block(h, e)
+            if level < len(self.downs):
+                skips.append(h)
+                h = self.downs[level](h)
+        for level in reversed(range(len(self.ups))):
+            h = self.ups[level](h) + skips[level]
+            for block in self.up_blocks[level]:  # type: ignore[attr-defined]
+                h = block(h, e)
+        result: Tensor = self.out(h)
+        return result.float()

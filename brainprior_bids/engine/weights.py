@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights on disk: one safetensors file with its facts in the header.
+
+The header holds one JSON text under ``brainprior``: ``kind`` (prior, parcellation),
+``format_version``, ``name``, ``licence``, ``training_data``, ``config`` (what rebuilds the
+network), and ``tensors_sha256``, the hash of the tensors, which is checked at every load.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from brainprior_bids.engine.denoiser import ErrorSpectrum, Precondition, Prior
+from brainprior_bids.engine.errors import WeightsError
+from brainprior_bids.engine.parcellation_network import ParcellationNetwork
+from brainprior_bids.engine.unet import UNet
+
+Network = TypeVar("Network", bound=torch.nn.Module)
+
+FORMAT_VERSION = 1
+FOLDER = Path(__file__).parent.parent / "data" / "weights"
+SPECTRUM = "spectrum"
+
+
+def sha256_file(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha256_tensors(state: Mapping[str, Tensor]) -> str:
+    """Over names, types, shapes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_weights(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write atomically; floating tensors keep the type they come in.
+
+    Parameters
+    ----------
+    path : Path
+        Replaced only once the new file is complete.
+    state : mapping
+        Name to tensor.
+    metadata : mapping
+        JSON-able, with at least ``kind``, ``name``, ``licence``, ``training_data``, ``config``.
+
+    Raises
+    ------
+    WeightsError
+        If one of those is missing.
+    """
+    missing = {"kind", "name", "licence", "training_data", "config"} - set(metadata)
+    if missing:
+        raise WeightsError(f"{path.name}: metadata lacks {sorted(missing)}.")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    facts = {
+        **metadata,
+        "format_version": FORMAT_VERSION,
+        "tensors_sha256": _sha256_tensors(tensors),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        save_file(tensors, name, metadata={"brainprior": json.dumps(facts)})
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def read_weights(path: Path, *, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and metadata of a weights file; adds ``file`` and ``sha256`` (of the file).
+
+    Raises
+    ------
+    WeightsError
+        If the file is missing, is not ours, is of another kind or version, or does not match its
+        hash.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get("brainprior")
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise WeightsError(
+            f"{path}: no such weights file. Pass an existing one, or reinstall brainprior."
+        ) from error
+    except (safetensors.SafetensorError, OSError) as error:
+        raise WeightsError(f"{path}: not a readable safetensors file ({error}).") from error
+    try:
+        metadata: dict[str, Any] = json.loads(header or "")
+    except json.JSONDecodeError as error:
+        raise WeightsError(
+            f"{path}: safetensors without brainprior's metadata. Make weights with "
+            "`brainprior train`."
+        ) from error
+    if metadata.get("format_version") != FORMAT_VERSION:
+        raise WeightsError(
+            f"{path}: format version {metadata.get('format_version')}, this program reads "
+            f"{FORMAT_VERSION}."
+        )
+    if metadata.get("kind") != kind:
+        raise WeightsError(
+            f"{path}: expected weights of kind {kind!r}, got {metadata.get('kind')!r}."
+        )
+    if _sha256_tensors(state) != metadata.get("tensors_sha256"):
+        raise WeightsError(
+            f"{path}: the tensors do not match their SHA-256. Fetch the file again."
+        )
+    return state, {**metadata, "file": path.name, "sha256": sha256_file(path)}
+
+
+def prior_state(model: Precondition, spectra: Mapping[str, ErrorSpectrum]) -> dict[str, Tensor]:
+    """What a prior's file holds: the network in float16, spreads and error spectra in float32."""
+    state = {f"network.{k}": v.detach().half() for k, v in model.network.state_dict().items()}
+    state["band_sd"] = model.band_sd.float()
+    for contrast, spectrum in spectra.items():
+        for part in ("sigmas", "frequencies", "variances"):
+            state[f"{SPECTRUM}.{contrast}.{part}"] = getattr(spectrum, part).float()
+    return state
+
+
+def load_prior(
+    path: Path | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Prior:
+    """The prior in ``path``, by default the one shipped with the package.
+
+    Raises
+    ------
+    WeightsError
+        As ``read_weights``, and if the tensors do not fit the configuration.
+    """
+    path = path or FOLDER / "prior.safetensors"
+    state, metadata = read_weights(path, kind="prior")
+    network = _fill(UNet, state, metadata, path)
+    try:
+        model = Precondition(network, state["band_sd"])
+        contrasts = {name.split(".")[1] for name in state if name.startswith(f"{SPECTRUM}.")}
+        spectra = {
+            contrast: ErrorSpectrum(
+                *(
+                    state[f"{SPECTRUM}.{contrast}.{p}"]
+                    for p in ("sigmas", "frequencies", "variances")
+                )
+            )
+            for contrast in sorted(contrasts)
+        }
+    except KeyError as error:
+        raise WeightsError(f"{path}: tensor {error} is missing.") from error
+    return Prior(model, spectra=spectra, metadata=metadata, device=device, dtype=dtype)
+
+
+def load_parcellation(
+    path: Path | None = None, *, device: str | torch.device = "cpu"
+) -> ParcellationNetwork:
+    """The parcellation network in ``path``, by default the one shipped with the package.
+
+    Raises
+    ------
+    WeightsError
+        As ``load_prior``.
+    """
+    path = path or FOLDER / "parcellation.safetensors"
+    state, metadata = read_weights(path, kind="parcellation")
+    network = _fill(ParcellationNetwork, state, metadata, path)
+    network.metadata = metadata
+    return network.to(device).eval()
+
+
+def _fill(
+    make: type[Network], state: Mapping[str, Tensor], metadata: Mapping[str, Any], path: Path
+) -> Network:
+    """A network built from the metadata's config, with the tensors named ``network.*``."""
+    own = {k.removeprefix("network."): v.float() for k, v in state.items() if "network." in k}
+    try:
+        network = make(**metadata["config"])
+        network.load_state_dict(own)
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+        raise WeightsError(f"{path}: tensors and configuration do not fit: {error}") from error
+    return network

@@ -1,0 +1,410 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``brainprior train prior``: brains -> denoiser -> error spectra -> one weights file.
+
+EDM training (arXiv 2206.00364): ``F`` of the denoiser learns a target of unit variance at every
+noise level, here in every Haar band, so fine detail counts as much as the local mean. Noise
+levels are log-uniform, four of five in 0.005-2, where restoration gets its detail, the rest in
+2-40. The learning rate is constant after a warm-up and falls to 0 over the last steps, so a
+training may be prolonged: raise ``--steps`` and start the command again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from brainprior_bids.engine.denoiser import ErrorSpectrum, Precondition, Prior, fast_dtype
+from brainprior_bids.engine.errors import UsageError
+from brainprior_bids.engine.unet import CONTRASTS, UNet, coordinate_features, to_bands
+from brainprior_bids.engine.weights import FOLDER, prior_state, write_weights
+from brainprior_bids.training.crops import Crops, matrix_points
+from brainprior_bids.training.muon import Muon
+from brainprior_bids.training.preprocess import (
+    Brain,
+    build_pack,
+    build_synthetic_pack,
+    read_pack,
+)
+from brainprior_bids.training.spectra import gains, measure_spectra
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT = "checkpoint.pt"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what is learned.
+
+    Parameters
+    ----------
+    steps, warmup, decay : int
+        All steps; the first, with a rising learning rate; the last, with a falling one.
+    batch, size : int
+        Crops a step and their edge in voxels.
+    learning_rate, weight_decay : float
+        Shared by Muon and AdamW.
+    ema : float
+        Decay of the averaged weights a step, after a ramp.
+    seed : int
+    """
+
+    steps: int = 6000
+    warmup: int = 100
+    decay: int = 1500
+    batch: int = 4
+    size: int = 48
+    learning_rate: float = 1.5e-3
+    weight_decay: float = 1e-3
+    ema: float = 0.998
+    seed: int = 1
+
+    def rate(self, step: int) -> float:
+        """Learning rate of step ``step`` (from 0)."""
+        rise = min(1.0, (step + 1) / max(self.warmup, 1))
+        fall = min(1.0, (self.steps - step) / max(self.decay, 1))
+        return self.learning_rate * rise * max(fall, 0.0)
+
+
+class Numbers(Sampler[int]):
+    """The crop numbers first, first + 1, …, last - 1."""
+
+    def __init__(self, first: int, last: int) -> None:
+        self.first, self.last = first, last
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.first, self.last))
+
+    def __len__(self) -> int:
+        return max(self.last - self.first, 0)
+
+
+def draw_sigmas(n: int, generator: torch.Generator) -> Tensor:
+    """(n,) stratified: log-uniform in 0.005-2 with weight 0.8, in 2-40 with 0.2."""
+    u = (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n
+    low = math.log(0.005) + (u / 0.8) * math.log(2 / 0.005)
+    high = math.log(2) + ((u - 0.8) / 0.2) * math.log(40 / 2)
+    return torch.where(u < 0.8, low, high).exp()
+
+
+def measure_band_sd(crops: Crops, count: int = 48) -> Tensor:
+    """(8,) root mean square of each Haar band over the first crops."""
+    squares = [to_bands(crops[n]["image"][None]).square().mean((0, 2, 3, 4)) for n in range(count)]
+    return torch.stack(squares).mean(0).sqrt()
+
+
+class Trainer:
+    """A training that can be stopped and resumed.
+
+    Parameters
+    ----------
+    brains : sequence of Brain
+        Of the training split.
+    recipe : Recipe
+    work : Path
+        Holds the checkpoint and ``log.jsonl``.
+    device : torch.device
+    """
+
+    def __init__(
+        self, brains: Sequence[Brain], recipe: Recipe, work: Path, *, device: torch.device
+    ) -> None:
+        self.recipe, self.work, self.device = recipe, work, device
+        self.crops = Crops(brains, size=recipe.size, seed=recipe.seed)
+        self.step, self.seconds = 0, 0.0
+        torch.manual_seed(recipe.seed)  # initial weights only
+        self.model = Precondition(UNet(), measure_band_sd(self.crops))
+        self.average = Precondition(UNet(), self.model.band_sd)
+        self.average.load_state_dict(self.model.state_dict())
+        for model in (self.model, self.average):
+            model.to(device, memory_format=torch.channels_last_3d)
+        self.optimisers = self._optimisers()
+        self.dtype = fast_dtype(device)
+
+    def _optimisers(self) -> list[torch.optim.Optimizer]:
+        """Muon for the convolutions inside; AdamW for the first, the last and everything else."""
+        inner, rest = [], []
+        for name, parameter in self.model.network.named_parameters():
+            edge = name.startswith(("image_in.", "place_in.", "out."))
+            (inner if parameter.ndim == 5 and not edge else rest).append(parameter)
+        rate, decay = self.recipe.learning_rate, self.recipe.weight_decay
+        return [
+            Muon(inner, lr=rate, weight_decay=decay),
+            torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.99), weight_decay=decay),
+        ]
+
+    def resume(self) -> bool:
+        """Take up the checkpoint of the work folder; False if there is none."""
+        path = self.work / CHECKPOINT
+        if not path.exists():
+            return False
+        saved = torch.load(path, map_location=self.device, weights_only=True)
+        self.model.load_state_dict(saved["model"])
+        self.average.load_state_dict(saved["average"])
+        for optimiser, state in zip(self.optimisers, saved["optimisers"], strict=True):
+            optimiser.load_state_dict(state)
+        self.step, self.seconds = saved["step"], saved["seconds"]
+        return True
+
+    def save(self) -> None:
+        """Write the checkpoint, replacing the last one only when complete."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        path = self.work / CHECKPOINT
+        partial = path.with_suffix(".partial")
+        torch.save(
+            {
+                "model": self.model.state_dict(),
+                "average": self.average.state_dict(),
+                "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
+                "step": self.step,
+                "seconds": self.seconds,
+                "recipe": asdict(self.recipe),
+            },
+            partial,
+        )
+        os.replace(partial, path)
+
+    def loss(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
+        """Mean square of F's error over voxels and bands; 1 is no better than a Wiener filter."""
+        image = batch["image"].to(self.device)
+        sigma = draw_sigmas(len(image), generator)
+        noise = torch.randn(image.shape, generator=generator)
+        sigma, noise = sigma.to(self.device), noise.to(self.device)
+        place = coordinate_features(
+            matrix_points(batch["matrix"].to(self.device), image.shape[2:])
+        )
+        clean = to_bands(image)
+        noisy = clean + sigma[:, None, None, None, None] * to_bands(noise)
+        _, c_out, _ = self.model.scales(sigma)
+        precision = (
+            torch.autocast(self.device.type, self.dtype)
+            if self.dtype
+            else contextlib.nullcontext()
+        )
+        with precision:
+            estimate = self.model(noisy, sigma, place, batch["contrast"].to(self.device))
+        return ((estimate - clean) / c_out).square().mean()
+
+    def run(
+        self,
+        *,
+        workers: int,
+        checkpoint_every: int,
+        validate_every: int,
+        validation: Sequence[Brain],
+    ) -> None:
+        """Train up to ``recipe.steps``.
+
+        Raises
+        ------
+        UsageError
+            If the loss is not finite.
+        """
+        recipe = self.recipe
+        numbers = Numbers(self.step * recipe.batch, recipe.steps * recipe.batch)
+        loader = DataLoader(
+            self.crops,
+            recipe.batch,
+            sampler=numbers,
+            num_workers=workers,
+            prefetch_factor=8 if workers else None,
+            worker_init_fn=_single_thread,
+        )
+        smooth, waited, started = 0.0, 0.0, time.monotonic()
+        batches = iter(loader)
+        for _ in range(self.step, recipe.steps):
+            asked = time.monotonic()
+            batch = next(batches)
+            waited += time.monotonic() - asked
+            for optimiser in self.optimisers:
+                optimiser.zero_grad(set_to_none=True)
+                for group in optimiser.param_groups:
+                    group["lr"] = recipe.rate(self.step)
+            generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + self.step)
+            loss = self.loss(batch, generator)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            for optimiser in self.optimisers:
+                optimiser.step()
+            self.step += 1
+            self._average()
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise UsageError(
+                    f"training diverged at step {self.step}: loss {value}. Lower --learning-rate."
+                )
+            smooth = value if smooth == 0 else 0.98 * smooth + 0.02 * value
+            now = time.monotonic()
+            self.seconds += now - asked
+            if self.step % 50 == 0:
+                self._note(
+                    step=self.step,
+                    loss=round(smooth, 4),
+                    rate=round(recipe.rate(self.step - 1), 6),
+                    seconds_a_step=round((now - started) / 50, 3),
+                    waited=round(waited / 50, 3),
+                )
+                waited, started = 0.0, now
+            if self.step % checkpoint_every == 0 or self.step == recipe.steps:
+                self.save()
+            if validation and self.step % validate_every == 0:
+                self._note(step=self.step, gain=gains(self.prior(), validation))
+                started = time.monotonic()
+
+    def _average(self) -> None:
+        decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            own = list(self.model.parameters())
+            torch._foreach_lerp_(list(self.average.parameters()), own, 1 - decay)
+
+    def prior(self) -> Prior:
+        """The averaged weights as the engine sees them, without a measured spectrum."""
+        copy = Precondition(UNet(**self.average.network.config), self.average.band_sd)
+        copy.load_state_dict(self.average.state_dict())
+        flat = ErrorSpectrum.isotropic(float(copy.band_sd.square().mean().sqrt()))
+        return Prior(copy, spectra={"unknown": flat}, metadata={}, device=self.device)
+
+    def _note(self, **facts: Any) -> None:
+        log.info("%s", facts)
+        self.work.mkdir(parents=True, exist_ok=True)
+        with open(self.work / "log.jsonl", "a") as file:
+            file.write(json.dumps({"at": round(self.seconds), **facts}) + "\n")
+
+
+def _single_thread(_: int) -> None:
+    torch.set_num_threads(1)
+
+
+def export(
+    trainer: Trainer, brains: Sequence[Brain], path: Path, *, name: str, limit: int
+) -> dict[str, Any]:
+    """Measure the error spectra on the validation brains and write the weights.
+
+    ``limit`` brains a contrast are measured. Returns the metadata.
+    """
+    prior = trainer.prior()
+    held_out = [brain for brain in brains if brain.split == "validation"]
+    spectra = measure_spectra(prior, held_out, limit=limit)
+    scans = [b for b in brains if b.split == "train" and not b.synthetic]
+    maps = {b.name for b in brains if b.split == "train" and b.synthetic}
+    metadata = {
+        "kind": "prior",
+        "name": name,
+        "licence": "Apache-2.0",
+        "training_data": (
+            f"{len(scans)} skull-stripped scans "
+            f"({', '.join(sorted({b.contrast for b in scans}))}) and synthetic T1w, T2w, FLAIR "
+            f"and random contrasts of {len(maps)} label maps; see docs/models/prior.md"
+        ),
+        "config": trainer.average.network.config,
+        "contrasts": list(CONTRASTS),
+        "recipe": asdict(trainer.recipe),
+        "steps": trainer.step,
+        "hours": round(trainer.seconds / 3600, 2),
+        "device": trainer.device.type,
+        "gain": gains(prior, held_out),
+    }
+    write_weights(path, prior_state(prior.model, spectra), metadata)
+    return metadata
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``brainprior train prior``."""
+    recipe = Recipe()
+    parser.add_argument("work", type=Path, help="folder of the packs, checkpoint and log")
+    data = parser.add_argument_group("data (needed once; the packs in the work folder are kept)")
+    data.add_argument("--data", type=Path, help="skull-stripped 1 mm brains with BIDS names")
+    data.add_argument("--labels", type=Path, help="label maps with FreeSurfer values")
+    data.add_argument("--average", type=Path, help="the MNI305 average head (avg305T1.nii)")
+    data.add_argument("--validation", nargs="*", default=[], help="participants, label maps")
+    data.add_argument("--exclude", nargs="*", default=[], help="participants, label maps left out")
+    train = parser.add_argument_group("training")
+    train.add_argument("--steps", type=int, default=recipe.steps)
+    train.add_argument("--decay", type=int, default=recipe.decay, help="last, falling steps")
+    train.add_argument("--batch", type=int, default=recipe.batch)
+    train.add_argument("--size", type=int, default=recipe.size, help="edge of a crop in voxels")
+    train.add_argument("--learning-rate", type=float, default=recipe.learning_rate)
+    train.add_argument("--seed", type=int, default=recipe.seed)
+    train.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
+    train.add_argument("--threads", type=int, default=2)
+    train.add_argument("--workers", type=int, default=1, help="processes that make crops")
+    train.add_argument("--checkpoint-every", type=int, default=200)
+    train.add_argument("--validate-every", type=int, default=500)
+    out = parser.add_argument_group("result")
+    out.add_argument("--out", type=Path, help="weights file to write at the end")
+    out.add_argument("--name", default="brainprior-small", help="name kept with the weights")
+    out.add_argument(
+        "--spectrum-brains", type=int, default=3, help="validation brains a contrast for V_sigma"
+    )
+    out.add_argument(
+        "--export-only", action="store_true", help="write --out from the checkpoint, no training"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit status."""
+    torch.set_num_threads(args.threads)
+    for option, build in (("data", build_pack), ("labels", build_synthetic_pack)):
+        source = getattr(args, option)
+        stem = "pack" if option == "data" else "synthetic"
+        if source is None or list(args.work.glob(f"{stem}-*.npz")):
+            continue
+        if args.average is None:
+            raise UsageError(f"--{option} needs --average, the MNI305 average head.")
+        known = {
+            path.name.split(".")[0].split("_")[0].removeprefix("sub-")
+            for path in source.rglob("*.nii*")
+        }
+        known |= {path.name.split(".")[0] for path in source.rglob("*.nii*")}
+        build(
+            source,
+            args.average,
+            args.work,
+            validation=[name for name in args.validation if name in known],
+            exclude=[name for name in args.exclude if name in known],
+            processes=max(args.workers, 1),
+        )
+    brains = read_pack(args.work)
+    recipe = Recipe(
+        steps=args.steps,
+        decay=args.decay,
+        batch=args.batch,
+        size=args.size,
+        learning_rate=args.learning_rate,
+        seed=args.seed,
+    )
+    trainer = Trainer(
+        [b for b in brains if b.split == "train"],
+        recipe,
+        args.work,
+        device=torch.device(args.device),
+    )
+    resumed = trainer.resume()
+    if args.export_only and not resumed:
+        raise UsageError(f"{args.work}: no {CHECKPOINT} to export.")
+    if not args.export_only:
+        trainer.run(
+            workers=args.workers,
+            checkpoint_every=args.checkpoint_every,
+            validate_every=args.validate_every,
+            validation=[b for b in brains if b.split == "validation"],
+        )
+    if args.out is not None or args.export_only:
+        metadata = export(
+            trainer, brains, args.out or FOLDER / "prior.safetensors", name=args.name
+        )
+        log.info("%s", json.dumps(metadata, indent=1))
+    return 0

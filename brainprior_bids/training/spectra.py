@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How well a denoiser does on brains it has not seen: gain and error spectrum."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage
+from torch import Tensor
+
+from brainprior_bids.engine.denoiser import ErrorSpectrum, Prior
+from brainprior_bids.engine.unet import CONTRASTS
+from brainprior_bids.training.crops import TABLE, intensity_curve, matrix_points
+from brainprior_bids.training.preprocess import Brain
+
+SIGMAS = (0.005, 0.01, 0.02, 0.04, 0.07, 0.12, 0.2, 0.35, 0.6, 1.0, 2.0, 4.0, 10.0, 30.0)
+BINS = 40
+"""Radial bins from 0 to the corner of the cube at 1 mm, narrower towards 0."""
+EDGES = 3**0.5 / 2 * torch.linspace(0, 1, BINS + 1, dtype=torch.float64) ** 1.5
+"""(BINS + 1,) cycles per mm."""
+
+
+def examples(
+    brains: Sequence[Brain], contrast: str, limit: int
+) -> list[tuple[NDArray[np.float32], NDArray[np.float64]]]:
+    """(image, voxel to MNI305) of one contrast: scans, then scans through a curve, then synthetic.
+
+    The curves are drawn from a fixed seed, so every measurement sees the same images.
+    """
+    plain = [b for b in brains if b.contrast == contrast and not b.synthetic]
+    made = [b for b in brains if b.contrast == contrast and b.synthetic]
+    images = [(TABLE.astype(np.float32)[b.data], b.to_mni305) for b in plain[:limit]]
+    if not plain:
+        rng = np.random.default_rng(7)
+        for brain in [b for b in brains if b.contrast == "T1w" and not b.synthetic][: limit // 2]:
+            images.append(
+                (intensity_curve(brain.tissues, contrast, rng)[brain.data], brain.to_mni305)
+            )
+    images += [(TABLE.astype(np.float32)[b.data], b.to_mni305) for b in made]
+    return images[:limit]
+
+
+def errors(
+    prior: Prior,
+    image: NDArray[np.float32],
+    matrix: NDArray[np.float64],
+    contrast: str,
+    sigmas: Sequence[float],
+) -> Iterator[tuple[float, Tensor]]:
+    """(sigma, error inside the brain) for one image; the same noise at every level."""
+    margin = 4
+    padded = torch.from_numpy(np.pad(image, margin))[None, None]
+    shift = np.eye(4)
+    shift[:3, 3] = -margin
+    place = torch.from_numpy(matrix @ shift).float()[None]
+    coordinates = matrix_points(place, padded.shape[2:])[0]
+    inside = torch.from_numpy(ndimage.binary_fill_holes(padded[0, 0].numpy() > 0))
+    noise = torch.randn(padded.shape, generator=torch.Generator().manual_seed(11))
+    for sigma in sigmas:
+        estimate = prior.denoise(
+            padded + sigma * noise, sigma, coordinates=coordinates, contrast=contrast
+        )
+        yield sigma, (estimate - padded)[0, 0] * inside
+
+
+def gains(
+    prior: Prior, brains: Sequence[Brain], sigmas: Sequence[float] = (0.01, 0.03, 0.1, 0.3, 1, 4)
+) -> dict[str, dict[str, float]]:
+    """RMS error inside the brain divided by sigma, per contrast and level, on a central 96³ crop.
+
+    Below 1 the denoiser does better than leaving the image alone.
+    """
+    table: dict[str, dict[str, float]] = {}
+    for contrast in CONTRASTS:
+        sums = dict.fromkeys(sigmas, 0.0)
+        images = examples(brains, contrast, 2)
+        for image, matrix in images:
+            start = [max((size - 96) // 2, 0) for size in image.shape]
+            shift = np.eye(4)
+            shift[:3, 3] = start
+            crop = image[tuple(slice(s, s + 96) for s in start)]
+            share = float((crop > 0).mean())
+            for sigma, error in errors(prior, crop, matrix @ shift, contrast, sigmas):
+                volume = crop.size * share
+                sums[sigma] += float(error.square().sum() / volume) / sigma**2 / len(images)
+        if images:
+            table[contrast] = {str(s): round(value**0.5, 4) for s, value in sums.items()}
+    return table
+
+
+def radial_power(error: Tensor, inside_share: float) -> tuple[Tensor, Tensor]:
+    """(BINS,) sums of |FFT|² / inside_share and counts, by |k|; orthonormal FFT, 1 mm voxels."""
+    power = torch.fft.fftn(error, norm="ortho").abs().square() / inside_share
+    axes = [torch.fft.fftfreq(size) for size in error.shape]
+    k = torch.stack(torch.meshgrid(*axes, indexing="ij")).square().sum(0).sqrt()
+    index = (torch.searchsorted(EDGES, k.double().flatten(), right=True) - 1).clamp(0, BINS - 1)
+    sums = torch.zeros(BINS, dtype=torch.float64).index_add_(0, index, power.double().flatten())
+    counts = torch.bincount(index, minlength=BINS).double()
+    return sums, counts
+
+
+def measure_spectra(
+    prior: Prior, brains: Sequence[Brain], *, sigmas: Sequence[float] = SIGMAS, limit: int = 3
+) -> dict[str, ErrorSpectrum]:
+    """The error spectrum of every contrast there are brains for; "unknown" always.
+
+    "unknown" is measured on all of them, with the contrast hidden from the network.
+    """
+    spectra = {}
+    shown = {contrast: examples(brains, contrast, limit) for contrast in CONTRASTS}
+    shown["unknown"] = [images[-1] for images in shown.values() if images]
+    centres = (EDGES[1:] + EDGES[:-1]) / 2
+    for contrast, images in shown.items():
+        if not images:
+            continue
+        sums = torch.zeros(len(sigmas), BINS, dtype=torch.float64)
+        counts = torch.zeros(BINS, dtype=torch.float64)
+        for image, matrix in images:
+            for row, (_, error) in enumerate(errors(prior, image, matrix, contrast, sigmas)):
+                share = float((image > 0).sum()) / error.numel()
+                power, number = radial_power(error, share)
+                sums[row] += power
+            counts += number
+        seen = counts > 0  # the lowest bins may hold no frequency of a small volume
+        spectra[contrast] = ErrorSpectrum(
+            torch.tensor(sigmas, dtype=torch.float64),
+            centres[seen],
+            (sums / counts)[:, seen],
+        )
+    return spectra
