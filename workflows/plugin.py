@@ -5,6 +5,8 @@ A worker that the system kills (out of memory, most often) breaks the whole pool
 waits for ever for a result that cannot come. Here every node that was running is run once more,
 alone, in a new pool; one whose worker is killed again has failed, and the other scans go on.
 
+No worker outlives the run: interrupted, the run ends them; killed itself, they notice and end.
+
 Of the nodes that could run, the one furthest down its scan's way goes first: results come one
 by one, not all at the end.
 """
@@ -13,6 +15,9 @@ from __future__ import annotations
 
 import logging
 import multiprocessing as mp
+import os
+import threading
+import time
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -27,6 +32,24 @@ KILLED = (
 )
 
 
+WATCH_S = 2.0
+
+
+def start_worker(cwd: str, main_pid: int) -> None:
+    """Nipype's own initializer, and a thread that ends this worker when the run is gone."""
+    process_initializer(cwd)
+
+    def watch() -> None:
+        while True:
+            time.sleep(WATCH_S)
+            try:
+                os.kill(main_pid, 0)
+            except ProcessLookupError:
+                os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 class SurvivingPool(MultiProcPlugin):
     """MultiProc whose pool is replaced when a worker is killed.
 
@@ -38,6 +61,8 @@ class SurvivingPool(MultiProcPlugin):
 
     def __init__(self, plugin_args: dict[str, Any]) -> None:
         super().__init__(plugin_args=plugin_args)
+        self.pool.shutdown()  # Nipype's: no worker was started yet
+        self.pool = self._new_pool()
         self._order = {name: rank for rank, name in enumerate(plugin_args["order"])}
         self._submitted: dict[int, tuple[Any, bool]] = {}
         self._broken: set[int] = set()
@@ -88,12 +113,22 @@ class SurvivingPool(MultiProcPlugin):
         super()._clear_task(taskid)
         del self._submitted[taskid]
 
+    def stop(self) -> None:
+        """End the workers at once; what they were doing is lost."""
+        workers = list((self.pool._processes or {}).values())
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        for worker in workers:
+            worker.terminate()
+
     def _renew(self) -> None:
         self.pool.shutdown(wait=False)
-        self.pool = ProcessPoolExecutor(
+        self.pool = self._new_pool()
+
+    def _new_pool(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(
             max_workers=self.processors,
-            initializer=process_initializer,
-            initargs=(self._cwd,),
+            initializer=start_worker,
+            initargs=(self._cwd, os.getpid()),
             mp_context=mp.get_context(self.plugin_args.get("mp_context")),
         )
 

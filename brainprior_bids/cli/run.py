@@ -7,6 +7,7 @@ import argparse
 import importlib
 import logging
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     _log_to_stderr()
+    before = signal.signal(signal.SIGTERM, _interrupt)  # what a scheduler sends
     try:
         if arguments[:1] == ["train"]:
             return train(arguments[1:])
@@ -51,6 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("brainprior: interrupted; the same command goes on from here.", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def train(argv: Sequence[str]) -> int:
@@ -208,12 +216,15 @@ def _execute(jobs: Sequence[Any], settings: Settings, weights: dict[str, Path]) 
         "status_callback": progress,
         "order": NODES,
     }
+    pool = SurvivingPool(plugin_args=arguments)
     crashed: Exception | None = None
     try:
-        workflow.run(plugin=SurvivingPool(plugin_args=arguments))
+        workflow.run(plugin=pool)
     except Exception as error:  # Nipype re-raises the first failed node's, whatever it was
         crashed = error
         LOG.debug("the graph ended with an error", exc_info=True)
+    finally:  # after an interrupt, and with --stop-on-first-crash, nodes may still be running
+        pool.stop()
     for job in jobs:
         summary = status.read_summary(settings.output_dir, job.scan.name.stem)
         if summary is None or summary.get("run_uuid") != settings.run_uuid:
