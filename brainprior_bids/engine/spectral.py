@@ -44,7 +44,8 @@ class LevelFactors:
 
     root: Tensor  # (q, z, z) V_q^1/2
     gain: Tensor  # (q, z, s) scale V_q W^T
-    data_covariance: Tensor  # (q, s, s) float64: G_q
+    exact_covariance: Tensor  # (q, s, s) float64, on the CPU: G_q
+    covariance: Tensor  # the same in float32
     inverse: Tensor  # (q, s, s) (G_q + noise)^-1
     noise_variance: float
 
@@ -149,7 +150,7 @@ class SpectralSolver:
     def renoise(self, factors: LevelFactors, noise_variance: float) -> LevelFactors:
         """The same level with another noise variance."""
         return self._with_noise(
-            factors.root, factors.gain, factors.data_covariance, noise_variance
+            factors.root, factors.gain, factors.exact_covariance, noise_variance
         )
 
     def _with_noise(
@@ -161,6 +162,7 @@ class SpectralSolver:
             self._single(root),
             self._single(gain),
             covariance,
+            self._single(covariance),
             self._single(inverse),
             noise_variance,
         )
@@ -227,8 +229,8 @@ class SpectralSolver:
 
     def covariance(self, factors: LevelFactors, u: Tensor) -> Tensor:
         """``A V A^T u``."""
-        matrices = factors.data_covariance.to(self.device, torch.float32)
-        return self.k_to_data(self._by_bin(matrices, self.data_to_k(u), self._data_starts))
+        k = self._by_bin(factors.covariance, self.data_to_k(u), self._data_starts)
+        return self.k_to_data(k)
 
     def precondition(self, factors: LevelFactors, r: Tensor) -> Tensor:
         """``(A V A^T + noise)^-1 r`` for white noise."""
@@ -239,6 +241,12 @@ class SpectralSolver:
         # frequencies that A does not reach hold noise alone
         solved.sub_(k / factors.noise_variance)
         return self.k_to_data(solved) + r / factors.noise_variance
+
+    def mean_variance(self, factors: LevelFactors) -> float:
+        """Mean eigenvalue of ``A V A^T``: the variance that V gives a data voxel."""
+        trace = factors.exact_covariance.diagonal(dim1=1, dim2=2).sum(1)
+        s, ma, mb = self.data_shape
+        return float(self._bin_counts @ trace) / (s * ma * mb)
 
     def inverse_traces(self, factors: LevelFactors) -> tuple[float, float]:
         """Traces of ``(A V A^T + noise)^-1`` and of its square."""

@@ -1,0 +1,406 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The inner solve: against dense matrices, against the closed form, and where it must fail."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from brainprior_bids.engine.bias import CosineField, gauss_newton_step
+from brainprior_bids.engine.errors import (
+    ConvergenceError,
+    DivergenceError,
+    GeometryError,
+    InputError,
+    ShapeMismatchError,
+)
+from brainprior_bids.engine.likelihood import SliceLikelihood, SolveLimits
+from brainprior_bids.engine.noise import estimate_noise_sd
+from brainprior_bids.engine.operators.fourier import resampling_matrix
+from brainprior_bids.engine.operators.slices import (
+    SliceProfile,
+    gaussian_profile,
+    slice_weights,
+)
+from brainprior_bids.engine.solve import conjugate_gradients, split_conjugate_gradients
+from brainprior_bids.engine.spectral import SpectralSolver
+
+IMAGE, SPACING = (12, 8, 9), (1.0, 0.98, 1.02)
+
+
+class Spectrum:
+    def variance(self, sigma, frequency):
+        power = 3 / (1 + (frequency / 0.1) ** 2) ** 1.5 + 1e-3
+        return sigma**2 * power / (sigma**2 + power)
+
+
+def weights():
+    return slice_weights(gaussian_profile(4.0), n_slices=4, spacing_mm=3.0, n_thin=12, thin_mm=1.0)
+
+
+def make(data_plane=(8, 9), **options):
+    return SpectralSolver(weights(), IMAGE, (4, *data_plane), SPACING, **options)
+
+
+def dense_operator(plane):
+    """A, dense, by the operators' own (separately tested) matrices."""
+    a = resampling_matrix(IMAGE[1], plane[0])
+    b = resampling_matrix(IMAGE[2], plane[1])
+    return torch.kron(weights(), torch.kron(a, b))
+
+
+def dense_covariance(sigma):
+    """V_sigma, dense, from the unbinned spectrum by the DFT."""
+    frequency = torch.stack(
+        torch.meshgrid(
+            *(
+                torch.fft.fftfreq(n, d=d, dtype=torch.float64)
+                for n, d in zip(IMAGE, SPACING, strict=True)
+            ),
+            indexing="ij",
+        )
+    ).norm(dim=0)
+    v = Spectrum().variance(sigma, frequency)
+    n = math.prod(IMAGE)
+    unit = torch.eye(n, dtype=torch.float64).reshape(n, *IMAGE)
+    return torch.fft.ifftn(torch.fft.fftn(unit, dim=(1, 2, 3)) * v, dim=(1, 2, 3)).real.reshape(
+        n, n
+    )
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+PLANES = [(8, 9), (6, 7), (5, 9), (8, 6)]
+
+
+@pytest.mark.parametrize("plane", PLANES)
+@pytest.mark.parametrize("sigma", [3.0, 0.05])
+def test_products_against_dense_matrices(plane, sigma):
+    solver = make(plane)
+    factors = solver.factors(Spectrum(), sigma, 0.02)
+    a, v = dense_operator(plane), dense_covariance(sigma)
+    g = a @ v @ a.T
+    x, u = random(*IMAGE), random(4, *plane, seed=1)
+    xd, ud = x.double().flatten(), u.double().flatten()
+
+    def close(found, expected):
+        torch.testing.assert_close(
+            found.double().flatten(), expected, rtol=0, atol=1e-5 * float(expected.abs().max())
+        )
+
+    close(solver.forward(x), a @ xd)
+    close(solver.adjoint(u), a.T @ ud)
+    close(solver.covariance(factors, u), g @ ud)
+    eye = torch.eye(len(ud), dtype=torch.float64)
+    close(solver.precondition(factors, u), torch.linalg.solve(g + 0.02 * eye, ud))
+    nothing, _ = solver.draw_prior(factors, torch.Generator().manual_seed(0))
+    close(solver.correct(factors, torch.zeros_like(nothing), u), v @ a.T @ ud)
+    inverse = torch.linalg.inv(g + 0.02 * eye)
+    trace, squared = solver.inverse_traces(factors)
+    assert trace == pytest.approx(float(inverse.trace()), rel=1e-5)
+    assert squared == pytest.approx(float((inverse @ inverse).trace()), rel=1e-5)
+    assert solver.mean_variance(factors) == pytest.approx(float(g.diagonal().mean()), rel=1e-6)
+    again = solver.renoise(factors, 0.5)
+    close(solver.precondition(again, u), torch.linalg.solve(g + 0.5 * eye, ud))
+
+
+@pytest.mark.parametrize("plane", PLANES)
+def test_a_prior_draw_has_covariance_v_and_its_data_agree(plane):
+    """Variance of projections on random directions, 4 standard errors; ``A v`` exactly."""
+    solver = make(plane)
+    factors = solver.factors(Spectrum(), 0.7, 0.02)
+    generator = torch.Generator().manual_seed(5)
+    n = 800
+    draws = []
+    for _ in range(n):
+        k, seen = solver.draw_prior(factors, generator)
+        v = solver.correct(factors, k, torch.zeros(4, *plane))
+        draws.append(v.flatten())
+    torch.testing.assert_close(solver.forward(v), seen, rtol=0, atol=1e-5)
+    draws = torch.stack(draws).double()
+    covariance = dense_covariance(0.7)
+    directions = torch.cat(
+        [
+            torch.linalg.eigh(covariance).eigenvectors.T[::60],
+            torch.eye(len(covariance))[:12].double(),
+        ]
+    )
+    found = (draws @ directions.T).var(0)
+    expected = (directions @ covariance * directions).sum(1)
+    assert ((found / expected - 1).abs() < 4 * math.sqrt(2 / n)).all()
+
+
+def test_few_bins_are_again_a_covariance_and_close_to_v():
+    fine, coarse = make(), make(n_bins=12)
+    assert len(coarse.radii) <= 12 < len(fine.radii)
+    u = random(4, 8, 9)
+    factors = coarse.factors(Spectrum(), 0.5, 0.02)
+    solved = coarse.precondition(factors, u)
+    again = coarse.covariance(factors, solved) + 0.02 * solved
+    torch.testing.assert_close(again, u, rtol=0, atol=1e-4)
+    exact = fine.precondition(fine.factors(Spectrum(), 0.5, 0.02), u)
+    assert float((solved - exact).norm() / exact.norm()) < 0.05
+
+
+def test_solver_checks_its_shapes():
+    with pytest.raises(ShapeMismatchError, match="SpectralSolver"):
+        SpectralSolver(weights(), IMAGE, (5, 8, 9), SPACING)
+    with pytest.raises(GeometryError, match="finer"):
+        SpectralSolver(weights(), IMAGE, (4, 10, 9), SPACING)
+
+
+def likelihood(y, **options):
+    """A brain in the middle, a bias field, shares between 0 and 1."""
+    share = torch.zeros(4, 8, 9)
+    share[:, 1:7, 1:8] = 0.6
+    share[:, 2:6, 2:7] = 1.0
+    settings = {
+        "share": share,
+        "solver": make(),
+        "slice_axis": 0,
+        "spectrum": Spectrum(),
+        "support": torch.ones(IMAGE),
+        "noise_sd": 0.05,
+        "log_bias": 0.4 * torch.linspace(-1, 1, 9).expand(4, 8, 9),
+        **options,
+    }
+    return SliceLikelihood(y, **settings)
+
+
+@pytest.mark.parametrize("sigma", [3.0, 0.02])  # both forms of the preconditioner
+def test_conditional_draw_against_the_dense_posterior(sigma):
+    """Mean and variance of draws with bias and shares, against N(m, V) N(y; b A x, Sigma)."""
+    data = likelihood(1 + 0.1 * random(4, 8, 9), limits=SolveLimits(tolerance=1e-4))
+    mean = 0.5 + 0.1 * random(*IMAGE, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    n = 300
+    draws = torch.stack([data.draw(mean, sigma, generator).flatten() for _ in range(n)]).double()
+    a = data.bias.flatten()[:, None].double() * dense_operator((8, 9))
+    v = dense_covariance(sigma)
+    precision = 1 / data.variance(0.05).flatten().double()
+    covariance = torch.linalg.inv(torch.linalg.inv(v) + a.T @ (precision[:, None] * a))
+    e = data.y.flatten().double() - a @ mean.flatten().double()
+    expected = mean.flatten().double() + covariance @ (a.T @ (precision * e))
+    z = (draws.mean(0) - expected) / (covariance.diagonal() / n).sqrt()
+    assert float(z.abs().max()) < 5  # 864 voxels
+    assert float(z.square().mean()) == pytest.approx(1, abs=0.25)
+    ratio = draws.var(0) / covariance.diagonal()
+    assert float(ratio.mean()) == pytest.approx(1, abs=0.03)
+    assert float((ratio - 1).abs().max()) < 5 * math.sqrt(2 / n)
+
+
+def test_misfit_gradient_by_autograd_and_curvature_bounds_it():
+    data = likelihood(random(4, 8, 9))
+    x = random(*IMAGE, seed=3).requires_grad_()
+    energy = 0.5 * ((data.y - data.forward(x)) ** 2 / data.variance(0.05)).sum()
+    (expected,) = torch.autograd.grad(energy, x)
+    found = data.misfit_gradient(x.detach())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+    a = data.bias.flatten()[:, None].double() * dense_operator((8, 9))
+    hessian = a.T @ (a / data.variance(0.05).flatten()[:, None].double())
+    largest = float(torch.linalg.eigvalsh(hessian)[-1])
+    assert largest <= data.curvature() < 20 * largest
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_the_slice_axis_may_be_any(axis):
+    """The same problem with its axes moved gives the same answer, moved."""
+    y, x = random(4, 8, 9), random(*IMAGE, seed=1)
+    plain = likelihood(y)
+    share = plain.share
+    moved = likelihood(
+        y.movedim(0, axis),
+        slice_axis=axis,
+        share=share.movedim(0, axis),
+        support=torch.ones(IMAGE).movedim(0, axis),
+        log_bias=plain.start_log_bias.movedim(0, axis),
+    )
+    torch.testing.assert_close(
+        moved.forward(x.movedim(0, axis)).movedim(axis, 0), plain.forward(x)
+    )
+    torch.testing.assert_close(
+        moved.misfit_gradient(x.movedim(0, axis)).movedim(axis, 0), plain.misfit_gradient(x)
+    )
+    assert moved.residual_ratio(x.movedim(0, axis)) == pytest.approx(plain.residual_ratio(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"noise_sd": 0.0}, InputError, "noise SD must be above 0"),
+        ({"noise_sd": float("nan")}, InputError, "noise SD must be above 0"),
+        ({"share": torch.zeros(4, 8, 9)}, InputError, "no voxel"),
+        ({"share": torch.ones(4, 8, 8)}, ShapeMismatchError, "share"),
+        ({"support": torch.ones(3, 3, 3)}, ShapeMismatchError, "support"),
+        ({"log_bias": torch.zeros(1, 2, 3)}, ShapeMismatchError, "log_bias"),
+    ],
+)
+def test_likelihood_refuses_bad_input(change, error, text):
+    with pytest.raises(error, match=text):
+        likelihood(random(4, 8, 9), **change)
+
+
+def test_nan_inside_the_brain_is_refused_and_outside_is_ignored():
+    y = random(4, 8, 9)
+    y[0, 0, 0] = float("nan")
+    assert bool(likelihood(y).y.isfinite().all())
+    y[0, 4, 4] = float("nan")
+    with pytest.raises(InputError, match="NaN"):
+        likelihood(y)
+
+
+def test_an_inner_solve_that_does_not_converge_raises():
+    data = likelihood(random(4, 8, 9), limits=SolveLimits(tolerance=1e-9, max_iterations=2))
+    with pytest.raises(ConvergenceError, match="inner solve at sigma"):
+        data.draw(torch.zeros(IMAGE), 3.0, torch.Generator().manual_seed(0))
+
+
+# ---- conjugate gradients ----------------------------------------------------------------------
+
+
+def spd(n=40):
+    q = random(n, n).double()
+    return q @ q.T / n + 0.05 * torch.eye(n, dtype=torch.float64)
+
+
+def test_conjugate_gradients_against_a_direct_solve():
+    m, rhs = spd(), random(40, seed=1).double()
+    expected = torch.linalg.solve(m, rhs)
+    plain, n_plain = conjugate_gradients(lambda v: m @ v, rhs, tolerance=1e-10)
+    torch.testing.assert_close(plain, expected)
+    _, n_warm = conjugate_gradients(
+        lambda v: m @ v, rhs, start=expected * (1 + 1e-6), tolerance=1e-6
+    )
+    assert n_warm < n_plain
+    exact = torch.linalg.inv(m)
+    solved, n = conjugate_gradients(lambda v: m @ v, rhs, precondition=lambda r: exact @ r)
+    assert n == 1
+    torch.testing.assert_close(solved, expected)
+    nothing, n = conjugate_gradients(lambda v: m @ v, torch.zeros(40).double())
+    assert n == 0
+    assert not nothing.any()
+
+
+def test_split_conjugate_gradients_against_a_direct_solve():
+    k, rhs = spd(), random(40, seed=1).double()
+    excess = random(40, seed=2).double().abs()
+    inverse = torch.linalg.inv(k)
+    found, _ = split_conjugate_gradients(
+        lambda r: inverse @ r,
+        excess,
+        rhs,
+        residual_size=lambda r: float(r.norm()),
+        tolerance=1e-10,
+        max_iterations=100,
+        who="test",
+    )
+    torch.testing.assert_close(found, torch.linalg.solve(k + torch.diag(excess), rhs))
+
+
+def test_solvers_fail_loudly():
+    m, rhs = spd(), random(40, seed=1).double()
+    with pytest.raises(ConvergenceError, match="after 3 iterations"):
+        conjugate_gradients(lambda v: m @ v, rhs, max_iterations=3, tolerance=1e-12)
+    with pytest.raises(DivergenceError, match="not positive definite"):
+        conjugate_gradients(lambda v: -v, rhs)
+    options = {"residual_size": lambda r: float(r.norm()), "tolerance": 1e-12, "who": "test"}
+    with pytest.raises(ConvergenceError, match="test"):
+        split_conjugate_gradients(lambda r: r, 1 + rhs.abs(), rhs, max_iterations=1, **options)
+    with pytest.raises(DivergenceError, match="test"):
+        split_conjugate_gradients(
+            lambda r: r, torch.full_like(rhs, float("nan")), rhs, max_iterations=9, **options
+        )
+
+
+# ---- bias and noise ---------------------------------------------------------------------------
+
+
+def box_positions(shape):
+    return [(torch.arange(n).double() + 0.5) / n for n in shape]
+
+
+def test_cosine_field_against_a_slow_sum_and_its_adjoint():
+    field = CosineField((180.0, 130.0, 70.0))
+    shape = (9, 8, 7)
+    basis = field.basis(box_positions(shape))
+    c = random(field.n).double()
+    slow = torch.zeros(shape).double()
+    for value, (f, g, h) in zip(c, field.keep.nonzero().tolist(), strict=True):
+        i, j, k = torch.meshgrid(*box_positions(shape), indexing="ij")
+        slow += (
+            value
+            * torch.cos(math.pi * f * i)
+            * torch.cos(math.pi * g * j)
+            * torch.cos(math.pi * h * k)
+        )
+    torch.testing.assert_close(field.evaluate(c, basis).double(), slow, rtol=0, atol=1e-5)
+    volume = random(*shape, seed=1)
+    left = float((field.evaluate(c, basis).double() * volume).sum())
+    assert left == pytest.approx(float(c @ field.project(volume, basis)), rel=1e-4)
+
+
+def test_gauss_newton_finds_a_small_bias():
+    """White residual: one step from 0 recovers the coefficients up to the ridge."""
+    field = CosineField((160.0, 160.0, 160.0))
+    shape = (16, 16, 16)
+    basis = field.basis(box_positions(shape))
+    true = 0.05 * random(field.n).double() / field.precision.sqrt() * 5
+    prediction = 0.5 + 0.2 * random(*shape, seed=1)
+    noise = 0.01
+    y = prediction * (1 + field.evaluate(true, basis)) + noise * random(*shape, seed=2)
+    found = gauss_newton_step(
+        field,
+        basis,
+        coefficients=torch.zeros(field.n, dtype=torch.float64),
+        prediction=prediction,
+        residual=y - prediction,
+        whiten=lambda v: v / noise**2,
+        iterations=30,
+    )
+    error = field.evaluate(found - true, basis).std() / field.evaluate(true, basis).std()
+    assert float(error) < 0.05
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_noise_is_found_beside_smooth_anatomy(axis):
+    t = torch.meshgrid(*(torch.linspace(0, 3, 40) for _ in range(3)), indexing="ij")
+    anatomy = torch.sin(t[0]) + torch.cos(2 * t[1]) * t[2]
+    inside = (t[0] - 1.5) ** 2 + (t[1] - 1.5) ** 2 + (t[2] - 1.5) ** 2 < 2
+    found = estimate_noise_sd(anatomy + 0.03 * random(40, 40, 40), inside, axis)
+    assert found == pytest.approx(0.03, rel=0.08)  # correlated filter output
+
+
+def test_noise_needs_voxels():
+    assert estimate_noise_sd(torch.zeros(9, 2, 9), torch.ones(9, 2, 9).bool(), 0) is None
+    assert estimate_noise_sd(torch.zeros(9, 9, 9), torch.zeros(9, 9, 9).bool(), 0) is None
+
+
+def test_noise_level_moves_to_the_truth_in_the_loop():
+    """Data with noise 0.05 and a start of 0.08: where V is narrow, the residual tells."""
+    data = likelihood(
+        torch.zeros(4, 8, 9), noise_sd=0.08, share=torch.ones(4, 8, 9), log_bias=None
+    )
+    truth = random(*IMAGE, seed=1)
+    data.y = data.forward(truth) + 0.05 * random(4, 8, 9, seed=2)
+    for _ in range(5):
+        data.refine(truth, 0.01, bias=False, noise=True)
+    expected = float((data.y - data.forward(truth)).square().mean().sqrt())
+    assert data.noise_sd == pytest.approx(expected, rel=0.05)
+    data.reset()
+    assert data.noise_sd == 0.08
+    data.y = data.forward(truth)  # no noise at all: held at half the value known beforehand
+    for _ in range(5):
+        data.refine(truth, 0.01, bias=False, noise=True)
+    assert data.noise_sd == pytest.approx(0.04)
+
+
+def test_finer_slices_than_profile_reduce():
+    """A profile narrower than a voxel still averages to the voxel it lies in."""
+    w = slice_weights(gaussian_profile(0.2), n_slices=6, spacing_mm=1.0, n_thin=6, thin_mm=1.0)
+    torch.testing.assert_close(w, torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-6)
+    x = random(6, 2, 2).double()
+    torch.testing.assert_close(SliceProfile(w, (6, 2, 2), 0)(x), x, rtol=0, atol=1e-5)
