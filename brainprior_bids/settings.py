@@ -82,6 +82,11 @@ class Settings:
         """True only where the device was resolved to CUDA."""
         return self.device.startswith("cuda")
 
+    @property
+    def nipype_level(self) -> str:
+        """Of Nipype's own log: silent (we report failures), tracebacks, everything."""
+        return ("CRITICAL", "ERROR", "INFO", "DEBUG")[min(self.verbose, 3)]
+
     def scan_settings(self) -> dict[str, Any]:
         """What decides a scan's result, given its image, metadata and the weights."""
         return {

@@ -12,9 +12,6 @@ from nipype.pipeline import engine as pe
 
 from brainprior_bids.settings import Settings
 
-LEVELS = ("CRITICAL", "INFO", "DEBUG")
-"""Level of Nipype's own log for no, one and two ``-v``; a failed scan is reported by us."""
-
 
 def init_brainprior_wf(
     *, jobs: Sequence[Job], settings: Settings, prior: Path, parcellation: Path
@@ -75,7 +72,7 @@ def configure_nipype(settings: Settings, *, crash_dir: Path) -> None:
             "logging": {
                 "log_directory": str(crash_dir),
                 "log_to_file": "false",
-                "workflow_level": LEVELS[min(settings.verbose, 2)],
+                "workflow_level": settings.nipype_level,
             },
         }
     )

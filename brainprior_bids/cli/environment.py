@@ -13,17 +13,13 @@ from pathlib import Path
 
 from brainprior_bids.settings import Settings
 
-LEVELS = ("CRITICAL", "INFO", "DEBUG")
-"""Level of Nipype's workflow log for no, one and two ``-v``."""
-
 
 def prepare_environment(settings: Settings) -> None:
     """Set the environment variables of this run, and make the work folder."""
     home = settings.work_dir / "home"
     home.mkdir(parents=True, exist_ok=True)
-    level = LEVELS[min(settings.verbose, 2)]
     (home / "nipype.cfg").write_text(
-        f"[logging]\nworkflow_level = {level}\ninterface_level = INFO\n"
+        f"[logging]\nworkflow_level = {settings.nipype_level}\ninterface_level = INFO\n"
         "[execution]\ncheck_version = false\n",
         encoding="ascii",
     )

@@ -197,7 +197,11 @@ def build_parser() -> argparse.ArgumentParser:
     other = parser.add_argument_group("other")
     other.add_argument("--version", action="version", version=f"brainprior {__version__}")
     other.add_argument(
-        "-v", dest="verbose", action="count", default=0, help="say more (-vv: everything)"
+        "-v",
+        dest="verbose",
+        action="count",
+        default=0,
+        help="say more: -v tracebacks, -vv what Nipype does",
     )
     other.add_argument(
         "-w",

@@ -78,6 +78,7 @@ def train(argv: Sequence[str]) -> int:
 
 def run(settings: Settings) -> int:
     """Restore what the settings ask for; the exit code."""
+    LOG.setLevel(logging.DEBUG if settings.verbose else logging.INFO)
     raw = check_dataset(settings.bids_dir)
     scans = find_scans(settings)
     if settings.dry_run:
