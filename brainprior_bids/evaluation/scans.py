@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A made scan as a BIDS data set, the command run on it, and its outputs read back."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+
+from brainprior_bids.engine.errors import BrainpriorError
+from brainprior_bids.engine.grids import Grid
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """An image and its grid."""
+
+    data: NDArray[np.float32]
+    grid: Grid
+
+
+def write_scan(
+    bids_dir: Path, name: str, volume: Volume, *, dataset: str, metadata: Mapping[str, Any]
+) -> Path:
+    """Write one scan of a BIDS data set.
+
+    Parameters
+    ----------
+    bids_dir : Path
+        Made where it is missing.
+    name : str
+        ``sub-<label>_<suffix>``.
+    volume : Volume
+        Stored as float32.
+    dataset : str
+        Name of the data set: what was done to whose scan.
+    metadata : Mapping
+        The scan's sidecar.
+    """
+    anat = bids_dir / name.partition("_")[0] / "anat"
+    anat.mkdir(parents=True, exist_ok=True)
+    description = {"Name": dataset, "BIDSVersion": "1.10.0", "DatasetType": "raw"}
+    (bids_dir / "dataset_description.json").write_text(json.dumps(description), encoding="utf-8")
+    (bids_dir / "README").write_text(f"{dataset}\n", encoding="utf-8")
+    image = nib.Nifti1Image(np.asarray(volume.data, np.float32), np.array(volume.grid.affine))
+    image.set_sform(volume.grid.affine, 1)
+    image.set_qform(volume.grid.affine, 1)
+    image.header.set_xyzt_units("mm", "sec")
+    path = anat / f"{name}.nii.gz"
+    nib.save(image, path)
+    (anat / f"{name}.json").write_text(json.dumps(dict(metadata)), encoding="utf-8")
+    return path
+
+
+def run_command(bids_dir: Path, output_dir: Path, options: Sequence[str]) -> None:
+    """``brainprior bids_dir output_dir participant OPTIONS`` in a process of its own.
+
+    Raises
+    ------
+    BrainpriorError
+        If it does not exit with 0; its last lines are in the message.
+    """
+    command = [sys.executable, "-m", "brainprior_bids", str(bids_dir), str(output_dir)]
+    run = subprocess.run(
+        [*command, "participant", *options], capture_output=True, text=True, check=False
+    )
+    if run.returncode != 0:
+        tail = "\n".join((run.stdout + run.stderr).splitlines()[-15:])
+        raise BrainpriorError(
+            f"Evaluation: brainprior ended with {run.returncode} on {bids_dir}:\n{tail}"
+        )
+
+
+def read_output(output_dir: Path, name: str, desc: str) -> Volume:
+    """One of the images that the command wrote for a scan.
+
+    Parameters
+    ----------
+    output_dir : Path
+        The command's.
+    name : str
+        ``sub-<label>_<suffix>`` of the scan.
+    desc : str
+        ``restored``, ``uncertainty`` or ``brain`` (the mask).
+    """
+    subject, _, suffix = name.partition("_")
+    if desc == "brain":
+        space = "" if suffix == "T1w" else f"_space-{suffix}"
+        file = f"{subject}{space}_desc-brain_mask.nii.gz"
+    else:
+        file = f"{subject}_desc-{desc}_{suffix}.nii.gz"
+    image = nib.load(output_dir / subject / "anat" / file)
+    return Volume(image.get_fdata(dtype=np.float32), Grid(image.shape, image.affine))
