@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import tempfile
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -105,8 +106,8 @@ def check_output(output_dir: Path) -> None:
             )
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        probe = write_text(output_dir / ".brainprior-probe", "")
-        probe.unlink()
+        with tempfile.NamedTemporaryFile(prefix=".brainprior-probe-", dir=output_dir):
+            pass
     except OSError as error:
         raise UsageError(
             f"output_dir {output_dir} cannot be written ({error.strerror}). Check its "

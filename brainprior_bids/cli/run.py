@@ -205,8 +205,10 @@ def _execute(jobs: Sequence[Any], settings: Settings, weights: dict[str, Path]) 
             str(settings.output_dir / "logs" / "graph.dot"), graph2use="colored", format="svg"
         )
     base = settings.work_dir / workflow.name
-    for failure in base.glob(f"*/*/{FAILURE}"):  # of an earlier run
-        failure.unlink()
+    folders = [base / f"{job.scan.name.node_name}_wf" for job in jobs]
+    for folder in folders:  # only these: another process may be at work on other scans
+        for failure in folder.glob(f"*/{FAILURE}"):
+            failure.unlink()
     progress = Progress(jobs)
     arguments = {
         "n_procs": settings.nprocs,
@@ -226,11 +228,21 @@ def _execute(jobs: Sequence[Any], settings: Settings, weights: dict[str, Path]) 
         LOG.debug("the graph ended with an error", exc_info=True)
     finally:  # after an interrupt, and with --stop-on-first-crash, nodes may still be running
         pool.stop()
-    for job in jobs:
+    for job, folder in zip(jobs, folders, strict=True):
         summary = status.read_summary(settings.output_dir, job.scan.name.stem)
         if summary is None or summary.get("run_uuid") != settings.run_uuid:
-            folder = base / f"{job.scan.name.node_name}_wf"
-            _write_failure(job.scan, settings, _why(job.scan, folder, settings, crashed))
+            error = _why(job.scan, folder, settings, crashed)
+            _write_failure(job.scan, settings, error, nodes=_records(folder))
+
+
+def _records(folder: Path) -> list[dict[str, Any]]:
+    """Time and memory of the steps that a scan got through, in their order."""
+    from brainprior_bids.bids.files import read_json
+    from brainprior_bids.interfaces.base import RECORD
+    from brainprior_bids.workflows.scan import NODES
+
+    paths = (folder / name / RECORD for name in NODES)
+    return [read_json(path) for path in paths if path.exists()]
 
 
 class Progress:
@@ -304,7 +316,13 @@ def _why(
     return {"type": "Unknown", "message": "not finished; run again with -vv to see why"}
 
 
-def _write_failure(scan: Scan, settings: Settings, error: dict[str, Any]) -> None:
+def _write_failure(
+    scan: Scan,
+    settings: Settings,
+    error: dict[str, Any],
+    *,
+    nodes: Sequence[dict[str, Any]] = (),
+) -> None:
     message = str(error["message"])
     if not message.startswith(scan.name.stem):
         message = f"{scan.name.stem}: {message}"
@@ -316,16 +334,16 @@ def _write_failure(scan: Scan, settings: Settings, error: dict[str, Any]) -> Non
             "source": str(scan.relative),
             "task": settings.task,
             "status": "failed",
-            "seconds": None,
+            "seconds": round(sum(node["seconds"] for node in nodes), 3) if nodes else None,
             "message": message,
             "run_uuid": settings.run_uuid,
             "version": __version__,
             "fingerprint": None,
             "outputs": [],
             "figures": [],
-            "warnings": [],
+            "warnings": [text for node in nodes for text in node["warnings"]],
             "facts": {},
-            "nodes": [],
+            "nodes": list(nodes),
             "error": {"node": None, "crash_file": None, **error},
         },
     )

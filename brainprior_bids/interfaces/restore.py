@@ -151,6 +151,9 @@ def environment(device: str, threads: int) -> dict[str, Any]:
     }
     if device.startswith("cuda"):
         facts["gpu"] = torch.cuda.get_device_name(device)
+        facts["gpu_memory_gb"] = round(
+            torch.cuda.get_device_properties(device).total_memory / 2**30
+        )
         facts["cuda"] = torch.version.cuda
         facts["cudnn"] = torch.backends.cudnn.version()
         facts["cudnn_deterministic"] = torch.backends.cudnn.deterministic
