@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,9 @@ class MeasuredInterface(SimpleInterface):
     input_spec = MeasuredInputSpec
     output_spec = MeasuredOutputSpec
 
-    def _work(self, folder: Path) -> list[str]:
-        """Do it, put the outputs' paths into ``self._results``, return the warnings."""
-        raise NotImplementedError  # abstract: every interface has its own
+    _work: Callable[[Path], list[str]]
+    """Do it in the node's folder, put the outputs' paths into ``self._results``, return the
+    warnings. Every interface has its own."""
 
     def _run_interface(self, runtime: Any) -> Any:
         import torch
