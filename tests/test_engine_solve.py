@@ -362,7 +362,7 @@ def test_gauss_newton_finds_a_small_bias():
         iterations=30,
     )
     error = field.evaluate(found - true, basis).std() / field.evaluate(true, basis).std()
-    assert float(error) < 0.05
+    assert float(error) < 0.1
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])

@@ -2,8 +2,9 @@
 """The multiplicative bias field on a low-frequency cosine basis.
 
 ``log b(t) = log b_0(t) + sum_f c_f prod_axis cos(pi f_axis t_axis)`` with t in [0, 1] along each
-axis of the data box; b_0 is where the estimate starts (N4's field). The constant is left out and
-the mean of log b inside the brain is held at 0: a gain cannot be told from brighter tissue.
+axis of the data box; b_0 is where the estimate starts (N4's field). The constant is a gain: the
+prior knows how bright a brain is in its unit, and a percentile of thick slices hits that unit
+only roughly. ``restore`` hands the gain over to the image, so that b has mean log 0.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class CosineField:
     shortest_mm : float
         Half waves shorter than this are left out.
     sd : float
-        Prior SD of the field (log units) at the lowest frequencies; falls as 1 / (1 + |f|^2).
+        Prior SD of the coefficients (log units) at frequency 0; falls as 1 / (1 + |f|^2).
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class CosineField:
         waves = torch.stack(
             [f / extent for f, extent in zip(frequency, extent_mm, strict=True)]
         ).norm(dim=0)
-        self.keep = (waves > 0) & (waves <= 1 / shortest_mm)
+        self.keep = waves <= 1 / shortest_mm
         prior_sd = sd / (1 + (frequency**2).sum(0))
         self.precision = prior_sd[self.keep] ** -2
         self.n = int(self.keep.sum())

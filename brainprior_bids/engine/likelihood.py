@@ -6,7 +6,7 @@ Symbols
 x : brain on the 1 mm grid (i, j, k), 0 outside the mask; engine unit
 y : scan (i', j', k'), not divided by its bias field; engine unit
 A : slice profile and in-plane k-space crop along the grid's axes
-b : bias field, mean log 0 inside the brain
+b : bias field times a gain
 share : the part of a data voxel's profile that lies in the brain, 0 to 1
 
 What is measured
@@ -159,8 +159,7 @@ class SliceLikelihood:
                 self.field.evaluate(self.coefficients.to(self.device), self._basis)
             )
             log_bias = log_bias + extra
-        weight = self.share * self.brain
-        self.log_bias = log_bias - (log_bias * weight).sum() / weight.sum()
+        self.log_bias = log_bias
         self.bias = torch.where(self.brain, self.log_bias, 0.0).exp()
 
     def _lead(self, volume: Tensor) -> Tensor:
@@ -174,11 +173,6 @@ class SliceLikelihood:
     def _to_image_axes(self, volume: Tensor) -> Tensor:
         return volume.movedim(0, self.axis).contiguous()
 
-    @property
-    def log_bias_in_scan_axes(self) -> Tensor:
-        """(i', j', k') current log b."""
-        return self._to_image_axes(self.log_bias)
-
     # ---- the measurement -------------------------------------------------------------------
 
     def variance(self, noise_sd: float) -> Tensor:
@@ -190,9 +184,13 @@ class SliceLikelihood:
         return self._to_image_axes(self.bias * self.solver.forward(self._from_image_axes(x)))
 
     def residual_ratio(self, x: Tensor) -> float:
-        """RMS of (y - b A x) over its expected SD, with the noise level known beforehand."""
+        """RMS of (y - b A x) over the noise SD known beforehand.
+
+        Over voxels wholly inside the brain, or over all of it if there is none.
+        """
         r = self.y - self.bias * self.solver.forward(self._from_image_axes(x))
-        z = r[self.brain] ** 2 / self.variance(self.initial_noise_sd)[self.brain]
+        where = self.core if bool(self.core.any()) else self.brain
+        z = r[where] ** 2 / self.variance(self.initial_noise_sd)[where]
         return float(z.mean().sqrt())
 
     def misfit_gradient(self, x: Tensor) -> Tensor:
@@ -293,9 +291,7 @@ class SliceLikelihood:
         x0 = m + self.solver.correct(factors, prior_k, u)
         return self._to_image_axes(x0 * self.support)
 
-    def _solve(
-        self, factors: LevelFactors, rhs: Tensor, variance: Tensor, sigma: float
-    ) -> Tensor:
+    def _solve(self, factors: LevelFactors, rhs: Tensor, variance: Tensor, sigma: float) -> Tensor:
         """``(A V A^T + Sigma / b^2)^-1 rhs``.
 
         While V is wide the stationary solve is a good preconditioner as it is. Once V is narrow

@@ -120,6 +120,7 @@ def restore(
     sigma_max: float = SIGMA_MAX,
     sigma_min: float = SIGMA_MIN,
     refine_bias: bool = True,
+    bias_scale_mm: float = 60.0,
     daps: DapsSettings = DAPS_1K,
 ) -> Restoration:
     """Draw posterior samples of the brain at 1 mm.
@@ -161,6 +162,8 @@ def restore(
         ``observe(step, total, sigma, sample_index)`` after each level.
     refine_bias : bool
         Move the bias field while sampling.
+    bias_scale_mm : float
+        Shortest half wave by which it may move.
 
     Returns
     -------
@@ -244,7 +247,7 @@ def restore(
         device=device,
     )
     extent = np.array(box.shape) * spacing
-    bias_field = CosineField((float(extent[0]), float(extent[1]), float(extent[2])))
+    bias_field = CosineField((float(extent[0]), float(extent[1]), float(extent[2])), bias_scale_mm)
     support = F.max_pool3d((inside_1mm[None, None] > 0).float(), 3, 1, 1)[0, 0]
     likelihood = SliceLikelihood(
         data[box.data_slices],
@@ -267,7 +270,17 @@ def restore(
     sigmas = daps.levels() if sampler == "daps" else edm_schedule(n_steps, sigma_max, sigma_min)
     final = inside_1mm[box.image_slices].to(device) > 0
     samples = np.zeros((n_samples, *fine.shape), np.float32)
-    ratios, noises, fields, seeds = [], [], [], []
+    ratios, noises, seeds = [], [], []
+    everywhere = bias_field.basis(
+        _positions(
+            box,
+            _triple(data.shape),
+            fine.shape,
+            tuple(slice(0, n) for n in grid.shape),
+            grid.shape,
+        )
+    )
+    start_and_found = start_bias.clone()
     for index in range(n_samples):
         likelihood.reset()
         seeds.append(sample_seed(seed, index))
@@ -304,25 +317,19 @@ def restore(
         x0 = x0 * final
         ratios.append(likelihood.residual_ratio(x0))
         noises.append(likelihood.noise_sd / thinned)
-        fields.append(likelihood.coefficients)
-        samples[(index, *box.image_slices)] = x0.cpu().numpy()
-    samples *= unit
-    everywhere = _positions(
-        box, _triple(data.shape), fine.shape, tuple(slice(0, n) for n in grid.shape), grid.shape
-    )
-    extra = (
-        bias_field.evaluate(torch.stack(fields).mean(0), bias_field.basis(everywhere))
-        if refine_bias
-        else torch.zeros(grid.shape)
-    )
-    found = start_bias + extra
-    found = found - found[brain].mean()
+        gain = 1.0
+        if refine_bias:
+            extra = bias_field.evaluate(likelihood.coefficients, everywhere)
+            gain = float(extra[brain].mean().exp())
+            start_and_found += extra / n_samples
+        samples[(index, *box.image_slices)] = x0.cpu().numpy() * (unit * gain)
+    start_and_found -= start_and_found[brain].mean()
     return Restoration(
         grid=fine,
         samples=samples,
         mean=samples.mean(0, dtype=np.float32),
         sd=samples.std(0, ddof=1, dtype=np.float32) if n_samples > 1 else None,
-        log_bias=found.numpy().astype(np.float32),
+        log_bias=start_and_found.numpy().astype(np.float32),
         noise_sd_initial=initial / thinned,
         noise_sd=float(np.mean(noises)),
         residual_ratios=ratios,

@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``restore`` end to end on a small phantom, under a prior known in closed form.
+
+The prior is Gaussian: a mean image that is a function of the MNI305 coordinates (so that wrong
+coordinates show), and a stationary covariance around it. The scan is made by code of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from brainprior_bids.engine.acquisition import Acquisition
+from brainprior_bids.engine.errors import (
+    GeometryError,
+    InputError,
+    ShapeMismatchError,
+    UsageError,
+)
+from brainprior_bids.engine.grids import Grid
+from brainprior_bids.engine.restore import restore, sample_seed
+from brainprior_bids.engine.samplers.daps import DapsSettings
+
+GAIN = 700.0  # scanner units per unit of the phantom
+NOISE = 0.02
+RADII = (18.0, 22.0, 16.0)
+TO_MNI = np.array([[1, 0, 0, 3.0], [0, 1, 0, -2.0], [0, 0, 1, 1.0], [0, 0, 0, 1]])
+
+
+def anatomy(mm):
+    """The prior's mean at (3, ...) MNI305 mm: an ellipsoid with folds, in [0, 1]."""
+    x, y, z = mm[0] - 3, mm[1] + 2, mm[2] - 1
+    r2 = (x / RADII[0]) ** 2 + (y / RADII[1]) ** 2 + (z / RADII[2]) ** 2
+    folds = 0.65 + 0.3 * torch.cos(x / 2.5) * torch.cos(y / 3) * torch.cos(z / 2)
+    return torch.where(r2 < 1, folds, 0.0)
+
+
+def power(frequency):
+    return 0.05 / (1 + (frequency / 0.08) ** 2) ** 1.5 + 1e-5
+
+
+class Spectrum:
+    def __init__(self, scale):
+        self.scale = scale
+
+    def variance(self, sigma, frequency):
+        p = self.scale**2 * power(frequency)
+        return sigma**2 * p / (sigma**2 + p)
+
+
+class GaussianPrior:
+    """D(x; sigma) of that prior, in the call shape of ``denoiser.Prior``.
+
+    ``scale`` brings the phantom to the unit of the engine: 99th percentile of the scan = 1.
+    """
+
+    def __init__(self, scale):
+        self.scale = scale
+        self.calls = 0
+
+    def spectrum(self, contrast):
+        assert contrast == "T1w"
+        return Spectrum(self.scale)
+
+    def denoise(self, x, sigma, *, coordinates, contrast):
+        self.calls += 1
+        assert x.shape[0] == x.shape[1] == 1
+        mean = self.scale * anatomy(coordinates)
+        axes = [torch.fft.fftfreq(n) for n in x.shape[2:]]
+        frequency = torch.stack(torch.meshgrid(*axes, indexing="ij")).norm(dim=0)
+        p = self.scale**2 * power(frequency)
+        gain = p / (p + sigma**2)
+        return (mean + torch.fft.ifftn(torch.fft.fftn(x[0, 0] - mean) * gain).real)[None, None]
+
+
+def grid_of(shape, spacing):
+    """Centred on the scanner's origin."""
+    affine = np.diag([*spacing, 1.0])
+    affine[:3, 3] = -np.array(spacing) * (np.array(shape) - 1) / 2
+    return Grid(shape, affine)
+
+
+def block_mean(x, factors):
+    for axis, f in enumerate(factors):
+        x = np.add.reduceat(x, np.arange(0, x.shape[axis], f), axis=axis) / f
+    return x
+
+
+def scale_of(y, share):
+    return 1 / float(np.quantile(y[share > 0.5], 0.99))
+
+
+@functools.cache
+def phantom(axis=2, thick=4, bias=0.0, seed=0):
+    """A scan of thick slices by plain block means, with everything that ``restore`` asks."""
+    fine = grid_of((48, 56, 48), (1.0, 1.0, 1.0))
+    factors = [thick if a == axis else 1 for a in range(3)]
+    shape = tuple(n // f for n, f in zip(fine.shape, factors, strict=True))
+    grid = grid_of(shape, [float(f) for f in factors])
+    generator = torch.Generator().manual_seed(seed)
+    mean = anatomy(torch.from_numpy(fine.points_mm(TO_MNI)))
+    axes = [torch.fft.fftfreq(n) for n in fine.shape]
+    root = power(torch.stack(torch.meshgrid(*axes, indexing="ij")).norm(dim=0)).sqrt()
+    white = torch.randn(fine.shape, generator=generator)
+    mask = (mean > 0).numpy()
+    truth = np.where(
+        mask, mean.numpy() + torch.fft.ifftn(torch.fft.fftn(white) * root).real.numpy(), 0
+    )
+    around = ndimage.binary_dilation(mask, iterations=6) & ~ndimage.binary_dilation(
+        mask, iterations=3
+    )
+    head = truth + 0.7 * around
+    field = bias * np.cos(math.pi * (np.arange(shape[1]) + 0.5) / shape[1])[None, :, None]
+    share = block_mean(mask.astype(float), factors)
+    field = field * np.ones(shape)
+    field -= field[share > 0.5].mean()
+    y = np.exp(field) * block_mean(head, factors)
+    y = y + NOISE * torch.randn(shape, generator=generator).numpy()
+    return {
+        "truth": truth.astype(np.float32),
+        "mask": mask,
+        "field": field,
+        "arguments": {
+            "scan": (GAIN * y).astype(np.float32),
+            "grid": grid,
+            "acquisition": Acquisition(axis, float(thick), float(thick), "boxcar"),
+            "mask": share,
+            "mask_1mm": mask,
+            "to_mni305": TO_MNI,
+            "contrast": "T1w",
+            "prior": GaussianPrior(scale_of(y / np.exp(field), share)),
+            "n_steps": 8,
+            "n_samples": 2,
+        },
+    }
+
+
+def run(case, **changes):
+    arguments = {**case["arguments"], **changes}
+    return restore(arguments.pop("scan"), **arguments)
+
+
+def rmse(image, case):
+    return float(np.sqrt(np.mean((image / GAIN - case["truth"])[case["mask"]] ** 2)))
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_restores_thick_slices_along_any_axis(axis):
+    case = phantom(axis)
+    found = run(case, n_samples=3)
+    scan, factor = case["arguments"]["scan"], [4 if a == axis else 1 for a in range(3)]
+    cubic = ndimage.zoom(scan, factor, order=3, mode="nearest", grid_mode=True)
+    assert rmse(found.mean, case) < 0.6 * rmse(cubic, case)
+    assert rmse(found.mean, case) < rmse(found.samples[0], case)
+    assert found.residual_ratios == pytest.approx([1, 1, 1], abs=0.1)
+    assert found.noise_sd * found.unit / GAIN == pytest.approx(NOISE, rel=0.15)
+    # the SD says how wrong the mean of three is
+    z = (found.mean / GAIN - case["truth"])[case["mask"]]
+    expected = math.sqrt(float((found.sd[case["mask"]] ** 2).mean()) * (1 + 1 / 3)) / GAIN
+    assert float(np.sqrt((z**2).mean())) == pytest.approx(expected, rel=0.15)
+
+
+def test_the_record_is_complete():
+    case = phantom()
+    seen = []
+    prior = GaussianPrior(case["arguments"]["prior"].scale)
+    found = run(case, prior=prior, observe=lambda *what: seen.append(what))
+    grid = case["arguments"]["grid"].one_millimetre()
+    assert found.grid == grid
+    assert found.samples.shape == (2, *grid.shape)
+    assert found.samples.dtype == found.mean.dtype == found.sd.dtype == np.float32
+    np.testing.assert_allclose(found.mean, found.samples.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(found.sd, found.samples.std(0, ddof=1), rtol=1e-3, atol=1e-3)
+    assert not found.samples[:, ~case["mask"]].any()
+    assert prior.calls == 2 * found.calls == 16
+    assert found.schedule[-1] == 0
+    assert [(s, i) for s, _, _, i in seen] == list(itertools.product(range(8), [0])) + list(
+        itertools.product(range(8), [1])
+    )
+    assert {total for _, total, _, _ in seen} == {8}
+    brain = case["arguments"]["mask"] > 0.5
+    assert abs(found.log_bias[brain].mean()) < 1e-6
+    assert found.seeds == [sample_seed(0, 0), sample_seed(0, 1)]
+    assert len({sample_seed(a, b) for a in range(20) for b in range(20)}) == 400
+    assert found.sampler == "exact"
+    assert found.seconds > 0
+    single = run(case, n_samples=1)
+    assert single.sd is None
+
+
+def test_the_same_seed_gives_the_same_bytes():
+    case = phantom()
+    first, again, other = run(case), run(case, n_samples=1), run(case, seed=1, n_samples=1)
+    assert first.samples[0].tobytes() == again.samples[0].tobytes()
+    assert (first.samples[0] != first.samples[1]).any()
+    assert (other.samples[0] != first.samples[0]).any()
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
+@pytest.mark.parametrize("flips", [(1, 1, -1), (-1, 1, 1)])
+def test_storage_order_and_flips_do_not_matter(order, flips):
+    """A file stored otherwise is the same scan once it is read in closest-canonical order."""
+    case = phantom()
+    scan, grid = case["arguments"]["scan"], case["arguments"]["grid"]
+    stored = nib.Nifti1Image(scan, grid.affine)
+    start = nib.orientations.axcodes2ornt("RAS")
+    wanted = np.stack([np.array(order), np.array(flips)], 1).astype(float)
+    stored = stored.as_reoriented(nib.orientations.ornt_transform(start, wanted))
+    canonical = nib.as_closest_canonical(stored)
+    found = run(
+        case,
+        scan=canonical.get_fdata(dtype=np.float32),
+        grid=Grid(canonical.shape, canonical.affine),
+        n_samples=1,
+        n_steps=2,
+    )
+    plain = run(case, n_samples=1, n_steps=2)
+    assert np.abs(found.mean - plain.mean).max() <= 1e-5 * found.unit
+
+
+def test_bias_is_found_from_nothing():
+    case = phantom(bias=0.2)
+    brain = case["arguments"]["mask"] > 0.5
+    start = float(case["field"][brain].std())
+    found = run(case, n_samples=1, n_steps=20, bias_scale_mm=25)
+    error = float((found.log_bias - case["field"])[brain].std())
+    assert error < 0.3 * start
+    kept = run(case, n_samples=1, log_bias=case["field"], refine_bias=False)
+    np.testing.assert_allclose(kept.log_bias[brain], case["field"][brain], atol=1e-6)
+    without = run(case, n_samples=1, n_steps=20, refine_bias=False)
+    assert rmse(found.mean, case) < rmse(without.mean, case)
+
+
+def test_a_given_noise_level_is_kept():
+    found = run(phantom(), noise_sd=0.03, n_samples=1)
+    assert found.noise_sd_initial == found.noise_sd == 0.03
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacing", "axis"),
+    [
+        ((48, 42, 36), (1.0, 56 / 42, 48 / 36), 0),  # 3-D, sagittal, 1.33 mm in-plane
+        ((60, 64, 12), (0.8, 0.875, 4.0), 2),  # finer than 1 mm in-plane
+        ((32, 35, 12), (1.5, 1.6, 4.0), 2),  # coarser
+        ((37, 43, 12), (48 / 37, 56 / 43, 4.0), 2),  # no common divisor
+    ],
+)
+def test_voxels_of_any_size(shape, spacing, axis):
+    """The scan is sampled from the continuous phantom, 3 x 3 x 3 points a voxel or more."""
+    case = phantom()
+    grid = grid_of(shape, spacing)
+    inner = [max(3, round(3 * s)) for s in spacing]
+    fine = Grid(
+        tuple(n * f for n, f in zip(shape, inner, strict=True)),
+        grid_of(
+            [n * f for n, f in zip(shape, inner, strict=True)],
+            [s / f for s, f in zip(spacing, inner, strict=True)],
+        ).affine,
+    )
+    truth = anatomy(torch.from_numpy(fine.points_mm(TO_MNI))).numpy()
+    share = block_mean((truth > 0).astype(float), inner)
+    y = block_mean(truth, inner)
+    y = y + NOISE * torch.randn(shape, generator=torch.Generator().manual_seed(1)).numpy()
+    found = run(
+        case,
+        scan=(GAIN * y).astype(np.float32),
+        grid=grid,
+        acquisition=Acquisition(axis, spacing[axis], spacing[axis], "boxcar"),
+        mask=share,
+        prior=GaussianPrior(scale_of(y, share)),
+        n_samples=1,
+    )
+    assert found.grid == case["arguments"]["grid"].one_millimetre()
+    smooth = {**case, "truth": anatomy(torch.from_numpy(found.grid.points_mm(TO_MNI))).numpy()}
+    smooth["mask"] = ndimage.binary_erosion(case["mask"], iterations=2)
+    assert rmse(found.mean, smooth) < 0.06
+    assert found.noise_sd * found.unit / GAIN == pytest.approx(
+        NOISE, rel=0.7
+    )  # block means are no k-space crop
+
+
+def test_daps_runs_the_same_task():
+    case = phantom(bias=0.2)
+    settings = DapsSettings(n_levels=6, n_ode=2, n_langevin=10, sigma_max=10, sigma_min=0.05)
+    prior = GaussianPrior(case["arguments"]["prior"].scale)
+    found = run(case, sampler="daps", daps=settings, n_samples=1, prior=prior, bias_scale_mm=25)
+    assert found.calls == prior.calls == 12
+    assert found.sampler == "daps"
+    assert len(found.schedule) == 7
+    brain = case["arguments"]["mask"] > 0.5
+    assert float((found.log_bias - case["field"])[brain].std()) < case["field"][brain].std()
+    assert rmse(found.mean, case) < 0.2
+
+
+NAN = np.full((48, 56, 12), np.nan, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"scan": np.zeros((3, 3, 3))}, ShapeMismatchError, "scan must have shape"),
+        ({"mask": np.zeros((3, 3, 3))}, ShapeMismatchError, "mask must have shape"),
+        ({"mask_1mm": np.zeros((3, 3, 3))}, ShapeMismatchError, "mask_1mm must have shape"),
+        ({"log_bias": np.zeros((3, 3, 3))}, ShapeMismatchError, "log_bias must have shape"),
+        ({"mask": np.zeros((48, 56, 12))}, InputError, "mask is empty"),
+        ({"mask_1mm": np.zeros((48, 56, 48))}, InputError, "mask is empty"),
+        ({"scan": NAN}, InputError, "NaN"),
+        ({"scan": np.zeros((48, 56, 12))}, InputError, "all zero"),
+        ({"noise_sd": 0.0}, InputError, "noise SD"),
+        ({"noise_sd": math.nan}, InputError, "noise SD"),
+        ({"to_mni305": np.zeros((4, 4))}, GeometryError, "to_mni305"),
+        ({"to_mni305": np.eye(3)}, GeometryError, "to_mni305"),
+        ({"acquisition": Acquisition(2, 60.0, 4.0)}, GeometryError, "field of view"),
+        ({"sampler": "magic"}, UsageError, "sampler"),
+        ({"n_samples": 0}, UsageError, "n_samples"),
+        ({"n_steps": 0}, UsageError, "n_steps"),
+    ],
+)
+def test_bad_input_is_refused(change, error, text):
+    with pytest.raises(error, match=text):
+        run(phantom(), **change)
+
+
+def test_a_spacing_that_contradicts_the_image_is_told():
+    found = run(phantom(), acquisition=Acquisition(2, 4.0, 6.0, "boxcar"), n_samples=1, n_steps=1)
+    assert "the image is believed" in found.warnings[0]
+
+
+def test_tensors_are_taken_as_well():
+    case = phantom()
+    plain = run(case, n_samples=1, n_steps=1)
+    scan = torch.from_numpy(case["arguments"]["scan"]).double()
+    found = run(case, n_samples=1, n_steps=1, scan=scan)
+    np.testing.assert_array_equal(found.mean, plain.mean)
