@@ -115,6 +115,14 @@ def test_train_needs_to_be_told_what(capsys):
     assert "prior|parcellation" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("network", ["prior", "parcellation"])
+def test_training_explains_itself(network, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["train", network, "--help"])
+    assert ended.value.code == 0
+    assert "--steps" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("text", "gib"), [("8G", 8), ("512M", 0.5), ("1024", 1), ("1T", 1024), ("2 gb", 2)]
 )

@@ -215,7 +215,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="say what would be done, scan by scan, and stop"
     )
     other.add_argument(
-        "--write-graph", action="store_true", help="write the graph of the steps to logs/"
+        "--write-graph",
+        action="store_true",
+        help="write the graph of the steps to logs/ (an SVG where Graphviz is installed)",
     )
     other.add_argument(
         "--stop-on-first-crash", action="store_true", help="stop everything when one scan fails"

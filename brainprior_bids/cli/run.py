@@ -7,6 +7,7 @@ import argparse
 import importlib
 import logging
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -201,8 +202,12 @@ def _execute(jobs: Sequence[Any], settings: Settings, weights: dict[str, Path]) 
         parcellation=weights["parcellation"],
     )
     if settings.write_graph:
+        logs = settings.output_dir / "logs"
+        logs.mkdir(exist_ok=True)
         workflow.write_graph(
-            str(settings.output_dir / "logs" / "graph.dot"), graph2use="colored", format="svg"
+            str(logs / "graph.dot"),
+            graph2use="colored",
+            format="svg" if shutil.which("dot") else "dot",  # a picture needs Graphviz
         )
     base = settings.work_dir / workflow.name
     folders = [base / f"{job.scan.name.node_name}_wf" for job in jobs]
