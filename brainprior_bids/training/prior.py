@@ -60,6 +60,8 @@ class Recipe:
     ema : float
         Decay of the averaged weights a step, after a ramp.
     seed : int
+    channels, blocks : tuple of int
+        Of the ``UNet``.
     """
 
     steps: int = 6000
@@ -71,6 +73,8 @@ class Recipe:
     weight_decay: float = 1e-3
     ema: float = 0.998
     seed: int = 1
+    channels: tuple[int, ...] = (48, 96, 128)
+    blocks: tuple[int, ...] = (1, 2, 2)
 
     def rate(self, step: int) -> float:
         """Learning rate of step ``step`` (from 0)."""
@@ -126,8 +130,15 @@ class Trainer:
         self.crops = Crops(brains, size=recipe.size, seed=recipe.seed)
         self.step, self.seconds = 0, 0.0
         torch.manual_seed(recipe.seed)  # initial weights only
-        self.model = Precondition(UNet(), measure_band_sd(self.crops))
-        self.average = Precondition(UNet(), self.model.band_sd)
+        network = UNet(recipe.channels, recipe.blocks)
+        if recipe.size < 6 * network.multiple or recipe.size % (2 * network.multiple):
+            # below three voxels an axis, oneDNN's bfloat16 gradient of a convolution is garbage
+            raise UsageError(
+                f"a crop of {recipe.size} voxels does not fit {len(recipe.channels)} resolutions: "
+                f"take a multiple of {2 * network.multiple} of at least {6 * network.multiple}."
+            )
+        self.model = Precondition(network, measure_band_sd(self.crops))
+        self.average = Precondition(UNet(**network.config), self.model.band_sd)
         self.average.load_state_dict(self.model.state_dict())
         for model in (self.model, self.average):
             model.to(device, memory_format=torch.channels_last_3d)
@@ -337,6 +348,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--batch", type=int, default=recipe.batch)
     train.add_argument("--size", type=int, default=recipe.size, help="edge of a crop in voxels")
     train.add_argument("--learning-rate", type=float, default=recipe.learning_rate)
+    train.add_argument("--channels", type=int, nargs="+", default=recipe.channels)
+    train.add_argument("--blocks", type=int, nargs="+", default=recipe.blocks)
     train.add_argument("--seed", type=int, default=recipe.seed)
     train.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
     train.add_argument("--threads", type=int, default=2)
@@ -385,6 +398,8 @@ def main(args: argparse.Namespace) -> int:
         size=args.size,
         learning_rate=args.learning_rate,
         seed=args.seed,
+        channels=tuple(args.channels),
+        blocks=tuple(args.blocks),
     )
     trainer = Trainer(
         [b for b in brains if b.split == "train"],
@@ -403,8 +418,7 @@ def main(args: argparse.Namespace) -> int:
             validation=[b for b in brains if b.split == "validation"],
         )
     if args.out is not None or args.export_only:
-        metadata = export(
-            trainer, brains, args.out or FOLDER / "prior.safetensors", name=args.name
-        )
+        path = args.out or FOLDER / "prior.safetensors"
+        metadata = export(trainer, brains, path, name=args.name, limit=args.spectrum_brains)
         log.info("%s", json.dumps(metadata, indent=1))
     return 0

@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training of the prior: data, crops, schedule, resuming."""
+
+from __future__ import annotations
+
+import argparse
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from brainprior_bids.engine.denoiser import ErrorSpectrum
+from brainprior_bids.engine.errors import InputError, UsageError
+from brainprior_bids.engine.grids import Grid
+from brainprior_bids.engine.weights import load_prior
+from brainprior_bids.training import crops, preprocess, prior, spectra
+
+AFFINE = np.array([[1.1, 0.05, 0, -30], [0, 1.0, 0.1, -40], [0.02, 0, 1.2, -35], [0, 0, 0, 1.0]])
+
+
+def toy_brain(name="01", *, split="train", contrast="T1w", synthetic=False, seed=0, texture=0.01):
+    """A ball whose intensity is 0.3 + |x| / 100 where x is the MNI305 position in mm."""
+    shape = (52, 60, 56)
+    points = Grid(shape, AFFINE).points_mm()
+    centre = (AFFINE @ [26, 30, 28, 1])[:3]
+    ball = ((points - centre[:, None, None, None]) ** 2).sum(0) < 24**2
+    grain = np.random.default_rng(seed).normal(0, texture, shape)
+    data = np.where(ball, 0.3 + np.abs(points[0]) / 100 + grain, 0)
+    stored = np.round(data * preprocess.UNIT).astype(np.uint8)
+    return preprocess.Brain(
+        name, contrast, split, stored, AFFINE, np.array([0.3, 0.45, 0.6]), synthetic
+    )
+
+
+def test_noise_levels_are_stratified_and_favour_the_low():
+    sigma = prior.draw_sigmas(1000, torch.Generator().manual_seed(0)).sort().values
+    assert 0.005 <= sigma[0] < 0.0051
+    assert 39 < sigma[-1] <= 40
+    assert sigma[799] <= 2 < sigma[800]
+    assert sigma[400] == pytest.approx((0.005 * 2) ** 0.5, rel=0.01)  # middle of the low part
+
+
+def test_learning_rate_rises_stays_and_falls():
+    recipe = prior.Recipe(steps=100, warmup=10, decay=20, learning_rate=1.0)
+    rates = [recipe.rate(step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9:81] == [1.0] * 72
+    assert rates[-1] == pytest.approx(1 / 20)
+    assert rates[81:] == sorted(rates[81:], reverse=True)
+
+
+def test_a_crop_is_a_function_of_its_number():
+    one = crops.Crops([toy_brain()], size=16, seed=3)
+    two = crops.Crops([toy_brain()], size=16, seed=3)
+    other = crops.Crops([toy_brain()], size=16, seed=4)
+    assert torch.equal(one[5]["image"], two[5]["image"])
+    assert torch.equal(one[5]["matrix"], two[5]["matrix"])
+    assert not torch.equal(one[5]["matrix"], other[5]["matrix"])
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_coordinates_follow_the_anatomy(number):
+    """The picture encodes |x| in MNI305; turned, scaled and mirrored crops still agree with it."""
+    table = crops.TABLE.astype(np.float32)
+    image, matrix = crops.draw_crop(
+        toy_brain(), table, 32, np.random.default_rng(number), pose=True
+    )
+    x = crops.matrix_points(torch.from_numpy(matrix)[None], image.shape)[0, 0].numpy()
+    inside = image > 0.25
+    wrong = np.abs(image - (0.3 + np.abs(x) / 100))[inside]
+    assert inside.any()
+    # a doubt of 2 mm, 1 degree and 1 % is part of the pose: some 6 mm at the most
+    assert np.median(wrong) < 0.06
+
+
+def test_a_mirrored_brain_has_its_left_on_the_left():
+    brain = toy_brain()
+    data = brain.data.copy()
+    middle = Grid(data.shape, AFFINE).points_mm()[0] > 0
+    data[middle] = 0  # only the half with x < 0 is left
+    half = preprocess.Brain("01", "T1w", "train", data, AFFINE, brain.tissues)
+    sides = set()
+    for number in range(12):
+        table = crops.TABLE.astype(np.float32)
+        image, matrix = crops.draw_crop(half, table, 64, np.random.default_rng(number), pose=True)
+        x = crops.matrix_points(torch.from_numpy(matrix)[None], image.shape)[0, 0].numpy()
+        mirrored = np.linalg.det(matrix[:3, :3]) * np.linalg.det(AFFINE[:3, :3]) < 0
+        assert not mirrored  # MNI305 is never reflected: the anatomy is
+        sides.add(np.sign(np.median(x[image > 0])))
+    assert sides == {-1.0, 1.0}
+
+
+def test_an_unturned_crop_is_copied_exactly():
+    brain = toy_brain()
+    table = crops.TABLE.astype(np.float32)
+    to_brain = np.eye(4)
+    to_brain[:3, 3] = [-4, 10, 50]  # beyond the box at both ends
+    crop = crops.resample(brain.data, table, to_brain, 16, turned=False)
+    expected = np.zeros((16, 16, 16), np.float32)
+    expected[4:, :, :6] = table[brain.data[:12, 10:26, 50:56]]
+    assert np.array_equal(crop, expected)
+    to_brain[0] = [-1, 0, 0, 11]
+    assert np.array_equal(
+        crops.resample(brain.data, table, to_brain, 16, turned=False)[:12], expected[4:][::-1]
+    )
+
+
+def test_a_turned_crop_agrees_with_the_slow_way():
+    brain = toy_brain()
+    table = crops.TABLE.astype(np.float32)
+    linear = crops.Rotation.from_euler("xyz", [10, -5, 12], degrees=True).as_matrix() * 1.05
+    to_brain = np.eye(4)
+    to_brain[:3, :3], to_brain[:3, 3] = linear, [20, 18, 22]
+    fast = crops.resample(brain.data, table, to_brain, 20, turned=True)
+    slow = crops.ndimage.affine_transform(
+        table[brain.data], linear, to_brain[:3, 3], (20, 20, 20), order=3
+    )
+    inside = fast > 0
+    assert inside.mean() > 0.5
+    assert np.abs(fast - slow)[inside].max() < 2e-3
+
+
+@pytest.mark.parametrize("contrast", ["T1w", "T2w", "FLAIR", "unknown"])
+def test_curves_order_the_tissues_as_the_contrast_does(contrast):
+    tissues = np.array([0.28, 0.57, 0.88])
+    at = np.round(np.array([0.14, 0.57, 0.88]) * preprocess.UNIT).astype(int)
+    for seed in range(20):
+        curve = crops.intensity_curve(tissues, contrast, np.random.default_rng(seed))
+        fluid, grey, white = curve[at]
+        assert curve[0] == 0
+        assert (curve >= 0).all()
+        if contrast == "T1w":
+            assert fluid < grey < white
+        elif contrast == "T2w":
+            assert fluid > grey > white
+        elif contrast == "FLAIR":
+            assert fluid < white < grey
+
+
+def test_the_mix_decides_what_is_drawn():
+    brains = [toy_brain(), toy_brain(contrast="T2w", synthetic=True)]
+    mix = crops.Mix(real=0.0, curved={"FLAIR": 1.0}, synthetic={"T2w": 1.0})
+    drawn = crops.Crops(brains, size=8, seed=0, mix=mix, unknown=0.0)
+    kinds = [int(drawn[n]["contrast"]) for n in range(60)]
+    assert set(kinds) == {1, 2}  # T2w and FLAIR
+    assert 15 < sum(kind == 1 for kind in kinds) < 45
+    with pytest.raises(UsageError, match="no brain"):
+        crops.Crops(brains[:1], size=8, seed=0, mix=crops.Mix(0.0, {}, {"T2w": 1.0}))
+
+
+def tiny(tmp_path, steps):
+    recipe = prior.Recipe(
+        steps=steps, warmup=1, decay=1, batch=2, size=12, channels=(8, 8), blocks=(1, 1), seed=2
+    )
+    return prior.Trainer([toy_brain()], recipe, tmp_path, device=torch.device("cpu"))
+
+
+def run(trainer):
+    trainer.run(workers=0, checkpoint_every=100, validate_every=100, validation=[])
+
+
+def test_a_resumed_training_is_the_same_training(tmp_path):
+    whole = tiny(tmp_path / "whole", 6)
+    run(whole)
+    first = tiny(tmp_path / "parts", 4)  # its last four steps do not fall: decay is 1
+    run(first)
+    second = tiny(tmp_path / "parts", 6)
+    assert second.resume()
+    assert second.step == 4
+    run(second)
+    for (name, a), b in zip(
+        whole.model.state_dict().items(), second.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b), name
+    for a, b in zip(whole.average.parameters(), second.average.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_crop_too_small_for_the_network_is_refused(tmp_path):
+    recipe = prior.Recipe(size=8, channels=(8, 8), blocks=(1, 1))
+    with pytest.raises(UsageError, match="multiple of 4 of at least 12"):
+        prior.Trainer([toy_brain()], recipe, tmp_path, device=torch.device("cpu"))
+
+
+def test_training_learns(tmp_path):
+    recipe = prior.Recipe(
+        steps=40,
+        warmup=5,
+        decay=20,
+        batch=4,
+        size=16,
+        learning_rate=6e-3,
+        channels=(16, 16),
+        blocks=(1, 1),
+        seed=2,
+    )
+    trainer = prior.Trainer([toy_brain(texture=0)], recipe, tmp_path, device=torch.device("cpu"))
+    batch = torch.utils.data.default_collate([trainer.crops[n] for n in range(16)])
+    before = float(trainer.loss(batch, torch.Generator().manual_seed(9)).detach())
+    run(trainer)
+    after = float(trainer.loss(batch, torch.Generator().manual_seed(9)).detach())
+    assert after < 0.99 * before
+
+
+def test_divergence_is_an_error(tmp_path):
+    trainer = tiny(tmp_path, 2)
+    next(trainer.model.parameters()).data.fill_(float("nan"))
+    with pytest.raises(UsageError, match="diverged at step 1"):
+        run(trainer)
+
+
+def test_the_command_trains_and_exports(tmp_path):
+    brains = [toy_brain("01"), toy_brain("02", split="validation", seed=1)]
+    preprocess.write_pack(brains, tmp_path)
+    parser = argparse.ArgumentParser()
+    prior.add_arguments(parser)
+    out = tmp_path / "prior.safetensors"
+    words = [str(tmp_path), "--steps", "2", "--size", "12", "--batch", "2", "--workers", "0"]
+    words += ["--channels", "8", "8", "--blocks", "1", "1", "--out", str(out)]
+    words += ["--spectrum-brains", "1", "--threads", "1"]
+    assert prior.main(parser.parse_args(words)) == 0
+    made = load_prior(out)
+    assert made.metadata["steps"] == 2
+    assert made.metadata["recipe"]["seed"] == 1
+    v = made.spectrum("T1w").variance(0.1, torch.linspace(0, 0.5, 5))
+    assert ((v > 0) & (v <= 0.01 * (1 + 1e-6))).all()
+
+
+def test_export_without_a_checkpoint_is_a_usage_error(tmp_path):
+    preprocess.write_pack([toy_brain()], tmp_path)
+    parser = argparse.ArgumentParser()
+    prior.add_arguments(parser)
+    words = [str(tmp_path), "--export-only", "--channels", "8", "8", "--blocks", "1", "1"]
+    with pytest.raises(UsageError, match=r"no checkpoint\.pt"):
+        prior.main(parser.parse_args(words))
+
+
+def test_pack_round_trip_and_parts(tmp_path, monkeypatch):
+    brains = [toy_brain(str(n), seed=n) for n in range(3)]
+    monkeypatch.setattr(preprocess, "PART_BYTES", 1)
+    assert len(preprocess.write_pack(brains, tmp_path)) == 3
+    preprocess.write_pack([toy_brain("map", synthetic=True)], tmp_path, stem="synthetic")
+    back = preprocess.read_pack(tmp_path)
+    assert [b.name for b in back] == ["0", "1", "2", "map"]
+    assert [b.synthetic for b in back] == [False, False, False, True]
+    assert np.array_equal(back[1].data, brains[1].data)
+    assert np.allclose(back[1].to_mni305, AFFINE)
+    with pytest.raises(UsageError, match="no pack"):
+        preprocess.read_pack(tmp_path / "nowhere")
+
+
+def test_brains_are_found_and_split_by_name(tmp_path):
+    for name in ("sub-01_desc-brain_T1w.nii.gz", "sub-02_FLAIR.nii", "sub-03_T1w.nii.gz", "x.nii"):
+        (tmp_path / name).touch()
+    found = preprocess.find_brains(tmp_path, validation=["02"], exclude=["03"])
+    assert [row[:3] for row in found] == [("01", "T1w", "train"), ("02", "FLAIR", "validation")]
+    with pytest.raises(UsageError, match="no participant 9"):
+        preprocess.find_brains(tmp_path, validation=["9"], exclude=[])
+    with pytest.raises(UsageError, match="no sub-"):
+        preprocess.find_brains(tmp_path / "none", validation=[], exclude=[])
+
+
+def test_tissue_means_find_three_classes():
+    rng = np.random.default_rng(0)
+    values = np.concatenate(
+        [rng.normal(m, 0.03, n) for m, n in ((0.2, 3000), (0.55, 9000), (0.85, 8000))]
+    )
+    found = preprocess.tissue_means(values.astype(np.float32))
+    assert found == pytest.approx([0.2, 0.55, 0.85], abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("data", "zoom", "text"),
+    [
+        (np.ones((10, 10, 10)), 1.0, "skull-stripped"),
+        (np.pad(np.ones((6, 6, 6)), 2), 2.0, "1 mm"),
+    ],
+)
+def test_what_is_no_stripped_brain_is_refused(tmp_path, data, zoom, text):
+    path = tmp_path / "sub-01_T1w.nii"
+    nib.save(nib.Nifti1Image(data.astype(np.float32), np.diag([zoom, zoom, zoom, 1])), path)
+    with pytest.raises(InputError, match=text):
+        preprocess.prepare("01", "T1w", "train", path, (None, None))
+
+
+def test_n4_removes_a_known_field():
+    points = Grid((48, 48, 48), np.eye(4)).points_mm() - 23.5
+    mask = (points**2).sum(0) < 20**2
+    field = 0.3 * points[0] / 20
+    rng = np.random.default_rng(0)
+    tissue = np.where(rng.random(mask.shape) < 0.5, 1.0, 0.7)
+    image = np.where(mask, 100 * tissue * np.exp(field), 0).astype(np.float32)
+    found = preprocess.n4(image, mask)
+    truth = (field - field[mask].mean())[mask]
+    assert np.corrcoef(found[mask], truth)[0, 1] > 0.95
+    assert found[mask].mean() == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.shared
+def test_registration_recovers_a_known_affine(shared_data):
+    reference = preprocess.mni305_brain(shared_data / "templates" / "avg305T1.nii")
+    data, affine = reference
+    known = np.eye(4)
+    known[:3, :3] = crops.Rotation.from_euler("xyz", [8, -5, 6], degrees=True).as_matrix() * 0.93
+    known[:3, 3] = [4, -12, 9]
+    scanner = Grid((150, 180, 150), np.array(np.eye(4)))
+    scanner = Grid(scanner.shape, np.linalg.inv(known) @ affine @ np.diag([0.5, 0.5, 0.5, 1]))
+    spacing = np.linalg.norm(scanner.affine[:3, :3], axis=0)
+    straight = np.diag([*spacing, 1.0])  # the scan's own axes: known is in them
+    straight[:3, 3] = scanner.affine[:3, 3]
+    voxel = np.linalg.inv(affine) @ known @ straight
+    moved = crops.ndimage.affine_transform(
+        data, voxel[:3, :3], voxel[:3, 3], scanner.shape, order=1
+    )
+    found = preprocess.register(moved.astype(np.float32), straight, reference)
+    box = np.array([[x, y, z, 1] for x in (-60, 60) for y in (-90, 60) for z in (-40, 60)]).T
+    back = found @ np.linalg.inv(known) @ box
+    assert np.abs(back - box).max() < 3.0
+
+
+def test_radial_power_of_white_noise_is_its_variance():
+    noise = 0.3 * torch.randn(32, 40, 36, generator=torch.Generator().manual_seed(0))
+    sums, counts = spectra.radial_power(noise, 1.0)
+    assert float(counts.sum()) == noise.numel()
+    wide = counts > 500
+    assert torch.allclose((sums / counts)[wide], torch.tensor(0.09).double(), rtol=0.25)
+    half = noise.clone()
+    half[16:] = 0  # a mask of one half: corrected by its share
+    sums, counts = spectra.radial_power(half, 0.5)
+    assert torch.allclose((sums.sum() / counts.sum()), torch.tensor(0.09).double(), rtol=0.05)
+
+
+class Shrink:
+    """A denoiser that halves everything: its error is known."""
+
+    def denoise(self, x, sigma, *, coordinates, contrast):
+        assert coordinates.shape == (3, *x.shape[2:])
+        return x / 2
+
+
+def test_gain_and_spectrum_of_a_known_denoiser():
+    brain = toy_brain(split="validation")
+    image = brain.data / preprocess.UNIT
+    inside = image > 0
+    table = spectra.gains(Shrink(), [brain], sigmas=(0.5,))
+    signal = (image[inside] ** 2).mean() / 4  # error: (sigma n - x) / 2
+    assert table["T1w"]["0.5"] == pytest.approx((0.25 + signal / 0.5**2) ** 0.5, rel=0.05)
+    measured = spectra.measure_spectra(Shrink(), [brain], sigmas=(3.0, 10.0), limit=1)
+    assert isinstance(measured["T1w"], ErrorSpectrum)
+    high = measured["T1w"].variance(10.0, torch.tensor([0.3, 0.5]))
+    assert torch.allclose(high, torch.tensor(25.0), rtol=0.1)  # the image is smooth: noise alone
