@@ -376,3 +376,24 @@ def test_the_option_overrides_the_json(tmp_path):
     assert any("more than three times" in w for w in warnings)
     with pytest.raises(GeometryError, match="thickness_mm must be above 0"):
         acquisition_of(tmp_path, (1, 1, 5), metadata, thickness=0)
+
+
+@pytest.mark.shared
+def test_real_heads(shared_data):
+    """Nine people, T1w 1 x 1.33 x 1.33 mm and T2w 1.56 x 1.56 x 5 mm, stored LAS."""
+    scans = sorted((shared_data / "heads").glob("sub-*/anat/*.nii.gz"))
+    assert len(scans) == 18
+    for path in scans:
+        conformed = conform(path, metadata={})
+        source = nib.load(path)
+        np.testing.assert_array_equal(
+            conformed.image.get_fdata(dtype=np.float32), source.get_fdata(dtype=np.float32)[::-1]
+        )
+        assert nib.aff2axcodes(conformed.image.affine) == ("R", "A", "S")
+        acquisition = conformed.acquisition
+        if path.name.endswith("_T1w.nii.gz"):
+            assert (acquisition.slice_axis, acquisition.profile) == (0, "boxcar")
+            assert conformed.warnings == []
+        else:
+            assert (acquisition.slice_axis, acquisition.thickness_mm) == (2, 5)
+            assert [w for w in conformed.warnings if "no SliceThickness" not in w] == []
