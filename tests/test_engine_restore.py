@@ -229,7 +229,7 @@ def test_bias_is_found_from_nothing():
     case = phantom(bias=0.2)
     brain = case["arguments"]["mask"] > 0.5
     start = float(case["field"][brain].std())
-    found = run(case, n_samples=1, n_steps=20, bias_scale_mm=25)
+    found = run(case, n_samples=1, n_steps=20, refine_bias=True, bias_scale_mm=25)
     error = float((found.log_bias - case["field"])[brain].std())
     assert error < 0.3 * start
     kept = run(case, n_samples=1, log_bias=case["field"], refine_bias=False)
@@ -290,13 +290,30 @@ def test_daps_runs_the_same_task():
     case = phantom(bias=0.2)
     settings = DapsSettings(n_levels=6, n_ode=2, n_langevin=10, sigma_max=10, sigma_min=0.05)
     prior = GaussianPrior(case["arguments"]["prior"].scale)
-    found = run(case, sampler="daps", daps=settings, n_samples=1, prior=prior, bias_scale_mm=25)
+    found = run(
+        case,
+        sampler="daps",
+        daps=settings,
+        n_samples=1,
+        prior=prior,
+        refine_bias=True,
+        bias_scale_mm=25,
+    )
     assert found.calls == prior.calls == 12
     assert found.sampler == "daps"
     assert len(found.schedule) == 7
     brain = case["arguments"]["mask"] > 0.5
     assert float((found.log_bias - case["field"])[brain].std()) < case["field"][brain].std()
     assert rmse(found.mean, case) < 0.2
+
+
+def test_map_is_one_image_without_an_uncertainty():
+    case = phantom()
+    found = run(case, sampler="map", n_samples=1)
+    assert found.sd is None
+    assert rmse(found.mean, case) < rmse(run(case, n_samples=1).mean, case)
+    with pytest.raises(UsageError, match="no uncertainty"):
+        run(case, sampler="map", n_samples=2)
 
 
 NAN = np.full((48, 56, 12), np.nan, np.float32)

@@ -20,6 +20,7 @@ from brainprior_bids.engine.likelihood import SliceLikelihood
 from brainprior_bids.engine.operators.slices import boxcar_profile, slice_weights
 from brainprior_bids.engine.samplers.daps import DapsSettings, langevin, sample_daps
 from brainprior_bids.engine.samplers.exact import sample_exact
+from brainprior_bids.engine.samplers.map import estimate_map
 from brainprior_bids.engine.schedules import edm_schedule
 from brainprior_bids.engine.spectral import SpectralSolver
 
@@ -125,6 +126,23 @@ def test_exact_reaches_the_gaussian_posterior(calls):
     assert 0.9 < unseen < 1.1
     assert 0.95 < data.residual_ratio(x) < 1.05
     assert max(data.iterations) <= 1  # nothing but white noise: the closed form is the answer
+
+
+def test_map_finds_the_posterior_mean_of_a_gaussian():
+    """For a Gaussian the most probable image is the mean; nothing of the spread is left."""
+    generator = torch.Generator().manual_seed(1)
+    y = weights() @ (0.5 + 0.3 * torch.sin(torch.arange(N).double() / 7))
+    x = estimate_map(
+        wiener,
+        columns(y, GaussianSpectrum()),
+        edm_schedule(20, 10.0, 0.01),
+        shape=(N, SIDE, SIDE),
+        generator=generator,
+    )
+    mean, covariance, _ = gaussian_posterior(torch.zeros(N).double(), y)
+    sd = covariance.diagonal().sqrt()
+    samples = x.reshape(N, -1).double()
+    assert float(((samples.mean(1) - mean) / sd).square().mean().sqrt()) < 0.15
 
 
 MODES = 4

@@ -281,12 +281,38 @@ class SliceLikelihood:
             If the inner solve does not meet ``limits``.
         """
         factors = self._level(sigma)
-        m = self._from_image_axes(mean)
-        # Divided by b: y / b = A x + n / b
-        variance = self.variance(self.noise_sd) / self.bias**2
+        variance = self._divided_variance()
         prior_k, seen = self.solver.draw_prior(factors, generator)
         noise = torch.randn(self.y.shape, generator=generator).to(self.device)
-        rhs = self.y / self.bias + variance.sqrt() * noise - self.solver.forward(m) - seen
+        return self._conditional(
+            mean, sigma, factors, prior_k, variance.sqrt() * noise - seen, variance
+        )
+
+    def expect(self, mean: Tensor, sigma: float) -> Tensor:
+        """The mean that ``draw`` varies about; arguments and errors as there."""
+        factors = self._level(sigma)
+        variance = self._divided_variance()
+        nothing = self.solver.no_deviation()
+        return self._conditional(
+            mean, sigma, factors, nothing, torch.zeros_like(variance), variance
+        )
+
+    def _divided_variance(self) -> Tensor:
+        """Of y / b, which is ``A x + n / b``."""
+        return self.variance(self.noise_sd) / self.bias**2
+
+    def _conditional(
+        self,
+        mean: Tensor,
+        sigma: float,
+        factors: LevelFactors,
+        prior_k: Tensor,
+        perturbation: Tensor,
+        variance: Tensor,
+    ) -> Tensor:
+        """``z + V A^T (A V A^T + Sigma)^-1 (y + Sigma^1/2 n - A z)``, z = m + the prior's part."""
+        m = self._from_image_axes(mean)
+        rhs = self.y / self.bias + perturbation - self.solver.forward(m)
         u = self._solve(factors, rhs, variance, sigma)
         x0 = m + self.solver.correct(factors, prior_k, u)
         return self._to_image_axes(x0 * self.support)

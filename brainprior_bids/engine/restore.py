@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ from brainprior_bids.engine.operators.slices import (
 )
 from brainprior_bids.engine.samplers.daps import DAPS_1K, DapsSettings, sample_daps
 from brainprior_bids.engine.samplers.exact import sample_exact
+from brainprior_bids.engine.samplers.map import estimate_map
 from brainprior_bids.engine.schedules import edm_schedule
 from brainprior_bids.engine.spectral import SpectralSolver, Spectrum
 
@@ -48,7 +49,7 @@ NOISE_FLOOR = 0.005
 """Smallest noise SD assumed, engine unit: the paper's value for restoration."""
 SIGMA_MAX = 10.0
 SIGMA_MIN = 0.01
-SAMPLERS = ("exact", "daps")
+SAMPLERS = ("exact", "daps", "map")
 THREE_D = 1.25
 """Slices no further apart than this times the in-plane voxel are k-space encoded (3-D)."""
 
@@ -90,6 +91,17 @@ class Restoration:
     warnings: list[str] = field(default_factory=list)
 
 
+class SamplerOptions(TypedDict):
+    """What the samplers have in common."""
+
+    shape: tuple[int, ...]
+    generator: torch.Generator
+    device: torch.device
+    refine_bias: bool
+    refine_noise: bool
+    observe: Callable[[int, float, Tensor, Tensor], None]
+
+
 def sample_seed(seed: int, index: int) -> int:
     """The seed of one sample: the first 63 bits of SHA-256 of ``"<seed>:<index>"``.
 
@@ -119,7 +131,7 @@ def restore(
     observe: Observe | None = None,
     sigma_max: float = SIGMA_MAX,
     sigma_min: float = SIGMA_MIN,
-    refine_bias: bool = True,
+    refine_bias: bool = False,
     bias_scale_mm: float = 60.0,
     daps: DapsSettings = DAPS_1K,
 ) -> Restoration:
@@ -148,9 +160,10 @@ def restore(
     noise_sd : float, optional
         Of a scan voxel, engine unit; given, it is kept. None estimates it from the scan and
         refines it while sampling; not below ``NOISE_FLOOR``.
-    sampler : "exact" or "daps"
+    sampler : "exact", "daps" or "map"
         For "daps" see ``samplers.daps``; ``daps`` holds its settings, and ``n_steps``,
-        ``sigma_max`` and ``sigma_min`` are not used.
+        ``sigma_max`` and ``sigma_min`` are not used. "map" is one point estimate without an
+        uncertainty, with ``n_samples=1`` only.
     n_samples, n_steps : int
         Samples, and network calls for each.
     seed : int
@@ -161,7 +174,7 @@ def restore(
     observe : function, optional
         ``observe(step, total, sigma, sample_index)`` after each level.
     refine_bias : bool
-        Move the bias field while sampling.
+        Move the bias field (and the gain) while sampling, rather than keep ``log_bias``.
     bias_scale_mm : float
         Shortest half wave by which it may move.
 
@@ -189,6 +202,11 @@ def restore(
         raise UsageError(f"restore: sampler must be one of {SAMPLERS}, got {sampler!r}.")
     if n_samples < 1:
         raise UsageError(f"restore: n_samples must be at least 1, got {n_samples}.")
+    if sampler == "map" and n_samples > 1:
+        raise UsageError(
+            f"restore: 'map' is a point estimate, its spread is no uncertainty; got n_samples "
+            f"{n_samples}. Use n_samples=1, or the sampler 'exact'."
+        )
     device = torch.device(device)
     fine = grid.one_millimetre()
     volume = _volume("scan", scan, grid.shape)
@@ -290,30 +308,20 @@ def restore(
             if observe is not None:
                 observe(step, len(sigmas) - 1, sigma, index)
 
-        if sampler == "exact":
-            x0 = sample_exact(
-                denoise,
-                likelihood,
-                sigmas,
-                shape=box.shape,
-                generator=generator,
-                device=device,
-                refine_bias=refine_bias,
-                refine_noise=estimated,
-                observe=report,
-            )
+        options = SamplerOptions(
+            shape=box.shape,
+            generator=generator,
+            device=device,
+            refine_bias=refine_bias,
+            refine_noise=estimated,
+            observe=report,
+        )
+        if sampler == "daps":
+            x0 = sample_daps(denoise, likelihood, daps, **options)
+        elif sampler == "map":
+            x0 = estimate_map(denoise, likelihood, sigmas, **options)
         else:
-            x0 = sample_daps(
-                denoise,
-                likelihood,
-                daps,
-                shape=box.shape,
-                generator=generator,
-                device=device,
-                refine_bias=refine_bias,
-                refine_noise=estimated,
-                observe=report,
-            )
+            x0 = sample_exact(denoise, likelihood, sigmas, **options)
         x0 = x0 * final
         ratios.append(likelihood.residual_ratio(x0))
         noises.append(likelihood.noise_sd / thinned)

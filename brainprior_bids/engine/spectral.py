@@ -281,6 +281,12 @@ class SpectralSolver:
         torch.view_as_real(half)[:, :, own, 1] = 0.0
         return k, torch.fft.irfft(half, n=mb, dim=2, norm="ortho")
 
+    def no_deviation(self) -> Tensor:
+        """v = 0 in k-space, for ``correct``."""
+        return torch.zeros(
+            self.image_shape[0], len(self._column), dtype=torch.complex64, device=self.device
+        )
+
     def correct(self, factors: LevelFactors, prior_k: Tensor, u: Tensor) -> Tensor:
         """``v + V A^T u`` as an image; ``prior_k`` is v in k-space and is overwritten."""
         k = self.data_to_k(u) * self._phase.conj()
