@@ -2,9 +2,10 @@
 """Train the parcellation network on synthetic heads: ``brainprior train parcellation``.
 
 Every step draws one head from a generator seeded by (seed, step), so a run resumed from its
-checkpoint sees the heads it would have seen. The learning rate is constant after a warm-up and
-falls linearly to zero over the last 30 % of the steps; the exported weights are an exponential
-moving average. Validation draws a fixed set of heads from the choosing maps.
+checkpoint sees the heads it would have seen. Inner convolutions are trained by Muon, the rest by
+AdamW. The learning rate is constant after a warm-up and falls linearly to zero over the last 30 %
+of the steps; the exported weights are an exponential moving average. Validation draws a fixed set
+of heads from the choosing maps.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.engine.parcellation_network import ParcellationNetwork
+from brainprior_bids.engine.weights import write_weights
+from brainprior_bids.training.muon import Muon
 from brainprior_bids.training.synthesis import (
     CLASSES,
     CONTRASTS,
@@ -123,7 +126,7 @@ class TrainingState:
 
     network: ParcellationNetwork
     average: ParcellationNetwork
-    optimiser: torch.optim.Optimizer
+    optimisers: list[torch.optim.Optimizer]
     step: int = 0
     seconds: float = 0.0
 
@@ -136,7 +139,7 @@ class TrainingState:
                 "config": self.network.config,
                 "network": self.network.state_dict(),
                 "average": self.average.state_dict(),
-                "optimiser": self.optimiser.state_dict(),
+                "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
                 "step": self.step,
                 "seconds": self.seconds,
             },
@@ -160,7 +163,8 @@ class TrainingState:
             )
         self.network.load_state_dict(saved["network"])
         self.average.load_state_dict(saved["average"])
-        self.optimiser.load_state_dict(saved["optimiser"])
+        for optimiser, old in zip(self.optimisers, saved["optimisers"], strict=True):
+            optimiser.load_state_dict(old)
         self.step, self.seconds = saved["step"], saved["seconds"]
 
     @torch.no_grad()
@@ -174,6 +178,25 @@ class TrainingState:
 def learning_rate(step: int, steps: int, peak: float) -> float:
     """Warm-up over 200 steps, constant, linear to zero over the last 30 %."""
     return peak * min((step + 1) / 200, 1.0, max((steps - step) / (0.3 * steps), 1e-3))
+
+
+def make_optimisers(network: ParcellationNetwork, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for inner convolutions; AdamW for gains, biases, the first and the last layer."""
+    inner = {
+        name
+        for name, parameter in network.named_parameters()
+        if parameter.ndim == 5 and not name.startswith(("stem", "head", "up"))
+    }
+    named = dict(network.named_parameters())
+    return [
+        Muon([named[name] for name in sorted(inner)], lr=rate, weight_decay=0.01),
+        torch.optim.AdamW(
+            [named[name] for name in named if name not in inner],
+            lr=rate,
+            betas=(0.9, 0.99),
+            weight_decay=1e-4,
+        ),
+    ]
 
 
 def prepare_heads(folder: Path, numbers: list[int]) -> list[HeadMap]:
@@ -216,10 +239,7 @@ def train(
     network = ParcellationNetwork(CLASSES, widths).to(device)
     average = ParcellationNetwork(CLASSES, widths).to(device)
     average.load_state_dict(network.state_dict())
-    optimiser = torch.optim.AdamW(
-        network.parameters(), lr=peak_rate, betas=(0.9, 0.99), weight_decay=1e-4
-    )
-    state = TrainingState(network, average, optimiser)
+    state = TrainingState(network, average, make_optimisers(network, peak_rate))
     checkpoint = work_dir / "last.pt"
     if checkpoint.is_file():
         state.load(checkpoint)
@@ -238,16 +258,18 @@ def train(
     ready = time.monotonic()
     for image, target in loader:
         waited += time.monotonic() - ready
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(state.step, steps, peak_rate)
+        rate = learning_rate(state.step, steps, peak_rate)
+        for group in (g for optimiser in state.optimisers for g in optimiser.param_groups):
+            group["lr"] = rate
         image, target = image.to(device), target.to(device)
         with torch.autocast(torch.device(device).type, torch.bfloat16):
             logits = network(image)
         loss, dice = segmentation_loss(logits, target)
-        optimiser.zero_grad()
+        network.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimiser.step()
+        for optimiser in state.optimisers:
+            optimiser.step()
         state.step += 1
         state.average_step()
         losses.append(float(loss.detach()))
@@ -276,6 +298,29 @@ def train(
     return state
 
 
+def export(state: TrainingState, path: Path, *, maps: list[int], seed: int) -> None:
+    """Write the averaged weights (float16) with what they were made of."""
+    write_weights(
+        path,
+        {f"network.{name}": t.half() for name, t in state.average.state_dict().items()},
+        {
+            "kind": "parcellation",
+            "name": "brainprior-parcellation",
+            "licence": "Apache-2.0",
+            "training_data": (
+                f"synthetic heads of {len(maps)} label maps (training_seg "
+                f"{', '.join(str(m) for m in maps)}; BBillot/SynthSeg, Apache-2.0) with the T1w "
+                "and T2w intensity statistics published with SynthSeg and SynthSR; see "
+                "docs/models/parcellation.md"
+            ),
+            "config": state.average.config,
+            "steps": state.step,
+            "seconds": round(state.seconds),
+            "random_seed": seed,
+        },
+    )
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``brainprior train parcellation``."""
     parser.add_argument("labels", type=Path, help="folder of training_seg_NN.nii.gz label maps")
@@ -286,7 +331,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--widths", type=int, nargs="+", default=[32, 64, 96, 96])
     parser.add_argument("--shape", type=int, nargs=3, default=[80, 96, 80], help="voxels of 2 mm")
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--random-seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1, help="processes that draw heads")
     parser.add_argument("--threads", type=int, default=2)
@@ -297,7 +342,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Train as the parsed options say; returns the exit code."""
     torch.set_num_threads(args.threads)
-    train(
+    state = train(
         heads=prepare_heads(args.labels, args.maps),
         held_out=prepare_heads(args.labels, args.held_out),
         work_dir=args.work_dir,
@@ -310,4 +355,7 @@ def main(args: argparse.Namespace) -> int:
         device=args.device,
         validate_every=args.validate_every,
     )
+    if args.output:
+        export(state, args.output, maps=args.maps, seed=args.random_seed)
+        print(f"wrote {args.output}", flush=True)
     return 0

@@ -265,6 +265,18 @@ _T2_OUTSIDE = {
 """Ranges for T2-like heads, 0-255: fluid bright, cortical bone dark, fat anything."""
 
 
+def mean_t1_head(labels: NDArray[np.integer]) -> NDArray[np.float32]:
+    """A T1w-like head without any randomness: every label at its published mean, 0-255."""
+    values = np.unique(labels)
+    mean_of = np.zeros(int(values.max()) + 1, np.float32)
+    for value in values:
+        if value in _T1_OUTSIDE:
+            mean_of[value] = _T1_OUTSIDE[int(value)][0]
+        else:
+            mean_of[value] = _T1.get(_statistics_key(int(value)), _T1[4])[0] * 160 / 226
+    return mean_of[labels]
+
+
 @dataclass(frozen=True)
 class HeadMap:
     """One head's labels, ready to be drawn from.
