@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 TASKS = ("restore", "inpaint", "refine")
-SAMPLERS = ("exact", "daps")
+SAMPLERS = ("exact", "daps", "map")
 MODALITIES = ("T1w", "T2w", "FLAIR")
 
 

@@ -31,6 +31,18 @@ def test_the_defaults_are_the_documented_ones(folders, tmp_path):
     assert not settings.use_gpu
 
 
+def test_samplers_have_their_own_defaults(folders):
+    chosen = {
+        sampler: parse_settings([*folders, "--sampler", sampler])
+        for sampler in ("exact", "daps", "map")
+    }
+    assert {name: (s.n_samples, s.n_steps) for name, s in chosen.items()} == {
+        "exact": (4, 20),
+        "daps": (4, 200),
+        "map": (1, 20),
+    }
+
+
 def test_prefixes_are_stripped_and_aliases_taken(folders):
     settings = parse_settings(
         [*folders, "--participant-label", "sub-01", "02", "--session-id", "ses-a",
@@ -50,6 +62,7 @@ def test_prefixes_are_stripped_and_aliases_taken(folders):
         (["--task", "inpaint"], "not available in this version"),
         (["--modalities", "bold"], "no prior for bold"),
         (["--n-samples", "0"], "at least 1"),
+        (["--sampler", "map", "--n-samples", "4"], "point estimate"),
         (["--random-seed", "-1"], "from 0"),
         (["--slice-thickness", "0"], "above 0"),
         (["--mem", "lots"], "8G"),

@@ -17,6 +17,8 @@ from brainprior_bids.settings import MODALITIES, SAMPLERS, TASKS, Settings
 
 WORK_DIR = ".brainprior_work"
 SLOPPY = {"n_samples": 1, "n_steps": 3}
+STEPS = {"exact": 20, "daps": 200, "map": 20}
+"""Noise levels of each sampler; DAPS calls the network five times at each."""
 
 DESCRIPTION = """\
 brainprior restores brain MRI: thick slices, bias field and noise in; 1 mm, skull-stripped,
@@ -120,7 +122,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--sampler",
         choices=SAMPLERS,
         default="exact",
-        help="exact (default): DAPS with its inner step solved exactly; daps: as published",
+        help="exact (default): DAPS with its inner step solved exactly; daps: as published, "
+        "50 times the work; map: one estimate without an uncertainty",
     )
     task.add_argument(
         "--n-samples",
@@ -260,7 +263,16 @@ def parse_settings(argv: Sequence[str]) -> Settings:
         raise UsageError(f"--prior {options.prior}: no such file.")
 
     nprocs = options.nprocs or resources.available_processors()
-    defaults = SLOPPY if options.sloppy else {"n_samples": 4, "n_steps": 20}
+    defaults = {"n_samples": 4, "n_steps": STEPS[options.sampler]}
+    if options.sloppy:
+        defaults = SLOPPY
+    if options.sampler == "map":
+        if (options.n_samples or 1) > 1:
+            raise UsageError(
+                f"--sampler map is a point estimate, its spread is no uncertainty: --n-samples "
+                f"{options.n_samples} makes no sense. Leave it out, or use --sampler exact."
+            )
+        defaults = {**defaults, "n_samples": 1}
     return Settings(
         bids_dir=bids_dir,
         output_dir=output_dir,

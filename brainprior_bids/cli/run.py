@@ -393,7 +393,7 @@ def _conclude(scans: Sequence[Scan], settings: Settings) -> int:
 
 
 def _dry_run(scans: Sequence[Scan], settings: Settings) -> int:
-    calls = settings.n_samples * settings.n_steps
+    calls = settings.n_samples * settings.n_steps * (5 if settings.sampler == "daps" else 1)
     for scan in scans:
         print(
             f"{scan.relative}  {settings.task}, seed {scan_seed(settings.random_seed, scan.name)}"
@@ -403,7 +403,7 @@ def _dry_run(scans: Sequence[Scan], settings: Settings) -> int:
         for name in output_names(scan.name, n_samples=settings.n_samples).values():
             print(f"  {scan.name.folder}/anat/{name}")
     print(
-        f"{len(scans)} scan(s), {calls} network calls each with the exact sampler, "
+        f"{len(scans)} scan(s), {calls} network calls each ({settings.sampler} sampler), "
         f"on {settings.device}; nothing was written."
     )
     return 0

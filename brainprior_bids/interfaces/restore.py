@@ -35,7 +35,7 @@ class _RestoreInputSpec(MeasuredInputSpec):
     )
     prior = File(exists=True, mandatory=True, desc="weights of the prior")
     contrast = traits.Enum("T1w", "T2w", "FLAIR", "unknown", mandatory=True)
-    sampler = traits.Enum("exact", "daps", usedefault=True)
+    sampler = traits.Enum("exact", "daps", "map", usedefault=True)
     n_samples = traits.Range(low=1, value=4, usedefault=True)
     n_steps = traits.Range(low=1, value=20, usedefault=True, desc="noise levels")
     seed = traits.Range(low=0, high=2**63 - 1, value=0, usedefault=True)
@@ -61,6 +61,7 @@ class Restore(MeasuredInterface):
 
     def _work(self, folder: Path) -> list[str]:
         from brainprior_bids.engine.restore import restore
+        from brainprior_bids.engine.samplers.daps import DapsSettings
         from brainprior_bids.engine.weights import load_prior, sha256_file
 
         image = nib.load(self.inputs.in_file)
@@ -86,6 +87,7 @@ class Restore(MeasuredInterface):
             n_steps=self.inputs.n_steps,
             seed=self.inputs.seed,
             device=self.inputs.device,
+            daps=DapsSettings(n_levels=self.inputs.n_steps),
             observe=progress(self.inputs.label, self.inputs.n_samples),
         )
         facts: dict[str, Any] = {
