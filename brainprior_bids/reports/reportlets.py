@@ -52,6 +52,8 @@ MARGIN_MM = 12.0
 MASK_COLOUR = "#00d5ff"
 EXPECTED = "#69f0ae"
 FOUND = "#ffd54f"
+FACTORS = (1.02, 1.05, 1.1, 1.2, 1.3, 1.4, 1.6, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
+"""Ticks of the bias field's colour bar, with their inverses."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,7 @@ def draw_flicker(images: ScanImages, path: Path) -> Path:
     sheet = Sheet(images.footer)
     n_samples = images.facts("restore").get("n_samples")
     sheet.title(
-        f"Restored (mean of {n_samples} samples)" if n_samples else "Restored",
+        f"Restored (mean of {n_samples} samples)" if (n_samples or 1) > 1 else "Restored",
         note="Hold the pointer over the picture to change between input and restored",
         before="Input, interpolated linearly to the same grid",
     )
@@ -309,17 +311,20 @@ def draw_structures(images: ScanImages, path: Path) -> Path:
     table = np.array([(0, 0, 0), *(atlas.colour(v) for v in values)], np.uint8)
     sheet = Sheet(images.footer)
     sheet.title("Structures over the restored image", note="right-sided structures are darker")
-    for counts in ((0, 0, 3), (1, 2, 0)):
-        sheet.row(
+    beside_midline = spread(images.mask, 0, 2)[0]
+    places = [(2, index) for index in spread(images.mask, 2, 3)]
+    places += [(0, beside_midline), *((1, index) for index in spread(images.mask, 1, 2))]
+    panels = [
+        Panel(
             [
-                Panel([Picture(grey, images.window), Labels(cut, table)])
-                for grey, cut in zip(
-                    images.sections(images.restored, counts),
-                    images.sections(rows, counts),
-                    strict=True,
-                )
+                Picture(section(images.restored, axis, index, images.box), images.window),
+                Labels(section(rows, axis, index, images.box), table),
             ]
         )
+        for axis, index in places
+    ]
+    sheet.row(panels[:3])
+    sheet.row(panels[3:])
     names = {int(v): atlas.name(int(v)) for v in values if not atlas.is_right(int(v))}
     sheet.legend(
         [(_hex(atlas.colour(v)), name.removeprefix("Left-")) for v, name in names.items()]
@@ -387,15 +392,13 @@ def draw_bias(images: ScanImages, path: Path) -> Path:
     field = images.load("log_bias")
     box = bounding_box(images.mask_scan, MARGIN_MM)
     inside = images.mask_scan.data > 0.5
-    low, high = np.exp(np.percentile(field.data[inside], (1, 99)))
-    reach = max(float(high) - 1, 1 - float(low), 0.05)
-    limits = (1 - _round_up(reach), 1 + _round_up(reach))
+    low, high = np.percentile(field.data[inside], (1, 99))
+    reach = max(float(high), -float(low), 0.05)
     dim = (0.0, 3 * images.window[1])
-    shown = field.like(np.exp(field.data))
     sheet = Sheet(images.footer)
     sheet.title(
         "Bias field",
-        note=f"inside the mask: {low:.2f} to {high:.2f} (1st to 99th percentile)",
+        note=f"inside the mask: {np.exp(low):.2f} to {np.exp(high):.2f} (1st to 99th percentile)",
     )
     sheet.row(
         [
@@ -403,8 +406,8 @@ def draw_bias(images: ScanImages, path: Path) -> Path:
                 [
                     Picture(section(images.scan, axis, index, box), dim),
                     Picture(
-                        section(shown, axis, index, box),
-                        limits,
+                        section(field, axis, index, box),
+                        (-reach, reach),
                         "RdBu_r",
                         smooth=False,
                         inside=section(images.mask_scan, axis, index, box),
@@ -415,7 +418,12 @@ def draw_bias(images: ScanImages, path: Path) -> Path:
             for index in spread(images.mask_scan, axis, 1)
         ]
     )
-    sheet.bar("RdBu_r", limits, "factor on the signal")
+    ticks, last = [(0.0, "1")], 0.0
+    for factor in FACTORS:
+        if np.log(factor) - last >= reach / 5:  # room for the label
+            last = float(np.log(factor))
+            ticks += [(-last, f"{1 / factor:.2f}"), (last, f"{factor:g}")]
+    sheet.bar("RdBu_r", (-reach, reach), "factor on the signal", ticks)
     return sheet.save(path)
 
 

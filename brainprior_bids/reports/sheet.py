@@ -101,7 +101,7 @@ class Labels:
 
     section: Section
     table: NDArray[np.uint8]
-    opacity: float = 0.5
+    opacity: float = 0.42
 
     def png(self) -> bytes:
         """8-bit PNG with a palette whose first entry is clear."""
@@ -223,8 +223,20 @@ class Sheet:
             x += frame + GAP
         self._y += height + GAP
 
-    def bar(self, colours: str, limits: tuple[float, float], text: str) -> None:
-        """A colour bar with a handful of labelled values."""
+    def bar(
+        self,
+        colours: str,
+        limits: tuple[float, float],
+        text: str,
+        ticks: Sequence[tuple[float, str]] = (),
+    ) -> None:
+        """A colour bar with a handful of labelled values.
+
+        Parameters
+        ----------
+        ticks : sequence of (value, label), optional
+            Round values where it is not given; those beyond ``limits`` are left out.
+        """
         low, high = limits
         left, right, height = WIDTH * 0.3, WIDTH * 0.7, 12.0
         ramp = np.arange(256, dtype=np.uint8)[None]
@@ -234,12 +246,15 @@ class Sheet:
             stretch=True,
         )
         self._text(left - 14, self._y + 15, text, 13, anchor="end")
-        step = MaxNLocator(6, steps=[1, 2, 2.5, 5, 10])
-        ticks = [v for v in step.tick_values(low, high) if low - 1e-9 <= v <= high + 1e-9]
-        for value in ticks:
+        if not ticks:
+            values = MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+            ticks = [(float(value), f"{value:.6g}") for value in values]
+        for value, label in ticks:
+            if not low - 1e-9 <= value <= high + 1e-9:
+                continue
             x = left + (right - left) * (value - low) / max(high - low, 1e-12)
             self._line(x, self._y + 4 + height, x, self._y + 8 + height, INK)
-            self._text(x, self._y + 22 + height, f"{value:.6g}", 12, "middle")
+            self._text(x, self._y + 22 + height, label, 12, "middle")
         self._y += height + 32
 
     def legend(self, entries: Sequence[tuple[str, str]]) -> None:

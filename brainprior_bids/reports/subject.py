@@ -78,7 +78,7 @@ def _summary(scans: Sequence[Mapping[str, Any]]) -> str:
                 "cells": [
                     _voxels(scan),
                     _number(acquisition.get("thickness_mm"), ".3g", " mm", none="–"),
-                    f"{restore['sampler']}, {restore.get('n_samples', '?')} samples"
+                    f"{restore['sampler']}, {_count(restore.get('n_samples', '?'), 'sample')}"
                     if restore.get("sampler")
                     else "–",
                     f"{statistics.mean(ratios):.2f}" if ratios else "–",
@@ -251,7 +251,7 @@ def _methods(scans: Sequence[Mapping[str, Any]]) -> str:
         "daps": "with its inner Langevin steps",
     }
     sampler = " and ".join(
-        f", {ways[name]} ({n} samples, {calls} calls of the network each)"
+        f", {ways[name]} ({_count(n, 'sample')}, {calls} calls of the network each)"
         for name, n, calls in samplers
         if name in ways
     )
@@ -360,6 +360,10 @@ def _duration(seconds: float | None) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min"
+
+
+def _count(n: Any, thing: str) -> str:
+    return f"{n} {thing}" if n == 1 else f"{n} {thing}s"
 
 
 def _number(
