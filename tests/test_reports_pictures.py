@@ -17,7 +17,7 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from brainprior_bids.engine.grids import MNI305, Grid
-from brainprior_bids.reports import volumes
+from brainprior_bids.reports import atlas, volumes
 from brainprior_bids.reports.reportlets import REPORTLETS, make_reportlets
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -27,6 +27,8 @@ MARKS = np.array([[-17.0, 0.0, 0.0], [0.0, 25.0, 0.0]])
 """To the left and to the front of the centre; mm in the head's own axes."""
 LEFT = (42 - 17) / 84  # share of the width: 60 mm of brain and 12 mm of margin on each side
 FRONT = (52 - 25) / 104
+EXPECTED = (-11.0, -16.0, 19.0)  # MNI305 mm, of a structure
+FOUND = (-15.0, -10.0, 22.0)
 
 
 def head(grid, rotation):
@@ -83,7 +85,7 @@ def node_files(folder, *, codes="RAS", angles=(0, 0, 0), spacing=(2.0, 2.0, 5.0)
     tables = {
         "conform": {"acquisition": {"slice_axis": 2, "thickness_mm": 5, "spacing_mm": 5}},
         "structures_table": {
-            "table": [{"index": 10, "name": "Left-Thalamus", "centroid_mm": [-10.0, -18.0, 8.0]}]
+            "table": [{"index": 10, "name": "Left-Thalamus", "centroid_mm": FOUND}]
         },
         "affine": {"matrix": np.eye(4).tolist()},
         "restore": {"n_samples": 4},
@@ -94,8 +96,17 @@ def node_files(folder, *, codes="RAS", angles=(0, 0, 0), spacing=(2.0, 2.0, 5.0)
     return files
 
 
+@pytest.fixture(scope="module", autouse=True)
+def reference():
+    """A reference of one structure: the picture is tested, not the reference."""
+    with pytest.MonkeyPatch.context() as patch:
+        structures = {"Left-Thalamus": {"centroid_mm": EXPECTED}}
+        patch.setattr(atlas, "mni305_centroids", lambda: {"structures": structures})
+        yield
+
+
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory):
+def drawn(tmp_path_factory, reference):
     """All pictures of an upright head: desc -> path."""
     folder = tmp_path_factory.mktemp("drawn")
     paths = make_reportlets(
@@ -130,12 +141,15 @@ def centre_of_mark(picture):
     return (rows.mean() + 0.5) / pixels.shape[0], (columns.mean() + 0.5) / pixels.shape[1]
 
 
-def marks_of_axial(picture):
-    """Row of the front mark and column of the left mark, as shares, in an axial section."""
+def marks_of_axial(picture, left_of=0.4):
+    """Row of the front mark and column of the left mark, as shares, in an axial section.
+
+    The left mark lies left of ``left_of``, the front mark right of it.
+    """
     pixels = np.asarray(picture.convert("L"), float)
     rows, columns = np.nonzero(pixels > 0.9 * pixels.max())
     row = (rows[rows < pixels.shape[0] * 0.38].mean() + 0.5) / pixels.shape[0]
-    return row, (columns[columns < pixels.shape[1] * 0.4].mean() + 0.5) / pixels.shape[1]
+    return row, (columns[columns < pixels.shape[1] * left_of].mean() + 0.5) / pixels.shape[1]
 
 
 @pytest.mark.parametrize(
@@ -175,7 +189,26 @@ def test_mni305_left_is_left(drawn):
     axial = images(drawn["mni305"])[2][1]  # z = 20 mm, where the left mark is
     left_edge, width = -80, 160  # mm
     expected = (BRAIN_CENTRE[0] + MARKS[0, 0] - left_edge) / width
-    assert marks_of_axial(axial)[1] == pytest.approx(expected, abs=0.02)
+    assert marks_of_axial(axial, left_of=0.47)[1] == pytest.approx(expected, abs=0.02)
+
+
+def test_mni305_marks_lie_where_the_millimetres_say(drawn):
+    """In the axial section at z = 20 mm: from (-80, 80) mm, the upper left corner of the frame."""
+    root = etree.parse(drawn["mni305"]).getroot()
+    frame = images(drawn["mni305"])[2][0]
+    x, y, wide = (float(frame.get(key)) for key in ("x", "y", "width"))
+    scale = wide / 160
+    ring = next(e for e in root.iter(f"{SVG}circle"))
+    assert ring[0].text == "Left-Thalamus, expected"
+    at = [float(ring.get("cx")), float(ring.get("cy"))]
+    assert at == pytest.approx(
+        [x + (EXPECTED[0] + 80.5) * scale, y + (80 - 0.5 - EXPECTED[1]) * scale], abs=0.1
+    )
+    cross = next(e for e in root.iter(f"{SVG}path") if len(e) and "found" in e[0].text)
+    start = [float(v) + 4 for v in re.match(r"M(\S+) (\S+?)l", cross.get("d")).groups()]
+    assert start == pytest.approx(
+        [x + (FOUND[0] + 80.5) * scale, y + (80 - 0.5 - FOUND[1]) * scale], abs=0.1
+    )
 
 
 def test_every_picture_is_there_valid_and_light(drawn):
