@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ BAD = {
     "04": "all zero",
     "05": "NaN in the brain",
     "06": "empty file",
+    "07": "cannot be opened",
 }
 
 
@@ -70,6 +72,11 @@ def raw(tmp_path_factory):
         shutil.copy(good.with_name("sub-01_T1w.json"), path.with_name(f"sub-{subject}_T1w.json"))
         if what == "truncated":
             path.write_bytes(good.read_bytes()[: good.stat().st_size // 2])
+        elif what == "cannot be opened":  # as root, permissions would not do
+            folder = os.open(path.parent, os.O_RDONLY)
+            with socket.socket(socket.AF_UNIX) as listener:
+                listener.bind(f"/proc/self/fd/{folder}/{path.name}")
+            os.close(folder)
         elif what == "empty file":
             path.touch()
         else:
@@ -96,7 +103,7 @@ def ended(raw):
     return brainprior(raw, output_dir, "participant"), output_dir, before
 
 
-def test_one_scan_is_done_and_five_fail_with_a_reason(ended):
+def test_one_scan_is_done_and_the_others_fail_with_a_reason(ended):
     done, output_dir, _ = ended
     assert done.returncode == 1, done.stderr
     with (output_dir / "logs" / "status.tsv").open(newline="") as stream:

@@ -90,7 +90,6 @@ def run(settings: Settings) -> int:
         _validate(scans, settings)
     weights = _weights(settings)
     write_dataset_files(settings.output_dir, bids_dir=settings.bids_dir, raw=raw)
-    write_run(settings)
     LOG.info("brainprior %s, run %s", __version__, settings.run_uuid)
     LOG.info(
         "%d scan(s) of %d participant(s); %s, %d processor(s), %d thread(s) a step",
@@ -102,6 +101,7 @@ def run(settings: Settings) -> int:
     )
     jobs = _plan(scans, settings, {role: digest for role, (_, digest) in weights.items()})
     if jobs:
+        write_run(settings)
         _execute(jobs, settings, {role: path for role, (path, _) in weights.items()})
     status.rebuild_status(settings.output_dir)
     reports_made = _reports(scans, settings)
@@ -160,7 +160,13 @@ def _plan(scans: Sequence[Scan], settings: Settings, weights: dict[str, str]) ->
         if scan.problem is not None:
             _write_failure(scan, settings, {"message": scan.problem, "type": "InputError"})
             continue
-        digest = fingerprint(scan, settings, input_sha256=sha256_file(scan.path), weights=weights)
+        try:
+            input_sha256 = sha256_file(scan.path)
+        except OSError as error:
+            message = f"the file cannot be read ({error.strerror}). Check its permissions."
+            _write_failure(scan, settings, {"message": message, "type": "InputError"})
+            continue
+        digest = fingerprint(scan, settings, input_sha256=input_sha256, weights=weights)
         previous = status.read_summary(settings.output_dir, scan.name.stem)
         if previous is not None and not settings.force and _is_done(previous, digest, settings):
             LOG.info("%s: already done with the same input and settings", scan.name.stem)
