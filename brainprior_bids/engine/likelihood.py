@@ -99,7 +99,7 @@ class SliceLikelihood:
         log_bias: Tensor | None = None,
         bias_field: CosineField | None = None,
         bias_positions: list[Tensor] | None = None,
-        foreign: float = 0.2,
+        foreign: float = 0.05,
         limits: SolveLimits = SolveLimits(),  # frozen
     ) -> None:
         if not (math.isfinite(noise_sd) and noise_sd > 0):
@@ -236,7 +236,8 @@ class SliceLikelihood:
         out under V, so that a level where V is wide moves nothing, and only voxels well inside
         the brain count. Bias: one ridge Gauss-Newton step. Noise: one Fisher-scoring step on the
         variance, weighted by the share of the data that tells noise from V, and held between
-        half and twice the value estimated beforehand.
+        half the value estimated beforehand and that value: the estimate errs upwards (texture),
+        and a prior that misses a texture must not be believed more for it.
         """
         if not (bias or noise):
             return
@@ -264,7 +265,7 @@ class SliceLikelihood:
             value, information = fisher_noise_variance(power, trace, squared, self.noise_sd**2)
             told = information / self.y.numel()
             value = self.noise_sd**2 + told * (value - self.noise_sd**2)
-            low, high = (0.5 * self.initial_noise_sd) ** 2, (2 * self.initial_noise_sd) ** 2
+            low, high = (0.5 * self.initial_noise_sd) ** 2, self.initial_noise_sd**2
             self.noise_sd = math.sqrt(min(max(value, low), high))
 
     def draw(self, mean: Tensor, sigma: float, generator: torch.Generator) -> Tensor:

@@ -40,6 +40,7 @@ def sample_exact(
     shape: tuple[int, ...],
     generator: torch.Generator,
     device: torch.device | str = "cpu",
+    start: Tensor | None = None,
     refine_bias: bool = False,
     refine_noise: bool = False,
     observe: Observe | None = None,
@@ -54,6 +55,8 @@ def sample_exact(
         Falling levels that end in 0.
     generator : torch.Generator
         On the CPU; the only source of randomness.
+    start : tensor, optional
+        A first guess of the sample, to which the first level's noise is added; 0 without.
     observe : function, optional
         Called as ``observe(step, sigma, mean, x0)`` after each level.
 
@@ -64,8 +67,8 @@ def sample_exact(
     ConvergenceError
         From the inner solve.
     """
-    x_t = sigmas[0] * torch.randn(shape, generator=generator).to(device)
-    x0 = x_t
+    x0 = torch.zeros(shape, device=device) if start is None else start
+    x_t = x0 + sigmas[0] * torch.randn(shape, generator=generator).to(device)
     for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         mean = denoise(x_t, sigma)
         if not bool(torch.isfinite(mean).all()):

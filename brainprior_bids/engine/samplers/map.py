@@ -38,13 +38,14 @@ def estimate_map(
     shape: tuple[int, ...],
     generator: torch.Generator,
     device: torch.device | str = "cpu",
+    start: Tensor | None = None,
     refine_bias: bool = False,
     refine_noise: bool = False,
     observe: Observe | None = None,
 ) -> Tensor:
     """One estimate; arguments as ``sample_exact``. The generator makes the first x_t only."""
-    x_t = sigmas[0] * torch.randn(shape, generator=generator).to(device)
-    x0 = x_t
+    x0 = torch.zeros(shape, device=device) if start is None else start
+    x_t = x0 + sigmas[0] * torch.randn(shape, generator=generator).to(device)
     for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         mean = denoise(x_t, sigma)
         data.refine(mean, sigma, bias=refine_bias, noise=refine_noise)
