@@ -86,19 +86,19 @@ def main() -> None:
     case = head(tuple(args.extent), tuple(args.spacing))
     prior = load_prior(args.prior)
     prior.denoise = timed("network", prior.denoise)  # type: ignore[method-assign]
-    for name in ("refine", "draw", "prepare"):
+    for name in ("refine", "draw", "expect", "prepare"):
         setattr(SliceLikelihood, name, timed(name, getattr(SliceLikelihood, name)))
     start = time.perf_counter()
     found = entry.restore(
         case.pop("scan"), contrast="T1w", prior=prior, n_samples=1, n_steps=args.steps, **case
     )
     total = time.perf_counter() - start
-    inner = sum(SPENT["refine"]) + sum(SPENT["draw"])  # both contain ``prepare``
+    inner = sum(sum(SPENT[name]) for name in ("refine", "draw", "expect"))  # with ``prepare``
     network = sum(SPENT["network"])
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"image {found.box.shape}, data {found.box.data_shape}, {args.threads} threads")
     print("| part | s per level (median) | s in all |\n|---|---|---|")
-    for name in ("network", "refine", "draw"):
+    for name in ("network", "refine", "draw", "expect"):
         print(f"| {name} | {np.median(SPENT[name]):.3f} | {sum(SPENT[name]):.1f} |")
     small = SPENT["prepare"]
     print(f"| of these, small matrices | {np.median(small):.3f} | {sum(small):.1f} |")
