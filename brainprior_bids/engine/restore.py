@@ -162,8 +162,8 @@ def restore(
     log_bias : (i, j, k), optional
         Where the bias field starts (N4): log b. Without it, from 0.
     noise_sd : float, optional
-        Of a scan voxel, engine unit; given, it is kept. None estimates it from the scan and
-        refines it while sampling; not below ``NOISE_FLOOR``.
+        Of a scan voxel, engine unit; given, it is kept. None estimates it from the scan, not
+        below ``NOISE_FLOOR``, and may lower it by up to a half while sampling.
     sampler : "exact", "daps" or "map"
         For "daps" see ``samplers.daps``; ``daps`` holds its settings, and ``n_steps``,
         ``sigma_max`` and ``sigma_min`` are not used. "map" is one point estimate without an
@@ -187,9 +187,8 @@ def restore(
     Restoration
         ``mean`` estimates the posterior mean. Under "exact" it is the average, over samples and
         every second level, of ``E[x | x_t, y]``, which a chain knows in closed form: the same
-        expectation as that of the samples with less of their randomness (Rao-Blackwell), so
-        that four chains do what the plain mean of many samples would. Otherwise it is the mean
-        of the samples.
+        expectation as that of the samples with less of their randomness (Rao-Blackwell), which
+        counts when samples are few. Otherwise it is the mean of the samples.
 
     Raises
     ------
