@@ -140,3 +140,16 @@ def test_data_on_another_grid_are_refused():
     grid = Grid((10, 10, 10), np.eye(4))
     with pytest.raises(ShapeMismatchError, match="expected data on its grid"):
         resample(np.ones((10, 10, 9)), grid, grid)
+
+
+def test_a_skull_stripped_image_stays_so():
+    """The edge of a mask does not ring into the background."""
+    grid = scan_grid()
+    points = grid.points_mm()
+    ball = (sum((p - c) ** 2 for p, c in zip(points, (0, -20, 10), strict=True)) < 40**2) * 80.0
+    ball = ball.astype(np.float32)
+    moved = to_mni305(nib.Nifti1Image(ball, grid.affine), an_affine(3)).get_fdata()
+    plain = resample(ball, grid, MNI305, matrix=an_affine(3))
+    assert (plain != 0).sum() > 2 * (moved != 0).sum()  # what the spline alone leaves
+    volume = (ball > 0).sum() * abs(np.linalg.det(an_affine(3) @ grid.affine))
+    assert (moved != 0).sum() == pytest.approx(volume, rel=0.02)

@@ -79,7 +79,10 @@ def resample(
 
 
 def to_mni305(image: nib.Nifti1Image, matrix: ArrayLike, *, order: int = 3) -> nib.Nifti1Image:
-    """The image on the 1 mm MNI305 grid.
+    """The image on the 1 mm MNI305 grid; a skull-stripped one stays so.
+
+    A voxel is 0 where most of what it is made of is exactly 0: a cubic spline rings beyond the
+    edge of a mask.
 
     Parameters
     ----------
@@ -93,6 +96,8 @@ def to_mni305(image: nib.Nifti1Image, matrix: ArrayLike, *, order: int = 3) -> n
     source = Grid(image.shape, image.affine)
     values = image.get_fdata(dtype=np.float32)
     moved = resample(values, source, MNI305, matrix=matrix, order=order)
+    inside = resample(values != 0, source, MNI305, matrix=matrix, order=1)
+    moved[inside < 0.5] = 0
     result = nib.Nifti1Image(moved, np.array(MNI305.affine))
     result.set_sform(MNI305.affine, NIFTI_ALIGNED)
     result.set_qform(MNI305.affine, NIFTI_ALIGNED)
