@@ -210,7 +210,7 @@ def test_divergence_is_an_error(tmp_path):
         run(trainer)
 
 
-def test_the_command_trains_and_exports(tmp_path):
+def test_the_command_trains_exports_and_evaluates(tmp_path, capsys):
     brains = [toy_brain("01"), toy_brain("02", split="validation", seed=1)]
     preprocess.write_pack(brains, tmp_path)
     parser = argparse.ArgumentParser()
@@ -225,6 +225,9 @@ def test_the_command_trains_and_exports(tmp_path):
     assert made.metadata["recipe"]["seed"] == 1
     v = made.spectrum("T1w").variance(0.1, torch.linspace(0, 0.5, 5))
     assert ((v > 0) & (v <= 0.01 * (1 + 1e-6))).all()
+    assert prior.main(parser.parse_args([*words, "--evaluate"])) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("T1w"))
+    assert f"0.1: {made.metadata['gain']['T1w']['0.1']:.3f}" in line
 
 
 def test_export_without_a_checkpoint_is_a_usage_error(tmp_path):
