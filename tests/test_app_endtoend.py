@@ -73,6 +73,7 @@ def raw(tmp_path_factory):
         if what == "truncated":
             path.write_bytes(good.read_bytes()[: good.stat().st_size // 2])
         elif what == "cannot be opened":  # as root, permissions would not do
+            path.with_name(f"sub-{subject}_T1w.json").unlink()
             folder = os.open(path.parent, os.O_RDONLY)
             with socket.socket(socket.AF_UNIX) as listener:
                 listener.bind(f"/proc/self/fd/{folder}/{path.name}")
