@@ -73,6 +73,7 @@ def gauss_newton_step(
     prediction: Tensor,
     residual: Tensor,
     whiten: Callable[[Tensor], Tensor],
+    trust: float = 1.0,
     iterations: int = 6,
 ) -> Tensor:
     """New coefficients after one ridge Gauss-Newton step.
@@ -86,11 +87,14 @@ def gauss_newton_step(
         ``b A m`` and ``e = y - b A m``, 0 where nothing was measured.
     whiten : function
         ``C^-1 v``, C the covariance of e.
+    trust : float
+        Weight of the data against the ridge: below 1 where C leaves out how errors hang together.
     """
     ridge = field.precision.to(coefficients)
 
     def weigh(volume: Tensor) -> Tensor:
-        return field.project(prediction * whiten(volume), basis).to(coefficients)
+        seen = field.project(prediction * whiten(volume), basis)
+        return trust * seen.to(coefficients)
 
     def hessian(d: Tensor) -> Tensor:
         return weigh(prediction * field.evaluate(d, basis).to(prediction)) + ridge * d

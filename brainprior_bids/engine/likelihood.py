@@ -35,6 +35,9 @@ from brainprior_bids.engine.spectral import LevelFactors, SpectralSolver, Spectr
 
 OUTSIDE = 0.01
 """A data voxel with a smaller share of brain counts as wholly outside."""
+BIAS_TRUST = 0.02
+"""Weight of the data in a step of the bias field. V takes a denoiser's errors for stationary; at
+high noise they follow the anatomy over centimetres, as a bias field does."""
 WIDE = 40.0
 """V is wide while it gives a data voxel more than this times the noise variance."""
 
@@ -255,6 +258,7 @@ class SliceLikelihood:
                 whiten=lambda v: self._to_image_axes(
                     self.solver.precondition(factors, self._from_image_axes(v))
                 ),
+                trust=BIAS_TRUST,
             ).cpu()
             self._set_bias()
         if noise:
