@@ -84,7 +84,16 @@ def test_the_engine_needs_torch_and_numpy_only():
             else []
         )
         if name.split(".")[0]
-        in {"nibabel", "nipype", "bids", "SimpleITK", "ants", "nilearn", "niworkflows", "matplotlib"}
+        in {
+            "nibabel",
+            "nipype",
+            "bids",
+            "SimpleITK",
+            "ants",
+            "nilearn",
+            "niworkflows",
+            "matplotlib",
+        }
     }
     assert outside == set()
 
