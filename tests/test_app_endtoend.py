@@ -30,6 +30,7 @@ BAD = {
     "05": "NaN in the brain",
     "06": "empty file",
     "07": "cannot be opened",
+    "08": "a link to nothing",
 }
 
 
@@ -72,6 +73,8 @@ def raw(tmp_path_factory):
         shutil.copy(good.with_name("sub-01_T1w.json"), path.with_name(f"sub-{subject}_T1w.json"))
         if what == "truncated":
             path.write_bytes(good.read_bytes()[: good.stat().st_size // 2])
+        elif what == "a link to nothing":
+            path.symlink_to("../../.git/annex/objects/gone")
         elif what == "cannot be opened":  # as root, permissions would not do
             path.with_name(f"sub-{subject}_T1w.json").unlink()
             folder = os.open(path.parent, os.O_RDONLY)

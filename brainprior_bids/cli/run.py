@@ -120,11 +120,14 @@ def _validate(scans: Sequence[Scan], settings: Settings) -> None:
     except RuntimeError as error:
         LOG.warning("%s The data set was not validated.", error)
         return
-    images = {f"/{scan.relative}" for scan in scans}
+    # an image that is broken is that scan's own matter, and so is its sidecar without an image
+    broken = {issue.location for issue in issues} & {f"/{scan.relative}" for scan in scans}
+    stems = {location.removesuffix(".gz").removesuffix(".nii") for location in broken}
+    own = broken | {f"{stem}.json" for stem in stems}
     for issue in issues:
-        if issue.location in images:  # that scan's own matter: it fails alone, or not at all
+        if issue.location in own:
             LOG.warning("validator: %s", issue)
-    fatal = [issue for issue in issues if issue.location not in images]
+    fatal = [issue for issue in issues if issue.location not in own]
     if fatal:
         shown = "\n".join(f"  {issue}" for issue in fatal[:10])
         raise UsageError(
