@@ -123,20 +123,23 @@ def fit_affine(
     y = np.array([known["centroid_mm"] for _, known, _ in rows], float)
     d = np.array([float(np.linalg.norm(known["sd_mm"])) + 1.0 for _, known, _ in rows])
     w = np.array([row["confidence"] ** 2 * share for row, _, share in rows]) / d**2
-    problem = ""
-    for dof in (d_ for d_ in (12, 7, 6) if len(rows) >= NEEDED[d_]):
+    enough = [dof for dof in NEEDED if len(rows) >= NEEDED[dof]]
+    problems = []
+    for dof in (12, 7) if 12 in enough else enough[:1]:
         matrix = _robust(x, y, w, d, dof)
         residual = np.linalg.norm(x @ matrix[:3, :3].T + matrix[:3, 3] - y, axis=1)
         median = _weighted_median(residual, w)
         problem = _implausible(matrix, median)
         if not problem:
             break
-        warnings.append(f"Affine with {dof} degrees of freedom rejected: {problem}.")
-    if problem:
+        problems.append(f"with {dof} degrees of freedom {problem}")
+    else:
         raise AnatomyError(
             f"fit_affine: no plausible transform to MNI305 from {len(rows)} structures: "
-            f"{problem}. Look at the structures; is the orientation in the header right?"
+            f"{'; '.join(problems)}. Look at the structures; is the orientation in the header "
+            "right?"
         )
+    warnings += [f"Affine rejected: {problem}." for problem in problems]
     if dof < 12:
         warnings.append(f"Affine with {dof} degrees of freedom from {len(rows)} structures.")
     if median > DOUBTFUL_RESIDUAL_MM:
