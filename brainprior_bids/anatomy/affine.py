@@ -4,12 +4,13 @@
 Symbols: x_s, a structure's centroid in the scan (scanner RAS mm); y_s, its mean centroid in
 MNI305 (``data/mni305_centroids.json``); d_s, the SD of that centroid over people; w_s, its weight.
 
-    w_s = confidence_s^2 / (d_s^2 + 1 mm^2) * min(volume_s / mean volume_s, 1)
+    w_s = confidence_s^2 / (d_s + 3 mm)^2 * min(volume_s / mean volume_s, 1)
 
 A weighted similarity (7 degrees of freedom, Umeyama) is fitted first, then the full affine
 (12) by weighted least squares that pulls its linear part towards the similarity, since centroids
 lie deep in the brain and say little about its corners. Both are repeated with Huber weights on the
-residuals in units of d_s, so a few wrong structures do not matter.
+residuals in units of d_s + 3 mm (the 3 mm being the parcellation's own error), so a few wrong
+structures do not matter.
 
 Reference: Umeyama, doi:10.1109/34.88573.
 """
@@ -30,12 +31,14 @@ from brainprior_bids.engine.errors import AnatomyError
 
 Matrix = NDArray[np.float64]
 
+OWN_ERROR_MM = 3.0
+"""Added to the spread over people."""
 RIDGE_MM = 12.0
 """How strongly 12 degrees are pulled to 7: as much as a centroid spread of this many mm.
 
-Chosen by leave-one-out on the training maps, see ``docs/models/parcellation.md``."""
-HUBER = 2.0
-"""Residuals beyond this many (d_s + 1 mm) count linearly."""
+This and OWN_ERROR_MM were chosen by leave-one-out on the training maps."""
+HUBER = 1.0
+"""Residuals beyond this many (d_s + 3 mm) count linearly, beyond four times that not at all."""
 ITERATIONS = 20
 NEEDED = {12: 10, 7: 4, 6: 3}
 """Fewest structures for that many degrees of freedom."""
@@ -121,7 +124,7 @@ def fit_affine(
     names = [str(row["name"]) for row, _, _ in rows]
     x = np.array([row["centroid_mm"] for row, _, _ in rows], float)
     y = np.array([known["centroid_mm"] for _, known, _ in rows], float)
-    d = np.array([float(np.linalg.norm(known["sd_mm"])) + 1.0 for _, known, _ in rows])
+    d = np.array([float(np.linalg.norm(known["sd_mm"])) + OWN_ERROR_MM for _, known, _ in rows])
     w = np.array([row["confidence"] ** 2 * share for row, _, share in rows]) / d**2
     enough = [dof for dof in NEEDED if len(rows) >= NEEDED[dof]]
     problems = []
@@ -170,7 +173,7 @@ def _robust(x: Matrix, y: Matrix, w: Matrix, d: Matrix, dof: int) -> Matrix:
         # while far off, judge by the spread at hand
         spread = max(1.0, float(np.median(ratio)))
         factor = np.minimum(1.0, HUBER * spread / np.maximum(ratio, 1e-9))
-        factor[ratio > 4 * HUBER * spread] = 0.0  # not this structure at all
+        factor[ratio > 4 * HUBER * spread] = 0.0
     return matrix
 
 
@@ -190,11 +193,11 @@ def similarity(x: Matrix, y: Matrix, w: Matrix, *, scale: bool) -> Matrix:
 
 
 def _ridge_affine(x: Matrix, y: Matrix, w: Matrix, towards: Matrix) -> Matrix:
-    """argmin_A sum_s w_s |A x_s + t - y_s|^2 + (sum_s w_s) (RIDGE_MM / 10)^2 |A - S|^2."""
+    """argmin_A sum_s w_s |A x_s + t - y_s|^2 + (sum_s w_s) RIDGE_MM^2 |A - S|^2."""
     total = w.sum()
     x_mean, y_mean = w @ x / total, w @ y / total
     xc, yc = x - x_mean, y - y_mean
-    strength = total * (RIDGE_MM**2) / 100 * np.eye(3)
+    strength = total * RIDGE_MM**2 * np.eye(3)
     left = (yc * w[:, None]).T @ xc + towards[:3, :3] @ strength
     linear = np.linalg.solve(((xc * w[:, None]).T @ xc + strength).T, left.T).T
     matrix = np.eye(4)

@@ -233,7 +233,7 @@ def main() -> None:
     facts = {
         "space": "MNI305 (RAS, mm)",
         "method": " ".join((__doc__ or "").split("\n\n", 1)[1].split()),
-        "sources": "20 label maps of SynthSeg (Apache-2.0); avg305T1 of SPM12 as target",
+        "sources": "14 label maps of SynthSeg (Apache-2.0); avg305T1 of SPM12 as target",
         "n": n,
         "leave_one_out": {
             "median_corner_error_mm": round(float(np.median(errors[:n])), 2),
