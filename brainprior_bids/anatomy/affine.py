@@ -49,6 +49,8 @@ LARGEST_RATIO = 1.5
 LARGEST_RESIDUAL_MM = 12.0
 """Weighted median residual beyond which the structures are not where a brain has them."""
 DOUBTFUL_RESIDUAL_MM = 5.0
+LARGEST_STRANGE_SHARE = 0.3
+"""Weight of structures that do not fit at all; more of them than this is no brain."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,9 @@ def fit_affine(
         residual = np.linalg.norm(x @ matrix[:3, :3].T + matrix[:3, 3] - y, axis=1)
         median = _weighted_median(residual, w)
         problem = _implausible(matrix, median)
+        strangers = float(w[residual > 4 * HUBER * d].sum() / w.sum())
+        if not problem and strangers > LARGEST_STRANGE_SHARE:
+            problem = f"{strangers:.0%} of the structures are far from their places"
         if not problem:
             break
         problems.append(f"with {dof} degrees of freedom {problem}")
