@@ -70,12 +70,12 @@ class Mix:
     ``synthetic``: a brain made of a label map.
     """
 
-    real: float = 0.5
+    real: float = 0.6
     curved: dict[str, float] = field(
-        default_factory=lambda: {"T1w": 0.12, "T2w": 0.1, "FLAIR": 0.05, "unknown": 0.06}
+        default_factory=lambda: {"T1w": 0.1, "T2w": 0.1, "FLAIR": 0.03, "unknown": 0.04}
     )
     synthetic: dict[str, float] = field(
-        default_factory=lambda: {"T1w": 0.01, "T2w": 0.08, "FLAIR": 0.04, "unknown": 0.04}
+        default_factory=lambda: {"T2w": 0.07, "FLAIR": 0.03, "unknown": 0.03}
     )
 
 

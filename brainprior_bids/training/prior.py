@@ -48,6 +48,7 @@ CHECKPOINT = "checkpoint.pt"
 COARSE = 4
 """Latent voxels (of 2 mm) an axis that the coarse error is averaged over."""
 COARSE_WEIGHT = 0.1
+BAND_WEIGHT = 0.3
 
 
 @dataclass(frozen=True)
@@ -194,10 +195,11 @@ class Trainer:
         os.replace(partial, path)
 
     def loss(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
-        """Mean square of F's error over voxels and bands; 1 is no better than a Wiener filter.
+        """The error relative to that of a Wiener filter of each band, in three readings.
 
-        Wavelengths above 16 mm are one mode in a thousand, so the error of the local mean over
-        8 mm is added, divided by the Wiener error for the spread that such means can have.
+        Over voxels (where the local mean counts most), over bands (where each detail band counts
+        as much), and for the local mean over 8 mm alone: wavelengths above 16 mm are one mode in
+        a thousand.
         """
         image = batch["image"].to(self.device)
         sigma = draw_sigmas(len(image), generator)
@@ -222,8 +224,11 @@ class Trainer:
         coarse = (
             F.avg_pool3d(error[:, :1], COARSE) * COARSE**1.5 / wiener[:, None, None, None, None]
         )
-        fine: Tensor = (error / c_out).square().mean()
-        return fine + COARSE_WEIGHT * coarse.square().mean()
+        square = error.square().mean((2, 3, 4))  # (n, 8)
+        wiener_square = c_out.square()[:, :, 0, 0, 0]
+        voxels: Tensor = (square.sum(1) / wiener_square.sum(1)).mean()
+        bands = (square / wiener_square).mean()
+        return voxels + BAND_WEIGHT * bands + COARSE_WEIGHT * coarse.square().mean()
 
     def run(
         self,

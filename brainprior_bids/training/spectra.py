@@ -16,7 +16,7 @@ from brainprior_bids.engine.unet import CONTRASTS
 from brainprior_bids.training.crops import TABLE, intensity_curve, matrix_points
 from brainprior_bids.training.preprocess import Brain
 
-SIGMAS = (0.005, 0.01, 0.02, 0.04, 0.07, 0.12, 0.2, 0.35, 0.6, 1.0, 2.0, 4.0, 10.0, 30.0)
+SIGMAS = (0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 3.0, 10.0, 40.0)
 BINS = 40
 """Radial bins from 0 to the corner of the cube at 1 mm, narrower towards 0."""
 EDGES = 3**0.5 / 2 * torch.linspace(0, 1, BINS + 1, dtype=torch.float64) ** 1.5
@@ -107,11 +107,13 @@ def measure_spectra(
 ) -> dict[str, ErrorSpectrum]:
     """The error spectrum of every contrast there are brains for; "unknown" always.
 
-    "unknown" is measured on all of them, with the contrast hidden from the network.
+    "unknown" is measured on one brain of the first and one of the last contrast, with the
+    contrast hidden from the network.
     """
     spectra = {}
     shown = {contrast: examples(brains, contrast, limit) for contrast in CONTRASTS}
-    shown["unknown"] = [images[-1] for images in shown.values() if images]
+    last_of_each = [images[-1] for images in shown.values() if images]
+    shown["unknown"] = [*last_of_each[:1], *last_of_each[1:][-1:]]
     centres = (EDGES[1:] + EDGES[:-1]) / 2
     for contrast, images in shown.items():
         if not images:
