@@ -33,12 +33,13 @@ def toy_brain(name="01", *, split="train", contrast="T1w", synthetic=False, seed
     )
 
 
-def test_noise_levels_are_stratified_and_favour_the_low():
+def test_noise_levels_are_stratified_over_the_pieces():
     sigma = prior.draw_sigmas(1000, torch.Generator().manual_seed(0)).sort().values
     assert 0.005 <= sigma[0] < 0.0051
     assert 39 < sigma[-1] <= 40
-    assert sigma[799] <= 2 < sigma[800]
-    assert sigma[400] == pytest.approx((0.005 * 2) ** 0.5, rel=0.01)  # middle of the low part
+    assert sigma[99] <= 0.02 <= sigma[100]
+    assert sigma[899] <= 3 <= sigma[900]
+    assert sigma[500] == pytest.approx((0.02 * 3) ** 0.5, rel=0.01)  # middle of the middle piece
 
 
 def test_learning_rate_rises_stays_and_falls():

@@ -3,8 +3,8 @@
 
 EDM training (arXiv 2206.00364): ``F`` of the denoiser learns a target of unit variance at every
 noise level, here in every Haar band, so fine detail counts as much as the local mean. Noise
-levels are log-uniform, four of five in 0.005-2, where restoration gets its detail, the rest in
-2-40. The learning rate is constant after a warm-up and falls to 0 over the last steps, so a
+levels are log-uniform in three pieces; four of five lie in 0.02-3, where a restoration decides what
+lies between the slices. The learning rate is constant after a warm-up and falls to 0 over the last steps, so a
 training may be prolonged: raise ``--steps`` and start the command again.
 """
 
@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -77,10 +78,10 @@ class Recipe:
     size: int = 48
     learning_rate: float = 1.5e-3
     weight_decay: float = 1e-3
-    ema: float = 0.998
+    ema: float = 0.999
     seed: int = 1
     channels: tuple[int, ...] = (48, 96, 128)
-    blocks: tuple[int, ...] = (1, 2, 2)
+    blocks: tuple[int, ...] = (2, 2, 2)
 
     def rate(self, step: int) -> float:
         """Learning rate of step ``step`` (from 0)."""
@@ -102,12 +103,16 @@ class Numbers(Sampler[int]):
         return max(self.last - self.first, 0)
 
 
+SIGMA_PIECES = ((0.005, 0.02, 0.1), (0.02, 3.0, 0.8), (3.0, 40.0, 0.1))
+"""Lowest and highest noise level, share of the crops."""
+
+
 def draw_sigmas(n: int, generator: torch.Generator) -> Tensor:
-    """(n,) stratified: log-uniform in 0.005-2 with weight 0.8, in 2-40 with 0.2."""
+    """(n,) noise levels, stratified: log-uniform in each of ``SIGMA_PIECES``."""
     u = (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n
-    low = math.log(0.005) + (u / 0.8) * math.log(2 / 0.005)
-    high = math.log(2) + ((u - 0.8) / 0.2) * math.log(40 / 2)
-    return torch.where(u < 0.8, low, high).exp()
+    edges = [SIGMA_PIECES[0][0], *(high for _, high, _ in SIGMA_PIECES)]
+    shares = np.cumsum([0.0, *(share for *_, share in SIGMA_PIECES)])
+    return torch.from_numpy(np.exp(np.interp(u.numpy(), shares, np.log(edges)))).float()
 
 
 def measure_band_sd(crops: Crops, count: int = 48) -> Tensor:
