@@ -150,6 +150,9 @@ def test_bfloat16_agrees_with_float32():
         ({"coordinates": points(8, 8, 6)}, ShapeMismatchError, "coordinates"),
         ({"contrast": "PDw"}, UsageError, "PDw"),
         ({"sigma": 0.0}, UsageError, "sigma"),
+        ({"sigma": float("nan")}, UsageError, "sigma"),
+        ({"sigma": float("inf")}, UsageError, "sigma"),
+        ({"x": torch.zeros(1, 1, 8, 8, 8, dtype=torch.int16)}, UsageError, "floating point"),
     ],
 )
 def test_a_call_that_does_not_fit_is_refused(change, error, text):

@@ -334,6 +334,15 @@ NAN = np.full((48, 56, 12), np.nan, np.float32)
         ({"scan": np.zeros((48, 56, 12))}, InputError, "all zero"),
         ({"noise_sd": 0.0}, InputError, "noise SD"),
         ({"noise_sd": math.nan}, InputError, "noise SD"),
+        ({"noise_sd": -0.01}, InputError, "noise SD"),
+        ({"noise_sd": math.inf}, InputError, "noise SD"),
+        ({"scan": np.ones((48, 56, 12), np.complex64)}, InputError, "complex"),
+        ({"mask": NAN}, InputError, "mask holds NaN"),
+        ({"mask_1mm": np.full((48, 56, 48), np.nan)}, InputError, "mask_1mm holds NaN"),
+        ({"log_bias": NAN}, InputError, "log_bias holds NaN"),
+        ({"acquisition": Acquisition(2, 4.0, 60.0)}, GeometryError, "60.0 mm apart do not fit"),
+        ({"device": "cuda:99"}, UsageError, "cuda:99 asked for, but torch sees"),
+        ({"device": "abacus"}, UsageError, "expected 'cpu' or 'cuda:N'"),
         ({"to_mni305": np.zeros((4, 4))}, GeometryError, "to_mni305"),
         ({"to_mni305": np.eye(3)}, GeometryError, "to_mni305"),
         ({"acquisition": Acquisition(2, 60.0, 4.0)}, GeometryError, "field of view"),
@@ -350,6 +359,15 @@ def test_bad_input_is_refused(change, error, text):
 def test_a_spacing_that_contradicts_the_image_is_told():
     found = run(phantom(), acquisition=Acquisition(2, 4.0, 6.0, "boxcar"), n_samples=1, n_steps=1)
     assert "the image is believed" in found.warnings[0]
+
+
+def test_fallbacks_of_the_prior_are_told():
+    case = phantom()
+    prior = GaussianPrior(case["arguments"]["prior"].scale)
+    prior.warnings = []
+    assert run(case, prior=prior, n_samples=1, n_steps=1).warnings == []
+    prior.warnings = ["Out of memory: tiles."]
+    assert run(case, prior=prior, n_samples=1, n_steps=1).warnings == ["Out of memory: tiles."]
 
 
 def test_tensors_are_taken_as_well():

@@ -12,6 +12,8 @@ Symbols: ``x`` a clean brain in the engine's unit, ``sigma`` the SD of the white
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from brainprior_bids.engine.errors import ShapeMismatchError, UsageError
+from brainprior_bids.engine.devices import usable_device
+from brainprior_bids.engine.errors import MemoryShortageError, ShapeMismatchError, UsageError
+from brainprior_bids.engine.tiles import network_in_slabs
 from brainprior_bids.engine.unet import (
     BANDS,
     CONTRASTS,
@@ -28,6 +32,13 @@ from brainprior_bids.engine.unet import (
     from_bands,
     to_bands,
 )
+
+LOG = logging.getLogger("brainprior.engine")
+
+MIN_TILE = 4
+"""Thinnest tile, mm: the two rows that a residual block reads of its neighbours."""
+FALLBACK_TILES = (64, 32, 16, 8)
+"""Tiles that are tried in turn when memory runs out, mm."""
 
 
 class ErrorSpectrum:
@@ -139,6 +150,43 @@ class Precondition(nn.Module):
         denoised: Tensor = c_skip * bands + c_out * f
         return denoised
 
+    def in_slabs(
+        self, x: Tensor, sigma: Tensor, coordinates: Tensor, contrast: Tensor, rows: int
+    ) -> Tensor:
+        """From noisy voxels to denoised voxels as ``forward`` does, ``rows`` rows at a time.
+
+        Parameters
+        ----------
+        x : (n, 1, i, j, k) float32
+            Noisy; sizes as ``forward`` needs them.
+        coordinates : (1, 3, i, j, k)
+            MNI305 mm.
+        rows : int
+            Voxels of a slab along i; see ``tiles``.
+        """
+        c_skip, c_out, c_in = self.scales(sigma)
+
+        def read(start: int, stop: int) -> tuple[Tensor, Tensor]:
+            place = coordinate_features(coordinates[:, :, 2 * start : 2 * stop])
+            return c_in * to_bands(x[:, :, 2 * start : 2 * stop]), place
+
+        clean = torch.empty_like(x)
+        for start, stop, f in network_in_slabs(
+            self.network, read, x.shape[2] // 2, sigma.log() / 4, contrast, max(rows // 2, 1)
+        ):
+            part = slice(2 * start, 2 * stop)
+            clean[:, :, part] = from_bands(c_skip * to_bands(x[:, :, part]) + c_out * f)
+        return clean
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that an allocation failed, on the CPU or on a GPU."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    words = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
+    return isinstance(error, RuntimeError) and any(word in text for word in words)
+
 
 def fast_dtype(device: torch.device) -> torch.dtype | None:
     """bfloat16 where the device computes it faster than float32, else None."""
@@ -163,6 +211,20 @@ class Prior:
     device : str or torch.device
     dtype : torch.dtype, optional
         Of the convolutions; None takes bfloat16 where that is faster (see ``fast_dtype``).
+    tile_mm : int, optional
+        Thickness of the slabs in which the network runs (1 mm voxels, at least ``MIN_TILE``);
+        the answer is the same up to rounding, the memory a fraction (see ``tiles``). None runs
+        the volume as a whole and falls back to ``FALLBACK_TILES`` when memory runs out.
+
+    Attributes
+    ----------
+    warnings : list of str
+        Fallbacks so far; they hold for all later calls.
+
+    Raises
+    ------
+    UsageError
+        If there is no spectrum for "unknown", or the tile is too thin.
     """
 
     def __init__(
@@ -173,10 +235,13 @@ class Prior:
         metadata: Mapping[str, Any],
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
+        tile_mm: int | None = None,
     ) -> None:
         if "unknown" not in spectra:
             raise UsageError(f"Prior: no error spectrum for 'unknown', only for {list(spectra)}.")
-        self.device = torch.device(device)
+        self.tile_mm = tile_mm
+        self.warnings: list[str] = []
+        self.device = usable_device(device)
         self.dtype = dtype or fast_dtype(self.device) or torch.float32
         self.model = model.to(self.device).eval()
         for parameter in self.model.parameters():
@@ -186,6 +251,17 @@ class Prior:
         self.sigma_data = float(model.band_sd.square().mean().sqrt())
         self._spectra = dict(spectra)
         self._place: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def tile_mm(self) -> int | None:
+        """Slab thickness in force; None: volumes go through the network as a whole."""
+        return self._tile_mm
+
+    @tile_mm.setter
+    def tile_mm(self, value: int | None) -> None:
+        if value is not None and value < MIN_TILE:
+            raise UsageError(f"Prior: tiles must be at least {MIN_TILE} mm, got {value}.")
+        self._tile_mm = value
 
     def spectrum(self, contrast: str) -> ErrorSpectrum:
         """The error spectrum of one contrast; that of "unknown" where none was measured."""
@@ -223,25 +299,62 @@ class Prior:
             )
         if contrast not in CONTRASTS:
             raise UsageError(f"Prior: contrast must be one of {CONTRASTS}, got {contrast!r}.")
-        if not sigma > 0:
-            raise UsageError(f"Prior: sigma must be above 0, got {sigma}.")
+        if not 0 < sigma < math.inf:
+            raise UsageError(f"Prior: sigma must be above 0 and finite, got {sigma}.")
+        if not x.is_floating_point():
+            raise UsageError(f"Prior: x must be floating point, got {x.dtype}. Convert it first.")
+        level = torch.full((len(x),), float(sigma), device=self.device)
+        kind = torch.full((len(x),), CONTRASTS.index(contrast), device=self.device)
+        while True:
+            try:
+                return self._run(x, level, coordinates, kind)
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                message = str(error).partition("\n")[0]
+            # outside of the handler, which would keep the failed call's tensors alive
+            self._fall_back(message, tuple(x.shape[2:]))
+
+    def _run(self, x: Tensor, level: Tensor, coordinates: Tensor, kind: Tensor) -> Tensor:
         shape = x.shape[2:]
         multiple = 2 * self.model.network.multiple
         padding = [(-size) % multiple for size in shape]
         noisy = _pad(x.to(self.device, torch.float32), padding)
-        place = self._place_features(coordinates, padding)
-        n = len(x)
-        level = torch.full((n,), float(sigma), device=self.device)
-        kind = torch.full((n,), CONTRASTS.index(contrast), device=self.device)
         precision = (
             contextlib.nullcontext()
             if self.dtype == torch.float32
             else torch.autocast(self.device.type, self.dtype)
         )
         with precision:
-            bands = self.model(to_bands(noisy), level, place, kind)
-        clean = from_bands(bands)[:, :, : shape[0], : shape[1], : shape[2]]
+            if self.tile_mm is None:
+                place = self._place_features(coordinates, padding)
+                clean = from_bands(self.model(to_bands(noisy), level, place, kind))
+            else:
+                mm = _pad(coordinates.to(self.device, torch.float32)[None], padding)
+                clean = self.model.in_slabs(noisy, level, mm, kind, self.tile_mm)
+        clean = clean[:, :, : shape[0], : shape[1], : shape[2]]
         return clean.contiguous().to(x.device)
+
+    def _fall_back(self, message: str, shape: tuple[int, ...]) -> None:
+        """Take the next thinner tile, and say so."""
+        before = self.tile_mm
+        thinner = [t for t in FALLBACK_TILES if before is None or t < before]
+        self._place = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if not thinner:
+            raise MemoryShortageError(
+                f"Prior: out of memory for an image of {shape} voxels even in tiles of {before} "
+                f"mm ({message}). Free memory, or run on a machine with more."
+            )
+        self.tile_mm = thinner[0]
+        how = "as a whole" if before is None else f"in tiles of {before} mm"
+        warning = (
+            f"Out of memory: the network did not run {how} on {shape} voxels ({message}); it "
+            f"runs in tiles of {thinner[0]} mm from here on, with the same result up to rounding."
+        )
+        LOG.warning(warning)
+        self.warnings.append(warning)
 
     def _place_features(self, coordinates: Tensor, padding: list[int]) -> Tensor:
         if self._place is None or self._place[0] is not coordinates:

@@ -39,3 +39,7 @@ class DivergenceError(BrainpriorError):
 
 class ConvergenceError(BrainpriorError):
     """An iterative solve did not reach its stated tolerance."""
+
+
+class MemoryShortageError(BrainpriorError):
+    """Memory ran out even in the smallest tiles."""

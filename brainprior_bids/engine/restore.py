@@ -23,6 +23,7 @@ from torch import Tensor
 from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.engine.bias import CosineField
 from brainprior_bids.engine.box import Box, brain_box
+from brainprior_bids.engine.devices import usable_device
 from brainprior_bids.engine.errors import (
     GeometryError,
     InputError,
@@ -159,6 +160,7 @@ def restore(
     contrast : str
         "T1w", "T2w", "FLAIR" or "unknown".
     prior : Prior
+        Its ``tile_mm`` decides whether the network runs in tiles.
     log_bias : (i, j, k), optional
         Where the bias field starts (N4): log b. Without it, from 0.
     noise_sd : float, optional
@@ -198,9 +200,11 @@ def restore(
         If the slices do not fit the field of view or the affine is singular.
     InputError
         If the mask is empty, the brain is constant or not positive, the noise SD is not above
-        0, or NaN lies inside the brain.
+        0, NaN lies inside the brain, in a mask or in the bias, or an array is complex.
     UsageError
-        If an option makes no sense.
+        If an option makes no sense, or the device is not there.
+    MemoryShortageError
+        If memory runs out even in the thinnest tiles. A fallback to tiles is a warning.
     ConvergenceError, DivergenceError
         From the sampler.
     """
@@ -215,7 +219,7 @@ def restore(
             f"restore: 'map' is a point estimate, its spread is no uncertainty; got n_samples "
             f"{n_samples}. Use n_samples=1, or the sampler 'exact'."
         )
-    device = torch.device(device)
+    device = usable_device(device)
     fine = grid.one_millimetre()
     volume = _volume("scan", scan, grid.shape)
     inside = _volume("mask", mask, grid.shape)
@@ -228,6 +232,9 @@ def restore(
     start_bias = (
         torch.zeros(grid.shape) if log_bias is None else _volume("log_bias", log_bias, grid.shape)
     )
+    for name, values in (("mask", inside), ("mask_1mm", inside_1mm), ("log_bias", start_bias)):
+        if not bool(torch.isfinite(values).all()):
+            raise InputError(f"restore: {name} holds NaN or infinite values. Make it anew.")
     brain = inside > 0.5
     if not bool(brain.any()) or not bool((inside_1mm > 0.5).any()):
         raise InputError(
@@ -375,7 +382,7 @@ def restore(
         inner_iterations=float(np.mean(likelihood.iterations)) if likelihood.iterations else 0.0,
         box=box,
         seconds=time.perf_counter() - began,
-        warnings=warnings,
+        warnings=[*warnings, *getattr(prior, "warnings", ())],
     )
 
 
@@ -390,6 +397,8 @@ def _volume(name: str, values: ArrayLike | Tensor, shape: tuple[int, int, int]) 
             f"restore: {name} must have shape {shape}, got {tuple(tensor.shape)}. "
             "scan, mask and log_bias lie on the scan's grid, mask_1mm on grid.one_millimetre()."
         )
+    if tensor.is_complex():
+        raise InputError(f"restore: {name} is complex ({tensor.dtype}). Pass its magnitude.")
     return tensor.to(torch.float32)
 
 
@@ -414,11 +423,16 @@ def _check_spacing(grid: Grid, acquisition: Acquisition, warnings: list[str]) ->
             f"Slices are {spacing:.3g} mm apart in the image but "
             f"{acquisition.spacing_mm:.3g} mm by its description; the image is believed."
         )
-    if acquisition.thickness_mm > float(grid.extent_mm[acquisition.slice_axis]):
-        raise GeometryError(
-            f"restore: slices of {acquisition.thickness_mm} mm do not fit a field of view of "
-            f"{grid.extent_mm[acquisition.slice_axis]:.4g} mm. Check SliceThickness."
-        )
+    extent = float(grid.extent_mm[acquisition.slice_axis])
+    for what, value in (
+        (f"slices of {acquisition.thickness_mm} mm", acquisition.thickness_mm),
+        (f"slices {acquisition.spacing_mm} mm apart", acquisition.spacing_mm),
+    ):
+        if value > extent * (1 + 1e-6):
+            raise GeometryError(
+                f"restore: {what} do not fit a field of view of {extent:.4g} mm. Check "
+                "SliceThickness and SpacingBetweenSlices."
+            )
 
 
 def _reduce(

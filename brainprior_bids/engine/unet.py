@@ -35,14 +35,16 @@ def to_bands(x: Tensor) -> Tensor:
     """(n, 1, i, j, k), even sizes -> (n, 8, i/2, j/2, k/2), orthonormal."""
     n, _, i, j, k = x.shape
     blocks = x.reshape(n, i // 2, 2, j // 2, 2, k // 2, 2).permute(0, 1, 3, 5, 2, 4, 6)
-    bands = blocks.reshape(n, i // 2, j // 2, k // 2, BANDS) @ haar_matrix().to(x).T
+    with torch.autocast(x.device.type, enabled=False):  # which would round the image
+        bands = blocks.reshape(n, i // 2, j // 2, k // 2, BANDS) @ haar_matrix().to(x).T
     return bands.permute(0, 4, 1, 2, 3)  # channels last in memory
 
 
 def from_bands(bands: Tensor) -> Tensor:
     """The inverse, and the transpose, of ``to_bands``."""
     n, _, i, j, k = bands.shape
-    blocks = bands.permute(0, 2, 3, 4, 1) @ haar_matrix().to(bands)
+    with torch.autocast(bands.device.type, enabled=False):
+        blocks = bands.permute(0, 2, 3, 4, 1) @ haar_matrix().to(bands)
     voxels = blocks.reshape(n, i, j, k, 2, 2, 2).permute(0, 1, 4, 2, 5, 3, 6)
     return voxels.reshape(n, 1, 2 * i, 2 * j, 2 * k)
 
@@ -145,6 +147,22 @@ class UNet(nn.Module):
         self.out = nn.Conv3d(channels[0], BANDS, 3, padding=1)
         _zero(self.out)
 
+    def embed(self, noise: Tensor, contrast: Tensor) -> Tensor:
+        """The conditioning vector, (n, embedding)."""
+        angle = noise[:, None] * self.frequencies * 2 * math.pi
+        e = self.noise_in(torch.cat([angle.sin(), angle.cos()], 1)) + self.contrast_in(contrast)
+        return F.silu(e)
+
+    def enter(self, bands: Tensor, place: Tensor) -> Tensor:
+        """The first features: one convolution of the image, a product with the position."""
+        # In float32: at sigma 0.01 the noise is below the rounding of bfloat16.
+        with torch.autocast(bands.device.type, enabled=False):
+            image = self.image_in(bands.float())
+        h: Tensor = image + self.place_in(place)
+        if torch.is_autocast_enabled(bands.device.type):
+            h = h.to(torch.get_autocast_dtype(bands.device.type))
+        return h
+
     def forward(self, bands: Tensor, place: Tensor, noise: Tensor, contrast: Tensor) -> Tensor:
         """One pass.
 
@@ -159,15 +177,8 @@ class UNet(nn.Module):
         contrast : (n,) int64
             Index into ``CONTRASTS``.
         """
-        angle = noise[:, None] * self.frequencies * 2 * math.pi
-        e = self.noise_in(torch.cat([angle.sin(), angle.cos()], 1)) + self.contrast_in(contrast)
-        e = F.silu(e)
-        # In float32: at sigma 0.01 the noise is below the rounding of bfloat16.
-        with torch.autocast(bands.device.type, enabled=False):
-            image = self.image_in(bands.float())
-        h = image + self.place_in(place)
-        if torch.is_autocast_enabled(bands.device.type):
-            h = h.to(torch.get_autocast_dtype(bands.device.type))
+        e = self.embed(noise, contrast)
+        h = self.enter(bands, place)
         skips = []
         for level, group in enumerate(self.down_blocks):
             for block in group:  # type: ignore[attr-defined]

@@ -144,8 +144,11 @@ def load_prior(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    tile_mm: int | None = None,
 ) -> Prior:
     """The prior in ``path``, by default the one shipped with the package.
+
+    ``device``, ``dtype`` and ``tile_mm`` are those of ``Prior``.
 
     Raises
     ------
@@ -169,7 +172,9 @@ def load_prior(
         }
     except KeyError as error:
         raise WeightsError(f"{path}: tensor {error} is missing.") from error
-    return Prior(model, spectra=spectra, metadata=metadata, device=device, dtype=dtype)
+    return Prior(
+        model, spectra=spectra, metadata=metadata, device=device, dtype=dtype, tile_mm=tile_mm
+    )
 
 
 def load_parcellation(

@@ -10,7 +10,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from nipype.interfaces.base import File, traits
+from nipype.interfaces.base import File, isdefined, traits
 
 from brainprior_bids.bids.files import read_json, write_json
 from brainprior_bids.engine.acquisition import Acquisition
@@ -43,6 +43,7 @@ class _RestoreInputSpec(MeasuredInputSpec):
     use_gpu = traits.Bool(
         False, usedefault=True, nohash=True, desc="makes this a GPU node for Nipype's scheduler"
     )
+    tile_mm = traits.Range(low=4, nohash=True, desc="the network's slabs; else whole volumes")
     label = traits.Str("", usedefault=True, nohash=True, desc="the scan, for progress lines")
 
 
@@ -67,7 +68,11 @@ class Restore(MeasuredInterface):
         image = nib.load(self.inputs.in_file)
         grid = grid_of(image)
         prior_path = Path(self.inputs.prior)
-        prior = load_prior(prior_path, device=self.inputs.device)
+        prior = load_prior(
+            prior_path,
+            device=self.inputs.device,
+            tile_mm=self.inputs.tile_mm if isdefined(self.inputs.tile_mm) else None,
+        )
         acquisition = Acquisition.from_dict(
             read_json(Path(self.inputs.conform_json))["acquisition"]
         )
@@ -97,6 +102,7 @@ class Restore(MeasuredInterface):
             "seed": self.inputs.seed,
             "schedule": list(done.schedule),
             "calls": done.calls,
+            "tile_mm": prior.tile_mm,
             "sample_seeds": list(done.seeds),
             "inner_iterations": done.inner_iterations,
             "box": {"start": list(done.box.start), "stop": list(done.box.stop)},
