@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
 
-from brainprior_bids.engine.errors import UsageError
-
+LOG = logging.getLogger("brainprior")
 _CGROUP = Path("/sys/fs/cgroup")
 _UNITS_GB = {"K": 1 / 2**20, "M": 1 / 2**10, "G": 1.0, "T": 2.0**10}
 
@@ -53,7 +53,7 @@ def parse_memory_gb(text: str) -> float:
 
 
 def resolve_device(asked: str) -> str:
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` -> ``cpu`` or ``cuda:N``.
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` -> ``cpu`` or ``cuda:N``; says which, and why.
 
     Raises
     ------
@@ -61,18 +61,9 @@ def resolve_device(asked: str) -> str:
         If CUDA was asked for and this process sees no such GPU.
     """
     if asked == "cpu":
-        return "cpu"
-    import torch
+        return "cpu"  # without importing torch
+    from brainprior_bids.engine.device import choose_device
 
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if asked == "auto":
-        return "cuda:0" if count else "cpu"
-    index = int(asked.partition(":")[2] or 0)
-    if index >= count:
-        seen = f"{count} GPU(s)" if count else "no GPU"
-        reason = "" if torch.version.cuda else " (this torch was built without CUDA)"
-        raise UsageError(
-            f"--device {asked}: this process sees {seen}{reason}. In a container pass "
-            "`docker run --gpus all` or `apptainer run --nv`; or use --device cpu."
-        )
-    return f"cuda:{index}"
+    device, why, doubtful = choose_device(asked)
+    LOG.log(logging.WARNING if doubtful else logging.INFO, "device %s: %s", device, why)
+    return device

@@ -44,6 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments[:1] == ["train"]:
             return train(arguments[1:])
+        if arguments[:1] == ["selftest"]:
+            from brainprior_bids.cli.selftest import selftest
+
+            return selftest(arguments[1:])
         return run(parse_settings(arguments))
     except UsageError as error:
         print(f"brainprior: error: {error}", file=sys.stderr)

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``brainprior selftest``: is everything that a run needs installed, and does it compute?
+
+A container's build ends with it. It needs no data, no network and no folder to write to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import subprocess
+import time
+from collections.abc import Sequence
+
+from brainprior_bids import __version__
+from brainprior_bids.bids.validate import find_validator
+from brainprior_bids.cli.resources import resolve_device
+from brainprior_bids.engine.errors import BrainpriorError
+
+LIBRARIES = (
+    "torch",
+    "SimpleITK",
+    "ants",
+    "nipype",
+    "bids",
+    "niworkflows",
+    "nireports",
+    "brainprior_bids.workflows.base",
+    "brainprior_bids.reports.subject",
+)
+SIZE_MM = 48
+
+
+def selftest(argv: Sequence[str]) -> int:
+    """Check the libraries, the weights' hashes and one small restoration; 0 if all is well.
+
+    Raises
+    ------
+    BrainpriorError
+        Naming what is wrong.
+    """
+    parser = argparse.ArgumentParser(
+        prog="brainprior selftest",
+        description="Check the libraries, the weights' hashes and one small restoration.",
+    )
+    parser.add_argument("--device", default="auto", metavar="{auto,cpu,cuda[:N]}")
+    device = resolve_device(parser.parse_args(list(argv)).device)
+    print(f"brainprior {__version__}, device {device}")
+    _libraries()
+    _weights()
+    _restoration(device)
+    print("self-test passed")
+    return 0
+
+
+def _libraries() -> None:
+    for name in LIBRARIES:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # whatever a broken installation raises
+            raise BrainpriorError(
+                f"self-test: {name} cannot be imported ({type(error).__name__}: {error}). "
+                "Install brainprior anew, with constraints.txt."
+            ) from error
+    print(f"{len(LIBRARIES)} libraries load")
+    command = find_validator()
+    if command is None:
+        print("bids-validator-deno is not installed: data sets will not be validated")
+        return
+    done = subprocess.run(
+        [command, "--version"], capture_output=True, text=True, check=False, timeout=120
+    )
+    if done.returncode:
+        raise BrainpriorError(
+            f"self-test: {command} --version ended with {done.returncode}: "
+            f"{done.stderr.strip()[-500:]}"
+        )
+    print(done.stdout.strip())
+
+
+def _weights() -> None:
+    """``read_weights`` compares the tensors with the hash that their header holds."""
+    from brainprior_bids.engine.weights import FOLDER, read_weights
+
+    for kind in ("prior", "parcellation"):
+        _, metadata = read_weights(FOLDER / f"{kind}.safetensors", kind=kind)
+        print(f"weights of the {kind} are whole, SHA-256 {metadata['sha256']}")
+
+
+def _restoration(device: str) -> None:
+    """Two steps on a ball of 5 mm slices: the values must be finite, and like the ball's."""
+    import numpy as np
+
+    from brainprior_bids.engine.acquisition import Acquisition
+    from brainprior_bids.engine.grids import Grid
+    from brainprior_bids.engine.restore import restore
+    from brainprior_bids.engine.weights import load_prior
+
+    began = time.monotonic()
+    spacing = np.array([1.0, 1.0, 5.0])
+    shape = tuple(int(n) for n in SIZE_MM // spacing)
+    affine = np.diag([*spacing, 1.0])
+    affine[:3, 3] = -spacing * (np.array(shape) - 1) / 2
+    grid = Grid(shape, affine)
+    fine = grid.one_millimetre()
+    mask, mask_1mm = (
+        (np.linalg.norm(g.points_mm(), axis=0) < 0.4 * SIZE_MM).astype(np.float32)
+        for g in (grid, fine)
+    )
+    scan = mask * (100 + np.random.default_rng(0).normal(0, 2, shape)).astype(np.float32)
+    done = restore(
+        scan,
+        grid=grid,
+        acquisition=Acquisition(2, thickness_mm=5.0, spacing_mm=5.0),
+        mask=mask,
+        mask_1mm=mask_1mm,
+        to_mni305=np.eye(4),
+        contrast="T1w",
+        prior=load_prior(device=device),
+        n_samples=1,
+        n_steps=2,
+        device=device,
+    )
+    inside = done.mean[mask_1mm > 0]
+    if not np.isfinite(done.mean).all() or not 80 < np.median(inside) < 120:
+        raise BrainpriorError(
+            f"self-test: a restored ball of 100 has the median {np.median(inside):.4g}, from "
+            f"{inside.min():.4g} to {inside.max():.4g}. Do the weights fit this version?"
+        )
+    print(
+        f"a ball of 100 was restored to a median of {np.median(inside):.1f} "
+        f"in {time.monotonic() - began:.1f} s"
+    )
