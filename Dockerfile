@@ -16,17 +16,22 @@ COPY constraints.txt .
 # torch first and alone: a layer of its own, from its own index
 RUN /opt/brainprior/bin/pip install --no-cache-dir -c constraints.txt \
     ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch
-COPY . .
-RUN /opt/brainprior/bin/pip install --no-cache-dir -c constraints.txt . \
-    && /opt/brainprior/bin/pip check \
-    # not needed to run: pip itself, headers and static libraries, the libraries' own tests
-    && /opt/brainprior/bin/pip uninstall -y -q pip setuptools \
+# then what setup.cfg asks for, so that a change of our own code repeats none of it
+COPY setup.cfg .
+RUN python3 -c "import configparser as c; p = c.ConfigParser(); p.read('setup.cfg'); print(p['options']['install_requires'])" >requirements.txt \
+    && /opt/brainprior/bin/pip install --no-cache-dir -c constraints.txt -r requirements.txt \
+    # not needed to run: headers, static libraries, tools, the libraries' own tests
     && cd /opt/brainprior/lib/python3*/site-packages \
-    && rm -rf torch/include torch/share torch/test torch/bin \
+    && rm -rf torch/include torch/share torch/test \
+    && find torch/bin -type f ! -name torch_shm_manager -delete \
     && find . -name '*.a' -delete \
     && find ants numpy pandas scipy sklearn skimage statsmodels sympy matplotlib nibabel \
         nilearn nipype nitransforms networkx h5py \
         -depth -type d \( -name tests -o -name test \) -exec rm -rf {} +
+COPY . .
+RUN /opt/brainprior/bin/pip install --no-cache-dir --no-deps . \
+    && /opt/brainprior/bin/pip check \
+    && /opt/brainprior/bin/pip uninstall -y -q pip setuptools
 
 # ---- what is shipped ----
 FROM ${BASE}

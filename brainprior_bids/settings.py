@@ -40,7 +40,10 @@ class Settings:
     random_seed : int
         Each scan's seed is derived from it and the scan's name.
     device : str
-        ``cpu`` or ``cuda:N``; ``auto`` is resolved before a run starts.
+        ``cpu`` or ``cuda:N``; ``auto`` is resolved before a run starts, or, where the steps are
+        jobs of a scheduler, by the restoration itself.
+    plugin_file : Path or None
+        Which of Nipype's plugins runs the steps; None is our own pool.
     nprocs, omp_nthreads, n_gpu_procs : int
         Processors in all, threads of one node, restorations at once on the GPU.
     mem_gb : float
@@ -68,6 +71,7 @@ class Settings:
     nprocs: int = 1
     omp_nthreads: int = 1
     mem_gb: float = 8.0
+    plugin_file: Path | None = None
     force: bool = False
     sloppy: bool = False
     dry_run: bool = False
@@ -128,7 +132,7 @@ class Settings:
             raise ValueError(f"Settings: unknown {', '.join(unknown)}. Remove or correct them.")
         values: dict[str, Any] = {}
         for name, value in table.items():
-            if name in ("bids_dir", "output_dir", "work_dir", "prior"):
+            if name in ("bids_dir", "output_dir", "work_dir", "prior", "plugin_file"):
                 values[name] = Path(value)
             elif name == "bids_filters":
                 values[name] = json.loads(value)

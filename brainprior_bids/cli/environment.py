@@ -11,6 +11,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from brainprior_bids.bids.files import write_text
 from brainprior_bids.settings import Settings
 
 
@@ -18,10 +19,10 @@ def prepare_environment(settings: Settings) -> None:
     """Set the environment variables of this run, and make the work folder."""
     home = settings.work_dir / "home"
     home.mkdir(parents=True, exist_ok=True)
-    (home / "nipype.cfg").write_text(
+    write_text(  # by rename: another process may share the work folder
+        home / "nipype.cfg",
         f"[logging]\nworkflow_level = {settings.nipype_level}\ninterface_level = INFO\n"
         "[execution]\ncheck_version = false\n",
-        encoding="ascii",
     )
     threads = str(settings.omp_nthreads)
     os.environ.update(

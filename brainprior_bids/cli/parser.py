@@ -12,6 +12,7 @@ from brainprior_bids import __version__
 from brainprior_bids.bids.provenance import new_run_uuid
 from brainprior_bids.bids.query import read_filters
 from brainprior_bids.cli import resources
+from brainprior_bids.cli.plugin_file import read_plugin_file
 from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.settings import MODALITIES, SAMPLERS, TASKS, Settings
 
@@ -198,6 +199,16 @@ def build_parser() -> argparse.ArgumentParser:
         "(default: nine tenths of what there is)",
     )
 
+    performance.add_argument(
+        "--use-plugin",
+        "--nipype-plugin-file",
+        dest="plugin_file",
+        type=Path,
+        metavar="FILE",
+        help="YAML with one of Nipype's execution plugins and its plugin_args, and step_args for "
+        "single steps (default: a MultiProc that survives killed workers)",
+    )
+
     other = parser.add_argument_group("other")
     other.add_argument("--version", action="version", version=f"brainprior {__version__}")
     other.add_argument(
@@ -263,6 +274,7 @@ def parse_settings(argv: Sequence[str]) -> Settings:
     if options.prior is not None and not options.prior.is_file():
         raise UsageError(f"--prior {options.prior}: no such file.")
 
+    plugin = read_plugin_file(options.plugin_file)
     nprocs = options.nprocs or resources.available_processors()
     defaults = {"n_samples": 4, "n_steps": STEPS[options.sampler]}
     if options.sloppy:
@@ -293,11 +305,13 @@ def parse_settings(argv: Sequence[str]) -> Settings:
         prior=options.prior.absolute() if options.prior else None,
         slice_thickness_mm=options.slice_thickness,
         random_seed=options.random_seed,
-        device=resources.resolve_device(options.device),
+        # a job of a scheduler sees another machine's devices than this process
+        device=options.device if plugin.is_batch else resources.resolve_device(options.device),
         n_gpu_procs=options.n_gpu_procs,
         nprocs=nprocs,
         omp_nthreads=min(options.omp_nthreads or min(nprocs, 8), nprocs),
         mem_gb=options.mem or resources.available_memory_gb(),
+        plugin_file=options.plugin_file.absolute() if options.plugin_file else None,
         force=options.force,
         sloppy=options.sloppy,
         dry_run=options.dry_run,

@@ -24,6 +24,7 @@ from brainprior_bids.bids.query import Scan, check_dataset, find_scans
 from brainprior_bids.bids.validate import find_validator, validate_scans
 from brainprior_bids.cli.environment import prepare_environment
 from brainprior_bids.cli.parser import parse_settings
+from brainprior_bids.cli.plugin_file import read_plugin_file
 from brainprior_bids.engine.errors import BrainpriorError, UsageError, WeightsError
 from brainprior_bids.settings import Settings
 
@@ -202,8 +203,7 @@ def _execute(jobs: Sequence[Any], settings: Settings, weights: dict[str, Path]) 
     """Build the graph, run it, and give every scan that did not end a summary saying why."""
     from brainprior_bids.interfaces.base import FAILURE
     from brainprior_bids.workflows.base import configure_nipype, init_brainprior_wf
-    from brainprior_bids.workflows.plugin import SurvivingPool
-    from brainprior_bids.workflows.scan import NODES, log_dir
+    from brainprior_bids.workflows.scan import log_dir
 
     for subject in {job.scan.subject for job in jobs}:
         write_text(log_dir(settings, subject) / "brainprior.toml", settings.to_toml())
@@ -227,17 +227,7 @@ def _execute(jobs: Sequence[Any], settings: Settings, weights: dict[str, Path]) 
     for folder in folders:  # only these: another process may be at work on other scans
         for failure in folder.glob(f"*/{FAILURE}"):
             failure.unlink()
-    progress = Progress(jobs)
-    arguments = {
-        "n_procs": settings.nprocs,
-        "memory_gb": settings.mem_gb,
-        "n_gpu_procs": settings.n_gpu_procs if settings.use_gpu else 0,
-        "raise_insufficient": False,
-        "mp_context": "forkserver",
-        "status_callback": progress,
-        "order": NODES,
-    }
-    pool = SurvivingPool(plugin_args=arguments)
+    pool = _make_plugin(workflow, settings, Progress(jobs))
     crashed: Exception | None = None
     try:
         workflow.run(plugin=pool)
@@ -251,6 +241,35 @@ def _execute(jobs: Sequence[Any], settings: Settings, weights: dict[str, Path]) 
         if summary is None or summary.get("run_uuid") != settings.run_uuid:
             error = _why(job.scan, folder, settings, crashed)
             _write_failure(job.scan, settings, error, nodes=_records(folder))
+
+
+def _make_plugin(workflow: Any, settings: Settings, progress: Progress) -> Any:
+    """Our own pool, or the scheduler that ``--nipype-plugin-file`` names."""
+    from brainprior_bids.workflows.cluster import make_batch_plugin
+    from brainprior_bids.workflows.plugin import SurvivingPool
+    from brainprior_bids.workflows.scan import NODES
+
+    file = read_plugin_file(settings.plugin_file)
+    if file.is_batch:
+        return make_batch_plugin(
+            file.plugin,
+            plugin_args=file.plugin_args,
+            step_args=file.step_args,
+            workflow=workflow,
+            status_callback=progress,
+            tag=f"brainprior-{settings.run_uuid}",
+        )
+    arguments = {
+        "n_procs": settings.nprocs,
+        "memory_gb": settings.mem_gb,
+        "n_gpu_procs": settings.n_gpu_procs if settings.use_gpu else 0,
+        "raise_insufficient": False,
+        "mp_context": "forkserver",
+        **file.plugin_args,
+        "status_callback": progress,
+        "order": NODES,
+    }
+    return SurvivingPool(plugin_args=arguments)
 
 
 def _records(folder: Path) -> list[dict[str, Any]]:
@@ -296,9 +315,10 @@ def _why(
 ) -> dict[str, Any]:
     """Why a scan did not end: what its node said, or what the graph ended with."""
     from brainprior_bids.bids.files import read_json
-    from brainprior_bids.interfaces.base import FAILURE
+    from brainprior_bids.interfaces.base import FAILURE, RECORD
+    from brainprior_bids.workflows.cluster import LOST, REFUSED
     from brainprior_bids.workflows.plugin import KILLED
-    from brainprior_bids.workflows.scan import log_dir
+    from brainprior_bids.workflows.scan import NODES, log_dir
 
     crash_files = sorted(log_dir(settings, scan.subject).glob("crash-*.txt"))
     own = [path for path in crash_files if f"{scan.name.node_name}_wf" in _read(path)]
@@ -314,10 +334,12 @@ def _why(
             "message": message,
             "crash_file": crash_file,
         }
-    if own and KILLED in _read(own[-1]):
-        step = re.search(r"^Node: \S+\.(\w+)$", _read(own[-1]), re.MULTILINE)
+    lines = _read(own[-1]).splitlines() if own else []
+    killed = [line for line in lines if line.startswith((KILLED, LOST, REFUSED))]
+    if killed:
+        step = re.search(r"^Node: \S+\.(\w+)$", "\n".join(lines), re.MULTILINE)
         node = step[1] if step else None
-        message = f"{node}: {KILLED}" if node else KILLED
+        message = f"{node}: {killed[0]}" if node else killed[0]
         return {
             "node": node,
             "type": "KilledWorker",
@@ -325,13 +347,18 @@ def _why(
             "crash_file": crash_file,
         }
     if own:
-        lines = [line for line in _read(own[-1]).splitlines() if line.strip()]
-        return {"type": "Crash", "message": lines[-1].strip(), "crash_file": crash_file}
+        said = [line.strip() for line in lines if line.strip()]
+        return {"type": "Crash", "message": said[-1], "crash_file": crash_file}
     if crashed is not None:
         last = [line for line in str(crashed).splitlines() if line.strip()][-1:]
         reason = last[0].strip() if last else type(crashed).__name__
         return {"type": type(crashed).__name__, "message": f"not finished: {reason}"}
-    return {"type": "Unknown", "message": "not finished; run again with -vv to see why"}
+    step = next((name for name in NODES if not (folder / name / RECORD).exists()), None)
+    return {
+        "node": step,
+        "type": "Unknown",
+        "message": f"not finished, stopped in {step}; run again with -vv to see why",
+    }
 
 
 def _write_failure(

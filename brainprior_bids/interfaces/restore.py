@@ -39,7 +39,9 @@ class _RestoreInputSpec(MeasuredInputSpec):
     n_samples = traits.Range(low=1, value=4, usedefault=True)
     n_steps = traits.Range(low=1, value=20, usedefault=True, desc="noise levels")
     seed = traits.Range(low=0, high=2**63 - 1, value=0, usedefault=True)
-    device = traits.Str("cpu", usedefault=True, nohash=True, desc="cpu or cuda:N")
+    device = traits.Str(
+        "cpu", usedefault=True, nohash=True, desc="cpu, cuda:N, or auto: decided here"
+    )
     use_gpu = traits.Bool(
         False, usedefault=True, nohash=True, desc="makes this a GPU node for Nipype's scheduler"
     )
@@ -61,6 +63,7 @@ class Restore(MeasuredInterface):
     output_spec = _RestoreOutputSpec
 
     def _work(self, folder: Path) -> list[str]:
+        from brainprior_bids.engine.device import choose_device
         from brainprior_bids.engine.restore import restore
         from brainprior_bids.engine.samplers.daps import DapsSettings
         from brainprior_bids.engine.weights import load_prior, sha256_file
@@ -68,9 +71,11 @@ class Restore(MeasuredInterface):
         image = nib.load(self.inputs.in_file)
         grid = grid_of(image)
         prior_path = Path(self.inputs.prior)
+        device, why, doubtful = choose_device(self.inputs.device)
+        warnings = [f"restored on the CPU: {why}"] if doubtful else []
         prior = load_prior(
             prior_path,
-            device=self.inputs.device,
+            device=device,
             tile_mm=self.inputs.tile_mm if isdefined(self.inputs.tile_mm) else None,
         )
         acquisition = Acquisition.from_dict(
@@ -91,7 +96,7 @@ class Restore(MeasuredInterface):
             n_samples=self.inputs.n_samples,
             n_steps=self.inputs.n_steps,
             seed=self.inputs.seed,
-            device=self.inputs.device,
+            device=device,
             daps=DapsSettings(n_levels=self.inputs.n_steps),
             observe=progress(self.inputs.label, self.inputs.n_samples),
         )
@@ -112,9 +117,9 @@ class Restore(MeasuredInterface):
             "unit": done.unit,
             "seconds": done.seconds,
             "acquisition": acquisition.to_dict(),
-            "environment": environment(self.inputs.device, self.inputs.num_threads),
+            "environment": environment(device, self.inputs.num_threads),
             "prior": {**_card(prior.metadata), "sha256": sha256_file(prior_path)},
-            "warnings": done.warnings,
+            "warnings": [*warnings, *done.warnings],
         }
         self._results.update(
             restored=save(
@@ -127,7 +132,7 @@ class Restore(MeasuredInterface):
             self._results["uncertainty"] = save(
                 np.asarray(done.sd, np.float32), done.grid, folder / "uncertainty.nii.gz"
             )
-        return list(done.warnings)
+        return [*warnings, *done.warnings]
 
 
 def progress(label: str, n_samples: int) -> Callable[[int, int, float, int], None]:

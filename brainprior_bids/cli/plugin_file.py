@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``--nipype-plugin-file``: which of Nipype's plugins runs the steps, and with what arguments.
+
+As fMRIPrep's file, YAML with ``plugin`` and ``plugin_args``; beside them ``step_args``, what one
+step's job gets in addition. ``{mem_mb}``, ``{mem_gb}`` and ``{threads}`` stand for what the step
+needs. Examples: docs/cluster.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from brainprior_bids.engine.errors import UsageError
+
+LOCAL = ("MultiProc",)
+BATCH = ("SLURM", "SLURMGraph", "SGE", "PBS", "LSF", "OAR")
+STEPS = ("conform", "parcellate", "n4", "affine", "restore", "mni305", "reportlets", "write")
+
+
+@dataclass(frozen=True)
+class PluginFile:
+    """What the file says.
+
+    Parameters
+    ----------
+    plugin : str
+        One of ``LOCAL`` and ``BATCH``.
+    plugin_args : mapping
+        Nipype's own, see its documentation.
+    step_args : mapping
+        Step -> ``{"sbatch_args": "..."}`` (or ``qsub_args`` …), for batch plugins.
+    """
+
+    plugin: str = "MultiProc"
+    plugin_args: dict[str, Any] = field(default_factory=dict)
+    step_args: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    @property
+    def is_batch(self) -> bool:
+        """True where steps run as jobs of their own, perhaps on another machine."""
+        return self.plugin in BATCH
+
+
+def read_plugin_file(path: Path | None) -> PluginFile:
+    """The file's content, checked; without a file, MultiProc.
+
+    Raises
+    ------
+    UsageError
+        Naming the entry that cannot be used.
+    """
+    if path is None:
+        return PluginFile()
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"--nipype-plugin-file {path} cannot be read: {error}") from error
+    who = f"--nipype-plugin-file {path}"
+    if not isinstance(content, dict) or "plugin" not in content:
+        raise UsageError(f"{who}: expected `plugin:` and `plugin_args:`, got {content!r:.80}.")
+    unknown = sorted(set(map(str, content)) - {"plugin", "plugin_args", "step_args"})
+    if unknown:
+        raise UsageError(
+            f"{who}: unknown {', '.join(unknown)}; known are plugin, plugin_args, step_args."
+        )
+    plugin = str(content["plugin"]).removeprefix("Legacy")
+    if plugin not in LOCAL + BATCH:
+        raise UsageError(
+            f"{who}: plugin {plugin!r} is not supported; use one of {', '.join(LOCAL + BATCH)}."
+        )
+    arguments = _mapping(who, "plugin_args", content.get("plugin_args"))
+    steps = _mapping(who, "step_args", content.get("step_args"))
+    for step, extra in steps.items():
+        if step not in STEPS:
+            raise UsageError(f"{who}: step_args: no step {step!r}; steps are {', '.join(STEPS)}.")
+        steps[step] = {
+            key: str(value) for key, value in _mapping(who, f"step_args.{step}", extra).items()
+        }
+    if steps and plugin in LOCAL:
+        raise UsageError(f"{who}: step_args mean nothing to {plugin}; they are for schedulers.")
+    return PluginFile(plugin, arguments, steps)
+
+
+def _mapping(who: str, name: str, value: Any) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise UsageError(f"{who}: {name} must be a mapping, got {value!r:.80}.")
+    return {str(key): item for key, item in value.items()}

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Nipype's plugins for schedulers, with what they get wrong worked round from outside.
+
+Nipype 1.11, as it is:
+
+- The arguments of a workflow and of a node are joined without a space by some plugins, and
+  ``-o`` and ``-e`` are looked for anywhere in them, so that ``--oversubscribe`` counts as one.
+  Here every node gets its whole argument line, output files included, and Nipype joins nothing.
+- SLURM reads LOGNAME, which batch jobs and containers often lack.
+- A job that the scheduler killed, or that it did not accept, ends the whole run with a TypeError
+  or RuntimeError. Here it fails its scan, and the others go on.
+- A question that the scheduler does not answer counts as a failed node. Here it is asked again.
+- SLURMGraph returns once the jobs are submitted, and leaves those waiting for ever whose
+  predecessor failed. Here they are removed, and the run waits for the rest.
+"""
+
+from __future__ import annotations
+
+import getpass
+import logging
+import os
+import shlex
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nipype.pipeline import engine as pe
+from nipype.pipeline import plugins
+
+from brainprior_bids.engine.errors import UsageError
+
+LOG = logging.getLogger("brainprior")
+
+LOST = (
+    "The job of this step ended without a result: the scheduler killed it (memory, time), "
+    "somebody cancelled it, or its machine failed."
+)
+REFUSED = "The scheduler did not accept the job of this step."
+CANCEL = {"SLURM": "scancel", "SGE": "qdel", "PBS": "qdel", "LSF": "bkill", "OAR": "oardel"}
+SILENCE_S = 600.0
+"""How long a scheduler may fail to answer before its jobs count as lost."""
+POLL_S = 2.0
+RECORDS_GB = 0.4
+MARGIN = 1.25
+"""A scheduler kills at its limit: what a step is known to need, and a quarter."""
+
+
+def make_batch_plugin(
+    name: str,
+    *,
+    plugin_args: Mapping[str, Any],
+    step_args: Mapping[str, Mapping[str, str]],
+    workflow: pe.Workflow,
+    status_callback: Any,
+    tag: str,
+) -> Any:
+    """A plugin for ``workflow.run(plugin=...)``; gives each node its argument line.
+
+    Parameters
+    ----------
+    name : str
+        SLURM, SLURMGraph, SGE, PBS, LSF or OAR.
+    plugin_args, step_args : mappings
+        Of the plugin file.
+    workflow : Workflow
+        Its nodes' ``plugin_args`` are set.
+    status_callback : function
+        ``(node, event)``; SLURMGraph cannot call it.
+    tag : str
+        Of this run; SLURMGraph finds its jobs by it.
+
+    Raises
+    ------
+    UsageError
+        If the work folder's name cannot be passed to a scheduler.
+    """
+    folder = Path(workflow.base_dir) / workflow.name / "batch"
+    if set(str(folder)) & set(" \t\n'\"$&;()*?"):
+        raise UsageError(
+            f"--work-dir {workflow.base_dir}: Nipype's plugin {name} does not quote paths; "
+            "choose a folder without spaces and special characters."
+        )
+    if not os.environ.get("LOGNAME"):
+        try:
+            os.environ["LOGNAME"] = getpass.getuser()
+        except (KeyError, OSError):  # a user id without a name
+            os.environ["LOGNAME"] = f"uid{os.getuid()}"
+    common = {key: str(value) for key, value in plugin_args.items() if key.endswith("_args")}
+    own = {key: value for key, value in plugin_args.items() if key not in common}
+    for node in workflow._get_all_nodes():
+        extra = step_args.get(node.name, {})
+        lines = {key: f"{common.get(key, '')} {extra.get(key, '')}" for key in {*common, *extra}}
+        if name.startswith("SLURM"):
+            lines["sbatch_args"] = _slurm(
+                lines.get("sbatch_args", ""), folder, graph=name, tag=tag
+            )
+        filled = {key: _fill(value, node).strip() for key, value in lines.items()}
+        node.plugin_args = {**filled, "overwrite": True}
+    if name == "SLURMGraph":
+        return WaitingGraph(plugin_args=own, tag=tag)
+    made = type(f"Patient{name}", (_Patient, getattr(plugins, f"{name}Plugin")), {})
+    return made(plugin_args={**own, "status_callback": status_callback})
+
+
+def _fill(line: str, node: pe.Node) -> str:
+    mem_gb = MARGIN * (node.mem_gb if node.name != "records" else RECORDS_GB)
+    for placeholder, value in {
+        "{mem_mb}": f"{1024 * mem_gb:.0f}",
+        "{mem_gb}": f"{mem_gb:.1f}",
+        "{threads}": str(node.n_procs),
+    }.items():
+        line = line.replace(placeholder, value)
+    return line
+
+
+def _slurm(line: str, folder: Path, *, tag: str | None) -> str:
+    """With files for the output where the line names none, and the tag for a graph's jobs."""
+    words = shlex.split(line)
+    for short, long in (("-o", "--output"), ("-e", "--error")):
+        given = any(
+            word == long
+            or word.startswith(f"{long}=")
+            or (word.startswith(short) and not word.startswith("--"))
+            for word in words
+        )
+        if not given:
+            line += f" {short} {folder}/slurm-%j.out"
+    if tag:
+        line += f" --comment={tag} --kill-on-invalid-dep=yes"
+    return line
+
+
+class _Patient:
+    """Before one of Nipype's scheduler plugins: a job that is lost fails its own scan only."""
+
+    def __init__(self, plugin_args: dict[str, Any]) -> None:
+        super().__init__(plugin_args=plugin_args)
+        self._refused: dict[int, str] = {}
+        self._silent_since: dict[int, float] = {}
+
+    def _submit_job(self, node: Any, updatehash: bool = False) -> int:
+        try:
+            return super()._submit_job(node, updatehash=updatehash)
+        except Exception as error:  # what the scheduler's command said
+            LOG.warning("%s: %s", node.fullname, error)
+            task = -1 - len(self._refused)
+            said = " ".join(line.strip() for line in str(error).splitlines() if "rror" in line)
+            self._refused[task] = f"{REFUSED} {said}".strip()
+            return task
+
+    def _is_pending(self, taskid: int) -> bool:
+        try:
+            pending = super()._is_pending(taskid)
+        except Exception as error:
+            since = self._silent_since.setdefault(taskid, time.monotonic())
+            LOG.debug("job %s: the scheduler does not answer: %s", taskid, error)
+            if time.monotonic() - since > SILENCE_S:
+                raise
+            return True
+        self._silent_since.pop(taskid, None)
+        return pending
+
+    def _get_result(self, taskid: int) -> dict[str, Any] | None:
+        if taskid in self._refused:
+            return {"result": None, "traceback": [self._refused[taskid]]}
+        folder = self._pending.get(taskid)
+        found = super()._get_result(taskid)
+        if found is not None and isinstance(found["traceback"], str):
+            found["traceback"] = [f"{LOST} {_last_words(folder, taskid)}".strip()]
+        return found
+
+    def _report_crash(self, node: Any, result: dict[str, Any] | None = None) -> str:
+        if result is not None and isinstance(result["traceback"], str):
+            result = {**result, "traceback": [result["traceback"]]}
+        return super()._report_crash(node, result=result)
+
+    def _clear_task(self, taskid: int) -> None:
+        if taskid not in self._refused:
+            super()._clear_task(taskid)
+
+    def stop(self) -> None:
+        """Cancel the jobs that are still known."""
+        command = CANCEL[type(self).__name__.removeprefix("Patient")]
+        if self._pending:
+            _quiet([command, *map(str, self._pending)])
+
+
+class WaitingGraph(plugins.SLURMGraphPlugin):
+    """SLURMGraph that waits for its jobs."""
+
+    def __init__(self, plugin_args: dict[str, Any], *, tag: str) -> None:
+        super().__init__(plugin_args=plugin_args)
+        self._tag = tag
+
+    def _submit_graph(self, pyfiles: Any, dependencies: Any, nodes: Any) -> None:
+        super()._submit_graph(pyfiles, dependencies, nodes)
+        silent_since = None
+        while True:
+            jobs = self._jobs()
+            if jobs is None:
+                silent_since = silent_since or time.monotonic()
+                if time.monotonic() - silent_since > SILENCE_S:
+                    raise RuntimeError(f"squeue has not answered for {SILENCE_S:.0f} s.")
+            elif not jobs:
+                return
+            else:
+                silent_since = None
+            time.sleep(POLL_S)
+
+    def _jobs(self) -> list[str] | None:
+        """Numbers of this run's jobs that wait or run; None if Slurm does not answer."""
+        done = _quiet(["squeue", "--noheader", "--format=%A %k"])
+        if done.returncode:
+            return None
+        rows = [line.split() for line in done.stdout.splitlines()]
+        return [row[0] for row in rows if row[1:] == [self._tag]]
+
+    def stop(self) -> None:
+        """Cancel the jobs that are still there."""
+        jobs = self._jobs()
+        if jobs:
+            _quiet(["scancel", *jobs])
+
+
+def _quiet(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def _last_words(folder: str | None, taskid: int) -> str:
+    """The last line that a Slurm job wrote: it often says what killed it."""
+    if folder is None:
+        return ""
+    for parent in Path(folder).parents:
+        output = parent / "batch" / f"slurm-{taskid}.out"
+        if output.is_file():
+            lines = output.read_text(errors="replace").split("\n")
+            said = [line.strip() for line in lines if line.strip()]
+            return f"It last said: {said[-1]}" if said else ""
+    return ""
