@@ -6,10 +6,11 @@ Nipype 1.11, as it is:
 - The arguments of a workflow and of a node are joined without a space by some plugins, and
   ``-o`` and ``-e`` are looked for anywhere in them, so that ``--oversubscribe`` counts as one.
   Here every node gets its whole argument line, output files included, and Nipype joins nothing.
-- SLURM reads LOGNAME, which batch jobs and containers often lack.
+- LOGNAME must be set; batch jobs and containers often lack it.
 - A job that the scheduler killed, or that it did not accept, ends the whole run with a TypeError
-  or RuntimeError. Here it fails its scan, and the others go on.
-- A question that the scheduler does not answer counts as a failed node. Here it is asked again.
+  or an IndexError. Here it fails its scan, and the others go on.
+- The exit codes of sbatch and squeue are not looked at: while Slurm does not answer, running jobs
+  count as ended. Here Slurm is asked again.
 - SLURMGraph returns once the jobs are submitted, and leaves those waiting for ever whose
   predecessor failed. Here they are removed, and the run waits for the rest.
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 import getpass
 import logging
 import os
+import re
 import shlex
 import subprocess
 import time
@@ -93,15 +95,15 @@ def make_batch_plugin(
         extra = step_args.get(node.name, {})
         lines = {key: f"{common.get(key, '')} {extra.get(key, '')}" for key in {*common, *extra}}
         if name.startswith("SLURM"):
-            lines["sbatch_args"] = _slurm(
-                lines.get("sbatch_args", ""), folder, graph=name, tag=tag
-            )
+            line = lines.get("sbatch_args", "")
+            lines["sbatch_args"] = _slurm(line, folder, tag=tag if "Graph" in name else None)
         filled = {key: _fill(value, node).strip() for key, value in lines.items()}
         node.plugin_args = {**filled, "overwrite": True}
     if name == "SLURMGraph":
         return WaitingGraph(plugin_args=own, tag=tag)
-    made = type(f"Patient{name}", (_Patient, getattr(plugins, f"{name}Plugin")), {})
-    return made(plugin_args={**own, "status_callback": status_callback})
+    base = getattr(plugins, f"{name}Plugin")
+    made = PatientSlurm if name == "SLURM" else type(f"Patient{name}", (_Patient, base), {})
+    return made(plugin_args={**own, "name": name, "status_callback": status_callback})
 
 
 def _fill(line: str, node: pe.Node) -> str:
@@ -137,8 +139,8 @@ class _Patient:
 
     def __init__(self, plugin_args: dict[str, Any]) -> None:
         super().__init__(plugin_args=plugin_args)
+        self._name = plugin_args["name"]
         self._refused: dict[int, str] = {}
-        self._silent_since: dict[int, float] = {}
 
     def _submit_job(self, node: Any, updatehash: bool = False) -> int:
         try:
@@ -146,21 +148,8 @@ class _Patient:
         except Exception as error:  # what the scheduler's command said
             LOG.warning("%s: %s", node.fullname, error)
             task = -1 - len(self._refused)
-            said = " ".join(line.strip() for line in str(error).splitlines() if "rror" in line)
-            self._refused[task] = f"{REFUSED} {said}".strip()
+            self._refused[task] = f"{REFUSED} {' '.join(str(error).split())}"
             return task
-
-    def _is_pending(self, taskid: int) -> bool:
-        try:
-            pending = super()._is_pending(taskid)
-        except Exception as error:
-            since = self._silent_since.setdefault(taskid, time.monotonic())
-            LOG.debug("job %s: the scheduler does not answer: %s", taskid, error)
-            if time.monotonic() - since > SILENCE_S:
-                raise
-            return True
-        self._silent_since.pop(taskid, None)
-        return pending
 
     def _get_result(self, taskid: int) -> dict[str, Any] | None:
         if taskid in self._refused:
@@ -182,9 +171,43 @@ class _Patient:
 
     def stop(self) -> None:
         """Cancel the jobs that are still known."""
-        command = CANCEL[type(self).__name__.removeprefix("Patient")]
+        command = CANCEL[self._name]
         if self._pending:
             _quiet([command, *map(str, self._pending)])
+
+
+class PatientSlurm(_Patient, plugins.SLURMPlugin):
+    """SLURM that notices when sbatch or squeue fails."""
+
+    def __init__(self, plugin_args: dict[str, Any]) -> None:
+        super().__init__(plugin_args=plugin_args)
+        self._silent_since: dict[int, float] = {}
+
+    def _submit_batchtask(self, scriptfile: str, node: Any) -> int:
+        name = ".".join(reversed(node.fullname.split(".")))
+        line = [*shlex.split(node.plugin_args["sbatch_args"]), "-J", name, scriptfile]
+        for tries_left in reversed(range(self._max_tries)):
+            done = _quiet(["sbatch", *line])
+            if done.returncode == 0:
+                break
+            if not tries_left:
+                raise RuntimeError(done.stderr.strip())
+            time.sleep(self._retry_timeout)
+        found = re.search(self._jobid_re, done.stdout)
+        if found is None:
+            raise RuntimeError(f"sbatch said {done.stdout.strip()!r}, which has no job number")
+        job = int(found[1])
+        self._pending[job] = node.output_dir()
+        return job
+
+    def _is_pending(self, taskid: int) -> bool:
+        done = _quiet(["squeue", "-j", str(taskid)])
+        if done.returncode == 0 or "Invalid job id" in done.stderr:
+            self._silent_since.pop(taskid, None)
+            return str(taskid) in done.stdout
+        since = self._silent_since.setdefault(taskid, time.monotonic())
+        LOG.debug("job %s: squeue: %s", taskid, done.stderr.strip())
+        return time.monotonic() - since < SILENCE_S
 
 
 class WaitingGraph(plugins.SLURMGraphPlugin):

@@ -6,7 +6,7 @@
 folder (appending to one table is not atomic on NFS). Fields of a summary:
 
 ``scan, subject, source, task, run_uuid, version`` (str); ``status`` (``done``, ``failed``,
-``skipped``); ``seconds`` (sum of the nodes' times); ``message``; ``fingerprint`` (of everything
+``skipped``, ``running``); ``seconds`` (sum of the nodes' times); ``message``; ``fingerprint`` (of everything
 that decides the result); ``seed``; ``outputs`` and ``figures`` (paths from the output folder);
 ``warnings`` (list of str); ``facts`` (``conform``, ``parcellation``, ``affine``, ``restore``,
 ``seed``: what each node recorded); ``nodes`` (list of ``node, seconds, peak_memory_gb,

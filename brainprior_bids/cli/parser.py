@@ -35,6 +35,7 @@ examples:
 other commands (`brainprior COMMAND --help`):
   train prior|parcellation    train the networks
   selftest                    check this installation and its device
+  slurm-script                an array job for Slurm, one participant a task
 A data set that is called like a command is written ./train.
 
 exit codes: 0 every requested scan is done; 1 a scan failed (logs/status.tsv says which and

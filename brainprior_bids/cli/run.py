@@ -6,11 +6,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import os
+import platform
 import re
 import shutil
 import signal
 import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from brainprior_bids.cli.selftest import selftest
 
             return selftest(arguments[1:])
+        if arguments[:1] == ["slurm-script"]:
+            from brainprior_bids.cli.slurm_script import slurm_script
+
+            return slurm_script(arguments[1:])
         return run(parse_settings(arguments))
     except UsageError as error:
         print(f"brainprior: error: {error}", file=sys.stderr)
@@ -227,20 +234,46 @@ def _execute(jobs: Sequence[Any], settings: Settings, weights: dict[str, Path]) 
     for folder in folders:  # only these: another process may be at work on other scans
         for failure in folder.glob(f"*/{FAILURE}"):
             failure.unlink()
+    for job in jobs:
+        _write_running(job.scan, settings)
     pool = _make_plugin(workflow, settings, Progress(jobs))
-    crashed: Exception | None = None
+    crashed: Exception | KeyboardInterrupt | None = None
     try:
         workflow.run(plugin=pool)
     except Exception as error:  # Nipype re-raises the first failed node's, whatever it was
         crashed = error
         LOG.debug("the graph ended with an error", exc_info=True)
+    except KeyboardInterrupt as interrupt:
+        crashed = interrupt
     finally:  # after an interrupt, and with --stop-on-first-crash, nodes may still be running
         pool.stop()
     for job, folder in zip(jobs, folders, strict=True):
         summary = status.read_summary(settings.output_dir, job.scan.name.stem)
-        if summary is None or summary.get("run_uuid") != settings.run_uuid:
+        if summary is None or summary["status"] == "running":
             error = _why(job.scan, folder, settings, crashed)
             _write_failure(job.scan, settings, error, nodes=_records(folder))
+    if isinstance(crashed, KeyboardInterrupt):
+        status.rebuild_status(settings.output_dir)
+        raise crashed
+
+
+def _write_running(scan: Scan, settings: Settings) -> None:
+    """What the status says of a scan from now until it ends, or for good if this is killed."""
+    number = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ.get("SLURM_JOB_ID"))
+    task = os.environ.get("SLURM_ARRAY_TASK_ID")
+    job = f", Slurm job {number}{f'_{task}' if task else ''}" if number else ""
+    previous = status.read_summary(settings.output_dir, scan.name.stem) or {}
+    kept = {key: previous.get(key, []) for key in ("outputs", "figures")}
+    status.write_summary(
+        settings.output_dir,
+        {
+            **_summary(scan, settings),
+            **kept,  # the last step removes those that it does not replace
+            "status": "running",
+            "message": f"began {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC on {platform.node()}"
+            f"{job}; not ended: it is at work, or was killed",
+        },
+    )
 
 
 def _make_plugin(workflow: Any, settings: Settings, progress: Progress) -> Any:
@@ -311,7 +344,7 @@ class Progress:
 
 
 def _why(
-    scan: Scan, folder: Path, settings: Settings, crashed: Exception | None
+    scan: Scan, folder: Path, settings: Settings, crashed: BaseException | None
 ) -> dict[str, Any]:
     """Why a scan did not end: what its node said, or what the graph ended with."""
     from brainprior_bids.bids.files import read_json
@@ -349,6 +382,8 @@ def _why(
     if own:
         said = [line.strip() for line in lines if line.strip()]
         return {"type": "Crash", "message": said[-1], "crash_file": crash_file}
+    if isinstance(crashed, KeyboardInterrupt):
+        return {"type": "Interrupted", "message": "interrupted; the same command goes on"}
     if crashed is not None:
         last = [line for line in str(crashed).splitlines() if line.strip()][-1:]
         reason = last[0].strip() if last else type(crashed).__name__
@@ -374,24 +409,36 @@ def _write_failure(
     status.write_summary(
         settings.output_dir,
         {
-            "scan": scan.name.stem,
-            "subject": scan.subject,
-            "source": str(scan.relative),
-            "task": settings.task,
-            "status": "failed",
+            **_summary(scan, settings),
             "seconds": round(sum(node["seconds"] for node in nodes), 3) if nodes else None,
             "message": message,
-            "run_uuid": settings.run_uuid,
-            "version": __version__,
-            "fingerprint": None,
-            "outputs": [],
-            "figures": [],
             "warnings": [text for node in nodes for text in node["warnings"]],
-            "facts": {},
             "nodes": list(nodes),
             "error": {"node": None, "crash_file": None, **error},
         },
     )
+
+
+def _summary(scan: Scan, settings: Settings) -> dict[str, Any]:
+    """Of a scan of which nothing was made."""
+    return {
+        "scan": scan.name.stem,
+        "subject": scan.subject,
+        "source": str(scan.relative),
+        "task": settings.task,
+        "status": "failed",
+        "seconds": None,
+        "message": "",
+        "run_uuid": settings.run_uuid,
+        "version": __version__,
+        "fingerprint": None,
+        "outputs": [],
+        "figures": [],
+        "warnings": [],
+        "facts": {},
+        "nodes": [],
+        "error": None,
+    }
 
 
 def _reports(scans: Sequence[Scan], settings: Settings) -> bool:

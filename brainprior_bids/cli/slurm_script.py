@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``brainprior slurm-script``: an array job, one participant a task, and a group job after it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from brainprior_bids import __version__
+from brainprior_bids.bids.files import write_text
+from brainprior_bids.bids.query import check_dataset, find_scans
+from brainprior_bids.cli.parser import build_parser, parse_settings
+from brainprior_bids.engine.errors import UsageError
+
+PROCESSORS = 4
+MEMORY_GB = 5.0
+"""What the steps of a task may claim together."""
+MAIN_GB = 1.0
+"""What the command itself takes beside its steps."""
+
+DESCRIPTION = """\
+Writes a bash script that submits one array job with a task for each participant, and a group job
+that runs when all tasks have ended, however they ended. Options that are not listed here are
+brainprior's own, and go to every task.
+
+  brainprior slurm-script --sbatch "--partition=gpu --gres=gpu:1 --time=2:00:00" \\
+      -o submit.sh BIDS OUT participant --device cuda -m T2w
+  bash submit.sh
+"""
+
+
+def slurm_script(argv: Sequence[str]) -> int:
+    """Write the script to ``--script`` or the standard output.
+
+    Raises
+    ------
+    UsageError
+        As the main command: what a task would be refused for is refused here.
+    """
+    parser = argparse.ArgumentParser(
+        prog="brainprior slurm-script",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("-o", "--script", type=Path, metavar="FILE", help="default: print it")
+    parser.add_argument(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="ARGS",
+        help="more arguments of sbatch for the tasks, such as '--partition=gpu --gres=gpu:1'",
+    )
+    parser.add_argument(
+        "--group-sbatch",
+        action="append",
+        default=[],
+        metavar="ARGS",
+        help="the same for the group job",
+    )
+    parser.add_argument(
+        "--max-running", type=int, metavar="N", help="tasks that run at the same time, at most"
+    )
+    parser.add_argument(
+        "--launcher",
+        default="brainprior",
+        metavar="COMMAND",
+        help="what stands for brainprior, for example 'apptainer run --nv --containall "
+        "--bind /project /images/brainprior.sif' (default: brainprior)",
+    )
+    parser.add_argument("--participant-label", "--participant_label", nargs="+", default=[])
+    own, rest = parser.parse_known_args(list(argv))
+    labels = ["--participant-label", *own.participant_label] if own.participant_label else []
+    # the tasks' machine has its own devices: what is asked for is checked there
+    settings = parse_settings([*rest, *labels, "--device", "cpu"])
+    check_dataset(settings.bids_dir)
+    participants = sorted({scan.subject for scan in find_scans(settings)})
+    if "group" in rest:
+        raise UsageError("slurm-script adds the group job itself: give `participant` only.")
+    if own.max_running is not None and own.max_running < 1:
+        raise UsageError(f"--max-running must be at least 1, got {own.max_running}.")
+    text = _script(own, rest, settings, participants, ["slurm-script", *argv])
+    if own.script is None:
+        print(text, end="")
+    else:
+        write_text(own.script, text)
+        print(f"{len(participants)} participant(s). Look at it, then: bash {own.script}")
+    return 0
+
+
+def _script(own: argparse.Namespace, rest, settings, participants, command) -> str:  # noqa: ANN001
+    logs = settings.output_dir / "logs" / "slurm"
+    limit = f"%{own.max_running}" if own.max_running else ""
+    cpus = settings.nprocs if _given(rest, "--nprocs", "--nthreads", "--n-cpus") else PROCESSORS
+    memory_gb = settings.mem_gb if _given(rest, "--mem", "--mem-mb") else MEMORY_GB
+    task = " ".join([own.launcher, shlex.join(rest)])
+    head = f"#SBATCH --chdir={Path(os.getcwd())}\n"
+    group = "group" in next(
+        action.choices for action in build_parser()._actions if action.dest == "analysis_level"
+    )
+    text = f"""\
+#!/bin/bash
+# Made by brainprior {__version__}: {shlex.join(command)}
+# Run it with bash: it submits an array job of {len(participants)} task(s), one participant each,
+# and a group job after it. A task that is run again goes on where it stopped.
+set -euo pipefail
+mkdir -p {shlex.quote(str(logs))}
+
+array=$(sbatch --parsable <<'TASK'
+#!/bin/bash
+#SBATCH --job-name=brainprior
+#SBATCH --array=0-{len(participants) - 1}{limit}
+#SBATCH --cpus-per-task={cpus}
+#SBATCH --mem={(memory_gb + MAIN_GB) * 1024:.0f}M
+#SBATCH --output={logs}/%A_%a.out
+{head}{_lines(own.sbatch)}\
+participants=({shlex.join(participants)})
+{task} --participant-label "${{participants[$SLURM_ARRAY_TASK_ID]}}" \\
+    --nprocs {cpus} --mem {memory_gb:g}G
+TASK
+)
+array=${{array%%;*}}
+echo "array job $array"
+"""
+    if not group:
+        return text
+    return (
+        text
+        + f"""
+group=$(sbatch --parsable --dependency="afterany:$array" <<'GROUP'
+#!/bin/bash
+#SBATCH --job-name=brainprior-group
+#SBATCH --cpus-per-task=1
+#SBATCH --mem=2G
+#SBATCH --output={logs}/%A_group.out
+{head}{_lines(own.group_sbatch)}\
+{own.launcher} {shlex.quote(str(settings.bids_dir))} {shlex.quote(str(settings.output_dir))} group
+GROUP
+)
+echo "group job ${{group%%;*}}, when all tasks have ended"
+"""
+    )
+
+
+def _given(rest: Sequence[str], *names: str) -> bool:
+    return any(word.partition("=")[0] in names for word in rest)
+
+
+def _lines(arguments: Sequence[str]) -> str:
+    return "".join(f"#SBATCH {line}\n" for line in arguments)

@@ -1,0 +1,101 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Builds the image and the SIF, and restores one real head in each: without network, with a
+# read-only root, as a user that the image does not know.
+#
+#   scripts/test_containers.sh BIDS_DIR LABEL [image] [sif]     (default: both)
+#
+# Where ../shared/lab is present, its builders are used; else docker (or podman) and apptainer.
+# WORK (default: a new folder) keeps the outputs; OPTIONS (default: --sloppy) goes to brainprior.
+set -euo pipefail
+here=$(cd "$(dirname "$0")/.." && pwd)
+cd "$here"
+[ $# -ge 2 ] || { sed -n '3,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+data=$(realpath "$1") label=$2
+shift 2
+parts=${*:-image sif}
+WORK=${WORK:-$(mktemp -d)}
+OPTIONS=${OPTIONS:---sloppy}
+TAG=${TAG:-brainprior:test}
+lab=${LAB:-$here/../shared/lab}
+mkdir -p "$WORK"
+chmod 755 "$WORK"
+sif=${SIF:-$WORK/brainprior.sif}
+say() { echo "test_containers: $*"; }
+
+if [ -x "$lab/container" ]; then
+    engine() { "$lab/container" "$@"; }
+    build_image() { "$lab/container" build . "$TAG" --layers --build-arg "REVISION=$revision"; }
+    build_sif() { "$lab/apptainer" build "$sif" Singularity.def --image "$TAG"; }
+    run_sif() { "$lab/apptainer" run-as-user --containall --net --network none "$@"; }
+    read_only=(--read-only --read-only-tmpfs=false) # as Docker: not even /tmp
+else
+    docker=$(command -v docker || command -v podman)
+    engine() { "$docker" "$@"; }
+    build_image() { "$docker" build -t "$TAG" --build-arg "REVISION=$revision" .; }
+    build_sif() {
+        apptainer build --build-arg BOOTSTRAP=docker-daemon --build-arg "FROM=$TAG" "$sif" Singularity.def
+    }
+    run_sif() { apptainer run --containall "$@"; }
+    read_only=(--read-only)
+fi
+revision=$(git rev-parse HEAD 2>/dev/null || echo unknown)
+
+# FOLDER: a run left what it should
+check() {
+    cat "$1/logs/status.tsv"
+    [ "$(tail -n +2 "$1/logs/status.tsv" | cut -f3 | sort -u)" = done ]
+    [ -s "$1/sub-$label.html" ]
+    [ -n "$(find "$1/sub-$label" -name '*_desc-restored_*.nii.gz' -size +100k)" ]
+}
+
+# FOLDER: an empty one that any user may write
+folder() {
+    rm -rf "$1"
+    mkdir -m 777 -p "$1"
+}
+
+if [[ $parts == *image* ]]; then
+    SECONDS=0
+    [ "${BUILD:-1}" = 0 ] || build_image
+    bytes=$(engine image inspect --format '{{.Size}}' "$TAG")
+    say "image $TAG: $((bytes / 1000000)) MB, built in $SECONDS s"
+    [ "$bytes" -lt 2500000000 ] || [ "${ANY_SIZE:-0}" = 1 ]
+    # no build tool, no setting of the builder
+    engine run --rm --network none --entrypoint sh "$TAG" -c \
+        '! command -v gcc && ! command -v pip && ! command -v git && ! ls /src 2>/dev/null \
+         && [ ! -s /etc/pip.conf ] && [ "$(id -u)" = 1000 ]'
+    say "no build tools, not root"
+    # a GPU that is asked for and not there stops the run, and says how to show it
+    if engine run --rm --network none -v "$data:/data:ro" "$TAG" /data /tmp/out participant \
+        --device cuda --dry-run 2>"$WORK/gpu.txt"; then exit 1; fi
+    grep -e '--gpus all' "$WORK/gpu.txt"
+    out=$WORK/out-image
+    folder "$out"
+    SECONDS=0
+    # shellcheck disable=SC2086
+    engine run --rm --network none "${read_only[@]}" --user 12345:12345 \
+        -v "$data:/data:ro" -v "$out:/out" "$TAG" /data /out participant \
+        --participant-label "$label" $OPTIONS
+    check "$out"
+    say "image: restored in $SECONDS s as user 12345, read-only root, no network: $out"
+fi
+
+if [[ $parts == *sif* ]]; then
+    SECONDS=0
+    [ "${BUILD:-1}" = 0 ] || build_sif
+    say "SIF $sif: $(($(stat -c %s "$sif") / 1000000)) MB, built and self-tested in $SECONDS s"
+    chmod 755 "$sif"
+    out=$WORK/out-sif
+    folder "$out"
+    SECONDS=0
+    if run_sif --bind "$data:/data:ro" "$sif" /data /tmp/out participant --device cuda --dry-run \
+        2>"$WORK/gpu.txt"; then exit 1; fi
+    grep -e '--nv' "$WORK/gpu.txt"
+    # shellcheck disable=SC2086
+    run_sif --bind "$data:/data:ro,$out:/out" "$sif" /data /out participant \
+        --participant-label "$label" $OPTIONS
+    check "$out"
+    say "SIF: restored in $SECONDS s as an ordinary user, --containall, no network: $out"
+fi
+say "passed"
