@@ -90,12 +90,14 @@ def _weights() -> None:
 def _restoration(device: str) -> None:
     """Two steps on a ball of 5 mm slices: the values must be finite, and like the ball's."""
     import numpy as np
+    import torch
 
     from brainprior_bids.engine.acquisition import Acquisition
     from brainprior_bids.engine.grids import Grid
     from brainprior_bids.engine.restore import restore
     from brainprior_bids.engine.weights import load_prior
 
+    torch.set_num_threads(1)  # so small that more threads only wait for each other
     began = time.monotonic()
     spacing = np.array([1.0, 1.0, 5.0])
     shape = tuple(int(n) for n in SIZE_MM // spacing)
