@@ -6,8 +6,9 @@
 folder (appending to one table is not atomic on NFS). Fields of a summary:
 
 ``scan, subject, source, task, run_uuid, version`` (str); ``status`` (``done``, ``failed``,
-``skipped``, ``running``); ``seconds`` (sum of the nodes' times); ``message``; ``fingerprint`` (of everything
-that decides the result); ``seed``; ``outputs`` and ``figures`` (paths from the output folder);
+``skipped``, or ``running``: at work, or killed before it could say so); ``seconds`` (sum of the
+nodes' times); ``message``; ``fingerprint`` (of everything that decides the result); ``seed``;
+``outputs`` and ``figures`` (paths from the output folder);
 ``warnings`` (list of str); ``facts`` (``conform``, ``parcellation``, ``affine``, ``restore``,
 ``seed``: what each node recorded); ``nodes`` (list of ``node, seconds, peak_memory_gb,
 gpu_memory_gb, started, threads``); ``error`` (None, or ``node, type, message, crash_file``).
