@@ -9,6 +9,7 @@ columns are 400 independent one-dimensional problems that run through the very c
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -214,6 +215,7 @@ def test_exact_finds_the_weights_of_a_mixture():
 
 
 SETTINGS = DapsSettings(n_levels=15, n_ode=3, n_langevin=25, sigma_max=10.0, sigma_min=0.05)
+HMC = replace(SETTINGS, n_leapfrog=6, stability=0.2)
 
 
 def daps_law(y, settings):
@@ -232,15 +234,27 @@ def daps_law(y, settings):
             ode = (eye + (s_next - s) / s * (eye - denoise)) @ ode
         falling = 1 + (settings.step_decay - 1) * level / (settings.n_levels - 1)
         step = min(settings.step * falling, settings.stability * 2 / (curvature + sigma**-2))
-        b = eye - step * (eye / sigma**2 + w.T @ w / NOISE**2)
-        powers = [eye]
-        for _ in range(settings.n_langevin):
-            powers.append(b @ powers[-1])
-        total = step * sum(powers[:-1])
-        linear = (powers[-1] + total / sigma**2) @ ode
-        noise = 2 * step * sum(p @ p for p in powers[:-1])
-        mean = linear @ mean + total @ w.T @ y / NOISE**2
-        covariance = linear @ covariance @ linear.T + noise + sigma_next**2 * eye
+        # leapfrog of length eps from the fixed point of the drift h (x - fixed): the deviation
+        # after k steps is cos-like in x and sin-like in the momentum (Chebyshev recurrences)
+        h = eye / sigma**2 + w.T @ w / NOISE**2
+        inverse = torch.linalg.inv(h)
+        eps = math.sqrt(2 * step)
+        left, linear, noise = settings.n_langevin, eye, torch.zeros_like(eye)
+        while left > 0:
+            n = min(settings.n_leapfrog, left)
+            left -= n
+            of_x, of_v = [eye, eye - step * h], [torch.zeros_like(eye), eps * eye]
+            for _ in range(n - 1):
+                # x_{k+1} - 2 x_k + x_{k-1} = -eps^2 h x_k
+                of_x.append(2 * of_x[-1] - of_x[-2] - eps**2 * h @ of_x[-1])
+                of_v.append(2 * of_v[-1] - of_v[-2] - eps**2 * h @ of_v[-1])
+            linear = of_x[n] @ linear
+            noise = of_x[n] @ noise @ of_x[n].T + of_v[n] @ of_v[n].T
+        start = ode @ mean  # the fixed point is inverse (x0_hat / sigma^2 + w^T y / noise^2)
+        pulled = linear + (eye - linear) @ inverse / sigma**2
+        mean = pulled @ start + (eye - linear) @ inverse @ w.T @ y / NOISE**2
+        pulled = pulled @ ode
+        covariance = pulled @ covariance @ pulled.T + noise + sigma_next**2 * eye
     return mean, covariance
 
 
@@ -266,19 +280,20 @@ class WithoutHalf:
         return 2 * self.data.misfit_gradient(x)
 
 
+@pytest.mark.parametrize("settings", [SETTINGS, HMC], ids=["Langevin", "HMC"])
 @pytest.mark.parametrize("half", [True, False])
-def test_daps_follows_its_own_law_and_not_without_the_half(half):
+def test_daps_follows_its_own_law_and_not_without_the_half(half, settings):
     generator = torch.Generator().manual_seed(3)
     y = weights() @ (0.5 + 0.3 * torch.sin(torch.arange(N).double() / 7))
     data = columns(y, GaussianSpectrum())
     x = sample_daps(
         wiener,
         data if half else WithoutHalf(data),
-        SETTINGS,
+        settings,
         shape=(N, SIDE, SIDE),
         generator=generator,
     )
-    errors = standard_errors(x, *daps_law(y, SETTINGS))
+    errors = standard_errors(x, *daps_law(y, settings))
     assert (max(errors) < 4) == half
 
 
@@ -326,7 +341,10 @@ def test_the_schedule_is_edms():
     assert levels[3] == pytest.approx(0.002)
 
 
-@pytest.mark.parametrize("settings", [{"n_ode": 0}, {"step": 0.0}, {"stability": 1.0}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"n_ode": 0}, {"step": 0.0}, {"stability": 1.0}, {"n_leapfrog": 0}, {"n_leapfrog": 101}],
+)
 def test_daps_settings_are_checked(settings):
     with pytest.raises(UsageError, match="DapsSettings"):
         DapsSettings(**settings)

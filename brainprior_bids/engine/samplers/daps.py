@@ -6,8 +6,10 @@ in Euler steps; (2) Langevin from x0_hat with score
 
     - (x0 - x0_hat) / r^2 - grad 1/2 sum (y - b A x0)^2 / variance,      r = sigma
 
-without a network call; (3) ``x_t = x0 + sigma_next noise``. The law this reaches is not the
-posterior even for a Gaussian prior; it is kept as the reference that ``exact`` is compared with.
+without a network call (or Hamiltonian Monte Carlo on the same energy, of which Langevin is the
+case of one leapfrog step a trajectory); (3) ``x_t = x0 + sigma_next noise``. The law this reaches
+is not the posterior even for a Gaussian prior; it is kept as the reference that ``exact`` is
+compared with.
 The public code leaves out the 1/2 (which makes the noise SD tau / sqrt 2) and turns divergence
 into zeros; here the 1/2 is kept, the step is bounded by its stability limit, and divergence
 raises.
@@ -42,9 +44,13 @@ class DapsSettings:
     ode_sigma_min : float
         Where the ODE of a level ends.
     step : float
-        Langevin step, image unit squared.
+        Langevin step, image unit squared; a leapfrog step is ``sqrt(2 step)``.
     step_decay : float
         The step falls linearly to ``step_decay * step`` at the last level.
+    n_leapfrog : int
+        Leapfrog steps of a trajectory: 1 is Langevin, more is HMC. The ``n_langevin`` steps of a
+        level are cut into trajectories of that length, each with a momentum of its own; there is
+        no accept-reject step, as in Langevin.
     stability : float
         The step is never above this times its stability limit ``2 / (|A|^2/tau^2 + 1/r^2)``.
 
@@ -63,10 +69,16 @@ class DapsSettings:
     step: float = 1e-4
     step_decay: float = 0.01
     stability: float = 0.5
+    n_leapfrog: int = 1
 
     def __post_init__(self) -> None:
         if min(self.n_levels, self.n_ode, self.n_langevin) < 1:
             raise UsageError("DapsSettings: levels, ODE and Langevin steps must be at least 1.")
+        if not 1 <= self.n_leapfrog <= self.n_langevin:
+            raise UsageError(
+                f"DapsSettings: need 1 <= n_leapfrog <= n_langevin ({self.n_langevin}), got "
+                f"{self.n_leapfrog}."
+            )
         if not (self.step > 0 and 0 < self.step_decay <= 1 and 0 < self.stability < 1):
             raise UsageError(
                 "DapsSettings: need step > 0, 0 < step_decay <= 1 and 0 < stability < 1, got "
@@ -125,8 +137,12 @@ def langevin(
     step: float,
     n_steps: int,
     generator: torch.Generator,
+    n_leapfrog: int = 1,
 ) -> Tensor:
     """Unadjusted Langevin steps from x0_hat under its Gaussian of SD ``sigma`` and the data.
+
+    With ``n_leapfrog`` above 1, HMC: a momentum is drawn at every so-manieth step only, and kept
+    by leapfrog in between (the last trajectory may be shorter).
 
     Raises
     ------
@@ -134,10 +150,16 @@ def langevin(
         If a value is not finite.
     """
     x = x0_hat.clone()
-    for _ in range(n_steps):
+    leap = math.sqrt(2 * step)
+    momentum = torch.zeros_like(x)  # at half steps within a trajectory
+    for index in range(n_steps):
         drift = (x - x0_hat) / sigma**2 + data.misfit_gradient(x)
-        noise = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
-        x = x - step * drift + math.sqrt(2 * step) * noise
+        if index % n_leapfrog == 0:
+            noise = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+            momentum = noise - 0.5 * leap * drift
+        else:
+            momentum = momentum - leap * drift
+        x = x + leap * momentum
     bad = int((~torch.isfinite(x)).sum())
     if bad or float(x.abs().max()) > 1e6:
         raise DivergenceError(
@@ -182,6 +204,7 @@ def sample_daps(
             step=min(settings.step * falling, settings.stability * limit),
             n_steps=settings.n_langevin,
             generator=generator,
+            n_leapfrog=settings.n_leapfrog,
         )
         x0 = data.constrain(x0)
         if sigma_next > 0:

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`exact` at 20 calls beside DAPS at 1000 (200 x 5, and 50 x 20): same prior, same brain, one run.
+
+    python benchmarks/compare_samplers.py --average avg305T1.nii sub-01_desc-brain_T1w.nii.gz
+        [--crop 50] [--n-samples 8] [--threads 1]
+
+The crop of the brain is averaged into thick slices by the engine's own profile and gets white
+noise of a known SD, which every sampler is told: what differs is the sampler. PSNR is that of the
+plain mean of the samples, for all alike; ``exact`` has the mean that `restore` reports (averaged
+conditional expectations) in a row of its own. Residuals are those of single samples over voxels
+wholly inside the brain, in units of the true noise SD.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import ndimage
+
+from brainprior_bids.engine.acquisition import Acquisition
+from brainprior_bids.engine.grids import Grid
+from brainprior_bids.engine.operators.slices import gaussian_profile, slice_weights
+from brainprior_bids.engine.restore import restore
+from brainprior_bids.engine.samplers.daps import DAPS_1K, DAPS_50, DapsSettings
+from brainprior_bids.engine.weights import load_prior
+from brainprior_bids.evaluation.metrics import compare, crps
+from brainprior_bids.training.preprocess import UNIT, mni305_brain, prepare
+
+SETTINGS: dict[str, tuple[str, DapsSettings]] = {
+    "exact, 20 calls": ("exact", DAPS_1K),
+    "DAPS 50 x 20": ("daps", DAPS_50),
+    "DAPS-1k (200 x 5)": ("daps", DAPS_1K),
+}
+
+
+def thick_scan(
+    path: Path, args: argparse.Namespace
+) -> tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray]:
+    """Arguments of ``restore``, the truth, its mask, and W."""
+    brain = prepare(path.name, "T1w", "report", path, mni305_brain(args.average))
+    whole = brain.data.astype(np.float32) / UNIT
+    size = args.crop or min(whole.shape) // args.spacing * args.spacing
+    start = [(n - size) // 2 for n in whole.shape]
+    truth = whole[tuple(slice(s, s + size) for s in start)]
+    to_mni305 = np.array(brain.to_mni305)
+    to_mni305[:3, 3] += to_mni305[:3, :3] @ np.array(start)
+    holes_filled = ndimage.binary_fill_holes(whole > 0)
+    inside = holes_filled[tuple(slice(s, s + size) for s in start)]
+    weights = slice_weights(
+        gaussian_profile(float(args.spacing)),
+        n_slices=size // args.spacing,
+        spacing_mm=float(args.spacing),
+        n_thin=size,
+        thin_mm=1.0,
+    ).numpy()
+    rng = np.random.default_rng(args.seed)
+    scan = truth @ weights.T
+    scan = (scan + args.noise * rng.standard_normal(scan.shape)).astype(np.float32)
+    share = inside @ weights.T
+    affine = np.diag([1.0, 1.0, args.spacing, 1.0])
+    affine[2, 3] = (args.spacing - 1) / 2
+    unit = float(np.quantile(scan[share > 0.5], 0.99))
+    call = {
+        "scan": scan,
+        "grid": Grid(scan.shape, affine),
+        "acquisition": Acquisition(2, float(args.spacing), float(args.spacing)),
+        "mask": share,
+        "mask_1mm": inside,
+        "to_mni305": to_mni305,
+        "contrast": "T1w",
+        "noise_sd": args.noise / unit,
+        "n_samples": args.n_samples,
+        "seed": args.seed,
+    }
+    return call, truth, inside, weights
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run and print one table a brain."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("brains", type=Path, nargs="+", help="1 mm T1w brains, 0 outside")
+    parser.add_argument("--average", type=Path, required=True, help="MNI305 average head")
+    parser.add_argument("--prior", type=Path, help="weights; default: embedded")
+    parser.add_argument("--crop", type=int, default=0, help="cube's edge, mm; default: all")
+    parser.add_argument("--spacing", type=int, default=5, help="slice spacing, mm")
+    parser.add_argument("--noise", type=float, default=0.01, help="SD, brain's bright end = 1")
+    parser.add_argument("--n-samples", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: processor time, which with one thread is what a core of its own would take",
+    )
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="*", choices=list(SETTINGS), default=list(SETTINGS))
+    args = parser.parse_args(argv)
+    if args.crop % args.spacing:
+        parser.error("--crop must be a multiple of --spacing")
+    clock = time.process_time if args.clock == "cpu" else time.perf_counter
+    torch.set_num_threads(args.threads)
+    prior = load_prior(args.prior, device=args.device)
+    for path in args.brains:
+        call, truth, inside, weights = thick_scan(path, args)
+        scan = call.pop("scan")
+        core = call["mask"] > 0.95
+        print(
+            f"{path.name}: {truth.shape} mm, {args.n_samples} samples, noise {args.noise}, "
+            f"{args.threads} threads, {args.clock} clock, load average {os.getloadavg()[0]:.1f}"
+        )
+        print("| sampler | calls | s a sample | times exact | PSNR of mean, dB | CRPS | "
+              "residual / sigma |\n|---|---|---|---|---|---|---|")  # fmt: skip
+        base = None
+        for name in args.only:
+            sampler, daps = SETTINGS[name]
+            began = clock()
+            found = restore(
+                scan, prior=prior, sampler=sampler, daps=daps, device=args.device, **call
+            )
+            seconds = (clock() - began) / args.n_samples
+            base = base or seconds
+            misfit = [
+                float(np.sqrt(np.mean((x @ weights.T - scan)[core] ** 2))) / args.noise
+                for x in found.samples
+            ]
+            mean = found.samples.mean(0)
+            print(
+                f"| {name} | {found.calls} | {seconds:.1f} | {seconds / base:.0f} | "
+                f"{compare(mean, truth, inside)['psnr_db']:.2f} | "
+                f"{crps(found.samples, truth, inside):.4f} | "
+                f"{min(misfit):.3f}-{max(misfit):.3f} |",
+                flush=True,
+            )
+            if sampler == "exact":
+                row = compare(found.mean, truth, inside)
+                print(f"| its reported mean | | | | {row['psnr_db']:.2f} | | |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
