@@ -205,6 +205,7 @@ def test_the_script_submits_one_task_a_participant(tmp_path, raw, monkeypatch):
     script = tmp_path / "submit.sh"
     code = main(
         ["slurm-script", "--sbatch", "--partition=gpu --gres=gpu:1", "--max-running", "2",
+         "--sbatch", "--time=10",
          "--launcher", "echo run", "-o", str(script), str(raw), str(tmp_path / "out"),
          "participant", "--device", "cuda", "--participant-label", "01", "x3"]
     )  # fmt: skip
@@ -226,7 +227,7 @@ def test_the_script_submits_one_task_a_participant(tmp_path, raw, monkeypatch):
     (task,) = (p for p in tmp_path.glob("job.*") if "--array" in p.read_text())
     text = task.read_text()
     assert "#SBATCH --array=0-1%2\n" in text
-    assert "#SBATCH --partition=gpu --gres=gpu:1\n" in text
+    assert "#SBATCH --partition=gpu --gres=gpu:1\n#SBATCH --time=10\n" in text
     ran = subprocess.run(
         ["bash", task],
         env={"PATH": os.environ["PATH"], "SLURM_ARRAY_TASK_ID": "1"},

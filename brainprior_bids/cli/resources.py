@@ -10,33 +10,65 @@ from pathlib import Path
 
 LOG = logging.getLogger("brainprior")
 _CGROUP = Path("/sys/fs/cgroup")
+_PROC = Path("/proc/self/cgroup")
 _UNITS_GB = {"K": 1 / 2**20, "M": 1 / 2**10, "G": 1.0, "T": 2.0**10}
 
 
-def available_processors(cgroup: Path = _CGROUP) -> int:
+def available_processors(cgroup: Path = _CGROUP, proc: Path = _PROC) -> int:
     """Processors that this process may run on: its affinity, and its container's quota."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    try:
-        quota, period = (cgroup / "cpu.max").read_text().split()
-        if quota != "max":
-            return max(1, min(count or 1, int(quota) // int(period)))
-    except (OSError, ValueError):
-        pass  # no cgroup v2: no quota known
-    return count or 1
+    quotas = [float(count or 1)]
+    for folder in _groups("cpu", cgroup, proc):
+        words = _words(folder / "cpu.max") or [
+            *_words(folder / "cpu.cfs_quota_us"),
+            *_words(folder / "cpu.cfs_period_us"),
+        ]
+        if len(words) == 2 and words[0] not in ("max", "-1"):
+            quotas.append(int(words[0]) // int(words[1]))
+    return max(1, int(min(quotas)))
 
 
-def available_memory_gb(cgroup: Path = _CGROUP) -> float:
-    """Nine tenths of the machine's memory or of the container's limit, in GiB."""
+def available_memory_gb(cgroup: Path = _CGROUP, proc: Path = _PROC) -> float:
+    """Nine tenths of the machine's memory or of the container's or job's limit, in GiB."""
     import psutil
 
-    total = float(psutil.virtual_memory().total)
+    limits = [float(psutil.virtual_memory().total)]
+    for folder in _groups("memory", cgroup, proc):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            words = _words(folder / name)
+            if words and words[0] != "max":
+                limits.append(float(words[0]))
+    return 0.9 * min(limits) / 2**30
+
+
+def _groups(controller: str, cgroup: Path, proc: Path) -> list[Path]:
+    """Folders of this process's group and of those above it: version 2, and version 1.
+
+    In a container the group's own path is often not visible; then its root is the group.
+    """
+    folders = []
+    for line in _lines(proc):
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            top = cgroup
+        elif controller in controllers.split(","):
+            top = cgroup / controller
+        else:
+            continue
+        own = top / path.strip("/")
+        folders += [own, *(parent for parent in own.parents if parent.is_relative_to(top))]
+    return folders or [cgroup, cgroup / controller]
+
+
+def _lines(path: Path) -> list[str]:
     try:
-        limit = (cgroup / "memory.max").read_text().strip()
-        if limit != "max":
-            total = min(total, float(limit))
-    except (OSError, ValueError):
-        pass  # no cgroup v2: no limit known
-    return 0.9 * total / 2**30
+        return path.read_text().splitlines()
+    except OSError:  # no such version of cgroups here, or no Linux
+        return []
+
+
+def _words(path: Path) -> list[str]:
+    return " ".join(_lines(path)).split()
 
 
 def parse_memory_gb(text: str) -> float:

@@ -72,7 +72,7 @@ def slurm_script(argv: Sequence[str]) -> int:
         "--bind /project /images/brainprior.sif' (default: brainprior)",
     )
     parser.add_argument("--participant-label", "--participant_label", nargs="+", default=[])
-    own, rest = parser.parse_known_args(list(argv))
+    own, rest = parser.parse_known_args(_joined(argv))
     labels = ["--participant-label", *own.participant_label] if own.participant_label else []
     # the tasks' machine has its own devices: what is asked for is checked there
     settings = parse_settings([*rest, *labels, "--device", "cpu"])
@@ -143,6 +143,17 @@ GROUP
 echo "group job ${{group%%;*}}, when all tasks have ended"
 """
     )
+
+
+def _joined(argv: Sequence[str]) -> list[str]:
+    """``--sbatch --partition=gpu`` as one word: argparse takes no value that begins with a dash."""
+    words: list[str] = []
+    for word in argv:
+        if words and words[-1] in ("--sbatch", "--group-sbatch"):
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    return words
 
 
 def _given(rest: Sequence[str], *names: str) -> bool:
