@@ -33,6 +33,8 @@ class Settings:
         Suffix -> pybids query, from ``--bids-filter-file``; in TOML as JSON text.
     task, sampler, n_samples, n_steps
         What the engine does; see ``brainprior_bids.engine.restore``.
+    save_samples : bool
+        Write each sample as an image of its own.
     prior : Path or None
         Weights of the prior; None is the embedded one.
     slice_thickness_mm : float or None
@@ -63,6 +65,7 @@ class Settings:
     sampler: str = "exact"
     n_samples: int = 4
     n_steps: int = 20
+    save_samples: bool = False
     prior: Path | None = None
     slice_thickness_mm: float | None = None
     random_seed: int = 0
@@ -98,6 +101,7 @@ class Settings:
             "sampler": self.sampler,
             "n_samples": self.n_samples,
             "n_steps": self.n_steps,
+            "save_samples": self.save_samples,
             "slice_thickness_mm": self.slice_thickness_mm,
             "random_seed": self.random_seed,
         }

@@ -21,6 +21,7 @@ def test_a_t1w_gets_the_names_that_the_documentation_lists():
     assert set(names.values()) == {
         "sub-01_desc-restored_T1w.nii.gz",
         "sub-01_desc-uncertainty_T1w.nii.gz",
+        "sub-01_desc-residual_T1w.nii.gz",
         "sub-01_space-MNI305_desc-restored_T1w.nii.gz",
         "sub-01_desc-brain_mask.nii.gz",
         "sub-01_desc-structures_dseg.nii.gz",
@@ -28,6 +29,15 @@ def test_a_t1w_gets_the_names_that_the_documentation_lists():
         "sub-01_from-T1w_to-MNI305_mode-image_xfm.txt",
         "sub-01_from-MNI305_to-T1w_mode-image_xfm.txt",
     }
+
+
+def test_saved_samples_are_numbered_from_one():
+    source = BIDSName.parse("sub-01_run-2_T1w.nii.gz")
+    names = output_names(source, n_samples=2, save_samples=True)
+    assert names["sample01"] == "sub-01_run-2_desc-restoredSample01_T1w.nii.gz"
+    assert names["sample02"] == "sub-01_run-2_desc-restoredSample02_T1w.nii.gz"
+    assert "sample03" not in names
+    assert "sample01" not in output_names(source, n_samples=2)
 
 
 def test_a_t2w_says_whose_space_its_mask_is_in_and_keeps_its_entities():
@@ -54,7 +64,7 @@ def test_different_scans_never_share_a_name(scans):
         pairs = [("sub", sub), ("ses", ses), ("acq", acq), ("run", run)]
         source = BIDSName(tuple((k, v) for k, v in pairs if v), suffix)
         names = {f"{source.folder}/{n}" for n in output_names(source, n_samples=4).values()}
-        assert len(names) == 8
+        assert len(names) == 9
         assert not names & seen
         seen |= names
         nodes.add(source.node_name)

@@ -168,6 +168,26 @@ def test_restores_thick_slices_along_any_axis(axis):
     assert float(np.sqrt((z**2).mean())) == pytest.approx(expected, rel=0.15)
 
 
+def test_the_residual_is_judged():
+    case = phantom()
+    fine = run(case)
+    assert fine.warnings == []
+    shape = case["arguments"]["grid"].shape
+    assert fine.residual_map.shape == shape
+    core = case["arguments"]["mask"] > 0.99
+    z = fine.residual_map[core]
+    # of the scan minus what the mean of both samples predicts: a little below that of each
+    assert 0.85 * min(fine.residual_ratios) < np.sqrt((z**2).mean()) < max(fine.residual_ratios)
+    # a scan with a fault that no brain of this prior has: every other voxel brighter
+    scan = case["arguments"]["scan"].copy()
+    noise = fine.noise_sd_initial * fine.unit
+    scan[::2, ::2] += 10 * noise
+    bad = run(case, scan=scan, noise_sd=fine.noise_sd_initial)
+    assert bad.residual_ratios[0] > 1.5
+    assert any("times the noise" in warning for warning in bad.warnings)
+    assert bad.residuals[0].ratio_final == pytest.approx(bad.residual_ratios[0])  # it was given
+
+
 def test_the_record_is_complete():
     case = phantom()
     seen = []

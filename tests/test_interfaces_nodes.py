@@ -19,6 +19,7 @@ from brainprior_bids.engine import weights
 from brainprior_bids.engine.denoiser import ErrorSpectrum, Precondition
 from brainprior_bids.engine.errors import InputError, UsageError
 from brainprior_bids.engine.grids import Grid
+from brainprior_bids.engine.restore import sample_seed
 from brainprior_bids.engine.unet import UNet
 from brainprior_bids.interfaces.anatomy import Conform, ToMNI305, save
 from brainprior_bids.interfaces.base import FAILURE, RECORD, Meter
@@ -130,6 +131,7 @@ def files(raw, prior, tmp_path):
             n_samples=2,
             n_steps=4,
             seed=3,
+            save_samples=True,
         ),
         tmp_path / "r",
     )
@@ -141,6 +143,8 @@ def files(raw, prior, tmp_path):
         conform_json=conformed.conform_json,
         restored=restored.restored,
         uncertainty=restored.uncertainty,
+        residual=restored.residual,
+        samples=restored.samples,
         log_bias=restored.log_bias,
         restore_json=restored.restore_json,
         restored_mni305=template.out_file,
@@ -202,6 +206,9 @@ def test_a_finished_scan_leaves_the_documented_files(files, raw, output_dir, tmp
                 for name in (
                     "desc-restored_FLAIR",
                     "desc-uncertainty_FLAIR",
+                    "desc-residual_FLAIR",
+                    "desc-restoredSample01_FLAIR",
+                    "desc-restoredSample02_FLAIR",
                     "space-MNI305_desc-restored_FLAIR",
                     "space-FLAIR_desc-brain_mask",
                     "space-FLAIR_desc-structures_dseg",
@@ -223,13 +230,39 @@ def test_a_finished_scan_leaves_the_documented_files(files, raw, output_dir, tmp
     np.testing.assert_array_equal(restored.get_sform(), restored.get_qform())
 
 
+def test_samples_and_residual_are_what_their_sidecars_say(files, raw, output_dir, tmp_path):
+    run(writer(files, raw, output_dir), tmp_path / "w")
+    anat = output_dir / "sub-01" / "ses-a" / "anat"
+
+    def image(desc):
+        return nib.load(anat / f"sub-01_ses-a_{desc}_FLAIR.nii.gz")
+
+    def side(desc):
+        return json.loads((anat / f"sub-01_ses-a_{desc}_FLAIR.json").read_text())
+
+    samples = np.stack([image(f"desc-restoredSample0{i}").get_fdata() for i in (1, 2)])
+    np.testing.assert_allclose(
+        samples.std(0, ddof=1), image("desc-uncertainty").get_fdata(), rtol=1e-4, atol=1e-3
+    )
+    seeds = [side(f"desc-restoredSample0{i}")["SampleSeed"] for i in (1, 2)]
+    assert seeds == [sample_seed(3, 0), sample_seed(3, 1)]
+    # Student's t with one degree of freedom, times sqrt(3 / 2)
+    widths = side("desc-uncertainty")["IntervalHalfWidths"]
+    assert widths == pytest.approx({"50": 1.5**0.5, "90": 6.3138 * 1.5**0.5}, rel=1e-4)
+    residual = image("desc-residual")
+    assert residual.shape == SHAPE
+    z = residual.get_fdata()[np.asarray(nib.load(files["mask_scan"]).dataobj) > 0.95]
+    ratios = [side(f"desc-restoredSample0{i}")["ResidualRatio"] for i in (1, 2)]
+    assert 0.3 * max(ratios) < np.sqrt((z**2).mean()) <= max(ratios) * 1.01  # of their mean
+
+
 def test_the_records_hold_the_hashes_of_what_is_there(files, raw, output_dir, tmp_path):
     run(writer(files, raw, output_dir), tmp_path / "w")
     (path,) = (output_dir / "prov").glob("*_ent.json")
     entities = json.loads(path.read_text())["Entities"]
     source, *outputs = entities
     assert source["Digest"]["sha256"] == sha256_file(raw / source["AtLocation"])
-    assert len(outputs) == 8
+    assert len(outputs) == 11
     for entity in outputs:
         assert entity["Digest"]["sha256"] == sha256_file(output_dir / entity["AtLocation"])
     (path,) = (output_dir / "prov").glob("*_act.json")
@@ -268,7 +301,9 @@ def test_only_the_requested_part_is_validated(raw, tmp_path):
 def test_one_sample_has_no_uncertainty_and_removes_an_older_one(files, raw, output_dir, tmp_path):
     run(writer(files, raw, output_dir), tmp_path / "w")
     assert any("uncertainty" in name for name in tree(output_dir))
-    again = writer(files, raw, output_dir, uncertainty=None, run_uuid="20260102-000000_def")
+    again = writer(
+        files, raw, output_dir, uncertainty=None, samples=None, run_uuid="20260102-000000_def"
+    )
     run(again, tmp_path / "w2")
     assert not any("uncertainty" in name for name in tree(output_dir))
     assert len(list((output_dir / "prov").glob("*_act.json"))) == 1

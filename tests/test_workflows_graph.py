@@ -24,6 +24,7 @@ SKELETON = [
     "sub-02/ses-b/anat/sub-02_ses-b_FLAIR.nii",
 ]
 GOLDEN = """\
+sub-01/anat/sub-01_acq-thick_run-1_desc-residual_T2w.nii.gz
 sub-01/anat/sub-01_acq-thick_run-1_desc-restored_T2w.nii.gz
 sub-01/anat/sub-01_acq-thick_run-1_desc-uncertainty_T2w.nii.gz
 sub-01/anat/sub-01_acq-thick_run-1_from-MNI305_to-T2w_mode-image_xfm.txt
@@ -32,6 +33,7 @@ sub-01/anat/sub-01_acq-thick_run-1_space-MNI305_desc-restored_T2w.nii.gz
 sub-01/anat/sub-01_acq-thick_run-1_space-T2w_desc-brain_mask.nii.gz
 sub-01/anat/sub-01_acq-thick_run-1_space-T2w_desc-structures_dseg.nii.gz
 sub-01/anat/sub-01_acq-thick_run-1_space-T2w_desc-structures_dseg.tsv
+sub-01/anat/sub-01_acq-thick_run-2_desc-residual_T2w.nii.gz
 sub-01/anat/sub-01_acq-thick_run-2_desc-restored_T2w.nii.gz
 sub-01/anat/sub-01_acq-thick_run-2_desc-uncertainty_T2w.nii.gz
 sub-01/anat/sub-01_acq-thick_run-2_from-MNI305_to-T2w_mode-image_xfm.txt
@@ -41,6 +43,7 @@ sub-01/anat/sub-01_acq-thick_run-2_space-T2w_desc-brain_mask.nii.gz
 sub-01/anat/sub-01_acq-thick_run-2_space-T2w_desc-structures_dseg.nii.gz
 sub-01/anat/sub-01_acq-thick_run-2_space-T2w_desc-structures_dseg.tsv
 sub-01/anat/sub-01_desc-brain_mask.nii.gz
+sub-01/anat/sub-01_desc-residual_T1w.nii.gz
 sub-01/anat/sub-01_desc-restored_T1w.nii.gz
 sub-01/anat/sub-01_desc-structures_dseg.nii.gz
 sub-01/anat/sub-01_desc-structures_dseg.tsv
@@ -48,6 +51,7 @@ sub-01/anat/sub-01_desc-uncertainty_T1w.nii.gz
 sub-01/anat/sub-01_from-MNI305_to-T1w_mode-image_xfm.txt
 sub-01/anat/sub-01_from-T1w_to-MNI305_mode-image_xfm.txt
 sub-01/anat/sub-01_space-MNI305_desc-restored_T1w.nii.gz
+sub-02/ses-a/anat/sub-02_ses-a_desc-residual_FLAIR.nii.gz
 sub-02/ses-a/anat/sub-02_ses-a_desc-restored_FLAIR.nii.gz
 sub-02/ses-a/anat/sub-02_ses-a_desc-uncertainty_FLAIR.nii.gz
 sub-02/ses-a/anat/sub-02_ses-a_from-FLAIR_to-MNI305_mode-image_xfm.txt
@@ -56,6 +60,7 @@ sub-02/ses-a/anat/sub-02_ses-a_space-FLAIR_desc-brain_mask.nii.gz
 sub-02/ses-a/anat/sub-02_ses-a_space-FLAIR_desc-structures_dseg.nii.gz
 sub-02/ses-a/anat/sub-02_ses-a_space-FLAIR_desc-structures_dseg.tsv
 sub-02/ses-a/anat/sub-02_ses-a_space-MNI305_desc-restored_FLAIR.nii.gz
+sub-02/ses-b/anat/sub-02_ses-b_desc-residual_FLAIR.nii.gz
 sub-02/ses-b/anat/sub-02_ses-b_desc-restored_FLAIR.nii.gz
 sub-02/ses-b/anat/sub-02_ses-b_desc-uncertainty_FLAIR.nii.gz
 sub-02/ses-b/anat/sub-02_ses-b_from-FLAIR_to-MNI305_mode-image_xfm.txt

@@ -10,8 +10,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import t as student_t
+
 from brainprior_bids import __version__
 from brainprior_bids.bids.files import read_json, write_json, write_text
+from brainprior_bids.bids.names import sample_role
 from brainprior_bids.bids.query import Scan
 from brainprior_bids.engine.errors import UsageError
 
@@ -23,6 +26,8 @@ BIDSIGNORE = ("*.html", "logs", "prov", "sub-*/figures", "sub-*/log", "*_xfm.txt
 DESCRIPTIONS = {
     "restored": "1 mm skull-stripped image, free of the bias field: mean of the posterior samples",
     "uncertainty": "voxelwise standard deviation of the posterior samples, in the image's units",
+    "residual": "scan minus what the samples predict for it (mean over samples), in units of the "
+    "standard deviation of the noise as estimated before sampling",
     "brain": "brain mask from the parcellation network",
     "structures": "brain structures from the parcellation network, FreeSurfer's label values",
 }
@@ -155,6 +160,13 @@ def sidecars(
     reference = {} if scan.name.suffix == "T1w" else {"SpatialReference": raw}
     made = {
         "restored": {"Description": DESCRIPTIONS["restored"], **image},
+        "residual": {
+            "Description": DESCRIPTIONS["residual"],
+            "SkullStripped": True,
+            "Sources": [raw, restored],
+            "NoiseStandardDeviation": restore["noise_sd_initial"] * restore["unit"],
+            "Units": "noise standard deviations",
+        },
         "restored_mni305": {
             "Description": DESCRIPTIONS["restored"] + "; resampled once to MNI305",
             **image,
@@ -174,8 +186,42 @@ def sidecars(
         },
     }
     if "uncertainty" in outputs:
-        made["uncertainty"] = {"Description": DESCRIPTIONS["uncertainty"], **image}
+        made["uncertainty"] = {
+            "Description": DESCRIPTIONS["uncertainty"],
+            **image,
+            "IntervalHalfWidths": interval_half_widths(restore["n_samples"]),
+        }
+    for index, seed in enumerate(restore["sample_seeds"]):
+        role = sample_role(index)
+        if role in outputs:
+            made[role] = {
+                "Description": "one sample of the posterior: as plausible as any other, and "
+                "less accurate than their mean",
+                **image,
+                "SampleSeed": seed,
+                "ResidualRatio": restore["residual_ratios"][index],
+            }
     return made
+
+
+def interval_half_widths(n_samples: int) -> dict[str, float]:
+    """Half width of a central interval for the true value, in units of the uncertainty map.
+
+    Few samples have no empirical quantiles; for a Gaussian the next draw (the truth is one more)
+    lies within ``t(n - 1) sqrt(1 + 1/n)`` SDs of the mean.
+
+    Returns
+    -------
+    {"50": ..., "90": ...}
+        Per cent of coverage -> factor; n_samples must be 2 or more.
+    """
+    return {
+        str(percent): round(
+            float(student_t.ppf(0.5 + percent / 200, n_samples - 1)) * (1 + 1 / n_samples) ** 0.5,
+            4,
+        )
+        for percent in (50, 90)
+    }
 
 
 def structures_table(table: list[Mapping[str, Any]]) -> str:

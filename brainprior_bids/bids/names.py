@@ -125,7 +125,14 @@ def _rank(key: str, given: list[str]) -> tuple[int, int]:
     return place, given.index(key)
 
 
-def output_names(source: BIDSName, *, n_samples: int) -> dict[str, str]:
+def sample_role(index: int) -> str:
+    """``sample01`` for the first sample."""
+    return f"sample{index + 1:02d}"
+
+
+def output_names(
+    source: BIDSName, *, n_samples: int, save_samples: bool = False
+) -> dict[str, str]:
     """What one restored scan leaves in ``sub-XX/[ses-YY/]anat``: role -> file name.
 
     Masks and label images of a T1w carry no ``space-``; those of another contrast carry
@@ -135,6 +142,7 @@ def output_names(source: BIDSName, *, n_samples: int) -> dict[str, str]:
     names = {
         "restored": source.derivative(desc="restored"),
         "restored_mni305": source.derivative(space="MNI305", desc="restored"),
+        "residual": source.derivative(desc="residual"),
         "mask": source.derivative("mask", space=space, desc="brain"),
         "structures": source.derivative("dseg", space=space, desc="structures"),
         "structures_table": source.derivative("dseg", ".tsv", space=space, desc="structures"),
@@ -147,6 +155,10 @@ def output_names(source: BIDSName, *, n_samples: int) -> dict[str, str]:
     }
     if n_samples > 1:
         names["uncertainty"] = source.derivative(desc="uncertainty")
+    if save_samples:
+        for index in range(n_samples):
+            role = sample_role(index)
+            names[role] = source.derivative(desc=f"restored{role.capitalize()}")
     return names
 
 

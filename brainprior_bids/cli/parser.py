@@ -136,6 +136,11 @@ def build_parser() -> argparse.ArgumentParser:
         "(default: 4; with 1 there is no uncertainty map)",
     )
     task.add_argument(
+        "--save-samples",
+        action="store_true",
+        help="write each sample too (desc-restoredSample01 …), with its seed and its misfit",
+    )
+    task.add_argument(
         "--slice-thickness",
         type=_positive_float,
         metavar="MM",
@@ -303,6 +308,7 @@ def parse_settings(argv: Sequence[str]) -> Settings:
         sampler=options.sampler,
         n_samples=options.n_samples or defaults["n_samples"],
         n_steps=defaults["n_steps"],
+        save_samples=options.save_samples,
         prior=options.prior.absolute() if options.prior else None,
         slice_thickness_mm=options.slice_thickness,
         random_seed=options.random_seed,

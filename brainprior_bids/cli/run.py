@@ -487,7 +487,10 @@ def _dry_run(scans: Sequence[Scan], settings: Settings) -> int:
         )
         if scan.problem:
             print(f"  would fail: {scan.problem}")
-        for name in output_names(scan.name, n_samples=settings.n_samples).values():
+        names = output_names(
+            scan.name, n_samples=settings.n_samples, save_samples=settings.save_samples
+        )
+        for name in names.values():
             print(f"  {scan.name.folder}/anat/{name}")
     print(
         f"{len(scans)} scan(s), {calls} network calls each ({settings.sampler} sampler), "

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from brainprior_bids.engine.bias import CosineField, gauss_newton_step
+from brainprior_bids.engine.consistency import Residual, neighbour_correlation
 from brainprior_bids.engine.errors import InputError
 from brainprior_bids.engine.noise import fisher_noise_variance
 from brainprior_bids.engine.operators.base import check_shape
@@ -186,15 +187,32 @@ class SliceLikelihood:
         """``b * A x`` for an image in its own axes; (i, j, k) -> (i', j', k')."""
         return self._to_image_axes(self.bias * self.solver.forward(self._from_image_axes(x)))
 
-    def residual_ratio(self, x: Tensor) -> float:
-        """RMS of (y - b A x) over the noise SD known beforehand.
+    def standardised_residual(self, x: Tensor, noise_sd: float) -> tuple[Tensor, Tensor]:
+        """(y - b A x) over its expected SD, and where it counts; both (i', j', k').
 
-        Over voxels wholly inside the brain, or over all of it if there is none.
+        It counts in voxels wholly inside the brain, or in all of it if there is none.
         """
         r = self.y - self.bias * self.solver.forward(self._from_image_axes(x))
+        z = r / self.variance(noise_sd).sqrt()
         where = self.core if bool(self.core.any()) else self.brain
-        z = r[where] ** 2 / self.variance(self.initial_noise_sd)[where]
-        return float(z.mean().sqrt())
+        return self._to_image_axes(z), self._to_image_axes(where)
+
+    def residual_ratio(self, x: Tensor, noise_sd: float | None = None) -> float:
+        """RMS of ``standardised_residual``; by default for the noise SD known beforehand."""
+        z, where = self.standardised_residual(x, noise_sd or self.initial_noise_sd)
+        return float(z[where].square().mean().sqrt())
+
+    def explain(self, x: Tensor) -> tuple[Residual, Tensor]:
+        """How well x explains the scan, and the residual in units of the noise, 0 elsewhere."""
+        z, where = self.standardised_residual(x, self.initial_noise_sd)
+        (ri, si), (rj, sj), (rk, sk) = (neighbour_correlation(z, where, a) for a in range(3))
+        found = Residual(
+            ratio=self.residual_ratio(x),
+            ratio_final=self.residual_ratio(x, self.noise_sd),
+            correlation=(ri, rj, rk),
+            standard_error=(si, sj, sk),
+        )
+        return found, torch.where(where, z, 0.0)
 
     def misfit_gradient(self, x: Tensor) -> Tensor:
         """Gradient of ``1/2 sum (y - b A x)^2 / variance`` over x; (i, j, k)."""

@@ -23,6 +23,7 @@ from torch import Tensor
 from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.engine.bias import CosineField
 from brainprior_bids.engine.box import Box, brain_box
+from brainprior_bids.engine.consistency import Residual, judge
 from brainprior_bids.engine.devices import usable_device
 from brainprior_bids.engine.errors import (
     GeometryError,
@@ -84,7 +85,8 @@ class Restoration:
     log_bias: NDArray[np.float32]  # on the scan's grid; mean 0 inside the mask
     noise_sd_initial: float  # engine unit, a voxel of the scan, before sampling
     noise_sd: float  # after sampling, mean over samples
-    residual_ratios: list[float]  # RMS of each sample's residual over its expected SD
+    residuals: list[Residual]  # of each sample
+    residual_map: NDArray[np.float32]  # on the scan's grid, in SDs of the noise; mean over samples
     unit: float  # scanner units per engine unit
     calls: int  # network calls per sample
     sampler: str
@@ -94,6 +96,11 @@ class Restoration:
     box: Box
     seconds: float
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def residual_ratios(self) -> list[float]:
+        """RMS of each sample's residual over the SD expected before sampling."""
+        return [r.ratio for r in self.residuals]
 
 
 class SamplerOptions(TypedDict):
@@ -304,7 +311,9 @@ def restore(
     final = inside_1mm[box.image_slices].to(device) > 0
     samples = np.zeros((n_samples, *fine.shape), np.float32)
     expected = np.zeros(fine.shape, np.float32)
-    ratios, noises, seeds = [], [], []
+    residuals: list[Residual] = []
+    left_over = torch.zeros(box.data_shape)
+    noises, seeds = [], []
     everywhere = bias_field.basis(
         _positions(
             box,
@@ -353,7 +362,9 @@ def restore(
             start = likelihood.draw(nothing, SIGMA_BLIND, generator)
             x0 = sample_exact(denoise, likelihood, sigmas, start=start, **options)
         x0 = x0 * final
-        ratios.append(likelihood.residual_ratio(x0))
+        found, z = likelihood.explain(x0)
+        residuals.append(found)
+        left_over += z.cpu() / n_samples
         noises.append(likelihood.noise_sd / thinned)
         gain = 1.0
         if refine_bias:
@@ -365,6 +376,7 @@ def restore(
             conditional *= final * (unit * gain / (n_samples * (len(sigmas) // 2)))
             expected[box.image_slices] += conditional.cpu().numpy()
     start_and_found -= start_and_found[brain].mean()
+    warnings += judge(residuals)
     return Restoration(
         grid=fine,
         samples=samples,
@@ -373,7 +385,8 @@ def restore(
         log_bias=start_and_found.numpy().astype(np.float32),
         noise_sd_initial=initial / thinned,
         noise_sd=float(np.mean(noises)),
-        residual_ratios=ratios,
+        residuals=residuals,
+        residual_map=_on_scan(left_over, box, tuple(data.shape), grid.shape).numpy(),
         unit=unit,
         calls=daps.calls if sampler == "daps" else n_steps,
         sampler=sampler,
@@ -450,6 +463,19 @@ def _reduce(
             volume = SliceProfile(resampling_matrix(m, n), tuple(volume.shape), axis)(volume)
             factor *= math.sqrt(n / m)
     return volume, factor
+
+
+def _on_scan(
+    part: Tensor, box: Box, data_shape: tuple[int, ...], scan_shape: tuple[int, int, int]
+) -> Tensor:
+    """From the box of the data to the scan's grid, 0 outside; the reverse of ``_reduce``."""
+    whole = torch.zeros(data_shape)
+    whole[box.data_slices] = part
+    for axis in range(3):
+        n, m = whole.shape[axis], scan_shape[axis]
+        if m > n:
+            whole = SliceProfile(resampling_matrix(n, m), tuple(whole.shape), axis)(whole)
+    return whole
 
 
 def _interpolate(volume: Tensor, shape: tuple[int, ...]) -> Tensor:

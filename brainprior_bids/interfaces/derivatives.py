@@ -15,7 +15,7 @@ from nipype.interfaces.base import File, InputMultiPath, OutputMultiPath, isdefi
 from brainprior_bids import __version__
 from brainprior_bids.bids.derivatives import sidecars, structures_table
 from brainprior_bids.bids.files import publish, read_json, to_json
-from brainprior_bids.bids.names import BIDSName, output_names
+from brainprior_bids.bids.names import BIDSName, output_names, sample_role
 from brainprior_bids.bids.provenance import scan_records, sha256_file
 from brainprior_bids.bids.query import Scan
 from brainprior_bids.bids.status import read_summary, summary_path, write_summary
@@ -25,7 +25,7 @@ from brainprior_bids.interfaces.base import (
     MeasuredOutputSpec,
 )
 
-IMAGES = ("restored", "uncertainty", "restored_mni305", "mask", "structures")
+IMAGES = ("restored", "uncertainty", "restored_mni305", "residual", "mask", "structures")
 TEXTS = ("to_mni305", "from_mni305")
 
 
@@ -41,6 +41,7 @@ class _ScanFilesInputSpec(MeasuredInputSpec):
     affine_json = File(exists=True, mandatory=True)
     restored = File(exists=True, mandatory=True)
     uncertainty = File(exists=True)
+    residual = File(exists=True, mandatory=True)
     log_bias = File(exists=True, mandatory=True)
     restored_mni305 = File(exists=True, mandatory=True)
     restore_json = File(exists=True, mandatory=True)
@@ -64,6 +65,7 @@ class Reportlets(MeasuredInterface):
         files = {
             "scan": inputs.scan,
             "mask_scan": inputs.mask_scan,
+            "residual": inputs.residual,
             "log_bias": inputs.log_bias,
             "mask": inputs.mask,
             "structures": inputs.structures,
@@ -98,6 +100,7 @@ class Reportlets(MeasuredInterface):
 class _WriteInputSpec(_ScanFilesInputSpec):
     to_mni305 = File(exists=True, mandatory=True)
     from_mni305 = File(exists=True, mandatory=True)
+    samples = InputMultiPath(File(exists=True), desc="every sample, where they are to be kept")
     figures = InputMultiPath(File(exists=True))
     records = InputMultiPath(File(exists=True), desc="node.json of the nodes before")
     source_file = File(exists=True, mandatory=True, desc="the raw image")
@@ -208,8 +211,12 @@ class Write(MeasuredInterface):
         every staged path, and role -> path of those that are not sidecars; all relative.
         """
         inputs = self.inputs
-        has_sd = isdefined(inputs.uncertainty)
-        names = output_names(scan.name, n_samples=2 if has_sd else 1)
+        samples = list(inputs.samples) if isdefined(inputs.samples) else []
+        names = output_names(
+            scan.name,
+            n_samples=facts["restore"]["n_samples"] if isdefined(inputs.uncertainty) else 1,
+            save_samples=bool(samples),
+        )
         anat = PurePosixPath(scan.name.folder) / "anat"
         outputs = {role: str(anat / name) for role, name in names.items()}
         (staging / anat).mkdir(parents=True)
@@ -217,6 +224,9 @@ class Write(MeasuredInterface):
         for role in IMAGES:
             if role in outputs:
                 _copy_image(Path(getattr(inputs, role)), staging / outputs[role], role, code)
+        for index, sample in enumerate(samples):
+            role = sample_role(index)
+            _copy_image(Path(sample), staging / outputs[role], role, code)
         for role in TEXTS:
             shutil.copyfile(getattr(inputs, role), staging / outputs[role])
         _write(

@@ -10,9 +10,10 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from nipype.interfaces.base import File, isdefined, traits
+from nipype.interfaces.base import File, OutputMultiPath, isdefined, traits
 
 from brainprior_bids.bids.files import read_json, write_json
+from brainprior_bids.bids.names import sample_role
 from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.interfaces.anatomy import grid_of, save
 from brainprior_bids.interfaces.base import (
@@ -46,6 +47,7 @@ class _RestoreInputSpec(MeasuredInputSpec):
         False, usedefault=True, nohash=True, desc="makes this a GPU node for Nipype's scheduler"
     )
     tile_mm = traits.Range(low=4, nohash=True, desc="the network's slabs; else whole volumes")
+    save_samples = traits.Bool(False, usedefault=True, desc="leave every sample as an image")
     label = traits.Str("", usedefault=True, nohash=True, desc="the scan, for progress lines")
 
 
@@ -53,6 +55,8 @@ class _RestoreOutputSpec(MeasuredOutputSpec):
     restored = File(desc="mean of the samples on the 1 mm grid, scanner units")
     uncertainty = File(desc="SD of the samples, same grid and units; with 2 samples or more")
     log_bias = File(desc="natural log of the bias field found, on the scan's grid")
+    residual = File(desc="scan minus its prediction, in SDs of the noise, on the scan's grid")
+    samples = OutputMultiPath(File(), desc="with save_samples: each sample, as restored")
     restore_json = File(desc="noise, residuals, calls, schedule, weights")
 
 
@@ -114,6 +118,8 @@ class Restore(MeasuredInterface):
             "noise_sd_initial": done.noise_sd_initial,
             "noise_sd": done.noise_sd,
             "residual_ratios": list(done.residual_ratios),
+            "residual_ratios_final": [r.ratio_final for r in done.residuals],
+            "residual_correlation": [list(r.correlation) for r in done.residuals],
             "unit": done.unit,
             "seconds": done.seconds,
             "acquisition": acquisition.to_dict(),
@@ -126,8 +132,14 @@ class Restore(MeasuredInterface):
                 np.asarray(done.mean, np.float32), done.grid, folder / "restored.nii.gz"
             ),
             log_bias=save(np.asarray(done.log_bias, np.float32), grid, folder / "log_bias.nii.gz"),
+            residual=save(done.residual_map, grid, folder / "residual.nii.gz"),
             restore_json=str(write_json(folder / "restore.json", facts)),
         )
+        if self.inputs.save_samples:
+            self._results["samples"] = [
+                save(sample, done.grid, folder / f"{sample_role(index)}.nii.gz")
+                for index, sample in enumerate(done.samples)
+            ]
         if done.sd is not None:
             self._results["uncertainty"] = save(
                 np.asarray(done.sd, np.float32), done.grid, folder / "uncertainty.nii.gz"

@@ -468,7 +468,7 @@ def draw_residual(images: ScanImages, path: Path) -> Path:
     rms = float(np.sqrt(np.mean(residual.data[inside] ** 2)))
     sheet.title(
         "Input minus the input predicted from the restored image",
-        note=f"inside the mask: RMS {rms:.3g} scanner units",
+        note=f"inside the mask: RMS {rms:.3g} times the noise",
     )
     sheet.row(
         [
@@ -488,7 +488,7 @@ def draw_residual(images: ScanImages, path: Path) -> Path:
             for index in spread(images.mask_scan, axis, 1)
         ]
     )
-    sheet.bar("RdBu_r", (-reach, reach), "scanner units")
+    sheet.bar("RdBu_r", (-reach, reach), "standard deviations of the noise")
     return sheet.save(path)
 
 

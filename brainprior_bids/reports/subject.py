@@ -143,6 +143,7 @@ def _restore_rows(scan: Mapping[str, Any]) -> Rows:
     restore = _get(scan, "facts", "restore") or {}
     unit = restore.get("unit")
     ratios = restore.get("residual_ratios") or []
+    final = restore.get("residual_ratios_final") or []
     schedule = restore.get("schedule") or []
 
     def noise(key: str) -> str:
@@ -165,9 +166,18 @@ def _restore_rows(scan: Mapping[str, Any]) -> Rows:
         ("Noise before sampling", noise("noise_sd_initial")),
         ("Noise after sampling", noise("noise_sd")),
         ("Misfit of each sample", ", ".join(f"{r:.2f}" for r in ratios) or MISSING),
+        ("Misfit by the noise after sampling", ", ".join(f"{r:.2f}" for r in final) or MISSING),
+        ("Correlation of its neighbours", _correlation(restore)),
         ("Prior", str(_get(restore, "prior", "name") or MISSING)),
         ("Seed", str(scan.get("seed") if scan.get("seed") is not None else MISSING)),
     ]
+
+
+def _correlation(restore: Mapping[str, Any]) -> str:
+    """Lag-one correlation of the residual along each axis, mean over the samples."""
+    samples = restore.get("residual_correlation") or []
+    means = [statistics.mean(values) for values in zip(*samples, strict=True)]
+    return ", ".join(f"{m:.2f} {axis}" for m, axis in zip(means, AXES, strict=False)) or MISSING
 
 
 def _anatomy_rows(scan: Mapping[str, Any]) -> Rows:
