@@ -15,6 +15,8 @@ from typing import Any
 TASKS = ("restore", "inpaint", "refine")
 SAMPLERS = ("exact", "daps", "map")
 MODALITIES = ("T1w", "T2w", "FLAIR")
+SPACES = ("anat", "MNI305")
+LEVELS = ("participant", "group")
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,18 @@ class Settings:
     ----------
     bids_dir, output_dir, work_dir : Path
         Absolute.
+    analysis_level : tuple of str
+        ``participant``, ``group`` or both.
     participant_label, session_label, run_id : tuple of str
         Labels without their ``sub-``, ``ses-``, ``run-``; empty means all.
     modalities : tuple of str
         Suffixes of the scans to take.
     bids_filters : mapping
         Suffix -> pybids query, from ``--bids-filter-file``; in TOML as JSON text.
+    bids_database_dir : Path or None
+        Folder of the pybids index; None indexes in memory.
+    derivatives : mapping
+        Name -> root of other derivative data sets; in TOML as JSON text.
     task, sampler, n_samples, n_steps
         What the engine does; see ``brainprior_bids.engine.restore``.
     save_samples : bool
@@ -39,6 +47,8 @@ class Settings:
         Weights of the prior; None is the embedded one.
     slice_thickness_mm : float or None
         Overrides the sidecars.
+    output_spaces : tuple of str
+        Of ``anat`` (the scan's own) and ``MNI305``.
     random_seed : int
         Each scan's seed is derived from it and the scan's name.
     device : str
@@ -50,22 +60,30 @@ class Settings:
         Processors in all, threads of one node, restorations at once on the GPU.
     mem_gb : float
         Upper bound of the memory that the running nodes may claim together.
+    low_mem : bool
+        No two steps at once that are larger together than the largest step.
+    plugin_file : Path or None
+        Nipype's execution plugin and its arguments, YAML; None is our own pool.
     """
 
     bids_dir: Path
     output_dir: Path
     work_dir: Path
+    analysis_level: tuple[str, ...] = ("participant",)
     participant_label: tuple[str, ...] = ()
     session_label: tuple[str, ...] = ()
     run_id: tuple[str, ...] = ()
     modalities: tuple[str, ...] = MODALITIES
     bids_filters: dict[str, Any] = field(default_factory=dict)
+    bids_database_dir: Path | None = None
+    derivatives: dict[str, Any] = field(default_factory=dict)
     skip_bids_validation: bool = False
     task: str = "restore"
     sampler: str = "exact"
     n_samples: int = 4
     n_steps: int = 20
     save_samples: bool = False
+    output_spaces: tuple[str, ...] = SPACES
     prior: Path | None = None
     slice_thickness_mm: float | None = None
     random_seed: int = 0
@@ -74,10 +92,16 @@ class Settings:
     nprocs: int = 1
     omp_nthreads: int = 1
     mem_gb: float = 8.0
+    low_mem: bool = False
     plugin_file: Path | None = None
     force: bool = False
     sloppy: bool = False
     dry_run: bool = False
+    boilerplate_only: bool = False
+    reports_only: bool = False
+    clean_workdir: bool = False
+    resource_monitor: bool = False
+    debug: bool = False
     stop_on_first_crash: bool = False
     write_graph: bool = False
     verbose: int = 0
@@ -102,19 +126,20 @@ class Settings:
             "n_samples": self.n_samples,
             "n_steps": self.n_steps,
             "save_samples": self.save_samples,
+            "output_spaces": list(self.output_spaces),
             "slice_thickness_mm": self.slice_thickness_mm,
             "random_seed": self.random_seed,
         }
 
     def to_toml(self) -> str:
         """The settings as TOML, one ``[brainprior]`` table; unset values are left out."""
-        lines = ["# Settings of one brainprior run.", "[brainprior]"]
+        lines = ["# Settings of one brainprior run; --config-file reads them.", "[brainprior]"]
         for item in fields(self):
             value = getattr(self, item.name)
             if value is None:
                 continue
-            if item.name == "bids_filters":
-                value = json.dumps(value)
+            if isinstance(value, dict):
+                value = json.dumps(value, default=str)
             lines.append(f"{item.name} = {_toml(value)}")
         return "\n".join(lines) + "\n"
 
@@ -127,22 +152,46 @@ class Settings:
         ValueError
             If the text is not TOML, lacks the table, or names a setting that does not exist.
         """
-        table = tomllib.loads(text).get("brainprior")
-        if not isinstance(table, dict):
-            raise ValueError("Settings: expected a [brainprior] table, got none.")
-        known = {item.name for item in fields(cls)}
-        unknown = sorted(set(table) - known)
-        if unknown:
-            raise ValueError(f"Settings: unknown {', '.join(unknown)}. Remove or correct them.")
-        values: dict[str, Any] = {}
-        for name, value in table.items():
-            if name in ("bids_dir", "output_dir", "work_dir", "prior", "plugin_file"):
-                values[name] = Path(value)
-            elif name == "bids_filters":
-                values[name] = json.loads(value)
-            else:
-                values[name] = tuple(value) if isinstance(value, list) else value
-        return cls(**values)
+        return cls(**read_table(text))
+
+
+def read_table(text: str) -> dict[str, Any]:
+    """The ``[brainprior]`` table of a TOML text: setting -> value, of the setting's type.
+
+    Raises
+    ------
+    ValueError
+        If the text is not TOML, lacks the table, names a setting that does not exist, or gives
+        one a value of another type.
+    """
+    table = tomllib.loads(text).get("brainprior")
+    if not isinstance(table, dict):
+        raise ValueError("Settings: expected a [brainprior] table, got none.")
+    kinds = {item.name: str(item.type).removesuffix(" | None") for item in fields(Settings)}
+    unknown = sorted(set(table) - set(kinds))
+    if unknown:
+        raise ValueError(f"Settings: unknown {', '.join(unknown)}. Remove or correct them.")
+    return {name: _typed(name, kinds[name], value) for name, value in table.items()}
+
+
+def _typed(name: str, kind: str, value: Any) -> Any:
+    expected: dict[str, tuple[type, ...]] = {
+        "bool": (bool,),
+        "int": (int,),
+        "float": (int, float),
+        "tuple[str, ...]": (list,),
+    }
+    allowed = expected.get(kind, (str,))
+    fits = isinstance(value, allowed) and (kind == "bool" or not isinstance(value, bool))
+    if not fits or (kind.startswith("tuple") and not all(isinstance(v, str) for v in value)):
+        what = {"Path": "a path in quotes", "dict[str, Any]": "JSON in quotes",
+                "tuple[str, ...]": "a list of strings"}.get(kind, kind)  # fmt: skip
+        raise ValueError(f"Settings: {name} must be {what}, got {value!r}.")
+    if kind == "Path":
+        return Path(value)
+    if kind.startswith("dict"):
+        return json.loads(value)
+    return tuple(value) if kind.startswith("tuple") else value
 
 
 def _toml(value: Any) -> str:

@@ -11,7 +11,7 @@ import pytest
 from brainprior_bids import __version__
 from brainprior_bids.cli import resources
 from brainprior_bids.cli.parser import WORK_DIR, parse_settings
-from brainprior_bids.cli.run import main
+from brainprior_bids.cli.run import _clean, main
 from brainprior_bids.engine.errors import UsageError
 
 
@@ -151,3 +151,98 @@ def test_a_containers_limits_count(tmp_path):
     (tmp_path / "cpu.max").write_text("max 100000\n")
     (tmp_path / "memory.max").write_text("max\n")
     assert resources.available_processors(tmp_path, tmp_path / "none") >= 1
+
+
+def test_the_settings_of_a_run_are_read_back(folders, tmp_path):
+    database = tmp_path / "index"
+    first = parse_settings(
+        [*folders, "--participant-label", "01", "02", "--n-samples", "7", "--mem", "3G",
+         "--slice-thickness", "4.5", "-vv", "--low-mem", "--output-spaces", "T1w",
+         "--bids-database-dir", str(database), "--derivatives", f"fs={derivative(tmp_path)}"]
+    )  # fmt: skip
+    config = tmp_path / "brainprior.toml"
+    config.write_text(first.to_toml())
+    again = parse_settings([*folders[:3], "--config-file", str(config)])
+    ours = {"run_uuid", "command"}
+    for name in set(vars(first)) - ours:
+        assert getattr(again, name) == getattr(first, name), name
+    assert again.output_spaces == ("anat",)
+    changed = parse_settings(
+        [*folders[:3], "--config-file", str(config), "--participant-label", "03", "--n-samples",
+         "2", "-v"]
+    )  # fmt: skip
+    assert changed.participant_label == ("03",)
+    assert (changed.n_samples, changed.verbose, changed.mem_gb) == (2, 1, first.mem_gb)
+
+
+def derivative(folder):
+    path = folder / "free surfer"
+    path.mkdir(exist_ok=True)
+    (path / "dataset_description.json").write_text("{}")
+    return path
+
+
+def test_filters_of_a_config_hold_until_a_file_is_given(folders, tmp_path):
+    config = tmp_path / "brainprior.toml"
+    config.write_text('[brainprior]\nbids_filters = "{\\"T1w\\": {\\"run\\": null}}"\n')
+    settings = parse_settings([*folders, "--config-file", str(config)])
+    assert settings.bids_filters == {"T1w": {"run": None}}
+    other = tmp_path / "filter.json"
+    other.write_text('{"t2w": {"session": "*"}}')
+    settings = parse_settings(
+        [*folders, "--config-file", str(config), "--bids-filter-file", str(other)]
+    )
+    assert settings.bids_filters == {"T2w": {"session": "*"}}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[brainprior]\nn_sample = 3\n", "unknown n_sample"),
+        ('[brainprior]\nnprocs = "two"\n', "nprocs must be int"),
+        ("[brainprior]\nsloppy = 1\n", "sloppy must be bool"),
+        ("[brainprior]\nn_samples = 0\n", "at least 1"),
+        ("[other]\n", "[brainprior] table"),
+        ("not toml", "brainprior.toml"),
+    ],
+)
+def test_config_files_are_checked(folders, tmp_path, capsys, content, said):
+    config = tmp_path / "brainprior.toml"
+    config.write_text(content)
+    assert main([*folders, "--config-file", str(config)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_names_as_fmriprep_has_them(folders, tmp_path):
+    path = derivative(tmp_path)
+    settings = parse_settings(
+        [*folders, "--ignore", "t2w", "flair", "-d", str(path), "--n_cpus", "2",
+         "--participant_label", "01", "--participant-label", "02", "--debug"]
+    )  # fmt: skip
+    assert settings.modalities == ("T1w",)
+    assert settings.derivatives == {"freesurfer": str(path)}
+    assert settings.participant_label == ("01", "02")
+    assert settings.stop_on_first_crash
+    both = parse_settings([*folders[:3], "group", "--device", "cpu"])
+    assert both.analysis_level == ("participant", "group")
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        (["--output-spaces", "MNI152NLin2009cAsym"], "fMRIPrep"),
+        (["--ignore", "t1w", "t2w", "flair"], "leaves nothing"),
+        (["-d", "nowhere"], "no dataset_description.json"),
+        (["--dry-run", "--reports-only"], "not allowed with"),
+    ],
+)
+def test_more_that_cannot_be_used(folders, extra, said, capsys):
+    assert main([*folders, *extra]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_work_folder_is_cleaned_of_our_own_only(tmp_path):
+    for name in ("brainprior_wf/a", "home", "validate-x", "mine"):
+        (tmp_path / name).mkdir(parents=True)
+    _clean(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]

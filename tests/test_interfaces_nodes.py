@@ -161,7 +161,7 @@ def writer(files, raw, output_dir, **changes):
         "relative": relative,
         "metadata": {"SliceThickness": 4.0, "MagneticFieldStrength": 3},
         "output_dir": str(output_dir),
-        "settings": {"task": "restore", "random_seed": 0},
+        "settings": {"task": "restore", "random_seed": 0, "output_spaces": ["anat", "MNI305"]},
         "seed": 3,
         "fingerprint": "f" * 64,
         "run_uuid": "20260101-000000_abc",

@@ -108,7 +108,7 @@ def test_a_dry_run_announces_the_golden_tree(raw, tmp_path):
         text=True,
         check=True,
     )
-    listed = [line.strip() for line in done.stdout.splitlines() if line.startswith("  ")]
+    listed = [line.strip() for line in done.stdout.splitlines() if line.startswith("  sub-")]
     assert sorted(listed) == GOLDEN
     assert not (tmp_path / "out").exists()
 

@@ -48,6 +48,21 @@ class Job:
     fingerprint: str
 
 
+def expected_work(settings: Settings) -> dict[str, float]:
+    """Node -> share of a scan's time, for showing progress: seconds of a thin T1w on one core."""
+    calls = settings.n_samples * settings.n_steps * (5 if settings.sampler == "daps" else 1)
+    return {
+        "conform": 1.0,
+        "parcellate": 8.0,
+        "n4": 10.0,
+        "affine": 1.0,
+        "restore": 4.0 * calls,
+        "mni305": 2.0,
+        "reportlets": 8.0,
+        "write": 4.0,
+    }
+
+
 def log_dir(settings: Settings, subject: str) -> Path:
     """Where a participant's settings and crash files of this run lie."""
     return settings.output_dir / f"sub-{subject}" / "log" / settings.run_uuid

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import tempfile
 from collections.abc import Mapping
 from importlib import resources
@@ -20,11 +21,21 @@ from brainprior_bids.engine.errors import UsageError
 
 BIDS_VERSION = "1.10.0"
 
-BIDSIGNORE = ("*.html", "logs", "prov", "sub-*/figures", "sub-*/log", "*_xfm.txt", ".brainprior*")
+BIDSIGNORE = (
+    "*.html",
+    "group_*",
+    "logs",
+    "prov",
+    "sub-*/figures",
+    "sub-*/log",
+    "*_xfm.txt",
+    ".brainprior*",
+)
 """No trailing slashes: the Deno validator would not match them."""
 
 DESCRIPTIONS = {
-    "restored": "1 mm skull-stripped image, free of the bias field: mean of the posterior samples",
+    "restored": "1 mm skull-stripped image without bias field: estimate of the posterior mean",
+    "restoredSample01": "one posterior sample, and so on for every number; with --save-samples",
     "uncertainty": "voxelwise standard deviation of the posterior samples, in the image's units",
     "residual": "scan minus what the samples predict for it (mean over samples), in units of the "
     "standard deviation of the noise as estimated before sampling",
@@ -32,6 +43,14 @@ DESCRIPTIONS = {
     "structures": "brain structures from the parcellation network, FreeSurfer's label values",
 }
 """``desc-`` value -> meaning, for ``descriptions.tsv``."""
+
+ESTIMATORS = {
+    "exact": "average, over all samples' chains and every second noise level, of the conditional "
+    "expectation of the image given the chain's state and the scan",
+    "daps": "mean of the samples",
+    "map": "point estimate of the last noise level; no posterior mean",
+}
+"""Sampler -> what ``desc-restored`` is an average of (see docs/engine.md)."""
 
 INHERITED = (
     "Manufacturer",
@@ -45,7 +64,13 @@ INHERITED = (
 """Metadata of the source that stays true of the restored image."""
 
 
-def write_dataset_files(output_dir: Path, *, bids_dir: Path, raw: Mapping[str, Any]) -> None:
+def write_dataset_files(
+    output_dir: Path,
+    *,
+    bids_dir: Path,
+    raw: Mapping[str, Any],
+    derivatives: Mapping[str, str] | None = None,
+) -> None:
     """Write ``dataset_description.json``, ``.bidsignore``, ``descriptions.tsv`` and a README.
 
     Parameters
@@ -56,7 +81,10 @@ def write_dataset_files(output_dir: Path, *, bids_dir: Path, raw: Mapping[str, A
         Root of the raw data set.
     raw : mapping
         Its ``dataset_description.json``.
+    derivatives : name -> root, optional
+        Other data sets to link.
     """
+    links = {name: Path(path).as_uri() for name, path in (derivatives or {}).items()}
     description: dict[str, Any] = {
         "Name": f"brainprior: restored images of {raw.get('Name', 'an unnamed data set')}",
         "BIDSVersion": BIDS_VERSION,
@@ -66,9 +94,10 @@ def write_dataset_files(output_dir: Path, *, bids_dir: Path, raw: Mapping[str, A
                 "Name": "brainprior",
                 "Version": __version__,
                 "Description": "Posterior sampling of 1 mm brain images under a diffusion prior",
+                **({"Container": found} if (found := container()) else {}),
             }
         ],
-        "DatasetLinks": {"raw": bids_dir.as_uri()},
+        "DatasetLinks": {"raw": bids_dir.as_uri(), **links},
         "HowToAcknowledge": "Cite brainprior (CITATION.cff in its repository) and the raw data.",
     }
     if raw.get("License"):
@@ -87,6 +116,26 @@ def write_dataset_files(output_dir: Path, *, bids_dir: Path, raw: Mapping[str, A
         "logs/status.tsv says which scans were done. The images are estimates under a prior:\n"
         "read the uncertainty map beside each (desc-uncertainty).\n",
     )
+
+
+def container() -> dict[str, str] | None:
+    """The container that this process runs in, as BIDS describes it; None outside of one.
+
+    The digest is known where whoever starts the container passes it on: an image cannot hold its
+    own. ``BRAINPRIOR_IMAGE`` and ``BRAINPRIOR_IMAGE_DIGEST`` are read.
+    """
+    apptainer = os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER")
+    tag = os.environ.get("BRAINPRIOR_IMAGE") or apptainer
+    digest = os.environ.get("BRAINPRIOR_IMAGE_DIGEST")
+    inside = apptainer or any(Path(p).exists() for p in ("/.dockerenv", "/run/.containerenv"))
+    if not (inside or tag or digest):
+        return None
+    found = {"Type": "apptainer" if apptainer else "docker"}
+    if tag:
+        found["Tag"] = tag
+    if digest:
+        found["Digest"] = digest
+    return found
 
 
 def check_output(output_dir: Path) -> None:
@@ -151,6 +200,7 @@ def sidecars(
         "Sources": [raw, mask],
         "Sampler": restore["sampler"],
         "NumberOfSamples": restore["n_samples"],
+        "NetworkCallsPerSample": restore["calls"],
         "RandomSeed": restore["seed"],
         "Prior": {key: prior.get(key) for key in ("name", "sha256")},
         "NoiseStandardDeviation": restore["noise_sd"] * restore["unit"],
@@ -158,19 +208,16 @@ def sidecars(
     }
     weights = facts["parcellation"].get("weights", {})
     reference = {} if scan.name.suffix == "T1w" else {"SpatialReference": raw}
-    made = {
-        "restored": {"Description": DESCRIPTIONS["restored"], **image},
+    estimator = {"Estimator": ESTIMATORS[restore["sampler"]]}
+    template = {"Sources": [restored, bids_uri(outputs["to_mni305"])]}
+    made: dict[str, dict[str, Any]] = {
+        "restored": {"Description": DESCRIPTIONS["restored"], **image, **estimator},
         "residual": {
             "Description": DESCRIPTIONS["residual"],
             "SkullStripped": True,
             "Sources": [raw, restored],
             "NoiseStandardDeviation": restore["noise_sd_initial"] * restore["unit"],
             "Units": "noise standard deviations",
-        },
-        "restored_mni305": {
-            "Description": DESCRIPTIONS["restored"] + "; resampled once to MNI305",
-            **image,
-            "Sources": [restored, bids_uri(outputs["to_mni305"])],
         },
         "mask": {
             "Description": DESCRIPTIONS["brain"],
@@ -185,6 +232,9 @@ def sidecars(
             **reference,
         },
     }
+    if "restored_mni305" in outputs:
+        text = DESCRIPTIONS["restored"] + "; resampled once to MNI305"
+        made["restored_mni305"] = {"Description": text, **image, **estimator, **template}
     if "uncertainty" in outputs:
         made["uncertainty"] = {
             "Description": DESCRIPTIONS["uncertainty"],

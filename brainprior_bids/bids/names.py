@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -131,7 +132,11 @@ def sample_role(index: int) -> str:
 
 
 def output_names(
-    source: BIDSName, *, n_samples: int, save_samples: bool = False
+    source: BIDSName,
+    *,
+    n_samples: int,
+    spaces: Collection[str] = ("anat", "MNI305"),
+    save_samples: bool = False,
 ) -> dict[str, str]:
     """What one restored scan leaves in ``sub-XX/[ses-YY/]anat``: role -> file name.
 
@@ -155,6 +160,8 @@ def output_names(
     }
     if n_samples > 1:
         names["uncertainty"] = source.derivative(desc="uncertainty")
+    if "MNI305" not in spaces:  # the transforms stay: they cost nothing
+        del names["restored_mni305"]
     if save_samples:
         for index in range(n_samples):
             role = sample_role(index)

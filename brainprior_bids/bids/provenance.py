@@ -22,14 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from brainprior_bids import __version__
-from brainprior_bids.bids.derivatives import bids_uri
-from brainprior_bids.bids.files import to_json, write_json
+from brainprior_bids.bids.derivatives import bids_uri, container
+from brainprior_bids.bids.files import read_json, to_json, write_json
 from brainprior_bids.bids.query import Scan
 from brainprior_bids.settings import Settings
 
 PACKAGES = (
     "torch", "numpy", "scipy", "nibabel", "nipype", "pybids", "SimpleITK", "torch-interpol",
-    "safetensors", "matplotlib",
+    "safetensors", "matplotlib", "antspyx", "niworkflows", "nireports", "nilearn",
 )  # fmt: skip
 """Packages whose version can change a result."""
 
@@ -98,6 +98,8 @@ def write_run(settings: Settings) -> list[Path]:
                 "Processors": os.cpu_count(),
                 "Threads": settings.omp_nthreads,
                 "Device": settings.device,
+                "Container": container(),
+                **gpu_facts(settings.device),
             }
         ]
     }
@@ -105,6 +107,49 @@ def write_run(settings: Settings) -> list[Path]:
         write_json(folder / f"prov-{run}_soft.json", software),
         write_json(folder / f"prov-{run}_env.json", environment),
     ]
+
+
+def gpu_facts(device: str) -> dict[str, Any]:
+    """Name, driver and CUDA of the GPU that a run uses; nothing on the CPU."""
+    if not device.startswith("cuda"):
+        return {}
+    import torch
+
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+        found = re.search(r"Kernel Module\D*([\d.]+)", text)
+        driver = found[1] if found else "unknown"
+    except OSError:  # not shown to this container
+        driver = "unknown"
+    return {
+        "GPU": torch.cuda.get_device_name(device),
+        "Driver": driver,
+        "CUDA": torch.version.cuda,
+        "cuDNN": torch.backends.cudnn.version(),
+    }
+
+
+def changed_outputs(output_dir: Path) -> tuple[dict[str, str], int]:
+    """Outputs that are not as they were written.
+
+    Returns
+    -------
+    path -> ``changed`` or ``missing``, and how many files were checked. Where a scan was done
+    more than once, its newest record counts.
+    """
+    expected: dict[str, str] = {}
+    for record in sorted((output_dir / "prov").glob("prov-*_ent.json")):  # names begin with time
+        for entity in read_json(record)["Entities"]:
+            if "GeneratedBy" in entity:
+                expected[entity["AtLocation"]] = entity["Digest"]["sha256"]
+    changes = {}
+    for path, digest in sorted(expected.items()):
+        file = output_dir / path
+        if not file.is_file():
+            changes[path] = "missing"
+        elif sha256_file(file) != digest:
+            changes[path] = "changed"
+    return changes, len(expected)
 
 
 def scan_records(

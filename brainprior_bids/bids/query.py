@@ -122,7 +122,12 @@ def find_scans(settings: Settings) -> list[Scan]:
     )
     _require(settings.session_label, sessions, "session", settings.bids_dir)
 
-    layout = _index(settings.bids_dir, settings.participant_label, settings.session_label)
+    layout = _index(
+        settings.bids_dir,
+        settings.participant_label,
+        settings.session_label,
+        database_dir=settings.bids_database_dir,
+    )
     found: dict[Path, Mapping[str, Any]] = {}
     for suffix in settings.modalities:
         query = _query(settings, suffix)
@@ -154,7 +159,12 @@ def _scans(bids_dir: Path, found: Mapping[Path, Mapping[str, Any]]) -> list[Scan
         if name.get("part") not in (None, "mag"):  # phase, real, imaginary: no brain picture
             continue
         problem = None
-        if not path.exists():
+        if not path.exists() and not path.is_symlink():
+            problem = (
+                f"{name.stem}: the file is gone since --bids-database-dir was made. "
+                "Remove that folder and run again."
+            )
+        elif not path.exists():
             problem = (
                 f"{name.stem}: the file is a link whose content is not here. "
                 "Fetch it (datalad get, or git annex get) and run again."
@@ -169,8 +179,17 @@ def _scans(bids_dir: Path, found: Mapping[Path, Mapping[str, Any]]) -> list[Scan
     return list(scans.values())
 
 
-def _index(bids_dir: Path, subjects: Sequence[str], sessions: Sequence[str]) -> Any:
-    """A pybids layout of the ``anat`` folders of these subjects and sessions (empty: all)."""
+def _index(
+    bids_dir: Path,
+    subjects: Sequence[str],
+    sessions: Sequence[str],
+    *,
+    database_dir: Path | None = None,
+) -> Any:
+    """A pybids layout of the ``anat`` folders of these subjects and sessions (empty: all).
+
+    With ``database_dir`` the index of the whole data set is kept there, or read from there.
+    """
     from bids.layout import BIDSLayout, BIDSLayoutIndexer
 
     # pybids matches files too: the sidecars above an anat folder have to pass
@@ -178,19 +197,40 @@ def _index(bids_dir: Path, subjects: Sequence[str], sessions: Sequence[str]) -> 
         r"^/(?!sub-)[^/]+(?<!\.json)$",
         r"^/sub-[^/]+/(?:ses-[^/]+/)?(?!ses-|anat(?:/|$))[^/]+(?<!\.json)$",
     ]
+    if database_dir is not None:
+        subjects = sessions = ()
     if subjects:
         ignore.append(rf"^/sub-(?!(?:{_any(subjects)})(?:/|$))")
     if sessions:
         ignore.append(rf"^/sub-[^/]+/ses-(?!(?:{_any(sessions)})(?:/|$))")
     indexer = BIDSLayoutIndexer(validate=False, ignore=[re.compile(patt) for patt in ignore])
+    arguments: dict[str, Any] = {"validate": False}
+    if database_dir is not None and (database_dir / "layout_index.sqlite").exists():
+        arguments["database_path"] = str(database_dir)
+    elif database_dir is not None:
+        database_dir.mkdir(parents=True, exist_ok=True)
+        arguments.update(database_path=str(database_dir), indexer=indexer)
+    else:
+        arguments["indexer"] = indexer
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pybids' own deprecations; nothing a user can act on
         try:
-            return BIDSLayout(str(bids_dir), indexer=indexer, validate=False)
+            layout = BIDSLayout(str(bids_dir), **arguments)
         except OSError as error:  # pybids wraps a JSON decoding error so, naming the file
             raise UsageError(
                 f"{bids_dir} cannot be indexed: {error} Repair or remove the file."
             ) from error
+        except ValueError as error:
+            raise UsageError(
+                f"--bids-database-dir {database_dir} cannot be used for {bids_dir}: {error} "
+                "Remove that folder, and it is made anew."
+            ) from error
+    if Path(layout.root).resolve() != bids_dir.resolve():
+        raise UsageError(
+            f"--bids-database-dir {database_dir} is the index of {layout.root}, not of "
+            f"{bids_dir}. Use another folder."
+        )
+    return layout
 
 
 def _query(settings: Settings, suffix: str) -> dict[str, Any]:

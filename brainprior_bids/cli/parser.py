@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,15 @@ from brainprior_bids.bids.query import read_filters
 from brainprior_bids.cli import resources
 from brainprior_bids.cli.plugin_file import read_plugin_file
 from brainprior_bids.engine.errors import UsageError
-from brainprior_bids.settings import MODALITIES, SAMPLERS, TASKS, Settings
+from brainprior_bids.settings import (
+    LEVELS,
+    MODALITIES,
+    SAMPLERS,
+    SPACES,
+    TASKS,
+    Settings,
+    read_table,
+)
 
 WORK_DIR = ".brainprior_work"
 SLOPPY = {"n_samples": 1, "n_steps": 3}
@@ -31,11 +40,14 @@ examples:
   brainprior data out participant                               everything in ./data
   brainprior data out participant --participant-label 01 -m T2w    one person's T2w
   brainprior data out participant --nprocs 8 --omp-nthreads 4 -w /tmp/work
+  brainprior data out participant --dry-run                     what that would take
+  brainprior data out group                                     tables and a page over all scans
 
 other commands (`brainprior COMMAND --help`):
   train prior|parcellation    train the networks
   selftest                    check this installation and its device
   slurm-script                an array job for Slurm, one participant a task
+  verify OUT                  compare every output with the SHA-256 in its provenance
 A data set that is called like a command is written ./train.
 
 exit codes: 0 every requested scan is done; 1 a scan failed (logs/status.tsv says which and
@@ -50,8 +62,17 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}\nRun `brainprior --help` for the options.")
 
 
+class _Append(argparse.Action):
+    """Values after an option, added to those of an earlier one of the same name."""
+
+    def __call__(
+        self, parser: Any, namespace: Any, values: Any, option: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, [*(getattr(namespace, self.dest, None) or ()), *values])
+
+
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the main command."""
+    """The parser of the main command; what an option sets has the name of its setting."""
     parser = _Parser(
         prog="brainprior",
         description=DESCRIPTION,
@@ -62,94 +83,134 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("bids_dir", type=Path, help="root of a raw BIDS data set; only read")
     parser.add_argument("output_dir", type=Path, help="where the derivatives go; made if absent")
     parser.add_argument(
-        "analysis_level", choices=["participant"], help="every participant on their own"
+        "analysis_level",
+        nargs="+",
+        choices=LEVELS,
+        help="participant: restore every scan on its own; group: one table a contrast and one "
+        "page over all scans in output_dir; both may be given",
     )
+    _query_options(parser.add_argument_group("which scans"))
+    _task_options(parser.add_argument_group("what to do"))
+    _output_options(parser.add_argument_group("what to write"))
+    _performance_options(parser.add_argument_group("performance"))
+    _subset_options(parser.add_argument_group("less than a whole run"))
+    _other_options(parser.add_argument_group("other"))
+    return parser
 
-    query = parser.add_argument_group("which scans")
-    query.add_argument(
+
+Group = argparse._ArgumentGroup
+
+
+def _query_options(group: Group) -> None:
+    group.add_argument(
         "--skip-bids-validation",
+        "--skip_bids_validation",
         action="store_true",
         help="do not run bids-validator-deno on the requested part of bids_dir",
     )
-    query.add_argument(
+    group.add_argument(
         "--participant-label",
         "--participant_label",
         nargs="+",
-        action="extend",
+        action=_Append,
         default=[],
         metavar="LABEL",
         help="participants to process, with or without 'sub-' (default: all)",
     )
-    query.add_argument(
+    group.add_argument(
         "--session-label",
         "--session-id",
         nargs="+",
-        action="extend",
+        action=_Append,
         default=[],
         metavar="LABEL",
         help="sessions to process, with or without 'ses-' (default: all)",
     )
-    query.add_argument(
+    group.add_argument(
         "--run-id",
         nargs="+",
-        action="extend",
+        action=_Append,
         default=[],
         metavar="INDEX",
         help="runs to process, with or without 'run-' (default: all)",
     )
-    query.add_argument(
+    group.add_argument(
         "-m",
         "--modalities",
         nargs="+",
-        action="extend",
+        action=_Append,
         default=[],
         metavar="SUFFIX",
         help=f"contrasts to process, of {', '.join(MODALITIES)} (default: all three)",
     )
-    query.add_argument(
+    group.add_argument(
+        "--ignore",
+        nargs="+",
+        action=_Append,
+        default=[],
+        choices=[suffix.lower() for suffix in MODALITIES],
+        metavar="{" + ",".join(suffix.lower() for suffix in MODALITIES) + "}",
+        help="contrasts to leave out, as fMRIPrep names them",
+    )
+    group.add_argument(
         "--bids-filter-file",
         type=Path,
         metavar="FILE",
         help='JSON with a pybids query a contrast: {"t1w": {"acquisition": "mprage", '
         '"session": null}}; null: the entity is absent, "*": it is present',
     )
+    group.add_argument(
+        "-d",
+        "--derivatives",
+        nargs="+",
+        action=_Append,
+        type=_derivative,
+        default=[],
+        metavar="NAME=PATH",
+        help="other derivative data sets, by name; linked in dataset_description.json. A path "
+        "alone is named after its folder",
+    )
+    group.add_argument(
+        "--bids-database-dir",
+        type=Path,
+        metavar="DIR",
+        help="keep pybids' index of bids_dir here: made on first use, then read. It is not "
+        "brought up to date: remove it when the data set changed",
+    )
 
-    task = parser.add_argument_group("what to do")
-    task.add_argument(
+
+def _task_options(group: Group) -> None:
+    group.add_argument(
         "--task",
         choices=TASKS,
         default="restore",
         help="restore (default); inpaint and refine are not in this version",
     )
-    task.add_argument(
+    group.add_argument(
         "--sampler",
         choices=SAMPLERS,
         default="exact",
         help="exact (default): DAPS with its inner step solved exactly; daps: as published, "
         "50 times the work; map: one estimate without an uncertainty",
     )
-    task.add_argument(
+    group.add_argument(
         "--n-samples",
         type=_positive_int,
         metavar="N",
-        help="posterior samples; their mean is the image, their SD the uncertainty "
+        help="posterior samples, from which the image and its uncertainty come "
         "(default: 4; with 1 there is no uncertainty map)",
     )
-    task.add_argument(
-        "--save-samples",
-        action="store_true",
-        help="write each sample too (desc-restoredSample01 …), with its seed and its misfit",
-    )
-    task.add_argument(
+    group.add_argument(
         "--slice-thickness",
+        dest="slice_thickness_mm",
         type=_positive_float,
         metavar="MM",
         help="slice thickness in mm, where the sidecars lack it or are wrong",
     )
-    task.add_argument(
+    group.add_argument(
         "--prior", type=Path, metavar="FILE", help="weights of the prior (default: embedded)"
     )
-    task.add_argument(
+    group.add_argument(
         "--random-seed",
         type=_seed,
         default=0,
@@ -157,55 +218,81 @@ def build_parser() -> argparse.ArgumentParser:
         help="seed of the run; each scan's own is derived from it and from the scan's name, so "
         "a scan's result does not depend on the others (default: 0)",
     )
-    task.add_argument(
-        "--force", action="store_true", help="redo scans that are done, work folder included"
-    )
-    task.add_argument(
+    group.add_argument(
         "--sloppy",
         action="store_true",
         help=f"for testing only: {SLOPPY['n_samples']} sample of {SLOPPY['n_steps']} steps",
     )
 
-    performance = parser.add_argument_group("performance")
-    performance.add_argument(
+
+def _output_options(group: Group) -> None:
+    group.add_argument(
+        "--save-samples",
+        action="store_true",
+        help="write each sample too (desc-restoredSample01 …), with its seed and its misfit",
+    )
+    group.add_argument(
+        "--output-spaces",
+        nargs="+",
+        action=_Append,
+        type=_space,
+        default=[],
+        metavar="SPACE",
+        help="anat (the scan's own frame, always written) and MNI305 (default: both). Other "
+        "templates need a nonlinear registration: hand the result on to fMRIPrep",
+    )
+    group.add_argument(
+        "--force", action="store_true", help="redo scans that are done, work folder included"
+    )
+
+
+def _performance_options(group: Group) -> None:
+    group.add_argument(
         "--device",
         type=_device,
         default="auto",
         metavar="{auto,cpu,cuda[:N]}",
         help="where the networks run (default: auto, a GPU if there is one)",
     )
-    performance.add_argument(
+    group.add_argument(
         "--n-gpu-procs",
         type=_positive_int,
         default=1,
         metavar="N",
         help="restorations at once on the GPU (default: 1)",
     )
-    performance.add_argument(
+    group.add_argument(
         "--nprocs",
         "--nthreads",
         "--n-cpus",
+        "--n_cpus",
         type=_positive_int,
         metavar="N",
         help="processors for all steps together (default: all that this process may use)",
     )
-    performance.add_argument(
+    group.add_argument(
         "--omp-nthreads",
         type=_positive_int,
         metavar="N",
         help="threads of one step (default: --nprocs, at most 8); results are reproducible bit "
         "by bit for one machine and one number of threads",
     )
-    performance.add_argument(
+    group.add_argument(
         "--mem",
         "--mem-mb",
+        "--mem_mb",
+        dest="mem_gb",
         type=_memory,
         metavar="SIZE",
         help="memory that the steps may claim together: 8G, 8000M, 8000 (MB) "
         "(default: nine tenths of what there is)",
     )
-
-    performance.add_argument(
+    group.add_argument(
+        "--low-mem",
+        action="store_true",
+        help="never claim more memory at once than the largest step needs",
+    )
+    group.add_argument(
         "--use-plugin",
         "--nipype-plugin-file",
         dest="plugin_file",
@@ -215,16 +302,39 @@ def build_parser() -> argparse.ArgumentParser:
         "single steps (default: a MultiProc that survives killed workers)",
     )
 
-    other = parser.add_argument_group("other")
-    other.add_argument("--version", action="version", version=f"brainprior {__version__}")
-    other.add_argument(
+
+def _subset_options(group: Group) -> None:
+    only = group.add_mutually_exclusive_group()
+    only.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what would be done, scan by scan, with time and memory; write nothing. One "
+        "network call is timed for it",
+    )
+    only.add_argument(
+        "--boilerplate-only",
+        "--boilerplate_only",
+        action="store_true",
+        help="write the methods text of this command line to logs/CITATION.*, and stop",
+    )
+    only.add_argument(
+        "--reports-only",
+        action="store_true",
+        help="write the reports and tables of what is done again, and stop",
+    )
+
+
+def _other_options(group: Group) -> None:
+    group.add_argument("--version", action="version", version=f"brainprior {__version__}")
+    group.add_argument(
         "-v",
+        "--verbose",
         dest="verbose",
         action="count",
         default=0,
         help="say more: -v tracebacks, -vv what Nipype does",
     )
-    other.add_argument(
+    group.add_argument(
         "-w",
         "--work-dir",
         type=Path,
@@ -232,23 +342,108 @@ def build_parser() -> argparse.ArgumentParser:
         help="intermediate files; a later run goes on from them "
         f"(default: {WORK_DIR}, hidden in output_dir)",
     )
-    other.add_argument(
-        "--dry-run", action="store_true", help="say what would be done, scan by scan, and stop"
+    group.add_argument(
+        "--clean-workdir",
+        action="store_true",
+        help="remove what earlier runs left in the work folder first; nothing else in it",
     )
-    other.add_argument(
+    group.add_argument(
+        "--config-file",
+        type=Path,
+        metavar="FILE",
+        help="settings of an earlier run, sub-XX/log/RUN/brainprior.toml, or some of them; what "
+        "is on the command line comes first. Folders and level are not taken from it",
+    )
+    group.add_argument(
+        "--resource-monitor",
+        action="store_true",
+        help="write processors and memory in use, second by second, to logs/RUN_resources.tsv "
+        "(time and peak memory of every step are always recorded)",
+    )
+    group.add_argument(
         "--write-graph",
         action="store_true",
         help="write the graph of the steps to logs/ (an SVG where Graphviz is installed)",
     )
-    other.add_argument(
+    group.add_argument(
         "--stop-on-first-crash", action="store_true", help="stop everything when one scan fails"
     )
-    other.add_argument(
+    group.add_argument(
+        "--debug",
+        action="store_true",
+        help="one step after the other in this process, with tracebacks; stop at the first crash",
+    )
+    group.add_argument(
         "--notrack",
         action="store_true",
         help="accepted for compatibility: brainprior sends nothing anywhere",
     )
-    return parser
+
+
+NOT_IN_CONFIG = (
+    "bids_dir", "output_dir", "analysis_level", "run_uuid", "command", "n_steps",
+    "dry_run", "boilerplate_only", "reports_only",
+)  # fmt: skip
+"""Settings that belong to one run, or follow from others."""
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The options of a command line, those it leaves out from ``--config-file``, then defaults."""
+    parser = build_parser()
+    options = parser.parse_args(list(argv))
+    options.bids_filters = {}
+    if options.config_file is None:
+        return options
+    config = _read_config(options.config_file)
+    tokens = _tokens(parser, config)
+    folders = [str(options.bids_dir), str(options.output_dir), *options.analysis_level]
+    try:
+        base = vars(parser.parse_args([*folders, *tokens]))
+    except UsageError as error:
+        raise UsageError(f"--config-file {options.config_file}: {error}") from error
+    explicit = build_parser()
+    for action in explicit._actions:
+        action.default = argparse.SUPPRESS
+    given = vars(explicit.parse_args(list(argv)))
+    merged = {**base, **given, "bids_filters": {}}
+    if options.bids_filter_file is None:
+        merged["bids_filters"] = config.get("bids_filters", {})
+    return argparse.Namespace(**merged)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = read_table(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--config-file {path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise UsageError(f"--config-file {path}: {error}") from error
+    work, output = config.get("work_dir"), config.get("output_dir")
+    if work is not None and output is not None and work == output / WORK_DIR:
+        del config["work_dir"]  # the default there; here it is inside this output_dir
+    return {key: value for key, value in config.items() if key not in NOT_IN_CONFIG}
+
+
+def _tokens(parser: argparse.ArgumentParser, config: dict[str, Any]) -> list[str]:
+    """Settings as the command line would say them."""
+    tokens = []
+    for action in parser._actions:
+        if action.dest not in config or not action.option_strings:
+            continue
+        option, value = action.option_strings[-1], config[action.dest]
+        if isinstance(value, bool):
+            tokens += [option] * value
+        elif action.dest == "verbose":
+            tokens += [option] * int(value)
+        elif action.dest == "mem_gb":
+            tokens += [option, f"{value}G"]
+        elif isinstance(value, dict):
+            tokens += [option, *(f"{name}={path}" for name, path in value.items())] * bool(value)
+        elif isinstance(value, tuple):
+            tokens += [option, *value] * bool(value)
+        else:
+            tokens += [option, str(value)]
+    return tokens
 
 
 def parse_settings(argv: Sequence[str]) -> Settings:
@@ -261,18 +456,13 @@ def parse_settings(argv: Sequence[str]) -> Settings:
     SystemExit
         After ``--help`` and ``--version``.
     """
-    options = build_parser().parse_args(list(argv))
+    options = _parse(argv)
     if options.task != "restore":
         raise UsageError(
             f"--task {options.task} is not available in this version ({__version__}); "
             "use --task restore."
         )
-    modalities = tuple(dict.fromkeys(options.modalities)) or MODALITIES
-    unknown = [suffix for suffix in modalities if suffix not in MODALITIES]
-    if unknown:
-        raise UsageError(
-            f"--modalities: no prior for {', '.join(unknown)}; known are {', '.join(MODALITIES)}."
-        )
+    modalities = _modalities(options.modalities, options.ignore)
     bids_dir = options.bids_dir.absolute()
     output_dir = options.output_dir.absolute()
     work_dir = (options.work_dir or options.output_dir / WORK_DIR).absolute()
@@ -292,42 +482,70 @@ def parse_settings(argv: Sequence[str]) -> Settings:
                 f"{options.n_samples} makes no sense. Leave it out, or use --sampler exact."
             )
         defaults = {**defaults, "n_samples": 1}
+    filters = (
+        read_filters(options.bids_filter_file, modalities)
+        if options.bids_filter_file
+        else {key: value for key, value in options.bids_filters.items() if key in modalities}
+    )
     return Settings(
         bids_dir=bids_dir,
         output_dir=output_dir,
         work_dir=work_dir,
+        analysis_level=tuple(level for level in LEVELS if level in options.analysis_level),
         participant_label=_labels(options.participant_label, "sub-"),
         session_label=_labels(options.session_label, "ses-"),
         run_id=_runs(options.run_id),
         modalities=modalities,
-        bids_filters=(
-            read_filters(options.bids_filter_file, modalities) if options.bids_filter_file else {}
-        ),
+        bids_filters=filters,
+        bids_database_dir=_absolute(options.bids_database_dir),
+        derivatives=dict(options.derivatives),
         skip_bids_validation=options.skip_bids_validation,
         task=options.task,
         sampler=options.sampler,
         n_samples=options.n_samples or defaults["n_samples"],
         n_steps=defaults["n_steps"],
         save_samples=options.save_samples,
-        prior=options.prior.absolute() if options.prior else None,
-        slice_thickness_mm=options.slice_thickness,
+        output_spaces=tuple(s for s in SPACES if s in options.output_spaces) or SPACES,
+        prior=_absolute(options.prior),
+        slice_thickness_mm=options.slice_thickness_mm,
         random_seed=options.random_seed,
         # a job of a scheduler sees another machine's devices than this process
         device=options.device if plugin.is_batch else resources.resolve_device(options.device),
         n_gpu_procs=options.n_gpu_procs,
         nprocs=nprocs,
         omp_nthreads=min(options.omp_nthreads or min(nprocs, 8), nprocs),
-        mem_gb=options.mem or resources.available_memory_gb(),
-        plugin_file=options.plugin_file.absolute() if options.plugin_file else None,
+        mem_gb=options.mem_gb or resources.available_memory_gb(),
+        low_mem=options.low_mem,
+        plugin_file=_absolute(options.plugin_file),
         force=options.force,
         sloppy=options.sloppy,
         dry_run=options.dry_run,
-        stop_on_first_crash=options.stop_on_first_crash,
+        boilerplate_only=options.boilerplate_only,
+        reports_only=options.reports_only,
+        clean_workdir=options.clean_workdir,
+        resource_monitor=options.resource_monitor,
+        debug=options.debug,
+        stop_on_first_crash=options.stop_on_first_crash or options.debug,
         write_graph=options.write_graph,
-        verbose=options.verbose,
+        verbose=max(options.verbose, 1) if options.debug else options.verbose,
         run_uuid=new_run_uuid(),
         command=("brainprior", *argv),
     )
+
+
+def _modalities(asked: Sequence[str], ignored: Sequence[str]) -> tuple[str, ...]:
+    modalities = tuple(dict.fromkeys(asked)) or MODALITIES
+    unknown = [suffix for suffix in modalities if suffix not in MODALITIES]
+    if unknown:
+        raise UsageError(
+            f"--modalities: no prior for {', '.join(unknown)}; known are {', '.join(MODALITIES)}."
+        )
+    left = tuple(suffix for suffix in modalities if suffix.lower() not in ignored)
+    if not left:
+        raise UsageError(
+            f"--ignore {' '.join(ignored)} leaves nothing of {', '.join(modalities)} to process."
+        )
+    return left
 
 
 def check_paths(bids_dir: Path, output_dir: Path, work_dir: Path) -> None:
@@ -370,6 +588,38 @@ def _runs(given: Sequence[str]) -> tuple[str, ...]:
         if not run.isdigit():
             raise UsageError(f"--run-id: a run is a whole number such as 1 or 02, got {run!r}.")
     return runs
+
+
+def _absolute(path: Path | None) -> Path | None:
+    return path.absolute() if path is not None else None
+
+
+def _derivative(text: str) -> tuple[str, str]:
+    """``NAME=PATH`` or ``PATH`` -> name and absolute path of a derivative data set."""
+    name, equals, rest = text.partition("=")
+    path = Path(rest if equals else text).absolute()
+    if not (path / "dataset_description.json").is_file():
+        raise argparse.ArgumentTypeError(
+            f"{path} is no BIDS data set: it has no dataset_description.json"
+        )
+    name = name if equals else re.sub(r"[^a-zA-Z0-9]", "", path.name)
+    if not re.fullmatch(r"[a-zA-Z0-9]+", name) or name == "raw":
+        raise argparse.ArgumentTypeError(
+            f"{name!r} is no name for a data set: letters and digits, and not 'raw'"
+        )
+    return name, str(path)
+
+
+def _space(text: str) -> str:
+    """``anat``, ``T1w`` … or ``MNI305``, with or without ``:res-1``."""
+    name, _, resolution = text.partition(":")
+    space = "anat" if name in ("anat", *MODALITIES) else name
+    if space not in SPACES or resolution not in ("", "res-1"):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not among {', '.join(SPACES)} (1 mm). Another template needs a "
+            "nonlinear registration: run fMRIPrep on the result"
+        )
+    return space
 
 
 def _positive_int(text: str) -> int:

@@ -12,7 +12,8 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,20 @@ from brainprior_bids import __version__
 from brainprior_bids.bids import status
 from brainprior_bids.bids.derivatives import check_output, write_dataset_files
 from brainprior_bids.bids.files import write_text
-from brainprior_bids.bids.names import output_names, scan_seed
-from brainprior_bids.bids.provenance import fingerprint, sha256_file, write_run
+from brainprior_bids.bids.names import scan_seed
+from brainprior_bids.bids.provenance import (
+    changed_outputs,
+    fingerprint,
+    sha256_file,
+    write_run,
+)
 from brainprior_bids.bids.query import Scan, check_dataset, find_scans
 from brainprior_bids.bids.validate import find_validator, validate_scans
 from brainprior_bids.cli.environment import prepare_environment
+from brainprior_bids.cli.monitor import ResourceMonitor
 from brainprior_bids.cli.parser import parse_settings
 from brainprior_bids.cli.plugin_file import read_plugin_file
+from brainprior_bids.cli.progress import Progress
 from brainprior_bids.engine.errors import BrainpriorError, UsageError, WeightsError
 from brainprior_bids.settings import Settings
 
@@ -56,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from brainprior_bids.cli.slurm_script import slurm_script
 
             return slurm_script(arguments[1:])
+        if arguments[:1] == ["verify"]:
+            return verify(arguments[1:])
         return run(parse_settings(arguments))
     except UsageError as error:
         print(f"brainprior: error: {error}", file=sys.stderr)
@@ -89,35 +99,153 @@ def train(argv: Sequence[str]) -> int:
     return int(options.trainer(options))
 
 
+def verify(argv: Sequence[str]) -> int:
+    """``brainprior verify OUT``: compare every output with its recorded SHA-256."""
+    parser = argparse.ArgumentParser(
+        prog="brainprior verify",
+        description="Compare every output with the SHA-256 in its provenance; exit 1 if one "
+        "changed or is missing.",
+    )
+    parser.add_argument("output_dir", type=Path)
+    options = parser.parse_args(list(argv))
+    changes, checked = changed_outputs(options.output_dir)
+    if not checked:
+        raise UsageError(f"{options.output_dir} has no provenance to verify (prov/*_ent.json).")
+    for path, what in changes.items():
+        print(f"{what}\t{path}")
+    print(f"{checked} file(s) checked, {len(changes)} not as they were written.")
+    return 1 if changes else 0
+
+
 def run(settings: Settings) -> int:
-    """Restore what the settings ask for; the exit code."""
+    """Do what the settings ask for; the exit code."""
     LOG.setLevel(logging.DEBUG if settings.verbose else logging.INFO)
     raw = check_dataset(settings.bids_dir)
-    scans = find_scans(settings)
-    if settings.dry_run:
-        return _dry_run(scans, settings)
-    check_output(settings.output_dir)
+    if settings.reports_only:
+        return _reports_only(settings)
+    code = 0
+    if "participant" in settings.analysis_level:
+        scans = find_scans(settings)
+        if settings.dry_run:
+            from brainprior_bids.cli.plan import print_plan
+
+            print_plan(scans, settings)
+            return 0
+        check_output(settings.output_dir)
+        code = _participants(scans, settings, raw)
+    elif settings.dry_run or settings.boilerplate_only:
+        raise UsageError("--dry-run and --boilerplate-only are for the participant level.")
+    if "group" in settings.analysis_level and not settings.boilerplate_only:
+        _group(settings)
+    return code
+
+
+def _participants(scans: Sequence[Scan], settings: Settings, raw: dict[str, Any]) -> int:
+    """The participant level; 0 if every requested scan is done."""
+    if settings.clean_workdir:
+        _clean(settings.work_dir)
     prepare_environment(settings)
-    if not settings.skip_bids_validation:
-        _validate(scans, settings)
-    weights = _weights(settings)
-    write_dataset_files(settings.output_dir, bids_dir=settings.bids_dir, raw=raw)
-    LOG.info("brainprior %s, run %s", __version__, settings.run_uuid)
-    LOG.info(
-        "%d scan(s) of %d participant(s); %s, %d processor(s), %d thread(s) a step",
-        len(scans),
-        len({scan.subject for scan in scans}),
-        settings.device,
-        settings.nprocs,
-        settings.omp_nthreads,
-    )
-    jobs = _plan(scans, settings, {role: digest for role, (_, digest) in weights.items()})
-    if jobs:
-        write_run(settings)
-        _execute(jobs, settings, {role: path for role, (path, _) in weights.items()})
+    log_file = _log_to_file(settings.output_dir / "logs" / f"{settings.run_uuid}.log")
+    try:
+        if not settings.skip_bids_validation and not settings.boilerplate_only:
+            _validate(scans, settings)
+        weights = _weights(settings)
+        if settings.boilerplate_only:
+            return _boilerplate_only(scans, settings, weights)
+        write_dataset_files(
+            settings.output_dir,
+            bids_dir=settings.bids_dir,
+            raw=raw,
+            derivatives=settings.derivatives,
+        )
+        LOG.info("brainprior %s, run %s", __version__, settings.run_uuid)
+        LOG.info(
+            "%d scan(s) of %d participant(s); %s, %d processor(s), %d thread(s) a step",
+            len(scans),
+            len({scan.subject for scan in scans}),
+            settings.device,
+            settings.nprocs,
+            settings.omp_nthreads,
+        )
+        jobs = _plan(scans, settings, {role: digest for role, (_, digest) in weights.items()})
+        if jobs:
+            write_run(settings)
+            _execute(jobs, settings, {role: path for role, (path, _) in weights.items()})
+        status.rebuild_status(settings.output_dir)
+        reports_made = _reports({scan.subject for scan in scans}, settings)
+        return _conclude(scans, settings) or (0 if reports_made else 1)
+    finally:
+        LOG.removeHandler(log_file)
+        log_file.close()
+
+
+def _reports_only(settings: Settings) -> int:
+    """Write table, reports and methods text again, from what is in the output folder."""
+    subjects = {
+        str(summary["subject"])
+        for summary in status.read_summaries(settings.output_dir)
+        if not settings.participant_label or summary["subject"] in settings.participant_label
+    }
+    if not subjects:
+        raise UsageError(
+            f"--reports-only: nothing is done in {settings.output_dir} for the participants "
+            "that were asked for."
+        )
+    check_output(settings.output_dir)
     status.rebuild_status(settings.output_dir)
-    reports_made = _reports(scans, settings)
-    return _conclude(scans, settings) or (0 if reports_made else 1)
+    made = True
+    if "participant" in settings.analysis_level:
+        made = _reports(subjects, settings)
+    if "group" in settings.analysis_level:
+        _group(settings)
+    LOG.info("%d report(s) in %s", len(subjects), settings.output_dir)
+    return 0 if made else 1
+
+
+def _group(settings: Settings) -> None:
+    from brainprior_bids.reports.group import build_group
+
+    written = build_group(settings.output_dir)
+    if not written:
+        raise UsageError(
+            f"group: no scan is done in {settings.output_dir}. Run the participant level first."
+        )
+    for path in written:
+        LOG.info("group: %s", path)
+
+
+def _boilerplate_only(
+    scans: Sequence[Scan], settings: Settings, weights: dict[str, tuple[Path, str]]
+) -> int:
+    """Write the methods text of what these settings would do."""
+    from brainprior_bids.engine.weights import read_weights
+    from brainprior_bids.reports.methods import Method, card, write_citation
+
+    cards = {role: card(read_weights(path, kind=role)[1]) for role, (path, _) in weights.items()}
+    methods = [
+        Method(
+            suffix=scan.name.suffix,
+            task=settings.task,
+            sampler=settings.sampler,
+            n_samples=settings.n_samples,
+            calls=settings.n_steps * (5 if settings.sampler == "daps" else 1),
+            version=__version__,
+            **cards,
+        )
+        for scan in scans
+        if scan.problem is None
+    ]
+    for path in write_citation(settings.output_dir / "logs", methods):
+        LOG.info("%s", path)
+    return 0
+
+
+def _clean(work_dir: Path) -> None:
+    """Remove what brainprior makes in a work folder, and nothing else."""
+    for name in ("brainprior_wf", "home"):
+        shutil.rmtree(work_dir / name, ignore_errors=True)
+    for left in work_dir.glob("validate-*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _validate(scans: Sequence[Scan], settings: Settings) -> None:
@@ -210,7 +338,7 @@ def _execute(jobs: Sequence[Any], settings: Settings, weights: dict[str, Path]) 
     """Build the graph, run it, and give every scan that did not end a summary saying why."""
     from brainprior_bids.interfaces.base import FAILURE
     from brainprior_bids.workflows.base import configure_nipype, init_brainprior_wf
-    from brainprior_bids.workflows.scan import log_dir
+    from brainprior_bids.workflows.scan import expected_work, log_dir
 
     for subject in {job.scan.subject for job in jobs}:
         write_text(log_dir(settings, subject) / "brainprior.toml", settings.to_toml())
@@ -236,17 +364,29 @@ def _execute(jobs: Sequence[Any], settings: Settings, weights: dict[str, Path]) 
             failure.unlink()
     for job in jobs:
         _write_running(job.scan, settings)
-    pool = _make_plugin(workflow, settings, Progress(jobs))
+    names = {f"{job.scan.name.node_name}_wf": job.scan.name.stem for job in jobs}
+    progress = Progress(names, dict(zip(names, folders, strict=True)), expected_work(settings))
+    monitor = (
+        ResourceMonitor(
+            settings.output_dir / "logs" / f"{settings.run_uuid}_resources.tsv",
+            lambda: progress.running,
+        )
+        if settings.resource_monitor
+        else nullcontext()
+    )
     crashed: Exception | KeyboardInterrupt | None = None
-    try:
-        workflow.run(plugin=pool)
-    except Exception as error:  # Nipype re-raises the first failed node's, whatever it was
-        crashed = error
-        LOG.debug("the graph ended with an error", exc_info=True)
-    except KeyboardInterrupt as interrupt:
-        crashed = interrupt
-    finally:  # after an interrupt, and with --stop-on-first-crash, nodes may still be running
-        pool.stop()
+    with progress, monitor:
+        pool = _make_plugin(workflow, settings, progress)
+        try:
+            workflow.run(plugin=pool)
+        except Exception as error:  # Nipype re-raises the first failed node's, whatever it was
+            crashed = error
+            LOG.debug("the graph ended with an error", exc_info=True)
+        except KeyboardInterrupt as interrupt:
+            crashed = interrupt
+        finally:  # after an interrupt, and with --stop-on-first-crash, nodes may still be running
+            if not settings.debug:
+                pool.stop()
     for job, folder in zip(jobs, folders, strict=True):
         summary = status.read_summary(settings.output_dir, job.scan.name.stem)
         if summary is None or summary["status"] == "running":
@@ -278,10 +418,14 @@ def _write_running(scan: Scan, settings: Settings) -> None:
 
 def _make_plugin(workflow: Any, settings: Settings, progress: Progress) -> Any:
     """Our own pool, or the scheduler that ``--nipype-plugin-file`` names."""
+    from nipype.pipeline.plugins import LinearPlugin
+
     from brainprior_bids.workflows.cluster import make_batch_plugin
     from brainprior_bids.workflows.plugin import SurvivingPool
-    from brainprior_bids.workflows.scan import NODES
+    from brainprior_bids.workflows.scan import MEMORY_GB, NODES
 
+    if settings.debug:
+        return LinearPlugin(plugin_args={"status_callback": progress})
     file = read_plugin_file(settings.plugin_file)
     if file.is_batch:
         return make_batch_plugin(
@@ -294,7 +438,7 @@ def _make_plugin(workflow: Any, settings: Settings, progress: Progress) -> Any:
         )
     arguments = {
         "n_procs": settings.nprocs,
-        "memory_gb": settings.mem_gb,
+        "memory_gb": max(MEMORY_GB.values()) if settings.low_mem else settings.mem_gb,
         "n_gpu_procs": settings.n_gpu_procs if settings.use_gpu else 0,
         "raise_insufficient": False,
         "mp_context": "forkserver",
@@ -313,34 +457,6 @@ def _records(folder: Path) -> list[dict[str, Any]]:
 
     paths = (folder / name / RECORD for name in NODES)
     return [read_json(path) for path in paths if path.exists()]
-
-
-class Progress:
-    """Says which step of which scan began and ended, and how much is left."""
-
-    def __init__(self, jobs: Sequence[Any]) -> None:
-        from brainprior_bids.workflows.scan import NODES
-
-        self._names = {f"{job.scan.name.node_name}_wf": job.scan.name.stem for job in jobs}
-        self._nodes = NODES
-        self._total = len(jobs) * len(NODES)
-        self._ended = 0
-        self._running: set[str] = set()
-
-    def __call__(self, node: Any, event: str) -> None:
-        *_, scan, step = node.fullname.split(".")
-        if step not in self._nodes:
-            return
-        if event == "start":
-            self._running.add(node.fullname)
-            LOG.info("%s: %s …", self._names[scan], step)
-            return
-        if node.fullname not in self._running:  # never started, because one before it failed
-            return
-        self._running.remove(node.fullname)
-        self._ended += 1
-        what = "done" if event == "end" else "FAILED"
-        LOG.info("[%d/%d] %s: %s %s", self._ended, self._total, self._names[scan], step, what)
 
 
 def _why(
@@ -441,18 +557,25 @@ def _summary(scan: Scan, settings: Settings) -> dict[str, Any]:
     }
 
 
-def _reports(scans: Sequence[Scan], settings: Settings) -> bool:
-    """One HTML page a participant; False if one could not be made."""
+def _reports(subjects: Iterable[str], settings: Settings) -> bool:
+    """One HTML page a participant and the methods text; False if one could not be made."""
+    from brainprior_bids.reports.methods import of_summary, write_citation
     from brainprior_bids.reports.subject import build_subject_report
 
     made = True
-    for subject in sorted({scan.subject for scan in scans}):
+    for subject in sorted(subjects):
         try:
             build_subject_report(settings.output_dir, subject)
         except Exception as error:  # the images are there: say it, and go on
             LOG.error("sub-%s: the report could not be made: %s", subject, error)
             LOG.debug("traceback", exc_info=True)
             made = False
+    done = [
+        summary
+        for summary in status.read_summaries(settings.output_dir)
+        if summary.get("status") in status.FINISHED
+    ]
+    write_citation(settings.output_dir / "logs", [of_summary(summary) for summary in done])
     return made
 
 
@@ -479,26 +602,6 @@ def _conclude(scans: Sequence[Scan], settings: Settings) -> int:
     return 1 if "failed" in states else 0
 
 
-def _dry_run(scans: Sequence[Scan], settings: Settings) -> int:
-    calls = settings.n_samples * settings.n_steps * (5 if settings.sampler == "daps" else 1)
-    for scan in scans:
-        print(
-            f"{scan.relative}  {settings.task}, seed {scan_seed(settings.random_seed, scan.name)}"
-        )
-        if scan.problem:
-            print(f"  would fail: {scan.problem}")
-        names = output_names(
-            scan.name, n_samples=settings.n_samples, save_samples=settings.save_samples
-        )
-        for name in names.values():
-            print(f"  {scan.name.folder}/anat/{name}")
-    print(
-        f"{len(scans)} scan(s), {calls} network calls each ({settings.sampler} sampler), "
-        f"on {settings.device}; nothing was written."
-    )
-    return 0
-
-
 def _log_to_stderr() -> None:
     if not LOG.handlers:
         handler = logging.StreamHandler()
@@ -506,6 +609,15 @@ def _log_to_stderr() -> None:
         LOG.addHandler(handler)
         LOG.propagate = False
     LOG.setLevel(logging.INFO)
+
+
+def _log_to_file(path: Path) -> logging.Handler:
+    """Send every line to a file of this run as well, with its date."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    LOG.addHandler(handler)
+    return handler
 
 
 def _read(path: Path) -> str:

@@ -215,6 +215,7 @@ class Write(MeasuredInterface):
         names = output_names(
             scan.name,
             n_samples=facts["restore"]["n_samples"] if isdefined(inputs.uncertainty) else 1,
+            spaces=inputs.settings["output_spaces"],
             save_samples=bool(samples),
         )
         anat = PurePosixPath(scan.name.folder) / "anat"

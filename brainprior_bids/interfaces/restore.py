@@ -23,6 +23,8 @@ from brainprior_bids.interfaces.base import (
 )
 
 LOG = logging.getLogger("nipype.interface")
+PROGRESS = "progress.json"
+"""In the node's folder while it runs: ``sample`` of ``samples``, ``step`` of ``steps``."""
 
 
 class _RestoreInputSpec(MeasuredInputSpec):
@@ -102,7 +104,7 @@ class Restore(MeasuredInterface):
             seed=self.inputs.seed,
             device=device,
             daps=DapsSettings(n_levels=self.inputs.n_steps),
-            observe=progress(self.inputs.label, self.inputs.n_samples),
+            observe=progress(folder / PROGRESS, self.inputs.label, self.inputs.n_samples),
         )
         facts: dict[str, Any] = {
             "sampler": done.sampler,
@@ -147,10 +149,14 @@ class Restore(MeasuredInterface):
         return [*warnings, *done.warnings]
 
 
-def progress(label: str, n_samples: int) -> Callable[[int, int, float, int], None]:
-    """An observer that logs each quarter of every sample."""
+def progress(path: Path, label: str, n_samples: int) -> Callable[[int, int, float, int], None]:
+    """An observer that writes every step to ``path`` and logs each quarter of every sample."""
 
     def observe(step: int, total: int, sigma: float, sample: int) -> None:
+        write_json(
+            path,
+            {"sample": sample + 1, "samples": n_samples, "step": step + 1, "steps": total},
+        )
         if (step + 1) % max(1, total // 4) == 0:
             LOG.info(
                 "%s: sample %d of %d, step %d of %d (sigma %.3g)",

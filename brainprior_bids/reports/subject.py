@@ -16,11 +16,12 @@ from typing import Any
 
 import jinja2
 
-from brainprior_bids import __version__
 from brainprior_bids.bids.files import read_json
+from brainprior_bids.bids.qc import concerns, metrics
 from brainprior_bids.bids.status import FINISHED, read_summaries
 from brainprior_bids.reports import atlas
 from brainprior_bids.reports.assembler import ScanSection, TextSection, assemble
+from brainprior_bids.reports.methods import methods_text, of_summary, to_html
 
 MISSING = "not recorded"
 Rows = list[tuple[str, str]]
@@ -62,8 +63,8 @@ def build_subject_report(output_dir: Path, subject: str) -> Path:
 
 
 def _summary(scans: Sequence[Mapping[str, Any]]) -> str:
-    titles = ("Scan", "Status", "Voxels (mm)", "Slices", "Sampler", "Misfit", "MNI305 (mm)",
-              "Warnings", "Time", "Memory")  # fmt: skip
+    titles = ("Scan", "Status", "Quality", "Voxels (mm)", "Slices", "Sampler", "Misfit",
+              "MNI305 (mm)", "Warnings", "Time", "Memory")  # fmt: skip
     numbers = {"Misfit", "MNI305 (mm)", "Warnings", "Time", "Memory"}
     rows = []
     for scan in scans:
@@ -76,6 +77,7 @@ def _summary(scans: Sequence[Mapping[str, Any]]) -> str:
                 "status": scan.get("status", MISSING),
                 "has_section": scan.get("status") in FINISHED,
                 "cells": [
+                    _quality(scan),
                     _voxels(scan),
                     _number(acquisition.get("thickness_mm"), ".3g", " mm", none="–"),
                     f"{restore['sampler']}, {_count(restore.get('n_samples', '?'), 'sample')}"
@@ -97,6 +99,12 @@ def _summary(scans: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+def _quality(scan: Mapping[str, Any]) -> str:
+    if scan.get("status") not in FINISHED:
+        return "–"
+    return "look closely" if concerns(metrics(scan)) else "nothing stands out"
+
+
 def _scan(scan: Mapping[str, Any]) -> str:
     groups = [
         ("Input", _input_rows(scan)),
@@ -107,6 +115,7 @@ def _scan(scan: Mapping[str, Any]) -> str:
     return _render(
         "scan.html.j2",
         warnings=scan.get("warnings") or [],
+        concerns=concerns(metrics(scan)),
         groups=groups,
         structures=_structures(scan),
     )
@@ -246,45 +255,11 @@ def _errors(scans: Sequence[Mapping[str, Any]]) -> str:
 def _methods(scans: Sequence[Mapping[str, Any]]) -> str:
     if not scans:
         return "<p>No scan of this participant was restored.</p>"
-    suffixes = [str(scan["scan"]).rpartition("_")[2] for scan in scans]
-    counts = [f"{suffixes.count(suffix)} {suffix}" for suffix in dict.fromkeys(suffixes)]
-    samplers = dict.fromkeys(
-        (
-            _get(scan, "facts", "restore", "sampler"),
-            _get(scan, "facts", "restore", "n_samples"),
-            _get(scan, "facts", "restore", "calls"),
-        )
-        for scan in scans
+    intro = (
+        '<p class="muted">This text states what was done here; copy it into a paper, with the '
+        "references. For all participants, and with BibTeX: logs/CITATION.md.</p>"
     )
-    ways = {
-        "exact": "its inner Langevin steps replaced by an exact Gaussian conditional draw",
-        "daps": "with its inner Langevin steps",
-    }
-    sampler = " and ".join(
-        f", {ways[name]} ({_count(n, 'sample')}, {calls} calls of the network each)"
-        for name, n, calls in samplers
-        if name in ways
-    )
-    scan_word = "scan" if len(scans) == 1 else "scans"
-    return _render(
-        "methods.html.j2",
-        count=f"{' and '.join(counts)} {scan_word}",
-        version=", ".join(dict.fromkeys(str(s.get("version") or __version__) for s in scans)),
-        parcellation=_weights(scans, "parcellation", "weights"),
-        prior=_weights(scans, "restore", "prior"),
-        sampler=sampler,
-    )
-
-
-def _weights(scans: Sequence[Mapping[str, Any]], node: str, key: str) -> str:
-    """`` (weights NAME, SHA-256 abcdef…)``, or nothing where it was not recorded."""
-    cards = [_get(scan, "facts", node, key) or {} for scan in scans]
-    names = dict.fromkeys(
-        f"{card.get('name')}, SHA-256 {str(card.get('sha256'))[:12]}…"
-        for card in cards
-        if card.get("name")
-    )
-    return f" (weights {'; '.join(names)})" if names else ""
+    return intro + to_html(methods_text([of_summary(scan) for scan in scans]))
 
 
 def _provenance(

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``--resource-monitor``: what a run takes of the machine, second by second."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import psutil
+
+COLUMNS = ("seconds", "processes", "cpu_percent", "memory_gb", "running")
+
+
+class ResourceMonitor:
+    """Write processors and resident memory of this process and its workers to a table.
+
+    Parameters
+    ----------
+    path : Path
+        A TSV: seconds since the start, processes, use of processors in per cent of one, resident
+        memory in GiB (shared pages count once a process), steps that run.
+    running : function
+        The steps that run now.
+    interval_s : float
+        Between two rows.
+    """
+
+    def __init__(
+        self, path: Path, running: Callable[[], Sequence[str]], *, interval_s: float = 1.0
+    ) -> None:
+        self._path, self._running, self._interval_s = path, running, interval_s
+        self._stop = threading.Event()
+
+    def __enter__(self) -> ResourceMonitor:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        start = time.monotonic()
+        known: dict[int, psutil.Process] = {}
+        with self._path.open("w", encoding="utf-8", buffering=1) as stream:
+            stream.write("\t".join(COLUMNS) + "\n")
+            while True:
+                known, cpu, memory = _measure(known)
+                cells = (
+                    f"{time.monotonic() - start:.1f}",
+                    str(len(known)),
+                    f"{cpu:.0f}",
+                    f"{memory / 2**30:.3f}",
+                    "; ".join(self._running()) or "n/a",
+                )
+                stream.write("\t".join(cells) + "\n")
+                if self._stop.wait(self._interval_s):
+                    return
+
+
+def _measure(known: dict[int, psutil.Process]) -> tuple[dict[int, psutil.Process], float, int]:
+    """Processes by id (kept, because use of processors is since the last look), use, bytes."""
+    me = psutil.Process()
+    alive: dict[int, psutil.Process] = {}
+    cpu, memory = 0.0, 0
+    for process in (me, *me.children(recursive=True)):
+        process = known.get(process.pid, process)
+        try:
+            cpu += process.cpu_percent()
+            memory += process.memory_info().rss
+        except psutil.NoSuchProcess:  # it ended between the two calls
+            continue
+        alive[process.pid] = process
+    return alive, cpu, memory

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``--dry-run``: what would be done, scan by scan, and what it would take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from brainprior_bids.bids import status
+from brainprior_bids.bids.names import output_names, scan_seed
+from brainprior_bids.bids.query import Scan
+from brainprior_bids.settings import Settings
+
+TIMED = 64
+"""Edge of the block, in voxels, whose network call is timed."""
+BOX_MM = (192, 224, 192)
+"""Largest box around a brain, its margins included, along right, anterior and superior."""
+INNER_SHARE = {"exact": 0.27, "map": 0.27, "daps": 0.0}
+"""Inner solve over network, measured: docs/performance.md. DAPS's own walk is not counted."""
+OTHER_S = 60.0
+"""The steps before and after the restoration together; 20 to 60 s where they were measured."""
+
+
+def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
+    """Print every scan's outputs, seed, time and memory; nothing is written."""
+    from brainprior_bids.workflows.scan import MEMORY_GB
+
+    calls = settings.n_samples * settings.n_steps * (5 if settings.sampler == "daps" else 1)
+    a_voxel = seconds_a_voxel(settings)
+    total = 0.0
+    for scan in scans:
+        seed = scan_seed(settings.random_seed, scan.name)
+        print(f"{scan.relative}  {settings.task}, seed {seed}")
+        if scan.problem:
+            print(f"  would fail: {scan.problem}")
+            continue
+        try:
+            voxels = box_voxels(scan.path)
+        except Exception as error:  # whatever nibabel says of a broken header
+            print(f"  will fail: its header cannot be read ({type(error).__name__})")
+            voxels = 0.0
+        seconds = OTHER_S + calls * voxels * a_voxel * (1 + INNER_SHARE[settings.sampler])
+        previous = status.read_summary(settings.output_dir, scan.name.stem)
+        if previous and previous.get("status") in status.FINISHED and not settings.force:
+            print("  done before: skipped where input and settings are still the same")
+        total += seconds if voxels else 0.0
+        if voxels:
+            print(f"  about {seconds / 60:.0f} min ({voxels / 1e6:.1f} million voxels)")
+        names = output_names(
+            scan.name,
+            n_samples=settings.n_samples,
+            spaces=settings.output_spaces,
+            save_samples=settings.save_samples,
+        )
+        for name in names.values():
+            print(f"  {scan.name.folder}/anat/{name}")
+    memory = max(MEMORY_GB.values())
+    at_once = (
+        settings.n_gpu_procs if settings.use_gpu else settings.nprocs // settings.omp_nthreads
+    )
+    if not settings.low_mem:
+        at_once = max(1, min(at_once, int(settings.mem_gb / memory), len(scans)))
+    else:
+        at_once = 1
+    print(
+        f"{len(scans)} scan(s), {calls} network calls each ({settings.sampler} sampler), on "
+        f"{settings.device}, {at_once} at once: about {total / 60 / at_once:.0f} min and "
+        f"{at_once * memory:.0f} GiB of memory. One network call was timed for this; programs "
+        "that run beside it count. Nothing was written."
+    )
+
+
+def box_voxels(path: Path) -> float:
+    """1 mm voxels that the network sees of a scan, at most: its field of view, or a head's."""
+    image = nib.as_closest_canonical(nib.load(path))
+    size = np.array(image.header.get_zooms()[:3]) * image.shape[:3]
+    return float(np.prod(np.minimum(size, BOX_MM)))
+
+
+def seconds_a_voxel(settings: Settings) -> float:
+    """Time of a network call on this machine, over its voxels."""
+    import torch
+
+    from brainprior_bids.engine.weights import load_prior
+
+    if not settings.use_gpu:
+        torch.set_num_threads(settings.omp_nthreads)
+    device = "cpu" if settings.device == "auto" else settings.device  # a scheduler's job decides
+    prior = load_prior(settings.prior, device=device)
+    shape = (TIMED,) * 3
+    x = torch.zeros((1, 1, *shape), device=device)
+    coordinates = torch.zeros((3, *shape), device=device)
+    taken = []
+    for _ in range(4):  # the first one warms up, others may be disturbed
+        start = time.monotonic()
+        prior.denoise(x, 1.0, coordinates=coordinates, contrast="T1w").cpu()
+        taken.append(time.monotonic() - start)
+    return min(taken) / TIMED**3

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far a run is: one line that changes on a terminal, plain lines everywhere else."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from brainprior_bids.bids.files import read_json
+from brainprior_bids.interfaces.restore import PROGRESS
+
+LOG = logging.getLogger("brainprior")
+INTERVAL_S = 1.0
+
+
+class Progress:
+    """Which step of which scan began and ended, and how far the sampling is.
+
+    Nipype calls it when a node starts and ends. Sampling happens in worker processes; each
+    leaves a small file in its node's folder, which a thread here reads every second.
+
+    Parameters
+    ----------
+    scans : workflow name -> scan
+        Names as the user knows them.
+    folders : workflow name -> Path
+        Of the scan's nodes.
+    work : node -> float
+        Share of a scan's time that a node is expected to take, in any unit.
+    terminal : bool, optional
+        Whether a line may be overwritten; by default, whether stderr is a terminal.
+    """
+
+    def __init__(
+        self,
+        scans: Mapping[str, str],
+        folders: Mapping[str, Path],
+        work: Mapping[str, float],
+        *,
+        terminal: bool | None = None,
+    ) -> None:
+        self._scans, self._folders, self._work = scans, folders, work
+        self._running: dict[str, tuple[str, str]] = {}
+        self._done = 0.0
+        self._ended = 0
+        self._quarter: dict[str, int] = {}
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        shown = sys.stderr.isatty() if terminal is None else terminal
+        self._bar = tqdm(
+            total=len(scans) * sum(work.values()),
+            disable=not shown,
+            smoothing=0,
+            bar_format="{percentage:3.0f} % |{bar:20}| {elapsed}, {remaining} left{postfix}",
+            file=sys.stderr,
+        )
+        self._redirect = logging_redirect_tqdm(loggers=[LOG]) if shown else None
+
+    def __enter__(self) -> Progress:
+        if self._redirect is not None:
+            self._redirect.__enter__()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._bar.close()
+        if self._redirect is not None:
+            self._redirect.__exit__(kind, error, trace)
+
+    @property
+    def running(self) -> Sequence[str]:
+        """``sub-01_T1w restore`` for every step that runs now."""
+        with self._lock:
+            return [f"{self._scans[scan]} {step}" for scan, step in self._running.values()]
+
+    def __call__(self, node: Any, event: str) -> None:
+        *_, scan, step = node.fullname.split(".")
+        if step not in self._work:
+            return
+        name = self._scans[scan]
+        with self._lock:
+            if event == "start":
+                self._running[node.fullname] = (scan, step)
+                LOG.info("%s: %s …", name, step)
+                return
+            if node.fullname not in self._running:  # never started: one before it failed
+                return
+            del self._running[node.fullname]
+            self._ended += 1
+            self._done += self._work[step]
+        what = "done" if event == "end" else "FAILED"
+        total = len(self._scans) * len(self._work)
+        LOG.info("[%d/%d] %s: %s %s", self._ended, total, name, step, what)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(INTERVAL_S):
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Read how far the sampling is, and say it."""
+        with self._lock:
+            running = list(self._running.values())
+            done = self._done
+        shown = []
+        for scan, step in running:
+            text = f"{self._scans[scan]} {step}"
+            at = _sampling(self._folders[scan] / step / PROGRESS) if step == "restore" else None
+            if at is not None:
+                text += f" sample {at['sample']}/{at['samples']} step {at['step']}/{at['steps']}"
+                steps = at["samples"] * at["steps"]
+                so_far = (at["sample"] - 1) * at["steps"] + at["step"]
+                done += self._work[step] * so_far / steps
+                self._say_quarters(scan, text, 4 * so_far // steps)
+            shown.append(text)
+        self._bar.n = done
+        self._bar.set_postfix_str("; ".join(shown[:2]) + (" …" if len(shown) > 2 else ""))
+
+    def _say_quarters(self, scan: str, text: str, quarter: int) -> None:
+        if self._bar.disable and quarter > self._quarter.get(scan, 0):
+            self._quarter[scan] = quarter
+            LOG.info("%s", text)
+
+
+def _sampling(path: Path) -> dict[str, int] | None:
+    try:
+        return read_json(path)
+    except (OSError, ValueError):
+        return None

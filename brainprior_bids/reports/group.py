@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The group level: one table a contrast, and one page over all scans of an output folder.
+
+Only the summaries in ``logs/scans`` are read, no image.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from brainprior_bids import __version__
+from brainprior_bids.bids.files import write_json, write_text
+from brainprior_bids.bids.qc import METRICS, concerns, metrics
+from brainprior_bids.bids.status import FINISHED, read_summaries
+
+OUTLIER = 3.5
+"""Robust z-score from which a scan stands apart from the others of its contrast."""
+FEWEST = 8
+"""With fewer scans of a contrast there is no distribution to stand apart from."""
+WIDTH, HEIGHT = 460, 46
+
+
+def build_group(output_dir: Path) -> list[Path]:
+    """Write ``group_<suffix>.tsv`` with its ``.json``, and ``group.html``.
+
+    Returns
+    -------
+    The files; none where no scan is finished.
+    """
+    rows: dict[str, list[dict[str, Any]]] = {}
+    failed = []
+    for summary in read_summaries(output_dir):
+        if summary.get("status") not in FINISHED:
+            failed.append({"scan": summary["scan"], "message": summary.get("message", "")})
+            continue
+        values = metrics(summary)
+        suffix = str(summary["scan"]).rpartition("_")[2]
+        row = {"bids_name": summary["scan"], "subject": summary["subject"], **values}
+        rows.setdefault(suffix, []).append({**row, "concerns": concerns(values)})
+    if not rows:
+        return []
+    written = []
+    groups = []
+    for suffix, scans in sorted(rows.items()):
+        scores = robust_scores(scans)
+        for scan, score in zip(scans, scores, strict=True):
+            scan["outlier"] = [name for name, z in score.items() if abs(z) > OUTLIER]
+        written.append(write_text(output_dir / f"group_{suffix}.tsv", _tsv(scans)))
+        written.append(write_json(output_dir / f"group_{suffix}.json", _sidecar()))
+        groups.append(_view(suffix, scans))
+    page = _template().render(groups=groups, failed=failed, version=__version__)
+    return [*written, write_text(output_dir / "group.html", page)]
+
+
+def robust_scores(scans: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """Distance of each figure from the median, over 1.4826 times the median absolute deviation.
+
+    Returns
+    -------
+    One mapping a scan; a figure that is missing, that all scans share, or that fewer than
+    ``FEWEST`` scans have is left out.
+    """
+    scores: list[dict[str, float]] = [{} for _ in scans]
+    for name in METRICS:
+        known = [scan[name] for scan in scans if scan[name] is not None]
+        if len(known) < FEWEST:
+            continue
+        middle = statistics.median(known)
+        spread = 1.4826 * statistics.median(abs(value - middle) for value in known)
+        if spread == 0:
+            continue
+        for scan, score in zip(scans, scores, strict=True):
+            if scan[name] is not None:
+                score[name] = (scan[name] - middle) / spread
+    return scores
+
+
+def _tsv(scans: Sequence[Mapping[str, Any]]) -> str:
+    stream = io.StringIO()
+    writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
+    writer.writerow(["bids_name", *METRICS, "concerns", "outlier"])
+    for scan in scans:
+        figures = ["n/a" if scan[n] is None else f"{scan[n]:.6g}" for n in METRICS]
+        texts = ["; ".join(scan[key]) or "n/a" for key in ("concerns", "outlier")]
+        writer.writerow([scan["bids_name"], *figures, *texts])
+    return stream.getvalue()
+
+
+def _sidecar() -> dict[str, Any]:
+    columns = {
+        name: {"Description": metric.description, "Units": metric.units}
+        for name, metric in METRICS.items()
+    }
+    return {
+        "bids_name": {"Description": "the scan, entities and suffix"},
+        **columns,
+        "concerns": {"Description": "limits that the figures pass"},
+        "outlier": {
+            "Description": f"figures whose robust z-score within the contrast is beyond {OUTLIER}"
+        },
+    }
+
+
+def _view(suffix: str, scans: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    figures = []
+    for name, metric in METRICS.items():
+        points = [(scan["bids_name"], scan[name]) for scan in scans if scan[name] is not None]
+        if len({value for _, value in points}) > 1:
+            figures.append({"name": name, "about": metric, "strip": _strip(points, metric)})
+    return {"suffix": suffix, "scans": scans, "columns": METRICS, "figures": figures}
+
+
+def _strip(points: Sequence[tuple[str, float]], metric: Any) -> dict[str, Any]:
+    """A strip plot: one dot a scan, the quartiles, and the limits where they are in sight."""
+    values = [value for _, value in points]
+    low, high = min(values), max(values)
+
+    def x(value: float) -> float:
+        return round(10 + (WIDTH - 20) * (value - low) / (high - low), 1)
+
+    first, middle, third = statistics.quantiles(values, n=4)
+    return {
+        "low": f"{low:.3g}",
+        "high": f"{high:.3g}",
+        "width": WIDTH,
+        "height": HEIGHT,
+        # scatter the dots by a fixed pattern, so that the page is the same every time
+        "dots": [
+            (x(value), round(8 + (n * 0.618034 % 1) * (HEIGHT - 26), 1), name, f"{value:.4g}")
+            for n, (name, value) in enumerate(points)
+        ],
+        "box": (x(max(first, low)), x(min(third, high)), x(middle)),
+        "limits": [x(limit) for limit in (metric.low, metric.high) if limit is not None
+                   and low <= limit <= high],
+    }  # fmt: skip
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(str(files("brainprior_bids") / "data" / "reports")),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template("group.html.j2")

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The methods text: what really ran, for a paper, as Markdown, HTML and LaTeX with references.
+
+It is made from the summaries of finished scans, so it names the samplers, weights and versions
+that were used. The Markdown has citations as pandoc reads them (``[@key]``); keys are those of
+``CITATION.bib``.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from brainprior_bids import __version__
+from brainprior_bids.bids.files import write_text
+
+CITATION = re.compile(r"\[@([A-Za-z0-9]+)\]")
+ESTIMATES = {
+    "exact": "The restored image estimates the posterior mean: it is the average of the "
+    "conditional expectations of the image that the samples' chains passed through.",
+    "daps": "The restored image is the mean of the samples.",
+    "map": "The restored image is a point estimate, without an uncertainty.",
+}
+WAYS = {
+    "exact": "with the inner Langevin walk replaced by the exact draw that it approximates",
+    "daps": "with its inner Langevin walk",
+    "map": "followed from high to low noise without drawing",
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """What one scan's result depends on, as far as a methods section says it."""
+
+    suffix: str
+    task: str
+    sampler: str
+    n_samples: int
+    calls: int
+    version: str
+    prior: str
+    parcellation: str
+
+
+def of_summary(summary: Mapping[str, Any]) -> Method:
+    """From a finished scan's summary."""
+    facts = summary.get("facts") or {}
+    restore = facts.get("restore") or {}
+    parcellation = (facts.get("parcellation") or {}).get("weights") or {}
+    return Method(
+        suffix=str(summary["scan"]).rpartition("_")[2],
+        task=str(summary.get("task", "restore")),
+        sampler=str(restore.get("sampler", "exact")),
+        n_samples=int(restore.get("n_samples", 0)),
+        calls=int(restore.get("calls", 0)),
+        version=str(summary.get("version", __version__)),
+        prior=card(restore.get("prior") or {}),
+        parcellation=card(parcellation),
+    )
+
+
+def card(weights: Mapping[str, Any]) -> str:
+    """``name, SHA-256 abcdef…`` of a weights file's metadata."""
+    return f"{weights.get('name', 'unnamed')}, SHA-256 {str(weights.get('sha256'))[:12]}…"
+
+
+def methods_text(methods: Sequence[Method]) -> str:
+    """The paragraphs, in Markdown."""
+    if not methods:
+        return "No scan was restored.\n"
+    suffixes = [method.suffix for method in methods]
+    counts = " and ".join(f"{suffixes.count(s)} {s}" for s in dict.fromkeys(suffixes))
+    versions = ", ".join(dict.fromkeys(method.version for method in methods))
+    samplers = dict.fromkeys((m.sampler, m.n_samples, m.calls) for m in methods)
+    drawn = "; ".join(
+        f"{WAYS[name]} ({n} {'sample' if n == 1 else 'samples'}, {calls} network calls each)"
+        for name, n, calls in samplers
+    )
+    estimates = " ".join(ESTIMATES[name] for name in dict.fromkeys(m.sampler for m in methods))
+    spread = " Their voxelwise standard deviation is the uncertainty map."
+    if all(method.n_samples < 2 for method in methods):
+        spread = ""
+    priors = "; ".join(dict.fromkeys(method.prior for method in methods))
+    networks = "; ".join(dict.fromkeys(method.parcellation for method in methods))
+    return f"""\
+{counts} {"scan was" if len(methods) == 1 else "scans were"} restored with *brainprior* {versions},
+a BIDS App [@bids] on Nipype {_version("nipype")} [@nipype], nibabel {_version("nibabel")} and
+PyTorch {_version("torch")}.
+
+Each scan was brought to the closest-canonical orientation without resampling. A convolutional
+network trained on synthetic images of label maps, after the recipe of SynthSeg [@synthseg],
+labelled the brain's structures and gave the brain mask (weights {networks}). The bias field was
+estimated by N4 [@n4] inside the mask. An affine transform to MNI305 was fitted by weighted least
+squares to the centres of the structures.
+
+The scan was modelled as *y* = *b* (*A* *x*) + noise, where *x* is the unknown 1 mm image of the
+brain, *A* averages it over the slice profile and the voxels of the scan, and *b* is the bias
+field. Images were drawn from the posterior of *x* under a three-dimensional diffusion prior
+[@edm] [@brain3d] (weights {priors}), in the manner of decoupled annealing posterior sampling
+[@daps], {drawn}. {estimates}{spread} Every scan's random numbers follow from a seed recorded in
+the provenance.
+"""
+
+
+def write_citation(folder: Path, methods: Sequence[Method]) -> list[Path]:
+    """Write ``CITATION.md``, ``.html``, ``.tex`` and ``.bib`` into ``folder``."""
+    text = methods_text(methods)
+    bib = (files("brainprior_bids") / "data" / "reports" / "boilerplate.bib").read_text("utf-8")
+    page = (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8" />'
+        f"<title>brainprior: methods</title></head><body>\n{to_html(text)}</body></html>\n"
+    )
+    return [
+        write_text(folder / "CITATION.md", f"{text}\n## References\n\nSee CITATION.bib.\n"),
+        write_text(folder / "CITATION.html", page),
+        write_text(folder / "CITATION.tex", to_tex(text)),
+        write_text(folder / "CITATION.bib", bib),
+    ]
+
+
+def references() -> dict[str, dict[str, str]]:
+    """Key -> fields (author, title, year …) of ``boilerplate.bib``."""
+    text = (files("brainprior_bids") / "data" / "reports" / "boilerplate.bib").read_text("utf-8")
+    found = {}
+    for entry in re.finditer(r"@\w+\{(\w+),(.*?)\n\}", text, re.DOTALL):
+        found[entry[1]] = dict(re.findall(r"(\w+) = \{(.*?)\},?\n", entry[2] + "\n"))
+    return found
+
+
+def to_html(text: str) -> str:
+    """Paragraphs with numbered citations, and the list of references."""
+    order = list(dict.fromkeys(CITATION.findall(text)))
+    body = CITATION.sub(lambda m: f"[{order.index(m[1]) + 1}]", html.escape(text.strip()))
+    body = re.sub(r"\*(.+?)\*", r"<em>\1</em>", body)
+    paragraphs = "".join(f"<p>{part}</p>\n" for part in body.split("\n\n"))
+    if not order:
+        return paragraphs
+    known = references()
+    items = []
+    for key in order:
+        entry = {name: html.escape(value) for name, value in known[key].items()}
+        url = entry.get("url") or f"https://doi.org/{entry['doi']}"
+        author = f"{entry['author']}. " if "author" in entry else ""
+        where = f" <em>{entry['journal']}</em>," if "journal" in entry else ""
+        shown = url.replace("https://arxiv.org/abs/", "arXiv:").replace("https://doi.org/", "doi:")
+        text = f"{author}{entry['title']}.{where} {entry['year']}."
+        items.append(f'<li>{text} <a href="{url}">{shown}</a></li>')
+    return paragraphs + "<ol>\n" + "\n".join(items) + "\n</ol>\n"
+
+
+def to_tex(text: str) -> str:
+    """A fragment for ``\\\\input``, with ``\\\\cite`` commands."""
+    for plain, escaped in (("%", r"\%"), ("&", r"\&"), ("_", r"\_"), ("…", r"\ldots{}")):
+        text = text.replace(plain, escaped)
+    text = re.sub(r"\*(.+?)\*", r"\\emph{\1}", text)
+    return CITATION.sub(r"\\cite{\1}", text)
+
+
+def _version(package: str) -> str:
+    return version(package)

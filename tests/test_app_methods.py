@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The methods text names what ran, in four formats that agree."""
+
+from __future__ import annotations
+
+import re
+
+from lxml import html
+
+from brainprior_bids.reports.methods import (
+    CITATION,
+    Method,
+    methods_text,
+    references,
+    to_html,
+    write_citation,
+)
+
+ONE = Method("T1w", "restore", "exact", 4, 20, "9.8.7", "p_1, SHA-256 ab…", "n, SHA-256 cd…")
+MAP = Method("T2w", "restore", "map", 1, 20, "9.8.7", "p_1, SHA-256 ab…", "n, SHA-256 cd…")
+
+
+def test_what_ran_and_nothing_else():
+    text = " ".join(methods_text([ONE]).split())
+    assert "1 T1w scan was restored with *brainprior* 9.8.7" in text
+    assert "(4 samples, 20 network calls each)" in text
+    assert "conditional expectations" in text
+    assert "uncertainty map" in text
+    point = " ".join(methods_text([MAP]).split())
+    assert "without an uncertainty" in point
+    assert "standard deviation" not in point
+    assert "Langevin" not in point
+    both = " ".join(methods_text([ONE, MAP]).split())
+    assert "1 T1w and 1 T2w scans were" in both
+
+
+def test_every_citation_has_its_reference():
+    known = references()
+    assert set(CITATION.findall(methods_text([ONE]))) == set(known)
+    for entry in known.values():
+        assert {"title", "year"} <= set(entry)
+        assert ("doi" in entry) != ("url" in entry)
+
+
+def test_html_numbers_the_references_in_order():
+    page = html.fromstring(f"<div>{to_html(methods_text([ONE]))}</div>")
+    numbers = [int(n) for n in re.findall(r"\[(\d+)\]", page.text_content())]
+    first = list(dict.fromkeys(numbers))
+    assert first == list(range(1, len(page.xpath("//ol/li")) + 1))
+    assert "*" not in page.text_content()
+
+
+def test_four_files(tmp_path):
+    names = [path.name for path in write_citation(tmp_path, [ONE])]
+    assert names == ["CITATION.md", "CITATION.html", "CITATION.tex", "CITATION.bib"]
+    tex = (tmp_path / "CITATION.tex").read_text()
+    assert r"\cite{synthseg}" in tex
+    assert r"p\_1" in tex
+    assert "[@" not in tex
+    bib = (tmp_path / "CITATION.bib").read_text()
+    cited = set(re.findall(r"\\cite\{(\w+)\}", tex))
+    assert cited <= set(re.findall(r"@\w+\{(\w+),", bib))

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is said while a run goes on, and what --resource-monitor writes."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from brainprior_bids.bids.files import write_json
+from brainprior_bids.cli.monitor import ResourceMonitor
+from brainprior_bids.cli.progress import Progress
+from brainprior_bids.interfaces.restore import PROGRESS, progress
+
+
+@pytest.fixture
+def lines(monkeypatch):
+    """Lines of the program's log."""
+    found: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: found.append(record.getMessage())
+    log = logging.getLogger("brainprior")
+    log.addHandler(handler)
+    monkeypatch.setattr(log, "level", logging.INFO)
+    yield found
+    log.removeHandler(handler)
+
+
+def make(folder: Path, *, terminal: bool) -> Progress:
+    work = {"conform": 1.0, "restore": 9.0}
+    return Progress({"a_wf": "sub-01_T1w"}, {"a_wf": folder}, work, terminal=terminal)
+
+
+def node(step: str) -> SimpleNamespace:
+    return SimpleNamespace(fullname=f"brainprior_wf.a_wf.{step}")
+
+
+def test_plain_lines_where_there_is_no_terminal(tmp_path, lines):
+    said = make(tmp_path, terminal=False)
+    said(node("conform"), "start")
+    said(node("conform"), "end")
+    said(node("restore"), "start")
+    observe = progress(tmp_path / "restore" / PROGRESS, "sub-01_T1w", 2)
+    (tmp_path / "restore").mkdir()
+    for step in range(4):
+        observe(step, 4, 1.0, 0)
+        said.refresh()
+    assert said.running == ["sub-01_T1w restore"]
+    said(node("restore"), "exception")
+    said(node("unknown"), "start")
+    assert lines == [
+        "sub-01_T1w: conform …",
+        "[1/2] sub-01_T1w: conform done",
+        "sub-01_T1w: restore …",
+        "sub-01_T1w restore sample 1/2 step 2/4",
+        "sub-01_T1w restore sample 1/2 step 4/4",
+        "[2/2] sub-01_T1w: restore FAILED",
+    ]
+    assert said.running == []
+
+
+def test_one_line_on_a_terminal(tmp_path, capsys, lines):
+    with make(tmp_path, terminal=True) as said:
+        said(node("conform"), "start")
+        said(node("conform"), "end")
+        said(node("restore"), "start")
+        write_json(
+            tmp_path / "restore" / PROGRESS,
+            {"sample": 2, "samples": 2, "step": 1, "steps": 4},
+        )
+        said.refresh()
+    shown = capsys.readouterr().err
+    # 1 of 10 for conform, 9 * 5/8 of the sampling
+    assert " 66 % |" in shown
+    assert "left, sub-01_T1w restore sample 2/2 step 1/4" in shown
+
+
+def test_the_machine_is_watched(tmp_path):
+    path = tmp_path / "logs" / "r.tsv"
+    with ResourceMonitor(path, lambda: ["sub-01_T1w n4"], interval_s=0.02):
+        time.sleep(0.1)
+    header, first, *_ = path.read_text().splitlines()
+    assert header == "seconds\tprocesses\tcpu_percent\tmemory_gb\trunning"
+    seconds, processes, _, memory, running = first.split("\t")
+    assert float(seconds) < 5
+    assert int(processes) >= 1
+    assert 0.01 < float(memory) < 64
+    assert running == "sub-01_T1w n4"
