@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -157,3 +158,26 @@ def test_a_filter_file_is_read(tmp_path):
     assert read_filters(path, ("T1w", "T2w")) == {"T1w": {"session": None}}
     with pytest.raises(UsageError, match="cannot be read"):
         read_filters(Path(tmp_path / "no.json"), ("T1w",))
+
+
+def test_a_database_is_made_once_and_read_afterwards(settings, dataset, tmp_path):
+    kept = replace(settings, bids_database_dir=tmp_path / "index")
+    everything = names(find_scans(settings))
+    one = replace(kept, participant_label=("02",))
+    assert names(find_scans(one)) == [FILES[6]]
+    made = (tmp_path / "index" / "layout_index.sqlite").stat().st_mtime_ns
+    (dataset / "sub-01" / "ses-a" / "anat" / "sub-01_ses-a_T1w.json").write_text("{broken")
+    assert names(find_scans(kept)) == everything  # not read again
+    assert (tmp_path / "index" / "layout_index.sqlite").stat().st_mtime_ns == made
+    (dataset / FILES[6]).unlink()
+    (scan,) = find_scans(one)
+    assert "--bids-database-dir" in scan.problem
+
+
+def test_a_database_of_another_data_set_is_refused(settings, dataset, tmp_path):
+    kept = replace(settings, bids_database_dir=tmp_path / "index")
+    find_scans(kept)
+    other = tmp_path / "other"
+    shutil.copytree(dataset, other)
+    with pytest.raises(UsageError, match=r"--bids-database-dir"):
+        find_scans(replace(kept, bids_dir=other))
