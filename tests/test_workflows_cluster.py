@@ -92,7 +92,7 @@ def workflow(tmp_path, names, name="wf"):
 def plugin(graph, name="SLURM", events=None, **step_args):
     return make_batch_plugin(
         name,
-        plugin_args={"sbatch_args": "--oversubscribe --mem={mem_mb}M -c {threads}", "max_jobs": 5},
+        plugin_args={"sbatch_args": "--oversubscribe --mem={mem_mb}M -c {threads}"},
         step_args=step_args,
         workflow=graph,
         status_callback=lambda node, event: (events if events is not None else []).append(

@@ -214,7 +214,8 @@ class WaitingGraph(plugins.SLURMGraphPlugin):
     """SLURMGraph that waits for its jobs."""
 
     def __init__(self, plugin_args: dict[str, Any], *, tag: str) -> None:
-        super().__init__(plugin_args=plugin_args)
+        # Nipype sets its own default for this only where there are other arguments
+        super().__init__(plugin_args={"dont_resubmit_completed_jobs": False, **plugin_args})
         self._tag = tag
 
     def _submit_graph(self, pyfiles: Any, dependencies: Any, nodes: Any) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``brainprior selftest``: is everything that a run needs installed, and does it compute?
 
-A container's build ends with it. It needs no data, no network and no folder to write to.
+A container's build ends with it. It needs no data and no network.
 """
 
 from __future__ import annotations
