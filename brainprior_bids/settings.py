@@ -54,8 +54,6 @@ class Settings:
     device : str
         ``cpu`` or ``cuda:N``; ``auto`` is resolved before a run starts, or, where the steps are
         jobs of a scheduler, by the restoration itself.
-    plugin_file : Path or None
-        Which of Nipype's plugins runs the steps; None is our own pool.
     nprocs, omp_nthreads, n_gpu_procs : int
         Processors in all, threads of one node, restorations at once on the GPU.
     mem_gb : float

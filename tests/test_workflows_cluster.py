@@ -223,7 +223,8 @@ def test_the_script_submits_one_task_a_participant(tmp_path, raw, monkeypatch):
         text=True,
         check=True,
     )
-    assert "array job 7\n" in done.stdout
+    assert "array job 7\ngroup job 7" in done.stdout
+    assert "--dependency=afterany:7\n" in (tmp_path / "calls").read_text()
     (task,) = (p for p in tmp_path.glob("job.*") if "--array" in p.read_text())
     text = task.read_text()
     assert "#SBATCH --array=0-1%2\n" in text

@@ -12,7 +12,7 @@ from pathlib import Path
 from brainprior_bids import __version__
 from brainprior_bids.bids.files import write_text
 from brainprior_bids.bids.query import check_dataset, find_scans
-from brainprior_bids.cli.parser import build_parser, parse_settings
+from brainprior_bids.cli.parser import parse_settings
 from brainprior_bids.engine.errors import UsageError
 
 PROCESSORS = 4
@@ -98,10 +98,7 @@ def _script(own: argparse.Namespace, rest, settings, participants, command) -> s
     memory_gb = settings.mem_gb if _given(rest, "--mem", "--mem-mb") else MEMORY_GB
     task = " ".join([own.launcher, shlex.join(rest)])
     head = f"#SBATCH --chdir={Path(os.getcwd())}\n"
-    group = "group" in next(
-        action.choices for action in build_parser()._actions if action.dest == "analysis_level"
-    )
-    text = f"""\
+    return f"""\
 #!/bin/bash
 # Made by brainprior {__version__}: {shlex.join(command)}
 # Run it with bash: it submits an array job of {len(participants)} task(s), one participant each,
@@ -124,29 +121,23 @@ TASK
 )
 array=${{array%%;*}}
 echo "array job $array"
-"""
-    if not group:
-        return text
-    return (
-        text
-        + f"""
+
 group=$(sbatch --parsable --dependency="afterany:$array" <<'GROUP'
 #!/bin/bash
 #SBATCH --job-name=brainprior-group
 #SBATCH --cpus-per-task=1
 #SBATCH --mem=2G
-#SBATCH --output={logs}/%A_group.out
+#SBATCH --output={logs}/%j_group.out
 {head}{_lines(own.group_sbatch)}\
 {own.launcher} {shlex.quote(str(settings.bids_dir))} {shlex.quote(str(settings.output_dir))} group
 GROUP
 )
 echo "group job ${{group%%;*}}, when all tasks have ended"
 """
-    )
 
 
 def _joined(argv: Sequence[str]) -> list[str]:
-    """``--sbatch --partition=gpu`` as one word: argparse takes no value that begins with a dash."""
+    """``--sbatch --partition=gpu`` as one word: argparse takes no value with a dash."""
     words: list[str] = []
     for word in argv:
         if words and words[-1] in ("--sbatch", "--group-sbatch"):
