@@ -17,6 +17,8 @@ SAMPLERS = ("exact", "daps", "map")
 MODALITIES = ("T1w", "T2w", "FLAIR")
 SPACES = ("anat", "MNI305")
 LEVELS = ("participant", "group")
+LOW_MEMORY_TILE_MM = 32
+"""Tiles of the prior under ``--low-mem``."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class Settings:
     mem_gb : float
         Upper bound of the memory that the running nodes may claim together.
     low_mem : bool
-        No two steps at once that are larger together than the largest step.
+        No two steps at once that are larger together than the largest step; the prior runs in
+        tiles.
     plugin_file : Path or None
         Nipype's execution plugin and its arguments, YAML; None is our own pool.
     """

@@ -140,6 +140,12 @@ def test_restore_is_a_gpu_node_only_on_cuda(raw, tmp_path):
     assert {node.inputs.device for node in on_gpu["restore"]} == {"cuda:1"}
 
 
+def test_low_memory_runs_the_prior_in_tiles(raw, tmp_path):
+    settings = Settings(raw, tmp_path / "out", tmp_path / "work", low_mem=True)
+    tiles = {node.inputs.tile_mm for node in by_step(build(settings, tmp_path))["restore"]}
+    assert tiles == {32}
+
+
 def test_seeds_differ_between_scans_and_come_from_the_run(raw, tmp_path):
     settings = Settings(raw, tmp_path / "out", tmp_path / "work", random_seed=5)
     seeds = [node.inputs.seed for node in by_step(build(settings, tmp_path))["restore"]]

@@ -13,7 +13,7 @@ from brainprior_bids.bids.query import Scan
 from brainprior_bids.interfaces.anatomy import N4, CentroidAffine, Conform, Parcellate, ToMNI305
 from brainprior_bids.interfaces.derivatives import Reportlets, Write
 from brainprior_bids.interfaces.restore import Restore
-from brainprior_bids.settings import Settings
+from brainprior_bids.settings import LOW_MEMORY_TILE_MM, Settings
 
 MEMORY_GB = {
     "conform": 0.8,
@@ -125,6 +125,8 @@ def init_scan_wf(
         # a GPU node takes n_procs GPU slots: one
         threads=1 if settings.use_gpu else threads,
     )
+    if settings.low_mem:
+        restore.inputs.tile_mm = LOW_MEMORY_TILE_MM
     mni305 = node(ToMNI305(), "mni305")
     reportlets = node(Reportlets(name=scan.name.stem), "reportlets")
     write = node(

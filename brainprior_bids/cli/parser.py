@@ -17,6 +17,7 @@ from brainprior_bids.cli.plugin_file import read_plugin_file
 from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.settings import (
     LEVELS,
+    LOW_MEMORY_TILE_MM,
     MODALITIES,
     SAMPLERS,
     SPACES,
@@ -290,7 +291,8 @@ def _performance_options(group: Group) -> None:
     group.add_argument(
         "--low-mem",
         action="store_true",
-        help="never claim more memory at once than the largest step needs",
+        help="never claim more memory at once than the largest step needs, and run the prior in "
+        f"tiles of {LOW_MEMORY_TILE_MM} mm (same result up to rounding)",
     )
     group.add_argument(
         "--use-plugin",

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Any linear measurement as a likelihood: ``y = A x + n``, solved by conjugate gradients.
+
+The dear way, for an A without structure: a rotation inside A (the unknown on the MNI305 grid, as
+in arXiv 2510.15119) or scans of different orientation stacked. See ``likelihood`` for the cheap
+one and for the symbols; a bias field is part of A here and stays as it is.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from brainprior_bids.engine.errors import InputError
+from brainprior_bids.engine.likelihood import SolveLimits
+from brainprior_bids.engine.operators.base import LinearOperator, check_shape, squared_norm
+from brainprior_bids.engine.solve import conjugate_gradients
+from brainprior_bids.engine.spectral import Spectrum
+
+LIMITS = SolveLimits(tolerance=0.02, max_iterations=500)
+
+
+class OperatorLikelihood:
+    """``y = A x + n`` with independent noise, under ``N(m, V_sigma)``, V stationary in x.
+
+    Parameters
+    ----------
+    y : (*operator.out_shape) tensor
+        Engine unit, finite.
+    operator : LinearOperator
+        From an (i, j, k) image to y.
+    spectrum : Spectrum
+        V_sigma of the prior.
+    spacing_mm : three floats
+        Voxel size of the image.
+    support : (i, j, k) tensor
+        1 where x may differ from 0.
+    noise_sd : float
+        Of y, engine unit.
+    extra : (*operator.out_shape) tensor, optional
+        Variance of each value beside the noise's.
+    core : (*operator.out_shape) bool tensor, optional
+        Values that ``residual_ratio`` counts; all without.
+
+    Raises
+    ------
+    InputError
+        If the noise SD is not above 0 or a value of y is not finite.
+    ShapeMismatchError
+        If the arrays do not fit the operator.
+    """
+
+    def __init__(
+        self,
+        y: Tensor,
+        *,
+        operator: LinearOperator,
+        spectrum: Spectrum,
+        spacing_mm: tuple[float, float, float],
+        support: Tensor,
+        noise_sd: float,
+        extra: Tensor | None = None,
+        core: Tensor | None = None,
+        limits: SolveLimits = LIMITS,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if not (math.isfinite(noise_sd) and noise_sd > 0):
+            raise InputError(
+                f"OperatorLikelihood: noise SD must be above 0, got {noise_sd}. "
+                "Pass a positive value or let it be estimated."
+            )
+        if not bool(torch.isfinite(y).all()):
+            raise InputError(
+                "OperatorLikelihood: the data hold NaN or infinite values. Repair the image, or "
+                "leave those voxels out."
+            )
+        who, hint = "OperatorLikelihood", "Build the operator for these data."
+        check_shape(f"{who}: y", y, operator.out_shape, hint)
+        check_shape(f"{who}: support", support, operator.in_shape, hint)
+        self.device = torch.device(device)
+        self.operator, self.spectrum, self.limits = operator, spectrum, limits
+        self.y = y.to(self.device, torch.float32)
+        self.support = support.to(self.device, torch.float32)
+        self.extra = torch.zeros_like(self.y) if extra is None else extra.to(self.y)
+        check_shape(f"{who}: extra", self.extra, operator.out_shape, hint)
+        self.core = (
+            torch.ones_like(self.y, dtype=torch.bool) if core is None else core.to(self.device)
+        )
+        check_shape(f"{who}: core", self.core, operator.out_shape, hint)
+        self.noise_sd = noise_sd
+        self.iterations: list[int] = []
+        shape = operator.in_shape
+        axes = [
+            torch.fft.fftfreq(shape[0], d=spacing_mm[0]),
+            torch.fft.fftfreq(shape[1], d=spacing_mm[1]),
+            torch.fft.rfftfreq(shape[2], d=spacing_mm[2]),
+        ]
+        squares = [axis**2 for axis in axes]
+        self.frequency = (squares[0][:, None, None] + squares[1][:, None] + squares[2]).sqrt()
+        self._level: tuple[float, Tensor, float] | None = None
+        self._norm: float | None = None
+
+    # ---- what the samplers ask -------------------------------------------------------------
+
+    def refine(self, mean: Tensor, sigma: float, *, bias: bool, noise: bool) -> None:
+        """Nothing: bias and noise stay as they were given."""
+
+    def variance(self) -> Tensor:
+        """Of each value of y."""
+        return self.extra + self.noise_sd**2
+
+    def residual_ratio(self, x: Tensor) -> float:
+        """RMS of (y - A x) over the noise SD, over the core."""
+        return float(self.standardised_residual(x)[self.core].square().mean().sqrt())
+
+    def standardised_residual(self, x: Tensor) -> Tensor:
+        """(y - A x) in SDs of each value."""
+        return (self.y - self.operator(x)) * self.variance().rsqrt()
+
+    def misfit_gradient(self, x: Tensor) -> Tensor:
+        """Gradient of ``1/2 sum (y - A x)^2 / variance`` over x."""
+        return self.operator.adjoint((self.operator(x) - self.y) / self.variance())
+
+    def curvature(self) -> float:
+        """An upper bound of the largest eigenvalue of ``A^T Sigma^-1 A``."""
+        if self._norm is None:
+            # from below, hence the margin
+            self._norm = 1.2 * squared_norm(self.operator, torch.Generator().manual_seed(0))
+        return self._norm / float(self.variance().min())
+
+    def constrain(self, x: Tensor) -> Tensor:
+        """x where the support is 1, 0 elsewhere."""
+        return x * self.support
+
+    def draw(self, mean: Tensor, sigma: float, generator: torch.Generator) -> Tensor:
+        """An exact draw from ``N(m, V_sigma) N(y; A x, Sigma)`` by perturb-and-optimise.
+
+        Raises
+        ------
+        ConvergenceError
+            If conjugate gradients do not meet ``limits``.
+        """
+        spectrum, _ = self._prepare(sigma)
+        white = torch.randn(mean.shape, generator=generator).to(self.device)
+        noise = torch.randn(self.y.shape, generator=generator).to(self.device)
+        z = mean + self._filter(spectrum.sqrt(), white)
+        return self._conditional(z, sigma, self.variance().sqrt() * noise)
+
+    def expect(self, mean: Tensor, sigma: float) -> Tensor:
+        """The mean that ``draw`` varies about; errors as there."""
+        return self._conditional(mean, sigma, torch.zeros_like(self.y))
+
+    # ---- the solve -------------------------------------------------------------------------
+
+    def _conditional(self, z: Tensor, sigma: float, perturbation: Tensor) -> Tensor:
+        """``z + V A^T (A V A^T + Sigma)^-1 (y + Sigma^1/2 n - A z)``."""
+        spectrum, spread = self._prepare(sigma)
+        variance = self.variance()
+        inverse_sd, n = variance.rsqrt(), math.sqrt(self.y.numel())
+        jacobi = 1 / (spread + variance)
+        u, iterations = conjugate_gradients(
+            lambda v: torch.addcmul(
+                self.operator(self._filter(spectrum, self.operator.adjoint(v))), variance, v
+            ),
+            self.y + perturbation - self.operator(z),
+            precondition=lambda r: jacobi * r,
+            residual_size=lambda r: float((r * inverse_sd).norm()) / n,
+            tolerance=self.limits.tolerance,
+            max_iterations=self.limits.max_iterations,
+            who=f"inner solve at sigma {sigma:.3g}",
+        )
+        self.iterations.append(iterations)
+        return (z + self._filter(spectrum, self.operator.adjoint(u))) * self.support
+
+    def _prepare(self, sigma: float) -> tuple[Tensor, float]:
+        """V at each frequency, and about the variance that it gives a value of y."""
+        if self._level is None or self._level[0] != sigma:
+            spectrum = self.spectrum.variance(sigma, self.frequency).to(self.device)
+            probe = torch.randn(
+                self.operator.in_shape, generator=torch.Generator().manual_seed(0)
+            ).to(self.device)
+            spread = float(self.operator(self._filter(spectrum.sqrt(), probe)).square().mean())
+            self._level = (sigma, spectrum, spread)
+        return self._level[1], self._level[2]
+
+    def _filter(self, spectrum: Tensor, x: Tensor) -> Tensor:
+        """Multiply by ``spectrum`` in k-space."""
+        filtered: Tensor = torch.fft.irfftn(spectrum * torch.fft.rfftn(x), s=x.shape)
+        return filtered
