@@ -30,6 +30,7 @@ def test_what_ran_and_nothing_else():
     assert "without an uncertainty" in point
     assert "standard deviation" not in point
     assert "Langevin" not in point
+    assert "Images were drawn" not in point
     both = " ".join(methods_text([ONE, MAP]).split())
     assert "1 T1w and 1 T2w scans were" in both
 

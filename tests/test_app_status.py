@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import multiprocessing
 from pathlib import Path
@@ -11,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from brainprior_bids.bids.files import publish, read_json, to_json, write_text
+from brainprior_bids.bids.files import publish, read_json, to_json, write_json, write_text
+from brainprior_bids.bids.provenance import changed_outputs
 from brainprior_bids.bids.status import read_summaries, rebuild_status, write_summary
+from brainprior_bids.cli.run import main
 
 
 def summary(scan: str, **values):
@@ -89,3 +92,30 @@ def test_files_are_published_all_or_none(tmp_path):
     with pytest.raises(OSError, match=r"."):
         publish(files)
     assert [p.name for p in target.iterdir()] == ["c"]
+
+
+def test_verify_finds_what_changed_and_what_is_gone(tmp_path, capsys):
+    entities = []
+    for name in ("kept", "changed", "gone"):
+        (tmp_path / name).write_text(name)
+        digest = hashlib.sha256(name.encode()).hexdigest()
+        entities.append(
+            {"AtLocation": name, "GeneratedBy": "bids::prov#a", "Digest": {"sha256": digest}}
+        )
+    raw = {"AtLocation": "sub-01/anat/sub-01_T1w.nii.gz", "Digest": {"sha256": "0"}}  # not ours
+    write_json(tmp_path / "prov" / "prov-1_ent.json", {"Entities": [raw, *entities]})
+    assert main(["verify", str(tmp_path)]) == 0
+    assert "3 file(s) checked, 0" in capsys.readouterr().out
+    (tmp_path / "changed").write_text("other")
+    (tmp_path / "gone").unlink()
+    assert main(["verify", str(tmp_path)]) == 1
+    out = capsys.readouterr().out.splitlines()
+    assert out[:2] == ["changed\tchanged", "missing\tgone"]
+    # a newer record of the same scan counts
+    newer = hashlib.sha256(b"other").hexdigest()
+    write_json(
+        tmp_path / "prov" / "prov-2_ent.json",
+        {"Entities": [{**entities[1], "Digest": {"sha256": newer}}]},
+    )
+    assert changed_outputs(tmp_path) == ({"gone": "missing"}, 3)
+    assert main(["verify", str(tmp_path / "prov")]) == 2

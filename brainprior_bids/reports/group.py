@@ -128,8 +128,8 @@ def _strip(points: Sequence[tuple[str, float]], metric: Any) -> dict[str, Any]:
 
     first, middle, third = statistics.quantiles(values, n=4)
     return {
-        "low": f"{low:.3g}",
-        "high": f"{high:.3g}",
+        "low": f"{low:.4g}",
+        "high": f"{high:.4g}",
         "width": WIDTH,
         "height": HEIGHT,
         # scatter the dots by a fixed pattern, so that the page is the same every time

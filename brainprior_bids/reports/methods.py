@@ -86,6 +86,8 @@ def methods_text(methods: Sequence[Method]) -> str:
     spread = " Their voxelwise standard deviation is the uncertainty map."
     if all(method.n_samples < 2 for method in methods):
         spread = ""
+    point = all(method.sampler == "map" for method in methods)
+    start = "Images were estimated from" if point else "Images were drawn from"
     priors = "; ".join(dict.fromkeys(method.prior for method in methods))
     networks = "; ".join(dict.fromkeys(method.parcellation for method in methods))
     return f"""\
@@ -101,7 +103,7 @@ squares to the centres of the structures.
 
 The scan was modelled as *y* = *b* (*A* *x*) + noise, where *x* is the unknown 1 mm image of the
 brain, *A* averages it over the slice profile and the voxels of the scan, and *b* is the bias
-field. Images were drawn from the posterior of *x* under a three-dimensional diffusion prior
+field. {start} the posterior of *x* under a three-dimensional diffusion prior
 [@edm] [@brain3d] (weights {priors}), in the manner of decoupled annealing posterior sampling
 [@daps], {drawn}. {estimates}{spread} Every scan's random numbers follow from a seed recorded in
 the provenance.
