@@ -6,14 +6,13 @@ import pytest
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
+from brainprior_bids.anatomy.rescue import to_ants, transform_matrix, write_transform
 from brainprior_bids.training.centroids import (
     average,
+    average_hull,
     corner_error,
     label_table,
     register,
-    to_ants,
-    transform_matrix,
-    write_transform,
 )
 
 

@@ -12,6 +12,14 @@ lie deep in the brain and say little about its corners. Both are repeated with H
 residuals in units of d_s + 3 mm (the 3 mm being the parcellation's own error), so a few wrong
 structures do not matter.
 
+Where the brain's surface is given, the 12 degrees are then fitted once more to the centroids and
+to how far the brain reaches in many directions u (``anatomy/hull.py``; h_u, the reference's reach):
+
+    argmin_A  sum_s w_s |A x_s - y_s|^2 + sum_u v_u (u . A p_u - h_u)^2 + ridge
+
+with Huber weights on both. Directions in which the field of view cuts the brain do not enter, nor
+do structures that it cuts, as long as enough others are whole.
+
 Reference: Umeyama, doi:10.1109/34.88573.
 """
 
@@ -27,6 +35,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from brainprior_bids.anatomy.hull import supports
 from brainprior_bids.engine.errors import AnatomyError
 
 Matrix = NDArray[np.float64]
@@ -40,6 +49,16 @@ This and OWN_ERROR_MM were chosen by leave-one-out on the training maps."""
 HUBER = 1.0
 """Residuals beyond this many (d_s + 3 mm) count linearly, beyond four times that not at all."""
 ITERATIONS = 20
+HULL_SHARE = 9.0
+"""Weight of all directions of the hull together, over that of all centroids together."""
+HULL_RIDGE_MM = 6.0
+"""As RIDGE_MM, where the hull is known."""
+HULL_OWN_ERROR_MM = 2.0
+HULL_ITERATIONS = 5
+SMALLEST_SHARE_SEEN = 0.4
+"""Of the hull's directions; with less in view the centroids decide alone."""
+CUT_SHARE = 0.05
+"""A structure is cut where this share of its cross-section lies on the edge of the view."""
 NEEDED = {12: 10, 7: 4, 6: 3}
 """Fewest structures for that many degrees of freedom."""
 PLAUSIBLE_SCALE = (0.65, 1.6)
@@ -67,6 +86,10 @@ class AffineFit:
     median_residual_mm : float
     used : list of str
         Structures that entered, by name.
+    hull_residual_mm : float or None
+        Median distance of the brain's reach from the reference's; None where it did not enter.
+    method : str
+        ``structures``, or ``registration to the template`` (``anatomy/rescue.py``).
     warnings : list of str
     """
 
@@ -75,6 +98,8 @@ class AffineFit:
     residuals_mm: dict[str, float]
     median_residual_mm: float
     used: list[str]
+    hull_residual_mm: float | None = None
+    method: str = "structures"
     warnings: list[str] = field(default_factory=list)
 
 
@@ -86,10 +111,108 @@ def mni305_centroids() -> dict[str, Any]:
     return reference
 
 
+@dataclass(frozen=True)
+class _Match:
+    """Structures found and their places: names, x (n, 3), y (n, 3), d (n), w (n)."""
+
+    names: list[str]
+    x: Matrix
+    y: Matrix
+    d: Matrix
+    w: Matrix
+
+    def judge(self, matrix: Matrix) -> tuple[Matrix, float, str]:
+        """Residuals in mm, their weighted median, and what is wrong (empty: nothing)."""
+        residual = np.linalg.norm(self.x @ matrix[:3, :3].T + matrix[:3, 3] - self.y, axis=1)
+        median = _weighted_median(residual, self.w)
+        problem = _implausible(matrix, median)
+        strangers = float(self.w[residual > 4 * HUBER * self.d].sum() / self.w.sum())
+        if not problem and strangers > LARGEST_STRANGE_SHARE:
+            problem = f"{strangers:.0%} of the structures are far from their places"
+        return residual, median, problem
+
+    def named(self, residual: Matrix) -> dict[str, float]:
+        """Name -> mm, rounded."""
+        return {n: round(float(r), 3) for n, r in zip(self.names, residual, strict=True)}
+
+
+def _match(
+    table: Sequence[Mapping[str, Any]], structures: Mapping[str, Any], smallest_confidence: float
+) -> _Match:
+    rows = []
+    for row in table:
+        known = structures.get(row["name"])
+        if known is None or row["confidence"] < smallest_confidence:
+            continue
+        share = row["volume_mm3"] / known["volume_mm3"]
+        if share > 0.2:  # less is a fragment, its centroid means nothing
+            rows.append((row, known, min(share, 1.0)))
+    whole = [entry for entry in rows if entry[0].get("cut_share", 0.0) <= CUT_SHARE]
+    if len(whole) >= NEEDED[12]:
+        rows = whole
+    spread = [float(np.linalg.norm(known["sd_mm"])) for _, known, _ in rows]
+    d = np.array(spread) + OWN_ERROR_MM
+    return _Match(
+        names=[str(row["name"]) for row, _, _ in rows],
+        x=np.array([row["centroid_mm"] for row, _, _ in rows], float),
+        y=np.array([known["centroid_mm"] for _, known, _ in rows], float),
+        d=d,
+        w=np.array([row["confidence"] ** 2 * share for row, _, share in rows]) / d**2,
+    )
+
+
+def _doubt(median: float) -> list[str]:
+    if median <= DOUBTFUL_RESIDUAL_MM:
+        return []
+    return [
+        f"Structures lie {median:.1f} mm (median) from their places in MNI305 after the affine; "
+        f"usual is below {DOUBTFUL_RESIDUAL_MM:g} mm."
+    ]
+
+
+def judge_affine(
+    matrix: Matrix,
+    table: Sequence[Mapping[str, Any]],
+    reference: Mapping[str, Any] | None = None,
+    *,
+    surface: tuple[Matrix, NDArray[np.bool_]] | None = None,
+    smallest_confidence: float = 0.3,
+) -> AffineFit:
+    """A transform found by other means, judged by the structures; arguments as ``fit_affine``.
+
+    Raises
+    ------
+    AnatomyError
+        If it is implausible, or there are fewer than three structures to judge it by.
+    """
+    reference = reference or mni305_centroids()
+    match = _match(table, reference["structures"], smallest_confidence)
+    if len(match.names) < NEEDED[6]:
+        raise AnatomyError(
+            f"expected at least {NEEDED[6]} structures to judge it by, got {match.names}."
+        )
+    residual, median, problem = match.judge(matrix)
+    if problem:
+        raise AnatomyError(f"the transform is not plausible: {problem}.")
+    hull_residual = None
+    if surface is not None and "hull" in reference:
+        hull_residual = _hull_residual(matrix, surface, reference["hull"])
+    return AffineFit(
+        matrix=matrix,
+        dof=12,
+        residuals_mm=match.named(residual),
+        median_residual_mm=round(median, 3),
+        used=match.names,
+        hull_residual_mm=hull_residual,
+        warnings=_doubt(median),
+    )
+
+
 def fit_affine(
     table: Sequence[Mapping[str, Any]],
     reference: Mapping[str, Any] | None = None,
     *,
+    surface: tuple[Matrix, NDArray[np.bool_]] | None = None,
     smallest_confidence: float = 0.3,
 ) -> AffineFit:
     """Scanner to MNI305 from the structures of one scan.
@@ -100,6 +223,8 @@ def fit_affine(
         As ``Parcellation.table``: ``name``, ``volume_mm3``, ``confidence``, ``centroid_mm``.
     reference : mapping, optional
         As :func:`mni305_centroids`, the default.
+    surface : (points, cut), optional
+        Of the brain mask, from ``hull.surface``.
     smallest_confidence : float
         Structures below it do not enter.
 
@@ -108,64 +233,54 @@ def fit_affine(
     AnatomyError
         If fewer than three structures can be used, or no plausible transform fits them.
     """
-    structures = (reference or mni305_centroids())["structures"]
-    warnings: list[str] = []
-    rows = []
-    for row in table:
-        known = structures.get(row["name"])
-        if known is None or row["confidence"] < smallest_confidence:
-            continue
-        share = row["volume_mm3"] / known["volume_mm3"]
-        if share > 0.2:  # less is a fragment, its centroid means nothing
-            rows.append((row, known, min(share, 1.0)))
-    if len(rows) < NEEDED[6]:
+    reference = reference or mni305_centroids()
+    match = _match(table, reference["structures"], smallest_confidence)
+    if len(match.names) < NEEDED[6]:
         raise AnatomyError(
-            f"fit_affine: expected at least {NEEDED[6]} structures, got "
-            f"{[row['name'] for row, _, _ in rows]}. Is enough of the brain in the field of view?"
+            f"fit_affine: expected at least {NEEDED[6]} structures, got {match.names}. Is enough "
+            "of the brain in the field of view?"
         )
-    names = [str(row["name"]) for row, _, _ in rows]
-    x = np.array([row["centroid_mm"] for row, _, _ in rows], float)
-    y = np.array([known["centroid_mm"] for _, known, _ in rows], float)
-    d = np.array([float(np.linalg.norm(known["sd_mm"])) + OWN_ERROR_MM for _, known, _ in rows])
-    w = np.array([row["confidence"] ** 2 * share for row, _, share in rows]) / d**2
-    enough = [dof for dof in NEEDED if len(rows) >= NEEDED[dof]]
+    x, y, d, w = match.x, match.y, match.d, match.w
+    warnings: list[str] = []
+    enough = [dof for dof in NEEDED if len(x) >= NEEDED[dof]]
     problems = []
+    hull_residual: float | None = None
     for dof in (12, 7) if 12 in enough else enough[:1]:
-        matrix = _robust(x, y, w, d, dof)
-        residual = np.linalg.norm(x @ matrix[:3, :3].T + matrix[:3, 3] - y, axis=1)
-        median = _weighted_median(residual, w)
-        problem = _implausible(matrix, median)
-        strangers = float(w[residual > 4 * HUBER * d].sum() / w.sum())
-        if not problem and strangers > LARGEST_STRANGE_SHARE:
-            problem = f"{strangers:.0%} of the structures are far from their places"
+        matrix, factor = _robust(x, y, w, d, dof)
+        hull_residual = None
+        if dof == 12 and surface is not None and "hull" in reference:
+            refined = _with_hull(x, y, w * factor, matrix, surface, reference["hull"])
+            if refined is not None:
+                matrix = refined
+                hull_residual = _hull_residual(matrix, surface, reference["hull"])
+        residual, median, problem = match.judge(matrix)
         if not problem:
             break
         problems.append(f"with {dof} degrees of freedom {problem}")
     else:
         raise AnatomyError(
-            f"fit_affine: no plausible transform to MNI305 from {len(rows)} structures: "
+            f"fit_affine: no plausible transform to MNI305 from {len(x)} structures: "
             f"{'; '.join(problems)}. Look at the structures; is the orientation in the header "
             "right?"
         )
     warnings += [f"Affine rejected: {problem}." for problem in problems]
     if dof < 12:
-        warnings.append(f"Affine with {dof} degrees of freedom from {len(rows)} structures.")
-    if median > DOUBTFUL_RESIDUAL_MM:
-        warnings.append(
-            f"Structures lie {median:.1f} mm (median) from their places in MNI305 after the "
-            f"affine; usual is below {DOUBTFUL_RESIDUAL_MM:g} mm."
-        )
+        warnings.append(f"Affine with {dof} degrees of freedom from {len(x)} structures.")
+    warnings += _doubt(median)
     return AffineFit(
         matrix=matrix,
         dof=dof,
-        residuals_mm={n: round(float(r), 3) for n, r in zip(names, residual, strict=True)},
+        residuals_mm=match.named(residual),
         median_residual_mm=round(median, 3),
-        used=names,
+        used=match.names,
+        hull_residual_mm=hull_residual,
         warnings=warnings,
     )
 
 
-def _robust(x: Matrix, y: Matrix, w: Matrix, d: Matrix, dof: int) -> Matrix:
+def _robust(
+    x: Matrix, y: Matrix, w: Matrix, d: Matrix, dof: int
+) -> tuple[Matrix, NDArray[np.float64]]:
     """Iteratively reweighted fit, starting from a median-based guess of the outliers."""
     factor = np.ones(len(x))
     matrix = np.eye(4)
@@ -179,7 +294,91 @@ def _robust(x: Matrix, y: Matrix, w: Matrix, d: Matrix, dof: int) -> Matrix:
         spread = max(1.0, float(np.median(ratio)))
         factor = np.minimum(1.0, HUBER * spread / np.maximum(ratio, 1e-9))
         factor[ratio > 4 * HUBER * spread] = 0.0
+    return matrix, factor
+
+
+def _with_hull(
+    x: Matrix,
+    y: Matrix,
+    w: Matrix,
+    start: Matrix,
+    surface: tuple[Matrix, NDArray[np.bool_]],
+    hull: Mapping[str, Any],
+) -> Matrix | None:
+    """12 degrees to centroids and hull; None where too little of the hull is seen.
+
+    The points that decide a direction change with the affine, so the fit is repeated.
+    """
+    points, cut = surface
+    towards, wanted = np.array(hull["directions"]), np.array(hull["height_mm"])
+    spread = np.array(hull["sd_mm"]) + HULL_OWN_ERROR_MM
+    similar = similarity(x, y, w, scale=True)
+    matrix, factor = start, np.ones(len(wanted))
+    for _ in range(HULL_ITERATIONS):
+        height, place, seen = supports(points, matrix, towards, cut)
+        if seen.mean() < SMALLEST_SHARE_SEEN:
+            return None
+        ratio = np.abs(height - wanted) / spread
+        factor = np.minimum(1.0, HUBER / np.maximum(ratio, 1e-9)) * seen
+        v = HULL_SHARE * w.sum() / len(wanted) * factor
+        matrix = _joint(x, y, w, place, towards, wanted, v, similar)
     return matrix
+
+
+def _hull_residual(
+    matrix: Matrix, surface: tuple[Matrix, NDArray[np.bool_]], hull: Mapping[str, Any]
+) -> float | None:
+    """Median distance in mm of the reach from the reference's, over what is seen."""
+    points, cut = surface
+    height, _, seen = supports(points, matrix, np.array(hull["directions"]), cut)
+    if not seen.any():
+        return None
+    return round(float(np.median(np.abs(height - np.array(hull["height_mm"]))[seen])), 3)
+
+
+def _joint(
+    x: Matrix,
+    y: Matrix,
+    w: Matrix,
+    p: Matrix,
+    u: Matrix,
+    h: Matrix,
+    v: Matrix,
+    towards: Matrix,
+) -> Matrix:
+    """argmin_A of the two sums of squares and the ridge; the 12 unknowns are [linear, shift]."""
+    centre = w @ x / w.sum()
+    points = np.einsum("kl,nm->nklm", np.eye(3), x - centre).reshape(-1, 9)  # (3n, 9)
+    shift = np.tile(np.eye(3), (len(x), 1))
+    planes = np.einsum("nk,nm->nkm", u, p - centre).reshape(-1, 9)
+    ridge = np.sqrt(w.sum()) * HULL_RIDGE_MM * np.eye(9)
+    root_w, root_v = np.sqrt(np.repeat(w, 3))[:, None], np.sqrt(v)[:, None]
+    left = np.concatenate(
+        [
+            root_w * np.c_[points, shift],
+            root_v * np.c_[planes, u],
+            np.c_[ridge, np.zeros((9, 3))],
+        ]
+    )
+    right = np.concatenate(
+        [root_w[:, 0] * y.ravel(), root_v[:, 0] * h, ridge @ towards[:3, :3].ravel()]
+    )
+    found = np.linalg.lstsq(left, right, rcond=None)[0]
+    matrix = np.eye(4)
+    matrix[:3, :3] = found[:9].reshape(3, 3)
+    matrix[:3, 3] = found[9:] - matrix[:3, :3] @ centre
+    return matrix
+
+
+def corner_distance(one: Matrix, other: Matrix) -> float:
+    """Mean distance in mm between two scanner-to-MNI305 affines at the corners of the brain's box.
+
+    The box is 130 x 160 x 120 mm around (0, -18, 10) mm in MNI305, mapped to the scan by ``other``.
+    """
+    corners = (np.array(list(np.ndindex(2, 2, 2))) * 2 - 1) * [65.0, 80.0, 60.0] + [0, -18, 10]
+    points = np.c_[corners, np.ones(8)]
+    back = points @ (one @ np.linalg.inv(other)).T
+    return float(np.linalg.norm((back - points)[:, :3], axis=1).mean())
 
 
 def similarity(x: Matrix, y: Matrix, w: Matrix, *, scale: bool) -> Matrix:

@@ -53,7 +53,8 @@ class Parcellation:
         Share of every voxel of the scan that lies in the mask, 0-1.
     table : list of dict
         Per structure found: ``index``, ``name``, ``volume_mm3``, ``confidence`` (mean of the
-        largest class probability), ``centroid_mm`` (scanner RAS).
+        largest class probability), ``centroid_mm`` (scanner RAS), ``cut_share`` (area on the
+        faces of the field of view over volume^(2/3)).
     warnings : list of str
     """
 
@@ -198,7 +199,7 @@ def parcellate(
         (fine_box[0].start, fine_box[1].start, fine_box[2].start),
         (fine_box[0].stop, fine_box[1].stop, fine_box[2].stop),
     )
-    table = _table(labels, best, box_grid, names)
+    table = structures_table(labels, best, box_grid, restored_grid)
     compact = [row for row in table if row["index"] not in SCATTERED]
     if len(compact) < 4:
         raise AnatomyError(
@@ -232,7 +233,8 @@ def _check_edges(scan: Grid, restored: Grid) -> None:
         )
 
 
-def _largest(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def largest_component(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The largest piece (faces touch) of a mask."""
     components, count = ndimage.label(mask)
     if count <= 1:
         return mask
@@ -242,7 +244,7 @@ def _largest(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return largest
 
 
-def _fill_holes(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def fill_holes(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Everything that the outside does not reach; faster than scipy's iteration."""
     outside, _ = ndimage.label(~np.pad(mask, 1))
     filled: NDArray[np.bool_] = (outside != outside[0, 0, 0])[1:-1, 1:-1, 1:-1]
@@ -257,9 +259,9 @@ def _clean_mask(
     Thin bridges (one voxel of 2 mm) to other tissue do not join a component.
     """
     brain = inside > 0.5
-    core = _largest(ndimage.binary_erosion(brain))
-    component = _largest(brain & ndimage.binary_dilation(core, iterations=2))
-    filled = _fill_holes(component)
+    core = largest_component(ndimage.binary_erosion(brain))
+    component = largest_component(brain & ndimage.binary_dilation(core, iterations=2))
+    filled = fill_holes(component)
     volume = filled.sum() * voxel_mm3 / 1000
     faces = [f for a in range(3) for f in (filled.take(0, a), filled.take(-1, a))]
     cut = sum(int(f.sum()) for f in faces) * voxel_mm3 ** (2 / 3) / 100  # cm2 at the border
@@ -332,7 +334,7 @@ def _structures(
     for value, channel in channels.items():
         p = probabilities[channel].numpy() * support
         if value not in SCATTERED:
-            p = p * ndimage.binary_dilation(_largest(winner == channel), iterations=2)
+            p = p * ndimage.binary_dilation(largest_component(winner == channel), iterations=2)
         if not (p > 0.01).any():
             continue
         coarse, fine, cut = _box(np.where(p > 0.01, p, 0), matrices)
@@ -345,19 +347,34 @@ def _structures(
     return structures, best
 
 
-def _table(
+def structures_table(
     structures: NDArray[np.int16],
     best: NDArray[np.float32],
     grid: Grid,
-    names: dict[int, str],
+    view: Grid,
 ) -> list[dict[str, Any]]:
-    """Volume, confidence and centroid of every structure present."""
+    """Volume, confidence and centroid of every structure present, and how far it is cut.
+
+    Parameters
+    ----------
+    structures, best : (i, j, k) arrays
+        Labels, and how sure each is, on ``grid``.
+    grid, view : Grid
+        ``grid`` is ``view``, the whole field of view, or a box of it.
+
+    Returns
+    -------
+    list of dict
+        As ``Parcellation.table``.
+    """
+    names = structure_names()
     where = np.nonzero(structures)
     found, size = structures[where], max(names) + 1
     counts = np.bincount(found, minlength=size)
     confidence = np.bincount(found, best[where], minlength=size)
     moments = [np.bincount(found, index, minlength=size) for index in where]
     voxel_mm3 = float(np.prod(grid.spacing_mm))
+    cut_mm2 = _cut_mm2(structures, grid, view, size)
     table = []
     for value, name in names.items():
         if counts[value] == 0:
@@ -371,6 +388,28 @@ def _table(
                 "volume_mm3": round(float(counts[value]) * voxel_mm3, 1),
                 "confidence": round(float(confidence[value] / counts[value]), 4),
                 "centroid_mm": [round(float(c), 3) for c in centroid],
+                "cut_share": round(
+                    float(cut_mm2[value] / (counts[value] * voxel_mm3) ** (2 / 3)), 4
+                ),
             }
         )
     return table
+
+
+def _cut_mm2(
+    structures: NDArray[np.int16], grid: Grid, view: Grid, size: int
+) -> NDArray[np.float64]:
+    """Area of every structure on the faces of the field of view, indexed by value."""
+    start = np.rint(np.linalg.inv(view.affine) @ grid.affine[:, 3])[:3].astype(int)
+    area = np.zeros(size)
+    for axis in range(3):
+        face_mm2 = float(np.prod(np.delete(grid.spacing_mm, axis)))
+        for touches, plane in (
+            (start[axis] <= 0, 0),
+            (start[axis] + grid.shape[axis] >= view.shape[axis], -1),
+        ):
+            if touches:
+                found = structures.take(plane, axis).ravel()
+                area += np.bincount(found, minlength=size)[:size] * face_mm2
+    area[0] = 0
+    return area

@@ -6,7 +6,8 @@ registered at 4 mm to the average of 305 heads by an affine (antspyx, mutual inf
 as whole heads; then all, started from the fit of their centroids to the median centroids so far,
 inside a region around the brain (the average of the mapped masks). Every map's centroids are taken
 along and averaged over the maps and both sides: left and right are made exact mirror
-images about x = 0, the template's own symmetry plane.
+images about x = 0, the template's own symmetry plane. So is how far every map's brain mask reaches
+in directions spread over the sphere (anatomy/hull.py).
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from brainprior_bids.anatomy.affine import fit_affine
+from brainprior_bids.anatomy.hull import directions, supports, surface
 from brainprior_bids.anatomy.parcellation import mirrored, structure_names
+from brainprior_bids.anatomy.rescue import to_ants, transform_matrix, write_transform
+from brainprior_bids.engine.grids import Grid
 from brainprior_bids.training.synthesis import (
     CSF,
     MERGED_INTO,
@@ -33,8 +37,6 @@ from brainprior_bids.training.synthesis import (
     mean_t1_head,
 )
 
-FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])
-"""RAS to LPS and back."""
 COARSE = np.diag([2.0, 2.0, 2.0, 1.0])
 """Every second voxel: the registrations run at 4 mm, blurred like the template."""
 
@@ -64,29 +66,6 @@ def label_table(labels: NDArray[np.integer], affine: NDArray[np.float64]) -> lis
                 }
             )
     return table
-
-
-def to_ants(data: NDArray[np.floating], affine: NDArray[np.float64]) -> ants.ANTsImage:
-    """An ants image of an array with a RAS affine."""
-    lps = FLIP @ affine
-    spacing = np.linalg.norm(lps[:3, :3], axis=0)
-    return ants.from_numpy(
-        np.ascontiguousarray(data, np.float32),
-        origin=lps[:3, 3].tolist(),
-        spacing=spacing.tolist(),
-        direction=lps[:3, :3] / spacing,
-    )
-
-
-def transform_matrix(path: str) -> NDArray[np.float64]:
-    """(4, 4) moving RAS mm to fixed RAS mm of an ants affine file (which maps fixed to moving)."""
-    transform = ants.read_transform(path)
-    numbers = np.array(transform.parameters)
-    centre = np.array(transform.fixed_parameters)
-    matrix = np.eye(4)
-    matrix[:3, :3] = numbers[:9].reshape(3, 3)
-    matrix[:3, 3] = numbers[9:] + centre - matrix[:3, :3] @ centre
-    return np.linalg.inv(FLIP @ matrix @ FLIP)
 
 
 def register(
@@ -156,6 +135,21 @@ def average(
     return structures
 
 
+def average_hull(surfaces: list[Any], matrices: list[Any]) -> dict[str, Any]:
+    """Directions and the mean reach of the mapped surfaces in each, both sides alike."""
+    towards = directions()
+    heights = np.array(
+        [supports(points, m, towards)[0] for (points, _), m in zip(surfaces, matrices, strict=True)]
+    )
+    mirrored_heights = np.roll(heights, len(towards) // 2, axis=1)  # left's partner is right
+    both = np.concatenate([heights, mirrored_heights])
+    return {
+        "directions": towards.round(6).tolist(),
+        "height_mm": both.mean(0).round(3).tolist(),
+        "sd_mm": both.std(0, ddof=1).round(3).tolist(),
+    }
+
+
 def corner_error(
     found: NDArray[np.float64], true: NDArray[np.float64], table: list[dict[str, Any]]
 ) -> float:
@@ -183,7 +177,7 @@ def main() -> None:
     fixed = to_ants(smooth[::2, ::2, ::2], template.affine @ COARSE)
     numbers = [*args.maps, *args.held_out]
     n = len(args.maps)
-    heads, tables, matrices, masks = [], [], [], []
+    heads, tables, matrices, masks, surfaces = [], [], [], [], []
     for number in numbers:
         labels, affine = load_labels(args.labels / f"training_seg_{number:02d}.nii.gz")
         coarse, coarse_affine = labels[::2, ::2, ::2], affine @ COARSE
@@ -193,6 +187,7 @@ def main() -> None:
         head = ndimage.gaussian_filter(head, 1.25)[::2, ::2, ::2]
         heads.append(to_ants(head, coarse_affine @ COARSE))
         masks.append((mask, coarse_affine))
+        surfaces.append(surface(mask, Grid(mask.shape, coarse_affine)))
         tables.append(label_table(labels, affine))
         if number in args.seeds:
             matrices.append(register(fixed, heads[-1]))
@@ -225,8 +220,11 @@ def main() -> None:
     errors, residuals = [], []
     for i in range(len(numbers)):
         keep = [j for j in range(n) if j != i]
-        others = average([tables[j] for j in keep], [matrices[j] for j in keep])
-        fit = fit_affine(tables[i], {"structures": others})
+        others = {
+            "structures": average([tables[j] for j in keep], [matrices[j] for j in keep]),
+            "hull": average_hull([surfaces[j] for j in keep], [matrices[j] for j in keep]),
+        }
+        fit = fit_affine(tables[i], others, surface=surfaces[i])
         errors.append(corner_error(fit.matrix, matrices[i], tables[i]))
         residuals.append(fit.median_residual_mm)
         print(f"map {numbers[i]}: corner error {errors[-1]:.2f} mm, residual {residuals[-1]:.2f}")
@@ -237,21 +235,15 @@ def main() -> None:
         "n": n,
         "leave_one_out": {
             "median_corner_error_mm": round(float(np.median(errors[:n])), 2),
+            "largest_corner_error_mm": round(float(np.max(errors[:n])), 2),
             "median_residual_mm": round(float(np.median(residuals[:n])), 2),
+            "held_out_corner_errors_mm": np.round(errors[n:], 2).tolist(),
         },
         "structures": structures,
+        "hull": average_hull(surfaces[:n], matrices[:n]),
     }
     args.output.write_text(json.dumps(facts, indent=1) + "\n")
     print(json.dumps(facts["leave_one_out"]), "held out:", np.round(errors[n:], 2).tolist())
-
-
-def write_transform(path: Path, matrix: NDArray[np.float64]) -> None:
-    """An ants affine file from (4, 4) moving RAS mm to fixed RAS mm."""
-    lps = FLIP @ np.linalg.inv(matrix) @ FLIP
-    transform = ants.create_ants_transform(
-        transform_type="AffineTransform", dimension=3, matrix=lps[:3, :3], translation=lps[:3, 3]
-    )
-    ants.write_transform(transform, str(path))
 
 
 if __name__ == "__main__":

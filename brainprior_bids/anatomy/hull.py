@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far the brain reaches in every direction: what centroids deep inside cannot say.
+
+Symbols: u, a unit vector in MNI305; p, a point of the mask's surface in the scan (RAS mm); A, an
+affine from the scan to MNI305. The support in the direction u is the mean of ``u . A p`` over the
+outermost ``1 - QUANTILE`` of the surface points, in mm from the origin of MNI305.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from brainprior_bids.engine.grids import Grid
+
+Array = NDArray[np.float64]
+
+QUANTILE = 0.98
+LOWEST = -0.6
+"""Directions below this z are left out: there the brain stem ends where the scan does."""
+POINTS = 20000
+"""Surface points that are kept at most."""
+BORDER_MM = 3.0
+"""Points this near to the edge of the field of view show the cut, not the brain."""
+
+
+def directions(n: int = 40) -> Array:
+    """(m, 3) unit vectors spread evenly, none steeply downwards, with every mirror image in x."""
+    step = np.arange(n) + 0.5
+    polar, azimuth = np.arccos(1 - 2 * step / n), np.pi * (1 + 5**0.5) * step
+    spread = np.c_[np.cos(azimuth) * np.sin(polar), np.sin(azimuth) * np.sin(polar), np.cos(polar)]
+    spread = spread[spread[:, 2] > LOWEST]
+    return np.concatenate([spread, spread * [-1, 1, 1]])
+
+
+def surface(mask: NDArray[np.bool_], grid: Grid) -> tuple[Array, NDArray[np.bool_]]:
+    """Surface of a mask.
+
+    Returns
+    -------
+    points : (n, 3) array
+        Scanner RAS mm; at most ``POINTS``, evenly thinned.
+    cut : (n,) bool array
+        True where the field of view ends, so that the brain may go on.
+    """
+    edge = np.argwhere(mask & ~ndimage.binary_erosion(mask, border_value=0))
+    edge = edge[:: -(-len(edge) // POINTS)]
+    margin = np.maximum(np.ceil(BORDER_MM / grid.spacing_mm), 1)
+    cut = ((edge < margin) | (edge >= np.array(grid.shape) - margin)).any(1)
+    return edge @ grid.affine[:3, :3].T + grid.affine[:3, 3], cut
+
+
+def supports(
+    points: Array, matrix: Array, towards: Array, cut: NDArray[np.bool_] | None = None
+) -> tuple[Array, Array, NDArray[np.bool_]]:
+    """How far the mapped points reach.
+
+    Returns
+    -------
+    height : (m,) array
+        Support in MNI305 mm.
+    place : (m, 3) array
+        Mean of the points that decide it, in the scan.
+    seen : (m,) bool array
+        False where one of them in twenty or more lies on the cut.
+    """
+    reach = (points @ matrix[:3, :3].T + matrix[:3, 3]) @ towards.T
+    n = max(round(len(points) * (1 - QUANTILE)), 1)
+    outermost = np.argpartition(-reach, n - 1, axis=0)[:n]  # (n, m)
+    height = np.take_along_axis(reach, outermost, axis=0).mean(0)
+    seen = np.ones(len(towards), bool) if cut is None else cut[outermost].mean(0) < 0.05
+    return height, points[outermost].mean(0), seen

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When the structures do not lead to MNI305: register the brain to the template itself.
+
+``find_affine`` is what the node calls: structures first; where they fail or lie too far from their
+places, an affine registration (antspyx, mutual information) of the brain to TemplateFlow's MNI305,
+if that is on this machine; and it is judged by the same structures and the same rules before it
+is believed. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ants
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from brainprior_bids.anatomy.affine import (
+    DOUBTFUL_RESIDUAL_MM,
+    AffineFit,
+    fit_affine,
+    judge_affine,
+)
+from brainprior_bids.engine.errors import AnatomyError
+
+Matrix = NDArray[np.float64]
+
+FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])
+"""RAS to LPS and back."""
+TEMPLATE = "tpl-MNI305/tpl-MNI305_T1w.nii.gz"
+TEMPLATE_MASK = "tpl-MNI305/tpl-MNI305_desc-brain_mask.nii.gz"
+WORK_MM = 3.0
+
+
+def template_folder() -> Path | None:
+    """TemplateFlow's folder if it holds MNI305 with its brain mask, else None; no network."""
+    home = os.environ.get("TEMPLATEFLOW_HOME")
+    folder = Path(home) if home else Path("~/.cache/templateflow").expanduser()
+    # TemplateFlow's skeleton has empty files in place of what was not fetched
+    there = all(
+        (folder / name).is_file() and (folder / name).stat().st_size > 0
+        for name in (TEMPLATE, TEMPLATE_MASK)
+    )
+    return folder if there else None
+
+
+def find_affine(
+    table: Sequence[Mapping[str, Any]],
+    surface: tuple[Matrix, NDArray[np.bool_]] | None,
+    *,
+    image: nib.Nifti1Image,
+    mask: nib.Nifti1Image,
+    templates: Path | None,
+) -> AffineFit:
+    """Scanner to MNI305: structures, or the template where they fail.
+
+    Parameters
+    ----------
+    table : sequence of mappings
+        As ``Parcellation.table``.
+    surface : (points, cut), optional
+        From ``hull.surface``.
+    image, mask : Nifti1Image
+        The scan and its brain mask, any grids.
+    templates : Path or None
+        ``template_folder()``.
+
+    Raises
+    ------
+    AnatomyError
+        If neither way gives a plausible transform; with both reasons.
+    """
+    fit: AffineFit | None = None
+    try:
+        fit = fit_affine(table, surface=surface)
+        if fit.median_residual_mm <= DOUBTFUL_RESIDUAL_MM:
+            return fit
+        problem = f"the structures lie {fit.median_residual_mm:.1f} mm from their places"
+    except AnatomyError as error:
+        problem = str(error)
+    if templates is None:
+        why = (
+            "MNI305 is not in TemplateFlow's folder on this machine, so the scan could not be "
+            "registered to it instead (fetch it with templateflow.api.get('MNI305'))"
+        )
+        if fit is None:
+            raise AnatomyError(f"{problem} And {why}.")
+        return replace(fit, warnings=[*fit.warnings, f"The affine is doubtful, and {why}."])
+    matrix = register_to_template(image, mask, templates, start=fit.matrix if fit else None)
+    try:
+        rescued = judge_affine(matrix, table, surface=surface)
+    except AnatomyError as error:
+        if fit is None:
+            raise AnatomyError(f"{problem} Registration to the template failed too: {error}") from (
+                error
+            )
+        return replace(
+            fit,
+            warnings=[*fit.warnings, f"Registration to the template was no better: {error}"],
+        )
+    if fit is not None and rescued.median_residual_mm >= fit.median_residual_mm:
+        return replace(
+            fit, warnings=[*fit.warnings, "Registration to the template was no better."]
+        )
+    return replace(
+        rescued,
+        method="registration to the template",
+        warnings=[
+            "The structures did not lead to MNI305; the brain was registered to the template "
+            f"instead (antspyx). The reason: {problem}",
+            *rescued.warnings,
+        ],
+    )
+
+
+def register_to_template(
+    image: nib.Nifti1Image, mask: nib.Nifti1Image, templates: Path, *, start: Matrix | None
+) -> Matrix:
+    """(4, 4) scanner RAS mm to MNI305 RAS mm: rigid, then affine, mutual information, at 3 mm."""
+    target = nib.load(templates / TEMPLATE)
+    brain = np.asarray(nib.load(templates / TEMPLATE_MASK).dataobj) > 0
+    fixed = to_ants(np.where(brain, target.get_fdata(dtype=np.float32), 0), target.affine)
+    index = np.linalg.inv(mask.affine) @ image.affine
+    inside = ndimage.affine_transform(
+        np.asarray(mask.dataobj, np.float32),
+        index[:3, :3],
+        index[:3, 3],
+        image.shape,
+        order=1,
+    )
+    moving = to_ants(image.get_fdata(dtype=np.float32) * (inside > 0.5), image.affine)
+    small = ants.resample_image(fixed, (WORK_MM,) * 3)
+    with tempfile.TemporaryDirectory() as folder:
+        options: dict[str, Any] = {}
+        if start is not None:
+            write_transform(Path(folder) / "start.mat", start)
+            options["initial_transform"] = str(Path(folder) / "start.mat")
+        result = ants.registration(
+            fixed=small,
+            moving=moving,
+            type_of_transform="Affine",
+            aff_iterations=(200, 100, 50),
+            aff_shrink_factors=(4, 2, 1),
+            aff_smoothing_sigmas=(2, 1, 0),
+            aff_random_sampling_rate=0.5,
+            random_seed=1,
+            outprefix=f"{folder}/",
+            **options,
+        )
+        return transform_matrix(result["fwdtransforms"][0])
+
+
+def to_ants(data: NDArray[np.floating], affine: NDArray[np.float64]) -> ants.ANTsImage:
+    """An ants image of an array with a RAS affine."""
+    lps = FLIP @ affine
+    spacing = np.linalg.norm(lps[:3, :3], axis=0)
+    return ants.from_numpy(
+        np.ascontiguousarray(data, np.float32),
+        origin=lps[:3, 3].tolist(),
+        spacing=spacing.tolist(),
+        direction=lps[:3, :3] / spacing,
+    )
+
+
+def transform_matrix(path: str) -> Matrix:
+    """(4, 4) moving RAS mm to fixed RAS mm of an ants affine file (which maps fixed to moving)."""
+    transform = ants.read_transform(path)
+    numbers = np.array(transform.parameters)
+    centre = np.array(transform.fixed_parameters)
+    matrix = np.eye(4)
+    matrix[:3, :3] = numbers[:9].reshape(3, 3)
+    matrix[:3, 3] = numbers[9:] + centre - matrix[:3, :3] @ centre
+    return np.linalg.inv(FLIP @ matrix @ FLIP)
+
+
+def write_transform(path: Path, matrix: Matrix) -> None:
+    """An ants affine file from (4, 4) moving RAS mm to fixed RAS mm."""
+    lps = FLIP @ np.linalg.inv(matrix) @ FLIP
+    transform = ants.create_ants_transform(
+        transform_type="AffineTransform", dimension=3, matrix=lps[:3, :3], translation=lps[:3, 3]
+    )
+    ants.write_transform(transform, str(path))

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Harm real heads and see what is left of their mask and affine.
+
+``python -m brainprior_bids.evaluation.harm BIDS_DIR TABLE.json`` conforms every T1w and T2w of a
+data set, labels it, harms the scan in the ways of :data:`HARMS`, labels it again, and compares:
+Dice of the two masks inside the field of view that is left, and the mean distance of the corners
+of the brain's box between the two affines. ``--markdown`` prints the table of ``docs/anatomy.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from brainprior_bids.anatomy.affine import corner_distance, fit_affine
+from brainprior_bids.anatomy.conform import conform
+from brainprior_bids.anatomy.parcellation import Parcellation, parcellate
+from brainprior_bids.engine import weights
+from brainprior_bids.engine.errors import BrainpriorError
+from brainprior_bids.engine.grids import Grid
+from brainprior_bids.engine.parcellation_network import ParcellationNetwork
+
+Volume = NDArray[np.float32]
+Mask = NDArray[np.bool_]
+
+
+def _extent(brain: Mask, axis: int) -> tuple[int, int]:
+    planes = np.flatnonzero(brain.any(tuple(a for a in range(3) if a != axis)))
+    return int(planes[0]), int(planes[-1])
+
+
+def _head(image: nib.Nifti1Image, data: Volume) -> nib.Nifti1Image:
+    return nib.Nifti1Image(np.asarray(data, np.float32), image.affine)
+
+
+def crop(image: nib.Nifti1Image, brain: Mask, *, top_mm: float, bottom_mm: float) -> Any:
+    """Cut the field of view so that this much of the brain is lost (negative: left beyond it)."""
+    low, high = _extent(brain, 2)
+    spacing = Grid(image.shape, image.affine).spacing_mm[2]
+    start = max(low + round(bottom_mm / spacing), 0)
+    stop = min(high + 1 - round(top_mm / spacing), image.shape[2])
+    return image.slicer[:, :, start:stop]
+
+
+def deface(image: nib.Nifti1Image, brain: Mask) -> nib.Nifti1Image:
+    """0 in front of and below a plane that touches the brain's lower front."""
+    where = np.argwhere(brain) @ image.affine[:3, :3].T + image.affine[:3, 3]
+    normal = np.array([0.0, 1.0, -1.0]) / np.sqrt(2)
+    every = np.indices(image.shape).reshape(3, -1).T @ image.affine[:3, :3].T + image.affine[:3, 3]
+    beyond = (every @ normal > (where @ normal).max()).reshape(image.shape)
+    return _head(image, np.where(beyond, 0, image.get_fdata(dtype=np.float32)))
+
+
+def low_contrast(image: nib.Nifti1Image, brain: Mask) -> nib.Nifti1Image:
+    """A fifth of the contrast in the head, and noise of 2 % of its brightness."""
+    data = image.get_fdata(dtype=np.float32)
+    mean = float(np.median(data[brain]))
+    head = data > 0.2 * mean
+    flat = np.where(head, mean + 0.2 * (data - mean), 0.2 * data)
+    return noise(_head(image, flat), brain, share=0.02)
+
+
+def noise(image: nib.Nifti1Image, brain: Mask, *, share: float) -> nib.Nifti1Image:
+    """Rician noise, its SD a share of the brain's 99th percentile."""
+    data = image.get_fdata(dtype=np.float32)
+    rng = np.random.default_rng(0)
+    sd = share * float(np.percentile(data[brain], 99))
+    real, imaginary = rng.normal(0, sd, (2, *data.shape))
+    return _head(image, np.hypot(data + real, imaginary))
+
+
+def coil(image: nib.Nifti1Image, brain: Mask) -> nib.Nifti1Image:
+    """One surface coil at the back of the head: about 8 times brighter there than in front."""
+    grid = np.indices(image.shape)
+    low, high = _extent(brain, 1)
+    place = (grid[1] - low) / (high - low)
+    return _head(image, image.get_fdata(dtype=np.float32) * np.exp(-2.1 * place))
+
+
+def thick(image: nib.Nifti1Image, brain: Mask, *, axis: int, mm: float) -> nib.Nifti1Image:
+    """Average slices along one axis into slices of about ``mm``."""
+    n = max(round(mm / float(Grid(image.shape, image.affine).spacing_mm[axis])), 1)
+    data = np.moveaxis(image.get_fdata(dtype=np.float32), axis, 0)
+    whole = data.shape[0] // n * n
+    averaged = data[:whole].reshape(-1, n, *data.shape[1:]).mean(1)
+    step = np.eye(4)
+    step[axis, axis] = n
+    step[axis, 3] = (n - 1) / 2
+    return nib.Nifti1Image(np.moveaxis(averaged, 0, axis), image.affine @ step)
+
+
+HARMS: dict[str, Callable[[nib.Nifti1Image, Mask], nib.Nifti1Image]] = {
+    "neck cut off": lambda i, b: crop(i, b, top_mm=-300, bottom_mm=-3),
+    "vertex cut, 10 mm of brain lost": lambda i, b: crop(i, b, top_mm=10, bottom_mm=-300),
+    "vertex cut, 30 mm of brain lost": lambda i, b: crop(i, b, top_mm=30, bottom_mm=-300),
+    "bottom cut, 30 mm of brain lost": lambda i, b: crop(i, b, top_mm=-300, bottom_mm=30),
+    "only the middle 50 mm": lambda i, b: crop(i, b, top_mm=40, bottom_mm=45),
+    "face cut off to the brain": deface,
+    "skull-stripped": lambda i, b: _head(i, i.get_fdata(dtype=np.float32) * b),
+    "a fifth of the contrast": low_contrast,
+    "one coil, 8 : 1": coil,
+    "noise 10 %": lambda i, b: noise(i, b, share=0.1),
+    "noise 20 %": lambda i, b: noise(i, b, share=0.2),
+    "noise 40 %": lambda i, b: noise(i, b, share=0.4),
+    "noise 80 %": lambda i, b: noise(i, b, share=0.8),
+    "values × 0.01": lambda i, b: _head(i, i.get_fdata(dtype=np.float32) * 0.01),
+    "values × 1000": lambda i, b: _head(i, i.get_fdata(dtype=np.float32) * 1000),
+}
+THICK = {
+    f"{mm} mm {plane}": (lambda i, b, axis=axis, mm=mm: thick(i, b, axis=axis, mm=mm))
+    for mm in (3, 5, 7)
+    for axis, plane in enumerate(("sagittal", "coronal", "axial"))
+}
+"""For T1w of near-isotropic voxels."""
+
+
+def _on(grid: Grid, image: nib.Nifti1Image, mask: Mask) -> Mask:
+    """A mask of another grid on this one, nearest; all grids here share their axes."""
+    index = np.linalg.inv(image.affine) @ grid.affine
+    moved: Mask = ndimage.affine_transform(
+        mask.astype(np.uint8), index[:3, :3], index[:3, 3], grid.shape, order=0
+    ).astype(bool)
+    return moved
+
+
+def compare(
+    image: nib.Nifti1Image,
+    network: ParcellationNetwork,
+    reference: dict[str, Any] | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Facts of one scan, against the unharmed one where that is given; and what to compare with.
+
+    Returns
+    -------
+    facts : dict
+        ``error``, or ``volume_ml``, ``confidence``, ``residual_mm``, ``dof``, ``warnings`` and,
+        with a reference, ``dice`` and ``corner_mm``.
+    result : dict
+        ``parcellation``, ``fit``, ``grid``, empty after an error.
+    """
+    grid = Grid(image.shape, image.affine).one_millimetre()
+    try:
+        found: Parcellation = parcellate(image, network=network, restored_grid=grid)
+        facts: dict[str, Any] = {
+            "volume_ml": round(float(found.mask.sum() * np.prod(grid.spacing_mm)) / 1000, 1),
+            "confidence": round(float(np.mean([row["confidence"] for row in found.table])), 3),
+            "warnings": list(found.warnings),
+        }
+        if reference:
+            same = nib.Nifti1Image(np.zeros(1), reference["grid"].affine)
+            before = _on(grid, same, reference["parcellation"].mask > 0)
+            after = found.mask > 0
+            facts["dice"] = round(float(2 * (before & after).sum() / (before.sum() + after.sum())), 4)
+        fit = fit_affine(found.table)
+    except BrainpriorError as error:
+        failed = facts if "facts" in locals() else {}
+        return {**failed, "error": str(error)}, {}
+    facts |= {"residual_mm": fit.median_residual_mm, "dof": fit.dof}
+    facts["warnings"] += fit.warnings
+    if reference:
+        facts["corner_mm"] = round(corner_distance(fit.matrix, reference["fit"].matrix), 2)
+    return facts, {"parcellation": found, "fit": fit, "grid": grid}
+
+
+def main() -> None:
+    """Harm every scan and write the facts."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("bids_dir", type=Path)
+    parser.add_argument("table", type=Path, help="JSON, one row a scan and harm; resumed")
+    parser.add_argument("--suffix", nargs="+", default=["T1w", "T2w"])
+    parser.add_argument("--subjects", type=int, default=9, help="at most this many")
+    parser.add_argument("--thick", action="store_true", help="thick slices instead of HARMS")
+    args = parser.parse_args()
+    rows = json.loads(args.table.read_text()) if args.table.exists() else []
+    done = {(row["scan"], row["harm"]) for row in rows}
+    network = weights.load_parcellation(weights.FOLDER / "parcellation.safetensors", device="cpu")
+    for subject in sorted(args.bids_dir.glob("sub-*"))[: args.subjects]:
+        for path in (p for s in args.suffix for p in sorted(subject.rglob(f"*_{s}.nii.gz"))):
+            image = conform(path, metadata={}).image
+            facts, reference = compare(image, network)
+            name = path.name.removesuffix(".nii.gz")
+            if (name, "none") not in done:
+                rows.append({"scan": name, "harm": "none", **facts})
+            brain = _on(
+                Grid(image.shape, image.affine),
+                nib.Nifti1Image(np.zeros(1), reference["grid"].affine),
+                reference["parcellation"].mask > 0,
+            )
+            for harm, change in (THICK if args.thick else HARMS).items():
+                if (name, harm) not in done:
+                    facts, _ = compare(change(image, brain), network, reference)
+                    rows.append({"scan": name, "harm": harm, **facts})
+                    print(json.dumps(rows[-1]), flush=True)
+            args.table.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
