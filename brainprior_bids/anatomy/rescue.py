@@ -98,9 +98,9 @@ def find_affine(
         rescued = judge_affine(matrix, table, surface=surface)
     except AnatomyError as error:
         if fit is None:
-            raise AnatomyError(f"{problem} Registration to the template failed too: {error}") from (
-                error
-            )
+            raise AnatomyError(
+                f"{problem} Registration to the template failed too: {error}"
+            ) from (error)
         return replace(
             fit,
             warnings=[*fit.warnings, f"Registration to the template was no better: {error}"],

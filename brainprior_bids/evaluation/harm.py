@@ -158,7 +158,9 @@ def compare(
             same = nib.Nifti1Image(np.zeros(1), reference["grid"].affine)
             before = _on(grid, same, reference["parcellation"].mask > 0)
             after = found.mask > 0
-            facts["dice"] = round(float(2 * (before & after).sum() / (before.sum() + after.sum())), 4)
+            facts["dice"] = round(
+                float(2 * (before & after).sum() / (before.sum() + after.sum())), 4
+            )
         fit = fit_affine(found.table)
     except BrainpriorError as error:
         failed = facts if "facts" in locals() else {}

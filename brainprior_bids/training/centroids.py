@@ -139,7 +139,10 @@ def average_hull(surfaces: list[Any], matrices: list[Any]) -> dict[str, Any]:
     """Directions and the mean reach of the mapped surfaces in each, both sides alike."""
     towards = directions()
     heights = np.array(
-        [supports(points, m, towards)[0] for (points, _), m in zip(surfaces, matrices, strict=True)]
+        [
+            supports(points, m, towards)[0]
+            for (points, _), m in zip(surfaces, matrices, strict=True)
+        ]
     )
     mirrored_heights = np.roll(heights, len(towards) // 2, axis=1)  # left's partner is right
     both = np.concatenate([heights, mirrored_heights])
