@@ -14,6 +14,8 @@ from typing import Any
 
 TASKS = ("restore", "inpaint", "refine")
 SAMPLERS = ("exact", "daps", "map")
+SKULL_STRIPS = ("embedded", "synthstrip", "skip", "mask")
+PARCELLATIONS = ("embedded", "synthseg", "derivatives")
 MODALITIES = ("T1w", "T2w", "FLAIR")
 SPACES = ("anat", "MNI305")
 LEVELS = ("participant", "group")
@@ -51,6 +53,10 @@ class Settings:
         Overrides the sidecars.
     output_spaces : tuple of str
         Of ``anat`` (the scan's own) and ``MNI305``.
+    skull_strip, parcellation : str
+        Where brain mask and structures come from.
+    synthstrip_model : Path or None
+        Weights of SynthStrip, for programs that bring none.
     random_seed : int
         Each scan's seed is derived from it and the scan's name.
     device : str
@@ -87,6 +93,9 @@ class Settings:
     output_spaces: tuple[str, ...] = SPACES
     prior: Path | None = None
     slice_thickness_mm: float | None = None
+    skull_strip: str = "embedded"
+    parcellation: str = "embedded"
+    synthstrip_model: Path | None = None
     random_seed: int = 0
     device: str = "auto"
     n_gpu_procs: int = 1
@@ -129,6 +138,8 @@ class Settings:
             "save_samples": self.save_samples,
             "output_spaces": list(self.output_spaces),
             "slice_thickness_mm": self.slice_thickness_mm,
+            "skull_strip": self.skull_strip,
+            "parcellation": self.parcellation,
             "random_seed": self.random_seed,
         }
 

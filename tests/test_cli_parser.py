@@ -59,6 +59,9 @@ def test_prefixes_are_stripped_and_aliases_taken(folders):
 @pytest.mark.parametrize(
     ("extra", "said"),
     [
+        (["--skull-strip", "synthstrip"], "mri_synthstrip"),
+        (["--parcellation", "synthseg"], "mri_synthseg"),
+        (["--synthstrip-model", "nowhere.pt"], "no such file"),
         (["--task", "inpaint"], "not available in this version"),
         (["--modalities", "bold"], "no prior for bold"),
         (["--n-samples", "0"], "at least 1"),

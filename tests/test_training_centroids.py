@@ -54,6 +54,17 @@ def test_the_average_is_symmetric_and_carries_the_spread():
     np.testing.assert_allclose(left["sd_mm"], [2, np.std([1, 1, 3], ddof=1), 0], atol=1e-3)
 
 
+def test_the_average_hull_is_that_of_its_parts_and_symmetric():
+    rays = np.random.default_rng(0).standard_normal((5000, 3))
+    ball = 70 * rays / np.linalg.norm(rays, axis=1, keepdims=True)
+    surfaces = [(ball, None), (np.add(ball, [4, 0, 0]), None)]
+    hull = average_hull(surfaces, [np.eye(4), np.eye(4)])
+    towards, height = np.array(hull["directions"]), np.array(hull["height_mm"])
+    half = len(towards) // 2
+    np.testing.assert_allclose(height[:half], height[half:], atol=1e-3)
+    np.testing.assert_allclose(height, 70, atol=2)  # the outermost 2 % of a ball: 1.4 mm lower
+
+
 def test_registration_finds_a_known_pose():
     rng = np.random.default_rng(0)
     blobs = ndimage.gaussian_filter(rng.normal(size=(48, 56, 48)), 4)

@@ -105,7 +105,17 @@ def init_scan_wf(
     conform = node(Conform(in_file=str(scan.path), metadata=dict(scan.metadata)), "conform")
     if settings.slice_thickness_mm is not None:
         conform.inputs.slice_thickness = settings.slice_thickness_mm
-    parcellate = node(Parcellate(weights=str(parcellation)), "parcellate", threads=threads)
+    parcellate = node(
+        Parcellate(
+            weights=str(parcellation),
+            skull_strip=settings.skull_strip,
+            parcellation=settings.parcellation,
+        ),
+        "parcellate",
+        threads=threads,
+    )
+    if settings.synthstrip_model is not None:
+        parcellate.inputs.synthstrip_model = str(settings.synthstrip_model)
     n4 = node(N4(), "n4", threads=threads)
     affine = node(CentroidAffine(), "affine")
     restore = node(
@@ -152,7 +162,8 @@ def init_scan_wf(
         (conform, parcellate, [("out_file", "in_file")]),
         (conform, n4, [("out_file", "in_file")]),
         (parcellate, n4, [("mask_scan", "mask_scan")]),
-        (parcellate, affine, [("structures_json", "structures_json")]),
+        (conform, affine, [("out_file", "in_file")]),
+        (parcellate, affine, [("structures_json", "structures_json"), ("mask", "mask")]),
         (conform, restore, [("out_file", "in_file"), ("conform_json", "conform_json")]),
         (parcellate, restore, [("mask", "mask"), ("mask_scan", "mask_scan")]),
         (n4, restore, [("log_bias", "log_bias")]),

@@ -13,7 +13,7 @@ residuals in units of d_s + 3 mm (the 3 mm being the parcellation's own error), 
 structures do not matter.
 
 Where the brain's surface is given, the 12 degrees are then fitted once more to the centroids and
-to how far the brain reaches in many directions u (``anatomy/hull.py``; h_u, the reference's reach):
+to how far the brain reaches in many directions u (``anatomy/hull.py``; h_u, the reference):
 
     argmin_A  sum_s w_s |A x_s - y_s|^2 + sum_u v_u (u . A p_u - h_u)^2 + ridge
 
@@ -320,6 +320,7 @@ def _with_hull(
             return None
         ratio = np.abs(height - wanted) / spread
         factor = np.minimum(1.0, HUBER / np.maximum(ratio, 1e-9)) * seen
+        factor[ratio > 4 * HUBER] = 0.0  # a bulge of the mask, or a piece that is missing
         v = HULL_SHARE * w.sum() / len(wanted) * factor
         matrix = _joint(x, y, w, place, towards, wanted, v, similar)
     return matrix
@@ -373,7 +374,7 @@ def _joint(
 def corner_distance(one: Matrix, other: Matrix) -> float:
     """Mean distance in mm between two scanner-to-MNI305 affines at the corners of the brain's box.
 
-    The box is 130 x 160 x 120 mm around (0, -18, 10) mm in MNI305, mapped to the scan by ``other``.
+    The box is 130 x 160 x 120 mm around (0, -18, 10) mm of MNI305, mapped by ``other``.
     """
     corners = (np.array(list(np.ndindex(2, 2, 2))) * 2 - 1) * [65.0, 80.0, 60.0] + [0, -18, 10]
     points = np.c_[corners, np.ones(8)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from brainprior_bids.settings import (
     LEVELS,
     LOW_MEMORY_TILE_MM,
     MODALITIES,
+    PARCELLATIONS,
     SAMPLERS,
+    SKULL_STRIPS,
     SPACES,
     TASKS,
     Settings,
@@ -92,6 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _query_options(parser.add_argument_group("which scans"))
     _task_options(parser.add_argument_group("what to do"))
+    _anatomy_options(parser.add_argument_group("brain mask and structures"))
     _output_options(parser.add_argument_group("what to write"))
     _performance_options(parser.add_argument_group("performance"))
     _subset_options(parser.add_argument_group("less than a whole run"))
@@ -448,6 +452,50 @@ def _tokens(parser: argparse.ArgumentParser, config: dict[str, Any]) -> list[str
     return tokens
 
 
+def _anatomy_options(group: Group) -> None:
+    group.add_argument(
+        "--skull-strip",
+        choices=[how for how in SKULL_STRIPS if how != "mask"],
+        default="embedded",
+        help="embedded (default): our network, and the scan's own edge where it is already "
+        "skull-stripped; synthstrip: SynthStrip, if installed; skip: every scan is skull-stripped",
+    )
+    group.add_argument(
+        "--synthstrip-model",
+        type=Path,
+        metavar="FILE",
+        help="weights for --skull-strip synthstrip; nipreps-synthstrip needs them",
+    )
+    group.add_argument(
+        "--parcellation",
+        choices=[how for how in PARCELLATIONS if how != "derivatives"],
+        default="embedded",
+        help="embedded (default): our network; synthseg: FreeSurfer's mri_synthseg, if installed",
+    )
+
+
+def _check_anatomy(options: argparse.Namespace) -> None:
+    """Refuse what needs a program or a file that is not there, before anything runs."""
+    model = options.synthstrip_model
+    if model is not None and not model.is_file():
+        raise UsageError(f"--synthstrip-model {model}: no such file.")
+    if model is not None and options.skull_strip != "synthstrip":
+        raise UsageError("--synthstrip-model is for --skull-strip synthstrip only.")
+    if options.skull_strip == "synthstrip" and not (
+        shutil.which("mri_synthstrip") or (model and shutil.which("nipreps-synthstrip"))
+    ):
+        raise UsageError(
+            "--skull-strip synthstrip: expected mri_synthstrip (FreeSurfer) on the PATH, or "
+            "nipreps-synthstrip on it and --synthstrip-model FILE. Install one, or use "
+            "--skull-strip embedded."
+        )
+    if options.parcellation == "synthseg" and not shutil.which("mri_synthseg"):
+        raise UsageError(
+            "--parcellation synthseg: mri_synthseg (FreeSurfer 7.3 or later) is not on the PATH. "
+            "Install FreeSurfer, or use --parcellation embedded."
+        )
+
+
 def parse_settings(argv: Sequence[str]) -> Settings:
     """The settings that a command line asks for, defaults filled in, paths checked.
 
@@ -469,6 +517,7 @@ def parse_settings(argv: Sequence[str]) -> Settings:
     output_dir = options.output_dir.absolute()
     work_dir = (options.work_dir or options.output_dir / WORK_DIR).absolute()
     check_paths(bids_dir, output_dir, work_dir)
+    _check_anatomy(options)
     if options.prior is not None and not options.prior.is_file():
         raise UsageError(f"--prior {options.prior}: no such file.")
 
@@ -510,6 +559,9 @@ def parse_settings(argv: Sequence[str]) -> Settings:
         output_spaces=tuple(s for s in SPACES if s in options.output_spaces) or SPACES,
         prior=_absolute(options.prior),
         slice_thickness_mm=options.slice_thickness_mm,
+        skull_strip=options.skull_strip,
+        parcellation=options.parcellation,
+        synthstrip_model=_absolute(options.synthstrip_model),
         random_seed=options.random_seed,
         # a job of a scheduler sees another machine's devices than this process
         device=options.device if plugin.is_batch else resources.resolve_device(options.device),

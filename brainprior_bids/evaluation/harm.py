@@ -22,6 +22,7 @@ from scipy import ndimage
 
 from brainprior_bids.anatomy.affine import corner_distance, fit_affine
 from brainprior_bids.anatomy.conform import conform
+from brainprior_bids.anatomy.hull import surface
 from brainprior_bids.anatomy.parcellation import Parcellation, parcellate
 from brainprior_bids.engine import weights
 from brainprior_bids.engine.errors import BrainpriorError
@@ -161,7 +162,7 @@ def compare(
             facts["dice"] = round(
                 float(2 * (before & after).sum() / (before.sum() + after.sum())), 4
             )
-        fit = fit_affine(found.table)
+        fit = fit_affine(found.table, surface=surface(found.mask > 0, grid))
     except BrainpriorError as error:
         failed = facts if "facts" in locals() else {}
         return {**failed, "error": str(error)}, {}
@@ -180,6 +181,7 @@ def main() -> None:
     parser.add_argument("--suffix", nargs="+", default=["T1w", "T2w"])
     parser.add_argument("--subjects", type=int, default=9, help="at most this many")
     parser.add_argument("--thick", action="store_true", help="thick slices instead of HARMS")
+    parser.add_argument("--harms", nargs="+", choices=[*HARMS, *THICK], help="only these")
     args = parser.parse_args()
     rows = json.loads(args.table.read_text()) if args.table.exists() else []
     done = {(row["scan"], row["harm"]) for row in rows}
@@ -197,6 +199,8 @@ def main() -> None:
                 reference["parcellation"].mask > 0,
             )
             for harm, change in (THICK if args.thick else HARMS).items():
+                if args.harms and harm not in args.harms:
+                    continue
                 if (name, harm) not in done:
                     facts, _ = compare(change(image, brain), network, reference)
                     rows.append({"scan": name, "harm": harm, **facts})

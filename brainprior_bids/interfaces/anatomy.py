@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -17,6 +18,7 @@ from brainprior_bids.interfaces.base import (
     MeasuredInterface,
     MeasuredOutputSpec,
 )
+from brainprior_bids.settings import PARCELLATIONS, SKULL_STRIPS
 
 
 def grid_of(image: nib.Nifti1Image) -> Grid:
@@ -81,54 +83,148 @@ class _ParcellateInputSpec(MeasuredInputSpec):
     in_file = File(exists=True, mandatory=True, desc="the conformed scan")
     weights = File(exists=True, mandatory=True, desc="weights of the parcellation network")
     device = traits.Str("cpu", usedefault=True, nohash=True)
+    skull_strip = traits.Enum(*SKULL_STRIPS, usedefault=True, desc="where the mask comes from")
+    parcellation = traits.Enum(*PARCELLATIONS, usedefault=True, desc="where the labels come from")
+    mask_file = File(exists=True, desc="brain mask in the scan's space, for skull_strip=mask")
+    dseg_file = File(exists=True, desc="FreeSurfer labels, for parcellation=derivatives")
+    synthstrip_model = File(exists=True, desc="weights of SynthStrip")
 
 
 class _ParcellateOutputSpec(MeasuredOutputSpec):
     structures = File(desc="label image on the 1 mm grid, FreeSurfer values, int16")
     mask = File(desc="brain on the 1 mm grid, uint8")
     mask_scan = File(desc="share of each scan voxel inside the brain, float32")
-    structures_json = File(desc="table of structures, and the weights that made it")
+    structures_json = File(desc="table of structures, and what made mask and labels")
 
 
 class Parcellate(MeasuredInterface):
-    """Label the brain's structures; the mask is what they cover."""
+    """Brain mask and structures: the embedded network's, another program's, or given ones."""
 
     input_spec = _ParcellateInputSpec
     output_spec = _ParcellateOutputSpec
 
     def _work(self, folder: Path) -> list[str]:
+        from brainprior_bids.anatomy import external
         from brainprior_bids.anatomy.parcellation import parcellate
         from brainprior_bids.engine.weights import load_parcellation, sha256_file
 
         image = nib.load(self.inputs.in_file)
         scan_grid = grid_of(image)
         grid = scan_grid.one_millimetre()
-        weights = Path(self.inputs.weights)
-        network = load_parcellation(weights, device=self.inputs.device)
-        done = parcellate(image, network=network, restored_grid=grid)
+        facts: dict[str, Any] = {"mask_source": "embedded", "structures_source": "embedded"}
+        warnings: list[str] = []
+        found = None
+        if "embedded" in (self.inputs.skull_strip, self.inputs.parcellation):
+            weights = Path(self.inputs.weights)
+            network = load_parcellation(weights, device=self.inputs.device)
+            found = parcellate(image, network=network, restored_grid=grid)
+            warnings += found.warnings
+            facts["weights"] = {
+                "name": network.metadata.get("name"),
+                "licence": network.metadata.get("licence"),
+                "sha256": sha256_file(weights),
+            }
+        network_mask = None if found is None else found.mask > 0
+        mask, mask_warnings = self._mask(folder, image, grid, network_mask, found, facts)
+        labels = self._labels(folder, grid, facts)
+        warnings += mask_warnings
+        if mask is not None or labels is not None:
+            if mask is None:
+                mask = network_mask
+            known = {} if found is None else {r["index"]: r["confidence"] for r in found.table}
+            if labels is None:
+                labels = found.structures
+            else:
+                known = {}
+            found = external.assemble(labels, mask, known, scan_grid=scan_grid, restored_grid=grid)
         structures_json = write_json(
             folder / "structures.json",
-            {
-                "table": done.table,
-                "warnings": done.warnings,
-                "weights": {
-                    "name": network.metadata.get("name"),
-                    "licence": network.metadata.get("licence"),
-                    "sha256": sha256_file(weights),
-                },
-            },
+            {"table": found.table, "warnings": warnings, **facts},
         )
         self._results.update(
             structures=save(
-                np.asarray(done.structures, np.int16), grid, folder / "structures.nii.gz"
+                np.asarray(found.structures, np.int16), grid, folder / "structures.nii.gz"
             ),
-            mask=save(np.asarray(done.mask, np.uint8), grid, folder / "mask.nii.gz"),
+            mask=save(np.asarray(found.mask, np.uint8), grid, folder / "mask.nii.gz"),
             mask_scan=save(
-                np.asarray(done.mask_scan, np.float32), scan_grid, folder / "mask_scan.nii.gz"
+                np.asarray(found.mask_scan, np.float32), scan_grid, folder / "mask_scan.nii.gz"
             ),
             structures_json=str(structures_json),
         )
-        return list(done.warnings)
+        return warnings
+
+    def _mask(
+        self,
+        folder: Path,
+        image: nib.Nifti1Image,
+        grid: Grid,
+        network_mask: np.ndarray | None,
+        found: Any,
+        facts: dict[str, Any],
+    ) -> tuple[np.ndarray | None, list[str]]:
+        """The mask on ``grid`` where it is not the network's, and warnings."""
+        from brainprior_bids.anatomy import external
+        from brainprior_bids.anatomy.spaces import resample
+
+        how, warnings = self.inputs.skull_strip, []
+        edge = None
+        if how == "embedded":
+            edge = external.stripped_edge(image, found.mask_scan)
+            if edge is None:
+                return None, []
+            facts["mask_source"] = "the scan's own edge: it is already skull-stripped"
+            warnings.append("The scan is already skull-stripped: its own edge is the mask.")
+        elif how == "skip":
+            edge, empty = external.own_edge(image)
+            facts["mask_source"] = "the scan's own edge (--skull-strip skip)"
+            if empty < 0.9:
+                warnings.append(
+                    "--skull-strip skip, but the background is not empty: the scan does not look "
+                    "skull-stripped, and all of the head is taken for brain."
+                )
+        if edge is not None:
+            mask = resample(edge, grid_of(image), grid, order=1) >= 0.5
+        elif how == "mask":
+            mask = external.mask_from_file(Path(self.inputs.mask_file), grid, name="Skull-strip")
+            facts["mask_source"] = str(self.inputs.mask_file)
+        else:
+            model = self.inputs.synthstrip_model
+            target = folder / "synthstrip_mask.nii.gz"
+            command = external.synthstrip_command(
+                Path(self.inputs.in_file),
+                target,
+                model=Path(model) if isdefined(model) else None,
+                threads=int(self.inputs.num_threads),
+                cuda=self.inputs.device.startswith("cuda"),
+            )
+            facts["synthstrip"] = external.run_program(command, target)
+            mask = external.mask_from_file(target, grid, name="SynthStrip")
+            facts["mask_source"] = "SynthStrip"
+        mask, more = external.checked_mask(
+            mask, grid, source=facts["mask_source"], network_mask=network_mask
+        )
+        return mask, [*warnings, *more]
+
+    def _labels(self, folder: Path, grid: Grid, facts: dict[str, Any]) -> np.ndarray | None:
+        """Labels on ``grid`` where they are not the network's."""
+        from brainprior_bids.anatomy import external
+
+        if self.inputs.parcellation == "embedded":
+            return None
+        if self.inputs.parcellation == "derivatives":
+            facts["structures_source"] = str(self.inputs.dseg_file)
+            path = Path(self.inputs.dseg_file)
+        else:
+            path = folder / "synthseg.nii.gz"
+            command = external.synthseg_command(
+                Path(self.inputs.in_file),
+                path,
+                threads=int(self.inputs.num_threads),
+                cuda=self.inputs.device.startswith("cuda"),
+            )
+            facts["synthseg"] = external.run_program(command, path)
+            facts["structures_source"] = "SynthSeg"
+        return external.labels_from_file(path, grid, name="Parcellation")
 
 
 class _N4InputSpec(MeasuredInputSpec):
@@ -157,6 +253,8 @@ class N4(MeasuredInterface):
 
 
 class _CentroidAffineInputSpec(MeasuredInputSpec):
+    in_file = File(exists=True, mandatory=True, desc="the conformed scan")
+    mask = File(exists=True, mandatory=True, desc="brain on the 1 mm grid")
     structures_json = File(exists=True, mandatory=True, desc="table of structures")
 
 
@@ -167,24 +265,34 @@ class _CentroidAffineOutputSpec(MeasuredOutputSpec):
 
 
 class CentroidAffine(MeasuredInterface):
-    """Fit the structures' centroids to those of MNI305, by weighted least squares."""
+    """Fit structures and the brain's reach to those of MNI305; the template where they fail."""
 
     input_spec = _CentroidAffineInputSpec
     output_spec = _CentroidAffineOutputSpec
 
     def _work(self, folder: Path) -> list[str]:
-        from brainprior_bids.anatomy.affine import fit_affine
+        from brainprior_bids.anatomy.hull import surface
+        from brainprior_bids.anatomy.rescue import find_affine, template_folder
         from brainprior_bids.anatomy.spaces import write_itk_affine
 
-        fit = fit_affine(read_json(Path(self.inputs.structures_json))["table"])
+        mask = nib.load(self.inputs.mask)
+        fit = find_affine(
+            read_json(Path(self.inputs.structures_json))["table"],
+            surface(np.asarray(mask.dataobj) > 0, grid_of(mask)),
+            image=nib.load(self.inputs.in_file),
+            mask=mask,
+            templates=template_folder(),
+        )
         matrix = np.asarray(fit.matrix, np.float64)
         affine_json = write_json(
             folder / "affine.json",
             {
                 "matrix": matrix,
+                "method": fit.method,
                 "dof": fit.dof,
                 "residuals_mm": fit.residuals_mm,
                 "median_residual_mm": fit.median_residual_mm,
+                "hull_residual_mm": fit.hull_residual_mm,
                 "used": fit.used,
                 "warnings": fit.warnings,
             },
