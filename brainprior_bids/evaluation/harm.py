@@ -4,7 +4,7 @@
 ``python -m brainprior_bids.evaluation.harm BIDS_DIR TABLE.json`` conforms every T1w and T2w of a
 data set, labels it, harms the scan in the ways of :data:`HARMS`, labels it again, and compares:
 Dice of the two masks inside the field of view that is left, and the mean distance of the corners
-of the brain's box between the two affines. ``--markdown`` prints the table of ``docs/anatomy.md``.
+of the brain's box between the two affines. The table stands in the parcellation's model card.
 """
 
 from __future__ import annotations
