@@ -188,6 +188,46 @@ def test_the_residual_is_judged():
     assert bad.residuals[0].ratio_final == pytest.approx(bad.residual_ratios[0])  # it was given
 
 
+def ball(grid, centre_mm, radius_mm):
+    offset = grid.points_mm() - np.array(centre_mm)[:, None, None, None]
+    return np.square(offset).sum(0) < radius_mm**2
+
+
+@pytest.mark.parametrize("thick", [1, 4])
+def test_what_lies_under_the_mask_has_no_say(thick):
+    """The same result whatever the scan shows there, and close to what is missing."""
+    case = phantom(thick=thick)
+    scan, grid = case["arguments"]["scan"], case["arguments"]["grid"]
+    hidden = ball(grid, (4, -5, 3), 7)
+    found = run(case, hidden=hidden, n_steps=6)
+    lesion = np.where(hidden, 3 * scan.max(), scan)
+    again = run(case, scan=lesion, hidden=hidden, n_steps=6)
+    np.testing.assert_array_equal(found.mean, again.mean)
+    np.testing.assert_array_equal(found.samples, again.samples)
+    assert found.predictions.shape == (3, *grid.shape)
+    # better than the prior's mean, which is one prior SD wrong; the scan's noise is not predicted
+    fine = ball(grid.one_millimetre(), (4, -5, 3), 7)
+    prior = anatomy(torch.from_numpy(grid.one_millimetre().points_mm(TO_MNI))).numpy()
+    ignorant = np.sqrt(((prior - case["truth"])[fine] ** 2).mean())
+    assert np.sqrt(((found.mean / GAIN - case["truth"])[fine] ** 2).mean()) < 0.95 * ignorant
+    error = np.sqrt(((found.predictions[0] - scan)[hidden] ** 2).mean()) / GAIN
+    assert error < np.hypot(NOISE, ignorant)
+    # the spread is larger under the mask than beside it
+    brain = case["mask"]
+    assert found.sd[fine].mean() > {1: 1.2, 4: 1.05}[thick] * found.sd[brain & ~fine].mean()
+    assert found.residual_ratios == pytest.approx([1, 1], abs=0.15)
+
+
+def test_a_mask_over_the_whole_brain_is_refused():
+    case = phantom()
+    grid = case["arguments"]["grid"]
+    with pytest.raises(InputError, match="covers the whole brain"):
+        run(case, hidden=np.ones(grid.shape))
+    rim = case["arguments"]["mask"] > 0.95  # what is left is cut by the mask's edge
+    with pytest.raises(InputError, match="nothing is left to condition on"):
+        run(case, hidden=rim)
+
+
 def test_the_record_is_complete():
     case = phantom()
     seen = []

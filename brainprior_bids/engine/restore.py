@@ -32,6 +32,7 @@ from brainprior_bids.engine.errors import (
     UsageError,
 )
 from brainprior_bids.engine.grids import Grid
+from brainprior_bids.engine.inpaint import MaskedLikelihood
 from brainprior_bids.engine.likelihood import SliceLikelihood
 from brainprior_bids.engine.noise import estimate_noise_sd
 from brainprior_bids.engine.operators.fourier import resampling_matrix
@@ -82,6 +83,7 @@ class Restoration:
     samples: NDArray[np.float32]  # (n, i, j, k) posterior samples, 0 outside the mask
     mean: NDArray[np.float32]  # (i, j, k) estimate of the posterior mean, see ``restore``
     sd: NDArray[np.float32] | None  # (i, j, k) posterior SD; None for a single sample
+    predictions: NDArray[np.float32] | None  # with ``hidden``: of the scan, by mean, samples
     log_bias: NDArray[np.float32]  # on the scan's grid; mean 0 inside the mask
     noise_sd_initial: float  # engine unit, a voxel of the scan, before sampling
     noise_sd: float  # after sampling, mean over samples
@@ -101,6 +103,20 @@ class Restoration:
     def residual_ratios(self) -> list[float]:
         """RMS of each sample's residual over the SD expected before sampling."""
         return [r.ratio for r in self.residuals]
+
+
+class LikelihoodOptions(TypedDict):
+    """What the likelihoods have in common."""
+
+    share: Tensor
+    solver: SpectralSolver
+    slice_axis: int
+    spectrum: Spectrum
+    support: Tensor
+    noise_sd: float
+    log_bias: Tensor
+    bias_field: CosineField | None
+    bias_positions: list[Tensor]
 
 
 class SamplerOptions(TypedDict):
@@ -134,6 +150,7 @@ def restore(
     contrast: str,
     prior: PriorLike,
     log_bias: ArrayLike | Tensor | None = None,
+    hidden: ArrayLike | Tensor | None = None,
     noise_sd: float | None = None,
     sampler: str = "exact",
     n_samples: int = 4,
@@ -170,6 +187,9 @@ def restore(
         Its ``tile_mm`` decides whether the network runs in tiles.
     log_bias : (i, j, k), optional
         Where the bias field starts (N4): log b. Without it, from 0.
+    hidden : (i, j, k), optional
+        Above 0 where the scan is not to be believed (a lesion): no measurement there. It must
+        lie inside the masks.
     noise_sd : float, optional
         Of a scan voxel, engine unit; given, it is kept. None estimates it from the scan, not
         below ``NOISE_FLOOR``, and may lower it by up to a half while sampling.
@@ -247,15 +267,19 @@ def restore(
         raise InputError(
             "restore: the brain mask is empty. Check the parcellation, or pass another mask."
         )
+    covered = torch.zeros(grid.shape) if hidden is None else _volume("hidden", hidden, grid.shape)
+    believed = brain & ~(covered > 0)
+    if not bool(believed.any()):
+        raise InputError("restore: the lesion mask covers the whole brain. Check the mask.")
     missing = ~torch.isfinite(volume)
-    if bool((missing & brain).any()):
+    if bool((missing & believed).any()):
         raise InputError(
-            f"restore: {int((missing & brain).sum())} voxels inside the brain are NaN or "
+            f"restore: {int((missing & believed).sum())} voxels inside the brain are NaN or "
             "infinite. Repair the image first."
         )
     volume = torch.where(missing, 0.0, volume)
-    start_bias = start_bias - start_bias[brain].mean()
-    unit = float(torch.quantile(_at_most(volume[brain] / start_bias[brain].exp()), 0.99))
+    start_bias = start_bias - start_bias[believed].mean()
+    unit = float(torch.quantile(_at_most(volume[believed] / start_bias[believed].exp()), 0.99))
     if not (math.isfinite(unit) and unit > 0):
         raise InputError(
             f"restore: the 99th percentile inside the brain is {unit}, expected above 0. "
@@ -269,11 +293,12 @@ def restore(
     box = brain_box((inside_1mm > 0).numpy(), _triple(data.shape), axis)
     profile, sensed = _profiles(grid, fine, tuple(data.shape), acquisition)
     share = _share(inside_1mm, sensed)[box.data_slices]
+    unseen = _unseen(covered, tuple(data.shape))[box.data_slices]
     weights = profile[box.data_start[axis] : box.data_stop[axis], box.start[axis] : box.stop[axis]]
 
     estimated = noise_sd is None
     initial = (
-        _noise_before(data[box.data_slices], share, axis, warnings)
+        _noise_before(data[box.data_slices], share * (1 - unseen), axis, warnings)
         if estimated
         else (float(noise_sd if noise_sd is not None else 0.0) * thinned)
     )
@@ -289,8 +314,7 @@ def restore(
     extent = np.array(box.shape) * spacing
     bias_field = CosineField((float(extent[0]), float(extent[1]), float(extent[2])), bias_scale_mm)
     support = F.max_pool3d((inside_1mm[None, None] > 0).float(), 3, 1, 1)[0, 0]
-    likelihood = SliceLikelihood(
-        data[box.data_slices],
+    known = LikelihoodOptions(
         share=share,
         solver=solver,
         slice_axis=axis,
@@ -300,6 +324,11 @@ def restore(
         log_bias=bias_data[box.data_slices],
         bias_field=bias_field if refine_bias else None,
         bias_positions=_positions(box, _triple(data.shape), fine.shape, box.data_slices),
+    )
+    likelihood = (
+        SliceLikelihood(data[box.data_slices], **known)
+        if hidden is None
+        else MaskedLikelihood(data[box.data_slices], hidden=unseen, **known)
     )
     coordinates = torch.from_numpy(fine.crop(box.start, box.stop).points_mm(to=matrix)).to(device)
 
@@ -312,6 +341,12 @@ def restore(
     samples = np.zeros((n_samples, *fine.shape), np.float32)
     expected = np.zeros(fine.shape, np.float32)
     residuals: list[Residual] = []
+    predictions = np.zeros((0 if hidden is None else 1 + n_samples, *grid.shape), np.float32)
+
+    def predict(x: Tensor) -> NDArray[np.float32]:
+        part = _on_scan(likelihood.forward(x).cpu(), box, tuple(data.shape), grid.shape)
+        return (unit * part).numpy()
+
     left_over = torch.zeros(box.data_shape)
     noises, seeds = [], []
     everywhere = bias_field.basis(
@@ -371,17 +406,24 @@ def restore(
             extra = bias_field.evaluate(likelihood.coefficients, everywhere)
             gain = float(extra[brain].mean().exp())
             start_and_found += extra / n_samples
+        if hidden is not None:
+            predictions[1 + index] = predict(x0)
         samples[(index, *box.image_slices)] = x0.cpu().numpy() * (unit * gain)
         if sampler == "exact":
-            conditional *= final * (unit * gain / (n_samples * (len(sigmas) // 2)))
-            expected[box.image_slices] += conditional.cpu().numpy()
-    start_and_found -= start_and_found[brain].mean()
+            conditional *= final / (n_samples * (len(sigmas) // 2))
+            if hidden is not None:
+                predictions[0] += predict(conditional)
+            expected[box.image_slices] += conditional.cpu().numpy() * (unit * gain)
+        elif hidden is not None:
+            predictions[0] += predictions[1 + index] / n_samples
+    start_and_found -= start_and_found[believed].mean()
     warnings += judge(residuals)
     return Restoration(
         grid=fine,
         samples=samples,
         mean=expected if sampler == "exact" else samples.mean(0, dtype=np.float32),
         sd=samples.std(0, ddof=1, dtype=np.float32) if n_samples > 1 else None,
+        predictions=predictions if hidden is not None else None,
         log_bias=start_and_found.numpy().astype(np.float32),
         noise_sd_initial=initial / thinned,
         noise_sd=float(np.mean(noises)),
@@ -476,6 +518,18 @@ def _on_scan(
         if m > n:
             whole = SliceProfile(resampling_matrix(n, m), tuple(whole.shape), axis)(whole)
     return whole
+
+
+def _unseen(covered: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """1 where a data voxel shows anything of the hidden part.
+
+    Where the scan was reduced, its k-space crop spreads a hidden voxel to its neighbours: one
+    voxel more is hidden.
+    """
+    hidden = (covered > 0).float()[None, None]
+    if tuple(covered.shape) != tuple(shape):
+        hidden = F.max_pool3d(F.adaptive_max_pool3d(hidden, shape), 3, 1, 1)
+    return hidden[0, 0]
 
 
 def _interpolate(volume: Tensor, shape: tuple[int, ...]) -> Tensor:
