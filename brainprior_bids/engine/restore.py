@@ -83,7 +83,6 @@ class Restoration:
     samples: NDArray[np.float32]  # (n, i, j, k) posterior samples, 0 outside the mask
     mean: NDArray[np.float32]  # (i, j, k) estimate of the posterior mean, see ``restore``
     sd: NDArray[np.float32] | None  # (i, j, k) posterior SD; None for a single sample
-    predictions: NDArray[np.float32] | None  # with ``hidden``: of the scan, by mean, samples
     log_bias: NDArray[np.float32]  # on the scan's grid; mean 0 inside the mask
     noise_sd_initial: float  # engine unit, a voxel of the scan, before sampling
     noise_sd: float  # after sampling, mean over samples
@@ -98,6 +97,7 @@ class Restoration:
     box: Box
     seconds: float
     warnings: list[str] = field(default_factory=list)
+    predictions: NDArray[np.float32] | None = None  # with ``hidden``: (1 + n) scans, mean first
 
     @property
     def residual_ratios(self) -> list[float]:
