@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from brainprior_bids.engine.devices import usable_device
 from brainprior_bids.engine.errors import MemoryShortageError, ShapeMismatchError, UsageError
+from brainprior_bids.engine.stacks import FEATURES, Stack, StackLevel
 from brainprior_bids.engine.tiles import network_in_slabs
 from brainprior_bids.engine.unet import (
     BANDS,
@@ -39,6 +40,10 @@ MIN_TILE = 4
 """Thinnest tile, mm: the two rows that a residual block reads of its neighbours."""
 FALLBACK_TILES = (64, 32, 16, 8)
 """Tiles that are tried in turn when memory runs out, mm."""
+
+
+Levels = Sequence[StackLevel | None] | None
+"""For each image of a batch the slices that are known of it, if any are."""
 
 
 class ErrorSpectrum:
@@ -143,15 +148,68 @@ class Precondition(nn.Module):
         total = sigma2 + s2
         return s2 / total, (sigma2 * s2 / total).sqrt(), total.rsqrt()
 
-    def forward(self, bands: Tensor, sigma: Tensor, place: Tensor, contrast: Tensor) -> Tensor:
-        """Noisy bands (n, 8, i, j, k) float32, sigma (n,) -> denoised bands."""
-        c_skip, c_out, c_in = self.scales(sigma)
-        f = self.network(c_in * bands, place, sigma.log() / 4, contrast)
-        denoised: Tensor = c_skip * bands + c_out * f
-        return denoised
+    def forward(
+        self,
+        bands: Tensor,
+        sigma: Tensor,
+        place: Tensor,
+        contrast: Tensor,
+        levels: Levels = None,
+    ) -> Tensor:
+        """Noisy bands (n, 8, i, j, k) float32, sigma (n,) -> denoised bands.
+
+        ``levels`` holds, for each image, the stack of slices that is known of it, or None.
+        """
+        linear, entering, stack, unknown = self._enter(bands, sigma, levels)
+        f = self.network(entering, place, sigma.log() / 4, contrast, stack, unknown)
+        return self._leave(linear, f, sigma, levels)
+
+    def _enter(
+        self, bands: Tensor, sigma: Tensor, levels: Levels
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The linear estimate, what the network sees of it, and what it is told of the slices."""
+        c_skip, _, c_in = self.scales(sigma)
+        if levels is None or all(level is None for level in levels):
+            return c_skip * bands, c_in * bands, None, None
+        shape = tuple(2 * size for size in bands.shape[2:])
+        linear, entering, stack, unknown = [], [], [], []
+        for n, level in enumerate(levels):
+            if level is None:
+                linear.append(c_skip[n] * bands[n])
+                entering.append(c_in[n] * bands[n])
+                stack.append(bands.new_zeros(FEATURES))
+                unknown.append(bands.new_zeros(bands.shape[1:]))
+            else:
+                linear.append(level.estimate(bands[n]))
+                entering.append(linear[-1] * level.c_in[:, None, None, None])
+                stack.append(level.stack.features().to(bands))
+                unknown.append(to_bands(level.unknown_map(shape))[0])
+        return (
+            torch.stack(linear),
+            torch.stack(entering),
+            torch.stack(stack),
+            torch.stack(unknown),
+        )
+
+    def _leave(self, linear: Tensor, f: Tensor, sigma: Tensor, levels: Levels) -> Tensor:
+        """The linear estimate plus the network's answer, as wide as what is open."""
+        _, c_out, _ = self.scales(sigma)
+        if levels is None:
+            return linear + c_out * f
+        parts = [
+            c_out[n] * f[n] if level is None else level.spread_out(f[n])
+            for n, level in enumerate(levels)
+        ]
+        return linear + torch.stack(parts)
 
     def in_slabs(
-        self, x: Tensor, sigma: Tensor, coordinates: Tensor, contrast: Tensor, rows: int
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        coordinates: Tensor,
+        contrast: Tensor,
+        rows: int,
+        levels: Levels = None,
     ) -> Tensor:
         """From noisy voxels to denoised voxels as ``forward`` does, ``rows`` rows at a time.
 
@@ -164,19 +222,20 @@ class Precondition(nn.Module):
         rows : int
             Voxels of a slab along i; see ``tiles``.
         """
-        c_skip, c_out, c_in = self.scales(sigma)
+        linear, entering, stack, unknown = self._enter(to_bands(x), sigma, levels)
+        f = torch.empty_like(linear)
 
-        def read(start: int, stop: int) -> tuple[Tensor, Tensor]:
+        def read(start: int, stop: int) -> tuple[Tensor, ...]:
             place = coordinate_features(coordinates[:, :, 2 * start : 2 * stop])
-            return c_in * to_bands(x[:, :, 2 * start : 2 * stop]), place
+            told = () if unknown is None else (unknown[:, :, start:stop],)
+            return entering[:, :, start:stop], place, *told
 
-        clean = torch.empty_like(x)
-        for start, stop, f in network_in_slabs(
-            self.network, read, x.shape[2] // 2, sigma.log() / 4, contrast, max(rows // 2, 1)
+        size, thick = x.shape[2] // 2, max(rows // 2, 1)
+        for start, stop, part in network_in_slabs(
+            self.network, read, size, sigma.log() / 4, contrast, thick, stack
         ):
-            part = slice(2 * start, 2 * stop)
-            clean[:, :, part] = from_bands(c_skip * to_bands(x[:, :, part]) + c_out * f)
-        return clean
+            f[:, :, start:stop] = part
+        return from_bands(self._leave(linear, f, sigma, levels))
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -267,9 +326,22 @@ class Prior:
         """The error spectrum of one contrast; that of "unknown" where none was measured."""
         return self._spectra.get(contrast, self._spectra["unknown"])
 
+    @property
+    def takes_stacks(self) -> bool:
+        """Whether ``denoise`` can be told of measured slices."""
+        return bool(self.model.network.config["stacks"])
+
     @torch.no_grad()
-    def denoise(self, x: Tensor, sigma: float, *, coordinates: Tensor, contrast: str) -> Tensor:
-        """The estimate of E[clean | x].
+    def denoise(
+        self,
+        x: Tensor,
+        sigma: float,
+        *,
+        coordinates: Tensor,
+        contrast: str,
+        stack: Stack | None = None,
+    ) -> Tensor:
+        """The estimate of E[clean | x], or of E[clean | x, stack].
 
         Parameters
         ----------
@@ -282,6 +354,8 @@ class Prior:
             object comes again.
         contrast : str
             One of ``CONTRASTS``.
+        stack : Stack, optional
+            Slices that were measured of the same brain.
 
         Returns
         -------
@@ -303,11 +377,16 @@ class Prior:
             raise UsageError(f"Prior: sigma must be above 0 and finite, got {sigma}.")
         if not x.is_floating_point():
             raise UsageError(f"Prior: x must be floating point, got {x.dtype}. Convert it first.")
+        if stack is not None and not self.takes_stacks:
+            raise UsageError(
+                "Prior: these weights were not trained to be told of slices. Use the sampler "
+                "'exact', or train with --stacks above 0."
+            )
         level = torch.full((len(x),), float(sigma), device=self.device)
         kind = torch.full((len(x),), CONTRASTS.index(contrast), device=self.device)
         while True:
             try:
-                return self._run(x, level, coordinates, kind)
+                return self._run(x, level, coordinates, kind, stack)
             except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
@@ -315,7 +394,9 @@ class Prior:
             # outside of the handler, which would keep the failed call's tensors alive
             self._fall_back(message, tuple(x.shape[2:]))
 
-    def _run(self, x: Tensor, level: Tensor, coordinates: Tensor, kind: Tensor) -> Tensor:
+    def _run(
+        self, x: Tensor, level: Tensor, coordinates: Tensor, kind: Tensor, stack: Stack | None
+    ) -> Tensor:
         shape = x.shape[2:]
         multiple = 2 * self.model.network.multiple
         padding = [(-size) % multiple for size in shape]
@@ -325,13 +406,18 @@ class Prior:
             if self.dtype == torch.float32
             else torch.autocast(self.device.type, self.dtype)
         )
+        levels = None
+        if stack is not None:
+            padded = pad_stack(stack, padding)
+            known = StackLevel(padded, self.model.band_sd, float(level[0]), self.device)
+            levels = [known] * len(x)
         with precision:
             if self.tile_mm is None:
                 place = self._place_features(coordinates, padding)
-                clean = from_bands(self.model(to_bands(noisy), level, place, kind))
+                clean = from_bands(self.model(to_bands(noisy), level, place, kind, levels))
             else:
                 mm = _pad(coordinates.to(self.device, torch.float32)[None], padding)
-                clean = self.model.in_slabs(noisy, level, mm, kind, self.tile_mm)
+                clean = self.model.in_slabs(noisy, level, mm, kind, self.tile_mm, levels)
         clean = clean[:, :, : shape[0], : shape[1], : shape[2]]
         return clean.contiguous().to(x.device)
 
@@ -365,6 +451,15 @@ class Prior:
                 features.contiguous(memory_format=torch.channels_last_3d),
             )
         return self._place[1]
+
+
+def pad_stack(stack: Stack, padding: list[int]) -> Stack:
+    """The stack of an image that ``_pad`` has grown: nothing is measured in the new end."""
+    grow = list(padding)
+    weights = F.pad(stack.weights, (0, grow[stack.axis]))
+    grow[stack.axis] = 0
+    y = _pad(stack.y[None, None], grow)[0, 0]
+    return Stack(y, weights, stack.axis, stack.noise_sd)
 
 
 def _pad(x: Tensor, padding: list[int]) -> Tensor:

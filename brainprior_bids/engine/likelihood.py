@@ -187,6 +187,11 @@ class SliceLikelihood:
         """``b * A x`` for an image in its own axes; (i, j, k) -> (i', j', k')."""
         return self._to_image_axes(self.bias * self.solver.forward(self._from_image_axes(x)))
 
+    def brain_alone(self, x: Tensor) -> Tensor:
+        """(i', j', k'): y / b inside the brain, A x where a voxel is partly outside, else 0."""
+        mixed = torch.where(self.brain, self.solver.forward(self._from_image_axes(x)), 0.0)
+        return self._to_image_axes(torch.where(self.core, self.y / self.bias, mixed))
+
     def standardised_residual(self, x: Tensor, noise_sd: float) -> tuple[Tensor, Tensor]:
         """(y - b A x) over its expected SD, and where it counts; both (i', j', k').
 

@@ -43,10 +43,12 @@ from brainprior_bids.engine.operators.slices import (
     slice_weights,
 )
 from brainprior_bids.engine.samplers.daps import DAPS_1K, DapsSettings, sample_daps
+from brainprior_bids.engine.samplers.eps import sample_eps
 from brainprior_bids.engine.samplers.exact import sample_exact
 from brainprior_bids.engine.samplers.map import estimate_map
 from brainprior_bids.engine.schedules import edm_schedule
 from brainprior_bids.engine.spectral import SpectralSolver, Spectrum
+from brainprior_bids.engine.stacks import Stack
 
 NOISE_FLOOR = 0.005
 """Smallest noise SD assumed, engine unit: the paper's value for restoration."""
@@ -56,7 +58,13 @@ themselves. A chain starts from a draw given the data under that Gaussian alone,
 network call and lets the levels begin where the network has something to say."""
 SIGMA_MAX = 3.0
 SIGMA_MIN = 0.01
-SAMPLERS = ("exact", "daps", "map")
+EPS_BLIND = 100.0
+"""The level at which ``eps`` asks for E[x | y]."""
+EPS_SIGMA_MAX = 1.5
+"""Where ``eps`` starts from E[x | y]: several times what slices of 8 mm leave open."""
+EPS_SPACING = 1.4
+"""Restored voxels to a slice from which on ``eps`` has learned what slices are."""
+SAMPLERS = ("auto", "eps", "exact", "daps", "map")
 THREE_D = 1.25
 """Slices no further apart than this times the in-plane voxel are k-space encoded (3-D)."""
 
@@ -66,8 +74,16 @@ Observe = Callable[[int, int, float, int], None]
 class PriorLike(Protocol):
     """What ``restore`` asks of a prior (``denoiser.Prior`` is one)."""
 
-    def denoise(self, x: Tensor, sigma: float, *, coordinates: Tensor, contrast: str) -> Tensor:
-        """(n, 1, i, j, k) noisy -> Tweedie mean."""
+    def denoise(
+        self,
+        x: Tensor,
+        sigma: float,
+        *,
+        coordinates: Tensor,
+        contrast: str,
+        stack: Stack | None = None,
+    ) -> Tensor:
+        """(n, 1, i, j, k) noisy -> Tweedie mean; ``stack`` only where ``takes_stacks``."""
         ...
 
     def spectrum(self, contrast: str) -> Spectrum:
@@ -152,7 +168,7 @@ def restore(
     log_bias: ArrayLike | Tensor | None = None,
     hidden: ArrayLike | Tensor | None = None,
     noise_sd: float | None = None,
-    sampler: str = "exact",
+    sampler: str = "auto",
     n_samples: int = 4,
     n_steps: int = 20,
     seed: int = 0,
@@ -193,8 +209,10 @@ def restore(
     noise_sd : float, optional
         Of a scan voxel, engine unit; given, it is kept. None estimates it from the scan, not
         below ``NOISE_FLOOR``, and may lower it by up to a half while sampling.
-    sampler : "exact", "daps" or "map"
-        For "daps" see ``samplers.daps``; ``daps`` holds its settings, and ``n_steps``,
+    sampler : "auto", "eps", "exact", "daps" or "map"
+        "eps" (see ``samplers.eps``) needs a prior that was trained to be told of slices, thick
+        slices with voxels of 1 mm or less in their plane, nothing hidden and a bias field that
+        stays; "auto" takes it where all that is so, and "exact" elsewhere. For "daps" see ``samplers.daps``; ``daps`` holds its settings, and ``n_steps``,
         ``sigma_max`` and ``sigma_min`` are not used. "map" is one point estimate without an
         uncertainty, with ``n_samples=1`` only.
     n_samples, n_steps : int
@@ -217,7 +235,8 @@ def restore(
         ``mean`` estimates the posterior mean. Under "exact" it is the average, over samples and
         every second level, of ``E[x | x_t, y]``, which a chain knows in closed form: the same
         expectation as that of the samples with less of their randomness (Rao-Blackwell), which
-        counts when samples are few. Otherwise it is the mean of the samples.
+        counts when samples are few. Under "eps" it is the average of each chain's first call,
+        the network's own ``E[x | y]``. Otherwise it is the mean of the samples.
 
     Raises
     ------
@@ -336,7 +355,26 @@ def restore(
         answer = prior.denoise(x_t[None, None], sigma, coordinates=coordinates, contrast=contrast)
         return answer[0, 0]
 
-    sigmas = daps.levels() if sampler == "daps" else edm_schedule(n_steps, sigma_max, sigma_min)
+    if sampler in ("auto", "eps"):
+        against = _against_eps(prior, box, axis, hidden is not None, refine_bias)
+        if sampler == "eps" and against:
+            raise UsageError(f"restore: sampler 'eps' cannot be used: {against}. Use 'exact'.")
+        sampler = "exact" if against else "eps"
+    if sampler == "eps":
+        stack = _stack(likelihood, weights, axis)
+
+        def denoise_with_slices(x_t: Tensor, sigma: float) -> Tensor:
+            answer = prior.denoise(
+                x_t[None, None], sigma, coordinates=coordinates, contrast=contrast, stack=stack
+            )
+            return likelihood.constrain(answer[0, 0])
+
+        sigmas = edm_schedule(n_steps - 1, EPS_SIGMA_MAX, sigma_min)
+    elif sampler == "daps":
+        sigmas = daps.levels()
+    else:
+        sigmas = edm_schedule(n_steps, sigma_max, sigma_min)
+    n_levels = len(sigmas) - (sampler != "eps")  # of eps the first call has no level
     final = inside_1mm[box.image_slices].to(device) > 0
     samples = np.zeros((n_samples, *fine.shape), np.float32)
     expected = np.zeros(fine.shape, np.float32)
@@ -376,8 +414,10 @@ def restore(
         ) -> None:
             if sampler == "exact" and step % 2 == 0:  # neighbours tell nearly the same
                 conditional += likelihood.expect(mean, sigma)
+            if sampler == "eps" and step == 0:
+                conditional += mean
             if observe is not None:
-                observe(step, len(sigmas) - 1, sigma, index)
+                observe(step, n_levels, sigma, index)
 
         options = SamplerOptions(
             shape=box.shape,
@@ -389,6 +429,16 @@ def restore(
         )
         if sampler == "daps":
             x0 = sample_daps(denoise, likelihood, daps, **options)
+        elif sampler == "eps":
+            x0 = sample_eps(
+                denoise_with_slices,
+                sigmas,
+                shape=box.shape,
+                generator=generator,
+                blind=EPS_BLIND,
+                device=device,
+                observe=report,
+            )
         elif sampler == "map":
             start = likelihood.expect(torch.zeros(box.shape, device=device), SIGMA_BLIND)
             x0 = estimate_map(denoise, likelihood, sigmas, start=start, **options)
@@ -409,8 +459,9 @@ def restore(
         if hidden is not None:
             predictions[1 + index] = predict(x0)
         samples[(index, *box.image_slices)] = x0.cpu().numpy() * (unit * gain)
-        if sampler == "exact":
-            conditional *= final / (n_samples * (len(sigmas) // 2))
+        if sampler in ("exact", "eps"):
+            terms = len(sigmas) // 2 if sampler == "exact" else 1
+            conditional *= final / (n_samples * terms)
             if hidden is not None:
                 predictions[0] += predict(conditional)
             expected[box.image_slices] += conditional.cpu().numpy() * (unit * gain)
@@ -421,7 +472,7 @@ def restore(
     return Restoration(
         grid=fine,
         samples=samples,
-        mean=expected if sampler == "exact" else samples.mean(0, dtype=np.float32),
+        mean=expected if sampler in ("exact", "eps") else samples.mean(0, dtype=np.float32),
         sd=samples.std(0, ddof=1, dtype=np.float32) if n_samples > 1 else None,
         predictions=predictions if hidden is not None else None,
         log_bias=start_and_found.numpy().astype(np.float32),
@@ -439,6 +490,33 @@ def restore(
         seconds=time.perf_counter() - began,
         warnings=[*warnings, *getattr(prior, "warnings", ())],
     )
+
+
+def _against_eps(
+    prior: PriorLike, box: Box, axis: int, hidden: bool, refine_bias: bool
+) -> str | None:
+    """Why ``eps`` cannot be used, or None."""
+    if not getattr(prior, "takes_stacks", False):
+        return "the prior was not trained to be told of slices"
+    if hidden or refine_bias:
+        return "it neither hides voxels nor moves the bias field"
+    if any(a != axis and box.data_shape[a] != box.shape[a] for a in range(3)):
+        return "voxels in the plane of the slices are larger than the restored ones"
+    if box.shape[axis] < EPS_SPACING * box.data_shape[axis]:
+        return "the slices are as thin as the restored voxels"
+    return None
+
+
+def _stack(likelihood: SliceLikelihood, weights: Tensor, axis: int) -> Stack:
+    """The scan as ``eps`` sees it: divided by its bias field, 0 outside the brain.
+
+    Where a voxel shows brain and something else, what the brain alone would have given is not
+    known; the Gaussian estimate of it is put there.
+    """
+    nothing = torch.zeros(likelihood.support.shape, device=likelihood.device).movedim(0, axis)
+    gaussian = likelihood.expect(nothing, SIGMA_BLIND)
+    alone = likelihood.brain_alone(gaussian)
+    return Stack(alone, weights.double().cpu(), axis, likelihood.noise_sd)
 
 
 def _volume(name: str, values: ArrayLike | Tensor, shape: tuple[int, int, int]) -> Tensor:

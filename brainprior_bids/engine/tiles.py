@@ -22,7 +22,7 @@ from brainprior_bids.engine.unet import UNet
 REACH = 2
 """Rows that a residual block sees beyond a slab; a single convolution sees one."""
 
-Read = Callable[[int, int], tuple[Tensor, Tensor]]
+Read = Callable[[int, int], tuple[Tensor, ...]]
 
 
 def slabs(size: int, rows: int) -> Iterator[tuple[int, int]]:
@@ -45,7 +45,13 @@ def block_in_slabs(
 
 
 def network_in_slabs(
-    network: UNet, read: Read, size: int, noise: Tensor, contrast: Tensor, rows: int
+    network: UNet,
+    read: Read,
+    size: int,
+    noise: Tensor,
+    contrast: Tensor,
+    rows: int,
+    stack: Tensor | None = None,
 ) -> Iterator[tuple[int, int, Tensor]]:
     """``network(bands, place, noise, contrast)``, in slabs from first to last.
 
@@ -53,10 +59,11 @@ def network_in_slabs(
     ----------
     network : UNet
     read : function
-        ``read(start, stop)`` gives those rows of ``bands`` (n, 8, i, j, k) and of ``place``.
+        ``read(start, stop)`` gives those rows of ``bands`` (n, 8, i, j, k), of ``place`` and,
+        with a stack, of ``unknown``.
     size : int
         Rows of bands along the first axis, a multiple of ``network.multiple``.
-    noise, contrast : (n,) tensors
+    noise, contrast, stack : tensors
         As ``UNet.forward``.
     rows : int
         Of a slab, at every resolution; made even.
@@ -69,7 +76,7 @@ def network_in_slabs(
     # even, so that no slab cuts a block of the next coarser resolution; the same number of rows
     # at each of them, which hold ever less
     rows = max(rows // 2 * 2, REACH)
-    e = network.embed(noise, contrast)
+    e = network.embed(noise, contrast, stack)
     h = _enter(network, read, size, rows)
     skips: list[Tensor] = []
     for level in range(depth + 1):

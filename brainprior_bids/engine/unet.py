@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from brainprior_bids.engine.stacks import FEATURES
+
 BANDS = 8
 CONTRASTS = ("T1w", "T2w", "FLAIR", "unknown")
 WAVELENGTHS_MM = (320.0, 160.0, 80.0, 40.0)
@@ -109,6 +111,8 @@ class UNet(nn.Module):
         coarsest only once.
     embedding : int
         Width of the conditioning vector.
+    stacks : bool
+        Whether it can be told of measured slices.
     """
 
     frequencies: Tensor
@@ -118,16 +122,23 @@ class UNet(nn.Module):
         channels: Sequence[int] = (48, 96, 128),
         blocks: Sequence[int] = (1, 2, 2),
         embedding: int = 128,
+        stacks: bool = False,
     ) -> None:
         super().__init__()
         self.config: dict[str, Any] = {
             "channels": list(channels),
             "blocks": list(blocks),
             "embedding": embedding,
+            "stacks": stacks,
         }
         self.multiple = 2 ** (len(channels) - 1)
         self.image_in = nn.Conv3d(BANDS, channels[0], 3, padding=1)
         self.place_in = nn.Conv3d(COORDINATE_FEATURES, channels[0], 1)
+        if stacks:
+            self.unknown_in = nn.Conv3d(BANDS, channels[0], 1, bias=False)
+            self.stack_in = nn.Linear(FEATURES, embedding, bias=False)
+            _zero(self.unknown_in)
+            _zero(self.stack_in)
         self.register_buffer(
             "frequencies", torch.exp(torch.linspace(0, math.log(64), 32)) / 4, persistent=False
         )
@@ -147,23 +158,35 @@ class UNet(nn.Module):
         self.out = nn.Conv3d(channels[0], BANDS, 3, padding=1)
         _zero(self.out)
 
-    def embed(self, noise: Tensor, contrast: Tensor) -> Tensor:
+    def embed(self, noise: Tensor, contrast: Tensor, stack: Tensor | None = None) -> Tensor:
         """The conditioning vector, (n, embedding)."""
         angle = noise[:, None] * self.frequencies * 2 * math.pi
         e = self.noise_in(torch.cat([angle.sin(), angle.cos()], 1)) + self.contrast_in(contrast)
+        if stack is not None:
+            e = e + self.stack_in(stack)
         return F.silu(e)
 
-    def enter(self, bands: Tensor, place: Tensor) -> Tensor:
-        """The first features: one convolution of the image, a product with the position."""
+    def enter(self, bands: Tensor, place: Tensor, unknown: Tensor | None = None) -> Tensor:
+        """The first features: one convolution of the image, products with position and map."""
         # In float32: at sigma 0.01 the noise is below the rounding of bfloat16.
         with torch.autocast(bands.device.type, enabled=False):
             image = self.image_in(bands.float())
         h: Tensor = image + self.place_in(place)
+        if unknown is not None:
+            h = h + self.unknown_in(unknown)
         if torch.is_autocast_enabled(bands.device.type):
             h = h.to(torch.get_autocast_dtype(bands.device.type))
         return h
 
-    def forward(self, bands: Tensor, place: Tensor, noise: Tensor, contrast: Tensor) -> Tensor:
+    def forward(
+        self,
+        bands: Tensor,
+        place: Tensor,
+        noise: Tensor,
+        contrast: Tensor,
+        stack: Tensor | None = None,
+        unknown: Tensor | None = None,
+    ) -> Tensor:
         """One pass.
 
         Parameters
@@ -176,9 +199,13 @@ class UNet(nn.Module):
             ln(sigma) / 4.
         contrast : (n,) int64
             Index into ``CONTRASTS``.
+        stack : (n, 7), optional
+            ``stacks.Stack.features``; 0 for an image without slices.
+        unknown : (n, 8, i, j, k), optional
+            Bands of ``stacks.StackLevel.unknown_map``.
         """
-        e = self.embed(noise, contrast)
-        h = self.enter(bands, place)
+        e = self.embed(noise, contrast, stack)
+        h = self.enter(bands, place, unknown)
         skips = []
         for level, group in enumerate(self.down_blocks):
             for block in group:  # type: ignore[attr-defined]

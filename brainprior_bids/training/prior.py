@@ -3,9 +3,10 @@
 
 EDM training (arXiv 2206.00364): ``F`` of the denoiser learns a target of unit variance at every
 noise level, here in every Haar band, so fine detail counts as much as the local mean. Noise
-levels are log-uniform in three pieces; four of five lie in 0.02-3, where a restoration decides what
-lies between the slices. The learning rate is constant after a warm-up and falls to 0 over the last steps, so a
-training may be prolonged: raise ``--steps`` and start the command again.
+levels are log-uniform in three pieces; four of five lie in 0.02-3, where a restoration decides
+what lies between the slices. Of some crops a stack of slices is known besides (``stacks``). The
+learning rate is constant after a warm-up and falls to 0 over the last steps, so a training may be
+prolonged: raise ``--steps`` and start the command again.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from brainprior_bids.engine.denoiser import ErrorSpectrum, Precondition, Prior, fast_dtype
 from brainprior_bids.engine.errors import UsageError
+from brainprior_bids.engine.stacks import StackLevel
 from brainprior_bids.engine.unet import CONTRASTS, UNet, coordinate_features, to_bands
 from brainprior_bids.engine.weights import FOLDER, load_prior, prior_state, write_weights
 from brainprior_bids.training.crops import Crops, matrix_points
@@ -41,14 +42,14 @@ from brainprior_bids.training.preprocess import (
     read_pack,
 )
 from brainprior_bids.training.samples import draw_samples
-from brainprior_bids.training.spectra import gains, measure_spectra
+from brainprior_bids.training.spectra import gains, measure_spectra, stack_errors
+from brainprior_bids.training.stacks import draw_sigma, draw_stack
 
 log = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint.pt"
-COARSE = 4
-"""Latent voxels (of 2 mm) an axis that the coarse error is averaged over."""
-COARSE_WEIGHT = 0.1
+LEVELS = 16
+"""Noise levels at which the recent error is kept."""
 BAND_WEIGHT = 0.3
 
 
@@ -67,6 +68,8 @@ class Recipe:
     ema : float
         Decay of the averaged weights a step, after a ramp.
     seed : int
+    stacks : float
+        Share of the crops of which a stack of slices is known.
     channels, blocks : tuple of int
         Of the ``UNet``.
     """
@@ -80,6 +83,7 @@ class Recipe:
     weight_decay: float = 1e-3
     ema: float = 0.999
     seed: int = 1
+    stacks: float = 0.6
     channels: tuple[int, ...] = (48, 96, 128)
     blocks: tuple[int, ...] = (2, 2, 2)
 
@@ -140,8 +144,9 @@ class Trainer:
         self.recipe, self.work, self.device = recipe, work, device
         self.crops = Crops(brains, size=recipe.size, seed=recipe.seed)
         self.step, self.seconds = 0, 0.0
+        self.recent = torch.zeros(2, LEVELS, 9)
         torch.manual_seed(recipe.seed)  # initial weights only
-        network = UNet(recipe.channels, recipe.blocks)
+        network = UNet(recipe.channels, recipe.blocks, stacks=recipe.stacks > 0)
         if recipe.size < 6 * network.multiple or recipe.size % (2 * network.multiple):
             # below three voxels an axis, oneDNN's bfloat16 gradient of a convolution is garbage
             raise UsageError(
@@ -160,7 +165,7 @@ class Trainer:
         """Muon for the convolutions inside; AdamW for the first, the last and everything else."""
         inner, rest = [], []
         for name, parameter in self.model.network.named_parameters():
-            edge = name.startswith(("image_in.", "place_in.", "out."))
+            edge = name.startswith(("image_in.", "place_in.", "unknown_in.", "out."))
             (inner if parameter.ndim == 5 and not edge else rest).append(parameter)
         rate, decay = self.recipe.learning_rate, self.recipe.weight_decay
         return [
@@ -179,6 +184,7 @@ class Trainer:
         for optimiser, state in zip(self.optimisers, saved["optimisers"], strict=True):
             optimiser.load_state_dict(state)
         self.step, self.seconds = saved["step"], saved["seconds"]
+        self.recent = saved["recent"].cpu()
         return True
 
     def save(self) -> None:
@@ -193,6 +199,7 @@ class Trainer:
                 "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
                 "step": self.step,
                 "seconds": self.seconds,
+                "recent": self.recent,
                 "recipe": asdict(self.recipe),
             },
             partial,
@@ -200,40 +207,58 @@ class Trainer:
         os.replace(partial, path)
 
     def loss(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
-        """The error relative to that of a Wiener filter of each band, in three readings.
+        """The squared error over what it has been of late at that noise level, in two readings.
 
-        Over voxels (where the local mean counts most), over bands (where each detail band counts
-        as much), and for the local mean over 8 mm alone: wavelengths above 16 mm are one mode in
-        a thousand.
+        Over voxels (where the local mean counts most) and over bands (where each detail band
+        counts as much). Division by the recent error lets every noise level gain by the same
+        share: relative to a linear filter, the levels that decide what lies between the slices
+        are a tenth of the lowest ones.
         """
         image = batch["image"].to(self.device)
         sigma = draw_sigmas(len(image), generator)
         noise = torch.randn(image.shape, generator=generator)
+        levels: list[StackLevel | None] = [None] * len(image)
+        for n, crop in enumerate(batch["image"]):
+            if float(torch.rand((), generator=generator)) < self.recipe.stacks:
+                stack = draw_stack(crop[0], generator)
+                sigma[n] = draw_sigma(generator)
+                levels[n] = StackLevel(stack, self.model.band_sd, float(sigma[n]), self.device)
         sigma, noise = sigma.to(self.device), noise.to(self.device)
         place = coordinate_features(
             matrix_points(batch["matrix"].to(self.device), image.shape[2:])
         )
         clean = to_bands(image)
         noisy = clean + sigma[:, None, None, None, None] * to_bands(noise)
-        _, c_out, _ = self.model.scales(sigma)
         precision = (
             torch.autocast(self.device.type, self.dtype)
             if self.dtype
             else contextlib.nullcontext()
         )
         with precision:
-            estimate = self.model(noisy, sigma, place, batch["contrast"].to(self.device))
-        error = estimate - clean
-        spread = COARSE**1.5 * self.model.band_sd[0]
-        wiener = sigma * spread / (sigma**2 + spread**2).sqrt()
-        coarse = (
-            F.avg_pool3d(error[:, :1], COARSE) * COARSE**1.5 / wiener[:, None, None, None, None]
-        )
-        square = error.square().mean((2, 3, 4))  # (n, 8)
-        wiener_square = c_out.square()[:, :, 0, 0, 0]
-        voxels: Tensor = (square.sum(1) / wiener_square.sum(1)).mean()
-        bands = (square / wiener_square).mean()
-        return voxels + BAND_WEIGHT * bands + COARSE_WEIGHT * coarse.square().mean()
+            estimate = self.model(noisy, sigma, place, batch["contrast"].to(self.device), levels)
+        c_out = self.model.scales(sigma)[1][:, :, 0, 0, 0]
+        rows = [
+            own if level is None else level.c_out for own, level in zip(c_out, levels, strict=True)
+        ]
+        linear = torch.stack(rows).square()  # error of the linear filter, (n, 8)
+        square = (estimate - clean).square().mean((2, 3, 4))
+        read = torch.cat(
+            [square.sum(1, keepdim=True) / linear.sum(1, keepdim=True), square / linear], 1
+        )  # (n, 9)
+        recent = self._recent(sigma, [level is not None for level in levels], read.detach())
+        share = read / recent
+        return share[:, 0].mean() + BAND_WEIGHT * share[:, 1:].mean()
+
+    def _recent(self, sigma: Tensor, stacks: Sequence[bool], read: Tensor) -> Tensor:
+        """(n, 9) recent averages of ``read`` near these levels, brought up to date."""
+        place = (sigma.cpu().log() - math.log(0.005)) / math.log(100 / 0.005) * (LEVELS - 1)
+        rows = []
+        for n, at in enumerate(place.round().long().clamp(0, LEVELS - 1).tolist()):
+            row = self.recent[int(stacks[n]), at]
+            new = read[n].cpu()
+            row.copy_(new if float(row[0]) == 0 else torch.lerp(row, new, 0.05))
+            rows.append(row.clone())
+        return torch.stack(rows).to(self.device) + 1e-3
 
     def run(
         self,
@@ -298,7 +323,14 @@ class Trainer:
             if self.step % checkpoint_every == 0 or self.step == recipe.steps:
                 self.save()
             if validation and self.step % validate_every == 0:
-                self._note(step=self.step, gain=gains(self.prior(), validation))
+                own = self.prior()
+                self._note(
+                    step=self.step,
+                    gain=gains(own, validation),
+                    stacks=stack_errors(own, validation, (5.0,), limit=1)
+                    if own.takes_stacks
+                    else {},
+                )
                 started = time.monotonic()
 
     def _average(self) -> None:
@@ -376,6 +408,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--learning-rate", type=float, default=recipe.learning_rate)
     train.add_argument("--channels", type=int, nargs="+", default=recipe.channels)
     train.add_argument("--blocks", type=int, nargs="+", default=recipe.blocks)
+    train.add_argument(
+        "--stacks", type=float, default=recipe.stacks, help="share of crops with known slices"
+    )
     train.add_argument("--seed", type=int, default=recipe.seed)
     train.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
     train.add_argument("--threads", type=int, default=2)
@@ -445,6 +480,7 @@ def main(args: argparse.Namespace) -> int:
         size=args.size,
         learning_rate=args.learning_rate,
         seed=args.seed,
+        stacks=args.stacks,
         channels=tuple(args.channels),
         blocks=tuple(args.blocks),
     )

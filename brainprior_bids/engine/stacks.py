@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a stack of slices and a noisy image say together, before any network is asked.
+
+``y = W x + n`` along one axis and ``x_t = x + sigma e``. For a linear measurement with Gaussian
+noise the pair (x_t, y) tells of x exactly what one image u = x + N(0, C) tells, whose noise C is
+small where the slices measured and sigma² where they did not (the idea of EPS: a prior trained on
+anisotropic noise needs no approximation of the likelihood). A network that has learned
+``E[x | u]`` for such C therefore gives ``E[x | x_t, y]`` itself.
+
+As EDM does for white noise, the network is handed the linear estimate and asked for the rest.
+With band b of variance s_b² (Haar bands of 2 x 2 x 2 voxels, uncorrelated):
+
+    w = E[x | x_t, y],  K = Cov[x | x_t, y]        under N(0, diag s_b²)
+    D = w + K^1/2 F(w_b / sd of w_b)
+
+which is EDM's preconditioning where nothing was measured. K^1/2 keeps what was measured: there
+the network can change w by no more than the noise of the scan. All matrices are along the slice
+axis, one for each of the four in-plane band combinations.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from brainprior_bids.engine.errors import InputError, ShapeMismatchError
+
+FEATURES = 7
+"""Numbers that describe a stack to the network."""
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """A stack of slices.
+
+    Parameters
+    ----------
+    y : float32 tensor
+        Shaped as the image but for ``axis``, which counts slices; engine unit, bias-free.
+    weights : (n_slices, n) float64 tensor
+        The slice profile: row k is the share of each voxel along ``axis`` in slice k.
+    axis : 0, 1 or 2
+    noise_sd : float
+        Of a voxel of y.
+
+    Raises
+    ------
+    InputError
+        If the noise SD is not above 0.
+    ShapeMismatchError
+        If y and the weights disagree.
+    """
+
+    y: Tensor
+    weights: Tensor
+    axis: int
+    noise_sd: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.noise_sd) and self.noise_sd > 0):
+            raise InputError(f"Stack: noise SD must be above 0, got {self.noise_sd}.")
+        if self.y.ndim != 3 or self.y.shape[self.axis] != len(self.weights):
+            raise ShapeMismatchError(
+                f"Stack: y of shape {tuple(self.y.shape)} does not hold {len(self.weights)} "
+                f"slices along axis {self.axis}."
+            )
+
+    def features(self) -> Tensor:
+        """(7,): 1, log spacing, log width (both in voxels), log noise, the axis one-hot."""
+        w = self.weights
+        place = torch.arange(w.shape[1], dtype=w.dtype)
+        total = w.sum(1).clamp_min(1e-9)
+        whole = total > 0.9 * total.max()  # not cut by the end of the image
+        centre = (w @ place) / total
+        variance = (w @ place**2) / total - centre**2 + 1 / 12
+        spacing = centre[whole].diff().median() if int(whole.sum()) > 1 else centre.new_tensor(8.0)
+        width = variance[whole].median().clamp_min(1 / 12).sqrt() * 2.355
+        row = [1.0, math.log(float(spacing)), math.log(float(width)), math.log(self.noise_sd) / 4]
+        return torch.tensor(row + [float(self.axis == a) for a in range(3)])
+
+
+def columns(bands: Tensor, axis: int) -> Tensor:
+    """(8, i, j, k) bands -> (4, n, q): in-plane combination, along the axis, in-plane place.
+
+    Along the axis the low and the high band alternate.
+    """
+    bits = bands.reshape(2, 2, 2, *bands.shape[1:])
+    others = [a for a in range(3) if a != axis]
+    order = [*others, 3 + axis, axis, *(3 + a for a in others)]
+    return bits.permute(order).reshape(4, 2 * bands.shape[1 + axis], -1)
+
+
+def from_columns(lines: Tensor, axis: int, shape: tuple[int, ...]) -> Tensor:
+    """The inverse of ``columns``; ``shape`` is (i, j, k) of the bands."""
+    others = [a for a in range(3) if a != axis]
+    apart = lines.reshape(2, 2, shape[axis], 2, *(shape[a] for a in others))
+    order = [*others, 3 + axis, axis, *(3 + a for a in others)]
+    back = [order.index(dim) for dim in range(6)]
+    return apart.permute(back).reshape(8, *shape)
+
+
+def _pair(like: Tensor) -> Tensor:
+    return torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=like.dtype, device=like.device) / 2**0.5
+
+
+def slice_columns(y: Tensor, axis: int) -> Tensor:
+    """(…) slices -> (4, n_slices, q): their in-plane Haar bands, as ``columns`` orders them."""
+    stack = y.movedim(axis, 0)
+    n, a, b = stack.shape
+    blocks = stack.reshape(n, a // 2, 2, b // 2, 2)
+    pair = _pair(y)
+    return torch.einsum("naubv,cu,dv->cdnab", blocks, pair, pair).reshape(4, n, -1)
+
+
+class StackLevel:
+    """A stack and one noise level: the linear estimate w and the spread K it leaves.
+
+    Parameters
+    ----------
+    stack : Stack
+    band_sd : (8,) tensor
+        s_b.
+    sigma : float
+        Noise of x_t.
+    device : torch.device
+        Where the images are; the matrices are made in float64 on the CPU.
+    """
+
+    def __init__(
+        self, stack: Stack, band_sd: Tensor, sigma: float, device: torch.device | str = "cpu"
+    ) -> None:
+        self.stack, self.sigma = stack, float(sigma)
+        axis, w = stack.axis, stack.weights.double().cpu()
+        n = w.shape[1]
+        square = columns(band_sd.double().cpu().square().reshape(8, 1, 1, 1), axis)[..., 0]
+        square = square.repeat(1, n // 2)  # (4, n)
+        skip = square / (square + sigma**2)
+        left = skip * sigma**2  # of x_t alone
+        haar = (w.reshape(len(w), n // 2, 2) @ _pair(w)).reshape(len(w), n)
+        spread = haar * left[:, None, :]  # (4, n_slices, n)
+        inner = spread @ haar.T + stack.noise_sd**2 * torch.eye(len(w), dtype=w.dtype)
+        gain = torch.linalg.solve(inner, spread).mT  # (4, n, n_slices)
+        k = torch.diag_embed(left) - gain @ spread
+        values, vectors = torch.linalg.eigh(0.5 * (k + k.mT))
+        root = (vectors * values.clamp_min(0).sqrt()[:, None, :]) @ vectors.mT
+        self.variance = k.diagonal(dim1=1, dim2=2)  # (4, n)
+        told = (square - self.variance).clamp_min(0)
+
+        def of_bands(rows: Tensor) -> Tensor:
+            means = rows.reshape(4, n // 2, 2).mean(1)  # (4, 2)
+            return from_columns(means[..., None], axis, (1, 1, 1)).reshape(8)
+
+        self.c_out = of_bands(self.variance).sqrt().float().to(device)
+        self.c_in = of_bands(told).clamp_min(1e-24).rsqrt().float().to(device)
+        self.skip = skip.float()[..., None].to(device)
+        self.weights = haar.float().to(device)
+        self.gain, self.root = gain.float().to(device), root.float().to(device)
+        ratio = w @ w.T + (stack.noise_sd / self.sigma) ** 2 * torch.eye(len(w), dtype=w.dtype)
+        known = (w * torch.linalg.solve(ratio, w)).sum(0)
+        self.unknown = (1 - known).clamp(0, 1).sqrt().float().to(device)  # (n,)
+
+    def estimate(self, noisy: Tensor) -> Tensor:
+        """(8, i, j, k) bands of x_t -> those of w."""
+        axis = self.stack.axis
+        with torch.autocast(noisy.device.type, enabled=False):  # bfloat16 is coarser than a scan
+            lines = self.skip * columns(noisy.float(), axis)
+            seen = slice_columns(self.stack.y.to(lines), axis)
+            lines = lines + self.gain @ (seen - self.weights @ lines)
+        return from_columns(lines, axis, tuple(noisy.shape[1:]))
+
+    def spread_out(self, unit: Tensor) -> Tensor:
+        """(8, i, j, k) -> K^1/2 of it."""
+        with torch.autocast(unit.device.type, enabled=False):
+            lines: Tensor = self.root @ columns(unit.float(), self.stack.axis)
+        return from_columns(lines, self.stack.axis, tuple(unit.shape[1:]))
+
+    def unknown_map(self, shape: tuple[int, ...]) -> Tensor:
+        """(1, 1, i, j, k): the share of a voxel's noise that the slices leave, sqrt(C) / sigma."""
+        view = [1] * 3
+        view[self.stack.axis] = len(self.unknown)
+        whole: Tensor = self.unknown.reshape(1, 1, *view).expand(1, 1, *shape)
+        return whole

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A stack of slices beside a noisy image: against dense matrices, and sampled from."""
+
+import math
+
+import pytest
+import torch
+
+from brainprior_bids.engine.denoiser import ErrorSpectrum, Precondition, Prior
+from brainprior_bids.engine.errors import InputError, ShapeMismatchError, UsageError
+from brainprior_bids.engine.operators.slices import gaussian_profile, slice_weights
+from brainprior_bids.engine.samplers.eps import sample_eps
+from brainprior_bids.engine.schedules import edm_schedule
+from brainprior_bids.engine.stacks import Stack, StackLevel, columns, from_columns
+from brainprior_bids.engine.unet import UNet, from_bands, to_bands
+
+SHAPE = (6, 8, 10)
+BAND_SD = torch.tensor([0.5, 0.2, 0.15, 0.05, 0.1, 0.05, 0.06, 0.02])
+NOISE = 0.02
+
+
+def make_stack(axis, y=None, shape=SHAPE):
+    n = shape[axis]
+    weights = slice_weights(
+        gaussian_profile(3.0), n_slices=int(n / 2.5), spacing_mm=2.5, n_thin=n, thin_mm=1.0
+    )
+    if y is None:
+        size = list(shape)
+        size[axis] = len(weights)
+        y = torch.randn(size, generator=torch.Generator().manual_seed(3))
+    return Stack(y, weights, axis, NOISE)
+
+
+def dense(stack, sigma):
+    """(K, w of an x_t) of the textbook formula, in float64 over all voxels."""
+    n = math.prod(SHAPE)
+    voxels = torch.eye(n, dtype=torch.float64).reshape(n, 1, *SHAPE)
+    haar = to_bands(voxels).reshape(n, n).T
+    power = BAND_SD.double().square()[:, None].expand(8, n // 8).reshape(-1)
+    prior = haar.T @ torch.diag(1 / power) @ haar
+    rows = [
+        torch.tensordot(stack.weights, v[0], dims=([1], [stack.axis])).movedim(0, stack.axis)
+        for v in voxels
+    ]
+    a = torch.stack([row.reshape(-1) for row in rows], 1)
+    k = torch.linalg.inv(prior + torch.eye(n) / sigma**2 + a.T @ a / NOISE**2)
+    pull = a.T @ stack.y.double().reshape(-1) / NOISE**2
+    return k, lambda x_t: k @ (x_t.double().reshape(-1) / sigma**2 + pull)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_columns_and_back(axis):
+    bands = torch.randn(8, 4, 5, 6)
+    assert torch.equal(from_columns(columns(bands, axis), axis, (4, 5, 6)), bands)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("sigma", [0.05, 2.0, 100.0])
+def test_estimate_and_spread_are_the_dense_posterior(axis, sigma):
+    stack = make_stack(axis)
+    k, estimate = dense(stack, sigma)
+    level = StackLevel(stack, BAND_SD, sigma)
+    x_t = sigma * torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    found = from_bands(level.estimate(to_bands(x_t[None, None])[0])[None]).reshape(-1)
+    assert torch.allclose(found.double(), estimate(x_t), atol=1e-5)
+    n = math.prod(SHAPE)
+    units = to_bands(torch.eye(n).reshape(n, 1, *SHAPE))
+    root = torch.stack([from_bands(level.spread_out(u)[None]).reshape(-1) for u in units], 1)
+    assert torch.allclose((root @ root).double(), k, atol=1e-6 * float(k.max()) + 1e-7)
+    haar = to_bands(torch.eye(n, dtype=torch.float64).reshape(n, 1, *SHAPE)).reshape(n, n).T
+    left = (haar @ k @ haar.T).diagonal().reshape(8, -1).mean(1).sqrt()
+    assert torch.allclose(level.c_out.double(), left, rtol=1e-5)
+
+
+def test_slices_that_tell_nothing_leave_edms_preconditioning():
+    """Noise of 1e4: the stack is there, and says nothing."""
+    stack = make_stack(2)
+    deaf = Stack(stack.y, stack.weights, 2, 1e4)
+    level = StackLevel(deaf, BAND_SD, 0.3)
+    model = Precondition(UNet((4, 4), (1, 1)), BAND_SD)
+    c_skip, c_out, c_in = (c[0, :, 0, 0, 0] for c in model.scales(torch.tensor([0.3])))
+    noisy = torch.randn(8, 3, 4, 5)
+    assert torch.allclose(level.estimate(noisy), c_skip[:, None, None, None] * noisy, atol=1e-4)
+    assert torch.allclose(level.c_out, c_out, rtol=1e-4)
+    assert torch.allclose(level.c_in * c_skip, c_in, rtol=1e-3)
+
+
+def test_bfloat16_convolutions_leave_the_estimate_in_float32():
+    level = StackLevel(make_stack(2), BAND_SD, 2.0)
+    noisy = torch.randn(8, 3, 4, 5)
+    alone = level.estimate(noisy), level.spread_out(noisy)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = level.estimate(noisy), level.spread_out(noisy)
+    assert torch.equal(alone[0], inside[0])
+    assert torch.equal(alone[1], inside[1])
+
+
+def test_features_say_what_the_slices_are():
+    n = 60
+    weights = slice_weights(
+        gaussian_profile(4.0), n_slices=12, spacing_mm=5.0, n_thin=n, thin_mm=1.0
+    )
+    row = Stack(torch.zeros(8, 12, 8), weights, 1, 0.01).features()
+    expected = [1, math.log(5), math.log(4), math.log(0.01) / 4, 0, 1, 0]
+    assert row.tolist() == pytest.approx(expected, abs=0.06)
+
+
+def gaussian_world():
+    """A prior whose network answers 0: it is N(0, diag s²) in bands, and nothing else."""
+    network = UNet((4, 4), (1, 1), stacks=True)
+    model = Precondition(network, BAND_SD)
+    spectra = {"unknown": ErrorSpectrum.isotropic(0.2)}
+    return Prior(model, spectra=spectra, metadata={}, dtype=torch.float32)
+
+
+def test_samples_have_the_posteriors_mean_and_spread():
+    """20 calls, against the closed form, in the data's directions and in those left open."""
+    torch.manual_seed(0)
+    shape, count = (8, 8, 12), 160
+    n = math.prod(shape)
+    weights = slice_weights(
+        gaussian_profile(4.0), n_slices=3, spacing_mm=4.0, n_thin=12, thin_mm=1.0
+    )
+    truth_bands = BAND_SD[:, None, None, None] * torch.randn(8, 4, 4, 6)
+    truth = from_bands(truth_bands[None])[0, 0]
+    y = truth @ weights.float().T
+    stack = Stack(y + NOISE * torch.randn(y.shape), weights, 2, NOISE)
+    prior, level = gaussian_world(), StackLevel(stack, BAND_SD, 1e4)
+    coordinates = torch.zeros(3, *shape)
+
+    def denoise(x_t, sigma):
+        answer = prior.denoise(
+            x_t[None, None], sigma, coordinates=coordinates, contrast="T1w", stack=stack
+        )
+        return answer[0, 0]
+
+    generator = torch.Generator().manual_seed(5)
+    levels = edm_schedule(19, 3.0, 0.001)
+    draws = torch.stack(
+        [
+            sample_eps(denoise, levels, shape=shape, generator=generator, blind=100.0)
+            for _ in range(count)
+        ]
+    )
+    mean = from_bands(level.estimate(torch.zeros(8, 4, 4, 6))[None])[0, 0]
+    whiten = torch.linalg.pinv(level.root.double(), rtol=1e-4).float()
+    lines = torch.stack([columns(to_bands((d - mean)[None, None])[0], 2) for d in draws])
+    white = torch.einsum("cab,ncbq->ncaq", whiten, lines)
+    white = torch.einsum("cab,ncbq->ncaq", level.root, white)  # in units of x, K-weighted
+    variance = white.square().mean((0, 3))  # (4, 12)
+    assert float(variance.sum() / (level.variance.sum())) == pytest.approx(1, abs=0.05)
+    centre = draws.mean(0) - mean
+    assert float(centre.square().mean() / (level.variance.mean() / count)) == pytest.approx(
+        1, abs=0.25
+    )
+    residual = draws @ weights.float().T - stack.y
+    assert float(residual.square().mean().sqrt()) / NOISE == pytest.approx(1, abs=0.2)
+    assert n == draws[0].numel()
+
+
+def test_eps_says_the_same_for_the_same_seed_and_refuses_a_prior_without_stacks():
+    stack = make_stack(2, shape=(8, 8, 12))
+    prior, coordinates = gaussian_world(), torch.zeros(3, 8, 8, 12)
+
+    def run(seed):
+        def denoise(x_t, sigma):
+            answer = prior.denoise(
+                x_t[None, None], sigma, coordinates=coordinates, contrast="T1w", stack=stack
+            )
+            return answer[0, 0]
+
+        generator = torch.Generator().manual_seed(seed)
+        return sample_eps(
+            denoise, [1.0, 0.1, 0.0], shape=(8, 8, 12), generator=generator, blind=100.0
+        )
+
+    assert torch.equal(run(1), run(1))
+    assert not torch.equal(run(1), run(2))
+    plain = Prior(
+        Precondition(UNet((4, 4), (1, 1)), BAND_SD),
+        spectra={"unknown": ErrorSpectrum.isotropic(0.2)},
+        metadata={},
+    )
+    with pytest.raises(UsageError, match="not trained to be told of slices"):
+        plain.denoise(
+            torch.zeros(1, 1, 8, 8, 12), 1.0, coordinates=coordinates, contrast="T1w", stack=stack
+        )
+
+
+def test_bad_stacks_are_refused():
+    weights = make_stack(2).weights
+    with pytest.raises(InputError, match="noise SD"):
+        Stack(torch.zeros(6, 8, 4), weights, 2, float("nan"))
+    with pytest.raises(ShapeMismatchError, match="4 slices along axis 2"):
+        Stack(torch.zeros(6, 8, 5), weights, 2, 0.1)
