@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 TASKS = ("restore", "inpaint", "refine")
-SAMPLERS = ("exact", "daps", "map")
+SAMPLERS = ("auto", "eps", "exact", "daps", "map")
 SKULL_STRIPS = ("embedded", "synthstrip", "skip", "mask")
 PARCELLATIONS = ("embedded", "synthseg", "derivatives")
 MODALITIES = ("T1w", "T2w", "FLAIR")
@@ -86,7 +86,7 @@ class Settings:
     derivatives: dict[str, Any] = field(default_factory=dict)
     skip_bids_validation: bool = False
     task: str = "restore"
-    sampler: str = "exact"
+    sampler: str = "auto"
     n_samples: int = 4
     n_steps: int = 20
     save_samples: bool = False

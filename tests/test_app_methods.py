@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from lxml import html
 
@@ -37,7 +38,8 @@ def test_what_ran_and_nothing_else():
 
 def test_every_citation_has_its_reference():
     known = references()
-    assert set(CITATION.findall(methods_text([ONE]))) == set(known)
+    both = [ONE, replace(ONE, sampler="eps")]
+    assert set(CITATION.findall(methods_text(both))) == set(known)
     for entry in known.values():
         assert {"title", "year"} <= set(entry)
         assert ("doi" in entry) != ("url" in entry)

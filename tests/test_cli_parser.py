@@ -24,7 +24,7 @@ def folders(tmp_path):
 def test_the_defaults_are_the_documented_ones(folders, tmp_path):
     settings = parse_settings([*folders, "--nprocs", "2"])
     assert settings.modalities == ("T1w", "T2w", "FLAIR")
-    assert (settings.task, settings.sampler, settings.n_samples) == ("restore", "exact", 4)
+    assert (settings.task, settings.sampler, settings.n_samples) == ("restore", "auto", 4)
     assert settings.random_seed == 0
     assert settings.work_dir == tmp_path / "out" / WORK_DIR
     assert settings.omp_nthreads == 2

@@ -31,7 +31,7 @@ from brainprior_bids.settings import (
 
 WORK_DIR = ".brainprior_work"
 SLOPPY = {"n_samples": 1, "n_steps": 3}
-STEPS = {"exact": 20, "daps": 200, "map": 20}
+STEPS = {"auto": 20, "eps": 20, "exact": 20, "daps": 200, "map": 20}
 """Noise levels of each sampler; DAPS calls the network five times at each."""
 
 DESCRIPTION = """\
@@ -194,9 +194,11 @@ def _task_options(group: Group) -> None:
     group.add_argument(
         "--sampler",
         choices=SAMPLERS,
-        default="exact",
-        help="exact (default): DAPS with its inner step solved exactly; daps: as published, "
-        "50 times the work; map: one estimate without an uncertainty",
+        default="auto",
+        help="auto (default): eps for thick slices, else exact; eps: the network is told of the "
+        "slices and gives the posterior's own mean at every noise level; exact: DAPS with its "
+        "inner step solved exactly; daps: as published, 50 times the work; map: one estimate "
+        "without an uncertainty",
     )
     group.add_argument(
         "--n-samples",

@@ -19,7 +19,7 @@ TIMED = 64
 """Edge of the block, in voxels, whose network call is timed."""
 BOX_MM = (192, 224, 192)
 """Largest box around a brain, its margins included, along right, anterior and superior."""
-INNER_SHARE = {"exact": 0.27, "map": 0.27, "daps": 0.0}
+INNER_SHARE = {"auto": 0.27, "eps": 0.0, "exact": 0.27, "map": 0.27, "daps": 0.0}
 """Inner solve over network, measured: docs/performance.md. DAPS's own walk is not counted."""
 OTHER_S = 60.0
 """The steps before and after the restoration together; 20 to 60 s where they were measured."""

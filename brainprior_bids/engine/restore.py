@@ -212,9 +212,9 @@ def restore(
     sampler : "auto", "eps", "exact", "daps" or "map"
         "eps" (see ``samplers.eps``) needs a prior that was trained to be told of slices, thick
         slices with voxels of 1 mm or less in their plane, nothing hidden and a bias field that
-        stays; "auto" takes it where all that is so, and "exact" elsewhere. For "daps" see ``samplers.daps``; ``daps`` holds its settings, and ``n_steps``,
-        ``sigma_max`` and ``sigma_min`` are not used. "map" is one point estimate without an
-        uncertainty, with ``n_samples=1`` only.
+        stays; "auto" takes it where all that is so, and "exact" elsewhere. "daps" has its
+        settings in ``daps``; ``n_steps``, ``sigma_max`` and ``sigma_min`` are not used. "map" is
+        one point estimate without an uncertainty, with ``n_samples=1`` only.
     n_samples, n_steps : int
         Samples, and network calls for each.
     seed : int

@@ -38,7 +38,7 @@ class _RestoreInputSpec(MeasuredInputSpec):
     )
     prior = File(exists=True, mandatory=True, desc="weights of the prior")
     contrast = traits.Enum("T1w", "T2w", "FLAIR", "unknown", mandatory=True)
-    sampler = traits.Enum("exact", "daps", "map", usedefault=True)
+    sampler = traits.Enum("auto", "eps", "exact", "daps", "map", usedefault=True)
     n_samples = traits.Range(low=1, value=4, usedefault=True)
     n_steps = traits.Range(low=1, value=20, usedefault=True, desc="noise levels")
     seed = traits.Range(low=0, high=2**63 - 1, value=0, usedefault=True)

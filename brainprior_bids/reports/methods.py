@@ -22,15 +22,20 @@ from brainprior_bids.bids.files import write_text
 
 CITATION = re.compile(r"\[@([A-Za-z0-9]+)\]")
 ESTIMATES = {
+    "eps": "The restored image is the posterior mean as the network gives it in one call, "
+    "averaged over the calls of the samples' chains.",
     "exact": "The restored image estimates the posterior mean: it is the average of the "
     "conditional expectations of the image that the samples' chains passed through.",
     "daps": "The restored image is the mean of the samples.",
     "map": "The restored image is a point estimate, without an uncertainty.",
 }
+DAPS = "in the manner of decoupled annealing posterior sampling [@daps], "
 WAYS = {
-    "exact": "with the inner Langevin walk replaced by the exact draw that it approximates",
-    "daps": "with its inner Langevin walk",
-    "map": "followed from high to low noise without drawing",
+    "eps": "by exact posterior scores [@eps]: the denoiser is told of the measured slices, so "
+    "that its probability flow ends in a sample of the posterior",
+    "exact": f"{DAPS}with the inner Langevin walk replaced by the exact draw that it approximates",
+    "daps": f"{DAPS}with its inner Langevin walk",
+    "map": f"{DAPS}followed from high to low noise without drawing",
 }
 
 
@@ -104,9 +109,8 @@ squares to the centres of the structures.
 The scan was modelled as *y* = *b* (*A* *x*) + noise, where *x* is the unknown 1 mm image of the
 brain, *A* averages it over the slice profile and the voxels of the scan, and *b* is the bias
 field. {start} the posterior of *x* under a three-dimensional diffusion prior
-[@edm] [@brain3d] (weights {priors}), in the manner of decoupled annealing posterior sampling
-[@daps], {drawn}. {estimates}{spread} Every scan's random numbers follow from a seed recorded in
-the provenance.
+[@edm] [@brain3d] (weights {priors}), {drawn}. {estimates}{spread}
+Every scan's random numbers follow from a seed recorded in the provenance.
 """
 
 
