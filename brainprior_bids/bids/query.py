@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which scans were asked for, and what their sidecars say.
 
-pybids does the reading (names, inheritance of metadata); it is shown only the ``anat`` folders
-of the requested subjects and sessions, so a large data set costs what was asked of it. Nothing
-is written to the data set: the index lives in memory.
+pybids reads the names and answers the query; it is shown only the images in the ``anat`` folders
+of the requested subjects and sessions, so a large data set costs what was asked of it. Sidecars
+are read here, by the inheritance principle of BIDS, for the scans that were found: pybids does
+it for every file of its index, which takes most of its time. Nothing is written to the data set:
+the index lives in memory.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from brainprior_bids.bids.files import read_json
 from brainprior_bids.bids.names import BIDSName
 from brainprior_bids.engine.errors import InputError, UsageError
 from brainprior_bids.settings import Settings
@@ -127,7 +130,9 @@ def find_scans(settings: Settings) -> list[Scan]:
         settings.participant_label,
         settings.session_label,
         database_dir=settings.bids_database_dir,
+        metadata=_asks_metadata(settings),
     )
+    sidecars = Sidecars(settings.bids_dir)
     found: dict[Path, Mapping[str, Any]] = {}
     for suffix in settings.modalities:
         query = _query(settings, suffix)
@@ -138,7 +143,7 @@ def find_scans(settings: Settings) -> list[Scan]:
                 f"--bids-filter-file: the filter for {suffix} cannot be used: {error}"
             ) from error
         for file in files:
-            found[Path(file.path)] = file.get_metadata()
+            found[Path(file.path)] = sidecars.metadata(Path(file.path))
     scans = _scans(settings.bids_dir, found)
     if not scans:
         raise UsageError(
@@ -185,10 +190,12 @@ def _index(
     sessions: Sequence[str],
     *,
     database_dir: Path | None = None,
+    metadata: bool = False,
 ) -> Any:
-    """A pybids layout of the ``anat`` folders of these subjects and sessions (empty: all).
+    """A pybids layout of the images in the ``anat`` folders of these subjects (empty: all).
 
-    With ``database_dir`` the index of the whole data set is kept there, or read from there.
+    With ``metadata`` a query may use the sidecars' fields. With ``database_dir`` the index of the
+    whole data set, metadata included, is kept there, or read from there.
     """
     from bids.layout import BIDSLayout, BIDSLayoutIndexer
 
@@ -198,12 +205,16 @@ def _index(
         r"^/sub-[^/]+/(?:ses-[^/]+/)?(?!ses-|anat(?:/|$))[^/]+(?<!\.json)$",
     ]
     if database_dir is not None:
-        subjects = sessions = ()
+        subjects, sessions, metadata = (), (), True
+    if not metadata:
+        ignore.append(r"\.json$")
     if subjects:
         ignore.append(rf"^/sub-(?!(?:{_any(subjects)})(?:/|$))")
     if sessions:
         ignore.append(rf"^/sub-[^/]+/ses-(?!(?:{_any(sessions)})(?:/|$))")
-    indexer = BIDSLayoutIndexer(validate=False, ignore=[re.compile(patt) for patt in ignore])
+    indexer = BIDSLayoutIndexer(
+        validate=False, ignore=[re.compile(patt) for patt in ignore], index_metadata=metadata
+    )
     arguments: dict[str, Any] = {"validate": False}
     if database_dir is not None and (database_dir / "layout_index.sqlite").exists():
         arguments["database_path"] = str(database_dir)
@@ -231,6 +242,76 @@ def _index(
             f"{bids_dir}. Use another folder."
         )
     return layout
+
+
+class Sidecars:
+    """Reads sidecars by the inheritance principle: from the root down, the nearest wins.
+
+    A JSON file applies to an image below it that has its suffix and all of its entities. Every
+    folder is listed once, and every file is read once.
+    """
+
+    def __init__(self, bids_dir: Path) -> None:
+        self._root = bids_dir
+        self._folders: dict[Path, dict[str, list[tuple[Path, dict[str, str]]]]] = {}
+        self._contents: dict[Path, dict[str, Any]] = {}
+
+    def metadata(self, image: Path) -> dict[str, Any]:
+        """What all sidecars of an image say together.
+
+        Raises
+        ------
+        UsageError
+            If one of them cannot be read or does not hold a JSON object.
+        """
+        suffix, entities = _taken_apart(image)
+        merged: dict[str, Any] = {}
+        for folder in reversed(image.relative_to(self._root).parents):
+            for path, needed in self._listed(self._root / folder).get(suffix, ()):
+                if needed.items() <= entities.items():
+                    merged.update(self._read(path))
+        return merged
+
+    def _listed(self, folder: Path) -> dict[str, list[tuple[Path, dict[str, str]]]]:
+        """Suffix -> sidecars in a folder, the most general first."""
+        if folder not in self._folders:
+            listed: dict[str, list[tuple[Path, dict[str, str]]]] = {}
+            for path in sorted(folder.glob("*.json")):
+                suffix, entities = _taken_apart(path)
+                listed.setdefault(suffix, []).append((path, entities))
+            for sidecars in listed.values():
+                sidecars.sort(key=lambda item: len(item[1]))
+            self._folders[folder] = listed
+        return self._folders[folder]
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        if path not in self._contents:
+            try:
+                self._contents[path] = read_json(path)
+            except OSError as error:
+                raise UsageError(f"{path} cannot be read ({error.strerror}).") from error
+            except ValueError as error:
+                raise UsageError(
+                    f"{path} is not a sidecar ({error}). Repair or remove the file."
+                ) from error
+        return self._contents[path]
+
+
+def _taken_apart(path: Path) -> tuple[str, dict[str, str]]:
+    """Suffix and entities of a name; ``run-01`` is ``run-1``."""
+    *pairs, suffix = path.name.partition(".")[0].split("_")
+    entities = dict(pair.partition("-")[::2] for pair in pairs)
+    if entities.get("run", "").isdigit():
+        entities["run"] = str(int(entities["run"]))
+    return suffix, entities
+
+
+def _asks_metadata(settings: Settings) -> bool:
+    """Whether a filter names something that does not stand in a file's name."""
+    from bids.layout import Config
+
+    asked = {key for query in settings.bids_filters.values() for key in query}
+    return not asked <= set(Config.load("bids").entities)
 
 
 def _query(settings: Settings, suffix: str) -> dict[str, Any]:
