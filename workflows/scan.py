@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nipype.interfaces.utility import Merge
 from nipype.pipeline import engine as pe
 
+from brainprior_bids.bids.given import Given
 from brainprior_bids.bids.query import Scan
 from brainprior_bids.interfaces.anatomy import N4, CentroidAffine, Conform, Parcellate, ToMNI305
 from brainprior_bids.interfaces.derivatives import Reportlets, Write
@@ -41,11 +43,14 @@ class Job:
         The scan's own, derived from the run's.
     fingerprint : str
         Of everything that decides the result.
+    given : role -> Given
+        Mask and labels that are taken from other data sets.
     """
 
     scan: Scan
     seed: int
     fingerprint: str
+    given: Mapping[str, Given] = field(default_factory=dict)
 
 
 def expected_work(settings: Settings) -> dict[str, float]:
@@ -116,6 +121,8 @@ def init_scan_wf(
     )
     if settings.synthstrip_model is not None:
         parcellate.inputs.synthstrip_model = str(settings.synthstrip_model)
+    for role, file in job.given.items():
+        parcellate.inputs.trait_set(**{f"{role}_file": str(file.path), f"{role}_uri": file.uri})
     n4 = node(N4(), "n4", threads=threads)
     affine = node(CentroidAffine(), "affine")
     restore = node(

@@ -39,8 +39,8 @@ DESCRIPTIONS = {
     "uncertainty": "voxelwise standard deviation of the posterior samples, in the image's units",
     "residual": "scan minus what the samples predict for it (mean over samples), in units of the "
     "standard deviation of the noise as estimated before sampling",
-    "brain": "brain mask from the parcellation network",
-    "structures": "brain structures from the parcellation network, FreeSurfer's label values",
+    "brain": "brain mask; its sidecar says what it was made by",
+    "structures": "brain structures, FreeSurfer's label values; the sidecar says what made them",
 }
 """``desc-`` value -> meaning, for ``descriptions.tsv``."""
 
@@ -208,7 +208,11 @@ def sidecars(
         "NoiseStandardDeviation": restore["noise_sd"] * restore["unit"],
         "Units": "arbitrary",
     }
-    weights = facts["parcellation"].get("weights", {})
+    parcellation = facts["parcellation"]
+    weights = parcellation.get("weights", {})
+    given = parcellation.get("given") or {}
+    mask_source = parcellation.get("mask_source", "embedded")
+    structures_source = parcellation.get("structures_source", "embedded")
     reference = {} if scan.name.suffix == "T1w" else {"SpatialReference": raw}
     estimator = {"Estimator": ESTIMATORS[restore["sampler"]]}
     template = {"Sources": [restored, bids_uri(outputs["to_mni305"])]}
@@ -222,15 +226,24 @@ def sidecars(
             "Units": "noise standard deviations",
         },
         "mask": {
-            "Description": DESCRIPTIONS["brain"],
+            "Description": f"brain mask from {_made_by(mask_source)}",
             "Type": "Brain",
-            "Sources": [structures],
+            "Sources": (
+                [given["mask"]["uri"]]
+                if "mask" in given
+                else [structures if mask_source == "embedded" else raw]
+            ),
             **reference,
         },
         "structures": {
-            "Description": DESCRIPTIONS["structures"],
-            "Sources": [raw],
-            "Weights": {key: weights.get(key) for key in ("name", "sha256")},
+            "Description": f"brain structures from {_made_by(structures_source)}, FreeSurfer's "
+            "label values",
+            "Sources": [given["dseg"]["uri"], mask] if "dseg" in given else [raw],
+            **(
+                {"Weights": {key: weights.get(key) for key in ("name", "sha256")}}
+                if structures_source == "embedded"
+                else {}
+            ),
             **reference,
         },
     }
@@ -254,6 +267,10 @@ def sidecars(
                 "ResidualRatio": restore["residual_ratios"][index],
             }
     return made
+
+
+def _made_by(source: str) -> str:
+    return "the embedded parcellation network" if source == "embedded" else source
 
 
 def interval_half_widths(n_samples: int) -> dict[str, float]:

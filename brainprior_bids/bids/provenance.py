@@ -46,7 +46,12 @@ def sha256_file(path: Path) -> str:
 
 
 def fingerprint(
-    scan: Scan, settings: Settings, *, input_sha256: str, weights: Mapping[str, str]
+    scan: Scan,
+    settings: Settings,
+    *,
+    input_sha256: str,
+    weights: Mapping[str, str],
+    given: Mapping[str, str],
 ) -> str:
     """SHA-256 over everything that decides a scan's result.
 
@@ -56,6 +61,8 @@ def fingerprint(
         Of the image.
     weights : role -> SHA-256
         Of the prior and the parcellation network.
+    given : role -> SHA-256
+        Of files taken from other data sets.
     """
     parts = {
         "version": __version__,
@@ -64,6 +71,7 @@ def fingerprint(
         "metadata": dict(scan.metadata),
         "settings": settings.scan_settings(),
         "weights": dict(weights),
+        "given": dict(given),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -178,6 +186,7 @@ def scan_records(
     run, name = label(run_uuid), label(scan.name.stem)
     activity = f"bids::prov#restore-{run}{name}"
     source = bids_uri(str(scan.relative), dataset="raw")
+    given = (facts.get("parcellation") or {}).get("given") or {}
     starts = sorted(str(node["started"]) for node in nodes if "started" in node)
     act = {
         "Activities": [
@@ -186,7 +195,11 @@ def scan_records(
                 "Label": f"restore {scan.name.stem}",
                 "Command": " ".join(command),
                 "AssociatedWith": f"bids::prov#software-{run}",
-                "Used": [source, f"bids::prov#environment-{run}"],
+                "Used": [
+                    source,
+                    *(file["uri"] for file in given.values()),
+                    f"bids::prov#environment-{run}",
+                ],
                 "StartedAtTime": starts[0] if starts else None,
                 "EndedAtTime": datetime.now(UTC).isoformat(timespec="seconds"),
                 "RunUUID": run_uuid,
@@ -211,6 +224,10 @@ def scan_records(
             "Digest": {"sha256": input_sha256},
         }
     ]
+    for role, file in given.items():
+        entities.append(
+            {"Id": file["uri"], "Label": role, "Digest": {"sha256": file["sha256"]}},
+        )
     for role, (path, digest) in outputs.items():
         entities.append(
             {

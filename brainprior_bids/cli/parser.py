@@ -457,10 +457,11 @@ def _tokens(parser: argparse.ArgumentParser, config: dict[str, Any]) -> list[str
 def _anatomy_options(group: Group) -> None:
     group.add_argument(
         "--skull-strip",
-        choices=[how for how in SKULL_STRIPS if how != "mask"],
+        choices=SKULL_STRIPS,
         default="embedded",
         help="embedded (default): our network, and the scan's own edge where it is already "
-        "skull-stripped; synthstrip: SynthStrip, if installed; skip: every scan is skull-stripped",
+        "skull-stripped; synthstrip: SynthStrip, if installed; skip: every scan is "
+        "skull-stripped; mask: desc-brain_mask of a data set of --derivatives",
     )
     group.add_argument(
         "--synthstrip-model",
@@ -470,15 +471,23 @@ def _anatomy_options(group: Group) -> None:
     )
     group.add_argument(
         "--parcellation",
-        choices=[how for how in PARCELLATIONS if how != "derivatives"],
+        choices=PARCELLATIONS,
         default="embedded",
-        help="embedded (default): our network; synthseg: FreeSurfer's mri_synthseg, if installed",
+        help="embedded (default): our network; synthseg: FreeSurfer's mri_synthseg, if "
+        "installed; derivatives: a dseg with FreeSurfer's values (desc-aseg …) of a data set of "
+        "--derivatives",
     )
 
 
 def _check_anatomy(options: argparse.Namespace) -> None:
     """Refuse what needs a program or a file that is not there, before anything runs."""
     model = options.synthstrip_model
+    for option, value in (("--skull-strip", "mask"), ("--parcellation", "derivatives")):
+        if getattr(options, option[2:].replace("-", "_")) == value and not options.derivatives:
+            raise UsageError(
+                f"{option} {value}: expected --derivatives NAME=PATH with the data set to take it "
+                "from, got none. Give it."
+            )
     if model is not None and not model.is_file():
         raise UsageError(f"--synthstrip-model {model}: no such file.")
     if model is not None and options.skull_strip != "synthstrip":

@@ -11,8 +11,10 @@ import nibabel as nib
 import numpy as np
 
 from brainprior_bids.bids import status
+from brainprior_bids.bids.given import find_given
 from brainprior_bids.bids.names import output_names, scan_seed
 from brainprior_bids.bids.query import Scan
+from brainprior_bids.engine.errors import InputError
 from brainprior_bids.settings import Settings
 
 TIMED = 64
@@ -42,6 +44,12 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
             voxels = box_voxels(scan.path)
         except Exception as error:  # whatever nibabel says of a broken header
             print(f"  will fail: its header cannot be read ({type(error).__name__})")
+            voxels = 0.0
+        try:
+            for file in find_given(scan, settings).values():
+                print(f"  uses {file.uri}")
+        except InputError as error:
+            print(f"  would fail: {error}")
             voxels = 0.0
         seconds = OTHER_S + calls * voxels * a_voxel * (1 + INNER_SHARE[settings.sampler])
         previous = status.read_summary(settings.output_dir, scan.name.stem)

@@ -22,6 +22,7 @@ from brainprior_bids import __version__
 from brainprior_bids.bids import status
 from brainprior_bids.bids.derivatives import check_output, write_dataset_files
 from brainprior_bids.bids.files import write_text
+from brainprior_bids.bids.given import find_given
 from brainprior_bids.bids.names import scan_seed
 from brainprior_bids.bids.provenance import (
     changed_outputs,
@@ -36,10 +37,22 @@ from brainprior_bids.cli.monitor import ResourceMonitor
 from brainprior_bids.cli.parser import parse_settings
 from brainprior_bids.cli.plugin_file import read_plugin_file
 from brainprior_bids.cli.progress import Progress
-from brainprior_bids.engine.errors import BrainpriorError, UsageError, WeightsError
+from brainprior_bids.engine.errors import (
+    BrainpriorError,
+    InputError,
+    UsageError,
+    WeightsError,
+)
 from brainprior_bids.settings import Settings
 
 LOG = logging.getLogger("brainprior")
+MASKS = {
+    "synthstrip": "SynthStrip",
+    "skip": "the scan's own edge (--skull-strip skip)",
+    "mask": "another data set (--derivatives)",
+}
+STRUCTURES = {"synthseg": "SynthSeg", "derivatives": "another data set (--derivatives)"}
+"""What the methods text calls a source that is not embedded, before it was used."""
 TRAINERS = ("prior", "parcellation")
 
 
@@ -230,6 +243,8 @@ def _boilerplate_only(
             n_samples=settings.n_samples,
             calls=settings.n_steps * (5 if settings.sampler == "daps" else 1),
             version=__version__,
+            mask_source=MASKS.get(settings.skull_strip, "embedded"),
+            structures_source=STRUCTURES.get(settings.parcellation, "embedded"),
             **cards,
         )
         for scan in scans
@@ -309,7 +324,19 @@ def _plan(scans: Sequence[Scan], settings: Settings, weights: dict[str, str]) ->
             message = f"the file cannot be read ({error.strerror}). Check its permissions."
             _write_failure(scan, settings, {"message": message, "type": "InputError"})
             continue
-        digest = fingerprint(scan, settings, input_sha256=input_sha256, weights=weights)
+        try:
+            given = find_given(scan, settings)
+            given_sha256 = {role: sha256_file(file.path) for role, file in given.items()}
+        except InputError as error:
+            _write_failure(scan, settings, {"message": str(error), "type": "InputError"})
+            continue
+        except OSError as error:
+            message = f"{error.filename} cannot be read ({error.strerror}). Check its permissions."
+            _write_failure(scan, settings, {"message": message, "type": "InputError"})
+            continue
+        digest = fingerprint(
+            scan, settings, input_sha256=input_sha256, weights=weights, given=given_sha256
+        )
         previous = status.read_summary(settings.output_dir, scan.name.stem)
         if previous is not None and not settings.force and _is_done(previous, digest, settings):
             LOG.info("%s: already done with the same input and settings", scan.name.stem)
@@ -319,7 +346,7 @@ def _plan(scans: Sequence[Scan], settings: Settings, weights: dict[str, str]) ->
             )
             status.write_summary(settings.output_dir, previous)
             continue
-        jobs.append(Job(scan, scan_seed(settings.random_seed, scan.name), digest))
+        jobs.append(Job(scan, scan_seed(settings.random_seed, scan.name), digest, given))
     return jobs
 
 

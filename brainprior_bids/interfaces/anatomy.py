@@ -87,6 +87,8 @@ class _ParcellateInputSpec(MeasuredInputSpec):
     parcellation = traits.Enum(*PARCELLATIONS, usedefault=True, desc="where the labels come from")
     mask_file = File(exists=True, desc="brain mask in the scan's space, for skull_strip=mask")
     dseg_file = File(exists=True, desc="FreeSurfer labels, for parcellation=derivatives")
+    mask_uri = traits.Str(desc="what the records call mask_file")
+    dseg_uri = traits.Str(desc="what the records call dseg_file")
     synthstrip_model = File(exists=True, desc="weights of SynthStrip")
 
 
@@ -185,8 +187,8 @@ class Parcellate(MeasuredInterface):
         if edge is not None:
             mask = resample(edge, grid_of(image), grid, order=1) >= 0.5
         elif how == "mask":
+            facts["mask_source"] = self._given("mask", facts)
             mask = external.mask_from_file(Path(self.inputs.mask_file), grid, name="Skull-strip")
-            facts["mask_source"] = str(self.inputs.mask_file)
         else:
             model = self.inputs.synthstrip_model
             target = folder / "synthstrip_mask.nii.gz"
@@ -212,7 +214,7 @@ class Parcellate(MeasuredInterface):
         if self.inputs.parcellation == "embedded":
             return None
         if self.inputs.parcellation == "derivatives":
-            facts["structures_source"] = str(self.inputs.dseg_file)
+            facts["structures_source"] = self._given("dseg", facts)
             path = Path(self.inputs.dseg_file)
         else:
             path = folder / "synthseg.nii.gz"
@@ -225,6 +227,17 @@ class Parcellate(MeasuredInterface):
             facts["synthseg"] = external.run_program(command, path)
             facts["structures_source"] = "SynthSeg"
         return external.labels_from_file(path, grid, name="Parcellation")
+
+    def _given(self, role: str, facts: dict[str, Any]) -> str:
+        """Note a file of another data set in the facts; its name there."""
+        from brainprior_bids.bids.provenance import sha256_file
+
+        path, uri = getattr(self.inputs, f"{role}_file"), getattr(self.inputs, f"{role}_uri")
+        if not isdefined(path):
+            raise InputError(f"Parcellate: expected {role}_file for this setting, got none.")
+        name = uri if isdefined(uri) else Path(path).name
+        facts.setdefault("given", {})[role] = {"uri": name, "sha256": sha256_file(Path(path))}
+        return name
 
 
 class _N4InputSpec(MeasuredInputSpec):

@@ -51,13 +51,15 @@ class Method:
     version: str
     prior: str
     parcellation: str
+    mask_source: str = "embedded"
+    structures_source: str = "embedded"
 
 
 def of_summary(summary: Mapping[str, Any]) -> Method:
     """From a finished scan's summary."""
     facts = summary.get("facts") or {}
     restore = facts.get("restore") or {}
-    parcellation = (facts.get("parcellation") or {}).get("weights") or {}
+    anatomy = facts.get("parcellation") or {}
     return Method(
         suffix=str(summary["scan"]).rpartition("_")[2],
         task=str(summary.get("task", "restore")),
@@ -66,7 +68,9 @@ def of_summary(summary: Mapping[str, Any]) -> Method:
         calls=int(restore.get("calls", 0)),
         version=str(summary.get("version", __version__)),
         prior=card(restore.get("prior") or {}),
-        parcellation=card(parcellation),
+        parcellation=card(anatomy.get("weights") or {}),
+        mask_source=str(anatomy.get("mask_source", "embedded")),
+        structures_source=str(anatomy.get("structures_source", "embedded")),
     )
 
 
@@ -94,17 +98,15 @@ def methods_text(methods: Sequence[Method]) -> str:
     point = all(method.sampler == "map" for method in methods)
     start = "Images were estimated from" if point else "Images were drawn from"
     priors = "; ".join(dict.fromkeys(method.prior for method in methods))
-    networks = "; ".join(dict.fromkeys(method.parcellation for method in methods))
     return f"""\
 {counts} {"scan was" if len(methods) == 1 else "scans were"} restored with *brainprior* {versions},
 a BIDS App [@bids] on Nipype {_version("nipype")} [@nipype], nibabel {_version("nibabel")} and
 PyTorch {_version("torch")}.
 
-Each scan was brought to the closest-canonical orientation without resampling. A convolutional
-network trained on synthetic images of label maps, after the recipe of SynthSeg [@synthseg],
-labelled the brain's structures and gave the brain mask (weights {networks}). The bias field was
-estimated by N4 [@n4] inside the mask. An affine transform to MNI305 was fitted by weighted least
-squares to the centres of the structures.
+Each scan was brought to the closest-canonical orientation without resampling.
+{_anatomy(methods)} The bias field was estimated by N4 [@n4] inside the mask. An affine transform
+to MNI305 was fitted by weighted least squares to the centres of the structures and to the reach
+of the brain.
 
 The scan was modelled as *y* = *b* (*A* *x*) + noise, where *x* is the unknown 1 mm image of the
 brain, *A* averages it over the slice profile and the voxels of the scan, and *b* is the bias
@@ -112,6 +114,39 @@ field. {start} the posterior of *x* under a three-dimensional diffusion prior
 [@edm] [@brain3d] (weights {priors}), {drawn}. {estimates}{spread}
 Every scan's random numbers follow from a seed recorded in the provenance.
 """
+
+
+def _anatomy(methods: Sequence[Method]) -> str:
+    """Where brain masks and structures came from."""
+    sources = {
+        "labelled the brain's structures": {m.structures_source for m in methods},
+        "gave the brain mask": {m.mask_source for m in methods},
+    }
+    done = [what for what, found in sources.items() if "embedded" in found]
+    sentences = []
+    if done:
+        networks = "; ".join(
+            dict.fromkeys(
+                m.parcellation
+                for m in methods
+                if "embedded" in (m.structures_source, m.mask_source)
+            )
+        )
+        sentences.append(
+            "A convolutional network trained on synthetic images of label maps, after the recipe "
+            f"of SynthSeg [@synthseg], {' and '.join(done)} (weights {networks})."
+        )
+    for what, found in zip(("Structures", "Brain masks"), sources.values(), strict=True):
+        others = sorted({_named(source) for source in found - {"embedded"}})
+        if others:
+            some = " of some scans" if "embedded" in found else ""
+            sentences.append(f"{what}{some} came from {'; '.join(others)}.")
+    return " ".join(sentences)
+
+
+def _named(source: str) -> str:
+    """``bids:fs:sub-01/…`` -> the data set's name; others as they are."""
+    return f"the data set {source.split(':')[1]}" if source.startswith("bids:") else source
 
 
 def write_citation(folder: Path, methods: Sequence[Method]) -> list[Path]:

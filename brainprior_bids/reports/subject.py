@@ -195,12 +195,20 @@ def _anatomy_rows(scan: Mapping[str, Any]) -> Rows:
     volume = sum(row.get("volume_mm3") or 0 for row in table)
     used = affine.get("used")
     return [
+        ("Brain mask from", _source(scan, "mask")),
+        ("Structures from", _source(scan, "structures")),
         ("Structures found", str(len(table) or MISSING)),
         ("Their volume", f"{volume / 1000:.0f} ml" if volume else MISSING),
         ("Transform to MNI305", f"{affine['dof']} parameters" if affine.get("dof") else MISSING),
+        ("Found from", str(affine.get("method") or MISSING)),
         ("Structures used for it", str(len(used)) if used else MISSING),
         ("Median distance", _number(affine.get("median_residual_mm"), ".1f", " mm")),
     ]
+
+
+def _source(scan: Mapping[str, Any], what: str) -> str:
+    source = str(_get(scan, "facts", "parcellation", f"{what}_source") or MISSING)
+    return "the embedded network" if source == "embedded" else source
 
 
 def _run_rows(scan: Mapping[str, Any]) -> Rows:
@@ -279,6 +287,10 @@ def _provenance(
             ("Input, SHA-256", str(scan.get("source_sha256") or MISSING)),
             ("Prior", _card(_get(scan, "facts", "restore", "prior"))),
             ("Parcellation network", _card(_get(scan, "facts", "parcellation", "weights"))),
+            *(
+                (f"{file['uri']}, SHA-256", str(file["sha256"]))
+                for file in (_get(scan, "facts", "parcellation", "given") or {}).values()
+            ),
             ("Seed of the run", str(_get(activity, "Settings", "random_seed", none=MISSING))),
             ("Seed of the scan", str(scan.get("seed", MISSING))),
             ("Fingerprint", str(scan.get("fingerprint") or MISSING)),

@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether mask, structures and affine depend on how a head is stored, scanned and placed.
+
+``python benchmarks/anatomy_holds.py axes HEAD.nii.gz`` stores one head (averaged to about 2 mm, a
+bright marker on its left) in all 48 axis orders and flips, and with three oblique affines, and
+takes each through conform, parcellate and affine.
+
+``python benchmarks/anatomy_holds.py overlap BIDS_DIR`` labels everybody's T1w and T2w and compares
+the two in MNI305, each brought there by its own affine.
+
+``python benchmarks/anatomy_holds.py poses LABELS AVG305T1`` makes T1-like heads of held-out label
+maps in random poses and compares the affine from the network's structures with the registration
+of the map itself to the average of 305 heads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from itertools import permutations, product
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from nibabel.orientations import apply_orientation, inv_ornt_aff
+from scipy import ndimage
+from scipy.spatial.transform import Rotation
+
+from brainprior_bids.anatomy.affine import AffineFit, corner_distance, fit_affine
+from brainprior_bids.anatomy.conform import conform
+from brainprior_bids.anatomy.hull import surface
+from brainprior_bids.anatomy.parcellation import SCATTERED, Parcellation, parcellate
+from brainprior_bids.anatomy.spaces import resample
+from brainprior_bids.engine import weights
+from brainprior_bids.engine.grids import MNI305, Grid
+
+MARKER_MM = 8.0
+
+
+def network() -> Any:
+    """The embedded network, on the CPU."""
+    return weights.load_parcellation(weights.FOLDER / "parcellation.safetensors", device="cpu")
+
+
+def label(image: nib.Nifti1Image, net: Any) -> tuple[Parcellation, AffineFit, Grid]:
+    """Parcellation and affine of a conformed image, and the 1 mm grid."""
+    grid = Grid(image.shape, image.affine).one_millimetre()
+    found = parcellate(image, network=net, restored_grid=grid)
+    return found, fit_affine(found.table, surface=surface(found.mask > 0, grid)), grid
+
+
+def dice(a: Any, b: Any) -> float:
+    """Overlap of two masks."""
+    return float(2 * (a & b).sum() / max(int(a.sum() + b.sum()), 1))
+
+
+def small_head(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """A head averaged over 2 x 2 x 2 voxels or less, on RAS axes, with a marker on its left."""
+    image = nib.as_closest_canonical(nib.load(path))
+    data, affine = image.get_fdata(dtype=np.float32), image.affine
+    steps = [max(round(2.0 / s), 1) for s in np.linalg.norm(affine[:3, :3], axis=0)]
+    n = [size // step for size, step in zip(data.shape, steps, strict=True)]
+    data = data[tuple(slice(a * b) for a, b in zip(n, steps, strict=True))]
+    data = data.reshape(n[0], steps[0], n[1], steps[1], n[2], steps[2]).mean((1, 3, 5))
+    move = np.diag([*steps, 1.0])
+    move[:3, 3] = [(s - 1) / 2 for s in steps]
+    affine = affine @ move
+    # in the scalp on the left, half way up
+    bright = np.argwhere(data[:, n[1] // 2, n[2] // 2] > 0.2 * np.percentile(data, 99)).ravel()
+    data[bright[0] : bright[0] + 4, n[1] // 2 : n[1] // 2 + 4, n[2] // 2 : n[2] // 2 + 4] = (
+        2 * data.max()
+    )
+    return data, affine
+
+
+def marker(image: nib.Nifti1Image) -> np.ndarray:
+    """Centre of the brightest voxels, scanner RAS mm."""
+    data = np.asarray(image.dataobj)
+    centre = np.argwhere(data > 0.75 * data.max()).mean(0)
+    return np.asarray((image.affine @ [*centre, 1.0])[:3])
+
+
+def axes(head: Path) -> dict[str, Any]:
+    """48 axis orders and flips, and three oblique affines, against the first."""
+    net = network()
+    data, affine = small_head(head)
+    rows = []
+    reference: Any = None
+
+    def stored(data: np.ndarray, affine: np.ndarray, name: str, pose: np.ndarray) -> None:
+        nonlocal reference
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "sub-01_T1w.nii"
+            image = nib.Nifti1Image(data, affine)
+            image.set_sform(affine, 1)
+            image.set_qform(affine, 1)
+            nib.save(image, path)
+            done = conform(path, metadata={})
+        found, fit, grid = label(done.image, net)
+        if reference is None:
+            reference = (done, found, fit, grid)
+        same_grid = done.image.shape == reference[0].image.shape
+        left = next(r for r in found.table if r["name"] == "Left-Thalamus")["centroid_mm"]
+        right = next(r for r in found.table if r["name"] == "Right-Thalamus")["centroid_mm"]
+        there = pose @ [*marker(reference[0].image), 1.0]
+        # the anatomical left of the posed head
+        leftward = pose[:3, :3] @ [-1.0, 0.0, 0.0]
+        rows.append(
+            {
+                "stored": name,
+                "voxels_equal": same_grid
+                and bool(np.array_equal(done.image.dataobj, reference[0].image.dataobj)),
+                "mask_dice": dice(found.mask > 0, reference[1].mask > 0) if same_grid else None,
+                "labels_changed": (
+                    int((found.structures != reference[1].structures).sum()) if same_grid else None
+                ),
+                "corner_mm": corner_distance(fit.matrix @ pose, reference[2].matrix),
+                "marker_mm": float(np.linalg.norm(marker(done.image) - there[:3])),
+                "left_is_left": bool((np.array(left) - right) @ leftward > 5),
+                "acquisition_equal": done.acquisition.slice_axis
+                == reference[0].acquisition.slice_axis
+                and abs(done.acquisition.thickness_mm - reference[0].acquisition.thickness_mm)
+                < 1e-4,
+                "mask_ml": float(found.mask.sum() * np.prod(grid.spacing_mm) / 1000),
+            }
+        )
+        print(json.dumps(rows[-1]), flush=True)
+
+    for order in permutations(range(3)):
+        for flips in product((1, -1), repeat=3):
+            orientation = np.array([[a, f] for a, f in zip(order, flips, strict=True)])
+            turned = apply_orientation(data, orientation)
+            moved = affine @ inv_ornt_aff(orientation, data.shape)
+            stored(np.ascontiguousarray(turned), moved, f"{order} {flips}", np.eye(4))
+    for angles in ((10, -8, 5), (25, 15, -20), (35, 30, 30)):
+        pose = np.eye(4)
+        pose[:3, :3] = Rotation.from_euler("xyz", angles, degrees=True).as_matrix()
+        pose[:3, 3] = [12, -7, 20]
+        stored(data, pose @ affine, f"oblique {angles}", pose)
+    plain = [row for row in rows if not row["stored"].startswith("oblique")]
+    return {
+        "n": len(plain),
+        "all_voxels_equal": all(row["voxels_equal"] for row in plain),
+        "labels_changed": max(row["labels_changed"] for row in plain),
+        "largest_corner_mm": max(row["corner_mm"] for row in plain),
+        "largest_marker_mm": max(row["marker_mm"] for row in rows),
+        "left_is_left": all(row["left_is_left"] for row in rows),
+        "oblique": rows[len(plain) :],
+    }
+
+
+def overlap(bids_dir: Path, people: int) -> dict[str, Any]:
+    """Dice of everybody's T1w and T2w, in MNI305 (2 mm) and in the scanner's space."""
+    net = network()
+    coarse = Grid(
+        tuple(n // 2 for n in MNI305.shape), MNI305.affine @ np.diag([2.0, 2.0, 2.0, 1.0])
+    )
+    rows = []
+    for subject in sorted(bids_dir.glob("sub-*"))[:people]:
+        labels: dict[str, Any] = {}
+        for suffix in ("T1w", "T2w"):
+            (path,) = subject.rglob(f"*_{suffix}.nii.gz")
+            found, fit, grid = label(conform(path, metadata={}).image, net)
+            labels[suffix] = resample(
+                found.structures.astype(np.float32), grid, coarse, matrix=fit.matrix, order=0
+            ).astype(int)
+            labels[f"{suffix} scanner"] = (found.structures, grid, fit)
+        one, two = labels["T1w"], labels["T2w"]
+        compact = [dice(one == v, two == v) for v in np.unique(one[one > 0]) if v not in SCATTERED]
+        structures, grid, fit = labels["T1w scanner"]
+        other, other_grid, other_fit = labels["T2w scanner"]
+        beside = resample(other.astype(np.float32), other_grid, grid, order=0)
+        # where the T2w's view ends, nothing can overlap
+        seen = resample(np.ones(other.shape, np.float32), other_grid, grid, order=0) > 0
+        rows.append(
+            {
+                "subject": subject.name,
+                "mask_mni305": dice(one > 0, two > 0),
+                "structures_mni305": float(np.mean(compact)),
+                "mask_scanner": dice((structures > 0) & seen, (beside > 0) & seen),
+                "affines_apart_mm": corner_distance(other_fit.matrix, fit.matrix),
+            }
+        )
+        print(json.dumps(rows[-1]), flush=True)
+    keys = [key for key in rows[0] if key != "subject"]
+    return {key: [float(np.median([r[key] for r in rows])),
+                  float(np.min([r[key] for r in rows])),
+                  float(np.max([r[key] for r in rows]))] for key in keys}  # fmt: skip
+
+
+def poses(folder: Path, average: Path, maps: list[int], n: int) -> dict[str, Any]:
+    """Corner error of the network's affine for random poses of label maps."""
+    from brainprior_bids.anatomy.rescue import to_ants, write_transform
+    from brainprior_bids.training.centroids import COARSE, label_table, register
+    from brainprior_bids.training.synthesis import brain_mask, load_labels, mean_t1_head
+
+    net = network()
+    template = nib.as_closest_canonical(nib.load(average))
+    target = template.get_fdata()
+    smooth = ndimage.gaussian_filter(target / target.max() * 100, 0.8)
+    fixed = to_ants(smooth[::2, ::2, ::2], template.affine @ COARSE)
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in maps:
+        labels, affine = load_labels(folder / f"training_seg_{number:02d}.nii.gz")
+        table = label_table(labels, affine)
+        coarse, coarse_affine = labels[::2, ::2, ::2], affine @ COARSE
+        brain = brain_mask(coarse, radius=3.5)
+        start = fit_affine(table, surface=surface(brain, Grid(brain.shape, coarse_affine))).matrix
+        clean = mean_t1_head(coarse)
+        clean[:, :, : max(int(np.nonzero(brain)[2].min()) - 3, 0)] = 0
+        moving = to_ants(
+            ndimage.gaussian_filter(clean, 1.25)[::2, ::2, ::2], coarse_affine @ COARSE
+        )
+        region = ndimage.binary_dilation(
+            resample(brain.astype(np.float32), Grid(brain.shape, coarse_affine),
+                     Grid(template.shape, template.affine), matrix=start, order=1) > 0.5,
+            iterations=3,
+        )  # fmt: skip
+        with tempfile.TemporaryDirectory() as scratch:
+            write_transform(Path(scratch) / "start.mat", start)
+            true = register(
+                fixed,
+                moving,
+                initial_transform=str(Path(scratch) / "start.mat"),
+                mask=to_ants(region[::2, ::2, ::2].astype(float), template.affine @ COARSE),
+            )
+        head = ndimage.gaussian_filter(mean_t1_head(labels), 0.7).astype(np.float32)
+        whole = Grid(head.shape, affine)
+        middle = np.mean([row["centroid_mm"] for row in table], axis=0)
+        for _ in range(n):
+            # scanner of the posed head -> scanner of the map
+            pose = np.eye(4)
+            turn = Rotation.from_euler("xyz", rng.uniform(-15, 15, 3), degrees=True).as_matrix()
+            pose[:3, :3] = turn @ np.diag(rng.uniform(0.9, 1.1, 3))
+            pose[:3, 3] = middle + rng.uniform(-15, 15, 3) - pose[:3, :3] @ middle
+            view = Grid((190, 230, 210), np.eye(4))
+            shift = np.eye(4)
+            shift[:3, 3] = (np.linalg.inv(pose) @ [*middle, 1.0])[:3] - [95, 115, 125]
+            view = Grid(view.shape, shift)
+            image = resample(head, whole, view, matrix=np.linalg.inv(pose), order=1)
+            image = np.abs(image + rng.normal(0, 0.02 * image.max(), image.shape))
+            _, fit, _ = label(nib.Nifti1Image(image.astype(np.float32), shift), net)
+            rows.append(
+                {
+                    "map": number,
+                    "corner_mm": corner_distance(fit.matrix, true @ pose),
+                    "residual_mm": fit.median_residual_mm,
+                    "true_labels_corner_mm": corner_distance(start, true),
+                }
+            )
+            print(json.dumps(rows[-1]), flush=True)
+    errors = [row["corner_mm"] for row in rows]
+    return {"n": len(rows), "median": float(np.median(errors)), "largest": max(errors)}
+
+
+def main() -> None:
+    """Measure one of the three and print the result as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("axes", "overlap", "poses"))
+    parser.add_argument("data", type=Path)
+    parser.add_argument("average", type=Path, nargs="?", help="avg305T1.nii, for poses")
+    parser.add_argument("--people", type=int, default=9)
+    parser.add_argument("--maps", type=int, nargs="+", default=[18, 19, 20])
+    parser.add_argument("--poses", type=int, default=5, help="of every map")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.what == "axes":
+        result = axes(args.data)
+    elif args.what == "overlap":
+        result = overlap(args.data, args.people)
+    else:
+        result = poses(args.data, args.average, args.maps, args.poses)
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Masks and labels of a scan that lie in other derivative data sets (``--derivatives``).
+
+A file belongs to a scan when it lies in the same ``sub-XX/[ses-YY/]anat``, names no entity that
+contradicts the scan's, and is in the scan's space: for a T1w no ``space-`` or ``space-T1w``, for
+another contrast ``space-<suffix>`` (fMRIPrep's convention, and ours). The data sets are asked in
+the order of the command line; in one data set the file that shares most entities with the scan is
+taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from brainprior_bids.bids.names import BIDSName
+from brainprior_bids.bids.query import Scan
+from brainprior_bids.engine.errors import InputError
+from brainprior_bids.settings import Settings
+
+ADDED = ("space", "res", "desc", "label", "atlas", "seg")
+"""Entities that a derivative adds to its source's."""
+PREFERRED = {"mask": ("brain",), "dseg": ("aseg", "aparcaseg", "synthseg", "structures")}
+"""``desc-`` (or ``seg-``) of each kind, best first. A ``dseg`` without either comes last: that of
+fMRIPrep is a map of three tissues."""
+OPTIONS = {"mask": "--skull-strip mask", "dseg": "--parcellation derivatives"}
+
+
+@dataclass(frozen=True)
+class Given:
+    """A file of another data set that is used for a scan.
+
+    Parameters
+    ----------
+    path : Path
+    uri : str
+        ``bids:<data set>:<path>``.
+    """
+
+    path: Path
+    uri: str
+
+
+def find_given(scan: Scan, settings: Settings) -> dict[str, Given]:
+    """What the settings take from other data sets for a scan: ``mask``, ``dseg`` -> file.
+
+    Raises
+    ------
+    InputError
+        If a file that is asked for is not there, or cannot be told from another.
+    """
+    asked = {
+        "mask": settings.skull_strip == "mask",
+        "dseg": settings.parcellation == "derivatives",
+    }
+    return {
+        suffix: _find(scan, suffix, settings.derivatives)
+        for suffix, wanted in asked.items()
+        if wanted
+    }
+
+
+def _find(scan: Scan, suffix: str, derivatives: Mapping[str, str]) -> Given:
+    for dataset, root in derivatives.items():
+        ranked: dict[tuple[int, int], list[Path]] = {}
+        folder = Path(root) / scan.name.folder / "anat"
+        for path in sorted([*folder.glob(f"*_{suffix}.nii"), *folder.glob(f"*_{suffix}.nii.gz")]):
+            rank = _rank(scan.name, path.name, suffix)
+            if rank is not None:
+                ranked.setdefault(rank, []).append(path)
+        if not ranked:
+            continue
+        best = ranked[min(ranked)]
+        if len(best) > 1:
+            raise InputError(
+                f"{scan.name.stem}: {OPTIONS[suffix]} expected one file in the data set "
+                f"{dataset}, found {', '.join(path.name for path in best)}. Leave one."
+            )
+        relative = PurePosixPath(best[0].relative_to(root))
+        return Given(best[0], f"bids:{dataset}:{relative}")
+    space = "" if scan.name.suffix == "T1w" else f"space-{scan.name.suffix}_"
+    example = f"{scan.name.folder}/anat/*_{space}desc-{PREFERRED[suffix][0]}_{suffix}.nii.gz"
+    raise InputError(
+        f"{scan.name.stem}: {OPTIONS[suffix]}, but no data set of --derivatives "
+        f"({', '.join(derivatives)}) has {example} for it. Add it, or leave the scan out."
+    )
+
+
+def _rank(source: BIDSName, file_name: str, suffix: str) -> tuple[int, int] | None:
+    """How well a file fits a scan, lower is better; None where it is another scan's or kind's."""
+    try:
+        name = BIDSName.parse(file_name)
+    except InputError:
+        return None
+    spaces = (None, "T1w") if source.suffix == "T1w" else (source.suffix,)
+    if name.get("space") not in spaces:
+        return None
+    shared = 0
+    for key, value in name.entities:
+        if key in ADDED:
+            continue
+        if not _same(source.get(key), value):
+            return None
+        shared += 1
+    kind = name.get("desc") or name.get("seg")
+    known = PREFERRED[suffix]
+    if suffix == "mask" and (
+        kind not in (None, *known) or name.get("label") not in (None, "brain")
+    ):
+        return None  # of a lesion, a tissue, a head
+    place = known.index(kind) if kind in known else len(known) + (kind is None)
+    return -shared, place
+
+
+def _same(one: str | None, other: str) -> bool:
+    """Values of an entity; ``run-1`` is ``run-01``."""
+    if one is not None and one.isdigit() and other.isdigit():
+        return int(one) == int(other)
+    return one == other
