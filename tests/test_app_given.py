@@ -147,7 +147,9 @@ def test_a_given_mask_and_labels_are_used_and_recorded(settings, tmp_path):
     nib.save(nib.Nifti1Image(data, affine), tmp_path / "scan.nii")
     given = find_given(scan(), asked)
     workflow = init_scan_wf(
-        job=Job(replace(scan(), path=tmp_path / "scan.nii"), 0, "f", given), settings=asked, name="x",
+        job=Job(replace(scan(), path=tmp_path / "scan.nii"), 0, "f", given),
+        settings=asked,
+        name="x",
         prior=other / "dataset_description.json",
         parcellation=other / "dataset_description.json",
     )  # fmt: skip
