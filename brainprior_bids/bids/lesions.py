@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The lesion mask of a scan, by the names people give it.
+
+In this order: ``--lesion-mask PATTERN``; ``label-lesion_mask`` in every ``--derivatives`` data set;
+``label-lesion_roi`` in the raw ``anat`` folder (fMRIPrep's convention). A mask belongs to a scan of
+the same participant and session whose other entities do not contradict it. Without ``space-`` it
+is drawn on the T1w; ``space-<suffix>`` says another scan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from brainprior_bids.bids.names import BIDSName
+from brainprior_bids.bids.query import Scan
+from brainprior_bids.engine.errors import InputError
+from brainprior_bids.settings import Settings
+
+OWN = ("label", "desc", "space", "res", "den")
+"""Entities of a mask that are not its scan's."""
+
+
+def find_lesion(scan: Scan, settings: Settings) -> Path:
+    """The one mask that belongs to a scan.
+
+    Raises
+    ------
+    InputError
+        If there is none (the message says where was looked, and which other sessions have one),
+        or more than one.
+    """
+    name = scan.name
+    if settings.lesion_mask is not None:
+        pattern = settings.lesion_mask.format(
+            subject=scan.subject, session=name.get("ses") or "", suffix=name.suffix, stem=name.stem
+        )
+        root, text = (Path("/"), pattern[1:]) if pattern[:1] == "/" else (settings.bids_dir, pattern)
+        found = sorted(root.glob(text))
+        return _one(found, scan, [f"--lesion-mask {pattern}"], ())
+    places = [
+        (Path(path), "mask") for path in settings.derivative_paths.values()
+    ] + [(settings.bids_dir, "roi")]
+    looked, others = [], []
+    for root, suffix in places:
+        looked.append(f"{root / name.folder / 'anat'}/*label-lesion*_{suffix}.nii[.gz]")
+        every = _candidates(root.glob(f"sub-{scan.subject}/**/anat/*_{suffix}.nii*"))
+        mine = [path for path, mask in every if _belongs(mask, name)]
+        if mine:
+            return _one(mine, scan, looked, ())
+        others += [path for path, mask in every if mask.get("ses") != name.get("ses")]
+    return _one([], scan, looked, others)
+
+
+def _candidates(paths: Iterable[Path]) -> list[tuple[Path, BIDSName]]:
+    found = []
+    for path in sorted(paths):
+        try:
+            name = BIDSName.parse(path.name)
+        except InputError:
+            continue
+        if name.get("label") == "lesion" and name.extension in (".nii", ".nii.gz"):
+            found.append((path, name))
+    return found
+
+
+def _belongs(mask: BIDSName, scan: BIDSName) -> bool:
+    if mask.get("ses") != scan.get("ses"):
+        return False
+    if mask.get("space") not in ({None, "orig", "T1w"} if scan.suffix == "T1w" else {scan.suffix}):
+        return False
+    return all(
+        scan.get(key) == value for key, value in mask.entities if key not in OWN
+    )
+
+
+def _one(found: list[Path], scan: Scan, looked: list[str], others: Iterable[Path]) -> Path:
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise InputError(
+            f"{scan.name.stem}: {len(found)} lesion masks fit it "
+            f"({', '.join(path.name for path in found)}); one is needed. Remove the others, or "
+            "name one with --lesion-mask."
+        )
+    hint = "".join(f" {path.name} is of another session." for path in others)
+    raise InputError(
+        f"{scan.name.stem}: no lesion mask; looked for {', '.join(looked)}.{hint} A mask on a "
+        "scan other than the T1w is named space-<suffix>, such as space-T2w."
+    )

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Interface to ``brainprior_bids.anatomy.lesion``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from nipype.interfaces.base import File, traits
+
+from brainprior_bids.bids.files import write_json
+from brainprior_bids.interfaces.anatomy import grid_of, save
+from brainprior_bids.interfaces.base import (
+    MeasuredInputSpec,
+    MeasuredInterface,
+    MeasuredOutputSpec,
+)
+
+
+class _LesionInputSpec(MeasuredInputSpec):
+    in_file = File(exists=True, mandatory=True, desc="the conformed scan")
+    lesion = File(exists=True, mandatory=True, desc="mask on the scan's grid, above 0 inside")
+    mask = File(exists=True, mandatory=True, desc="brain on the 1 mm grid")
+    mask_scan = File(exists=True, mandatory=True, desc="brain on the scan's grid, in [0, 1]")
+    dilate_mm = traits.Range(low=0.0, value=0.0, usedefault=True, desc="mm")
+
+
+class _LesionOutputSpec(MeasuredOutputSpec):
+    hidden = File(desc="on the scan's grid: 1 where the scan is not believed, uint8")
+    mask = File(desc="brain and lesion on the 1 mm grid, uint8")
+    mask_scan = File(desc="brain and lesion on the scan's grid, float32")
+    measured = File(desc="brain without lesion on the scan's grid, float32: for N4")
+    lesion_json = File(desc="volume, share of the brain, depth")
+
+
+class Lesion(MeasuredInterface):
+    """Check a lesion mask against its scan; dilate it; add it to the brain."""
+
+    input_spec = _LesionInputSpec
+    output_spec = _LesionOutputSpec
+
+    def _work(self, folder: Path) -> list[str]:
+        from brainprior_bids.anatomy.lesion import prepare_lesion, read_lesion
+
+        grid = grid_of(nib.load(self.inputs.in_file))
+        done = prepare_lesion(
+            read_lesion(Path(self.inputs.lesion), grid),
+            grid,
+            mask_1mm=np.asarray(nib.load(self.inputs.mask).dataobj),
+            mask_scan=np.asarray(nib.load(self.inputs.mask_scan).dataobj, np.float32),
+            dilate_mm=float(self.inputs.dilate_mm),
+        )
+        self._results.update(
+            hidden=save(done.hidden, grid, folder / "hidden.nii.gz"),
+            mask=save(done.mask_1mm, grid.one_millimetre(), folder / "mask.nii.gz"),
+            mask_scan=save(done.mask_scan, grid, folder / "mask_scan.nii.gz"),
+            measured=save(done.measured, grid, folder / "measured.nii.gz"),
+            lesion_json=str(
+                write_json(folder / "lesion.json", {**done.facts, "warnings": done.warnings})
+            ),
+        )
+        return done.warnings
