@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-TASKS = ("restore", "inpaint", "refine")
+TASKS = {"restore": "restored", "inpaint": "inpainted", "restore+inpaint": "restoredInpainted"}
+"""What may be asked for -> the ``desc-`` of its image."""
 SAMPLERS = ("auto", "eps", "exact", "daps", "map")
 SKULL_STRIPS = ("embedded", "synthstrip", "skip", "mask")
 PARCELLATIONS = ("embedded", "synthseg", "derivatives")
@@ -45,6 +46,10 @@ class Settings:
         Name -> root of other derivative data sets; in TOML as JSON text.
     task, sampler, n_samples, n_steps
         What the engine does; see ``brainprior_bids.engine.restore``.
+    lesion_mask : str or None
+        Pattern of the lesion masks' paths; None looks them up by their BIDS names.
+    dilate_mm : float
+        By how much a lesion mask is widened.
     save_samples : bool
         Write each sample as an image of its own.
     prior : Path or None
@@ -91,6 +96,8 @@ class Settings:
     n_steps: int = 20
     save_samples: bool = False
     output_spaces: tuple[str, ...] = SPACES
+    lesion_mask: str | None = None
+    dilate_mm: float = 0.0
     prior: Path | None = None
     slice_thickness_mm: float | None = None
     skull_strip: str = "embedded"
@@ -128,6 +135,16 @@ class Settings:
         """Of Nipype's own log: silent (we report failures), tracebacks, everything."""
         return ("CRITICAL", "ERROR", "INFO", "DEBUG")[min(self.verbose, 3)]
 
+    @property
+    def image(self) -> str:
+        """The ``desc-`` of the image that the task makes."""
+        return TASKS[self.task]
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether the task needs a lesion mask."""
+        return "inpaint" in self.task
+
     def scan_settings(self) -> dict[str, Any]:
         """What decides a scan's result, given its image, metadata and the weights."""
         return {
@@ -137,6 +154,7 @@ class Settings:
             "n_steps": self.n_steps,
             "save_samples": self.save_samples,
             "output_spaces": list(self.output_spaces),
+            "dilate_mm": self.dilate_mm,
             "slice_thickness_mm": self.slice_thickness_mm,
             "skull_strip": self.skull_strip,
             "parcellation": self.parcellation,

@@ -107,3 +107,14 @@ def test_the_group_level_of_nothing_says_what_to_do(tmp_path, capsys):
     write_summary(tmp_path / "out", summary(1))
     assert main([str(raw), str(tmp_path / "out"), "group", "--device", "cpu"]) == 0
     assert (tmp_path / "out" / "group.html").exists()
+
+
+def test_what_another_task_made_is_no_outlier_of_the_restored(tmp_path):
+    for number in range(3):
+        write_summary(tmp_path, summary(number))
+    write_summary(tmp_path, {**summary(1), "scan": "sub-01_desc-inpainted_T1w"})
+    build_group(tmp_path)
+    assert len((tmp_path / "group_T1w.tsv").read_text().splitlines()) == 1 + 3
+    own = (tmp_path / "group_desc-inpainted_T1w.tsv").read_text().splitlines()
+    assert [line.split("\t")[0] for line in own] == ["bids_name", "sub-01_desc-inpainted_T1w"]
+    assert "sub-01_desc-inpainted_T1w" in (tmp_path / "group.html").read_text()

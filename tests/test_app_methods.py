@@ -33,7 +33,11 @@ def test_what_ran_and_nothing_else():
     assert "Langevin" not in point
     assert "Images were drawn" not in point
     both = " ".join(methods_text([ONE, MAP]).split())
-    assert "1 T1w and 1 T2w scans were" in both
+    assert "1 T1w and 1 T2w scans were restored with" in both
+    assert "lesion" not in both
+    filled = " ".join(methods_text([ONE, MAP, replace(ONE, task="inpaint")]).split())
+    assert "scans were restored; 1 T1w scan was inpainted with *brainprior*" in filled
+    assert "Voxels under a lesion mask were no measurements" in filled
 
 
 def test_every_citation_has_its_reference():

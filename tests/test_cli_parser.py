@@ -62,7 +62,10 @@ def test_prefixes_are_stripped_and_aliases_taken(folders):
         (["--skull-strip", "synthstrip"], "mri_synthstrip"),
         (["--parcellation", "synthseg"], "mri_synthseg"),
         (["--synthstrip-model", "nowhere.pt"], "no such file"),
-        (["--task", "inpaint"], "not available in this version"),
+        (["--task", "refine"], "invalid choice"),
+        (["--dilate", "2"], "needs --task inpaint"),
+        (["--lesion-mask", "x"], "needs --task inpaint"),
+        (["--task", "inpaint", "--lesion-mask", "{who}"], "is not known"),
         (["--modalities", "bold"], "no prior for bold"),
         (["--n-samples", "0"], "at least 1"),
         (["--sampler", "map", "--n-samples", "4"], "point estimate"),
@@ -161,8 +164,10 @@ def test_the_settings_of_a_run_are_read_back(folders, tmp_path):
     first = parse_settings(
         [*folders, "--participant-label", "01", "02", "--n-samples", "7", "--mem", "3G",
          "--slice-thickness", "4.5", "-vv", "--low-mem", "--output-spaces", "T1w",
-         "--bids-database-dir", str(database), "--derivatives", f"fs={derivative(tmp_path)}"]
+         "--bids-database-dir", str(database), "--derivatives", f"fs={derivative(tmp_path)}",
+         "--task", "inpaint", "restore", "--lesion-mask", "{stem}_*.nii"]
     )  # fmt: skip
+    assert first.task == "restore+inpaint"
     config = tmp_path / "brainprior.toml"
     config.write_text(first.to_toml())
     again = parse_settings([*folders[:3], "--config-file", str(config)])
@@ -170,6 +175,9 @@ def test_the_settings_of_a_run_are_read_back(folders, tmp_path):
     for name in set(vars(first)) - ours:
         assert getattr(again, name) == getattr(first, name), name
     assert again.output_spaces == ("anat",)
+    config.write_text(parse_settings([*folders]).to_toml())  # --dilate 0 is read back
+    assert parse_settings([*folders, "--config-file", str(config)]).image == "restored"
+    config.write_text(first.to_toml())
     changed = parse_settings(
         [*folders[:3], "--config-file", str(config), "--participant-label", "03", "--n-samples",
          "2", "-v"]

@@ -24,6 +24,7 @@ from brainprior_bids.engine.unet import UNet
 from brainprior_bids.interfaces.anatomy import Conform, ToMNI305, save
 from brainprior_bids.interfaces.base import FAILURE, RECORD, Meter
 from brainprior_bids.interfaces.derivatives import Write
+from brainprior_bids.interfaces.lesion import Lesion
 from brainprior_bids.interfaces.restore import Restore
 
 SHAPE = (40, 44, 10)
@@ -142,6 +143,7 @@ def files(raw, prior, tmp_path):
         scan=conformed.out_file,
         conform_json=conformed.conform_json,
         restored=restored.restored,
+        image=restored.image,
         uncertainty=restored.uncertainty,
         residual=restored.residual,
         samples=restored.samples,
@@ -254,6 +256,78 @@ def test_samples_and_residual_are_what_their_sidecars_say(files, raw, output_dir
     z = residual.get_fdata()[np.asarray(nib.load(files["mask_scan"]).dataobj) > 0.95]
     ratios = [side(f"desc-restoredSample0{i}")["ResidualRatio"] for i in (1, 2)]
     assert 0.3 * max(ratios) < np.sqrt((z**2).mean()) <= max(ratios) * 1.01  # of their mean
+
+
+def test_an_inpainted_scan_is_the_scan_outside_the_mask(files, raw, output_dir, prior, tmp_path):
+    """Bit for bit, in the order of axes of the file; and it replaces nothing of another task."""
+    run(writer(files, raw, output_dir), tmp_path / "w0")
+    before = {path: sha256_file(output_dir / path) for path in tree(output_dir)}
+    scan = nib.load(files["scan"])
+    grid = Grid(scan.shape, scan.affine)
+    lesion = np.square(grid.points_mm() - np.array([4, -3, 2])[:, None, None, None]).sum(0) < 36
+    made = run(
+        Lesion(
+            in_file=files["scan"],
+            lesion=save(lesion.astype(np.uint8), grid, tmp_path / "lesion.nii.gz"),
+            mask=files["mask"],
+            mask_scan=files["mask_scan"],
+        ),
+        tmp_path / "l",
+    )
+    filled = run(
+        Restore(
+            in_file=files["scan"],
+            conform_json=files["conform_json"],
+            mask=made.mask,
+            mask_scan=made.mask_scan,
+            hidden=made.hidden,
+            log_bias=files["log_bias"],
+            affine_json=files["affine_json"],
+            prior=str(prior),
+            contrast="FLAIR",
+            n_samples=2,
+            n_steps=2,
+            keep_scan=True,
+            save_samples=True,
+        ),
+        tmp_path / "r2",
+    )
+    made_now = ("image", "restored", "uncertainty", "residual", "samples", "restore_json")
+    given = {name: getattr(filled, name) for name in made_now}
+    conform = json.loads(Path(files["conform_json"]).read_text())
+    conform["facts"]["original"]["axis_codes"] = "LPS"  # as if the file were stored so
+    other = tmp_path / "conform.json"
+    other.write_text(json.dumps(conform))
+    run(
+        writer(
+            {**files, **given}, raw, output_dir, hidden=made.hidden, lesion_json=made.lesion_json,
+            conform_json=str(other), image_desc="inpainted",
+            settings={"task": "inpaint", "output_spaces": ["anat", "MNI305"]},
+        ),
+        tmp_path / "w",
+    )  # fmt: skip
+    anat = output_dir / "sub-01" / "ses-a" / "anat" / "sub-01_ses-a"
+    here = np.flip(lesion, (0, 1))
+    raw_data = np.flip(np.asarray(scan.dataobj, np.float32), (0, 1))
+    for desc in ("inpainted", "inpaintedSample01", "inpaintedSample02"):
+        image = nib.load(f"{anat}_desc-{desc}_FLAIR.nii.gz")
+        assert nib.aff2axcodes(image.affine) == ("L", "P", "S")
+        data = np.asarray(image.dataobj)
+        assert data[~here].tobytes() == raw_data[~here].tobytes()
+        assert (data[here] != raw_data[here]).mean() > 0.99
+    sd = np.asarray(nib.load(f"{anat}_desc-inpaintedUncertainty_FLAIR.nii.gz").dataobj)
+    assert not sd[~here].any()
+    assert (sd[here] > 0).all()
+    mask = nib.load(f"{anat}_space-FLAIR_label-lesion_desc-inpainted_mask.nii.gz")
+    np.testing.assert_array_equal(np.asarray(mask.dataobj) > 0, here)
+    side = json.loads(Path(f"{anat}_desc-inpainted_FLAIR.json").read_text())
+    assert side["SkullStripped"] is False
+    shared = ("mask", "dseg", "xfm", "prov", "logs")  # the same content, written again
+    for path, digest in before.items():
+        if not any(word in path for word in shared):
+            assert sha256_file(output_dir / path) == digest
+    assert read_summary(output_dir, "sub-01_ses-a_FLAIR")["task"] == "restore"
+    assert read_summary(output_dir, "sub-01_ses-a_desc-inpainted_FLAIR")["task"] == "inpaint"
 
 
 def test_the_records_hold_the_hashes_of_what_is_there(files, raw, output_dir, tmp_path):

@@ -254,6 +254,31 @@ def test_before_and_after_share_one_window(tmp_path):
         assert np.median(new[new > 0]) == np.median(old[new > 0])
 
 
+def test_the_filled_scan_is_shown_through_the_middle_of_the_lesion(tmp_path):
+    files = node_files(tmp_path)
+    scan = nb.load(files["scan"])
+    lesion = np.zeros(scan.shape, np.float32)
+    lesion[18:24, 30:38, 10:13] = 1
+    for role, array in (
+        ("hidden", lesion),
+        ("filled", np.where(lesion > 0, 50, scan.get_fdata()).astype(np.float32)),
+    ):
+        files[role] = tmp_path / f"{role}.nii.gz"
+        nb.save(nb.Nifti1Image(array, scan.affine), files[role])
+    flicker = make_reportlets(files, tmp_path / "f", prefix="sub-1", suffix="T1w")[0]
+    text = flicker.read_text()
+    assert "filled under the lesion mask" in text
+    assert "#ff8a65" in text
+    middle = scan.affine @ (20.5, 33.5, 11, 1)
+    for axis, letter in enumerate("xyz"):
+        found = re.search(rf"{letter} = ([+\u2212]?)(\d+) mm", text)
+        sign = -1 if found[1] == "\u2212" else 1
+        assert abs(sign * int(found[2]) - middle[axis]) < 2.5
+    axial_new, axial_old = (np.asarray(p.convert("L"), float) for _, p in images(flicker)[4:6])
+    inside = axial_old - axial_new > 20  # darker by the fill, and by nothing else
+    assert 0.5 * 12 * 16 < inside.sum() * 100 * 124 / inside.size < 2.5 * 12 * 16
+
+
 def test_without_uncertainty_there_is_no_such_picture(tmp_path):
     files = node_files(tmp_path)
     del files["uncertainty"], files["residual"]

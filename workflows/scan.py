@@ -14,12 +14,14 @@ from brainprior_bids.bids.given import Given
 from brainprior_bids.bids.query import Scan
 from brainprior_bids.interfaces.anatomy import N4, CentroidAffine, Conform, Parcellate, ToMNI305
 from brainprior_bids.interfaces.derivatives import Reportlets, Write
+from brainprior_bids.interfaces.lesion import Lesion
 from brainprior_bids.interfaces.restore import Restore
 from brainprior_bids.settings import LOW_MEMORY_TILE_MM, Settings
 
 MEMORY_GB = {
     "conform": 0.8,
     "parcellate": 2.0,
+    "lesion": 0.8,
     "n4": 0.8,
     "affine": 0.4,
     "restore": 3.0,
@@ -51,6 +53,7 @@ class Job:
     seed: int
     fingerprint: str
     given: Mapping[str, Given] = field(default_factory=dict)
+    lesion: Path | None = None
 
 
 def expected_work(settings: Settings) -> dict[str, float]:
@@ -59,6 +62,7 @@ def expected_work(settings: Settings) -> dict[str, float]:
     return {
         "conform": 1.0,
         "parcellate": 8.0,
+        **({"lesion": 1.0} if settings.inpaints else {}),
         "n4": 10.0,
         "affine": 1.0,
         "restore": 4.0 * calls,
@@ -123,6 +127,9 @@ def init_scan_wf(
         parcellate.inputs.synthstrip_model = str(settings.synthstrip_model)
     for role, file in job.given.items():
         parcellate.inputs.trait_set(**{f"{role}_file": str(file.path), f"{role}_uri": file.uri})
+    lesion = None
+    if job.lesion is not None:
+        lesion = node(Lesion(lesion=str(job.lesion), dilate_mm=settings.dilate_mm), "lesion")
     n4 = node(N4(), "n4", threads=threads)
     affine = node(CentroidAffine(), "affine")
     restore = node(
@@ -132,6 +139,7 @@ def init_scan_wf(
             sampler=settings.sampler,
             n_samples=settings.n_samples,
             n_steps=settings.n_steps,
+            keep_scan=settings.task == "inpaint",
             save_samples=settings.save_samples,
             seed=job.seed,
             device=settings.device,
@@ -145,10 +153,11 @@ def init_scan_wf(
     if settings.low_mem:
         restore.inputs.tile_mm = LOW_MEMORY_TILE_MM
     mni305 = node(ToMNI305(), "mni305")
-    reportlets = node(Reportlets(name=scan.name.stem), "reportlets")
+    reportlets = node(Reportlets(name=scan.name.stem, image_desc=settings.image), "reportlets")
     write = node(
         Write(
             name=scan.name.stem,
+            image_desc=settings.image,
             source_file=str(scan.path),
             relative=str(scan.relative),
             metadata=dict(scan.metadata),
@@ -161,33 +170,32 @@ def init_scan_wf(
         ),
         "write",
     )
-    records = pe.Node(Merge(7), name="records", run_without_submitting=True)
+    records = pe.Node(Merge(8), name="records", run_without_submitting=True)
 
     workflow = pe.Workflow(name=name)
     # fmt: off
     workflow.connect([
         (conform, parcellate, [("out_file", "in_file")]),
         (conform, n4, [("out_file", "in_file")]),
-        (parcellate, n4, [("mask_scan", "mask_scan")]),
         (conform, affine, [("out_file", "in_file")]),
         (parcellate, affine, [("structures_json", "structures_json"), ("mask", "mask")]),
         (conform, restore, [("out_file", "in_file"), ("conform_json", "conform_json")]),
-        (parcellate, restore, [("mask", "mask"), ("mask_scan", "mask_scan")]),
         (n4, restore, [("log_bias", "log_bias")]),
         (affine, restore, [("affine_json", "affine_json")]),
         (restore, mni305, [("restored", "in_file")]),
         (affine, mni305, [("affine_json", "affine_json")]),
         *[link for last in (reportlets, write) for link in (
             (conform, last, [("out_file", "scan"), ("conform_json", "conform_json")]),
-            (parcellate, last, [("structures", "structures"), ("mask", "mask"),
-                                ("structures_json", "structures_json"),
-                                ("mask_scan", "mask_scan")]),
+            (parcellate, last, [("structures", "structures"),
+                                ("structures_json", "structures_json")]),
             (affine, last, [("affine_json", "affine_json")]),
             (restore, last, [("restored", "restored"), ("uncertainty", "uncertainty"),
-                             ("residual", "residual"), ("log_bias", "log_bias"),
+                             ("image", "image"), ("residual", "residual"),
+                             ("log_bias", "log_bias"),
                              ("restore_json", "restore_json")]),
             (mni305, last, [("out_file", "restored_mni305")]),
         )],
+        (parcellate, write, [("mask", "mask"), ("mask_scan", "mask_scan")]),
         (affine, write, [("to_mni305", "to_mni305"), ("from_mni305", "from_mni305")]),
         (restore, write, [("samples", "samples")]),
         (reportlets, write, [("figures", "figures")]),
@@ -200,5 +208,21 @@ def init_scan_wf(
         (reportlets, records, [("record", "in7")]),
         (records, write, [("out", "records")]),
     ])
+    if lesion is None:
+        workflow.connect([
+            (parcellate, n4, [("mask_scan", "mask_scan")]),
+            *[(parcellate, user, [("mask", "mask"), ("mask_scan", "mask_scan")])
+              for user in (restore, reportlets)],
+        ])
+    else:
+        workflow.connect([
+            (conform, lesion, [("out_file", "in_file")]),
+            (parcellate, lesion, [("mask", "mask"), ("mask_scan", "mask_scan")]),
+            (lesion, n4, [("measured", "mask_scan")]),
+            *[(lesion, user, [("mask", "mask"), ("mask_scan", "mask_scan"), ("hidden", "hidden")])
+              for user in (restore, reportlets)],
+            (lesion, write, [("hidden", "hidden"), ("lesion_json", "lesion_json")]),
+            (lesion, records, [("record", "in8")]),
+        ])
     # fmt: on
     return workflow

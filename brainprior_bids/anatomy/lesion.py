@@ -106,8 +106,8 @@ def prepare_lesion(
     warnings = []
     if inside < MOSTLY_INSIDE:
         warnings.append(
-            f"Only {inside:.0%} of the lesion mask lies in the brain as it was found; the rest was "
-            "added to the brain. Check the mask and the scan's parcellation."
+            f"Only {inside:.0%} of the lesion mask lies in the brain as it was found; the rest "
+            "was added to the brain. Check the mask and the scan's parcellation."
         )
     whole = brain | lesion
     hidden = lesion
@@ -118,9 +118,9 @@ def prepare_lesion(
     if not (whole & ~hidden).any():
         raise InputError("the lesion mask covers the whole brain. Check the mask.")
     # the border of the field of view is no measurement
-    depth = ndimage.distance_transform_edt(
-        ~(brain & ~hidden), sampling=tuple(grid.spacing_mm)
-    )[hidden].max()
+    depth = ndimage.distance_transform_edt(~(brain & ~hidden), sampling=tuple(grid.spacing_mm))[
+        hidden
+    ].max()
     if part > LITTLE_LEFT or depth > DEEP_MM:
         warnings.append(
             f"The mask hides {part:.0%} of the brain and reaches {depth:.0f} mm from the nearest "

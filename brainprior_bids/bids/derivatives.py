@@ -37,6 +37,9 @@ DESCRIPTIONS = {
     "restored": "1 mm skull-stripped image without bias field: estimate of the posterior mean",
     "restoredSample01": "one posterior sample, and so on for every number; with --save-samples",
     "uncertainty": "voxelwise standard deviation of the posterior samples, in the image's units",
+    "inpainted": "the scan, bit for bit, except under the lesion mask: there what the posterior "
+    "mean of the brain predicts for the scan",
+    "restoredInpainted": "as restored, the voxels under the lesion mask not believed",
     "residual": "scan minus what the samples predict for it (mean over samples), in units of the "
     "standard deviation of the noise as estimated before sampling",
     "brain": "brain mask; its sidecar says what it was made by",
@@ -176,8 +179,12 @@ def bids_uri(path: str, *, dataset: str = "") -> str:
     return f"bids:{dataset}:{path}"
 
 
+def _came_stripped(facts: Mapping[str, Any]) -> bool:
+    return str(facts["parcellation"].get("mask_source")).startswith("the scan's own edge")
+
+
 def sidecars(
-    scan: Scan, outputs: Mapping[str, str], facts: Mapping[str, Any]
+    scan: Scan, outputs: Mapping[str, str], facts: Mapping[str, Any], *, image_desc: str
 ) -> dict[str, dict[str, Any]]:
     """The JSON of every image that gets one: role -> content.
 
@@ -188,7 +195,9 @@ def sidecars(
     outputs : role -> path
         Relative to the output folder.
     facts : mapping
-        ``restore`` (of the Restore node) and ``parcellation``.
+        ``restore`` (of the Restore node), ``parcellation``, and ``lesion`` where there was one.
+    image_desc : str
+        ``desc-`` of the image.
     """
     raw = bids_uri(str(scan.relative), dataset="raw")
     mask = bids_uri(outputs["mask"])
@@ -198,8 +207,8 @@ def sidecars(
     prior = restore["prior"]
     image: dict[str, Any] = {
         **{key: scan.metadata[key] for key in INHERITED if key in scan.metadata},
-        "SkullStripped": True,
-        "Sources": [raw, mask],
+        "SkullStripped": image_desc != "inpainted" or _came_stripped(facts),
+        "Sources": [raw, mask, *([bids_uri(outputs["hidden"])] if "hidden" in outputs else [])],
         "Sampler": restore["sampler"],
         "NumberOfSamples": restore["n_samples"],
         "NetworkCallsPerSample": restore["calls"],
@@ -217,7 +226,7 @@ def sidecars(
     estimator = {"Estimator": ESTIMATORS[restore["sampler"]]}
     template = {"Sources": [restored, bids_uri(outputs["to_mni305"])]}
     made: dict[str, dict[str, Any]] = {
-        "restored": {"Description": DESCRIPTIONS["restored"], **image, **estimator},
+        "restored": {"Description": DESCRIPTIONS[image_desc], **image, **estimator},
         "residual": {
             "Description": DESCRIPTIONS["residual"],
             "SkullStripped": True,
@@ -248,8 +257,16 @@ def sidecars(
         },
     }
     if "restored_mni305" in outputs:
-        text = DESCRIPTIONS["restored"] + "; resampled once to MNI305"
+        text = DESCRIPTIONS[image_desc] + "; resampled once to MNI305"
         made["restored_mni305"] = {"Description": text, **image, **estimator, **template}
+    if "hidden" in outputs:
+        made["hidden"] = {
+            "Description": "where the scan was not believed: the lesion mask, as dilated",
+            "Type": "Lesion",
+            "Sources": [raw],
+            "Lesion": dict(facts["lesion"]),
+            **reference,
+        }
     if "uncertainty" in outputs:
         made["uncertainty"] = {
             "Description": DESCRIPTIONS["uncertainty"],

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The lesion mask of a scan, by the names people give it.
 
-In this order: ``--lesion-mask PATTERN``; ``label-lesion_mask`` in every ``--derivatives`` data set;
-``label-lesion_roi`` in the raw ``anat`` folder (fMRIPrep's convention). A mask belongs to a scan of
-the same participant and session whose other entities do not contradict it. Without ``space-`` it
-is drawn on the T1w; ``space-<suffix>`` says another scan.
+In this order: ``--lesion-mask PATTERN``; ``label-lesion_mask`` in every ``--derivatives`` set;
+``label-lesion_roi`` in the raw ``anat`` folder (fMRIPrep's convention). A mask belongs to a scan
+of the same participant and session whose other entities do not contradict it. Without ``space-``
+it is drawn on the T1w; ``space-<suffix>`` says another scan.
 """
 
 from __future__ import annotations
@@ -35,12 +35,13 @@ def find_lesion(scan: Scan, settings: Settings) -> Path:
         pattern = settings.lesion_mask.format(
             subject=scan.subject, session=name.get("ses") or "", suffix=name.suffix, stem=name.stem
         )
-        root, text = (Path("/"), pattern[1:]) if pattern[:1] == "/" else (settings.bids_dir, pattern)
+        root, text = (
+            (Path("/"), pattern[1:]) if pattern[:1] == "/" else (settings.bids_dir, pattern)
+        )
         found = sorted(root.glob(text))
         return _one(found, scan, [f"--lesion-mask {pattern}"], ())
-    places = [
-        (Path(path), "mask") for path in settings.derivative_paths.values()
-    ] + [(settings.bids_dir, "roi")]
+    places = [(Path(path), "mask") for path in settings.derivatives.values()]
+    places.append((settings.bids_dir, "roi"))
     looked, others = [], []
     for root, suffix in places:
         looked.append(f"{root / name.folder / 'anat'}/*label-lesion*_{suffix}.nii[.gz]")
@@ -69,9 +70,7 @@ def _belongs(mask: BIDSName, scan: BIDSName) -> bool:
         return False
     if mask.get("space") not in ({None, "orig", "T1w"} if scan.suffix == "T1w" else {scan.suffix}):
         return False
-    return all(
-        scan.get(key) == value for key, value in mask.entities if key not in OWN
-    )
+    return all(scan.get(key) == value for key, value in mask.entities if key not in OWN)
 
 
 def _one(found: list[Path], scan: Scan, looked: list[str], others: Iterable[Path]) -> Path:

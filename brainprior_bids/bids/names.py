@@ -137,6 +137,7 @@ def output_names(
     n_samples: int,
     spaces: Collection[str] = ("anat", "MNI305"),
     save_samples: bool = False,
+    image: str = "restored",
 ) -> dict[str, str]:
     """What one restored scan leaves in ``sub-XX/[ses-YY/]anat``: role -> file name.
 
@@ -145,9 +146,9 @@ def output_names(
     """
     space = None if source.suffix == "T1w" else source.suffix
     names = {
-        "restored": source.derivative(desc="restored"),
-        "restored_mni305": source.derivative(space="MNI305", desc="restored"),
-        "residual": source.derivative(desc="residual"),
+        "restored": source.derivative(desc=image),
+        "restored_mni305": source.derivative(space="MNI305", desc=image),
+        "residual": source.derivative(desc=named(image, "residual")),
         "mask": source.derivative("mask", space=space, desc="brain"),
         "structures": source.derivative("dseg", space=space, desc="structures"),
         "structures_table": source.derivative("dseg", ".tsv", space=space, desc="structures"),
@@ -159,14 +160,36 @@ def output_names(
         ),
     }
     if n_samples > 1:
-        names["uncertainty"] = source.derivative(desc="uncertainty")
-    if "MNI305" not in spaces:  # the transforms stay: they cost nothing
-        del names["restored_mni305"]
+        names["uncertainty"] = source.derivative(desc=named(image, "uncertainty"))
     if save_samples:
         for index in range(n_samples):
             role = sample_role(index)
-            names[role] = source.derivative(desc=f"restored{role.capitalize()}")
+            names[role] = source.derivative(desc=f"{image}{role.capitalize()}")
+    if "npainted" in image:
+        names["hidden"] = source.derivative("mask", space=space, label="lesion", desc=image)
+    # the scan inpainted keeps its own grid, skull and bias; the transforms stay: they cost nothing
+    if image == "inpainted" or "MNI305" not in spaces:
+        del names["restored_mni305"]
     return names
+
+
+def named(image: str, what: str) -> str:
+    """The ``desc-`` of what belongs to an image: plain for the restored one."""
+    return what if image == "restored" else image + what[:1].upper() + what[1:]
+
+
+def split_desc(desc: str) -> tuple[str, str]:
+    """The reverse of ``named``: (image, what)."""
+    for image in ("restoredInpainted", "inpainted"):
+        if desc.startswith(image) and len(desc) > len(image):
+            what = desc[len(image) :]
+            return image, what[:1].lower() + what[1:]
+    return "restored", desc
+
+
+def result_name(source: BIDSName, image: str) -> str:
+    """What a scan's result is called in ``logs/scans`` and the report: one for each image."""
+    return source.stem if image == "restored" else source.derivative(extension="", desc=image)
 
 
 def scan_seed(random_seed: int, source: BIDSName) -> int:

@@ -24,8 +24,9 @@ from typing import Any
 from brainprior_bids import __version__
 from brainprior_bids.bids.derivatives import bids_uri, container
 from brainprior_bids.bids.files import read_json, to_json, write_json
+from brainprior_bids.bids.names import result_name
 from brainprior_bids.bids.query import Scan
-from brainprior_bids.settings import Settings
+from brainprior_bids.settings import TASKS, Settings
 
 PACKAGES = (
     "torch", "numpy", "scipy", "nibabel", "nipype", "pybids", "SimpleITK", "torch-interpol",
@@ -62,7 +63,7 @@ def fingerprint(
     weights : role -> SHA-256
         Of the prior and the parcellation network.
     given : role -> SHA-256
-        Of files taken from other data sets.
+        Of files taken from other data sets, and of the lesion mask.
     """
     parts = {
         "version": __version__,
@@ -183,7 +184,8 @@ def scan_records(
     nodes : list of mapping
         Time and memory of every node.
     """
-    run, name = label(run_uuid), label(scan.name.stem)
+    run = label(run_uuid)
+    name = label(result_name(scan.name, TASKS[settings["task"]]))
     activity = f"bids::prov#restore-{run}{name}"
     source = bids_uri(str(scan.relative), dataset="raw")
     given = (facts.get("parcellation") or {}).get("given") or {}
@@ -210,6 +212,7 @@ def scan_records(
                 "Conform": facts.get("conform"),
                 "Parcellation": facts.get("parcellation"),
                 "Affine": facts.get("affine"),
+                "Lesion": facts.get("lesion"),
                 "Restore": facts.get("restore"),
                 "Nodes": list(nodes),
                 "Warnings": warnings,

@@ -24,7 +24,6 @@ from brainprior_bids.settings import (
     SAMPLERS,
     SKULL_STRIPS,
     SPACES,
-    TASKS,
     Settings,
     read_table,
 )
@@ -187,9 +186,26 @@ def _query_options(group: Group) -> None:
 def _task_options(group: Group) -> None:
     group.add_argument(
         "--task",
-        choices=TASKS,
-        default="restore",
-        help="restore (default); inpaint and refine are not in this version",
+        nargs="+",
+        choices=("restore", "inpaint"),
+        default=["restore"],
+        help="restore (default): 1 mm, free of bias; inpaint: fill the lesion mask, every other "
+        "voxel stays the scan's; both: restore without believing what lies under the mask",
+    )
+    group.add_argument(
+        "--lesion-mask",
+        metavar="PATTERN",
+        help="path of the lesion masks, absolute or from bids_dir, with {subject}, {session}, "
+        "{suffix}, {stem} and * (default: label-lesion_mask in --derivatives, then "
+        "label-lesion_roi in anat/)",
+    )
+    group.add_argument(
+        "--dilate",
+        dest="dilate_mm",
+        type=_distance,
+        default=0.0,
+        metavar="MM",
+        help="widen the lesion mask by so much (default: not)",
     )
     group.add_argument(
         "--sampler",
@@ -441,6 +457,8 @@ def _tokens(parser: argparse.ArgumentParser, config: dict[str, Any]) -> list[str
         option, value = action.option_strings[-1], config[action.dest]
         if isinstance(value, bool):
             tokens += [option] * value
+        elif action.dest == "task":
+            tokens += [option, *value.split("+")]
         elif action.dest == "verbose":
             tokens += [option] * int(value)
         elif action.dest == "mem_gb":
@@ -518,11 +536,8 @@ def parse_settings(argv: Sequence[str]) -> Settings:
         After ``--help`` and ``--version``.
     """
     options = _parse(argv)
-    if options.task != "restore":
-        raise UsageError(
-            f"--task {options.task} is not available in this version ({__version__}); "
-            "use --task restore."
-        )
+    task = "+".join(word for word in ("restore", "inpaint") if word in options.task)
+    _check_lesion_options(options, task)
     modalities = _modalities(options.modalities, options.ignore)
     bids_dir = options.bids_dir.absolute()
     output_dir = options.output_dir.absolute()
@@ -562,11 +577,13 @@ def parse_settings(argv: Sequence[str]) -> Settings:
         bids_database_dir=_absolute(options.bids_database_dir),
         derivatives=dict(options.derivatives),
         skip_bids_validation=options.skip_bids_validation,
-        task=options.task,
+        task=task,
         sampler=options.sampler,
         n_samples=options.n_samples or defaults["n_samples"],
         n_steps=defaults["n_steps"],
         save_samples=options.save_samples,
+        lesion_mask=options.lesion_mask,
+        dilate_mm=options.dilate_mm,
         output_spaces=tuple(s for s in SPACES if s in options.output_spaces) or SPACES,
         prior=_absolute(options.prior),
         slice_thickness_mm=options.slice_thickness_mm,
@@ -611,6 +628,24 @@ def _modalities(asked: Sequence[str], ignored: Sequence[str]) -> tuple[str, ...]
             f"--ignore {' '.join(ignored)} leaves nothing of {', '.join(modalities)} to process."
         )
     return left
+
+
+def _check_lesion_options(options: argparse.Namespace, task: str) -> None:
+    if "inpaint" not in task:
+        for option, value in (
+            ("--lesion-mask", options.lesion_mask),
+            ("--dilate", options.dilate_mm),
+        ):
+            if value:
+                raise UsageError(f"{option} needs --task inpaint; the task is {task}.")
+    if options.lesion_mask is not None:
+        try:
+            options.lesion_mask.format(subject="", session="", suffix="", stem="")
+        except (KeyError, IndexError, ValueError) as error:
+            raise UsageError(
+                f"--lesion-mask {options.lesion_mask}: {error!r} is not known; use {{subject}}, "
+                "{session}, {suffix} or {stem}."
+            ) from error
 
 
 def check_paths(bids_dir: Path, output_dir: Path, work_dir: Path) -> None:
@@ -705,6 +740,13 @@ def _positive_float(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    return value
+
+
+def _distance(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a distance of at least 0 mm, got {text}")
     return value
 
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from brainprior_bids.bids import status
 from brainprior_bids.bids.given import find_given
-from brainprior_bids.bids.names import output_names, scan_seed
+from brainprior_bids.bids.lesions import find_lesion
+from brainprior_bids.bids.names import output_names, result_name, scan_seed
 from brainprior_bids.bids.query import Scan
 from brainprior_bids.engine.errors import InputError
 from brainprior_bids.settings import Settings
@@ -40,6 +41,12 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
         if scan.problem:
             print(f"  would fail: {scan.problem}")
             continue
+        if settings.inpaints:
+            try:
+                print(f"  lesion mask {find_lesion(scan, settings)}")
+            except InputError as error:
+                print(f"  would fail: {error}")
+                continue
         try:
             voxels = box_voxels(scan.path)
         except Exception as error:  # whatever nibabel says of a broken header
@@ -52,7 +59,7 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
             print(f"  would fail: {error}")
             voxels = 0.0
         seconds = OTHER_S + calls * voxels * a_voxel * (1 + INNER_SHARE[settings.sampler])
-        previous = status.read_summary(settings.output_dir, scan.name.stem)
+        previous = status.read_summary(settings.output_dir, result_name(scan.name, settings.image))
         if previous and previous.get("status") in status.FINISHED and not settings.force:
             print("  done before: skipped where input and settings are still the same")
         total += seconds if voxels else 0.0
@@ -63,6 +70,7 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
             n_samples=settings.n_samples,
             spaces=settings.output_spaces,
             save_samples=settings.save_samples,
+            image=settings.image,
         )
         for name in names.values():
             print(f"  {scan.name.folder}/anat/{name}")

@@ -23,7 +23,8 @@ from brainprior_bids.bids import status
 from brainprior_bids.bids.derivatives import check_output, write_dataset_files
 from brainprior_bids.bids.files import write_text
 from brainprior_bids.bids.given import find_given
-from brainprior_bids.bids.names import scan_seed
+from brainprior_bids.bids.lesions import find_lesion
+from brainprior_bids.bids.names import result_name, scan_seed
 from brainprior_bids.bids.provenance import (
     changed_outputs,
     fingerprint,
@@ -326,7 +327,10 @@ def _plan(scans: Sequence[Scan], settings: Settings, weights: dict[str, str]) ->
             continue
         try:
             given = find_given(scan, settings)
+            lesion = find_lesion(scan, settings) if settings.inpaints else None
             given_sha256 = {role: sha256_file(file.path) for role, file in given.items()}
+            if lesion is not None:
+                given_sha256["lesion"] = sha256_file(lesion)
         except InputError as error:
             _write_failure(scan, settings, {"message": str(error), "type": "InputError"})
             continue
@@ -337,7 +341,7 @@ def _plan(scans: Sequence[Scan], settings: Settings, weights: dict[str, str]) ->
         digest = fingerprint(
             scan, settings, input_sha256=input_sha256, weights=weights, given=given_sha256
         )
-        previous = status.read_summary(settings.output_dir, scan.name.stem)
+        previous = status.read_summary(settings.output_dir, result_name(scan.name, settings.image))
         if previous is not None and not settings.force and _is_done(previous, digest, settings):
             LOG.info("%s: already done with the same input and settings", scan.name.stem)
             previous.update(
@@ -346,7 +350,8 @@ def _plan(scans: Sequence[Scan], settings: Settings, weights: dict[str, str]) ->
             )
             status.write_summary(settings.output_dir, previous)
             continue
-        jobs.append(Job(scan, scan_seed(settings.random_seed, scan.name), digest, given))
+        seed = scan_seed(settings.random_seed, scan.name)
+        jobs.append(Job(scan, seed, digest, given, lesion))
     return jobs
 
 
@@ -415,7 +420,9 @@ def _execute(jobs: Sequence[Any], settings: Settings, weights: dict[str, Path]) 
             if not settings.debug:
                 pool.stop()
     for job, folder in zip(jobs, folders, strict=True):
-        summary = status.read_summary(settings.output_dir, job.scan.name.stem)
+        summary = status.read_summary(
+            settings.output_dir, result_name(job.scan.name, settings.image)
+        )
         if summary is None or summary["status"] == "running":
             error = _why(job.scan, folder, settings, crashed)
             _write_failure(job.scan, settings, error, nodes=_records(folder))
@@ -429,7 +436,8 @@ def _write_running(scan: Scan, settings: Settings) -> None:
     number = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ.get("SLURM_JOB_ID"))
     task = os.environ.get("SLURM_ARRAY_TASK_ID")
     job = f", Slurm job {number}{f'_{task}' if task else ''}" if number else ""
-    previous = status.read_summary(settings.output_dir, scan.name.stem) or {}
+    result = result_name(scan.name, settings.image)
+    previous = status.read_summary(settings.output_dir, result) or {}
     kept = {key: previous.get(key, []) for key in ("outputs", "figures")}
     status.write_summary(
         settings.output_dir,
@@ -565,7 +573,7 @@ def _write_failure(
 def _summary(scan: Scan, settings: Settings) -> dict[str, Any]:
     """Of a scan of which nothing was made."""
     return {
-        "scan": scan.name.stem,
+        "scan": result_name(scan.name, settings.image),
         "subject": scan.subject,
         "source": str(scan.relative),
         "task": settings.task,
@@ -608,7 +616,10 @@ def _reports(subjects: Iterable[str], settings: Settings) -> bool:
 
 def _conclude(scans: Sequence[Scan], settings: Settings) -> int:
     """Say how it ended; 0 if every scan is done."""
-    summaries = [status.read_summary(settings.output_dir, scan.name.stem) for scan in scans]
+    summaries = [
+        status.read_summary(settings.output_dir, result_name(scan.name, settings.image))
+        for scan in scans
+    ]
     states = [summary["status"] if summary else "failed" for summary in summaries]
     for summary in summaries:
         if summary and summary["status"] == "failed":

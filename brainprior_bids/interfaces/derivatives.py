@@ -10,12 +10,13 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from nibabel.orientations import axcodes2ornt, ornt_transform
 from nipype.interfaces.base import File, InputMultiPath, OutputMultiPath, isdefined, traits
 
 from brainprior_bids import __version__
 from brainprior_bids.bids.derivatives import sidecars, structures_table
 from brainprior_bids.bids.files import publish, read_json, to_json
-from brainprior_bids.bids.names import BIDSName, output_names, sample_role
+from brainprior_bids.bids.names import BIDSName, named, output_names, result_name, sample_role
 from brainprior_bids.bids.provenance import scan_records, sha256_file
 from brainprior_bids.bids.query import Scan
 from brainprior_bids.bids.status import read_summary, summary_path, write_summary
@@ -25,7 +26,7 @@ from brainprior_bids.interfaces.base import (
     MeasuredOutputSpec,
 )
 
-IMAGES = ("restored", "uncertainty", "restored_mni305", "residual", "mask", "structures")
+IMAGES = ("hidden", "uncertainty", "restored_mni305", "residual", "mask", "structures")
 TEXTS = ("to_mni305", "from_mni305")
 
 
@@ -45,7 +46,10 @@ class _ScanFilesInputSpec(MeasuredInputSpec):
     log_bias = File(exists=True, mandatory=True)
     restored_mni305 = File(exists=True, mandatory=True)
     restore_json = File(exists=True, mandatory=True)
+    image = File(exists=True, mandatory=True, desc="the result")
+    hidden = File(exists=True, desc="what was inpainted, on the scan's grid")
     name = traits.Str(mandatory=True, desc="BIDS name of the scan, without extension")
+    image_desc = traits.Str("restored", usedefault=True, desc="desc- of the image")
 
 
 class _ReportletsOutputSpec(MeasuredOutputSpec):
@@ -76,8 +80,11 @@ class Reportlets(MeasuredInterface):
             "affine": inputs.affine_json,
             "restore": inputs.restore_json,
         }
-        if isdefined(inputs.uncertainty):
-            files["uncertainty"] = inputs.uncertainty
+        for role in ("uncertainty", "hidden"):
+            if isdefined(getattr(inputs, role)):
+                files[role] = getattr(inputs, role)
+        if inputs.image_desc == "inpainted":
+            files["filled"] = inputs.image
         name = BIDSName.parse(inputs.name)
         prefix = name.stem.removesuffix(f"_{name.suffix}")
         try:
@@ -93,13 +100,14 @@ class Reportlets(MeasuredInterface):
                 f"{inputs.name}: the pictures could not be drawn "
                 f"({type(error).__name__}: {error}); the images are not affected."
             ]
-        self._results["figures"] = [str(path) for path in figures]
+        self._results["figures"] = [str(_rename(path, self.inputs.image_desc)) for path in figures]
         return []
 
 
 class _WriteInputSpec(_ScanFilesInputSpec):
     to_mni305 = File(exists=True, mandatory=True)
     from_mni305 = File(exists=True, mandatory=True)
+    lesion_json = File(exists=True, desc="of Lesion")
     samples = InputMultiPath(File(exists=True), desc="every sample, where they are to be kept")
     figures = InputMultiPath(File(exists=True))
     records = InputMultiPath(File(exists=True), desc="node.json of the nodes before")
@@ -144,6 +152,11 @@ class Write(MeasuredInterface):
             "parcellation": read_json(Path(inputs.structures_json)),
             "affine": read_json(Path(inputs.affine_json)),
             "restore": read_json(Path(inputs.restore_json)),
+            **(
+                {"lesion": read_json(Path(inputs.lesion_json))}
+                if isdefined(inputs.lesion_json)
+                else {}
+            ),
             "seed": inputs.seed,
         }
         nodes = [read_json(Path(record)) for record in inputs.records]
@@ -170,7 +183,8 @@ class Write(MeasuredInterface):
                 _write(staging / "prov" / file_name, text)
             figures = self._stage_figures(staging, scan)
             staged += figures
-            previous = read_summary(output_dir, scan.name.stem) or {}
+            result = result_name(scan.name, inputs.image_desc)
+            previous = read_summary(output_dir, result) or {}
             publish({staging / path: output_dir / path for path in staged})
         finally:
             shutil.rmtree(staging, ignore_errors=True)
@@ -178,7 +192,7 @@ class Write(MeasuredInterface):
         write_summary(
             output_dir,
             {
-                "scan": scan.name.stem,
+                "scan": result,
                 "subject": scan.subject,
                 "source": str(scan.relative),
                 "source_sha256": input_sha256,
@@ -198,7 +212,7 @@ class Write(MeasuredInterface):
                 "error": None,
             },
         )
-        self._results["summary"] = str(summary_path(output_dir, scan.name.stem))
+        self._results["summary"] = str(summary_path(output_dir, result))
         return []
 
     def _stage(
@@ -217,17 +231,24 @@ class Write(MeasuredInterface):
             n_samples=facts["restore"]["n_samples"] if isdefined(inputs.uncertainty) else 1,
             spaces=inputs.settings["output_spaces"],
             save_samples=bool(samples),
+            image=inputs.image_desc,
         )
         anat = PurePosixPath(scan.name.folder) / "anat"
         outputs = {role: str(anat / name) for role, name in names.items()}
         (staging / anat).mkdir(parents=True)
         code = facts["conform"]["facts"]["affine"]["code"]
-        for role in IMAGES:
+        # on the scan's grid: in the order of axes in which the file is stored
+        stored = str(facts["conform"]["facts"]["original"]["axis_codes"])
+        own_grid = {"residual", "hidden"}
+        if inputs.image_desc == "inpainted":
+            own_grid |= {role for role in outputs if role.startswith("sample")}
+            own_grid |= {"restored", "uncertainty"}
+        files = {role: getattr(inputs, role) for role in IMAGES} | {"restored": inputs.image}
+        files |= {sample_role(index): sample for index, sample in enumerate(samples)}
+        for role, file in files.items():
             if role in outputs:
-                _copy_image(Path(getattr(inputs, role)), staging / outputs[role], role, code)
-        for index, sample in enumerate(samples):
-            role = sample_role(index)
-            _copy_image(Path(sample), staging / outputs[role], role, code)
+                axes = stored if role in own_grid else None
+                _copy_image(Path(file), staging / outputs[role], role, code, axes)
         for role in TEXTS:
             shutil.copyfile(getattr(inputs, role), staging / outputs[role])
         _write(
@@ -235,7 +256,7 @@ class Write(MeasuredInterface):
             structures_table(facts["parcellation"]["table"]),
         )
         staged = list(outputs.values())
-        for role, content in sidecars(scan, outputs, facts).items():
+        for role, content in sidecars(scan, outputs, facts, image_desc=inputs.image_desc).items():
             path = outputs[role].removesuffix(".nii.gz") + ".json"
             _write(staging / path, to_json(content))
             staged.append(path)
@@ -262,9 +283,22 @@ class Write(MeasuredInterface):
                 (output_dir / path).unlink(missing_ok=True)
 
 
-def _copy_image(source: Path, target: Path, role: str, code: int) -> None:
-    """Copy an image; those in the scan's own space carry the scan's own sform code."""
+def _rename(path: Path, image: str) -> Path:
+    """``desc-flicker`` -> ``desc-inpaintedFlicker``: a task's pictures replace no other's."""
+    what = BIDSName.parse(path.name).get("desc") or ""
+    return path.rename(
+        path.with_name(path.name.replace(f"desc-{what}", f"desc-{named(image, what)}"))
+    )
+
+
+def _copy_image(source: Path, target: Path, role: str, code: int, axes: str | None = None) -> None:
+    """Copy an image; those in the scan's own space carry the scan's own sform code.
+
+    ``axes`` (such as "LPS") is the order and direction in which the voxels are to be stored.
+    """
     image = nib.load(source)
+    if axes is not None:
+        image = image.as_reoriented(ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(tuple(axes))))
     if role != "restored_mni305":
         image.set_sform(image.affine, code)
         image.set_qform(image.affine, code)

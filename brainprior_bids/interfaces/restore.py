@@ -49,11 +49,16 @@ class _RestoreInputSpec(MeasuredInputSpec):
         False, usedefault=True, nohash=True, desc="makes this a GPU node for Nipype's scheduler"
     )
     tile_mm = traits.Range(low=4, nohash=True, desc="the network's slabs; else whole volumes")
+    hidden = File(exists=True, desc="1 where the scan is not believed, on its grid")
+    keep_scan = traits.Bool(
+        False, usedefault=True, desc="leave the scan with its hidden voxels filled in"
+    )
     save_samples = traits.Bool(False, usedefault=True, desc="leave every sample as an image")
     label = traits.Str("", usedefault=True, nohash=True, desc="the scan, for progress lines")
 
 
 class _RestoreOutputSpec(MeasuredOutputSpec):
+    image = File(desc="the result: restored, or with keep_scan the filled scan on its grid")
     restored = File(desc="mean of the samples on the 1 mm grid, scanner units")
     uncertainty = File(desc="SD of the samples, same grid and units; with 2 samples or more")
     log_bias = File(desc="natural log of the bias field found, on the scan's grid")
@@ -97,6 +102,7 @@ class Restore(MeasuredInterface):
             contrast=self.inputs.contrast,
             prior=prior,
             log_bias=_array(self.inputs.log_bias),
+            hidden=_array(self.inputs.hidden) if isdefined(self.inputs.hidden) else None,
             noise_sd=None,
             sampler=self.inputs.sampler,
             n_samples=self.inputs.n_samples,
@@ -137,14 +143,28 @@ class Restore(MeasuredInterface):
             residual=save(done.residual_map, grid, folder / "residual.nii.gz"),
             restore_json=str(write_json(folder / "restore.json", facts)),
         )
+        image, sd, samples, target = done.mean, done.sd, done.samples, done.grid
+        if self.inputs.keep_scan:
+            # every voxel outside the mask is the scan's own, bit for bit
+            assert done.predictions is not None
+            here = _array(self.inputs.hidden) > 0
+            scan = _array(self.inputs.in_file)
+            image, *filled = np.where(here, done.predictions, scan).astype(np.float32)
+            samples, target = np.stack(filled), grid
+            sd = samples.std(0, ddof=1) if len(samples) > 1 else None
         if self.inputs.save_samples:
             self._results["samples"] = [
-                save(sample, done.grid, folder / f"{sample_role(index)}.nii.gz")
-                for index, sample in enumerate(done.samples)
+                save(sample, target, folder / f"{sample_role(index)}.nii.gz")
+                for index, sample in enumerate(samples)
             ]
-        if done.sd is not None:
+        self._results["image"] = (
+            save(image, target, folder / "image.nii.gz")
+            if self.inputs.keep_scan
+            else self._results["restored"]
+        )
+        if sd is not None:
             self._results["uncertainty"] = save(
-                np.asarray(done.sd, np.float32), done.grid, folder / "uncertainty.nii.gz"
+                np.asarray(sd, np.float32), target, folder / "uncertainty.nii.gz"
             )
         return [*warnings, *done.warnings]
 

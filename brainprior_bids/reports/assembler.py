@@ -21,7 +21,7 @@ import yaml
 from nireports.assembler.report import Report, SubReport
 from nireports.assembler.reportlet import Reportlet
 
-from brainprior_bids.bids.names import BIDSName
+from brainprior_bids.bids.names import BIDSName, result_name, split_desc
 from brainprior_bids.engine.errors import InputError
 
 SPECIFICATION = "subject.yml"
@@ -78,8 +78,9 @@ class FigureIndex:
                 name = BIDSName.parse(path.name)
             except InputError:  # not one of ours
                 continue
-            scan = name.derivative(extension="", space=None, desc=None)
-            self._found[scan, name.get("desc") or ""] = path
+            image, desc = split_desc(name.get("desc") or "")
+            own = name.derivative(extension="", space=None, desc=None)
+            self._found[result_name(BIDSName.parse(own), image), desc] = path
 
     def get(self, *, scan: str, desc: str) -> list[SimpleNamespace]:
         """The picture ``desc`` of a scan: a list of one, or of none."""

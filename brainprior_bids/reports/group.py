@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The group level: one table a contrast, and one page over all scans of an output folder.
+"""The group level: one table a contrast and task, and one page over all scans of an output folder.
 
 Only the summaries in ``logs/scans`` are read, no image.
 """
@@ -18,6 +18,7 @@ import jinja2
 
 from brainprior_bids import __version__
 from brainprior_bids.bids.files import write_json, write_text
+from brainprior_bids.bids.names import BIDSName
 from brainprior_bids.bids.qc import METRICS, concerns, metrics
 from brainprior_bids.bids.status import FINISHED, read_summaries
 
@@ -31,6 +32,9 @@ WIDTH, HEIGHT = 460, 46
 def build_group(output_dir: Path) -> list[Path]:
     """Write ``group_<suffix>.tsv`` with its ``.json``, and ``group.html``.
 
+    What a task other than restoration made has a table of its own
+    (``group_desc-inpainted_T1w.tsv``): a mask's part of the scan is not in its figures.
+
     Returns
     -------
     The files; none where no scan is finished.
@@ -42,7 +46,8 @@ def build_group(output_dir: Path) -> list[Path]:
             failed.append({"scan": summary["scan"], "message": summary.get("message", "")})
             continue
         values = metrics(summary)
-        suffix = str(summary["scan"]).rpartition("_")[2]
+        name = BIDSName.parse(f"{summary['scan']}.nii.gz")
+        suffix = f"desc-{name.get('desc')}_{name.suffix}" if name.get("desc") else name.suffix
         row = {"bids_name": summary["scan"], "subject": summary["subject"], **values}
         rows.setdefault(suffix, []).append({**row, "concerns": concerns(values)})
     if not rows:

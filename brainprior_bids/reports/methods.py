@@ -39,6 +39,14 @@ WAYS = {
 }
 
 
+DONE = {
+    "restore": "restored",
+    "inpaint": "inpainted",
+    "restore+inpaint": "restored and inpainted",
+}
+"""Task -> what was done to the scan."""
+
+
 @dataclass(frozen=True)
 class Method:
     """What one scan's result depends on, as far as a methods section says it."""
@@ -83,8 +91,20 @@ def methods_text(methods: Sequence[Method]) -> str:
     """The paragraphs, in Markdown."""
     if not methods:
         return "No scan was restored.\n"
-    suffixes = [method.suffix for method in methods]
-    counts = " and ".join(f"{suffixes.count(s)} {s}" for s in dict.fromkeys(suffixes))
+    done = [(method.suffix, method.task) for method in methods]
+    counts = "; ".join(
+        " and ".join(f"{done.count((s, t))} {s}" for s, t in dict.fromkeys(done) if t == task)
+        + f" {'scan was' if sum(t == task for _, t in done) == 1 else 'scans were'} {DONE[task]}"
+        for task in dict.fromkeys(task for _, task in done)
+    )
+    hidden = ""
+    if any("inpaint" in task for _, task in done):
+        hidden = (
+            "\n\nVoxels under a lesion mask were no measurements: they entered neither the "
+            "estimate of the\nbias field nor the model below, and the brain there was drawn given "
+            "what surrounds it. Where a scan\nwas inpainted only, every voxel outside the mask "
+            "is the scan's own."
+        )
     versions = ", ".join(dict.fromkeys(method.version for method in methods))
     samplers = dict.fromkeys((m.sampler, m.n_samples, m.calls) for m in methods)
     drawn = "; ".join(
@@ -99,14 +119,14 @@ def methods_text(methods: Sequence[Method]) -> str:
     start = "Images were estimated from" if point else "Images were drawn from"
     priors = "; ".join(dict.fromkeys(method.prior for method in methods))
     return f"""\
-{counts} {"scan was" if len(methods) == 1 else "scans were"} restored with *brainprior* {versions},
+{counts} with *brainprior* {versions},
 a BIDS App [@bids] on Nipype {_version("nipype")} [@nipype], nibabel {_version("nibabel")} and
 PyTorch {_version("torch")}.
 
 Each scan was brought to the closest-canonical orientation without resampling.
 {_anatomy(methods)} The bias field was estimated by N4 [@n4] inside the mask. An affine transform
 to MNI305 was fitted by weighted least squares to the centres of the structures and to the reach
-of the brain.
+of the brain.{hidden}
 
 The scan was modelled as *y* = *b* (*A* *x*) + noise, where *x* is the unknown 1 mm image of the
 brain, *A* averages it over the slice profile and the voxels of the scan, and *b* is the bias

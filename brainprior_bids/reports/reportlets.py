@@ -50,6 +50,7 @@ from brainprior_bids.reports.volumes import (
 DISPLAY = "Neurological display: the left of the picture is the left of the person."
 MARGIN_MM = 12.0
 MASK_COLOUR = "#00d5ff"
+LESION_COLOUR = "#ff8a65"
 EXPECTED = "#69f0ae"
 FOUND = "#ffd54f"
 FACTORS = (1.02, 1.05, 1.1, 1.2, 1.3, 1.4, 1.6, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
@@ -65,6 +66,7 @@ class ScanImages:
     files : Mapping of role to path
         ``scan``, ``mask_scan``, ``log_bias`` and ``residual`` on the scan's grid; ``mask``,
         ``structures``, ``restored`` and ``uncertainty`` on the restored 1 mm grid;
+        ``filled`` (the scan inpainted) and ``hidden`` (the lesion mask) on the scan's grid;
         ``restored_mni305``; the JSON files ``conform``, ``structures_table``, ``affine`` and
         ``restore``. Roles that are absent leave out what needs them.
     """
@@ -99,6 +101,20 @@ class ScanImages:
     def mask(self) -> Volume:
         """Brain mask on the 1 mm grid, 0 or 1."""
         return self.load("mask")
+
+    @cached_property
+    def result(self) -> Volume:
+        """What the task made, on the 1 mm grid: the restored image, or the scan filled in."""
+        if "filled" in self.files:
+            return self.load("filled").regrid(self.restored, order=1)
+        return self.restored
+
+    @cached_property
+    def lesion(self) -> Volume | None:
+        """The lesion mask at the 1 mm grid's voxels."""
+        if "hidden" not in self.files:
+            return None
+        return self.load("hidden").regrid(self.restored, order=0)
 
     @cached_property
     def mask_scan(self) -> Volume:
@@ -192,26 +208,37 @@ def make_reportlets(
 
 
 def draw_flicker(images: ScanImages, path: Path) -> Path:
-    """Input and restored image in the same place, changing under the pointer."""
+    """Input and result in the same place, changing under the pointer.
+
+    With a lesion mask the sections go through its middle, and its border is drawn.
+    """
     sheet = Sheet(images.footer)
     n_samples = images.facts("restore").get("n_samples")
+    made = "Scan, filled under the lesion mask" if "filled" in images else "Restored"
+    lesion = images.lesion
     sheet.title(
-        f"Restored (mean of {n_samples} samples)" if (n_samples or 1) > 1 else "Restored",
-        note="Hold the pointer over the picture to change between input and restored",
+        f"{made} (mean of {n_samples} samples)" if (n_samples or 1) > 1 else made,
+        note="Hold the pointer over the picture to change between input and result"
+        + ("; orange: the lesion mask" if lesion is not None else ""),
         before="Input, interpolated linearly to the same grid",
     )
-    before = _dim_outside(images.scan.regrid(images.restored, order=1), images.mask)
-    counts = (1, 1, 1)
-    sheet.row(
-        [
-            Panel([Picture(new, images.window), Picture(old, images.window, before=True)])
-            for old, new in zip(
-                images.sections(before, counts),
-                images.sections(images.restored, counts),
-                strict=True,
-            )
+    before, after = images.scan.regrid(images.restored, order=1), images.result
+    before = _dim_outside(before, images.mask)
+    if "filled" in images:
+        after = _dim_outside(after, images.mask)
+    panels = []
+    for axis in range(3):
+        index = spread(images.mask if lesion is None else lesion, axis, 1)[0]
+        new, old = (section(volume, axis, index, images.box) for volume in (after, before))
+        layers: list[Picture | Contour] = [
+            Picture(new, images.window),
+            Picture(old, images.window, before=True),
         ]
-    )
+        if lesion is not None:
+            border = section(lesion, axis, index, images.box)
+            layers.append(Contour(border, colour=LESION_COLOUR))
+        panels.append(Panel(layers))
+    sheet.row(panels)
     sheet.bar("gray", images.window, "scanner units")
     return sheet.save(path)
 
@@ -247,10 +274,12 @@ def draw_uncertainty(images: ScanImages, path: Path) -> Path:
     """Standard deviation over the posterior samples, in scanner units and in % of the signal."""
     sd = images.load("uncertainty")
     inside = images.mask.data > 0.5
+    if images.lesion is not None and "filled" in images:  # elsewhere the scan was kept
+        sd = sd.regrid(images.restored, order=1)
+        inside = images.lesion.data > 0.5
+    where = "under the lesion mask" if "filled" in images else "inside the mask"
     floor = 0.1 * images.window[1]
-    relative = sd.like(
-        np.where(inside, 100 * sd.data / np.maximum(images.restored.data, floor), 0)
-    )
+    relative = sd.like(np.where(inside, 100 * sd.data / np.maximum(images.result.data, floor), 0))
     n_samples = images.facts("restore").get("n_samples")
     of = f" of {n_samples} samples" if n_samples else ""
     sheet = Sheet(images.footer)
@@ -260,9 +289,7 @@ def draw_uncertainty(images: ScanImages, path: Path) -> Path:
     ):
         median, high = np.percentile(volume.data[inside], (50, 95))
         limits = (0.0, _round_up(float(np.percentile(volume.data[inside], 99.5))))
-        sheet.title(
-            title, note=f"inside the mask: median {median:.3g}, 95 % below {high:.3g} {unit}"
-        )
+        sheet.title(title, note=f"{where}: median {median:.3g}, 95 % below {high:.3g} {unit}")
         sheet.row(
             [
                 Panel([Picture(cut, limits, "inferno")])
