@@ -5,11 +5,21 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 
 import pytest
 from lxml import html
 
-from brainprior_bids.bids.qc import METRICS, concerns, metrics
+from brainprior_bids.bids.qc import (
+    METRICS,
+    concerns,
+    metrics,
+    rebuild_qc,
+    reference,
+    relative_scores,
+    verdict,
+    z_score,
+)
 from brainprior_bids.bids.status import write_summary
 from brainprior_bids.cli.run import main
 from brainprior_bids.reports.group import build_group, robust_scores
@@ -53,10 +63,89 @@ def test_figures_come_from_the_summary():
     assert values["asymmetry_percent"] == pytest.approx(40)
     assert values["in_plane_mm"] == 1.0
     assert values["peak_memory_gb"] == 2.5
-    assert concerns(values) == ["structures 2 is below 20", "asymmetry_percent 40 is above 15"]
+    assert concerns(values) == ["structures 2 is below 12", "asymmetry_percent 40 is above 15"]
+    assert verdict(values) == "fail"
     empty = metrics({"scan": "x"})
     assert all(v is None for name, v in empty.items() if name != "warnings")
     assert concerns(empty) == []
+
+
+def brain(scale: float = 1.0, **factors: float):
+    """Structures of the reference's median brain, resized."""
+    return [
+        {
+            "name": name,
+            "volume_mm3": math.exp(known["log_mean"]) * scale * factors.get(name, 1.0),
+            "confidence": 0.8,
+            "cut_share": 0.0,
+        }
+        for name, known in reference().items()
+        if name != "Brain"
+    ]
+
+
+def judged(table, **parcellation):
+    values = metrics({"scan": "x", "facts": {"parcellation": {"table": table, **parcellation}}})
+    return values, verdict(values)
+
+
+def test_volumes_are_compared_with_those_of_54_people():
+    sd = reference()["Brain"]["log_sd"]
+    assert z_score("Brain", math.exp(reference()["Brain"]["log_mean"] + 2 * sd)) == pytest.approx(
+        2
+    )
+    assert z_score("Brain", 0.0) is None
+    values, said = judged(brain())
+    assert abs(values["brain_z"]) < 0.2  # medians add up to about the median of the sum
+    assert said == "pass"
+    # a large head has large structures: only the brain as a whole is apart
+    values, said = judged(brain(math.exp(4 * sd)))
+    assert values["brain_z"] == pytest.approx(4, abs=0.2)
+    assert abs(values["structure_z"]) < 0.3
+    assert said == "look"
+    assert judged(brain(math.exp(-7 * sd)))[1] == "fail"
+    known = reference()["Left-Putamen"]
+    table = brain(**{"Left-Putamen": math.exp(-9 * known["log_sd"]), "CSF": 1.5})
+    values, said = judged(table)
+    assert relative_scores(table)["Left-Putamen"] == values["structure_z"]
+    assert values["structure_z"] == pytest.approx(-9, abs=1)
+    assert said == "look"
+
+
+def test_a_brain_that_is_cut_is_not_called_small():
+    table = brain(0.5)
+    for row in table:
+        row["cut_share"] = 0.5
+    values, said = judged(table)
+    area = sum(0.5 * row["volume_mm3"] ** (2 / 3) for row in table) / 100
+    assert values["cut_cm2"] == pytest.approx(area)
+    assert values["brain_z"] is None
+    assert said == "look"
+
+
+def test_labels_from_elsewhere_have_no_confidence_and_a_mask_is_compared():
+    values, said = judged(brain(), structures_source="SynthSeg", mask_agreement=0.8)
+    assert values["confidence"] is None
+    assert said == "look"
+    assert judged(brain(), mask_agreement=0.4)[1] == "fail"
+
+
+def test_the_quality_table_has_a_row_for_every_scan_that_is_done(tmp_path):
+    done = summary(1)
+    done["source"] = "sub-01/anat/sub-01_T1w.nii.gz"
+    done["facts"]["parcellation"]["table"] = brain()
+    done["facts"]["restore"] |= {"bias_range": 1.5, "share_beyond_3_sd": 0.2}
+    write_summary(tmp_path, done)
+    write_summary(tmp_path, summary(2, status="failed", source="x"))
+    with rebuild_qc(tmp_path).open(newline="") as stream:
+        (row,) = csv.DictReader(stream, delimiter="\t")
+    assert row["source"] == done["source"]
+    assert row["verdict"] == "look"
+    assert row["reasons"] == "inconsistent_percent 20 is above 10"
+    assert float(row["bias_range"]) == 1.5
+    assert float(row["Left-Putamen_mm3"]) == pytest.approx(
+        math.exp(reference()["Left-Putamen"]["log_mean"]), rel=1e-4
+    )
 
 
 def test_one_scan_apart_is_found_and_too_few_are_not_judged():
@@ -75,7 +164,7 @@ def test_a_table_a_contrast_and_one_page(tmp_path):
     write_summary(tmp_path, summary(1, "T2w"))
     write_summary(tmp_path, summary(20, status="failed", message="<no> brain"))
     odd = summary(13)
-    odd["facts"]["affine"]["median_residual_mm"] = 9.0
+    odd["facts"]["affine"]["median_residual_mm"] = 9.5
     write_summary(tmp_path, odd)
     written = [path.name for path in build_group(tmp_path)]
     assert written == [
@@ -86,14 +175,15 @@ def test_a_table_a_contrast_and_one_page(tmp_path):
     assert [row["bids_name"] for row in rows] == [f"sub-{n:02d}_T1w" for n in range(1, 14)]
     assert float(rows[0]["mni305_residual_mm"]) == pytest.approx(1.01)
     assert rows[12]["outlier"] == "mni305_residual_mm"
-    assert "mni305_residual_mm 9 is above 6" in rows[12]["concerns"]
+    assert "mni305_residual_mm 9.5 is above 9" in rows[12]["concerns"]
+    assert {row["verdict"] for row in rows} == {"fail"}  # two structures are no brain
     assert {row["outlier"] for row in rows[:12]} == {"n/a"}
     assert set(json.loads((tmp_path / "group_T1w.json").read_text())) == set(rows[0])
     text = (tmp_path / "group.html").read_text()
     page = html.fromstring(text)
     assert "http" not in text.replace("http://www.w3.org", "")
     assert len(page.xpath("//section[@id='T1w']//tbody/tr")) == 13
-    assert page.xpath("//td[contains(@class, 'apart')]/text()") == ["9"]
+    assert page.xpath("//td[contains(@class, 'apart')]/text()") == ["9.5"]
     assert "<no>" not in text
     assert "sub-20_T1w: &lt;no&gt; brain" in text
 
@@ -118,3 +208,19 @@ def test_what_another_task_made_is_no_outlier_of_the_restored(tmp_path):
     own = (tmp_path / "group_desc-inpainted_T1w.tsv").read_text().splitlines()
     assert [line.split("\t")[0] for line in own] == ["bids_name", "sub-01_desc-inpainted_T1w"]
     assert "sub-01_desc-inpainted_T1w" in (tmp_path / "group.html").read_text()
+
+
+def test_the_reference_is_made_of_volumes():
+    from brainprior_bids.training.volumes import reference as made
+
+    tables = [
+        [{"name": "a", "volume_mm3": 100.0}, {"name": "b", "volume_mm3": 300.0}],
+        [{"name": "a", "volume_mm3": 400.0}, {"name": "b", "volume_mm3": 300.0}],
+    ]
+    found = made(tables)
+    assert found["a"] == {
+        "n": 2,
+        "log_mean": pytest.approx(math.log(200), abs=1e-4),
+        "log_sd": pytest.approx(math.log(2) * 2**0.5, abs=1e-4),
+    }
+    assert found["Brain"]["log_mean"] == pytest.approx(math.log(400 * 700) / 2, abs=1e-4)

@@ -21,7 +21,7 @@ ALLOWED = {
     "interfaces": {"engine", "anatomy", "reports", "bids", "settings"},
     "workflows": {"engine", "anatomy", "reports", "bids", "interfaces", "settings"},
     "training": {"engine", "anatomy"},
-    "evaluation": {"engine", "anatomy"},
+    "evaluation": {"engine", "anatomy", "bids"},
 }
 
 

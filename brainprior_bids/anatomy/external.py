@@ -114,13 +114,18 @@ def checked_mask(
             f"{LARGEST_ML:.0f}. Is it a brain mask, and of this scan?"
         )
     if network_mask is not None:
-        overlap = 2 * float((filled & network_mask).sum()) / (filled.sum() + network_mask.sum())
+        overlap = dice(filled, network_mask)
         if overlap < AGREEMENT:
             warnings.append(
                 f"The mask of {source} and that of the embedded network agree badly (Dice "
                 f"{overlap:.2f}): look at the mask."
             )
     return filled, warnings
+
+
+def dice(one: Mask, other: Mask) -> float:
+    """Overlap of two masks of one shape: 1 the same, 0 apart."""
+    return 2 * float((one & other).sum()) / max(float(one.sum() + other.sum()), 1.0)
 
 
 def own_edge(image: nib.Nifti1Image) -> tuple[Mask, float]:

@@ -1,50 +1,92 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quality figures of a restored scan, and what they say: fine, or to be looked at.
+"""Quality figures of a restored scan, and a verdict: pass, look, or fail.
 
-The limits separate the usual from the unusual; they are no measurement of what is wrong, and a
-scan inside all of them can still be wrong. They stand in one table, and every verdict names the
-limit that was passed.
+The limits separate the usual from the unusual; they are chosen, not measured, and a scan inside
+all of them can be wrong (docs/outputs.md says how often they spoke on scans whose truth is
+known). They stand in one table, and every verdict names the limits that were passed.
+
+Volumes are compared with those of 54 people (``data/volumes.json``): z is the distance of a
+volume's logarithm from their mean, in their SDs.
 """
 
 from __future__ import annotations
 
+import csv
+import io
+import json
+import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
+
+from brainprior_bids.bids.files import write_text
+from brainprior_bids.bids.status import FINISHED, read_summaries
+
+UNCERTAIN = ("CSF", "Left-Inf-Lat-Vent", "Right-Inf-Lat-Vent")
+"""Thin parts that a network at 2 mm does not measure: no figure of theirs counts."""
+VERDICTS = ("pass", "look", "fail")
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure of a scan: what it is, and between which values it is usual."""
+    """One figure of a scan: what it is, where it is usual, and beyond what it is a failure."""
 
     description: str
     units: str = "arbitrary"
     low: float | None = None
     high: float | None = None
+    fail_low: float | None = None
+    fail_high: float | None = None
 
 
 METRICS = {
     "misfit": Metric(
         "RMS of the scan minus what a sample predicts for it, over the noise expected before "
         "sampling; mean over samples. 1: explained down to the noise",
-        "1", low=0.5, high=1.5,
+        "1", low=0.5, high=1.5, fail_high=4.0,
+    ),
+    "inconsistent_percent": Metric(
+        "share of the scan's brain voxels that differ from what the samples predict by more than "
+        "three SDs of the noise (white noise alone: 0.3)", "percent", high=10.0,
     ),
     "noise_percent": Metric(
         "SD of the scan's noise after sampling, in per cent of the brain's 99th percentile",
         "percent", high=8.0,
     ),
     "mni305_residual_mm": Metric(
-        "median distance between structure centres and where MNI305 has them", "mm", high=6.0
+        "median distance between structure centres and where MNI305 has them", "mm",
+        high=5.0, fail_high=9.0,
     ),
-    "brain_ml": Metric("volume of all structures", "ml", low=700.0, high=2200.0),
+    "brain_ml": Metric("volume of the mask: all structures and the fluid between", "ml"),
+    "brain_z": Metric(
+        "z-score of that volume; none where the field of view cuts the brain", "SD",
+        low=-3.5, high=3.5, fail_low=-6.0, fail_high=6.0,
+    ),
+    "structure_z": Metric(
+        "z-score of the structure whose share of the brain is most unusual; none where the field "
+        "of view cuts the brain", "SD", low=-5.0, high=5.0,
+    ),
+    "cut_cm2": Metric("area of the mask on the border of the field of view", "cm2", high=10.0),
+    "mask_agreement": Metric(
+        "Dice of a mask from elsewhere with the embedded network's", "1", low=0.85, fail_low=0.5
+    ),
     "confidence": Metric(
         "the parcellation network's confidence, mean over structures, weighted by volume",
-        "1", low=0.5,
+        "1", low=0.55, fail_low=0.4,
     ),
-    "structures": Metric("structures found", "1", low=20),
+    "lowest_confidence": Metric(
+        "its confidence in the structure it is least sure of, thin parts left out", "1", low=0.4
+    ),
+    "structures": Metric("structures found", "1", low=28, fail_low=12),
     "asymmetry_percent": Metric(
         "difference of the hemispheres' volumes over their mean", "percent", high=15.0
+    ),
+    "bias_range": Metric(
+        "98 % of the bias field inside the brain lie within this factor", "1", high=4.0
     ),
     "thickness_mm": Metric("slice thickness that was used", "mm"),
     "in_plane_mm": Metric("larger of the scan's two in-plane voxel sizes", "mm"),
@@ -60,33 +102,18 @@ def metrics(summary: Mapping[str, Any]) -> dict[str, float | None]:
     restore = facts.get("restore") or {}
     conform = facts.get("conform") or {}
     acquisition = conform.get("acquisition") or {}
-    table = (facts.get("parcellation") or {}).get("table") or []
-    volumes = [row.get("volume_mm3") or 0.0 for row in table]
-    total = sum(volumes)
-    ratios = restore.get("residual_ratios") or []
-    sides = {
-        side: sum(row.get("volume_mm3") or 0.0 for row in table if row["name"].startswith(side))
-        for side in ("Left-", "Right-")
-    }
-    mean_side = sum(sides.values()) / 2
     in_plane = ((conform.get("facts") or {}).get("acquisition") or {}).get("in_plane_mm")
-    peaks = [node["peak_memory_gb"] for node in summary.get("nodes") or []]
+    ratios = restore.get("residual_ratios") or []
     noise = restore.get("noise_sd")
+    beyond = restore.get("share_beyond_3_sd")
+    peaks = [node["peak_memory_gb"] for node in summary.get("nodes") or []]
     return {
         "misfit": statistics.mean(ratios) if ratios else None,
+        "inconsistent_percent": 100 * beyond if beyond is not None else None,
         "noise_percent": 100 * noise if noise is not None else None,
         "mni305_residual_mm": (facts.get("affine") or {}).get("median_residual_mm"),
-        "brain_ml": total / 1000 if table else None,
-        "confidence": (
-            sum(v * (row.get("confidence") or 0.0) for v, row in zip(volumes, table, strict=True))
-            / total
-            if total
-            else None
-        ),
-        "structures": len(table) or None,
-        "asymmetry_percent": (
-            100 * abs(sides["Left-"] - sides["Right-"]) / mean_side if mean_side else None
-        ),
+        **_anatomy(facts.get("parcellation") or {}),
+        "bias_range": restore.get("bias_range"),
         "thickness_mm": acquisition.get("thickness_mm"),
         "in_plane_mm": max(in_plane) if in_plane else None,
         "warnings": len(summary.get("warnings") or []),
@@ -95,15 +122,131 @@ def metrics(summary: Mapping[str, Any]) -> dict[str, float | None]:
     }
 
 
+def _anatomy(parcellation: Mapping[str, Any]) -> dict[str, float | None]:
+    """Figures of mask and structures."""
+    found = dict.fromkeys(
+        ("brain_ml", "brain_z", "structure_z", "cut_cm2", "mask_agreement", "confidence",
+         "lowest_confidence", "structures", "asymmetry_percent"), None,
+    )  # type: dict[str, float | None] # fmt: skip
+    found["mask_agreement"] = parcellation.get("mask_agreement")
+    table = parcellation.get("table") or []
+    volumes = [row.get("volume_mm3") or 0.0 for row in table]
+    total = sum(volumes)
+    if total <= 0:
+        return found
+    # cut_share is the area on the border over volume^(2/3)
+    cut_mm2 = sum(
+        (row.get("cut_share") or 0.0) * volume ** (2 / 3)
+        for row, volume in zip(table, volumes, strict=True)
+    )
+    found.update(brain_ml=total / 1000, cut_cm2=cut_mm2 / 100, structures=len(table))
+    limit = METRICS["cut_cm2"].high
+    if limit is None or cut_mm2 / 100 <= limit:
+        found["brain_z"] = z_score("Brain", total)
+        found["structure_z"] = max(relative_scores(table).values(), key=abs, default=None)
+    sides = [
+        sum(v for row, v in zip(table, volumes, strict=True) if row["name"].startswith(side))
+        for side in ("Left-", "Right-")
+    ]
+    if sum(sides):
+        found["asymmetry_percent"] = 200 * abs(sides[0] - sides[1]) / sum(sides)
+    if parcellation.get("structures_source", "embedded") == "embedded":
+        sure = [row.get("confidence") or 0.0 for row in table]
+        found["confidence"] = (
+            sum(v * share for v, share in zip(volumes, sure, strict=True)) / total
+        )
+        found["lowest_confidence"] = min(
+            (c for row, c in zip(table, sure, strict=True) if row["name"] not in UNCERTAIN),
+            default=None,
+        )
+    return found
+
+
+@cache
+def reference() -> dict[str, dict[str, float]]:
+    """Structure -> mean and SD of the logarithm of its volume in mm3, over the reference's people.
+
+    ``Brain`` is the whole mask. Made by ``brainprior_bids.training.volumes``.
+    """
+    text = (files("brainprior_bids") / "data" / "volumes.json").read_text("utf-8")
+    found: dict[str, dict[str, float]] = json.loads(text)["volumes"]
+    return found
+
+
+def z_score(name: str, volume_mm3: float) -> float | None:
+    """How unusual a volume is, in SDs over those people; None for an unknown structure, or nothing."""
+    known = reference().get(name)
+    if known is None or volume_mm3 <= 0:
+        return None
+    return (math.log(volume_mm3) - known["log_mean"]) / known["log_sd"]
+
+
+def relative_scores(table: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Structure -> how unusual its share of the brain is, in SDs of its volume; thin parts not.
+
+    A large brain has large structures: the brain's own departure is taken away first.
+    """
+    total = sum(row.get("volume_mm3") or 0.0 for row in table)
+    if total <= 0:
+        return {}
+    away = math.log(total) - reference()["Brain"]["log_mean"]
+    scores = {}
+    for row in table:
+        score = z_score(row["name"], (row.get("volume_mm3") or 0.0) / math.exp(away))
+        if score is not None and row["name"] not in UNCERTAIN:
+            scores[str(row["name"])] = score
+    return scores
+
+
 def concerns(values: Mapping[str, float | None]) -> list[str]:
     """The limits that a scan's figures pass, in words; none means that nothing stands out."""
+    return [text for _, text in _passed(values)]
+
+
+def verdict(values: Mapping[str, float | None]) -> str:
+    """``pass``; ``look``: a figure is unusual; ``fail``: one is beyond its last limit."""
+    return VERDICTS[max((level for level, _ in _passed(values)), default=0)]
+
+
+def _passed(values: Mapping[str, float | None]) -> list[tuple[int, str]]:
+    """1 (look) or 2 (fail) and the limit, for every figure that passes one."""
     found = []
     for name, metric in METRICS.items():
         value = values.get(name)
         if value is None:
             continue
-        if metric.low is not None and value < metric.low:
-            found.append(f"{name} {value:.3g} is below {metric.low:g}")
-        if metric.high is not None and value > metric.high:
-            found.append(f"{name} {value:.3g} is above {metric.high:g}")
+        for level, low, high in (
+            (2, metric.fail_low, metric.fail_high),
+            (1, metric.low, metric.high),
+        ):
+            if low is not None and value < low:
+                found.append((level, f"{name} {value:.3g} is below {low:g}"))
+                break
+            if high is not None and value > high:
+                found.append((level, f"{name} {value:.3g} is above {high:g}"))
+                break
     return found
+
+
+def rebuild_qc(output_dir: Path) -> Path:
+    """Write ``logs/qc.tsv``: verdict, reasons and figures of every finished scan, and volumes."""
+    names = [name for name in reference() if name != "Brain"]
+    stream = io.StringIO()
+    writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
+    writer.writerow(["source", "verdict", "reasons", *METRICS, *(f"{name}_mm3" for name in names)])
+    for summary in read_summaries(output_dir):
+        if summary.get("status") not in FINISHED:
+            continue
+        values = metrics(summary)
+        table = ((summary.get("facts") or {}).get("parcellation") or {}).get("table") or []
+        volumes = {row["name"]: row.get("volume_mm3") for row in table}
+        figures = [*(values[name] for name in METRICS), *(volumes.get(name) for name in names)]
+        writer.writerow(
+            [
+                summary.get("source", summary["scan"]),
+                verdict(values),
+                "; ".join(concerns(values)) or "n/a",
+                *("n/a" if value is None else f"{value:.6g}" for value in figures),
+            ]
+        )
+    return write_text(output_dir / "logs" / "qc.tsv", stream.getvalue())

@@ -31,6 +31,7 @@ from brainprior_bids.bids.provenance import (
     sha256_file,
     write_run,
 )
+from brainprior_bids.bids.qc import rebuild_qc
 from brainprior_bids.bids.query import Scan, check_dataset, find_scans
 from brainprior_bids.bids.validate import find_validator, validate_scans
 from brainprior_bids.cli.environment import prepare_environment
@@ -186,6 +187,7 @@ def _participants(scans: Sequence[Scan], settings: Settings, raw: dict[str, Any]
             write_run(settings)
             _execute(jobs, settings, {role: path for role, (path, _) in weights.items()})
         status.rebuild_status(settings.output_dir)
+        rebuild_qc(settings.output_dir)
         reports_made = _reports({scan.subject for scan in scans}, settings)
         return _conclude(scans, settings) or (0 if reports_made else 1)
     finally:
@@ -207,6 +209,7 @@ def _reports_only(settings: Settings) -> int:
         )
     check_output(settings.output_dir)
     status.rebuild_status(settings.output_dir)
+    rebuild_qc(settings.output_dir)
     made = True
     if "participant" in settings.analysis_level:
         made = _reports(subjects, settings)
@@ -428,6 +431,7 @@ def _execute(jobs: Sequence[Any], settings: Settings, weights: dict[str, Path]) 
             _write_failure(job.scan, settings, error, nodes=_records(folder))
     if isinstance(crashed, KeyboardInterrupt):
         status.rebuild_status(settings.output_dir)
+        rebuild_qc(settings.output_dir)
         raise crashed
 
 

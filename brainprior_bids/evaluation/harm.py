@@ -4,7 +4,9 @@
 ``python -m brainprior_bids.evaluation.harm BIDS_DIR TABLE.json`` conforms every T1w and T2w of a
 data set, labels it, harms the scan in the ways of :data:`HARMS`, labels it again, and compares:
 Dice of the two masks inside the field of view that is left, and the mean distance of the corners
-of the brain's box between the two affines. The table stands in the parcellation's model card.
+of the brain's box between the two affines; and what the verdict on it would be, from mask,
+structures, affine and the noise as estimated before sampling (what follows the restoration does
+not enter). The table stands in the parcellation's model card.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 
@@ -24,9 +27,11 @@ from brainprior_bids.anatomy.affine import corner_distance, fit_affine
 from brainprior_bids.anatomy.conform import conform
 from brainprior_bids.anatomy.hull import surface
 from brainprior_bids.anatomy.parcellation import Parcellation, parcellate
+from brainprior_bids.bids.qc import concerns, metrics, verdict
 from brainprior_bids.engine import weights
 from brainprior_bids.engine.errors import BrainpriorError
 from brainprior_bids.engine.grids import Grid
+from brainprior_bids.engine.noise import estimate_noise_sd
 from brainprior_bids.engine.parcellation_network import ParcellationNetwork
 
 Volume = NDArray[np.float32]
@@ -132,6 +137,15 @@ def _on(grid: Grid, image: nib.Nifti1Image, mask: Mask) -> Mask:
     return moved
 
 
+def _noise(image: nib.Nifti1Image, mask_scan: Volume) -> float | None:
+    """SD of the noise before sampling, in units of the brain's 99th percentile."""
+    data = image.get_fdata(dtype=np.float32)
+    axis = int(np.argmax(Grid(image.shape, image.affine).spacing_mm))
+    inside = mask_scan > 0.5
+    sd = estimate_noise_sd(torch.from_numpy(data), torch.from_numpy(inside), axis)
+    return None if sd is None else sd / float(np.percentile(data[inside], 99))
+
+
 def compare(
     image: nib.Nifti1Image,
     network: ParcellationNetwork,
@@ -142,8 +156,8 @@ def compare(
     Returns
     -------
     facts : dict
-        ``error``, or ``volume_ml``, ``confidence``, ``residual_mm``, ``dof``, ``warnings`` and,
-        with a reference, ``dice`` and ``corner_mm``.
+        ``error``, or ``volume_ml``, ``confidence``, ``residual_mm``, ``dof``, ``warnings``,
+        ``verdict``, ``reasons`` and, with a reference, ``dice`` and ``corner_mm``.
     result : dict
         ``parcellation``, ``fit``, ``grid``, empty after an error.
     """
@@ -165,7 +179,17 @@ def compare(
         fit = fit_affine(found.table, surface=surface(found.mask > 0, grid))
     except BrainpriorError as error:
         failed = facts if "facts" in locals() else {}
-        return {**failed, "error": str(error)}, {}
+        return {**failed, "error": str(error), "verdict": "fail"}, {}
+    summary = {
+        "facts": {
+            "parcellation": {"table": found.table},
+            "affine": {"median_residual_mm": fit.median_residual_mm},
+            "restore": {"noise_sd": _noise(image, found.mask_scan)},
+        }
+    }
+    values = metrics(summary)
+    facts |= {"verdict": verdict(values), "reasons": concerns(values)}
+    facts |= {key: values[key] for key in ("brain_z", "structure_z", "noise_percent")}
     facts |= {"residual_mm": fit.median_residual_mm, "dof": fit.dof}
     facts["warnings"] += fit.warnings
     if reference:

@@ -130,6 +130,8 @@ class Parcellate(MeasuredInterface):
         mask, mask_warnings = self._mask(folder, image, grid, network_mask, found, facts)
         labels = self._labels(folder, grid, facts)
         warnings += mask_warnings
+        if mask is not None and network_mask is not None:
+            facts["mask_agreement"] = external.dice(mask, network_mask)
         if mask is not None or labels is not None:
             if mask is None:
                 mask = network_mask

@@ -128,6 +128,7 @@ class Restore(MeasuredInterface):
             "residual_ratios": list(done.residual_ratios),
             "residual_ratios_final": [r.ratio_final for r in done.residuals],
             "residual_correlation": [list(r.correlation) for r in done.residuals],
+            **_shares(done.log_bias, done.residual_map, _array(self.inputs.mask_scan)),
             "unit": done.unit,
             "seconds": done.seconds,
             "acquisition": acquisition.to_dict(),
@@ -210,6 +211,24 @@ def environment(device: str, threads: int) -> dict[str, Any]:
         facts["cudnn_deterministic"] = torch.backends.cudnn.deterministic
         facts["tf32"] = torch.backends.cuda.matmul.allow_tf32
     return facts
+
+
+def _shares(
+    log_bias: np.ndarray, residual: np.ndarray, mask_scan: np.ndarray
+) -> dict[str, float | None]:
+    """Range of the bias field, and the share of voxels that are not explained, in the brain.
+
+    ``bias_range`` is the 99th over the 1st percentile of the field, ``share_beyond_3_sd`` the
+    share of voxels whose residual exceeds three SDs of the noise.
+    """
+    inside = (mask_scan > 0.95) & (residual != 0)  # the map is 0 where nothing was compared
+    if not inside.any():
+        return {"bias_range": None, "share_beyond_3_sd": None}
+    low, high = np.percentile(log_bias[inside], (1, 99))
+    return {
+        "bias_range": round(float(np.exp(high - low)), 4),
+        "share_beyond_3_sd": round(float((np.abs(residual[inside]) > 3).mean()), 5),
+    }
 
 
 def _card(metadata: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import jinja2
 from brainprior_bids import __version__
 from brainprior_bids.bids.files import write_json, write_text
 from brainprior_bids.bids.names import BIDSName
-from brainprior_bids.bids.qc import METRICS, concerns, metrics
+from brainprior_bids.bids.qc import METRICS, concerns, metrics, verdict
 from brainprior_bids.bids.status import FINISHED, read_summaries
 
 OUTLIER = 3.5
@@ -49,7 +49,8 @@ def build_group(output_dir: Path) -> list[Path]:
         name = BIDSName.parse(f"{summary['scan']}.nii.gz")
         suffix = f"desc-{name.get('desc')}_{name.suffix}" if name.get("desc") else name.suffix
         row = {"bids_name": summary["scan"], "subject": summary["subject"], **values}
-        rows.setdefault(suffix, []).append({**row, "concerns": concerns(values)})
+        row |= {"verdict": verdict(values), "concerns": concerns(values)}
+        rows.setdefault(suffix, []).append(row)
     if not rows:
         return []
     written = []
@@ -91,11 +92,11 @@ def robust_scores(scans: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
 def _tsv(scans: Sequence[Mapping[str, Any]]) -> str:
     stream = io.StringIO()
     writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
-    writer.writerow(["bids_name", *METRICS, "concerns", "outlier"])
+    writer.writerow(["bids_name", "verdict", *METRICS, "concerns", "outlier"])
     for scan in scans:
         figures = ["n/a" if scan[n] is None else f"{scan[n]:.6g}" for n in METRICS]
         texts = ["; ".join(scan[key]) or "n/a" for key in ("concerns", "outlier")]
-        writer.writerow([scan["bids_name"], *figures, *texts])
+        writer.writerow([scan["bids_name"], scan["verdict"], *figures, *texts])
     return stream.getvalue()
 
 
@@ -106,6 +107,14 @@ def _sidecar() -> dict[str, Any]:
     }
     return {
         "bids_name": {"Description": "the scan, entities and suffix"},
+        "verdict": {
+            "Description": "of the figures and their limits",
+            "Levels": {
+                "pass": "no figure passes a limit",
+                "look": "a figure is unusual",
+                "fail": "a figure is beyond what a usable result has",
+            },
+        },
         **columns,
         "concerns": {"Description": "limits that the figures pass"},
         "outlier": {

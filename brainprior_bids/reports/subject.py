@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 
 from brainprior_bids.bids.files import read_json
-from brainprior_bids.bids.qc import concerns, metrics
+from brainprior_bids.bids.qc import concerns, metrics, relative_scores, verdict
 from brainprior_bids.bids.status import FINISHED, read_summaries
 from brainprior_bids.reports import atlas
 from brainprior_bids.reports.assembler import ScanSection, TextSection, assemble
@@ -102,7 +102,7 @@ def _summary(scans: Sequence[Mapping[str, Any]]) -> str:
 def _quality(scan: Mapping[str, Any]) -> str:
     if scan.get("status") not in FINISHED:
         return "–"
-    return "look closely" if concerns(metrics(scan)) else "nothing stands out"
+    return verdict(metrics(scan))
 
 
 def _scan(scan: Mapping[str, Any]) -> str:
@@ -115,6 +115,7 @@ def _scan(scan: Mapping[str, Any]) -> str:
     return _render(
         "scan.html.j2",
         warnings=scan.get("warnings") or [],
+        verdict=verdict(metrics(scan)),
         concerns=concerns(metrics(scan)),
         groups=groups,
         structures=_structures(scan),
@@ -227,6 +228,8 @@ def _run_rows(scan: Mapping[str, Any]) -> Rows:
 def _structures(scan: Mapping[str, Any]) -> list[dict[str, str]]:
     table = _get(scan, "facts", "parcellation", "table") or []
     distance = _get(scan, "facts", "affine", "residuals_mm") or {}
+    scores = relative_scores(table)
+    sure = _get(scan, "facts", "parcellation", "structures_source") in (None, "embedded")
     rows = []
     for row in table:
         name = atlas.name(int(row["index"]))
@@ -235,7 +238,8 @@ def _structures(scan: Mapping[str, Any]) -> list[dict[str, str]]:
                 "name": name,
                 "index": str(row["index"]),
                 "volume": _number(row.get("volume_mm3"), ".1f", scale=1e-3, none="–"),
-                "confidence": _number(row.get("confidence"), ".2f", none="–"),
+                "score": _number(scores.get(row["name"]), "+.1f", none="–"),
+                "confidence": _number(row.get("confidence") if sure else None, ".2f", none="–"),
                 "distance": _number(distance.get(name), ".1f", none="–"),
             }
         )
