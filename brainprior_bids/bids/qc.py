@@ -174,7 +174,7 @@ def reference() -> dict[str, dict[str, float]]:
 
 
 def z_score(name: str, volume_mm3: float) -> float | None:
-    """How unusual a volume is, in SDs over those people; None for an unknown structure, or nothing."""
+    """How unusual a volume is, in SDs; None for an unknown structure, or for nothing."""
     known = reference().get(name)
     if known is None or volume_mm3 <= 0:
         return None
