@@ -233,7 +233,9 @@ def rebuild_qc(output_dir: Path) -> Path:
     names = [name for name in reference() if name != "Brain"]
     stream = io.StringIO()
     writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
-    writer.writerow(["source", "verdict", "reasons", *METRICS, *(f"{name}_mm3" for name in names)])
+    writer.writerow(
+        ["bids_name", "source", "verdict", "reasons", *METRICS, *(f"{name}_mm3" for name in names)]
+    )
     for summary in read_summaries(output_dir):
         if summary.get("status") not in FINISHED:
             continue
@@ -243,7 +245,8 @@ def rebuild_qc(output_dir: Path) -> Path:
         figures = [*(values[name] for name in METRICS), *(volumes.get(name) for name in names)]
         writer.writerow(
             [
-                summary.get("source", summary["scan"]),
+                summary["scan"],
+                summary.get("source", "n/a"),
                 verdict(values),
                 "; ".join(concerns(values)) or "n/a",
                 *("n/a" if value is None else f"{value:.6g}" for value in figures),
