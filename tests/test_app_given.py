@@ -170,7 +170,7 @@ def test_a_given_mask_and_labels_are_used_and_recorded(settings, tmp_path):
     assert {row["index"] for row in facts["table"]} >= {10, 49, 16, 12, 51}
 
     records = scan_records(
-        scan(), run_uuid="r", command=[], settings={}, seed=0, input_sha256="0", outputs={},
+        scan(), run_uuid="r", command=[], settings={"task": "restore"}, seed=0, input_sha256="0", outputs={},
         facts={"parcellation": facts}, nodes=[], warnings=[],
     )  # fmt: skip
     (entities,) = (json.loads(t)["Entities"] for n, t in records.items() if "_ent" in n)
@@ -183,7 +183,10 @@ def test_a_given_mask_and_labels_are_used_and_recorded(settings, tmp_path):
     restore = {"sampler": "exact", "n_samples": 1, "calls": 1, "seed": 0, "prior": {}, "unit": 1.0,
                "noise_sd": 1.0, "noise_sd_initial": 1.0, "sample_seeds": []}  # fmt: skip
     side = sidecars(
-        scan(), output_names(scan().name, n_samples=1), {"restore": restore, "parcellation": facts}
+        scan(),
+        output_names(scan().name, n_samples=1),
+        {"restore": restore, "parcellation": facts},
+        image_desc="restored",
     )
     assert side["mask"]["Sources"] == [uri]
     assert uri in side["mask"]["Description"]
