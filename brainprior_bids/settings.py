@@ -19,6 +19,7 @@ SKULL_STRIPS = ("embedded", "synthstrip", "skip", "mask")
 PARCELLATIONS = ("embedded", "synthseg", "derivatives")
 MODALITIES = ("T1w", "T2w", "FLAIR")
 SPACES = ("anat", "MNI305")
+EXPORT_PER = ("subject", "session")
 LEVELS = ("participant", "group")
 LOW_MEMORY_TILE_MM = 32
 """Tiles of the prior under ``--low-mem``."""
@@ -52,6 +53,10 @@ class Settings:
         By how much a lesion mask is widened.
     save_samples : bool
         Write each sample as an image of its own.
+    exports : mapping
+        ``fmriprep``, ``raw`` -> root of the data set to make; in TOML as JSON text.
+    export_per : str
+        One T1w for fMRIPrep a ``subject`` or a ``session``.
     prior : Path or None
         Weights of the prior; None is the embedded one.
     slice_thickness_mm : float or None
@@ -98,6 +103,8 @@ class Settings:
     output_spaces: tuple[str, ...] = SPACES
     lesion_mask: str | None = None
     dilate_mm: float = 0.0
+    exports: dict[str, Any] = field(default_factory=dict)
+    export_per: str = "subject"
     prior: Path | None = None
     slice_thickness_mm: float | None = None
     skull_strip: str = "embedded"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from brainprior_bids.workflows.base import init_brainprior_wf
-from brainprior_bids.workflows.scan import NODES, Job
+from brainprior_bids.workflows.scan import EXPORT_NODES, NODES, Job
 
 from brainprior_bids.bids.names import scan_seed
 from brainprior_bids.bids.query import find_scans
@@ -116,7 +116,7 @@ def test_a_dry_run_announces_the_golden_tree(raw, tmp_path):
 def test_every_scan_goes_its_own_way_through_every_step(raw, tmp_path):
     workflow = build(Settings(raw, tmp_path / "out", tmp_path / "work"), tmp_path)
     steps = by_step(workflow)
-    assert set(steps) == {*NODES, "records"} - {"lesion"}
+    assert set(steps) == {*NODES, "records"} - {"lesion", *EXPORT_NODES}
     assert {len(nodes) for nodes in steps.values()} == {len(SKELETON)}
     graph = workflow._create_flat_graph()
     import networkx as nx

@@ -14,6 +14,7 @@ from brainprior_bids.bids.given import Given
 from brainprior_bids.bids.query import Scan
 from brainprior_bids.interfaces.anatomy import N4, CentroidAffine, Conform, Parcellate, ToMNI305
 from brainprior_bids.interfaces.derivatives import Reportlets, Write
+from brainprior_bids.interfaces.export import Deliver, Export
 from brainprior_bids.interfaces.lesion import Lesion
 from brainprior_bids.interfaces.restore import Restore
 from brainprior_bids.settings import LOW_MEMORY_TILE_MM, Settings
@@ -26,12 +27,16 @@ MEMORY_GB = {
     "affine": 0.4,
     "restore": 3.0,
     "mni305": 0.8,
+    "export": 1.5,
+    "deliver": 0.6,
     "reportlets": 0.8,
     "write": 0.6,
 }
 """What a node may claim, in GiB, the interpreter included."""
 
 NODES = tuple(MEMORY_GB)
+EXPORT_NODES = ("export", "deliver")
+"""Only for scans of which something is exported."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,8 @@ class Job:
         Of everything that decides the result.
     given : role -> Given
         Mask and labels that are taken from other data sets.
+    exports : tuple of str
+        Of ``settings.exports``, those that this scan goes to.
     """
 
     scan: Scan
@@ -54,6 +61,7 @@ class Job:
     fingerprint: str
     given: Mapping[str, Given] = field(default_factory=dict)
     lesion: Path | None = None
+    exports: tuple[str, ...] = ()
 
 
 def expected_work(settings: Settings) -> dict[str, float]:
@@ -67,6 +75,7 @@ def expected_work(settings: Settings) -> dict[str, float]:
         "affine": 1.0,
         "restore": 4.0 * calls,
         "mni305": 2.0,
+        **({"export": 4.0, "deliver": 1.0} if settings.exports else {}),
         "reportlets": 8.0,
         "write": 4.0,
     }
@@ -81,6 +90,8 @@ def init_scan_wf(
     *, job: Job, settings: Settings, prior: Path, parcellation: Path, name: str
 ) -> pe.Workflow:
     """conform → parcellate → n4 → affine → restore → mni305 → reportlets → write.
+
+    Where the job has exports: restore → export → deliver, before write.
 
     Parameters
     ----------
@@ -170,7 +181,7 @@ def init_scan_wf(
         ),
         "write",
     )
-    records = pe.Node(Merge(8), name="records", run_without_submitting=True)
+    records = pe.Node(Merge(10), name="records", run_without_submitting=True)
 
     workflow = pe.Workflow(name=name)
     # fmt: off
@@ -224,5 +235,32 @@ def init_scan_wf(
             (lesion, write, [("hidden", "hidden"), ("lesion_json", "lesion_json")]),
             (lesion, records, [("record", "in8")]),
         ])
+    # fmt: on
+    if not job.exports:
+        return workflow
+    export = node(Export(tissues="fmriprep" in job.exports), "export")
+    deliver = node(
+        Deliver(
+            source_file=str(scan.path),
+            relative=str(scan.relative),
+            metadata=dict(scan.metadata),
+            fingerprint=job.fingerprint,
+            exports={kind: settings.exports[kind] for kind in job.exports},
+            per=settings.export_per,
+        ),
+        "deliver",
+    )
+    # fmt: off
+    workflow.connect([
+        (conform, export, [("out_file", "scan")]),
+        (parcellate, export, [("structures", "structures")]),
+        (lesion or parcellate, export, [("mask", "mask"), ("mask_scan", "mask_scan")]),
+        (restore, export, [("restored", "restored"), ("log_bias", "log_bias")]),
+        (lesion or parcellate, deliver, [("mask", "mask")]),
+        (export, deliver, [("head", "head"), ("dseg", "dseg"), ("gm", "gm"), ("wm", "wm"),
+                           ("csf", "csf"), ("export_json", "export_json")]),
+        (export, records, [("record", "in9")]),
+        (deliver, records, [("record", "in10")]),
+    ])
     # fmt: on
     return workflow

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from brainprior_bids import __version__
+from brainprior_bids.bids.export import EXPORTS
 from brainprior_bids.bids.provenance import new_run_uuid
 from brainprior_bids.bids.query import read_filters
 from brainprior_bids.cli import resources
 from brainprior_bids.cli.plugin_file import read_plugin_file
 from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.settings import (
+    EXPORT_PER,
     LEVELS,
     LOW_MEMORY_TILE_MM,
     MODALITIES,
@@ -265,6 +267,26 @@ def _output_options(group: Group) -> None:
         "templates need a nonlinear registration: hand the result on to fMRIPrep",
     )
     group.add_argument(
+        "--export",
+        dest="exports",
+        nargs="+",
+        action=_Append,
+        type=_export,
+        default=[],
+        metavar="{fmriprep,raw}[=DIR]",
+        help="data sets for other programs, each in a root of its own (default: output_dir with "
+        "-fmriprep or -raw behind it). fmriprep: derivatives for its --derivatives, whole heads "
+        "with the restored brain, masks and tissues; raw: the same heads as rec-brainprior, with "
+        "func and fmap linked",
+    )
+    group.add_argument(
+        "--export-per",
+        choices=EXPORT_PER,
+        default="subject",
+        help="--export fmriprep: one T1w a subject (default), or one a session, for fMRIPrep's "
+        "--subject-anatomical-reference sessionwise; the one with the thinnest slices is taken",
+    )
+    group.add_argument(
         "--force", action="store_true", help="redo scans that are done, work folder included"
     )
 
@@ -445,6 +467,11 @@ def _read_config(path: Path) -> dict[str, Any]:
     work, output = config.get("work_dir"), config.get("output_dir")
     if work is not None and output is not None and work == output / WORK_DIR:
         del config["work_dir"]  # the default there; here it is inside this output_dir
+    if output is not None:
+        config["exports"] = {
+            kind: "" if Path(root) == output.with_name(f"{output.name}-{kind}") else root
+            for kind, root in config.get("exports", {}).items()
+        }  # the default there; here it lies beside this output_dir
     return {key: value for key, value in config.items() if key not in NOT_IN_CONFIG}
 
 
@@ -543,6 +570,7 @@ def parse_settings(argv: Sequence[str]) -> Settings:
     output_dir = options.output_dir.absolute()
     work_dir = (options.work_dir or options.output_dir / WORK_DIR).absolute()
     check_paths(bids_dir, output_dir, work_dir)
+    exports = _exports(options.exports, bids_dir, output_dir)
     _check_anatomy(options)
     if options.prior is not None and not options.prior.is_file():
         raise UsageError(f"--prior {options.prior}: no such file.")
@@ -585,6 +613,8 @@ def parse_settings(argv: Sequence[str]) -> Settings:
         lesion_mask=options.lesion_mask,
         dilate_mm=options.dilate_mm,
         output_spaces=tuple(s for s in SPACES if s in options.output_spaces) or SPACES,
+        exports=exports,
+        export_per=options.export_per,
         prior=_absolute(options.prior),
         slice_thickness_mm=options.slice_thickness_mm,
         skull_strip=options.skull_strip,
@@ -708,6 +738,42 @@ def _derivative(text: str) -> tuple[str, str]:
             f"{name!r} is no name for a data set: letters and digits, and not 'raw'"
         )
     return name, str(path)
+
+
+def _export(text: str) -> tuple[str, str]:
+    """``fmriprep`` or ``raw``, and the folder behind ``=``, or nothing."""
+    kind, _, folder = text.partition("=")
+    if kind not in EXPORTS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not among {', '.join(EXPORTS)}, with or without =DIR"
+        )
+    return kind, folder
+
+
+def _exports(asked: Sequence[tuple[str, str]], bids_dir: Path, output_dir: Path) -> dict[str, str]:
+    """Kind -> absolute root, each outside of the other data sets."""
+    exports = {}
+    for kind, folder in asked:
+        root = Path(folder) if folder else output_dir.with_name(f"{output_dir.name}-{kind}")
+        root = root.absolute()
+        if not folder and root.parent == Path("/"):
+            raise UsageError(
+                f"--export {kind}: {root} would lie outside of what a container mounts, and be "
+                f"lost. Name a mounted folder: --export {kind}=/exports, or use an output_dir one "
+                "level deeper."
+            )
+        taken = [bids_dir, output_dir, *map(Path, exports.values())]
+        for other in (path.resolve() for path in taken):
+            own = root.resolve()
+            in_derivatives = bids_dir.resolve() / "derivatives" in own.parents
+            clash = own == other or (other in own.parents and not in_derivatives)
+            if clash or own in other.parents or output_dir.resolve() in own.parents:
+                raise UsageError(
+                    f"--export {kind}: {root} and {other} are not apart from each other. Every "
+                    f"export has a root of its own: --export {kind}=DIR."
+                )
+        exports[kind] = str(root)
+    return exports
 
 
 def _space(text: str) -> str:

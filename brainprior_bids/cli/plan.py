@@ -10,7 +10,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from brainprior_bids.bids import status
+from brainprior_bids.bids import export, status
 from brainprior_bids.bids.given import find_given
 from brainprior_bids.bids.lesions import find_lesion
 from brainprior_bids.bids.names import output_names, result_name, scan_seed
@@ -35,6 +35,11 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
     calls = settings.n_samples * settings.n_steps * (5 if settings.sampler == "daps" else 1)
     a_voxel = seconds_a_voxel(settings)
     total = 0.0
+    to_fmriprep = (
+        export.choose_t1w(scans, per=settings.export_per)
+        if "fmriprep" in settings.exports
+        else set()
+    )
     for scan in scans:
         seed = scan_seed(settings.random_seed, scan.name)
         print(f"{scan.relative}  {settings.task}, seed {seed}")
@@ -74,6 +79,12 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
         )
         for name in names.values():
             print(f"  {scan.name.folder}/anat/{name}")
+        if scan.name.stem in to_fmriprep:
+            root = settings.exports["fmriprep"]
+            for path in export.fmriprep_names(scan.name).values():
+                print(f"  {root}/{path}")
+        if "raw" in settings.exports:
+            print(f"  {settings.exports['raw']}/{export.raw_name(scan.name)}")
     memory = max(MEMORY_GB.values())
     at_once = (
         settings.n_gpu_procs if settings.use_gpu else settings.nprocs // settings.omp_nthreads

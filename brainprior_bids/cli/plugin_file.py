@@ -18,7 +18,10 @@ from brainprior_bids.engine.errors import UsageError
 
 LOCAL = ("MultiProc",)
 BATCH = ("SLURM", "SLURMGraph", "SGE", "PBS", "LSF", "OAR")
-STEPS = ("conform", "parcellate", "n4", "affine", "restore", "mni305", "reportlets", "write")
+STEPS = (
+    "conform", "parcellate", "lesion", "n4", "affine", "restore", "mni305", "export",
+    "deliver", "reportlets", "write",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

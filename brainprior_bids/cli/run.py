@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from brainprior_bids import __version__
-from brainprior_bids.bids import status
+from brainprior_bids.bids import export, status
 from brainprior_bids.bids.derivatives import check_output, write_dataset_files
 from brainprior_bids.bids.files import write_text
 from brainprior_bids.bids.given import find_given
@@ -182,10 +182,20 @@ def _participants(scans: Sequence[Scan], settings: Settings, raw: dict[str, Any]
             settings.nprocs,
             settings.omp_nthreads,
         )
+        export.prepare(
+            settings.exports,
+            bids_dir=settings.bids_dir,
+            output_dir=settings.output_dir,
+            raw=raw,
+        )
         jobs = _plan(scans, settings, {role: digest for role, (_, digest) in weights.items()})
         if jobs:
             write_run(settings)
             _execute(jobs, settings, {role: path for role, (path, _) in weights.items()})
+        if "raw" in settings.exports:
+            root = Path(settings.exports["raw"])
+            links = export.link_rest(root, settings.bids_dir, scans)
+            LOG.info("export raw: %d file(s) linked in %s", links, root)
         status.rebuild_status(settings.output_dir)
         rebuild_qc(settings.output_dir)
         reports_made = _reports({scan.subject for scan in scans}, settings)
@@ -318,6 +328,12 @@ def _plan(scans: Sequence[Scan], settings: Settings, weights: dict[str, str]) ->
     from brainprior_bids.workflows.scan import Job
 
     jobs = []
+    to_fmriprep = (
+        export.choose_t1w(scans, per=settings.export_per)
+        if "fmriprep" in settings.exports
+        else set()
+    )
+    _say_export(scans, settings, to_fmriprep)
     for scan in scans:
         if scan.problem is not None:
             _write_failure(scan, settings, {"message": scan.problem, "type": "InputError"})
@@ -345,17 +361,43 @@ def _plan(scans: Sequence[Scan], settings: Settings, weights: dict[str, str]) ->
             scan, settings, input_sha256=input_sha256, weights=weights, given=given_sha256
         )
         previous = status.read_summary(settings.output_dir, result_name(scan.name, settings.image))
-        if previous is not None and not settings.force and _is_done(previous, digest, settings):
+        roots = {
+            kind: root
+            for kind, root in settings.exports.items()
+            if kind == "raw" or scan.name.stem in to_fmriprep
+        }
+        done = previous is not None and _is_done(previous, digest, settings)
+        if done and not settings.force and not export.is_delivered(roots, scan, digest):
+            LOG.info("%s: done, but not exported: it is run again for that", scan.name.stem)
+        elif done and not settings.force:
             LOG.info("%s: already done with the same input and settings", scan.name.stem)
             previous.update(
                 status="skipped",
                 message="already done with the same input, settings and version",
             )
             status.write_summary(settings.output_dir, previous)
+            if "fmriprep" in roots:  # an earlier export may have been one a session
+                export.remove_others(
+                    Path(roots["fmriprep"]),
+                    scan.subject,
+                    export.fmriprep_files(scan.name),
+                    per=settings.export_per,
+                )
             continue
         seed = scan_seed(settings.random_seed, scan.name)
-        jobs.append(Job(scan, seed, digest, given, lesion))
+        jobs.append(Job(scan, seed, digest, given, lesion, tuple(roots)))
     return jobs
+
+
+def _say_export(scans: Sequence[Scan], settings: Settings, chosen: set[str]) -> None:
+    """Which T1w goes to fMRIPrep, where there was a choice, and who has none."""
+    if "fmriprep" not in settings.exports:
+        return
+    for stem in sorted(chosen):
+        LOG.info("export fmriprep: %s in %s", stem, settings.exports["fmriprep"])
+    without = {s.subject for s in scans} - {s.subject for s in scans if s.name.stem in chosen}
+    for subject in sorted(without):
+        LOG.warning("export fmriprep: sub-%s has no T1w, nothing is exported", subject)
 
 
 def _is_done(previous: dict[str, Any], digest: str, settings: Settings) -> bool:

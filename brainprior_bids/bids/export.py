@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data sets for other programs, each in a root of its own: ``--export fmriprep|raw``.
+
+``fmriprep`` is a derivative data set for ``--derivatives``. fMRIPrep and sMRIPrep look there by
+subject (and session), blind to run, acquisition, reconstruction and resolution, so it holds one
+T1w a subject (or a session), and nothing else that their queries could match.
+
+``raw`` is a raw data set: every restored head as ``rec-brainprior``, and links to the functional
+images and fieldmaps of the original.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import nibabel as nib
+
+from brainprior_bids import __version__
+from brainprior_bids.bids.derivatives import BIDS_VERSION, INHERITED, bids_uri, check_output
+from brainprior_bids.bids.files import read_json, to_json, write_json, write_text
+from brainprior_bids.bids.names import BIDSName
+from brainprior_bids.bids.query import Scan
+from brainprior_bids.engine.errors import InputError
+
+EXPORTS = ("fmriprep", "raw")
+FILTER_FILE = PurePosixPath("code/bids_filter.json")
+TISSUE_TABLE = (
+    "index\tname\tabbreviation\n1\tgrey matter\tGM\n2\twhite matter\tWM\n3\tfluid\tCSF\n"
+)
+HEAD = (
+    "whole head of 1 mm: the restored brain in the scan, which is divided by the bias field, "
+    "matched in brightness, and interpolated where it is not brain"
+)
+DESCRIPTIONS = {"preproc": HEAD, "brain": "brain mask from the parcellation network"}
+
+
+def choose_t1w(scans: Sequence[Scan], *, per: str) -> set[str]:
+    """The T1w of each subject, or of each session, that goes to fMRIPrep: their stems.
+
+    The one with the smallest thickest voxel edge; the first by name where they are equal.
+    """
+    best: dict[tuple[str, str | None], tuple[float, str]] = {}
+    for scan in scans:
+        if scan.name.suffix != "T1w" or scan.problem is not None:
+            continue
+        session = scan.name.get("ses") if per == "session" else None
+        rank = (_thickest_mm(scan.path), scan.name.stem)
+        key = (scan.subject, session)
+        best[key] = min(best.get(key, rank), rank)
+    return {stem for _, stem in best.values()}
+
+
+def _thickest_mm(path: Path) -> float:
+    try:
+        return round(float(max(nib.load(path).header.get_zooms()[:3])), 2)
+    except Exception:  # whatever nibabel says of a broken header: it will fail, and say why
+        return float("inf")
+
+
+def fmriprep_names(source: BIDSName) -> dict[str, str]:
+    """Role -> path in the ``fmriprep`` root; subject and session of the source stay."""
+    kept = tuple((key, value) for key, value in source.entities if key in ("sub", "ses"))
+    name = BIDSName(kept, "T1w")
+    files = {
+        "head": name.derivative(desc="preproc"),
+        "mask": name.derivative("mask", desc="brain"),
+        "dseg": name.derivative("dseg"),
+        "dseg_table": name.derivative("dseg", ".tsv"),
+        **{t.lower(): name.derivative("probseg", label=t) for t in ("GM", "WM", "CSF")},
+    }
+    return {role: str(name.folder / "anat" / file) for role, file in files.items()}
+
+
+def raw_name(source: BIDSName) -> str:
+    """Path in the ``raw`` root: ``rec-brainprior``, and behind it a ``rec-`` that was there."""
+    before = source.get("rec")
+    label = "brainprior" + (before[:1].upper() + before[1:] if before else "")
+    return str(source.folder / "anat" / source.derivative(rec=label))
+
+
+def prepare(
+    exports: Mapping[str, str],
+    *,
+    bids_dir: Path,
+    output_dir: Path,
+    raw: Mapping[str, Any],
+) -> None:
+    """Make the roots and describe them.
+
+    Raises
+    ------
+    UsageError
+        If one holds somebody else's data set, or cannot be written.
+    """
+    maker = {"Name": "brainprior", "Version": __version__}
+    name = raw.get("Name", "an unnamed data set")
+    for kind, root in exports.items():
+        folder = Path(root)
+        check_output(folder)
+        described: dict[str, Any]
+        if kind == "fmriprep":
+            described = {
+                "Name": f"brainprior: restored T1w of {name}, for fMRIPrep",
+                "BIDSVersion": BIDS_VERSION,
+                "DatasetType": "derivative",
+                "GeneratedBy": [maker],
+                "SourceDatasets": [{"URL": bids_dir.as_uri()}],
+                "DatasetLinks": {"raw": bids_dir.as_uri(), "brainprior": output_dir.as_uri()},
+            }
+            rows = [f"desc-{key}\t{text}" for key, text in DESCRIPTIONS.items()]
+            table = "\n".join(["desc_id\tdescription", *rows]) + "\n"
+            write_text(folder / "descriptions.tsv", table)
+        else:
+            kept = {key: value for key, value in raw.items() if key != "GeneratedBy"}
+            described = {
+                **kept,
+                "Name": f"{name}, with heads restored by brainprior",
+                "BIDSVersion": raw.get("BIDSVersion", BIDS_VERSION),
+                "DatasetType": "raw",
+                "GeneratedBy": [*raw.get("GeneratedBy", []), maker],
+                "SourceDatasets": [{"URL": bids_dir.as_uri()}],
+            }
+        write_json(folder / "dataset_description.json", described)
+        write_text(
+            folder / "README",
+            "Made by brainprior for another program; see docs/fmriprep.md of brainprior.\n"
+            "The brains in it are estimates under a prior.\n",
+        )
+
+
+def stage_fmriprep(
+    staging: Path, scan: Scan, images: Mapping[str, Path], *, facts: Mapping[str, Any]
+) -> list[str]:
+    """Write a subject's files below ``staging``; their paths from there.
+
+    Parameters
+    ----------
+    images : role -> Path
+        ``head, mask, dseg, gm, wm, csf``.
+    facts : mapping
+        Of the Export node, and the result's fingerprint.
+    """
+    names = fmriprep_names(scan.name)
+    source = bids_uri(str(scan.relative), dataset="raw")
+    head = bids_uri(names["head"])
+    mask = bids_uri(names["mask"])
+    tissue = {"Sources": [head, mask]}
+    sides: dict[str, dict[str, Any]] = {
+        "head": {
+            **{key: scan.metadata[key] for key in INHERITED if key in scan.metadata},
+            "Description": HEAD,
+            "SkullStripped": False,
+            "Sources": [source],
+            "OutsideGain": facts["gain"],
+            "FeatherMillimetres": facts["feather_mm"],
+            "Fingerprint": facts["fingerprint"],
+        },
+        "mask": {"Type": "Brain", "Sources": [source]},
+        "dseg": {"Description": "likeliest tissue", **tissue},
+        **{
+            t.lower(): {"Description": f"probability of {t}", **tissue}
+            for t in ("GM", "WM", "CSF")
+        },
+    }
+    for role, image in images.items():
+        target = staging / names[role]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(image, target)
+    (staging / names["dseg_table"]).write_text(TISSUE_TABLE, encoding="utf-8")
+    staged = [names["dseg_table"], *(names[role] for role in images)]
+    for role, content in sides.items():
+        path = names[role].removesuffix(".nii.gz") + ".json"
+        (staging / path).write_text(to_json(content), encoding="utf-8")
+        staged.append(path)
+    return staged
+
+
+def stage_raw(staging: Path, scan: Scan, head: Path, *, facts: Mapping[str, Any]) -> list[str]:
+    """Write a scan's restored head and its sidecar below ``staging``; their paths from there."""
+    path = raw_name(scan.name)
+    target = staging / path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(head, target)
+    changed = ("SliceThickness", "SpacingBetweenSlices", "SliceTiming")
+    content = {
+        **{key: value for key, value in scan.metadata.items() if key not in changed},
+        "SliceThickness": 1.0,
+        "Description": HEAD,
+        "OriginalFile": str(scan.relative),
+        "OutsideGain": facts["gain"],
+        "Fingerprint": facts["fingerprint"],
+    }
+    side = path.removesuffix(".nii.gz") + ".json"
+    (staging / side).write_text(to_json(content), encoding="utf-8")
+    return [path, side]
+
+
+def fmriprep_files(source: BIDSName) -> list[str]:
+    """All paths of ``fmriprep_names``, sidecars included."""
+    paths = list(fmriprep_names(source).values())
+    images = [path for path in paths if path.endswith(".nii.gz")]
+    return [*paths, *(path.removesuffix(".nii.gz") + ".json" for path in images)]
+
+
+def remove_others(root: Path, subject: str, kept: Iterable[str], *, per: str) -> list[str]:
+    """Remove what an earlier export left that a query of this subject would match as well.
+
+    Per subject, that is everything of the subject that was not just written; per session, what
+    lies in the same folder. Returns the paths removed.
+    """
+    kept = set(kept)
+    folder = (root / next(iter(kept))).parent if per == "session" else root / f"sub-{subject}"
+    removed = []
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(root).as_posix()
+        if path.is_file() and relative not in kept and not path.name.startswith("."):
+            path.unlink()
+            removed.append(relative)
+    return removed
+
+
+def is_delivered(exports: Mapping[str, str], scan: Scan, fingerprint: str) -> bool:
+    """Whether the scan's files lie in the roots, and are those of this very result."""
+    for kind, root in exports.items():
+        paths = fmriprep_files(scan.name) if kind == "fmriprep" else [raw_name(scan.name)]
+        if not all((Path(root) / path).is_file() for path in paths):
+            return False
+        side = Path(root) / (paths[0].removesuffix(".nii.gz") + ".json")
+        try:
+            found = read_json(side).get("Fingerprint")
+        except (OSError, ValueError):
+            return False
+        if found != fingerprint:
+            return False
+    return True
+
+
+def link_rest(root: Path, bids_dir: Path, scans: Sequence[Scan]) -> int:
+    """Fill the ``raw`` root: links to all that is not ``anat``, tables, and the filter file.
+
+    Links are absolute, so the original has to lie (or be mounted) where it lay here. ``anat``
+    images of the original are left out: fMRIPrep takes every ``T1w`` that it finds.
+
+    Returns
+    -------
+    Number of files linked.
+
+    Raises
+    ------
+    InputError
+        If something that is no link is in the way.
+    """
+    for path in sorted(bids_dir.iterdir()):
+        if path.is_file() and path.suffix == ".json" and path.name != "dataset_description.json":
+            shutil.copyfile(path, root / path.name)
+    links = 0
+    for folder in sorted({str(scan.name.folder) for scan in scans}):
+        source = bids_dir / folder
+        datatypes = [path for path in sorted(source.iterdir()) if path.is_dir()]
+        for datatype in datatypes:
+            if datatype.name == "anat" or datatype.name.startswith("ses-"):
+                continue
+            for path in sorted(datatype.rglob("*")):
+                if path.is_file() or path.is_symlink():
+                    _link(root / path.relative_to(bids_dir), path)
+                    links += 1
+    _write_participants(root, bids_dir)
+    write_json(root / FILTER_FILE, _filters(root))
+    return links
+
+
+def _link(link: Path, target: Path) -> None:
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if link.is_symlink():
+        if os.readlink(link) == str(target):
+            return
+        link.unlink()
+    elif link.exists():
+        raise InputError(f"--export raw: {link} is in the way. Remove it and run again.")
+    link.symlink_to(target)
+
+
+def _write_participants(root: Path, bids_dir: Path) -> None:
+    """``participants.tsv``: the rows of the subjects that are here."""
+    table = bids_dir / "participants.tsv"
+    if not table.is_file():
+        return
+    with table.open(newline="", encoding="utf-8-sig") as stream:
+        header, *rows = list(csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)) or [[]]
+    if "participant_id" not in header:
+        return
+    column = header.index("participant_id")
+    kept = [row for row in rows if len(row) > column and (root / row[column]).is_dir()]
+    stream_out = io.StringIO()
+    for row in (header, *kept):
+        stream_out.write("\t".join(row) + "\n")
+    write_text(root / "participants.tsv", stream_out.getvalue())
+
+
+def _filters(root: Path) -> dict[str, Any]:
+    """A filter for ``--bids-filter-file`` that takes the restored heads and no other."""
+    labels: dict[str, set[str]] = {}
+    for path in root.glob("sub-*/**/anat/*_rec-brainprior*.nii.gz"):
+        name = BIDSName.parse(path.name)
+        labels.setdefault(name.suffix.lower(), set()).add(str(name.get("rec")))
+    filters = {}
+    for key, found in sorted(labels.items()):
+        values = sorted(found)
+        filters[key] = {
+            "datatype": "anat",
+            "reconstruction": values[0] if len(values) == 1 else values,
+        }
+    return filters

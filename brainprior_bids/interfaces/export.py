@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Interface to what other programs take over: the whole head and its tissues."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path, PurePosixPath
+
+import nibabel as nib
+import numpy as np
+from nipype.interfaces.base import File, traits
+
+from brainprior_bids.bids.export import remove_others, stage_fmriprep, stage_raw
+from brainprior_bids.bids.files import publish, read_json, write_json
+from brainprior_bids.bids.names import BIDSName
+from brainprior_bids.bids.query import Scan
+from brainprior_bids.interfaces.anatomy import grid_of, save
+from brainprior_bids.interfaces.base import (
+    MeasuredInputSpec,
+    MeasuredInterface,
+    MeasuredOutputSpec,
+)
+from brainprior_bids.settings import EXPORT_PER
+
+
+class _ExportInputSpec(MeasuredInputSpec):
+    scan = File(exists=True, mandatory=True, desc="the conformed scan")
+    mask_scan = File(exists=True, mandatory=True, desc="brain on the scan's grid, in [0, 1]")
+    log_bias = File(exists=True, mandatory=True, desc="natural log of the bias field found")
+    restored = File(exists=True, mandatory=True, desc="the restored brain, 1 mm")
+    mask = File(exists=True, mandatory=True, desc="brain, 1 mm")
+    structures = File(exists=True, mandatory=True, desc="FreeSurfer's labels, 1 mm")
+    tissues = traits.Bool(True, usedefault=True, desc="make GM, WM and CSF too")
+
+
+class _ExportOutputSpec(MeasuredOutputSpec):
+    head = File(desc="whole head on the 1 mm grid, the restored brain in it")
+    dseg = File(desc="1 GM, 2 WM, 3 CSF")
+    gm = File(desc="probability of grey matter")
+    wm = File(desc="probability of white matter")
+    csf = File(desc="probability of fluid")
+    export_json = File(desc="gain")
+
+
+class Export(MeasuredInterface):
+    """Put the brain back into its head; tell its tissues apart."""
+
+    input_spec = _ExportInputSpec
+    output_spec = _ExportOutputSpec
+
+    def _work(self, folder: Path) -> list[str]:
+        from brainprior_bids.anatomy.pasteback import FEATHER_MM, paste_back
+        from brainprior_bids.anatomy.tissues import (
+            TISSUES,
+            tissue_labels,
+            tissue_probabilities,
+        )
+
+        inputs = self.inputs
+        scan, restored = nib.load(inputs.scan), nib.load(inputs.restored)
+        grid = grid_of(restored)
+        brain, mask = restored.get_fdata(dtype=np.float32), _array(inputs.mask) > 0
+        pasted = paste_back(
+            scan.get_fdata(dtype=np.float32),
+            brain,
+            scan_grid=grid_of(scan),
+            grid=grid,
+            mask=mask,
+            mask_scan=_array(inputs.mask_scan),
+            log_bias=_array(inputs.log_bias),
+        )
+        self._results["head"] = save(pasted.head, grid, folder / "head.nii.gz")
+        if inputs.tissues:
+            found = tissue_probabilities(
+                brain, _array(inputs.structures), mask, spacing_mm=grid.spacing_mm
+            )
+            self._results["dseg"] = save(tissue_labels(found, mask), grid, folder / "dseg.nii.gz")
+            for tissue in TISSUES:
+                path = folder / f"{tissue.lower()}.nii.gz"
+                self._results[tissue.lower()] = save(found[tissue], grid, path)
+        self._results["export_json"] = str(
+            write_json(
+                folder / "export.json",
+                {"gain": pasted.gain, "feather_mm": FEATHER_MM, "warnings": pasted.warnings},
+            )
+        )
+        return pasted.warnings
+
+
+def _array(path: str) -> np.ndarray:
+    return np.asarray(nib.load(path).dataobj)
+
+
+class _DeliverInputSpec(MeasuredInputSpec):
+    head = File(exists=True, mandatory=True)
+    export_json = File(exists=True, mandatory=True)
+    mask = File(exists=True, mandatory=True)
+    dseg = File(exists=True)
+    gm = File(exists=True)
+    wm = File(exists=True)
+    csf = File(exists=True)
+    source_file = File(exists=True, mandatory=True, desc="the raw image")
+    relative = traits.Str(mandatory=True, desc="its path from the data set's root")
+    metadata = traits.Dict({}, usedefault=True)
+    fingerprint = traits.Str(mandatory=True, desc="of everything that decides the result")
+    exports = traits.Dict(mandatory=True, desc="kind -> root")
+    per = traits.Enum(*EXPORT_PER, usedefault=True)
+
+
+class Deliver(MeasuredInterface):
+    """Put a scan's exported files in place, all or none; it always runs, as ``Write`` does."""
+
+    input_spec = _DeliverInputSpec
+    output_spec = MeasuredOutputSpec
+    _always_run = True
+
+    def _work(self, folder: Path) -> list[str]:
+        inputs = self.inputs
+        relative = PurePosixPath(inputs.relative)
+        scan = Scan(Path(inputs.source_file), relative, BIDSName.parse(relative), inputs.metadata)
+        facts = {**read_json(Path(inputs.export_json)), "fingerprint": inputs.fingerprint}
+        for kind, name in inputs.exports.items():
+            root = Path(name)
+            staging = Path(tempfile.mkdtemp(prefix=".brainprior-staging-", dir=root))
+            try:
+                if kind == "fmriprep":
+                    roles = ("head", "mask", "dseg", "gm", "wm", "csf")
+                    images = {role: Path(getattr(inputs, role)) for role in roles}
+                    staged = stage_fmriprep(staging, scan, images, facts=facts)
+                    # before, so that at no time two of them are there
+                    remove_others(root, scan.subject, staged, per=inputs.per)
+                else:
+                    staged = stage_raw(staging, scan, Path(inputs.head), facts=facts)
+                publish({staging / path: root / path for path in staged})
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+        return []

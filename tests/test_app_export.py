@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What fMRIPrep takes over: one T1w a subject or session, and a raw view."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from bids.layout import BIDSLayout, Query
+
+from brainprior_bids.anatomy.pasteback import FEATHER_MM, paste_back
+from brainprior_bids.anatomy.tissues import tissue_labels, tissue_probabilities
+from brainprior_bids.bids import export
+from brainprior_bids.bids.query import find_scans
+from brainprior_bids.bids.validate import find_validator, validate
+from brainprior_bids.cli.parser import parse_settings
+from brainprior_bids.engine.errors import AnatomyError, UsageError
+from brainprior_bids.engine.grids import Grid
+from brainprior_bids.interfaces.anatomy import save
+from brainprior_bids.interfaces.export import Deliver
+from brainprior_bids.settings import Settings
+
+IMAGES = {
+    "sub-01/ses-a/anat/sub-01_ses-a_run-1_T1w": 5.0,
+    "sub-01/ses-a/anat/sub-01_ses-a_run-2_T1w": 1.0,
+    "sub-01/ses-b/anat/sub-01_ses-b_acq-x_rec-norm_T1w": 2.0,
+    "sub-01/ses-b/anat/sub-01_ses-b_T2w": 1.0,
+    "sub-02/anat/sub-02_run-1_T1w": 1.0,
+    "sub-02/anat/sub-02_run-2_T1w": 1.0,
+}
+"""Scan -> thickness of its slices in mm."""
+
+
+@pytest.fixture
+def raw(tmp_path):
+    root = tmp_path / "raw"
+    for name, thickness in IMAGES.items():
+        path = root / f"{name}.nii.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        nib.save(
+            nib.Nifti1Image(np.ones((8, 8, 4), np.uint8), np.diag([1, 1, thickness, 1])), path
+        )
+    for folder, name in (("sub-01/ses-a/func", "sub-01_ses-a_task-rest_bold"),
+                         ("sub-01/ses-a/fmap", "sub-01_ses-a_dir-AP_epi")):  # fmt: skip
+        (root / folder).mkdir()
+        series = nib.Nifti1Image(np.ones((4, 4, 4, 3), np.int16), np.eye(4))
+        series.header.set_zooms((1, 1, 1, 2))
+        series.header.set_xyzt_units("mm", "sec")
+        nib.save(series, root / folder / f"{name}.nii.gz")
+    (root / "task-rest_bold.json").write_text('{"RepetitionTime": 2.0, "TaskName": "rest"}')
+    (root / "sub-01/ses-a/fmap/sub-01_ses-a_dir-AP_epi.json").write_text(
+        '{"PhaseEncodingDirection": "j", "TotalReadoutTime": 0.05}'
+    )
+    (root / "dataset_description.json").write_text('{"Name": "t", "BIDSVersion": "1.10.0"}')
+    (root / "README").write_text("Made by a test.\n" * 20)
+    (root / "participants.tsv").write_text("participant_id\tage\nsub-01\t40\nsub-09\t50\n")
+    return root
+
+
+def deliver(raw, tmp_path, monkeypatch, *, per="subject", labels=()):
+    """Export every scan as a run does, with small images; root of each kind."""
+    roots = {kind: str(tmp_path / f"out-{kind}") for kind in export.EXPORTS}
+    settings = Settings(raw, tmp_path / "out", tmp_path / "w", exports=roots, export_per=per,
+                        participant_label=labels)  # fmt: skip
+    description = json.loads((raw / "dataset_description.json").read_text())
+    export.prepare(roots, bids_dir=raw, output_dir=tmp_path / "out", raw=description)
+    scans = find_scans(settings)
+    chosen = export.choose_t1w(scans, per=per)
+    grid = Grid((8, 8, 8), np.eye(4))
+    work = tmp_path / "node"
+    work.mkdir(exist_ok=True)
+    monkeypatch.chdir(work)
+    ones = np.ones(grid.shape, np.float32)
+    images = {role: save(ones, grid, work / f"{role}.nii.gz")
+              for role in ("head", "gm", "wm", "csf")}  # fmt: skip
+    images |= {role: save(ones.astype(np.uint8), grid, work / f"{role}.nii.gz")
+               for role in ("mask", "dseg")}  # fmt: skip
+    (work / "export.json").write_text('{"gain": 1.0, "feather_mm": 3.0}')
+    for scan in scans:
+        kinds = [k for k in roots if k == "raw" or scan.name.stem in chosen]
+        Deliver(
+            **images,
+            export_json=str(work / "export.json"),
+            source_file=str(scan.path),
+            relative=str(scan.relative),
+            metadata=dict(scan.metadata),
+            fingerprint=scan.name.stem,
+            exports={kind: roots[kind] for kind in kinds},
+            per=per,
+        ).run(cwd=str(work))
+        assert export.is_delivered({kind: roots[kind] for kind in kinds}, scan, scan.name.stem)
+    export.link_rest(Path(roots["raw"]), raw, scans)
+    return {kind: Path(root) for kind, root in roots.items()}
+
+
+def spec():
+    """What sMRIPrep 0.19 asks for, by suffix: ``datatype anat`` and no ``space``."""
+    image = {"datatype": "anat", "space": Query.NONE, "extension": [".nii.gz", ".nii"]}
+    return {
+        "preproc": {**image, "desc": "preproc", "suffix": "T1w"},
+        "mask": {**image, "desc": "brain", "suffix": "mask"},
+        "dseg": {**image, "desc": Query.NONE, "suffix": "dseg"},
+        **{t: {**image, "label": t, "suffix": "probseg"} for t in ("GM", "WM", "CSF")},
+    }
+
+
+@pytest.mark.parametrize(
+    ("per", "asked"),
+    [
+        ("subject", [("01", None, "ses-a"), ("02", None, None)]),
+        ("session", [("01", "a", "ses-a"), ("01", "b", "ses-b"), ("02", None, None)]),
+    ],
+)
+def test_every_query_matches_one_file(raw, tmp_path, monkeypatch, per, asked):
+    from niworkflows.data import load
+
+    root = deliver(raw, tmp_path, monkeypatch, per=per)["fmriprep"]
+    layout = BIDSLayout(root, config=load("nipreps.json"), validate=False)
+    for subject, session, folder in asked:
+        who = {"subject": subject} | ({"session": session} if session else {})
+        for query in spec().values():
+            (found,) = layout.get(**query, **who)
+            assert (folder or "sub-02/anat") in found.path
+        assert not layout.get(**who, suffix="xfm")
+        assert not layout.get(**who, suffix="T2w")
+
+
+@pytest.mark.parametrize("per", ["subject", "session"])
+def test_smriprep_collects_one_of_each(raw, tmp_path, monkeypatch, per):
+    bids = pytest.importorskip("smriprep.utils.bids", reason="smriprep is not installed")
+    root = deliver(raw, tmp_path, monkeypatch, per=per)["fmriprep"]
+    for subject, session in (("01", "a"), ("01", "b"), ("02", None)):
+        if per == "subject":
+            session = ["a", "b"] if session else None  # what fMRIPrep gives without sessionwise
+        found = bids.collect_derivatives(root, subject, ["MNI152NLin2009cAsym", "MNI305"],
+                                         session_id=session)  # fmt: skip
+        tissues = found.pop("t1w_tpms")
+        assert [Path(path).name.split("label-")[1][:3] for path in tissues] == [
+            "GM_",
+            "WM_",
+            "CSF",
+        ]
+        assert found.pop("transforms") == {}
+        assert set(found) == {"t1w_preproc", "t1w_mask", "t1w_dseg"}
+        assert all(isinstance(path, str) for path in found.values())
+
+
+def test_the_thinnest_slices_win_then_the_name(raw, tmp_path):
+    scans = find_scans(Settings(raw, tmp_path / "o", tmp_path / "w"))
+    assert export.choose_t1w(scans, per="subject") == {
+        "sub-01_ses-a_run-2_T1w",
+        "sub-02_run-1_T1w",
+    }
+    assert export.choose_t1w(scans, per="session") == {
+        "sub-01_ses-a_run-2_T1w",
+        "sub-01_ses-b_acq-x_rec-norm_T1w",
+        "sub-02_run-1_T1w",
+    }
+
+
+def test_from_one_a_session_to_one_a_subject_nothing_is_left_over(raw, tmp_path, monkeypatch):
+    root = deliver(raw, tmp_path, monkeypatch, per="session")["fmriprep"]
+    assert len(list(root.rglob("*desc-preproc_T1w.nii.gz"))) == 3
+    deliver(raw, tmp_path, monkeypatch, per="subject")
+    assert sorted(path.name for path in root.rglob("*desc-preproc_T1w.nii.gz")) == [
+        "sub-01_ses-a_desc-preproc_T1w.nii.gz",
+        "sub-02_desc-preproc_T1w.nii.gz",
+    ]
+
+
+def test_a_file_of_another_scan_is_not_taken_for_delivered(raw, tmp_path, monkeypatch):
+    roots = deliver(raw, tmp_path, monkeypatch)
+    (one,) = find_scans(Settings(raw, tmp_path / "o", tmp_path / "w", participant_label=("02",),
+                                 run_id=("1",)))  # fmt: skip
+    fmriprep = {"fmriprep": str(roots["fmriprep"])}
+    assert export.is_delivered(fmriprep, one, one.name.stem)
+    assert not export.is_delivered(fmriprep, one, "another result")
+    next(roots["fmriprep"].rglob("sub-02*dseg.nii.gz")).unlink()
+    assert not export.is_delivered(fmriprep, one, one.name.stem)
+
+
+def test_the_raw_view_holds_restored_heads_and_links(raw, tmp_path, monkeypatch):
+    from niworkflows.utils.bids import collect_data
+
+    root = deliver(raw, tmp_path, monkeypatch)["raw"]
+    filters = json.loads((root / export.FILTER_FILE).read_text())
+    assert filters["t1w"]["reconstruction"] == ["brainprior", "brainpriorNorm"]
+    assert filters["t2w"] == {"datatype": "anat", "reconstruction": "brainprior"}
+    data, layout = collect_data(root, "01", bids_validate=False, bids_filters=filters)
+    assert [Path(path).name for path in data["t1w"]] == [
+        "sub-01_ses-a_rec-brainprior_run-1_T1w.nii.gz",
+        "sub-01_ses-a_rec-brainprior_run-2_T1w.nii.gz",
+        "sub-01_ses-b_acq-x_rec-brainpriorNorm_T1w.nii.gz",
+    ]
+    assert len(data["t2w"]) == 1
+    (bold,) = data["bold"]
+    assert Path(bold).is_symlink()
+    assert Path(bold).resolve().is_relative_to(raw.resolve())
+    assert layout.get_metadata(bold)["RepetitionTime"] == 2.0
+    assert [Path(path).name for path in data["fmap"]] == ["sub-01_ses-a_dir-AP_epi.nii.gz"]
+    table = (root / "participants.tsv").read_text()
+    assert "sub-01\t40" in table
+    assert "sub-09" not in table
+
+
+@pytest.mark.skipif(find_validator() is None, reason="bids-validator-deno is not installed")
+def test_the_validator_finds_no_error(raw, tmp_path, monkeypatch):
+    for root in deliver(raw, tmp_path, monkeypatch, labels=("01",)).values():
+        assert validate(root, command=find_validator()) == []
+
+
+def test_exports_lie_apart(tmp_path):
+    (tmp_path / "raw").mkdir()
+    base = [str(tmp_path / "raw"), str(tmp_path / "out"), "participant", "--device", "cpu"]
+    exports = parse_settings([*base, "--export", "fmriprep", f"raw={tmp_path}/view"]).exports
+    assert exports == {"fmriprep": f"{tmp_path}/out-fmriprep", "raw": f"{tmp_path}/view"}
+    for place in ("out", "out/export", "raw", "raw/export", "."):
+        with pytest.raises(UsageError, match="not apart"):
+            parse_settings([*base, "--export", f"fmriprep={tmp_path / place}"])
+    with pytest.raises(UsageError, match="not apart"):
+        parse_settings([*base, "--export", f"raw={tmp_path}/x", f"fmriprep={tmp_path}/x"])
+    with pytest.raises(UsageError, match="not among"):
+        parse_settings([*base, "--export", "spm"])
+    with pytest.raises(UsageError, match="container"):
+        parse_settings([base[0], "/out", *base[2:], "--export", "fmriprep"])
+
+
+def test_exports_come_back_from_a_config_file(tmp_path):
+    (tmp_path / "raw").mkdir()
+    tail = ["participant", "--device", "cpu"]
+    first = parse_settings(
+        [str(tmp_path / "raw"), str(tmp_path / "a"), *tail, "--export", "fmriprep",
+         f"raw={tmp_path}/view", "--export-per", "session"]
+    )  # fmt: skip
+    (tmp_path / "c.toml").write_text(first.to_toml())
+    again = parse_settings(
+        [str(tmp_path / "raw"), str(tmp_path / "b"), *tail, "--config-file", f"{tmp_path}/c.toml"]
+    )
+    assert again.exports == {"fmriprep": f"{tmp_path}/b-fmriprep", "raw": f"{tmp_path}/view"}
+    assert again.export_per == "session"
+
+
+SCAN_GRID = Grid((40, 40, 10), np.diag([1.0, 1.0, 4.0, 1.0]))
+FINE = SCAN_GRID.one_millimetre()
+
+
+def ball(grid, radius_mm):
+    index = np.stack(np.meshgrid(*(np.arange(n) for n in grid.shape), indexing="ij"), -1)
+    mm = nib.affines.apply_affine(grid.affine, index)
+    return np.linalg.norm(mm - [19.5, 19.5, 18.0], axis=-1) < radius_mm
+
+
+def test_a_head_is_scan_outside_and_restored_brain_inside():
+    mask, mask_scan = ball(FINE, 14), ball(SCAN_GRID, 14).astype(np.float32)
+    x = np.linspace(-0.3, 0.3, 40)[:, None, None]
+    log_bias = np.broadcast_to(x, SCAN_GRID.shape).astype(np.float32)
+    held = np.clip(log_bias, log_bias[mask_scan > 0.5].min(), log_bias[mask_scan > 0.5].max())
+    scan = 50 * np.exp(held)  # a uniform head, half as bright as the restored brain
+    restored = np.where(mask, 100.0, 0.0).astype(np.float32)
+    restored[20, 20, 18] = 130.0
+    done = paste_back(scan, restored, scan_grid=SCAN_GRID, grid=FINE, mask=mask,
+                      mask_scan=mask_scan, log_bias=log_bias)  # fmt: skip
+    assert done.gain == pytest.approx(2, rel=1e-3)
+    assert "multiplied by 2.00" in done.warnings[0]
+    assert done.head[20, 20, 18] == pytest.approx(130)
+    rest = np.delete(done.head.ravel(), np.ravel_multi_index((20, 20, 18), FINE.shape))
+    # no seam, and the head goes on to the edge of the field of view
+    np.testing.assert_allclose(rest, 100, rtol=2e-3)
+
+
+def test_blending_stays_inside_the_mask():
+    mask, mask_scan = ball(FINE, 14), ball(SCAN_GRID, 14).astype(np.float32)
+    rng = np.random.default_rng(0)
+    scan = rng.uniform(50, 150, SCAN_GRID.shape)
+    flat = np.zeros(SCAN_GRID.shape, np.float32)
+
+    def head(value):
+        restored = np.where(mask, 100.0, 0.0)
+        restored[~ball(FINE, 14 - FEATHER_MM + 1) & mask] = value
+        return paste_back(scan, restored, scan_grid=SCAN_GRID, grid=FINE, mask=mask,
+                          mask_scan=mask_scan, log_bias=flat).head  # fmt: skip
+
+    one, other = head(100.0), head(101.0)
+    np.testing.assert_array_equal(one[~mask], other[~mask])
+    assert (one != other)[mask].any()
+
+
+def test_an_empty_brain_is_refused():
+    zero = np.zeros(SCAN_GRID.shape, np.float32)
+    given = {"scan_grid": SCAN_GRID, "grid": FINE, "log_bias": zero}
+    empty = np.zeros(FINE.shape)
+    with pytest.raises(AnatomyError, match="mask is empty"):
+        paste_back(zero, empty, mask=empty, mask_scan=zero, **given)
+    with pytest.raises(AnatomyError, match="positive values"):
+        paste_back(zero, empty, mask=ball(FINE, 14), mask_scan=ball(SCAN_GRID, 14), **given)
+
+
+def test_tissues_follow_labels_and_at_borders_the_intensity():
+    rng = np.random.default_rng(0)
+    truth = np.where(ball(FINE, 8), 2, np.where(ball(FINE, 12), 3, 24))
+    mask = ball(FINE, 16)
+    means = {2: 110.0, 3: 80.0, 24: 30.0}
+    image = np.select([truth == v for v in means], list(means.values())) + rng.normal(
+        0, 4, FINE.shape
+    )
+    labels = np.where(mask, truth, 0)
+    labels[8:20] = np.roll(labels, 1, axis=1)[8:20]  # a parcellation that is a voxel off
+    labels[~mask] = 0
+    found = tissue_probabilities(image, labels, mask, spacing_mm=FINE.spacing_mm)
+    np.testing.assert_allclose(sum(found.values())[mask], 1, rtol=1e-5)
+    assert not any(volume[~mask].any() for volume in found.values())
+    right = np.select([truth == 3, truth == 2, truth == 24], [1, 2, 3])
+    made = tissue_labels(found, mask)
+    before = np.select([labels == 3, labels == 2, labels == 24], [1, 2, 3])
+    errors, errors_before = ((made != right)[mask].mean(), (before != right)[mask].mean())
+    assert errors < 0.4 * errors_before
+    with pytest.raises(AnatomyError, match="CSF"):
+        tissue_probabilities(image, np.where(labels == 24, 3, labels), mask, spacing_mm=[1, 1, 1])
