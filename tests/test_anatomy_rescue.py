@@ -38,12 +38,12 @@ def scrambled(table):
 
 @pytest.fixture(scope="module")
 def brain():
-    """A template of blobs in an ellipsoid, 3 mm, and the same in the scanner's space."""
-    affine = np.diag([3.0, 3.0, 3.0, 1.0])
+    """A template of blobs in an ellipsoid, 5 mm, and the same in the scanner's space."""
+    affine = np.diag([5.0, 5.0, 5.0, 1.0])
     affine[:3, 3] = [-90, -126, -72]
-    shape = (60, 72, 60)
-    noise = ndimage.gaussian_filter(np.random.default_rng(1).normal(size=shape), 2.5)
-    points = np.indices(shape).reshape(3, -1).T * 3.0 + affine[:3, 3]
+    shape = (36, 44, 36)
+    noise = ndimage.gaussian_filter(np.random.default_rng(1).normal(size=shape), 1.5)
+    points = np.indices(shape).reshape(3, -1).T * 5.0 + affine[:3, 3]
     inside = (((points - [0, -18, 10]) / [65, 82, 62]) ** 2).sum(1).reshape(shape) < 1
     template = ((100 + 600 * noise) * inside).astype(np.float32)
     # scan(x) = template(POSE x)
@@ -82,6 +82,7 @@ def test_a_rescue_is_said_and_recorded(brain, templates, monkeypatch):
         raise AnatomyError("fit_affine: the structures make no sense.")
 
     monkeypatch.setattr(rescue, "fit_affine", fails)
+    monkeypatch.setattr(rescue, "WORK_MM", 5.0)
     fit = find_affine(table_in_scan(), None, image=scan, mask=mask, templates=templates)
     assert fit.method == "registration to the template"
     assert corner_distance(fit.matrix, POSE) < 3

@@ -170,8 +170,8 @@ def test_a_given_mask_and_labels_are_used_and_recorded(settings, tmp_path):
     assert {row["index"] for row in facts["table"]} >= {10, 49, 16, 12, 51}
 
     records = scan_records(
-        scan(), run_uuid="r", command=[], settings={"task": "restore"}, seed=0, input_sha256="0", outputs={},
-        facts={"parcellation": facts}, nodes=[], warnings=[],
+        scan(), run_uuid="r", command=[], settings={"task": "restore"}, seed=0,
+        input_sha256="0", outputs={}, facts={"parcellation": facts}, nodes=[], warnings=[],
     )  # fmt: skip
     (entities,) = (json.loads(t)["Entities"] for n, t in records.items() if "_ent" in n)
     assert {e["Id"]: e["Digest"]["sha256"] for e in entities}[uri] == sha256_file(
