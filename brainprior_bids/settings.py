@@ -61,6 +61,10 @@ class Settings:
         Weights of the prior; None is the embedded one.
     slice_thickness_mm : float or None
         Overrides the sidecars.
+    slice_plane : str or None
+        ``sagittal``, ``coronal`` or ``axial``; overrides header and sidecars.
+    field_strength_t : float or None
+        Overrides the sidecars.
     output_spaces : tuple of str
         Of ``anat`` (the scan's own) and ``MNI305``.
     skull_strip, parcellation : str
@@ -107,6 +111,8 @@ class Settings:
     export_per: str = "subject"
     prior: Path | None = None
     slice_thickness_mm: float | None = None
+    slice_plane: str | None = None
+    field_strength_t: float | None = None
     skull_strip: str = "embedded"
     parcellation: str = "embedded"
     synthstrip_model: Path | None = None
@@ -163,6 +169,8 @@ class Settings:
             "output_spaces": list(self.output_spaces),
             "dilate_mm": self.dilate_mm,
             "slice_thickness_mm": self.slice_thickness_mm,
+            "slice_plane": self.slice_plane,
+            "field_strength_t": self.field_strength_t,
             "skull_strip": self.skull_strip,
             "parcellation": self.parcellation,
             "random_seed": self.random_seed,

@@ -341,6 +341,20 @@ def test_dim_info_decides_for_isotropic_voxels_and_yields_to_thick_ones(tmp_path
     assert any("names another slice axis" in w for w in warnings)
 
 
+def test_the_slice_axis_can_be_given(tmp_path):
+    data, affine = a_scan(zooms=(1, 1, 5), degrees=0)
+    path = write(tmp_path / "sub-01_T2w.nii", data, affine)
+    metadata = {"SliceThickness": 1}
+    given = conform(path, metadata=metadata, slice_axis=0)
+    assert given.acquisition.slice_axis == 0
+    assert given.acquisition.spacing_mm == pytest.approx(1)
+    assert given.facts["acquisition"]["slice_axis_source"] == "option"
+    (warning,) = given.warnings
+    assert "given as sagittal, but the voxels are largest across the axial planes" in warning
+    agreed = conform(path, metadata={"SliceThickness": 5}, slice_axis=2)
+    assert agreed.warnings == []
+
+
 def test_missing_thickness_is_assumed_aloud(tmp_path):
     acquisition, facts, warnings = acquisition_of(tmp_path, (1, 1, 5), {})
     assert acquisition.thickness_mm == pytest.approx(5)

@@ -163,7 +163,8 @@ def test_the_settings_of_a_run_are_read_back(folders, tmp_path):
     database = tmp_path / "index"
     first = parse_settings(
         [*folders, "--participant-label", "01", "02", "--n-samples", "7", "--mem", "3G",
-         "--slice-thickness", "4.5", "-vv", "--low-mem", "--output-spaces", "T1w",
+         "--slice-thickness", "4.5", "--slice-plane", "coronal",
+         "--field-strength", "1.5", "-vv", "--low-mem", "--output-spaces", "T1w",
          "--bids-database-dir", str(database), "--derivatives", f"fs={derivative(tmp_path)}",
          "--task", "inpaint", "restore", "--lesion-mask", "{stem}_*.nii"]
     )  # fmt: skip

@@ -128,6 +128,17 @@ def test_every_scan_goes_its_own_way_through_every_step(raw, tmp_path):
         assert order[-1] == "write"
 
 
+def test_what_the_options_say_of_the_scan_reaches_its_nodes(raw, tmp_path):
+    plain = Settings(raw, tmp_path / "out", tmp_path / "work")
+    asked = replace(plain, slice_plane="coronal", slice_thickness_mm=4.0, field_strength_t=0.55)
+    steps = by_step(build(asked, tmp_path))
+    for node in steps["conform"]:
+        assert (node.inputs.slice_plane, node.inputs.slice_thickness) == ("coronal", 4.0)
+    for node in (*steps["conform"], *steps["write"]):
+        assert node.inputs.metadata["MagneticFieldStrength"] == 0.55
+    assert asked.scan_settings() != plain.scan_settings()
+
+
 def test_restore_is_a_gpu_node_only_on_cuda(raw, tmp_path):
     settings = Settings(raw, tmp_path / "out", tmp_path / "work", omp_nthreads=3, device="cpu")
     on_cpu = by_step(build(settings, tmp_path))

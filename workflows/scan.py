@@ -122,9 +122,14 @@ def init_scan_wf(
         made.config = {"execution": {"crashdump_dir": str(log_dir(settings, scan.subject))}}
         return made
 
-    conform = node(Conform(in_file=str(scan.path), metadata=dict(scan.metadata)), "conform")
+    metadata = dict(scan.metadata)
+    if settings.field_strength_t is not None:
+        metadata["MagneticFieldStrength"] = settings.field_strength_t
+    conform = node(Conform(in_file=str(scan.path), metadata=metadata), "conform")
     if settings.slice_thickness_mm is not None:
         conform.inputs.slice_thickness = settings.slice_thickness_mm
+    if settings.slice_plane is not None:
+        conform.inputs.slice_plane = settings.slice_plane
     parcellate = node(
         Parcellate(
             weights=str(parcellation),
@@ -171,7 +176,7 @@ def init_scan_wf(
             image_desc=settings.image,
             source_file=str(scan.path),
             relative=str(scan.relative),
-            metadata=dict(scan.metadata),
+            metadata=metadata,
             output_dir=str(settings.output_dir),
             settings=settings.scan_settings(),
             seed=job.seed,
@@ -243,7 +248,7 @@ def init_scan_wf(
         Deliver(
             source_file=str(scan.path),
             relative=str(scan.relative),
-            metadata=dict(scan.metadata),
+            metadata=metadata,
             fingerprint=job.fingerprint,
             exports={kind: settings.exports[kind] for kind in job.exports},
             per=settings.export_per,

@@ -11,9 +11,9 @@ neither is set, left cannot be told from right: refused.
 *Values.* float32, the header's slope and intercept applied. Non-finite voxels outside the head
 become 0 with a warning; inside the head they are refused. Negative values are kept and counted.
 
-*Slice axis*, first rule that decides: a spacing at least ``ANISOTROPY`` times the other two;
-``dim_info`` of the header; ``SliceEncodingDirection`` of the JSON; the one axis whose spacing
-differs from two that agree (in-plane voxels are square); the largest spacing; the
+*Slice axis*, first rule that decides: the caller's value; a spacing at least ``ANISOTROPY`` times
+the other two; ``dim_info`` of the header; ``SliceEncodingDirection`` of the JSON; the one axis
+whose spacing differs from two that agree (in-plane voxels are square); the largest spacing; the
 inferior-superior axis.
 
 *Thickness*: the caller's value; ``SliceThickness`` where it lies within 0.3 to 2.2 slice spacings;
@@ -39,7 +39,7 @@ from nibabel.spatialimages import HeaderDataError, HeaderTypeError
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from brainprior_bids.engine.acquisition import Acquisition
+from brainprior_bids.engine.acquisition import PLANES, Acquisition
 from brainprior_bids.engine.errors import GeometryError, InputError
 from brainprior_bids.engine.grids import Grid
 
@@ -89,6 +89,7 @@ def conform(
     *,
     metadata: Mapping[str, Any],
     slice_thickness_mm: float | None = None,
+    slice_axis: int | None = None,
 ) -> Conformed:
     """Read and check one scan.
 
@@ -100,6 +101,8 @@ def conform(
         The scan's BIDS metadata, inheritance applied; may be empty.
     slice_thickness_mm : float, optional
         Overrides ``SliceThickness``.
+    slice_axis : {0, 1, 2}, optional
+        On the closest-canonical axes: 0 for sagittal slices, 1 coronal, 2 axial.
 
     Raises
     ------
@@ -125,7 +128,14 @@ def conform(
     data, value_facts = _check_values(data, grid, name, warnings)
 
     acquisition, acquisition_facts = _acquisition(
-        grid, orientation, image.header, metadata, slice_thickness_mm, name, warnings
+        grid,
+        orientation,
+        image.header,
+        metadata,
+        slice_thickness_mm,
+        slice_axis,
+        name,
+        warnings,
     )
     canonical = nib.Nifti1Image(data, np.array(grid.affine))
     code = affine_facts["code"]
@@ -349,11 +359,21 @@ def _acquisition(
     header: nib.Nifti1Header,
     metadata: Mapping[str, Any],
     slice_thickness_mm: float | None,
+    slice_axis: int | None,
     name: str,
     warnings: list[str],
 ) -> tuple[Acquisition, dict[str, Any]]:
     spacing = grid.spacing_mm
-    axis, axis_source = _slice_axis(spacing, orientation, header, metadata, name, warnings)
+    if slice_axis is None:
+        axis, axis_source = _slice_axis(spacing, orientation, header, metadata, name, warnings)
+    else:
+        axis, axis_source = slice_axis, "option"
+        largest = int(np.argmax(spacing))
+        if spacing[largest] >= ANISOTROPY * spacing[axis]:
+            warnings.append(
+                f"{name}: the slices are given as {PLANES[axis]}, but the voxels are largest "
+                f"across the {PLANES[largest]} planes ({_numbers(spacing)} mm)."
+            )
     between = float(spacing[axis])
     in_plane = [float(s) for i, s in enumerate(spacing) if i != axis]
     kind = str(metadata.get("MRAcquisitionType", "")).upper()

@@ -16,6 +16,7 @@ from brainprior_bids.bids.provenance import new_run_uuid
 from brainprior_bids.bids.query import read_filters
 from brainprior_bids.cli import resources
 from brainprior_bids.cli.plugin_file import read_plugin_file
+from brainprior_bids.engine.acquisition import PLANES
 from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.settings import (
     EXPORT_PER,
@@ -231,6 +232,19 @@ def _task_options(group: Group) -> None:
         type=_positive_float,
         metavar="MM",
         help="slice thickness in mm, where the sidecars lack it or are wrong",
+    )
+    group.add_argument(
+        "--slice-plane",
+        choices=PLANES,
+        help="plane of the slices, where header and sidecars lack it or are wrong; voxel sizes "
+        "and the distance between slices are always the image's: repair its header instead",
+    )
+    group.add_argument(
+        "--field-strength",
+        dest="field_strength_t",
+        type=_positive_float,
+        metavar="TESLA",
+        help="field strength, where the sidecars lack it or are wrong; recorded, no more",
     )
     group.add_argument(
         "--prior", type=Path, metavar="FILE", help="weights of the prior (default: embedded)"
@@ -617,6 +631,8 @@ def parse_settings(argv: Sequence[str]) -> Settings:
         export_per=options.export_per,
         prior=_absolute(options.prior),
         slice_thickness_mm=options.slice_thickness_mm,
+        slice_plane=options.slice_plane,
+        field_strength_t=options.field_strength_t,
         skull_strip=options.skull_strip,
         parcellation=options.parcellation,
         synthstrip_model=_absolute(options.synthstrip_model),

@@ -9,6 +9,9 @@ from typing import Any
 
 from brainprior_bids.engine.errors import GeometryError
 
+PLANES = ("sagittal", "coronal", "axial")
+"""Of slices that follow each other along the first, second, third closest-canonical axis."""
+
 
 @dataclass(frozen=True)
 class Acquisition:

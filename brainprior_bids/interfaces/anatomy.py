@@ -11,6 +11,7 @@ import numpy as np
 from nipype.interfaces.base import File, isdefined, traits
 
 from brainprior_bids.bids.files import read_json, write_json
+from brainprior_bids.engine.acquisition import PLANES
 from brainprior_bids.engine.errors import InputError
 from brainprior_bids.engine.grids import Grid
 from brainprior_bids.interfaces.base import (
@@ -43,6 +44,7 @@ class _ConformInputSpec(MeasuredInputSpec):
     slice_thickness = traits.Range(
         low=0.0, exclude_low=True, desc="mm; overrides the sidecars' SliceThickness"
     )
+    slice_plane = traits.Enum(*PLANES, desc="overrides header and sidecars")
 
 
 class _ConformOutputSpec(MeasuredOutputSpec):
@@ -59,11 +61,12 @@ class Conform(MeasuredInterface):
     def _work(self, folder: Path) -> list[str]:
         from brainprior_bids.anatomy.conform import conform
 
-        thickness = self.inputs.slice_thickness
+        thickness, plane = self.inputs.slice_thickness, self.inputs.slice_plane
         done = conform(
             Path(self.inputs.in_file),
             metadata=self.inputs.metadata,
             slice_thickness_mm=float(thickness) if isdefined(thickness) else None,
+            slice_axis=PLANES.index(plane) if isdefined(plane) else None,
         )
         out_file = folder / "scan.nii.gz"
         nib.save(done.image, out_file)

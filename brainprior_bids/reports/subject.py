@@ -141,12 +141,18 @@ def _input_rows(scan: Mapping[str, Any]) -> Rows:
             "Tilt of the scan's axes",
             _number(_get(conform, "facts", "grid", "rotation_from_axes_deg"), ".1f", "°"),
         ),
-        ("Slices follow", AXES[axis] if axis in (0, 1, 2) else MISSING),
+        ("Slices follow", _sliced(axis, stated.get("slice_axis_source"))),
         ("Slice thickness", thickness),
         ("Gap between slices", _number(gap, ".3g", " mm")),
         ("Slice profile", str(acquisition.get("profile") or MISSING)),
         ("Field strength", _number(field_strength, "g", " T")),
     ]
+
+
+def _sliced(axis: Any, source: str | None) -> str:
+    if axis not in (0, 1, 2):
+        return MISSING
+    return AXES[axis] + (f" (from: {source})" if source else "")
 
 
 def _restore_rows(scan: Mapping[str, Any]) -> Rows:
