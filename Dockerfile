@@ -37,6 +37,8 @@ RUN /opt/brainprior/bin/pip install --no-cache-dir --no-deps . \
 FROM ${BASE}
 ARG VERSION=0.1.0
 ARG REVISION=unknown
+# what the provenance calls this image, for example NAME:TAG; an image does not know its own name
+ARG IMAGE=
 LABEL org.opencontainers.image.title="brainprior" \
     org.opencontainers.image.description="BIDS App that restores brain MRI with a 3-D diffusion prior" \
     org.opencontainers.image.version="${VERSION}" \
@@ -49,6 +51,7 @@ COPY --from=build /opt/brainprior /opt/brainprior
 # HOME: any user's; with a read-only root it moves into the work folder
 ENV PATH=/opt/brainprior/bin:$PATH \
     HOME=/tmp \
+    BRAINPRIOR_IMAGE=${IMAGE} \
     LANG=C.UTF-8 \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONNOUSERSITE=1 \

@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 DEMO   := demo
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 # The demo data set, restored; prints where the report is.
 demo: $(READY)
@@ -23,11 +23,15 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# HTML pages in docs/_build; a warning is an error.
+docs: $(READY)
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build
+
 $(READY): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "brainprior needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,test,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,test,dev,docs]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(DEMO) build dist *.egg-info
+	rm -rf $(VENV) $(DEMO) docs/_build build dist *.egg-info

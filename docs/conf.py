@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sphinx configuration: ``sphinx-build -W docs docs/_build`` with sphinx, myst-parser and
-sphinx-argparse installed beside the package."""
+"""Sphinx configuration: ``make docs``, or ``sphinx-build -W docs docs/_build`` with the extra
+``docs`` installed."""
 
 from brainprior_bids import __version__
 

@@ -16,6 +16,7 @@ from brainprior_bids.reports.methods import (
     to_html,
     write_citation,
 )
+from brainprior_bids.settings import SAMPLERS
 
 ONE = Method("T1w", "restore", "exact", 4, 20, "9.8.7", "p_1, SHA-256 ab…", "n, SHA-256 cd…")
 MAP = Method("T2w", "restore", "map", 1, 20, "9.8.7", "p_1, SHA-256 ab…", "n, SHA-256 cd…")
@@ -67,3 +68,8 @@ def test_four_files(tmp_path):
     bib = (tmp_path / "CITATION.bib").read_text()
     cited = set(re.findall(r"\\cite\{(\w+)\}", tex))
     assert cited <= set(re.findall(r"@\w+\{(\w+),", bib))
+
+
+def test_every_sampler_of_the_command_line_can_be_described():
+    for sampler in SAMPLERS:
+        assert "weights p_1" in methods_text([replace(ONE, sampler=sampler)])

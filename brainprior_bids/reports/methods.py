@@ -38,6 +38,9 @@ WAYS = {
     "map": f"{DAPS}followed from high to low noise without drawing",
 }
 
+# before a run it is not known which of the two a scan will get
+WAYS["auto"] = f"{WAYS['eps']} (scans with thick slices), or {WAYS['exact']} (all others)"
+ESTIMATES["auto"] = f"{ESTIMATES['eps']} For scans without thick slices: {ESTIMATES['exact']}"
 
 DONE = {
     "restore": "restored",
