@@ -581,6 +581,11 @@ def _why(
         return {"type": "Crash", "message": said[-1], "crash_file": crash_file}
     if isinstance(crashed, KeyboardInterrupt):
         return {"type": "Interrupted", "message": "interrupted; the same command goes on"}
+    if crashed is not None and settings.stop_on_first_crash:
+        return {
+            "type": "Stopped",
+            "message": "not finished: the run was stopped because another scan failed",
+        }
     if crashed is not None:
         last = [line for line in str(crashed).splitlines() if line.strip()][-1:]
         reason = last[0].strip() if last else type(crashed).__name__
