@@ -12,7 +12,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-TASKS = {"restore": "restored", "inpaint": "inpainted", "restore+inpaint": "restoredInpainted"}
+TASKS = {
+    "restore": "restored",
+    "inpaint": "inpainted",
+    "restore+inpaint": "restoredInpainted",
+    "refine": "refined",
+    "restore+refine": "restoredRefined",
+}
 """What may be asked for -> the ``desc-`` of its image."""
 SAMPLERS = ("auto", "eps", "exact", "daps", "map")
 SKULL_STRIPS = ("embedded", "synthstrip", "skip", "mask")
@@ -51,6 +57,9 @@ class Settings:
         Pattern of the lesion masks' paths; None looks them up by their BIDS names.
     dilate_mm : float
         By how much a lesion mask is widened.
+    trust : str or None
+        How far the image to refine is trusted: the SD of its error, as a share of the brain's 99th
+        percentile, or the pattern of a map's path.
     save_samples : bool
         Write each sample as an image of its own.
     exports : mapping
@@ -107,6 +116,7 @@ class Settings:
     output_spaces: tuple[str, ...] = SPACES
     lesion_mask: str | None = None
     dilate_mm: float = 0.0
+    trust: str | None = None
     exports: dict[str, Any] = field(default_factory=dict)
     export_per: str = "subject"
     prior: Path | None = None
@@ -158,6 +168,19 @@ class Settings:
         """Whether the task needs a lesion mask."""
         return "inpaint" in self.task
 
+    @property
+    def refines(self) -> bool:
+        """Whether the task needs another tool's image."""
+        return "refine" in self.task
+
+    @property
+    def trust_sd(self) -> float | None:
+        """``trust`` as a number; None where it names a map, or nothing."""
+        try:
+            return float(self.trust or "")
+        except ValueError:
+            return None
+
     def scan_settings(self) -> dict[str, Any]:
         """What decides a scan's result, given its image, metadata and the weights."""
         return {
@@ -168,6 +191,7 @@ class Settings:
             "save_samples": self.save_samples,
             "output_spaces": list(self.output_spaces),
             "dilate_mm": self.dilate_mm,
+            "trust": self.trust,
             "slice_thickness_mm": self.slice_thickness_mm,
             "slice_plane": self.slice_plane,
             "field_strength_t": self.field_strength_t,

@@ -230,7 +230,7 @@ def test_usage_errors_end_with_2_and_write_nothing(raw, tmp_path):
     for extra, said in (
         (["--participant-label", "99"], "No such participant"),
         (["-m", "FLAIR"], "modalities: FLAIR"),
-        (["--task", "refine"], "invalid choice"),
+        (["--task", "refine"], "--derivatives NAME=PATH"),
     ):
         done = brainprior(raw, output_dir, "participant", *extra)
         assert done.returncode == 2

@@ -193,6 +193,34 @@ def test_a_given_mask_and_labels_are_used_and_recorded(settings, tmp_path):
     assert "Weights" not in side["structures"]
 
 
+def test_the_image_to_refine_and_its_trust(settings, tmp_path):
+    """One image of the scan's contrast, in its space; a trust map by its pattern."""
+    root = dataset(tmp_path / "fs", "sub-01_desc-brain_mask.nii.gz")
+    asked = replace(
+        settings, task="refine", trust="0.05", derivatives={"fs": root},
+        skull_strip="embedded", parcellation="embedded",
+    )  # fmt: skip
+    folder = Path(root) / "sub-01" / "anat"
+    with pytest.raises(InputError, match="no image to refine"):
+        find_given(scan(), asked)
+    for name in ("sub-01_T2w", "sub-02_T1w", "sub-01_run-2_T1w", "sub-01_space-MNI305_T1w"):
+        (folder / f"{name}.nii.gz").touch()
+    with pytest.raises(InputError, match="no image to refine"):
+        find_given(scan(), asked)
+    (folder / "sub-01_desc-SynthSR_T1w.nii.gz").touch()
+    found = find_given(scan(), asked)
+    assert found["refined"].uri == "bids:fs:sub-01/anat/sub-01_desc-SynthSR_T1w.nii.gz"
+    assert set(found) == {"refined"}
+    mapped = replace(asked, trust=str(folder / "{stem}_sd.nii.gz"))
+    with pytest.raises(InputError, match="names 0 files"):
+        find_given(scan(), mapped)
+    (folder / "sub-01_T1w_sd.nii.gz").touch()
+    assert find_given(scan(), mapped)["trust"].uri == "bids:fs:sub-01/anat/sub-01_T1w_sd.nii.gz"
+    (folder / "sub-01_desc-other_T1w.nii.gz").touch()
+    with pytest.raises(InputError, match="expected one image"):
+        find_given(scan(), asked)
+
+
 def test_the_methods_text_says_whose_masks_they_are():
     def method(mask, structures="embedded"):
         return Method("T1w", "restore", "exact", 4, 20, "1", "p", "little-net", mask, structures)

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brainprior_bids.bids.names import BIDSName, output_names, scan_seed
+from brainprior_bids.bids.names import BIDSName, output_names, scan_seed, split_desc
 from brainprior_bids.engine.errors import InputError
+from brainprior_bids.settings import TASKS
 
 labels = st.text("abcXYZ0129", min_size=1, max_size=4)
 optional = st.one_of(st.none(), labels)
@@ -101,3 +102,18 @@ def test_the_scan_seed_is_the_documented_hash():
     assert scan_seed(7, source) == int.from_bytes(digest[:8], "big") // 2 < 2**63
     assert scan_seed(8, source) != scan_seed(7, source)
     assert scan_seed(7, BIDSName.parse("sub-02_T2w.nii.gz")) != scan_seed(7, source)
+
+
+def test_no_task_replaces_what_another_made():
+    """But for the scan's mask, structures and transforms, the same whatever the task."""
+    name = BIDSName.parse("sub-01_T2w.nii.gz")
+    shared = {"mask", "structures", "structures_table", "to_mni305", "from_mni305"}
+    seen: set[str] = set()
+    for task, image in TASKS.items():
+        names = output_names(name, n_samples=2, save_samples=True, image=image)
+        own = {n for role, n in names.items() if task == "refine" or role not in shared}
+        assert not own & seen, task
+        seen |= set(names.values())
+        for file in own - {names["to_mni305"], names["from_mni305"]}:
+            desc = BIDSName.parse(file).get("desc")
+            assert split_desc(desc)[0] == image or desc == image, file

@@ -62,7 +62,14 @@ def test_prefixes_are_stripped_and_aliases_taken(folders):
         (["--skull-strip", "synthstrip"], "mri_synthstrip"),
         (["--parcellation", "synthseg"], "mri_synthseg"),
         (["--synthstrip-model", "nowhere.pt"], "no such file"),
-        (["--task", "refine"], "invalid choice"),
+        (["--task", "refine"], "--derivatives NAME=PATH"),
+        (["--task", "refine", "-d", "fs={fs}"], "needs --trust"),
+        (["--task", "refine", "-d", "fs={fs}", "--trust", "0"], "above 0"),
+        (["--task", "refine", "-d", "fs={fs}", "--trust", "{who}"], "is not known"),
+        (["--task", "restore", "refine", "-d", "fs={fs}", "--trust", "x.nii"], "one SD"),
+        (["--task", "refine", "-d", "fs={fs}", "--trust", "1", "--sampler", "map"], "exact"),
+        (["--task", "refine", "inpaint", "-d", "fs={fs}"], "do not go together"),
+        (["--trust", "0.1"], "needs --task refine"),
         (["--dilate", "2"], "needs --task inpaint"),
         (["--lesion-mask", "x"], "needs --task inpaint"),
         (["--task", "inpaint", "--lesion-mask", "{who}"], "is not known"),
@@ -80,7 +87,8 @@ def test_prefixes_are_stripped_and_aliases_taken(folders):
         (["--frobnicate"], "--help"),
     ],
 )
-def test_what_cannot_be_used_says_so_and_ends_with_2(folders, extra, said, capsys):
+def test_what_cannot_be_used_says_so_and_ends_with_2(folders, tmp_path, extra, said, capsys):
+    extra = [text.replace("{fs}", str(derivative(tmp_path))) for text in extra]
     assert main([*folders, *extra]) == 2
     assert said in capsys.readouterr().err
 

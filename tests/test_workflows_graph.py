@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 from brainprior_bids.workflows.base import init_brainprior_wf
-from brainprior_bids.workflows.scan import EXPORT_NODES, NODES, Job
+from brainprior_bids.workflows.scan import EXPORT_NODES, NODES, Job, expected_work
 
+from brainprior_bids.bids.given import Given
 from brainprior_bids.bids.names import scan_seed
 from brainprior_bids.bids.query import find_scans
 from brainprior_bids.settings import Settings
@@ -111,6 +112,30 @@ def test_a_dry_run_announces_the_golden_tree(raw, tmp_path):
     listed = [line.strip() for line in done.stdout.splitlines() if line.startswith("  sub-")]
     assert sorted(listed) == GOLDEN
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_task_needs_is_in_its_graph(raw, tmp_path):
+    """Inpainting masks N4; another tool's image alone stands for the scan, without N4."""
+    file = tmp_path / "file.nii"
+    file.touch()
+    for task, role, trait in (
+        ("inpaint", "lesion", None),
+        ("refine", "refined", "trust"),
+        ("restore+refine", "refined", "trust"),
+    ):
+        settings = Settings(raw, tmp_path / "out", tmp_path / "work", task=task, trust="0.1")
+        job = Job(find_scans(settings)[0], 0, "f" * 64, {role: Given(file, "bids:x:file.nii")})
+        workflow = init_brainprior_wf(jobs=[job], settings=settings, prior=file, parcellation=file)
+        steps = by_step(workflow)
+        assert set(steps) - {"records"} == set(expected_work(settings))
+        restore, conform = steps["restore"][0].inputs, steps["conform"][0].inputs
+        assert (conform.in_file == str(file)) == (task == "refine")
+        assert (restore.refined == str(file)) == (task == "restore+refine")
+        assert restore.keep_scan == (task == "inpaint")
+        if trait:
+            assert restore.trust == 0.1
+            assert restore.sampler == "exact"
+        assert steps["write"][0].inputs.given[role]["uri"] == "bids:x:file.nii"
 
 
 def test_every_scan_goes_its_own_way_through_every_step(raw, tmp_path):

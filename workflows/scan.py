@@ -60,7 +60,6 @@ class Job:
     seed: int
     fingerprint: str
     given: Mapping[str, Given] = field(default_factory=dict)
-    lesion: Path | None = None
     exports: tuple[str, ...] = ()
 
 
@@ -71,7 +70,7 @@ def expected_work(settings: Settings) -> dict[str, float]:
         "conform": 1.0,
         "parcellate": 8.0,
         **({"lesion": 1.0} if settings.inpaints else {}),
-        "n4": 10.0,
+        **({} if settings.task == "refine" else {"n4": 10.0}),
         "affine": 1.0,
         "restore": 4.0 * calls,
         "mni305": 2.0,
@@ -91,7 +90,8 @@ def init_scan_wf(
 ) -> pe.Workflow:
     """conform → parcellate → n4 → affine → restore → mni305 → reportlets → write.
 
-    Where the job has exports: restore → export → deliver, before write.
+    With a lesion mask ``lesion`` comes before n4; another tool's image alone needs no n4. Where
+    the job has exports: restore → export → deliver, before write.
 
     Parameters
     ----------
@@ -125,10 +125,18 @@ def init_scan_wf(
     metadata = dict(scan.metadata)
     if settings.field_strength_t is not None:
         metadata["MagneticFieldStrength"] = settings.field_strength_t
-    conform = node(Conform(in_file=str(scan.path), metadata=metadata), "conform")
-    if settings.slice_thickness_mm is not None:
+    given = job.given
+    # refined alone, the other tool's image is the scan: what its header says of slices holds
+    alone = settings.task == "refine"
+    conform = node(
+        Conform(in_file=str(given["refined"].path), metadata={})
+        if alone
+        else Conform(in_file=str(scan.path), metadata=metadata),
+        "conform",
+    )
+    if settings.slice_thickness_mm is not None and not alone:
         conform.inputs.slice_thickness = settings.slice_thickness_mm
-    if settings.slice_plane is not None:
+    if settings.slice_plane is not None and not alone:
         conform.inputs.slice_plane = settings.slice_plane
     parcellate = node(
         Parcellate(
@@ -141,18 +149,21 @@ def init_scan_wf(
     )
     if settings.synthstrip_model is not None:
         parcellate.inputs.synthstrip_model = str(settings.synthstrip_model)
-    for role, file in job.given.items():
+    for role in {"mask", "dseg"} & set(given):
+        file = given[role]
         parcellate.inputs.trait_set(**{f"{role}_file": str(file.path), f"{role}_uri": file.uri})
     lesion = None
-    if job.lesion is not None:
-        lesion = node(Lesion(lesion=str(job.lesion), dilate_mm=settings.dilate_mm), "lesion")
-    n4 = node(N4(), "n4", threads=threads)
+    if "lesion" in given:
+        lesion = node(
+            Lesion(lesion=str(given["lesion"].path), dilate_mm=settings.dilate_mm), "lesion"
+        )
+    n4 = None if alone else node(N4(), "n4", threads=threads)
     affine = node(CentroidAffine(), "affine")
     restore = node(
         Restore(
             prior=str(prior),
             contrast=scan.contrast,
-            sampler=settings.sampler,
+            sampler="exact" if settings.refines else settings.sampler,
             n_samples=settings.n_samples,
             n_steps=settings.n_steps,
             keep_scan=settings.task == "inpaint",
@@ -168,6 +179,12 @@ def init_scan_wf(
     )
     if settings.low_mem:
         restore.inputs.tile_mm = LOW_MEMORY_TILE_MM
+    if "refined" in given and not alone:
+        restore.inputs.refined = str(given["refined"].path)
+    if settings.refines and settings.trust_sd is not None:
+        restore.inputs.trust = settings.trust_sd
+    if "trust" in given:
+        restore.inputs.trust_map = str(given["trust"].path)
     mni305 = node(ToMNI305(), "mni305")
     reportlets = node(Reportlets(name=scan.name.stem, image_desc=settings.image), "reportlets")
     write = node(
@@ -177,6 +194,11 @@ def init_scan_wf(
             source_file=str(scan.path),
             relative=str(scan.relative),
             metadata=metadata,
+            given={
+                role: {"path": str(file.path), "uri": file.uri}
+                for role, file in given.items()
+                if role not in ("mask", "dseg")  # recorded where they are used
+            },
             output_dir=str(settings.output_dir),
             settings=settings.scan_settings(),
             seed=job.seed,
@@ -192,11 +214,9 @@ def init_scan_wf(
     # fmt: off
     workflow.connect([
         (conform, parcellate, [("out_file", "in_file")]),
-        (conform, n4, [("out_file", "in_file")]),
         (conform, affine, [("out_file", "in_file")]),
         (parcellate, affine, [("structures_json", "structures_json"), ("mask", "mask")]),
         (conform, restore, [("out_file", "in_file"), ("conform_json", "conform_json")]),
-        (n4, restore, [("log_bias", "log_bias")]),
         (affine, restore, [("affine_json", "affine_json")]),
         (restore, mni305, [("restored", "in_file")]),
         (affine, mni305, [("affine_json", "affine_json")]),
@@ -217,16 +237,22 @@ def init_scan_wf(
         (reportlets, write, [("figures", "figures")]),
         (conform, records, [("record", "in1")]),
         (parcellate, records, [("record", "in2")]),
-        (n4, records, [("record", "in3")]),
         (affine, records, [("record", "in4")]),
         (restore, records, [("record", "in5")]),
         (mni305, records, [("record", "in6")]),
         (reportlets, records, [("record", "in7")]),
         (records, write, [("out", "records")]),
     ])
+    if n4 is not None:
+        masked = (parcellate, "mask_scan") if lesion is None else (lesion, "measured")
+        workflow.connect([
+            (conform, n4, [("out_file", "in_file")]),
+            (masked[0], n4, [(masked[1], "mask_scan")]),
+            (n4, restore, [("log_bias", "log_bias")]),
+            (n4, records, [("record", "in3")]),
+        ])
     if lesion is None:
         workflow.connect([
-            (parcellate, n4, [("mask_scan", "mask_scan")]),
             *[(parcellate, user, [("mask", "mask"), ("mask_scan", "mask_scan")])
               for user in (restore, reportlets)],
         ])
@@ -234,7 +260,6 @@ def init_scan_wf(
         workflow.connect([
             (conform, lesion, [("out_file", "in_file")]),
             (parcellate, lesion, [("mask", "mask"), ("mask_scan", "mask_scan")]),
-            (lesion, n4, [("measured", "mask_scan")]),
             *[(lesion, user, [("mask", "mask"), ("mask_scan", "mask_scan"), ("hidden", "hidden")])
               for user in (restore, reportlets)],
             (lesion, write, [("hidden", "hidden"), ("lesion_json", "lesion_json")]),

@@ -39,6 +39,9 @@ DESCRIPTIONS = {
     "uncertainty": "voxelwise standard deviation of the posterior samples, in the image's units",
     "inpainted": "the scan, bit for bit, except under the lesion mask: there what the posterior "
     "mean of the brain predicts for the scan",
+    "refined": "1 mm skull-stripped image: what the prior makes of another tool's image that is "
+    "trusted to within --trust",
+    "restoredRefined": "as restored, from the scan and another tool's image together",
     "restoredInpainted": "as restored, the voxels under the lesion mask not believed",
     "residual": "scan minus what the samples predict for it (mean over samples), in units of the "
     "standard deviation of the noise as estimated before sampling",
@@ -184,7 +187,11 @@ def _came_stripped(facts: Mapping[str, Any]) -> bool:
 
 
 def sidecars(
-    scan: Scan, outputs: Mapping[str, str], facts: Mapping[str, Any], *, image_desc: str
+    scan: Scan,
+    outputs: Mapping[str, str],
+    facts: Mapping[str, Any],
+    *,
+    image_desc: str = "restored",
 ) -> dict[str, dict[str, Any]]:
     """The JSON of every image that gets one: role -> content.
 
@@ -205,10 +212,14 @@ def sidecars(
     restored = bids_uri(outputs["restored"])
     restore = facts["restore"]
     prior = restore["prior"]
+    used = [file["uri"] for file in (facts.get("given") or {}).values()]
+    hidden = [bids_uri(outputs["hidden"])] if "hidden" in outputs else []
+    # another tool's image that was refined alone stands for the scan
+    sources = [*([] if image_desc == "refined" else [raw]), *used, mask, *hidden]
     image: dict[str, Any] = {
         **{key: scan.metadata[key] for key in INHERITED if key in scan.metadata},
         "SkullStripped": image_desc != "inpainted" or _came_stripped(facts),
-        "Sources": [raw, mask, *([bids_uri(outputs["hidden"])] if "hidden" in outputs else [])],
+        "Sources": sources,
         "Sampler": restore["sampler"],
         "NumberOfSamples": restore["n_samples"],
         "NetworkCallsPerSample": restore["calls"],
@@ -263,7 +274,7 @@ def sidecars(
         made["hidden"] = {
             "Description": "where the scan was not believed: the lesion mask, as dilated",
             "Type": "Lesion",
-            "Sources": [raw],
+            "Sources": [raw, *used],
             "Lesion": dict(facts["lesion"]),
             **reference,
         }

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from brainprior_bids.bids.lesions import by_pattern, find_lesion
 from brainprior_bids.bids.names import BIDSName
 from brainprior_bids.bids.query import Scan
 from brainprior_bids.engine.errors import InputError
@@ -43,22 +44,87 @@ class Given:
 
 
 def find_given(scan: Scan, settings: Settings) -> dict[str, Given]:
-    """What the settings take from other data sets for a scan: ``mask``, ``dseg`` -> file.
+    """What a scan needs beside itself: role -> file.
+
+    Roles: ``mask`` and ``dseg`` (anatomy), ``lesion``, ``refined`` (another tool's image) and
+    ``trust`` (a map of its SD).
 
     Raises
     ------
     InputError
         If a file that is asked for is not there, or cannot be told from another.
     """
+    found = {}
+    if settings.inpaints:
+        found["lesion"] = _as_given(find_lesion(scan, settings), settings)
+    if settings.refines:
+        found["refined"] = _find_refined(scan, settings.derivatives)
+        if settings.trust is not None and settings.trust_sd is None:
+            found["trust"] = _as_given(_find_trust(scan, settings), settings)
     asked = {
         "mask": settings.skull_strip == "mask",
         "dseg": settings.parcellation == "derivatives",
     }
-    return {
-        suffix: _find(scan, suffix, settings.derivatives)
-        for suffix, wanted in asked.items()
-        if wanted
-    }
+    for suffix, wanted in asked.items():
+        if wanted:
+            found[suffix] = _find(scan, suffix, settings.derivatives)
+    return found
+
+
+def _as_given(path: Path, settings: Settings) -> Given:
+    """With its name in the data set in which it lies."""
+    for dataset, root in {**settings.derivatives, "raw": settings.bids_dir}.items():
+        if path.is_relative_to(root):
+            return Given(path, f"bids:{dataset}:{PurePosixPath(path.relative_to(root))}")
+    return Given(path, path.name)
+
+
+def _find_refined(scan: Scan, derivatives: Mapping[str, str]) -> Given:
+    """The one image of the scan's contrast in the first data set that has any."""
+    name = scan.name
+    for dataset, root in derivatives.items():
+        folder = Path(root) / name.folder / "anat"
+        fits = [
+            path
+            for end in (".nii", ".nii.gz")
+            for path in sorted(folder.glob(f"*_{name.suffix}{end}"))
+            if _shows(name, path.name)
+        ]
+        if len(fits) > 1:
+            raise InputError(
+                f"{name.stem}: --task refine expected one image in the data set {dataset}, found "
+                f"{', '.join(path.name for path in fits)}. Leave one."
+            )
+        if fits:
+            relative = PurePosixPath(fits[0].relative_to(root))
+            return Given(fits[0], f"bids:{dataset}:{relative}")
+    raise InputError(
+        f"{name.stem}: no image to refine; no data set of --derivatives "
+        f"({', '.join(derivatives)}) has {name.folder}/anat/*_{name.suffix}.nii.gz for it."
+    )
+
+
+def _shows(source: BIDSName, file_name: str) -> bool:
+    """Whether the file is an image of the scan, in the scan's own space."""
+    try:
+        name = BIDSName.parse(file_name)
+    except InputError:
+        return False
+    if name.get("space") not in (None, "orig", source.suffix):
+        return False
+    return all(
+        key in ADDED or key == "rec" or _same(source.get(key), value)
+        for key, value in name.entities
+    )
+
+
+def _find_trust(scan: Scan, settings: Settings) -> Path:
+    found, pattern = by_pattern(str(settings.trust), scan, settings)
+    if len(found) != 1:
+        raise InputError(
+            f"{scan.name.stem}: --trust {pattern} names {len(found)} files; one is needed."
+        )
+    return found[0]
 
 
 def _find(scan: Scan, suffix: str, derivatives: Mapping[str, str]) -> Given:

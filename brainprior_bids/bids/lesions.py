@@ -32,13 +32,7 @@ def find_lesion(scan: Scan, settings: Settings) -> Path:
     """
     name = scan.name
     if settings.lesion_mask is not None:
-        pattern = settings.lesion_mask.format(
-            subject=scan.subject, session=name.get("ses") or "", suffix=name.suffix, stem=name.stem
-        )
-        root, text = (
-            (Path("/"), pattern[1:]) if pattern[:1] == "/" else (settings.bids_dir, pattern)
-        )
-        found = sorted(root.glob(text))
+        found, pattern = by_pattern(settings.lesion_mask, scan, settings)
         return _one(found, scan, [f"--lesion-mask {pattern}"], ())
     places = [(Path(path), "mask") for path in settings.derivatives.values()]
     places.append((settings.bids_dir, "roi"))
@@ -51,6 +45,16 @@ def find_lesion(scan: Scan, settings: Settings) -> Path:
             return _one(mine, scan, looked, ())
         others += [path for path, mask in every if mask.get("ses") != name.get("ses")]
     return _one([], scan, looked, others)
+
+
+def by_pattern(pattern: str, scan: Scan, settings: Settings) -> tuple[list[Path], str]:
+    """The files that a pattern with ``{subject}`` … names, and the pattern filled in."""
+    name = scan.name
+    pattern = pattern.format(
+        subject=scan.subject, session=name.get("ses") or "", suffix=name.suffix, stem=name.stem
+    )
+    root, text = (Path("/"), pattern[1:]) if pattern[:1] == "/" else (settings.bids_dir, pattern)
+    return sorted(root.glob(text)), pattern
 
 
 def _candidates(paths: Iterable[Path]) -> list[tuple[Path, BIDSName]]:

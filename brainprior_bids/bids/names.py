@@ -145,18 +145,23 @@ def output_names(
     ``space-<suffix>``, because without it they would be read as the T1w's.
     """
     space = None if source.suffix == "T1w" else source.suffix
+    # another tool's image alone has a mask, structures and a transform of its own
+    own = image if image == "refined" else "restored"
+    to = {"desc": image} if image == "refined" else {}
     names = {
         "restored": source.derivative(desc=image),
         "restored_mni305": source.derivative(space="MNI305", desc=image),
         "residual": source.derivative(desc=named(image, "residual")),
-        "mask": source.derivative("mask", space=space, desc="brain"),
-        "structures": source.derivative("dseg", space=space, desc="structures"),
-        "structures_table": source.derivative("dseg", ".tsv", space=space, desc="structures"),
+        "mask": source.derivative("mask", space=space, desc=named(own, "brain")),
+        "structures": source.derivative("dseg", space=space, desc=named(own, "structures")),
+        "structures_table": source.derivative(
+            "dseg", ".tsv", space=space, desc=named(own, "structures")
+        ),
         "to_mni305": source.derivative(
-            "xfm", ".txt", from_=source.suffix, to="MNI305", mode="image"
+            "xfm", ".txt", from_=source.suffix, to="MNI305", mode="image", **to
         ),
         "from_mni305": source.derivative(
-            "xfm", ".txt", from_="MNI305", to=source.suffix, mode="image"
+            "xfm", ".txt", from_="MNI305", to=source.suffix, mode="image", **to
         ),
     }
     if n_samples > 1:
@@ -180,7 +185,7 @@ def named(image: str, what: str) -> str:
 
 def split_desc(desc: str) -> tuple[str, str]:
     """The reverse of ``named``: (image, what)."""
-    for image in ("restoredInpainted", "inpainted"):
+    for image in ("restoredInpainted", "restoredRefined", "inpainted", "refined"):
         if desc.startswith(image) and len(desc) > len(image):
             what = desc[len(image) :]
             return image, what[:1].lower() + what[1:]

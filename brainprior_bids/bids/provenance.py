@@ -188,7 +188,10 @@ def scan_records(
     name = label(result_name(scan.name, TASKS[settings["task"]]))
     activity = f"bids::prov#restore-{run}{name}"
     source = bids_uri(str(scan.relative), dataset="raw")
-    given = (facts.get("parcellation") or {}).get("given") or {}
+    given = {
+        **((facts.get("parcellation") or {}).get("given") or {}),
+        **(facts.get("given") or {}),
+    }
     starts = sorted(str(node["started"]) for node in nodes if "started" in node)
     act = {
         "Activities": [

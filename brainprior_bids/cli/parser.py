@@ -27,10 +27,12 @@ from brainprior_bids.settings import (
     SAMPLERS,
     SKULL_STRIPS,
     SPACES,
+    TASKS,
     Settings,
     read_table,
 )
 
+WORDS = ("restore", "inpaint", "refine")
 WORK_DIR = ".brainprior_work"
 SLOPPY = {"n_samples": 1, "n_steps": 3}
 STEPS = {"auto": 20, "eps": 20, "exact": 20, "daps": 200, "map": 20}
@@ -190,10 +192,12 @@ def _task_options(group: Group) -> None:
     group.add_argument(
         "--task",
         nargs="+",
-        choices=("restore", "inpaint"),
+        choices=WORDS,
         default=["restore"],
         help="restore (default): 1 mm, free of bias; inpaint: fill the lesion mask, every other "
-        "voxel stays the scan's; both: restore without believing what lies under the mask",
+        "voxel stays the scan's; refine: another tool's image in --derivatives, within --trust; "
+        "restore inpaint: restore without believing what lies under the mask; restore refine: "
+        "the scan and the other tool's image together",
     )
     group.add_argument(
         "--lesion-mask",
@@ -209,6 +213,12 @@ def _task_options(group: Group) -> None:
         default=0.0,
         metavar="MM",
         help="widen the lesion mask by so much (default: not)",
+    )
+    group.add_argument(
+        "--trust",
+        metavar="SD|PATTERN",
+        help="for --task refine: SD of the error of the image to refine, as a share of the "
+        "brain's 99th percentile (0.05: to 5 %%), or the path of a map of it (as --lesion-mask)",
     )
     group.add_argument(
         "--sampler",
@@ -577,8 +587,8 @@ def parse_settings(argv: Sequence[str]) -> Settings:
         After ``--help`` and ``--version``.
     """
     options = _parse(argv)
-    task = "+".join(word for word in ("restore", "inpaint") if word in options.task)
-    _check_lesion_options(options, task)
+    task = "+".join(word for word in WORDS if word in options.task)
+    _check_task(options, task)
     modalities = _modalities(options.modalities, options.ignore)
     bids_dir = options.bids_dir.absolute()
     output_dir = options.output_dir.absolute()
@@ -626,6 +636,7 @@ def parse_settings(argv: Sequence[str]) -> Settings:
         save_samples=options.save_samples,
         lesion_mask=options.lesion_mask,
         dilate_mm=options.dilate_mm,
+        trust=options.trust,
         output_spaces=tuple(s for s in SPACES if s in options.output_spaces) or SPACES,
         exports=exports,
         export_per=options.export_per,
@@ -676,7 +687,17 @@ def _modalities(asked: Sequence[str], ignored: Sequence[str]) -> tuple[str, ...]
     return left
 
 
-def _check_lesion_options(options: argparse.Namespace, task: str) -> None:
+def _check_task(options: argparse.Namespace, task: str) -> None:
+    if task not in TASKS:
+        raise UsageError(
+            f"--task {' '.join(options.task)} do not go together; possible are "
+            + ", ".join(name.replace("+", " ") for name in TASKS)
+            + "."
+        )
+    if "refine" in task:
+        _check_refine(options, task)
+    elif options.trust is not None:
+        raise UsageError(f"--trust needs --task refine; the task is {task}.")
     if "inpaint" not in task:
         for option, value in (
             ("--lesion-mask", options.lesion_mask),
@@ -684,14 +705,47 @@ def _check_lesion_options(options: argparse.Namespace, task: str) -> None:
         ):
             if value:
                 raise UsageError(f"{option} needs --task inpaint; the task is {task}.")
-    if options.lesion_mask is not None:
-        try:
-            options.lesion_mask.format(subject="", session="", suffix="", stem="")
-        except (KeyError, IndexError, ValueError) as error:
+    _check_pattern("--lesion-mask", options.lesion_mask)
+
+
+def _check_refine(options: argparse.Namespace, task: str) -> None:
+    if not options.derivatives:
+        raise UsageError("--task refine needs the other tool's data set: --derivatives NAME=PATH.")
+    if task == "refine" and options.exports:
+        raise UsageError(
+            "--export puts a brain back into its scan's head: with --task refine there is another "
+            "tool's image in place of the scan. Use --task restore refine."
+        )
+    if options.sampler not in ("auto", "exact"):
+        raise UsageError(f"--task refine needs --sampler exact, got {options.sampler}.")
+    if options.trust is None:
+        raise UsageError(
+            "--task refine needs --trust: how far is the image to be believed? 0.05 means to 5 % "
+            "of the brain's 99th percentile."
+        )
+    try:
+        trust = float(options.trust)
+    except ValueError:
+        if task != "refine":
             raise UsageError(
-                f"--lesion-mask {options.lesion_mask}: {error!r} is not known; use {{subject}}, "
-                "{session}, {suffix} or {stem}."
-            ) from error
+                f"--task restore refine takes one SD for all voxels, got --trust {options.trust}."
+            ) from None
+        _check_pattern("--trust", options.trust)
+    else:
+        if not 0 < trust < float("inf"):
+            raise UsageError(f"--trust must be above 0, got {options.trust}.")
+
+
+def _check_pattern(option: str, pattern: str | None) -> None:
+    if pattern is None:
+        return
+    try:
+        pattern.format(subject="", session="", suffix="", stem="")
+    except (KeyError, IndexError, ValueError) as error:
+        raise UsageError(
+            f"{option} {pattern}: {error!r} is not known; use {{subject}}, {{session}}, "
+            "{suffix} or {stem}."
+        ) from error
 
 
 def check_paths(bids_dir: Path, output_dir: Path, work_dir: Path) -> None:

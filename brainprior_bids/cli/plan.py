@@ -12,7 +12,6 @@ import numpy as np
 
 from brainprior_bids.bids import export, status
 from brainprior_bids.bids.given import find_given
-from brainprior_bids.bids.lesions import find_lesion
 from brainprior_bids.bids.names import output_names, result_name, scan_seed
 from brainprior_bids.bids.query import Scan
 from brainprior_bids.engine.errors import InputError
@@ -46,12 +45,6 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
         if scan.problem:
             print(f"  would fail: {scan.problem}")
             continue
-        if settings.inpaints:
-            try:
-                print(f"  lesion mask {find_lesion(scan, settings)}")
-            except InputError as error:
-                print(f"  would fail: {error}")
-                continue
         try:
             voxels = box_voxels(scan.path)
         except Exception as error:  # whatever nibabel says of a broken header

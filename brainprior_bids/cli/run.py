@@ -23,7 +23,6 @@ from brainprior_bids.bids import export, status
 from brainprior_bids.bids.derivatives import check_output, write_dataset_files
 from brainprior_bids.bids.files import write_text
 from brainprior_bids.bids.given import find_given
-from brainprior_bids.bids.lesions import find_lesion
 from brainprior_bids.bids.names import result_name, scan_seed
 from brainprior_bids.bids.provenance import (
     changed_outputs,
@@ -346,10 +345,7 @@ def _plan(scans: Sequence[Scan], settings: Settings, weights: dict[str, str]) ->
             continue
         try:
             given = find_given(scan, settings)
-            lesion = find_lesion(scan, settings) if settings.inpaints else None
             given_sha256 = {role: sha256_file(file.path) for role, file in given.items()}
-            if lesion is not None:
-                given_sha256["lesion"] = sha256_file(lesion)
         except InputError as error:
             _write_failure(scan, settings, {"message": str(error), "type": "InputError"})
             continue
@@ -385,7 +381,7 @@ def _plan(scans: Sequence[Scan], settings: Settings, weights: dict[str, str]) ->
                 )
             continue
         seed = scan_seed(settings.random_seed, scan.name)
-        jobs.append(Job(scan, seed, digest, given, lesion, tuple(roots)))
+        jobs.append(Job(scan, seed, digest, given, tuple(roots)))
     return jobs
 
 

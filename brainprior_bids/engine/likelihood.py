@@ -80,6 +80,8 @@ class SliceLikelihood:
         Basis for refining it, and the relative positions of the data voxels along each axis.
     foreign : float
         Brightness SD of what is not brain, engine unit.
+    extra : (i', j', k') tensor, optional
+        Variance of a voxel beyond ``noise_sd``, where the voxels are not equally good.
 
     Raises
     ------
@@ -104,6 +106,7 @@ class SliceLikelihood:
         bias_field: CosineField | None = None,
         bias_positions: list[Tensor] | None = None,
         foreign: float = 0.05,
+        extra: Tensor | None = None,
         limits: SolveLimits = SolveLimits(),  # frozen
     ) -> None:
         if not (math.isfinite(noise_sd) and noise_sd > 0):
@@ -133,6 +136,8 @@ class SliceLikelihood:
             "SliceLikelihood: support", self.support, solver.image_shape, "It is on the 1 mm grid."
         )
         self.extra = torch.where(self.brain, ((1 - self.share) * foreign) ** 2, 0.0)
+        if extra is not None:
+            self.extra = self.extra + torch.where(self.brain, self._lead(extra), 0.0)
         self.core = self.share > 0.95
         self.start_log_bias = (
             torch.zeros_like(self.y) if log_bias is None else self._lead(log_bias)

@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from brainprior_bids.engine.acquisition import Acquisition
+from brainprior_bids.engine.anchor import AnchoredLikelihood
 from brainprior_bids.engine.bias import CosineField
 from brainprior_bids.engine.box import Box, brain_box
 from brainprior_bids.engine.consistency import Residual, judge
@@ -113,6 +114,7 @@ class Restoration:
     box: Box
     seconds: float
     warnings: list[str] = field(default_factory=list)
+    anchor: tuple[float, float] | None = None  # its gain to the scan, and its correlation
     predictions: NDArray[np.float32] | None = None  # with ``hidden``: (1 + n) scans, mean first
 
     @property
@@ -130,6 +132,7 @@ class LikelihoodOptions(TypedDict):
     spectrum: Spectrum
     support: Tensor
     noise_sd: float
+    extra: Tensor | None
     log_bias: Tensor
     bias_field: CosineField | None
     bias_positions: list[Tensor]
@@ -167,7 +170,9 @@ def restore(
     prior: PriorLike,
     log_bias: ArrayLike | Tensor | None = None,
     hidden: ArrayLike | Tensor | None = None,
-    noise_sd: float | None = None,
+    noise_sd: float | ArrayLike | Tensor | None = None,
+    anchor: ArrayLike | Tensor | None = None,
+    anchor_sd: float | None = None,
     sampler: str = "auto",
     n_samples: int = 4,
     n_steps: int = 20,
@@ -206,9 +211,14 @@ def restore(
     hidden : (i, j, k), optional
         Above 0 where the scan is not to be believed (a lesion): no measurement there. It must
         lie inside the masks.
-    noise_sd : float, optional
+    noise_sd : float or (i, j, k), optional
         Of a scan voxel, engine unit; given, it is kept. None estimates it from the scan, not
         below ``NOISE_FLOOR``, and may lower it by up to a half while sampling.
+    anchor : array on ``grid.one_millimetre()``, optional
+        Another tool's image of the same brain, in any unit, and
+    anchor_sd : float
+        how far it is trusted: SD of its error in a voxel, engine unit. See ``anchor``; only with
+        "exact", and not with ``hidden``.
     sampler : "auto", "eps", "exact", "daps" or "map"
         "eps" (see ``samplers.eps``) needs a prior that was trained to be told of slices, thick
         slices with voxels of 1 mm or less in their plane, nothing hidden and a bias field that
@@ -265,6 +275,11 @@ def restore(
             f"restore: 'map' is a point estimate, its spread is no uncertainty; got n_samples "
             f"{n_samples}. Use n_samples=1, or the sampler 'exact'."
         )
+    if anchor is not None and (hidden is not None or sampler not in ("auto", "exact")):
+        raise UsageError(
+            "restore: another tool's image is taken with the sampler 'exact' and without a lesion "
+            f"mask, got {sampler!r}."
+        )
     device = usable_device(device)
     fine = grid.one_millimetre()
     volume = _volume("scan", scan, grid.shape)
@@ -316,11 +331,12 @@ def restore(
     weights = profile[box.data_start[axis] : box.data_stop[axis], box.start[axis] : box.stop[axis]]
 
     estimated = noise_sd is None
-    initial = (
-        _noise_before(data[box.data_slices], share * (1 - unseen), axis, warnings)
-        if estimated
-        else (float(noise_sd if noise_sd is not None else 0.0) * thinned)
-    )
+    extra = None
+    if noise_sd is None:
+        initial = _noise_before(data[box.data_slices], share * (1 - unseen), axis, warnings)
+    else:
+        initial, extra = _noise_given(noise_sd, brain, thinned, tuple(data.shape))
+        extra = None if extra is None else extra[box.data_slices]
     spacing = fine.spacing_mm
     order = [axis, *(a for a in range(3) if a != axis)]
     solver = SpectralSolver(
@@ -340,15 +356,25 @@ def restore(
         spectrum=prior.spectrum(contrast),
         support=support[box.image_slices],
         noise_sd=initial,
+        extra=extra,
         log_bias=bias_data[box.data_slices],
         bias_field=bias_field if refine_bias else None,
         bias_positions=_positions(box, _triple(data.shape), fine.shape, box.data_slices),
     )
-    likelihood = (
-        SliceLikelihood(data[box.data_slices], **known)
-        if hidden is None
-        else MaskedLikelihood(data[box.data_slices], hidden=unseen, **known)
-    )
+    y = data[box.data_slices]
+    likelihood: SliceLikelihood
+    if anchor is not None:
+        likelihood = AnchoredLikelihood(
+            y,
+            anchor=_volume("anchor", anchor, fine.shape)[box.image_slices],
+            tau=float(anchor_sd if anchor_sd is not None else 0.0),
+            spacing_mm=(float(spacing[0]), float(spacing[1]), float(spacing[2])),
+            **known,
+        )
+    elif hidden is not None:
+        likelihood = MaskedLikelihood(y, hidden=unseen, **known)
+    else:
+        likelihood = SliceLikelihood(y, **known)
     coordinates = torch.from_numpy(fine.crop(box.start, box.stop).points_mm(to=matrix)).to(device)
 
     def denoise(x_t: Tensor, sigma: float) -> Tensor:
@@ -356,7 +382,8 @@ def restore(
         return answer[0, 0]
 
     if sampler in ("auto", "eps"):
-        against = _against_eps(prior, box, axis, hidden is not None, refine_bias)
+        special = hidden is not None or anchor is not None or extra is not None
+        against = _against_eps(prior, box, axis, special, refine_bias)
         if sampler == "eps" and against:
             raise UsageError(f"restore: sampler 'eps' cannot be used: {against}. Use 'exact'.")
         sampler = "exact" if against else "eps"
@@ -474,6 +501,11 @@ def restore(
         samples=samples,
         mean=expected if sampler in ("exact", "eps") else samples.mean(0, dtype=np.float32),
         sd=samples.std(0, ddof=1, dtype=np.float32) if n_samples > 1 else None,
+        anchor=(
+            (likelihood.gain, likelihood.correlation)
+            if isinstance(likelihood, AnchoredLikelihood)
+            else None
+        ),
         predictions=predictions if hidden is not None else None,
         log_bias=start_and_found.numpy().astype(np.float32),
         noise_sd_initial=initial / thinned,
@@ -493,13 +525,13 @@ def restore(
 
 
 def _against_eps(
-    prior: PriorLike, box: Box, axis: int, hidden: bool, refine_bias: bool
+    prior: PriorLike, box: Box, axis: int, special: bool, refine_bias: bool
 ) -> str | None:
     """Why ``eps`` cannot be used, or None."""
     if not getattr(prior, "takes_stacks", False):
         return "the prior was not trained to be told of slices"
-    if hidden or refine_bias:
-        return "it neither hides voxels nor moves the bias field"
+    if special or refine_bias:
+        return "it takes one scan with white noise, all of it, and does not move the bias field"
     if any(a != axis and box.data_shape[a] != box.shape[a] for a in range(3)):
         return "voxels in the plane of the slices are larger than the restored ones"
     if box.shape[axis] < EPS_SPACING * box.data_shape[axis]:
@@ -657,6 +689,25 @@ def _share(mask_1mm: Tensor, sensed: list[Tensor]) -> Tensor:
     for axis, weights in enumerate(sensed):
         share = SliceProfile(weights, tuple(share.shape), axis)(share)
     return share.clamp(0, 1)
+
+
+def _noise_given(
+    noise_sd: float | ArrayLike | Tensor,
+    brain: Tensor,
+    thinned: float,
+    data_shape: tuple[int, ...],
+) -> tuple[float, Tensor | None]:
+    """The smallest SD of the data's voxels, and the variance beyond it where it is a map."""
+    if isinstance(noise_sd, (int, float)):
+        return float(noise_sd) * thinned, None
+    sd = _volume("noise_sd", noise_sd, _triple(brain.shape))
+    if not bool(torch.isfinite(sd[brain]).all()) or not bool((sd[brain] > 0).all()):
+        raise InputError(
+            "restore: the map of the noise SD must be finite and above 0 everywhere in the brain."
+        )
+    lowest = float(sd[brain].min())
+    sd = _interpolate(torch.where(brain, sd, lowest), data_shape)
+    return lowest * thinned, (sd.square() - lowest**2).clamp_min(0) * thinned**2
 
 
 def _noise_before(data: Tensor, share: Tensor, axis: int, warnings: list[str]) -> float:

@@ -114,6 +114,7 @@ class _WriteInputSpec(_ScanFilesInputSpec):
     source_file = File(exists=True, mandatory=True, desc="the raw image")
     relative = traits.Str(mandatory=True, desc="its path from the data set's root")
     metadata = traits.Dict({}, usedefault=True)
+    given = traits.Dict({}, usedefault=True, desc="role -> path and uri of what else was used")
     output_dir = traits.Str(mandatory=True)
     settings = traits.Dict(mandatory=True, desc="what decides the result")
     seed = traits.Range(low=0, high=2**63 - 1, value=0, usedefault=True)
@@ -157,6 +158,10 @@ class Write(MeasuredInterface):
                 if isdefined(inputs.lesion_json)
                 else {}
             ),
+            "given": {
+                role: {"uri": file["uri"], "sha256": sha256_file(Path(file["path"]))}
+                for role, file in inputs.given.items()
+            },
             "seed": inputs.seed,
         }
         nodes = [read_json(Path(record)) for record in inputs.records]

@@ -12,9 +12,12 @@ import nibabel as nib
 import numpy as np
 from nipype.interfaces.base import File, OutputMultiPath, isdefined, traits
 
+from brainprior_bids.anatomy.spaces import resample
 from brainprior_bids.bids.files import read_json, write_json
 from brainprior_bids.bids.names import sample_role
 from brainprior_bids.engine.acquisition import Acquisition
+from brainprior_bids.engine.errors import GeometryError, InputError
+from brainprior_bids.engine.grids import Grid
 from brainprior_bids.interfaces.anatomy import grid_of, save
 from brainprior_bids.interfaces.base import (
     MeasuredInputSpec,
@@ -22,6 +25,8 @@ from brainprior_bids.interfaces.base import (
     MeasuredOutputSpec,
 )
 
+ALIKE = 0.7
+"""A refined image that correlates less with the scan, inside the brain, is doubtful."""
 LOG = logging.getLogger("nipype.interface")
 PROGRESS = "progress.json"
 """In the node's folder while it runs: ``sample`` of ``samples``, ``step`` of ``steps``."""
@@ -32,7 +37,14 @@ class _RestoreInputSpec(MeasuredInputSpec):
     conform_json = File(exists=True, mandatory=True, desc="slice geometry, of Conform")
     mask = File(exists=True, mandatory=True, desc="brain on the 1 mm grid")
     mask_scan = File(exists=True, mandatory=True, desc="brain on the scan's grid, in [0, 1]")
-    log_bias = File(exists=True, mandatory=True, desc="of N4, to start from")
+    log_bias = File(exists=True, desc="of N4, to start from; without it there is no bias field")
+    trust = traits.Range(
+        low=0.0, exclude_low=True, desc="SD of the error of the image to refine, engine unit"
+    )
+    trust_map = File(exists=True, desc="the same for each voxel of the image to refine")
+    refined = File(
+        exists=True, desc="the image to refine, beside in_file; without it in_file is that image"
+    )
     affine_json = File(
         exists=True, mandatory=True, desc="scanner RAS -> MNI305, of CentroidAffine"
     )
@@ -101,9 +113,9 @@ class Restore(MeasuredInterface):
             to_mni305=np.array(read_json(Path(self.inputs.affine_json))["matrix"], np.float64),
             contrast=self.inputs.contrast,
             prior=prior,
-            log_bias=_array(self.inputs.log_bias),
+            log_bias=_array(self.inputs.log_bias) if isdefined(self.inputs.log_bias) else None,
             hidden=_array(self.inputs.hidden) if isdefined(self.inputs.hidden) else None,
-            noise_sd=None,
+            **self._trusted(grid),
             sampler=self.inputs.sampler,
             n_samples=self.inputs.n_samples,
             n_steps=self.inputs.n_steps,
@@ -136,6 +148,16 @@ class Restore(MeasuredInterface):
             "prior": {**_card(prior.metadata), "sha256": sha256_file(prior_path)},
             "warnings": [*warnings, *done.warnings],
         }
+        if done.anchor is not None:
+            gain, correlation = done.anchor
+            facts["refined"] = {"gain": gain * done.unit, "correlation": correlation}
+            if correlation < ALIKE:
+                found = (
+                    f"The image to refine and the scan correlate by {correlation:.2f} only: is it "
+                    "of this person, in this space, and of this contrast?"
+                )
+                facts["warnings"].append(found)
+                warnings.append(found)
         self._results.update(
             restored=save(
                 np.asarray(done.mean, np.float32), done.grid, folder / "restored.nii.gz"
@@ -168,6 +190,30 @@ class Restore(MeasuredInterface):
                 np.asarray(sd, np.float32), target, folder / "uncertainty.nii.gz"
             )
         return [*warnings, *done.warnings]
+
+    def _trusted(self, grid: Grid) -> dict[str, Any]:
+        """What ``restore`` is told of the image to refine and of its error."""
+        inputs = self.inputs
+        trust = inputs.trust if isdefined(inputs.trust) else None
+        if isdefined(inputs.trust_map):
+            sd = nib.as_closest_canonical(nib.load(inputs.trust_map))
+            if sd.shape != grid.shape or not np.allclose(sd.affine, grid.affine, atol=1e-2):
+                raise GeometryError(
+                    f"--trust {Path(inputs.trust_map).name}: the map ({sd.shape}) does not lie on "
+                    f"the grid of the image to refine ({grid.shape}). Resample it."
+                )
+            return {"noise_sd": np.asarray(sd.dataobj, np.float32)}
+        if not isdefined(inputs.refined):
+            return {"noise_sd": trust}
+        other = nib.as_closest_canonical(nib.load(inputs.refined))
+        values = np.asarray(other.dataobj, np.float32)
+        if values.ndim != 3:
+            raise InputError(
+                f"{Path(inputs.refined).name}: must be 3-D to be refined, got {values.shape}."
+            )
+        fine = grid.one_millimetre()
+        moved = resample(values, Grid(values.shape, other.affine), fine)
+        return {"anchor": moved, "anchor_sd": trust}
 
 
 def progress(path: Path, label: str, n_samples: int) -> Callable[[int, int, float, int], None]:

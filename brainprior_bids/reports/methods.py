@@ -46,6 +46,8 @@ DONE = {
     "restore": "restored",
     "inpaint": "inpainted",
     "restore+inpaint": "restored and inpainted",
+    "refine": "refined from another tool's image",
+    "restore+refine": "restored together with another tool's image",
 }
 """Task -> what was done to the scan."""
 
@@ -107,6 +109,11 @@ def methods_text(methods: Sequence[Method]) -> str:
             "estimate of the\nbias field nor the model below, and the brain there was drawn given "
             "what surrounds it. Where a scan\nwas inpainted only, every voxel outside the mask "
             "is the scan's own."
+        )
+    if any("refine" in task for _, task in done):
+        hidden += (
+            "\n\nAnother tool's image *z* entered as *z* = *x* + an error of known standard "
+            "deviation: alone, in\nplace of the scan and without a bias field, or beside the scan."
         )
     versions = ", ".join(dict.fromkeys(method.version for method in methods))
     samplers = dict.fromkeys((m.sampler, m.n_samples, m.calls) for m in methods)
