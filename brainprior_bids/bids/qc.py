@@ -64,7 +64,7 @@ METRICS = {
     "brain_ml": Metric("volume of the mask: all structures and the fluid between", "ml"),
     "brain_z": Metric(
         "z-score of that volume; none where the field of view cuts the brain", "SD",
-        low=-3.5, high=3.5, fail_low=-6.0, fail_high=6.0,
+        low=-4.0, high=4.0, fail_low=-6.0, fail_high=6.0,
     ),
     "structure_z": Metric(
         "z-score of the structure whose share of the brain is most unusual; none where the field "

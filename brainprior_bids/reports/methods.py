@@ -134,9 +134,10 @@ a BIDS App [@bids] on Nipype {_version("nipype")} [@nipype], nibabel {_version("
 PyTorch {_version("torch")}.
 
 Each scan was brought to the closest-canonical orientation without resampling.
-{_anatomy(methods)} The bias field was estimated by N4 [@n4] inside the mask. An affine transform
-to MNI305 was fitted by weighted least squares to the centres of the structures and to the reach
-of the brain.{hidden}
+{_anatomy(methods)}
+The bias field was estimated by N4 [@n4] inside the mask. An affine transform to
+MNI305 was fitted by weighted least squares to the centres of the structures and to the reach of
+the brain.{hidden}
 
 The scan was modelled as *y* = *b* (*A* *x*) + noise, where *x* is the unknown 1 mm image of the
 brain, *A* averages it over the slice profile and the voxels of the scan, and *b* is the bias
@@ -171,7 +172,7 @@ def _anatomy(methods: Sequence[Method]) -> str:
         if others:
             some = " of some scans" if "embedded" in found else ""
             sentences.append(f"{what}{some} came from {'; '.join(others)}.")
-    return " ".join(sentences)
+    return "\n".join(sentences)
 
 
 def _named(source: str) -> str:
