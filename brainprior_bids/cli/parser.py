@@ -55,6 +55,7 @@ other commands (`brainprior COMMAND --help`):
   train prior|parcellation    train the networks
   selftest                    check this installation and its device
   slurm-script                an array job for Slurm, one participant a task
+  check-lesion IMAGE          how much of a lesion's contrast a restoration keeps
   verify OUT                  compare every output with the SHA-256 in its provenance
 A data set that is called like a command is written ./train.
 

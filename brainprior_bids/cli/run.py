@@ -74,6 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from brainprior_bids.cli.selftest import selftest
 
             return selftest(arguments[1:])
+        if arguments[:1] == ["check-lesion"]:
+            from brainprior_bids.cli.check_lesion import check_lesion
+
+            return check_lesion(arguments[1:])
         if arguments[:1] == ["slurm-script"]:
             from brainprior_bids.cli.slurm_script import slurm_script
 

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``brainprior check-lesion``: a table of what is left of lesions that are put into a scan."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from brainprior_bids.bids.files import read_json
+from brainprior_bids.cli import resources
+from brainprior_bids.engine.acquisition import Acquisition
+from brainprior_bids.engine.errors import UsageError
+from brainprior_bids.engine.weights import FOLDER, load_prior
+from brainprior_bids.evaluation.lesions import Prepared, contrast_kept
+from brainprior_bids.interfaces.anatomy import N4, CentroidAffine, Conform, Parcellate, grid_of
+
+WHITE_MATTER = (2, 41)
+
+
+def check_lesion(argv: Sequence[str]) -> int:
+    """``brainprior check-lesion IMAGE``: a table of what is left of lesions put into a scan."""
+    parser = argparse.ArgumentParser(
+        prog="brainprior check-lesion",
+        description="Put a synthetic lesion into a scan, restore it, and say how much of its "
+        "contrast is left.",
+    )
+    parser.add_argument("image", type=Path, help="a scan, NIfTI")
+    parser.add_argument("--modality", choices=("T1w", "T2w", "FLAIR"), default="T1w")
+    parser.add_argument(
+        "--size", nargs="+", type=float, default=[4.0, 8.0], metavar="MM", help="diameters"
+    )
+    parser.add_argument(
+        "--contrast",
+        nargs="+",
+        type=float,
+        default=[-0.3, 0.3],
+        metavar="C",
+        help="relative change of the tissue; -0.3 is darker by 30 %%",
+    )
+    parser.add_argument(
+        "--at",
+        nargs=3,
+        type=float,
+        metavar=("X", "Y", "Z"),
+        help="centre, scanner RAS mm (default: deepest in the white matter)",
+    )
+    parser.add_argument("--slice-thickness", type=float, metavar="MM")
+    parser.add_argument(
+        "--crop", type=float, metavar="MM", help="restore only so much around the lesion"
+    )
+    parser.add_argument("--n-samples", type=int, default=2)
+    parser.add_argument("--random-seed", type=int, default=0)
+    parser.add_argument("--prior", type=Path, default=FOLDER / "prior.safetensors")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda[:N]")
+    options = parser.parse_args(list(argv))  # fmt: skip
+    if not options.image.is_file():
+        raise UsageError(f"check-lesion: {options.image} is no file.")
+    if min(options.size) <= 0 or 0 in options.contrast:
+        raise UsageError("check-lesion: sizes must be above 0, contrasts not 0.")
+    if options.n_samples < 1:
+        raise UsageError(f"check-lesion: --n-samples must be at least 1, got {options.n_samples}.")
+    if not options.prior.is_file():
+        raise UsageError(f"check-lesion: --prior {options.prior}: no such file.")
+    device = resources.resolve_device(options.device)
+    with tempfile.TemporaryDirectory() as folder:
+        case = prepare(
+            options.image.absolute(), Path(folder), contrast=options.modality,
+            thickness_mm=options.slice_thickness,
+        )  # fmt: skip
+    if options.at is not None:
+        centre = np.array(options.at)
+    else:
+        deepest = np.unravel_index(case.depth_mm.argmax(), case.depth_mm.shape)
+        centre = (case.grid.one_millimetre().affine @ np.append(deepest, 1))[:3]
+    if options.crop is not None:
+        case = case.crop(centre, options.crop)
+    rows = contrast_kept(
+        case,
+        load_prior(options.prior, device=device),
+        centre_mm=centre,
+        sizes_mm=options.size,
+        contrasts=options.contrast,
+        n_samples=options.n_samples,
+        seed=options.random_seed,
+        device=device,
+    )
+    print(
+        f"# centre {', '.join(f'{v:.1f}' for v in centre)} mm (scanner RAS), sampler "
+        f"{rows[0].sampler}, {options.n_samples} sample(s)"
+    )
+    print("size_mm\tcontrast\tkept_restored\tkept_interpolated")
+    for row in rows:
+        print(f"{row.size_mm:g}\t{row.contrast:g}\t{row.restored:.2f}\t{row.interpolated:.2f}")
+    return 0
+
+
+def prepare(path: Path, folder: Path, *, contrast: str, thickness_mm: float | None) -> Prepared:
+    """Run the steps before the restoration on one image; files go into ``folder``."""
+    conformed = _run(
+        Conform(in_file=str(path), metadata={}), folder / "conform", slice_thickness=thickness_mm
+    )
+    parcellated = _run(
+        Parcellate(in_file=conformed.out_file, weights=str(FOLDER / "parcellation.safetensors")),
+        folder / "parcellate",
+    )
+    n4 = _run(N4(in_file=conformed.out_file, mask_scan=parcellated.mask_scan), folder / "n4")
+    affine = _run(
+        CentroidAffine(
+            in_file=conformed.out_file,
+            structures_json=parcellated.structures_json,
+            mask=parcellated.mask,
+        ),
+        folder / "affine",
+    )
+    image = nib.load(conformed.out_file)
+    white = np.isin(_array(parcellated.structures), WHITE_MATTER)
+    return Prepared(
+        _array(conformed.out_file),
+        grid_of(image),
+        Acquisition.from_dict(read_json(Path(conformed.conform_json))["acquisition"]),
+        _array(parcellated.mask_scan),
+        _array(parcellated.mask),
+        _array(n4.log_bias),
+        np.array(read_json(Path(affine.affine_json))["matrix"], np.float64),
+        contrast,
+        ndimage.distance_transform_edt(white),
+    )
+
+
+def _run(interface: Any, folder: Path, **options: Any) -> Any:
+    folder.mkdir()
+    interface.inputs.trait_set(**{k: v for k, v in options.items() if v is not None})
+    return interface.run(cwd=str(folder)).outputs
+
+
+def _array(path: str) -> NDArray[np.float32]:
+    return np.asarray(nib.load(path).dataobj, np.float32)

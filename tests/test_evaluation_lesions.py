@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is left of a lesion's contrast, under a prior that is known in closed form."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from brainprior_bids.cli.run import main
+from brainprior_bids.engine.acquisition import Acquisition
+from brainprior_bids.engine.errors import InputError
+from brainprior_bids.engine.grids import Grid
+from brainprior_bids.evaluation.lesions import Prepared, contrast_kept
+
+
+LEVEL = 80 / (80 + 2.326)
+"""The tissue in the engine's unit: 80 with noise of SD 1, whose 99th percentile is 1."""
+
+
+class Flat:
+    """White prior of variance ``power`` about the tissue's level."""
+
+    def __init__(self, power):
+        self.power = power
+
+    def spectrum(self, contrast):
+        return self
+
+    def variance(self, sigma, frequency):
+        v = sigma**2 * self.power / (sigma**2 + self.power)
+        return torch.full_like(frequency, v)
+
+    def denoise(self, x, sigma, *, coordinates, contrast):
+        gain = self.power / (self.power + sigma**2)
+        return LEVEL + gain * (x - LEVEL)
+
+
+def case(thick=1):
+    shape = (24, 24, 24 // thick)
+    affine = np.diag([1.0, 1.0, thick, 1.0])
+    affine[:3, 3] = [-11.5, -11.5, -12 + thick / 2]
+    grid = Grid(shape, affine)
+    rng = np.random.default_rng(0)
+    scan = (100 * (0.8 + 0.01 * rng.standard_normal(shape))).astype(np.float32)
+    return Prepared(
+        scan, grid, Acquisition(2, float(thick), float(thick), "boxcar"),
+        np.ones(shape, np.float32), np.ones((24, 24, 24), np.float32),
+        np.zeros(shape, np.float32), np.eye(4), "T1w", np.ones((24, 24, 24)),
+    )  # fmt: skip
+
+
+def kept(power, thick=1, noise=0.01):
+    return contrast_kept(
+        case(thick), Flat(power), centre_mm=np.zeros(3), sizes_mm=[8.0], contrasts=[-0.3],
+        n_samples=1, n_steps=8, noise_sd=noise,
+    )[0]  # fmt: skip
+
+
+def test_a_white_prior_keeps_what_wiener_keeps():
+    """``P / (P + s^2)`` of any change, P the prior's variance and s the noise."""
+    for power in (1e-2, 1e-4):
+        found = kept(power)
+        assert found.restored == pytest.approx(power / (power + 1e-4), abs=0.02)
+        assert found.interpolated == pytest.approx(1, abs=0.02)
+
+
+def test_thick_slices_dilute():
+    found = kept(1e-2, thick=4)
+    assert 0.6 < found.interpolated < 0.95
+
+
+def test_a_crop_stays_where_it_is():
+    whole = case(4)
+    part = whole.crop(np.array([1.0, 2.0, 0.0]), 12)
+    assert part.scan.shape == part.grid.shape == part.mask.shape
+    assert part.mask_1mm.shape == part.grid.one_millimetre().shape
+    at = np.round(np.linalg.inv(whole.grid.affine) @ part.grid.affine @ (0, 0, 0, 1)).astype(int)
+    assert part.scan[0, 0, 0] == whole.scan[tuple(at[:3])]
+
+
+def test_a_lesion_outside_the_brain_is_refused(capsys):
+    with pytest.raises(InputError, match="wholly in the brain"):
+        contrast_kept(
+            case(), Flat(1.0), centre_mm=np.full(3, 50.0), sizes_mm=[8.0], contrasts=[1.0],
+            n_samples=1, n_steps=2,
+        )  # fmt: skip
+    assert main(["check-lesion", "/nonexistent/scan.nii"]) == 2
+    assert "is no file" in capsys.readouterr().err
