@@ -13,7 +13,6 @@ from brainprior_bids.engine.errors import InputError
 from brainprior_bids.engine.grids import Grid
 from brainprior_bids.evaluation.lesions import Prepared, contrast_kept
 
-
 LEVEL = 80 / (80 + 2.326)
 """The tissue in the engine's unit: 80 with noise of SD 1, whose 99th percentile is 1."""
 
