@@ -254,6 +254,10 @@ def test_samples_and_residual_are_what_their_sidecars_say(files, raw, output_dir
     residual = image("desc-residual")
     assert residual.shape == SHAPE
     z = residual.get_fdata()[np.asarray(nib.load(files["mask_scan"]).dataobj) > 0.95]
+    facts = json.loads(Path(files["restore_json"]).read_text())
+    assert facts["share_beyond_3_sd"] == pytest.approx((np.abs(z) > 3).mean(), abs=1e-3)
+    bias = nib.load(files["log_bias"]).get_fdata()[residual.get_fdata() != 0]
+    assert 1 <= facts["bias_range"] <= np.exp(np.ptp(bias)) + 1e-4
     ratios = [side(f"desc-restoredSample0{i}")["ResidualRatio"] for i in (1, 2)]
     assert 0.3 * max(ratios) < np.sqrt((z**2).mean()) <= max(ratios) * 1.01  # of their mean
 
