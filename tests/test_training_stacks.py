@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random stacks of slices: what the prior is trained to be told."""
+
+import math
+
+import pytest
+import torch
+
+from brainprior_bids.engine.stacks import StackLevel
+from brainprior_bids.training import stacks
+
+IMAGE = torch.rand(24, 24, 24, generator=torch.Generator().manual_seed(0))
+
+
+def draws(count):
+    generator = torch.Generator().manual_seed(1)
+    return [stacks.draw_stack(IMAGE, generator) for _ in range(count)]
+
+
+def test_stacks_are_as_varied_as_scans():
+    found = draws(300)
+    axes = [stack.axis for stack in found]
+    assert axes.count(2) / 300 == pytest.approx(0.5, abs=0.1)
+    assert axes.count(0) / 300 == pytest.approx(0.25, abs=0.08)
+    noise = torch.tensor([stack.noise_sd for stack in found])
+    assert stacks.NOISE_SD[0] <= float(noise.min()) <= float(noise.max()) <= stacks.NOISE_SD[1]
+    spacing = torch.tensor([math.exp(stack.features()[1]) for stack in found if len(stack.y) > 1])
+    assert float(spacing.min()) < 2.2 and float(spacing.max()) > 6.5
+
+
+def test_the_measurement_is_that_of_the_image_but_for_profile_and_noise():
+    for stack in draws(40):
+        expected = torch.tensordot(stack.weights.float(), IMAGE, dims=([1], [stack.axis]))
+        error = stack.y - expected.movedim(0, stack.axis)
+        whole = stack.weights.sum(1) > 0.999  # slices wholly inside the crop
+        inner = error.movedim(stack.axis, 0)[whole]
+        if inner.numel() == 0:
+            continue
+        # a profile up to 10 % wider of another shape, on white noise of SD 0.29
+        assert float(inner.square().mean().sqrt()) < 1.2 * stack.noise_sd + 0.06
+        assert float(inner.mean().abs()) < 0.02
+
+
+def test_the_same_seed_draws_the_same_stack():
+    one, other = draws(3), draws(3)
+    assert all(torch.equal(a.y, b.y) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("kind", [0, 1, 2])
+def test_profiles_have_the_stated_width(kind):
+    centres = torch.tensor([50.0], dtype=torch.float64)
+    row = stacks.weights(stacks.profile(kind, 12.0), centres, 100)[0]
+    assert float(row.sum()) == pytest.approx(1, abs=1e-6)
+    assert int((row >= 0.5 * row.max()).sum()) == pytest.approx(12, abs=1)
+
+
+def test_a_level_of_every_stack_is_finite():
+    generator = torch.Generator().manual_seed(2)
+    band_sd = torch.tensor([0.5, 0.05, 0.05, 0.02, 0.05, 0.02, 0.02, 0.01])
+    for stack in draws(30):
+        level = StackLevel(stack, band_sd, stacks.draw_sigma(generator))
+        noisy = level.estimate(torch.randn(8, 12, 12, 12, generator=generator))
+        assert bool(torch.isfinite(noisy).all())
+        assert bool(torch.isfinite(level.c_in).all()) and bool((level.c_out > 0).all())
