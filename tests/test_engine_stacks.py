@@ -11,7 +11,7 @@ from brainprior_bids.engine.errors import InputError, ShapeMismatchError, UsageE
 from brainprior_bids.engine.operators.slices import gaussian_profile, slice_weights
 from brainprior_bids.engine.samplers.eps import sample_eps
 from brainprior_bids.engine.schedules import edm_schedule
-from brainprior_bids.engine.stacks import Stack, StackLevel, columns, from_columns
+from brainprior_bids.engine.stacks import Stack, StackLevel, columns, from_columns, keep
 from brainprior_bids.engine.unet import UNet, from_bands, to_bands
 
 SHAPE = (6, 8, 10)
@@ -101,7 +101,7 @@ def test_features_say_what_the_slices_are():
         gaussian_profile(4.0), n_slices=12, spacing_mm=5.0, n_thin=n, thin_mm=1.0
     )
     row = Stack(torch.zeros(8, 12, 8), weights, 1, 0.01).features()
-    expected = [1, math.log(5), math.log(4), math.log(0.01) / 4, 0, 1, 0]
+    expected = [1, math.log(5), math.log(4), math.log(0.01) / 4, 0, 1, 0, 0]
     assert row.tolist() == pytest.approx(expected, abs=0.06)
 
 
@@ -193,3 +193,32 @@ def test_bad_stacks_are_refused():
         Stack(torch.zeros(6, 8, 4), weights, 2, float("nan"))
     with pytest.raises(ShapeMismatchError, match="4 slices along axis 2"):
         Stack(torch.zeros(6, 8, 5), weights, 2, 0.1)
+
+
+def test_a_coarse_plane_changes_what_it_measured_and_nothing_else():
+    """Half of the frequencies an axis: the estimate moves at those, as if all were measured."""
+    shape, kept = (16, 16, 10), (0.5, 0.5)
+    white = torch.full((8,), 0.3)
+    full = make_stack(2, shape=shape)
+    y = keep(full.y, 2, kept)
+    stack = Stack(y, full.weights, 2, NOISE, kept)
+    x_t = torch.randn(shape, generator=torch.Generator().manual_seed(4))
+    bands = to_bands(x_t[None, None])[0]
+    alone = 0.09 / (0.09 + 0.25) * x_t
+    found = from_bands(StackLevel(stack, white, 0.5).estimate(bands)[None])[0, 0]
+    whole = from_bands(
+        StackLevel(Stack(y, full.weights, 2, NOISE), white, 0.5).estimate(bands)[None]
+    )[0, 0]
+    # a white prior: frequencies of the plane are apart, so the two estimates agree where measured
+    assert torch.allclose(keep(found, 2, kept), keep(whole, 2, kept), atol=1e-5)
+    assert torch.allclose(found - keep(found, 2, kept), alone - keep(alone, 2, kept), atol=1e-5)
+    level = StackLevel(stack, white, 0.5)
+    n = math.prod(shape)
+    draws = torch.stack(
+        [from_bands(level.spread_out(torch.randn(8, 8, 8, 5))[None])[0, 0] for _ in range(100)]
+    )
+    total = float(level.c_out.square().sum()) * n / 8
+    assert float(draws.square().sum() / 100) == pytest.approx(total, rel=0.03)
+    silent = draws[0] - keep(draws[0], 2, kept)
+    power = float(silent.square().sum()) / (n * (1 - 0.4375**2))  # 7 of 16 frequencies an axis
+    assert power == pytest.approx(0.09 * 0.25 / (0.09 + 0.25), rel=0.25)

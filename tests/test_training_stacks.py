@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from brainprior_bids.engine.stacks import StackLevel
+from brainprior_bids.engine.stacks import StackLevel, keep
 from brainprior_bids.training import stacks
 
 IMAGE = torch.rand(24, 24, 24, generator=torch.Generator().manual_seed(0))
@@ -25,13 +25,17 @@ def test_stacks_are_as_varied_as_scans():
     noise = torch.tensor([stack.noise_sd for stack in found])
     assert stacks.NOISE_SD[0] <= float(noise.min()) <= float(noise.max()) <= stacks.NOISE_SD[1]
     spacing = torch.tensor([math.exp(stack.features()[1]) for stack in found if len(stack.y) > 1])
-    assert float(spacing.min()) < 2.2 and float(spacing.max()) > 6.5
+    assert float(spacing.min()) < 2.2
+    assert float(spacing.max()) > 6.5
+    coarse = [stack for stack in found if not stack.whole_plane]
+    assert len(coarse) / 300 == pytest.approx(stacks.COARSE, abs=0.1)
+    assert all(0.4 < share <= 1 for stack in coarse for share in stack.kept)
 
 
 def test_the_measurement_is_that_of_the_image_but_for_profile_and_noise():
     for stack in draws(40):
         expected = torch.tensordot(stack.weights.float(), IMAGE, dims=([1], [stack.axis]))
-        error = stack.y - expected.movedim(0, stack.axis)
+        error = stack.y - keep(expected.movedim(0, stack.axis), stack.axis, stack.kept)
         whole = stack.weights.sum(1) > 0.999  # slices wholly inside the crop
         inner = error.movedim(stack.axis, 0)[whole]
         if inner.numel() == 0:
@@ -61,4 +65,5 @@ def test_a_level_of_every_stack_is_finite():
         level = StackLevel(stack, band_sd, stacks.draw_sigma(generator))
         noisy = level.estimate(torch.randn(8, 12, 12, 12, generator=generator))
         assert bool(torch.isfinite(noisy).all())
-        assert bool(torch.isfinite(level.c_in).all()) and bool((level.c_out > 0).all())
+        assert bool(torch.isfinite(level.c_in).all())
+        assert bool((level.c_out > 0).all())

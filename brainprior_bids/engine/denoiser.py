@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 from brainprior_bids.engine.devices import usable_device
 from brainprior_bids.engine.errors import MemoryShortageError, ShapeMismatchError, UsageError
-from brainprior_bids.engine.stacks import FEATURES, Stack, StackLevel
+from brainprior_bids.engine.stacks import Stack, StackLevel
 from brainprior_bids.engine.tiles import network_in_slabs
 from brainprior_bids.engine.unet import (
     BANDS,
     CONTRASTS,
+    FEATURES,
     UNet,
     coordinate_features,
     from_bands,
@@ -459,7 +460,7 @@ def pad_stack(stack: Stack, padding: list[int]) -> Stack:
     weights = F.pad(stack.weights, (0, grow[stack.axis]))
     grow[stack.axis] = 0
     y = _pad(stack.y[None, None], grow)[0, 0]
-    return Stack(y, weights, stack.axis, stack.noise_sd)
+    return Stack(y, weights, stack.axis, stack.noise_sd, stack.kept)
 
 
 def _pad(x: Tensor, padding: list[int]) -> Tensor:

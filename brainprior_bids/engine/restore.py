@@ -63,6 +63,8 @@ EPS_BLIND = 100.0
 """The level at which ``eps`` asks for E[x | y]."""
 EPS_SIGMA_MAX = 1.5
 """Where ``eps`` starts from E[x | y]: several times what slices of 8 mm leave open."""
+EPS_IN_PLANE = 2.2
+"""Restored voxels to a voxel in the plane of the slices up to which it has."""
 EPS_SPACING = 1.4
 """Restored voxels to a slice from which on ``eps`` has learned what slices are."""
 SAMPLERS = ("auto", "eps", "exact", "daps", "map")
@@ -221,7 +223,7 @@ def restore(
         "exact", and not with ``hidden``.
     sampler : "auto", "eps", "exact", "daps" or "map"
         "eps" (see ``samplers.eps``) needs a prior that was trained to be told of slices, thick
-        slices with voxels of 1 mm or less in their plane, nothing hidden and a bias field that
+        slices with voxels of at most 2.2 mm in their plane, nothing hidden and a bias field that
         stays; "auto" takes it where all that is so, and "exact" elsewhere. "daps" has its
         settings in ``daps``; ``n_steps``, ``sigma_max`` and ``sigma_min`` are not used. "map" is
         one point estimate without an uncertainty, with ``n_samples=1`` only.
@@ -532,8 +534,8 @@ def _against_eps(
         return "the prior was not trained to be told of slices"
     if special or refine_bias:
         return "it takes one scan with white noise, all of it, and does not move the bias field"
-    if any(a != axis and box.data_shape[a] != box.shape[a] for a in range(3)):
-        return "voxels in the plane of the slices are larger than the restored ones"
+    if any(a != axis and box.shape[a] > EPS_IN_PLANE * box.data_shape[a] for a in range(3)):
+        return f"voxels in the plane of the slices are above {EPS_IN_PLANE} restored ones"
     if box.shape[axis] < EPS_SPACING * box.data_shape[axis]:
         return "the slices are as thin as the restored voxels"
     return None
@@ -545,10 +547,17 @@ def _stack(likelihood: SliceLikelihood, weights: Tensor, axis: int) -> Stack:
     Where a voxel shows brain and something else, what the brain alone would have given is not
     known; the Gaussian estimate of it is put there.
     """
-    nothing = torch.zeros(likelihood.support.shape, device=likelihood.device).movedim(0, axis)
+    nothing = torch.zeros_like(likelihood.support).movedim(0, axis)
     gaussian = likelihood.expect(nothing, SIGMA_BLIND)
-    alone = likelihood.brain_alone(gaussian)
-    return Stack(alone, weights.double().cpu(), axis, likelihood.noise_sd)
+    alone = likelihood.brain_alone(gaussian).cpu()
+    kept = []
+    for a in range(3):
+        n, m = alone.shape[a], nothing.shape[a]
+        if a != axis:
+            kept.append(n / m)
+            alone = SliceProfile(resampling_matrix(n, m), tuple(alone.shape), a)(alone)
+    noise_sd = likelihood.noise_sd / math.sqrt(kept[0] * kept[1])
+    return Stack(alone, weights.double().cpu(), axis, noise_sd, (kept[0], kept[1]))
 
 
 def _volume(name: str, values: ArrayLike | Tensor, shape: tuple[int, int, int]) -> Tensor:

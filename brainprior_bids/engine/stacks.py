@@ -27,9 +27,7 @@ import torch
 from torch import Tensor
 
 from brainprior_bids.engine.errors import InputError, ShapeMismatchError
-
-FEATURES = 7
-"""Numbers that describe a stack to the network."""
+from brainprior_bids.engine.unet import from_bands, to_bands
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +42,11 @@ class Stack:
         The slice profile: row k is the share of each voxel along ``axis`` in slice k.
     axis : 0, 1 or 2
     noise_sd : float
-        Of a voxel of y.
+        Of a voxel of y; with ``kept`` below 1, of white noise with the same power at the
+        frequencies that were measured.
+    kept : (float, float)
+        Share of the spatial frequencies that was measured along the two axes of the plane, in
+        ascending order; y holds nothing of the others.
 
     Raises
     ------
@@ -58,6 +60,7 @@ class Stack:
     weights: Tensor
     axis: int
     noise_sd: float
+    kept: tuple[float, float] = (1.0, 1.0)
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.noise_sd) and self.noise_sd > 0):
@@ -69,7 +72,7 @@ class Stack:
             )
 
     def features(self) -> Tensor:
-        """(7,): 1, log spacing, log width (both in voxels), log noise, the axis one-hot."""
+        """(8,): 1, log spacing, log width (in voxels), log noise, axis one-hot, log kept."""
         w = self.weights
         place = torch.arange(w.shape[1], dtype=w.dtype)
         total = w.sum(1).clamp_min(1e-9)
@@ -79,7 +82,40 @@ class Stack:
         spacing = centre[whole].diff().median() if int(whole.sum()) > 1 else centre.new_tensor(8.0)
         width = variance[whole].median().clamp_min(1 / 12).sqrt() * 2.355
         row = [1.0, math.log(float(spacing)), math.log(float(width)), math.log(self.noise_sd) / 4]
-        return torch.tensor(row + [float(self.axis == a) for a in range(3)])
+        row += [float(self.axis == a) for a in range(3)]
+        return torch.tensor([*row, math.log(self.kept[0] * self.kept[1])])
+
+    @property
+    def whole_plane(self) -> bool:
+        """Whether every spatial frequency in the plane was measured."""
+        return self.kept == (1.0, 1.0)
+
+
+def keep(volume: Tensor, axis: int, kept: tuple[float, float]) -> Tensor:
+    """The part of a volume (i, j, k) that lies at the measured frequencies of the plane."""
+    plane = [a for a in range(3) if a != axis]
+    k = torch.fft.rfftn(volume, dim=plane)
+    first = torch.fft.fftfreq(volume.shape[plane[0]]).abs() <= 0.5 * kept[0]
+    second = torch.fft.rfftfreq(volume.shape[plane[1]]) <= 0.5 * kept[1]
+    shape = [1, 1, 1]
+    shape[plane[0]] = len(first)
+    k = k * first.to(volume).reshape(shape)
+    shape = [1, 1, 1]
+    shape[plane[1]] = len(second)
+    k = k * second.to(volume).reshape(shape)
+    measured: Tensor = torch.fft.irfftn(k, s=[volume.shape[a] for a in plane], dim=plane)
+    return measured
+
+
+def _share_of_bands(kept: tuple[float, float]) -> Tensor:
+    """(4,): part of each in-plane combination of bands that lies at measured frequencies."""
+    frequency = (torch.arange(512, dtype=torch.float64) + 0.5) / 1024  # 0 to 0.5 per voxel
+    low = (torch.pi * frequency).cos().square()
+    one = []
+    for share in kept:
+        inside = frequency <= 0.5 * share
+        one.append([float((b * inside).sum() / b.sum()) for b in (low, 1 - low)])
+    return torch.tensor([one[0][a] * one[1][b] for a in range(2) for b in range(2)])
 
 
 def columns(bands: Tensor, axis: int) -> Tensor:
@@ -146,7 +182,8 @@ class StackLevel:
         k = torch.diag_embed(left) - gain @ spread
         values, vectors = torch.linalg.eigh(0.5 * (k + k.mT))
         root = (vectors * values.clamp_min(0).sqrt()[:, None, :]) @ vectors.mT
-        self.variance = k.diagonal(dim1=1, dim2=2)  # (4, n)
+        share = _share_of_bands(stack.kept).to(w)[:, None]
+        self.variance = share * k.diagonal(dim1=1, dim2=2) + (1 - share) * left  # (4, n)
         told = (square - self.variance).clamp_min(0)
 
         def of_bands(rows: Tensor) -> Tensor:
@@ -156,26 +193,44 @@ class StackLevel:
         self.c_out = of_bands(self.variance).sqrt().float().to(device)
         self.c_in = of_bands(told).clamp_min(1e-24).rsqrt().float().to(device)
         self.skip = skip.float()[..., None].to(device)
-        self.weights = haar.float().to(device)
+        self.alone = left.sqrt().float()[..., None].to(device)  # root of K where y is silent
+        self.weights = w.float().to(device)
         self.gain, self.root = gain.float().to(device), root.float().to(device)
         ratio = w @ w.T + (stack.noise_sd / self.sigma) ** 2 * torch.eye(len(w), dtype=w.dtype)
-        known = (w * torch.linalg.solve(ratio, w)).sum(0)
+        known = (w * torch.linalg.solve(ratio, w)).sum(0) * stack.kept[0] * stack.kept[1]
         self.unknown = (1 - known).clamp(0, 1).sqrt().float().to(device)  # (n,)
 
     def estimate(self, noisy: Tensor) -> Tensor:
         """(8, i, j, k) bands of x_t -> those of w."""
-        axis = self.stack.axis
+        axis, shape = self.stack.axis, tuple(noisy.shape[1:])
         with torch.autocast(noisy.device.type, enabled=False):  # bfloat16 is coarser than a scan
-            lines = self.skip * columns(noisy.float(), axis)
-            seen = slice_columns(self.stack.y.to(lines), axis)
-            lines = lines + self.gain @ (seen - self.weights @ lines)
-        return from_columns(lines, axis, tuple(noisy.shape[1:]))
+            alone = from_columns(self.skip * columns(noisy.float(), axis), axis, shape)
+            image = from_bands(alone[None])[0, 0]
+            seen = torch.tensordot(self.weights, image, dims=([1], [axis])).movedim(0, axis)
+            rest = self._measured(self.stack.y.to(seen) - seen)
+            more = from_columns(self.gain @ slice_columns(rest, axis), axis, shape)
+            return alone + self._measured_bands(more)
 
     def spread_out(self, unit: Tensor) -> Tensor:
         """(8, i, j, k) -> K^1/2 of it."""
+        axis, shape = self.stack.axis, tuple(unit.shape[1:])
         with torch.autocast(unit.device.type, enabled=False):
-            lines: Tensor = self.root @ columns(unit.float(), self.stack.axis)
-        return from_columns(lines, self.stack.axis, tuple(unit.shape[1:]))
+            lines = columns(unit.float(), axis)
+            told = from_columns(self.root @ lines, axis, shape)
+            if self.stack.whole_plane:
+                return told
+            alone = from_columns(self.alone * lines, axis, shape)
+            return alone + self._measured_bands(told - alone)
+
+    def _measured(self, volume: Tensor) -> Tensor:
+        if self.stack.whole_plane:
+            return volume
+        return keep(volume, self.stack.axis, self.stack.kept)
+
+    def _measured_bands(self, bands: Tensor) -> Tensor:
+        if self.stack.whole_plane:
+            return bands
+        return to_bands(self._measured(from_bands(bands[None])[0, 0])[None, None])[0]
 
     def unknown_map(self, shape: tuple[int, ...]) -> Tensor:
         """(1, 1, i, j, k): the share of a voxel's noise that the slices leave, sqrt(C) / sigma."""

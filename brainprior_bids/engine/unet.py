@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from brainprior_bids.engine.stacks import FEATURES
-
 BANDS = 8
+FEATURES = 8
+"""Numbers that describe a stack of slices to the network (``stacks.Stack.features``)."""
 CONTRASTS = ("T1w", "T2w", "FLAIR", "unknown")
 WAVELENGTHS_MM = (320.0, 160.0, 80.0, 40.0)
 
@@ -199,7 +199,7 @@ class UNet(nn.Module):
             ln(sigma) / 4.
         contrast : (n,) int64
             Index into ``CONTRASTS``.
-        stack : (n, 7), optional
+        stack : (n, 8), optional
             ``stacks.Stack.features``; 0 for an image without slices.
         unknown : (n, 8, i, j, k), optional
             Bands of ``stacks.StackLevel.unknown_map``.

@@ -14,7 +14,7 @@ from brainprior_bids.engine.operators.slices import (
     gaussian_profile,
     measured_profile,
 )
-from brainprior_bids.engine.stacks import Stack
+from brainprior_bids.engine.stacks import Stack, keep
 
 AXES = (0.25, 0.25, 0.5)
 """How often the slices are sagittal, coronal, axial."""
@@ -24,6 +24,9 @@ WIDTH = (0.75, 1.1)
 MISMATCH = 0.1
 """The true thickness differs from the stated one by up to this share."""
 NOISE_SD = (0.003, 0.05)
+COARSE = 0.4
+"""Share of the stacks with voxels above 1 mm in their plane, and how far above."""
+IN_PLANE_MM = (1.05, 2.2)
 SIGMA = (0.02, 100.0)
 """Noise of x_t beside a stack: at the top it says nothing, and the answer is E[x | y]."""
 
@@ -55,9 +58,9 @@ def draw_stack(image: Tensor, generator: torch.Generator) -> Stack:
 
     The measurement has a profile and a thickness of its own; the stack's ``weights`` are a
     Gaussian (7 of 10) or a boxcar of the *stated* thickness, as for a scan, whose true profile
-    nobody knows.
+    nobody knows. Some have measured the lower spatial frequencies of the plane alone.
     """
-    u = torch.rand(5, generator=generator).tolist()
+    u = torch.rand(6, generator=generator).tolist()
     axis = 0 if u[0] < AXES[0] else 1 if u[0] < AXES[0] + AXES[1] else 2
     spacing = log_uniform(*SPACING_MM, generator)
     stated = spacing * (WIDTH[0] + u[1] * (WIDTH[1] - WIDTH[0]))
@@ -70,7 +73,12 @@ def draw_stack(image: Tensor, generator: torch.Generator) -> Stack:
     y = torch.tensordot(measured, image, dims=([1], [axis])).movedim(0, axis)
     y = y + noise_sd * torch.randn(y.shape, generator=generator)
     known = weights(profile(0 if u[4] < 0.7 else 1, stated), centres, size)
-    return Stack(y, known, axis, noise_sd)
+    kept = (1.0, 1.0)
+    if u[5] < COARSE:
+        share = 1 / log_uniform(*IN_PLANE_MM, generator)
+        kept = (share, min(share * log_uniform(0.9, 1.1, generator), 1.0))
+        y = keep(y, axis, kept)
+    return Stack(y, known, axis, noise_sd, kept)
 
 
 def draw_sigma(generator: torch.Generator) -> float:
