@@ -51,8 +51,8 @@ DESCRIPTIONS = {
 """``desc-`` value -> meaning, for ``descriptions.tsv``."""
 
 ESTIMATORS = {
-    "eps": "the network's expectation of the image given the scan, averaged over the first calls "
-    "of the samples' chains",
+    "eps": "average, over all samples' chains and noise levels, of the network's expectation of "
+    "the image given the chain's state and the scan",
     "exact": "average, over all samples' chains and every second noise level, of the conditional "
     "expectation of the image given the chain's state and the scan",
     "daps": "mean of the samples",

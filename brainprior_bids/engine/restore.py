@@ -247,8 +247,8 @@ def restore(
         ``mean`` estimates the posterior mean. Under "exact" it is the average, over samples and
         every second level, of ``E[x | x_t, y]``, which a chain knows in closed form: the same
         expectation as that of the samples with less of their randomness (Rao-Blackwell), which
-        counts when samples are few. Under "eps" it is the average of each chain's first call,
-        the network's own ``E[x | y]``. Otherwise it is the mean of the samples.
+        counts when samples are few. Under "eps" it is the same over all levels, where the
+        network itself gives it. Otherwise it is the mean of the samples.
 
     Raises
     ------
@@ -443,7 +443,7 @@ def restore(
         ) -> None:
             if sampler == "exact" and step % 2 == 0:  # neighbours tell nearly the same
                 conditional += likelihood.expect(mean, sigma)
-            if sampler == "eps" and step == 0:
+            if sampler == "eps":
                 conditional += mean
             if observe is not None:
                 observe(step, n_levels, sigma, index)
@@ -489,7 +489,7 @@ def restore(
             predictions[1 + index] = predict(x0)
         samples[(index, *box.image_slices)] = x0.cpu().numpy() * (unit * gain)
         if sampler in ("exact", "eps"):
-            terms = len(sigmas) // 2 if sampler == "exact" else 1
+            terms = len(sigmas) // 2 if sampler == "exact" else len(sigmas)
             conditional *= final / (n_samples * terms)
             if hidden is not None:
                 predictions[0] += predict(conditional)
