@@ -538,5 +538,5 @@ def test_auto_falls_back_where_the_slices_are_not_of_that_kind():
     case = phantom()
     with pytest.raises(UsageError, match="not trained to be told of slices"):
         run(case, sampler="eps", n_samples=1, n_steps=4)
-    with pytest.raises(UsageError, match="neither hides voxels nor moves the bias"):
+    with pytest.raises(UsageError, match="does not move the bias field"):
         run(case, prior=told_prior(), sampler="eps", refine_bias=True, n_samples=1, n_steps=4)
