@@ -17,7 +17,7 @@ from brainprior_bids.bids.status import read_summary
 from brainprior_bids.bids.validate import find_validator, validate, validate_scans
 from brainprior_bids.engine import weights
 from brainprior_bids.engine.denoiser import ErrorSpectrum, Precondition
-from brainprior_bids.engine.errors import InputError, UsageError
+from brainprior_bids.engine.errors import GeometryError, InputError, UsageError
 from brainprior_bids.engine.grids import Grid
 from brainprior_bids.engine.restore import sample_seed
 from brainprior_bids.engine.unet import UNet
@@ -332,6 +332,45 @@ def test_an_inpainted_scan_is_the_scan_outside_the_mask(files, raw, output_dir, 
             assert sha256_file(output_dir / path) == digest
     assert read_summary(output_dir, "sub-01_ses-a_FLAIR")["task"] == "restore"
     assert read_summary(output_dir, "sub-01_ses-a_desc-inpainted_FLAIR")["task"] == "inpaint"
+
+
+def test_another_tools_image_and_its_trust(files, raw, output_dir, prior, tmp_path):
+    """On a grid and in a unit of its own; a map must lie on the grid of the image."""
+    scan = nib.load(files["scan"])
+    # flipped, a voxel less on each side, and 3 times as bright as the scan
+    other = scan.slicer[1:-1, 1:-1, 1:-1].as_reoriented([[0, -1], [1, 1], [2, 1]])
+    other = nib.Nifti1Image(3 * other.get_fdata(dtype=np.float32), other.affine)
+    nib.save(other, tmp_path / "other.nii.gz")
+
+    def refined(name, **changes):
+        node = Restore(
+            conform_json=files["conform_json"], in_file=files["scan"], mask=files["mask"],
+            mask_scan=files["mask_scan"], affine_json=files["affine_json"], prior=str(prior),
+            contrast="FLAIR", n_samples=1, n_steps=2, sampler="exact", **changes,
+        )  # fmt: skip
+        return run(node, tmp_path / name)
+
+    both = refined(
+        "both", refined=str(tmp_path / "other.nii.gz"), trust=0.1, log_bias=files["log_bias"]
+    )
+    facts = json.loads(Path(both.restore_json).read_text())["refined"]
+    assert facts["gain"] == pytest.approx(1 / 3, rel=0.15)
+    assert facts["correlation"] > 0.5
+    dark = other.get_fdata().max() - other.get_fdata()  # another contrast
+    nib.save(nib.Nifti1Image(dark, other.affine), tmp_path / "dark.nii.gz")
+    with pytest.raises(InputError, match="same person"):
+        refined("dark", refined=str(tmp_path / "dark.nii.gz"), trust=0.1)
+    alone = refined("alone", trust=0.05)
+    assert json.loads(Path(alone.restore_json).read_text())["noise_sd_initial"] == 0.05
+    assert not np.asarray(nib.load(alone.log_bias).dataobj).any()
+    sd = nib.Nifti1Image(np.full(scan.shape, 0.07, np.float32), scan.affine)
+    nib.save(sd, tmp_path / "sd.nii.gz")
+    mapped = refined("mapped", trust_map=str(tmp_path / "sd.nii.gz"))
+    found = json.loads(Path(mapped.restore_json).read_text())["noise_sd_initial"]
+    assert found == pytest.approx(0.07)
+    nib.save(sd.slicer[1:], tmp_path / "cut.nii.gz")
+    with pytest.raises(GeometryError, match="does not lie on the grid"):
+        refined("cut", trust_map=str(tmp_path / "cut.nii.gz"))
 
 
 def test_the_records_hold_the_hashes_of_what_is_there(files, raw, output_dir, tmp_path):

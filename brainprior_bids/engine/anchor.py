@@ -24,6 +24,9 @@ from brainprior_bids.engine.likelihood import SliceLikelihood
 from brainprior_bids.engine.operators.base import check_shape
 from brainprior_bids.engine.spectral import Spectrum
 
+UNLIKE = 0.2
+"""Below this correlation with the scan an image shows something else."""
+
 
 @dataclass(frozen=True)
 class AnchoredSpectrum:
@@ -61,7 +64,8 @@ class AnchoredLikelihood(SliceLikelihood):
     Raises
     ------
     InputError
-        If tau is not above 0, z is not finite, or z is 0 where the scan shows brain.
+        If tau is not above 0, z is not finite or 0 where the scan shows brain, or A z and y / b
+        correlate by less than ``UNLIKE``.
     """
 
     def __init__(
@@ -89,6 +93,12 @@ class AnchoredLikelihood(SliceLikelihood):
             )
         self.gain = float((seen @ scan) / (seen @ seen))
         self.correlation = float(torch.corrcoef(torch.stack((seen, scan)))[0, 1])
+        if not self.correlation > UNLIKE:
+            raise InputError(
+                f"the image to refine and the scan correlate by {self.correlation:.2f} inside the "
+                f"brain, at least {UNLIKE} is needed. Do they show the same person, in the same "
+                "space and contrast?"
+            )
         self.anchor = self._to_image_axes(self.gain * z * self.support)
         self._prior_spectrum, self.tau = self.spectrum, tau
         self.spectrum = AnchoredSpectrum(self.spectrum, tau)
