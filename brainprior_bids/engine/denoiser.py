@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from brainprior_bids.engine.devices import usable_device
+from brainprior_bids.engine.device import usable_device
 from brainprior_bids.engine.errors import MemoryShortageError, ShapeMismatchError, UsageError
 from brainprior_bids.engine.stacks import Stack, StackLevel
 from brainprior_bids.engine.tiles import network_in_slabs

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which device a run uses, and why; a GPU that was asked for and is not there stops it."""
+"""Which device is used, and why; a GPU that was asked for and is not there stops the run."""
 
 from __future__ import annotations
 
@@ -14,6 +14,33 @@ from brainprior_bids.engine.errors import UsageError
 HOW = "In a container pass `docker run --gpus all` or `apptainer run --nv`"
 _DRIVER = Path("/proc/driver/nvidia/version")
 _PROMISED = ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "CUDA_VISIBLE_DEVICES")
+
+
+def visible_gpus() -> int:
+    """How many CUDA devices this process sees."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def usable_device(device: torch.device | str) -> torch.device:
+    """The device, if this machine and this torch have it.
+
+    Raises
+    ------
+    UsageError
+        If the name is none of torch's, or the device is not there.
+    """
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"device: expected 'cpu' or 'cuda:N', got {device!r}.") from error
+    if found.type == "cuda":
+        count = visible_gpus()
+        if (found.index or 0) >= count:
+            raise UsageError(
+                f"device: {found} asked for, but torch sees {count} CUDA device(s) here. Use "
+                "'cpu', or check the driver (in a container: --gpus all, --nv)."
+            )
+    return found
 
 
 def choose_device(
@@ -34,7 +61,7 @@ def choose_device(
     """
     if asked == "cpu":
         return "cpu", "asked for", False
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    count = visible_gpus()
     build = "" if torch.version.cuda else "this torch was built without CUDA"
     if asked == "auto" and not count:
         return _no_gpu(build, os.environ if environ is None else environ, driver)

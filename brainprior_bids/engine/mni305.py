@@ -21,7 +21,7 @@ from brainprior_bids.engine import restore as native
 from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.engine.box import brain_box
 from brainprior_bids.engine.consistency import Residual, judge, neighbour_correlation
-from brainprior_bids.engine.devices import usable_device
+from brainprior_bids.engine.device import usable_device
 from brainprior_bids.engine.errors import GeometryError, InputError, UsageError
 from brainprior_bids.engine.general import OperatorLikelihood
 from brainprior_bids.engine.grids import MNI305, Grid

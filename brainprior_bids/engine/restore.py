@@ -25,7 +25,7 @@ from brainprior_bids.engine.anchor import AnchoredLikelihood
 from brainprior_bids.engine.bias import CosineField
 from brainprior_bids.engine.box import Box, brain_box
 from brainprior_bids.engine.consistency import Residual, judge
-from brainprior_bids.engine.devices import usable_device
+from brainprior_bids.engine.device import usable_device
 from brainprior_bids.engine.errors import (
     GeometryError,
     InputError,
@@ -116,6 +116,7 @@ class Restoration:
     box: Box
     seconds: float
     warnings: list[str] = field(default_factory=list)
+    not_eps: str | None = None  # why "auto" took "exact"
     anchor: tuple[float, float] | None = None  # its gain to the scan, and its correlation
     predictions: NDArray[np.float32] | None = None  # with ``hidden``: (1 + n) scans, mean first
 
@@ -224,9 +225,10 @@ def restore(
     sampler : "auto", "eps", "exact", "daps" or "map"
         "eps" (see ``samplers.eps``) needs a prior that was trained to be told of slices, thick
         slices with voxels of at most 2.2 mm in their plane, nothing hidden and a bias field that
-        stays; "auto" takes it where all that is so, and "exact" elsewhere. "daps" has its
-        settings in ``daps``; ``n_steps``, ``sigma_max`` and ``sigma_min`` are not used. "map" is
-        one point estimate without an uncertainty, with ``n_samples=1`` only.
+        stays; "auto" takes it where all that is so, and "exact" elsewhere (``not_eps`` says why).
+        ``sigma_max`` is for "exact" and "map". "daps" has its settings in ``daps`` and uses
+        neither ``n_steps`` nor ``sigma_max`` and ``sigma_min``. "map" is one point estimate
+        without an uncertainty, with ``n_samples=1`` only.
     n_samples, n_steps : int
         Samples, and network calls for each.
     seed : int
@@ -383,9 +385,10 @@ def restore(
         answer = prior.denoise(x_t[None, None], sigma, coordinates=coordinates, contrast=contrast)
         return answer[0, 0]
 
+    against: str | None = None
     if sampler in ("auto", "eps"):
         special = hidden is not None or anchor is not None or extra is not None
-        against = _against_eps(prior, box, axis, special, refine_bias)
+        against = _against_eps(prior, box, axis, special, refine_bias, n_steps)
         if sampler == "eps" and against:
             raise UsageError(f"restore: sampler 'eps' cannot be used: {against}. Use 'exact'.")
         sampler = "exact" if against else "eps"
@@ -517,6 +520,7 @@ def restore(
         unit=unit,
         calls=daps.calls if sampler == "daps" else n_steps,
         sampler=sampler,
+        not_eps=against,
         schedule=[float(s) for s in sigmas],
         seeds=seeds,
         inner_iterations=float(np.mean(likelihood.iterations)) if likelihood.iterations else 0.0,
@@ -527,7 +531,7 @@ def restore(
 
 
 def _against_eps(
-    prior: PriorLike, box: Box, axis: int, special: bool, refine_bias: bool
+    prior: PriorLike, box: Box, axis: int, special: bool, refine_bias: bool, n_steps: int
 ) -> str | None:
     """Why ``eps`` cannot be used, or None."""
     if not getattr(prior, "takes_stacks", False):
@@ -538,6 +542,8 @@ def _against_eps(
         return f"voxels in the plane of the slices are above {EPS_IN_PLANE} restored ones"
     if box.shape[axis] < EPS_SPACING * box.data_shape[axis]:
         return "the slices are as thin as the restored voxels"
+    if n_steps < 2:
+        return "it needs at least 2 network calls"
     return None
 
 

@@ -126,6 +126,7 @@ class Restore(MeasuredInterface):
         )
         facts: dict[str, Any] = {
             "sampler": done.sampler,
+            "not_eps": done.not_eps,
             "contrast": self.inputs.contrast,
             "n_samples": self.inputs.n_samples,
             "seed": self.inputs.seed,
