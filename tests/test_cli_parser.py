@@ -10,8 +10,9 @@ import pytest
 
 from brainprior_bids import __version__
 from brainprior_bids.cli import resources
+from brainprior_bids.cli.before import clean_work_dir
 from brainprior_bids.cli.parser import WORK_DIR, parse_settings
-from brainprior_bids.cli.run import _clean, main
+from brainprior_bids.cli.run import main
 from brainprior_bids.engine.errors import UsageError
 
 
@@ -264,5 +265,5 @@ def test_more_that_cannot_be_used(folders, extra, said, capsys):
 def test_a_work_folder_is_cleaned_of_our_own_only(tmp_path):
     for name in ("brainprior_wf/a", "home", "validate-x", "mine"):
         (tmp_path / name).mkdir(parents=True)
-    _clean(tmp_path)
+    clean_work_dir(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]

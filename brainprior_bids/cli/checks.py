@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What goes together on a command line and what does not: what one value alone cannot tell."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from brainprior_bids.cli.options import WORK_DIR
+from brainprior_bids.engine.errors import UsageError
+from brainprior_bids.settings import MODALITIES, TASKS
+
+
+def chosen_modalities(asked: Sequence[str], ignored: Sequence[str]) -> tuple[str, ...]:
+    """The contrasts of ``--modalities`` without those of ``--ignore``."""
+    modalities = tuple(dict.fromkeys(asked)) or MODALITIES
+    unknown = [suffix for suffix in modalities if suffix not in MODALITIES]
+    if unknown:
+        raise UsageError(
+            f"--modalities: no prior for {', '.join(unknown)}; known are {', '.join(MODALITIES)}."
+        )
+    left = tuple(suffix for suffix in modalities if suffix.lower() not in ignored)
+    if not left:
+        raise UsageError(
+            f"--ignore {' '.join(ignored)} leaves nothing of {', '.join(modalities)} to process."
+        )
+    return left
+
+
+def bare_labels(given: Sequence[str], prefix: str) -> tuple[str, ...]:
+    """Labels without their prefix, each once."""
+    return tuple(dict.fromkeys(label.removeprefix(prefix) for label in given))
+
+
+def run_labels(given: Sequence[str]) -> tuple[str, ...]:
+    """Runs without ``run-``; each a whole number."""
+    runs = bare_labels(given, "run-")
+    for run in runs:
+        if not run.isdigit():
+            raise UsageError(f"--run-id: a run is a whole number such as 1 or 02, got {run!r}.")
+    return runs
+
+
+def check_task(options: argparse.Namespace, task: str) -> None:
+    """Refuse words that are no task together, and options that this task does not take."""
+    if task not in TASKS:
+        raise UsageError(
+            f"--task {' '.join(options.task)} do not go together; possible are "
+            + ", ".join(name.replace("+", " ") for name in TASKS)
+            + "."
+        )
+    if "refine" in task:
+        _check_refine(options, task)
+    elif options.trust is not None:
+        raise UsageError(f"--trust needs --task refine; the task is {task}.")
+    if "inpaint" not in task:
+        for option, value in (
+            ("--lesion-mask", options.lesion_mask),
+            ("--dilate", options.dilate_mm),
+        ):
+            if value:
+                raise UsageError(f"{option} needs --task inpaint; the task is {task}.")
+    _check_pattern("--lesion-mask", options.lesion_mask)
+
+
+def _check_refine(options: argparse.Namespace, task: str) -> None:
+    if not options.derivatives:
+        raise UsageError("--task refine needs the other tool's data set: --derivatives NAME=PATH.")
+    if task == "refine" and options.exports:
+        raise UsageError(
+            "--export puts a brain back into its scan's head: with --task refine there is another "
+            "tool's image in place of the scan. Use --task restore refine."
+        )
+    if options.sampler not in ("auto", "exact"):
+        raise UsageError(f"--task refine needs --sampler exact, got {options.sampler}.")
+    if options.trust is None:
+        raise UsageError(
+            "--task refine needs --trust: how far is the image to be believed? 0.05 means to 5 % "
+            "of the brain's 99th percentile."
+        )
+    try:
+        trust = float(options.trust)
+    except ValueError:
+        if task != "refine":
+            raise UsageError(
+                f"--task restore refine takes one SD for all voxels, got --trust {options.trust}."
+            ) from None
+        _check_pattern("--trust", options.trust)
+    else:
+        if not 0 < trust < float("inf"):
+            raise UsageError(f"--trust must be above 0, got {options.trust}.")
+
+
+def _check_pattern(option: str, pattern: str | None) -> None:
+    if pattern is None:
+        return
+    try:
+        pattern.format(subject="", session="", suffix="", stem="")
+    except (KeyError, IndexError, ValueError) as error:
+        raise UsageError(
+            f"{option} {pattern}: {error!r} is not known; use {{subject}}, {{session}}, "
+            "{suffix} or {stem}."
+        ) from error
+
+
+def check_anatomy(options: argparse.Namespace) -> None:
+    """Refuse what needs a program or a file that is not there, before anything runs."""
+    model = options.synthstrip_model
+    for option, value in (("--skull-strip", "mask"), ("--parcellation", "derivatives")):
+        if getattr(options, option[2:].replace("-", "_")) == value and not options.derivatives:
+            raise UsageError(
+                f"{option} {value}: expected --derivatives NAME=PATH with the data set to take it "
+                "from, got none. Give it."
+            )
+    if model is not None and not model.is_file():
+        raise UsageError(f"--synthstrip-model {model}: no such file.")
+    if model is not None and options.skull_strip != "synthstrip":
+        raise UsageError("--synthstrip-model is for --skull-strip synthstrip only.")
+    if options.skull_strip == "synthstrip" and not (
+        shutil.which("mri_synthstrip") or (model and shutil.which("nipreps-synthstrip"))
+    ):
+        raise UsageError(
+            "--skull-strip synthstrip: expected mri_synthstrip (FreeSurfer) on the PATH, or "
+            "nipreps-synthstrip on it and --synthstrip-model FILE. Install one, or use "
+            "--skull-strip embedded."
+        )
+    if options.parcellation == "synthseg" and not shutil.which("mri_synthseg"):
+        raise UsageError(
+            "--parcellation synthseg: mri_synthseg (FreeSurfer 7.3 or later) is not on the PATH. "
+            "Install FreeSurfer, or use --parcellation embedded."
+        )
+
+
+def check_paths(bids_dir: Path, output_dir: Path, work_dir: Path) -> None:
+    """Refuse folders that would write into the raw data.
+
+    Raises
+    ------
+    UsageError
+    """
+    raw, out, work = (path.resolve() for path in (bids_dir, output_dir, work_dir))
+    if out == raw:
+        raise UsageError(
+            "output_dir is bids_dir: the raw data would be written to. Use, for example, "
+            f"{bids_dir / 'derivatives' / 'brainprior'}."
+        )
+    derivatives = raw / "derivatives"
+    if raw in out.parents and derivatives not in out.parents:
+        raise UsageError(
+            f"output_dir {output_dir} lies inside bids_dir. Only {derivatives}/NAME may; "
+            "choose that, or a folder outside."
+        )
+    if (work == raw or raw in work.parents) and not (work == out or out in work.parents):
+        raise UsageError(
+            f"--work-dir {work_dir} lies inside bids_dir. Choose a folder outside of it."
+        )
+    if work == out:
+        raise UsageError(
+            f"--work-dir is output_dir. Leave it out (it is then {WORK_DIR} inside, hidden), or "
+            "choose another folder."
+        )
+
+
+def export_roots(
+    asked: Sequence[tuple[str, str]], bids_dir: Path, output_dir: Path
+) -> dict[str, str]:
+    """Kind -> absolute root, each outside of the other data sets."""
+    exports = {}
+    for kind, folder in asked:
+        root = Path(folder) if folder else output_dir.with_name(f"{output_dir.name}-{kind}")
+        root = root.absolute()
+        if not folder and root.parent == Path("/"):
+            raise UsageError(
+                f"--export {kind}: {root} would lie outside of what a container mounts, and be "
+                f"lost. Name a mounted folder: --export {kind}=/exports, or use an output_dir one "
+                "level deeper."
+            )
+        taken = [bids_dir, output_dir, *map(Path, exports.values())]
+        for other in (path.resolve() for path in taken):
+            own = root.resolve()
+            in_derivatives = bids_dir.resolve() / "derivatives" in own.parents
+            clash = own == other or (other in own.parents and not in_derivatives)
+            if clash or own in other.parents or output_dir.resolve() in own.parents:
+                raise UsageError(
+                    f"--export {kind}: {root} and {other} are not apart from each other. Every "
+                    f"export has a root of its own: --export {kind}=DIR."
+                )
+        exports[kind] = str(root)
+    return exports

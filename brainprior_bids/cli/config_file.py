@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``--config-file``: settings of an earlier run, as a command line would say them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from brainprior_bids.cli.options import WORK_DIR
+from brainprior_bids.engine.errors import UsageError
+from brainprior_bids.settings import read_table
+
+NOT_IN_CONFIG = (
+    "bids_dir", "output_dir", "analysis_level", "run_uuid", "command", "n_steps",
+    "dry_run", "boilerplate_only", "reports_only",
+)  # fmt: skip
+"""Settings that belong to one run, or follow from others."""
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The settings in a file, without those of the one run that wrote it."""
+    try:
+        config = read_table(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--config-file {path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise UsageError(f"--config-file {path}: {error}") from error
+    work, output = config.get("work_dir"), config.get("output_dir")
+    if work is not None and output is not None and work == output / WORK_DIR:
+        del config["work_dir"]  # the default there; here it is inside this output_dir
+    if output is not None:
+        config["exports"] = {
+            kind: "" if Path(root) == output.with_name(f"{output.name}-{kind}") else root
+            for kind, root in config.get("exports", {}).items()
+        }  # the default there; here it lies beside this output_dir
+    return {key: value for key, value in config.items() if key not in NOT_IN_CONFIG}
+
+
+def as_tokens(parser: argparse.ArgumentParser, config: dict[str, Any]) -> list[str]:
+    """Settings as the command line would say them."""
+    tokens = []
+    for action in parser._actions:
+        if action.dest not in config or not action.option_strings:
+            continue
+        option, value = action.option_strings[-1], config[action.dest]
+        if isinstance(value, bool):
+            tokens += [option] * value
+        elif action.dest == "task":
+            tokens += [option, *value.split("+")]
+        elif action.dest == "verbose":
+            tokens += [option] * int(value)
+        elif action.dest == "mem_gb":
+            tokens += [option, f"{value}G"]
+        elif isinstance(value, dict):
+            tokens += [option, *(f"{name}={path}" for name, path in value.items())] * bool(value)
+        elif isinstance(value, tuple):
+            tokens += [option, *value] * bool(value)
+        else:
+            tokens += [option, str(value)]
+    return tokens

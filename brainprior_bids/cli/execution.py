@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The graph of a run: built, run, and every scan that did not end given its reason."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from brainprior_bids.bids import status
+from brainprior_bids.bids.files import write_text
+from brainprior_bids.bids.names import result_name
+from brainprior_bids.bids.qc import rebuild_qc
+from brainprior_bids.cli.logs import LOG
+from brainprior_bids.cli.monitor import ResourceMonitor
+from brainprior_bids.cli.outcome import step_records, why_not_ended, write_failure, write_running
+from brainprior_bids.cli.plugin_file import read_plugin_file
+from brainprior_bids.cli.progress import Progress
+from brainprior_bids.settings import Settings
+
+
+def execute(jobs: Sequence[Any], settings: Settings, weights: dict[str, Path]) -> None:
+    """Build the graph, run it, and give every scan that did not end a summary saying why."""
+    from brainprior_bids.interfaces.base import FAILURE
+    from brainprior_bids.workflows.base import configure_nipype, init_brainprior_wf
+    from brainprior_bids.workflows.scan import expected_work, log_dir
+
+    for subject in {job.scan.subject for job in jobs}:
+        write_text(log_dir(settings, subject) / "brainprior.toml", settings.to_toml())
+    configure_nipype(settings, crash_dir=settings.output_dir / "logs")
+    workflow = init_brainprior_wf(
+        jobs=jobs,
+        settings=settings,
+        prior=weights["prior"],
+        parcellation=weights["parcellation"],
+    )
+    if settings.write_graph:
+        logs = settings.output_dir / "logs"
+        logs.mkdir(exist_ok=True)
+        workflow.write_graph(
+            str(logs / "graph.dot"),
+            graph2use="colored",
+            format="svg" if shutil.which("dot") else "dot",  # a picture needs Graphviz
+        )
+    base = settings.work_dir / workflow.name
+    folders = [base / f"{job.scan.name.node_name}_wf" for job in jobs]
+    for folder in folders:  # only these: another process may be at work on other scans
+        for failure in folder.glob(f"*/{FAILURE}"):
+            failure.unlink()
+    for job in jobs:
+        write_running(job.scan, settings)
+    names = {f"{job.scan.name.node_name}_wf": job.scan.name.stem for job in jobs}
+    progress = Progress(names, dict(zip(names, folders, strict=True)), expected_work(settings))
+    monitor = (
+        ResourceMonitor(
+            settings.output_dir / "logs" / f"{settings.run_uuid}_resources.tsv",
+            lambda: progress.running,
+        )
+        if settings.resource_monitor
+        else nullcontext()
+    )
+    crashed: Exception | KeyboardInterrupt | None = None
+    with progress, monitor:
+        pool = make_plugin(workflow, settings, progress)
+        try:
+            workflow.run(plugin=pool)
+        except Exception as error:  # Nipype re-raises the first failed node's, whatever it was
+            crashed = error
+            LOG.debug("the graph ended with an error", exc_info=True)
+        except KeyboardInterrupt as interrupt:
+            crashed = interrupt
+        finally:  # after an interrupt, and with --stop-on-first-crash, nodes may still be running
+            if not settings.debug:
+                pool.stop()
+    for job, folder in zip(jobs, folders, strict=True):
+        summary = status.read_summary(
+            settings.output_dir, result_name(job.scan.name, settings.image)
+        )
+        if summary is None or summary["status"] == "running":
+            error = why_not_ended(job.scan, folder, settings, crashed)
+            write_failure(job.scan, settings, error, nodes=step_records(folder))
+    if isinstance(crashed, KeyboardInterrupt):
+        status.rebuild_status(settings.output_dir)
+        rebuild_qc(settings.output_dir)
+        raise crashed
+
+
+def make_plugin(workflow: Any, settings: Settings, progress: Progress) -> Any:
+    """Our own pool, or the scheduler that ``--nipype-plugin-file`` names."""
+    from nipype.pipeline.plugins import LinearPlugin
+
+    from brainprior_bids.workflows.cluster import make_batch_plugin
+    from brainprior_bids.workflows.plugin import SurvivingPool
+    from brainprior_bids.workflows.scan import MEMORY_GB, NODES
+
+    if settings.debug:
+        return LinearPlugin(plugin_args={"status_callback": progress})
+    file = read_plugin_file(settings.plugin_file)
+    if file.is_batch:
+        return make_batch_plugin(
+            file.plugin,
+            plugin_args=file.plugin_args,
+            step_args=file.step_args,
+            workflow=workflow,
+            status_callback=progress,
+            tag=f"brainprior-{settings.run_uuid}",
+        )
+    arguments = {
+        "n_procs": settings.nprocs,
+        "memory_gb": max(MEMORY_GB.values()) if settings.low_mem else settings.mem_gb,
+        "n_gpu_procs": settings.n_gpu_procs if settings.use_gpu else 0,
+        "raise_insufficient": False,
+        "mp_context": "forkserver",
+        **file.plugin_args,
+        "status_callback": progress,
+        "order": NODES,
+    }
+    return SurvivingPool(plugin_args=arguments)

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The participant and the group level, from the settings of a run to an exit code."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from brainprior_bids import __version__
+from brainprior_bids.bids import export, status
+from brainprior_bids.bids.derivatives import check_output, write_dataset_files
+from brainprior_bids.bids.names import result_name
+from brainprior_bids.bids.provenance import write_run
+from brainprior_bids.bids.qc import rebuild_qc
+from brainprior_bids.bids.query import Scan, check_dataset, find_scans
+from brainprior_bids.cli.before import checked_weights, clean_work_dir, validate_request
+from brainprior_bids.cli.environment import prepare_environment
+from brainprior_bids.cli.execution import execute
+from brainprior_bids.cli.jobs import plan_jobs
+from brainprior_bids.cli.logs import LOG, log_to_file
+from brainprior_bids.engine.errors import UsageError
+from brainprior_bids.settings import Settings
+
+MASKS = {
+    "synthstrip": "SynthStrip",
+    "skip": "the scan's own edge (--skull-strip skip)",
+    "mask": "another data set (--derivatives)",
+}
+
+STRUCTURES = {"synthseg": "SynthSeg", "derivatives": "another data set (--derivatives)"}
+"""What the methods text calls a source that is not embedded, before it was used."""
+
+
+def run(settings: Settings) -> int:
+    """Do what the settings ask for; the exit code."""
+    LOG.setLevel(logging.DEBUG if settings.verbose else logging.INFO)
+    raw = check_dataset(settings.bids_dir)
+    if settings.reports_only:
+        return _reports_only(settings)
+    code = 0
+    if "participant" in settings.analysis_level:
+        scans = find_scans(settings)
+        if settings.dry_run:
+            from brainprior_bids.cli.plan import print_plan
+
+            print_plan(scans, settings)
+            return 0
+        check_output(settings.output_dir)
+        code = _participants(scans, settings, raw)
+    elif settings.dry_run or settings.boilerplate_only:
+        raise UsageError("--dry-run and --boilerplate-only are for the participant level.")
+    if "group" in settings.analysis_level and not settings.boilerplate_only:
+        _group(settings)
+    return code
+
+
+def _participants(scans: Sequence[Scan], settings: Settings, raw: dict[str, Any]) -> int:
+    """The participant level; 0 if every requested scan is done."""
+    if settings.clean_workdir:
+        clean_work_dir(settings.work_dir)
+    prepare_environment(settings)
+    log_file = log_to_file(settings.output_dir / "logs" / f"{settings.run_uuid}.log")
+    try:
+        if not settings.skip_bids_validation and not settings.boilerplate_only:
+            validate_request(scans, settings)
+        weights = checked_weights(settings)
+        if settings.boilerplate_only:
+            return _boilerplate_only(scans, settings, weights)
+        write_dataset_files(
+            settings.output_dir,
+            bids_dir=settings.bids_dir,
+            raw=raw,
+            derivatives=settings.derivatives,
+        )
+        LOG.info("brainprior %s, run %s", __version__, settings.run_uuid)
+        LOG.info(
+            "%d scan(s) of %d participant(s); %s, %d processor(s), %d thread(s) a step",
+            len(scans),
+            len({scan.subject for scan in scans}),
+            settings.device,
+            settings.nprocs,
+            settings.omp_nthreads,
+        )
+        export.prepare(
+            settings.exports,
+            bids_dir=settings.bids_dir,
+            output_dir=settings.output_dir,
+            raw=raw,
+        )
+        jobs = plan_jobs(scans, settings, {role: digest for role, (_, digest) in weights.items()})
+        if jobs:
+            write_run(settings)
+            execute(jobs, settings, {role: path for role, (path, _) in weights.items()})
+        if "raw" in settings.exports:
+            root = Path(settings.exports["raw"])
+            links = export.link_rest(root, settings.bids_dir, scans)
+            LOG.info("export raw: %d file(s) linked in %s", links, root)
+        status.rebuild_status(settings.output_dir)
+        rebuild_qc(settings.output_dir)
+        reports_made = _reports({scan.subject for scan in scans}, settings)
+        return _conclude(scans, settings) or (0 if reports_made else 1)
+    finally:
+        LOG.removeHandler(log_file)
+        log_file.close()
+
+
+def _reports_only(settings: Settings) -> int:
+    """Write table, reports and methods text again, from what is in the output folder."""
+    subjects = {
+        str(summary["subject"])
+        for summary in status.read_summaries(settings.output_dir)
+        if not settings.participant_label or summary["subject"] in settings.participant_label
+    }
+    if not subjects:
+        raise UsageError(
+            f"--reports-only: nothing is done in {settings.output_dir} for the participants "
+            "that were asked for."
+        )
+    check_output(settings.output_dir)
+    status.rebuild_status(settings.output_dir)
+    rebuild_qc(settings.output_dir)
+    made = True
+    if "participant" in settings.analysis_level:
+        made = _reports(subjects, settings)
+    if "group" in settings.analysis_level:
+        _group(settings)
+    LOG.info("%d report(s) in %s", len(subjects), settings.output_dir)
+    return 0 if made else 1
+
+
+def _group(settings: Settings) -> None:
+    from brainprior_bids.reports.group import build_group
+
+    written = build_group(settings.output_dir)
+    if not written:
+        raise UsageError(
+            f"group: no scan is done in {settings.output_dir}. Run the participant level first."
+        )
+    for path in written:
+        LOG.info("group: %s", path)
+
+
+def _boilerplate_only(
+    scans: Sequence[Scan], settings: Settings, weights: dict[str, tuple[Path, str]]
+) -> int:
+    """Write the methods text of what these settings would do."""
+    from brainprior_bids.engine.weights import read_weights
+    from brainprior_bids.reports.methods import Method, card, write_citation
+
+    cards = {role: card(read_weights(path, kind=role)[1]) for role, (path, _) in weights.items()}
+    methods = [
+        Method(
+            suffix=scan.name.suffix,
+            task=settings.task,
+            sampler=settings.sampler,
+            n_samples=settings.n_samples,
+            calls=settings.n_steps * (5 if settings.sampler == "daps" else 1),
+            version=__version__,
+            mask_source=MASKS.get(settings.skull_strip, "embedded"),
+            structures_source=STRUCTURES.get(settings.parcellation, "embedded"),
+            **cards,
+        )
+        for scan in scans
+        if scan.problem is None
+    ]
+    for path in write_citation(settings.output_dir / "logs", methods):
+        LOG.info("%s", path)
+    return 0
+
+
+def _reports(subjects: Iterable[str], settings: Settings) -> bool:
+    """One HTML page a participant and the methods text; False if one could not be made."""
+    from brainprior_bids.reports.methods import of_summary, write_citation
+    from brainprior_bids.reports.subject import build_subject_report
+
+    made = True
+    for subject in sorted(subjects):
+        try:
+            build_subject_report(settings.output_dir, subject)
+        except Exception as error:  # the images are there: say it, and go on
+            LOG.error("sub-%s: the report could not be made: %s", subject, error)
+            LOG.debug("traceback", exc_info=True)
+            made = False
+    done = [
+        summary
+        for summary in status.read_summaries(settings.output_dir)
+        if summary.get("status") in status.FINISHED
+    ]
+    write_citation(settings.output_dir / "logs", [of_summary(summary) for summary in done])
+    return made
+
+
+def _conclude(scans: Sequence[Scan], settings: Settings) -> int:
+    """Say how it ended; 0 if every scan is done."""
+    summaries = [
+        status.read_summary(settings.output_dir, result_name(scan.name, settings.image))
+        for scan in scans
+    ]
+    states = [summary["status"] if summary else "failed" for summary in summaries]
+    for summary in summaries:
+        if summary and summary["status"] == "failed":
+            LOG.error("FAILED %s", summary["message"])
+            if summary["error"].get("crash_file"):
+                LOG.error("  see %s", settings.output_dir / summary["error"]["crash_file"])
+    LOG.info(
+        "%d done, %d already done, %d failed. Status: %s",
+        states.count("done"),
+        states.count("skipped"),
+        states.count("failed"),
+        settings.output_dir / "logs" / "status.tsv",
+    )
+    for subject in sorted({scan.subject for scan in scans}):
+        report = settings.output_dir / f"sub-{subject}.html"
+        if report.exists():
+            LOG.info("report: %s", report)
+    return 1 if "failed" in states else 0

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one value of an option may be: text -> value, or an error that says what is expected."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from brainprior_bids.bids.export import EXPORTS
+from brainprior_bids.cli import resources
+from brainprior_bids.settings import MODALITIES, SPACES
+
+
+def derivative_root(text: str) -> tuple[str, str]:
+    """``NAME=PATH`` or ``PATH`` -> name and absolute path of a derivative data set."""
+    name, equals, rest = text.partition("=")
+    path = Path(rest if equals else text).absolute()
+    if not (path / "dataset_description.json").is_file():
+        raise argparse.ArgumentTypeError(
+            f"{path} is no BIDS data set: it has no dataset_description.json"
+        )
+    name = name if equals else re.sub(r"[^a-zA-Z0-9]", "", path.name)
+    if not re.fullmatch(r"[a-zA-Z0-9]+", name) or name == "raw":
+        raise argparse.ArgumentTypeError(
+            f"{name!r} is no name for a data set: letters and digits, and not 'raw'"
+        )
+    return name, str(path)
+
+
+def export_kind(text: str) -> tuple[str, str]:
+    """``fmriprep`` or ``raw``, and the folder behind ``=``, or nothing."""
+    kind, _, folder = text.partition("=")
+    if kind not in EXPORTS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not among {', '.join(EXPORTS)}, with or without =DIR"
+        )
+    return kind, folder
+
+
+def space_name(text: str) -> str:
+    """``anat``, ``T1w`` … or ``MNI305``, with or without ``:res-1``."""
+    name, _, resolution = text.partition(":")
+    space = "anat" if name in ("anat", *MODALITIES) else name
+    if space not in SPACES or resolution not in ("", "res-1"):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not among {', '.join(SPACES)} (1 mm). Another template needs a "
+            "nonlinear registration: run fMRIPrep on the result"
+        )
+    return space
+
+
+def positive_int(text: str) -> int:
+    """A whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
+    return value
+
+
+def seed(text: str) -> int:
+    """A whole number from 0 to 2^63 - 1."""
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2^63 - 1, got {text}")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """A finite number above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    return value
+
+
+def distance(text: str) -> float:
+    """A finite number of at least 0, in mm."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a distance of at least 0 mm, got {text}")
+    return value
+
+
+def memory_gb(text: str) -> float:
+    """A size such as ``8G`` -> GiB."""
+    try:
+        return resources.parse_memory_gb(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def device_name(text: str) -> str:
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N``; whether it is there is asked later."""
+    kind, colon, index = text.partition(":")
+    if text in ("auto", "cpu", "cuda") or (kind == "cuda" and colon and index.isdigit()):
+        return text
+    raise argparse.ArgumentTypeError(f"expected auto, cpu, cuda or cuda:N, got {text!r}")
