@@ -5,7 +5,8 @@ Every step draws one head from a generator seeded by (seed, step), so a run resu
 checkpoint sees the heads it would have seen. Inner convolutions are trained by Muon, the rest by
 AdamW. The learning rate is constant after a warm-up and falls linearly to zero over the last 30 %
 of the steps; the exported weights are an exponential moving average. Validation draws a fixed set
-of heads from the choosing maps.
+of of heads from the choosing maps. With several processes (``torchrun``) each draws heads of its
+own and the gradients are averaged.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from brainprior_bids.engine.denoiser import fast_dtype
 from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.engine.parcellation_network import ParcellationNetwork
 from brainprior_bids.engine.weights import write_weights
 from brainprior_bids.training.muon import Muon
+from brainprior_bids.training.processes import Processes, join, leave
 from brainprior_bids.training.synthesis import (
     CLASSES,
     CONTRASTS,
@@ -101,6 +104,7 @@ def evaluate(
     of view; noise SD 0.02.
     """
     device = next(network.parameters()).device
+    precision = fast_dtype(device)
     result: dict[str, float] = {}
     for contrast in CONTRASTS:
         for thickness in (2.0, 5.0):
@@ -109,7 +113,7 @@ def evaluate(
                 generator = torch.Generator().manual_seed(seed + index)
                 settings = HeadSettings(contrast, thickness, damage=False, noise_sd=0.02)
                 image, target = synthesiser.draw(generator, settings, index)
-                with torch.autocast(device.type, torch.bfloat16):
+                with torch.autocast(device.type, precision, enabled=precision is not None):
                     found = network(image[None].to(device)).argmax(1)[0].cpu()
                 dice = hard_dice(found, target, len(CLASSES))
                 structure.append(float(dice[1 : CLASSES.index(24)].nanmean()))
@@ -227,28 +231,40 @@ def train(
     peak_rate: float,
     seed: int,
     workers: int,
-    device: str,
+    device: torch.device | str,
     validate_every: int,
     save_every: int = 100,
+    batch: int = 1,
+    processes: Processes | None = None,
 ) -> TrainingState:
     """Run, or continue, a training; see the module's text.
 
-    ``work_dir`` receives ``last.pt`` and ``log.jsonl`` (one line every 50 steps).
+    ``work_dir`` receives ``last.pt`` and ``log.jsonl`` (one line every 50 steps). ``batch`` heads
+    a step are drawn in each of the ``processes``; the loss is the mean of theirs.
     """
+    device = torch.device(device)
+    processes = processes or Processes(0, 1, device)
+    precision = fast_dtype(device)
     torch.manual_seed(seed)  # initial weights only
     network = ParcellationNetwork(CLASSES, widths).to(device)
     average = ParcellationNetwork(CLASSES, widths).to(device)
+    processes.share(network)
     average.load_state_dict(network.state_dict())
     state = TrainingState(network, average, make_optimisers(network, peak_rate))
     checkpoint = work_dir / "last.pt"
     if checkpoint.is_file():
         state.load(checkpoint)
-        print(f"continuing at step {state.step}", flush=True)
-    data = SyntheticHeads(HeadSynthesiser(heads, shape), seed=seed, steps=steps)
+        if processes.first:
+            print(f"continuing at step {state.step}", flush=True)
+    together = batch * processes.size
+    data = SyntheticHeads(HeadSynthesiser(heads, shape), seed=seed, steps=steps * together)
+    start = processes.rank * batch
     loader = DataLoader(
         data,
-        sampler=range(state.step, steps),
-        batch_size=1,
+        sampler=[
+            step * together + start + n for step in range(state.step, steps) for n in range(batch)
+        ],
+        batch_size=batch,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
     )
@@ -262,18 +278,20 @@ def train(
         for group in (g for optimiser in state.optimisers for g in optimiser.param_groups):
             group["lr"] = rate
         image, target = image.to(device), target.to(device)
-        with torch.autocast(torch.device(device).type, torch.bfloat16):
+        with torch.autocast(device.type, precision, enabled=precision is not None):
             logits = network(image)
-        loss, dice = segmentation_loss(logits, target)
+        each = [segmentation_loss(logits[n : n + 1], target[n : n + 1]) for n in range(batch)]
+        loss = torch.stack([loss for loss, _ in each]).mean()
         network.zero_grad()
         loss.backward()
+        loss = processes.average(network.parameters(), loss)
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         for optimiser in state.optimisers:
             optimiser.step()
         state.step += 1
         state.average_step()
-        losses.append(float(loss.detach()))
-        dices.append(float(dice[1 : CLASSES.index(24)].nanmean()))
+        losses.append(float(loss))
+        dices += [float(dice[1 : CLASSES.index(24)].nanmean()) for _, dice in each]
         state.seconds = time.monotonic() - started
         entry: dict[str, Any] = {}
         if state.step % 50 == 0 or state.step == steps:
@@ -285,6 +303,8 @@ def train(
                 "waited": round(waited, 1),
             }
             losses, dices, waited = [], [], 0.0
+        if not processes.first:
+            continue
         if state.step % validate_every == 0 or state.step == steps:
             scores = evaluate(state.average.eval(), choosing)
             entry |= {key: round(value, 4) for key, value in scores.items()}
@@ -335,13 +355,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--random-seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1, help="processes that draw heads")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch", type=int, default=1, help="heads a step (in each process)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1; torchrun: cpu, cuda")
     parser.add_argument("--validate-every", type=int, default=1000)
 
 
 def main(args: argparse.Namespace) -> int:
     """Train as the parsed options say; returns the exit code."""
     torch.set_num_threads(args.threads)
+    processes = join(args.device)
+    try:
+        return _train(args, processes)
+    finally:
+        leave()
+
+
+def _train(args: argparse.Namespace, processes: Processes) -> int:
     state = train(
         heads=prepare_heads(args.labels, args.maps),
         held_out=prepare_heads(args.labels, args.held_out),
@@ -352,10 +381,12 @@ def main(args: argparse.Namespace) -> int:
         peak_rate=args.learning_rate,
         seed=args.random_seed,
         workers=args.workers,
-        device=args.device,
+        device=processes.device,
         validate_every=args.validate_every,
+        batch=args.batch,
+        processes=processes,
     )
-    if args.output:
+    if args.output and processes.first:
         export(state, args.output, maps=args.maps, seed=args.random_seed)
         print(f"wrote {args.output}", flush=True)
     return 0

@@ -7,6 +7,9 @@ levels are log-uniform in three pieces; four of five lie in 0.02-3, where a rest
 what lies between the slices. Of some crops a stack of slices is known besides (``stacks``). The
 learning rate is constant after a warm-up and falls to 0 over the last steps, so a training may be
 prolonged: raise ``--steps`` and start the command again.
+
+What is drawn of a crop is a function of the seed and the crop's number, so several processes
+(``torchrun``) with a batch of B each take the steps of one with the sum of their batches.
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ from brainprior_bids.training.preprocess import (
     build_synthetic_pack,
     read_pack,
 )
+from brainprior_bids.training.processes import Processes, join, leave
 from brainprior_bids.training.samples import draw_samples
 from brainprior_bids.training.spectra import gains, measure_spectra, stack_errors
 from brainprior_bids.training.stacks import draw_sigma, draw_stack
@@ -62,7 +66,7 @@ class Recipe:
     steps, warmup, decay : int
         All steps; the first, with a rising learning rate; the last, with a falling one.
     batch, size : int
-        Crops a step and their edge in voxels.
+        Crops a step in each process, and their edge in voxels.
     learning_rate, weight_decay : float
         Shared by Muon and AdamW.
     ema : float
@@ -95,16 +99,18 @@ class Recipe:
 
 
 class Numbers(Sampler[int]):
-    """The crop numbers first, first + 1, …, last - 1."""
+    """The numbers of this process's crops in the steps first, first + 1, …, last - 1."""
 
-    def __init__(self, first: int, last: int) -> None:
-        self.first, self.last = first, last
+    def __init__(self, first: int, last: int, batch: int, processes: Processes) -> None:
+        self.steps, self.batch, self.processes = range(first, last), batch, processes
 
     def __iter__(self) -> Iterator[int]:
-        return iter(range(self.first, self.last))
+        for step in self.steps:
+            start = (step * self.processes.size + self.processes.rank) * self.batch
+            yield from range(start, start + self.batch)
 
     def __len__(self) -> int:
-        return max(self.last - self.first, 0)
+        return len(self.steps) * self.batch
 
 
 SIGMA_PIECES = ((0.005, 0.02, 0.1), (0.02, 3.0, 0.8), (3.0, 40.0, 0.1))
@@ -136,12 +142,21 @@ class Trainer:
     work : Path
         Holds the checkpoint and ``log.jsonl``.
     device : torch.device
+    processes : Processes, optional
+        This one and the others; default: it is alone.
     """
 
     def __init__(
-        self, brains: Sequence[Brain], recipe: Recipe, work: Path, *, device: torch.device
+        self,
+        brains: Sequence[Brain],
+        recipe: Recipe,
+        work: Path,
+        *,
+        device: torch.device,
+        processes: Processes | None = None,
     ) -> None:
         self.recipe, self.work, self.device = recipe, work, device
+        self.processes = processes or Processes(0, 1, device)
         self.crops = Crops(brains, size=recipe.size, seed=recipe.seed)
         self.step, self.seconds = 0, 0.0
         self.recent = torch.zeros(2, LEVELS, 9)
@@ -158,6 +173,7 @@ class Trainer:
         self.average.load_state_dict(self.model.state_dict())
         for model in (self.model, self.average):
             model.to(device, memory_format=torch.channels_last_3d)
+            self.processes.share(model)
         self.optimisers = self._optimisers()
         self.dtype = fast_dtype(device)
 
@@ -206,19 +222,25 @@ class Trainer:
         )
         os.replace(partial, path)
 
-    def loss(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
+    def loss(self, batch: Mapping[str, Tensor], step: int) -> Tensor:
         """The squared error over what it has been of late at that noise level, in two readings.
 
         Over voxels (where the local mean counts most) and over bands (where each detail band
         counts as much). Division by the recent error lets every noise level gain by the same
         share: relative to a linear filter, the levels that decide what lies between the slices
-        are a tenth of the lowest ones.
+        are a tenth of the lowest ones. ``step`` decides what is drawn.
         """
         image = batch["image"].to(self.device)
-        sigma = draw_sigmas(len(image), generator)
-        noise = torch.randn(image.shape, generator=generator)
-        levels: list[StackLevel | None] = [None] * len(image)
+        count, seed = len(image), self.recipe.seed * 1_000_003
+        first = self.processes.rank * count
+        own = torch.Generator().manual_seed(seed + step)
+        sigma = draw_sigmas(count * self.processes.size, own)[first : first + count]
+        noise = torch.empty(image.shape)
+        levels: list[StackLevel | None] = [None] * count
         for n, crop in enumerate(batch["image"]):
+            number = step * count * self.processes.size + first + n
+            generator = torch.Generator().manual_seed(2**40 + seed + number)
+            noise[n] = torch.randn(crop.shape, generator=generator)
             if float(torch.rand((), generator=generator)) < self.recipe.stacks:
                 stack = draw_stack(crop[0], generator)
                 sigma[n] = draw_sigma(generator)
@@ -250,15 +272,22 @@ class Trainer:
         return share[:, 0].mean() + BAND_WEIGHT * share[:, 1:].mean()
 
     def _recent(self, sigma: Tensor, stacks: Sequence[bool], read: Tensor) -> Tensor:
-        """(n, 9) recent averages of ``read`` near these levels, brought up to date."""
-        place = (sigma.cpu().log() - math.log(0.005)) / math.log(100 / 0.005) * (LEVELS - 1)
+        """(n, 9) recent averages of ``read`` near these levels, brought up to date.
+
+        The crops of all processes count, in the order of their numbers.
+        """
+        told = torch.tensor(stacks, device=self.device, dtype=read.dtype)
+        known = torch.cat([sigma[:, None], told[:, None], read], 1)
+        everyone = self.processes.gather(known).cpu()
+        place = (everyone[:, 0].log() - math.log(0.005)) / math.log(100 / 0.005) * (LEVELS - 1)
         rows = []
         for n, at in enumerate(place.round().long().clamp(0, LEVELS - 1).tolist()):
-            row = self.recent[int(stacks[n]), at]
-            new = read[n].cpu()
+            row = self.recent[int(everyone[n, 1]), at]
+            new = everyone[n, 2:]
             row.copy_(new if float(row[0]) == 0 else torch.lerp(row, new, 0.05))
             rows.append(row.clone())
-        return torch.stack(rows).to(self.device) + 1e-3
+        first = self.processes.rank * len(read)
+        return torch.stack(rows[first : first + len(read)]).to(self.device) + 1e-3
 
     def run(
         self,
@@ -276,7 +305,7 @@ class Trainer:
             If the loss is not finite.
         """
         recipe = self.recipe
-        numbers = Numbers(self.step * recipe.batch, recipe.steps * recipe.batch)
+        numbers = Numbers(self.step, recipe.steps, recipe.batch, self.processes)
         loader = DataLoader(
             self.crops,
             recipe.batch,
@@ -295,15 +324,15 @@ class Trainer:
                 optimiser.zero_grad(set_to_none=True)
                 for group in optimiser.param_groups:
                     group["lr"] = recipe.rate(self.step)
-            generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + self.step)
-            loss = self.loss(batch, generator)
+            loss = self.loss(batch, self.step)
             loss.backward()
+            loss = self.processes.average(self.model.parameters(), loss)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             for optimiser in self.optimisers:
                 optimiser.step()
             self.step += 1
             self._average()
-            value = float(loss.detach())
+            value = float(loss)
             if not math.isfinite(value):
                 raise UsageError(
                     f"training diverged at step {self.step}: loss {value}. Lower --learning-rate."
@@ -320,6 +349,8 @@ class Trainer:
                     waited=round(waited / 50, 3),
                 )
                 waited, started = 0.0, now
+            if not self.processes.first:
+                continue
             if self.step % checkpoint_every == 0 or self.step == recipe.steps:
                 self.save()
             if validation and self.step % validate_every == 0:
@@ -347,6 +378,8 @@ class Trainer:
         return Prior(copy, spectra={"unknown": flat}, metadata={}, device=self.device)
 
     def _note(self, **facts: Any) -> None:
+        if not self.processes.first:
+            return
         log.info("%s", facts)
         self.work.mkdir(parents=True, exist_ok=True)
         with open(self.work / "log.jsonl", "a") as file:
@@ -382,6 +415,7 @@ def export(
         "contrasts": list(CONTRASTS),
         "recipe": asdict(trainer.recipe),
         "steps": trainer.step,
+        "processes": trainer.processes.size,
         "hours": round(trainer.seconds / 3600, 2),
         "device": trainer.device.type,
         "gain": gains(prior, held_out),
@@ -403,7 +437,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train = parser.add_argument_group("training")
     train.add_argument("--steps", type=int, default=recipe.steps)
     train.add_argument("--decay", type=int, default=recipe.decay, help="last, falling steps")
-    train.add_argument("--batch", type=int, default=recipe.batch)
+    train.add_argument(
+        "--batch", type=int, default=recipe.batch, help="crops a step (in each process)"
+    )
     train.add_argument("--size", type=int, default=recipe.size, help="edge of a crop in voxels")
     train.add_argument("--learning-rate", type=float, default=recipe.learning_rate)
     train.add_argument("--channels", type=int, nargs="+", default=recipe.channels)
@@ -412,7 +448,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stacks", type=float, default=recipe.stacks, help="share of crops with known slices"
     )
     train.add_argument("--seed", type=int, default=recipe.seed)
-    train.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
+    train.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1; torchrun: cpu, cuda")
     train.add_argument("--threads", type=int, default=2)
     train.add_argument("--workers", type=int, default=1, help="processes that make crops")
     train.add_argument("--checkpoint-every", type=int, default=200)
@@ -441,6 +477,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     torch.set_num_threads(args.threads)
+    processes = join(args.device)
+    try:
+        if processes.first:
+            _build_packs(args)
+        processes.wait()
+        return _train(args, processes)
+    finally:
+        leave()
+
+
+def _build_packs(args: argparse.Namespace) -> None:
+    """The packs that were asked for and are not there yet."""
     for option, build in (("data", build_pack), ("labels", build_synthetic_pack)):
         source = getattr(args, option)
         stem = "pack" if option == "data" else "synthetic"
@@ -461,6 +509,10 @@ def main(args: argparse.Namespace) -> int:
             exclude=[name for name in args.exclude if name in known],
             processes=max(args.workers, 1),
         )
+
+
+def _train(args: argparse.Namespace, processes: Processes) -> int:
+    """Everything after the packs."""
     if args.picture is not None:
         drawn = load_prior(args.out, device=args.device)
         draw_samples(drawn, args.picture, CONTRASTS[:3], n_steps=40)
@@ -488,7 +540,8 @@ def main(args: argparse.Namespace) -> int:
         [b for b in brains if b.split == "train"],
         recipe,
         args.work,
-        device=torch.device(args.device),
+        device=processes.device,
+        processes=processes,
     )
     resumed = trainer.resume()
     if args.export_only and not resumed:
@@ -500,8 +553,9 @@ def main(args: argparse.Namespace) -> int:
             validate_every=args.validate_every,
             validation=[b for b in brains if b.split == "validation"],
         )
-    if args.out is not None or args.export_only:
+    if (args.out is not None or args.export_only) and processes.first:
         path = args.out or FOLDER / "prior.safetensors"
         metadata = export(trainer, brains, path, name=args.name, limit=args.spectrum_brains)
         log.info("%s", json.dumps(metadata, indent=1))
+    processes.wait()
     return 0
