@@ -502,13 +502,13 @@ def test_tensors_are_taken_as_well():
     np.testing.assert_array_equal(found.mean, plain.mean)
 
 
-def told_prior():
-    """A prior that takes slices; its network answers 0, so that it is Gaussian in Haar bands."""
+def told_prior(holes=0.0):
+    """A prior that takes measurements; its network answers 0: it is Gaussian in Haar bands."""
     sd = torch.tensor([1.0, 0.2, 0.2, 0.06, 0.2, 0.06, 0.06, 0.04])  # as wide as the phantom
     return Prior(
         Precondition(UNet((4, 4), (1, 1), stacks=True), sd),
         spectra={"unknown": ErrorSpectrum.isotropic(0.3)},
-        metadata={},
+        metadata={"recipe": {"holes": holes}},
         dtype=torch.float32,
     )
 
@@ -533,12 +533,53 @@ def test_auto_tells_the_network_of_thick_slices(axis):
     assert not np.array_equal(found.samples[0], found.samples[1])
 
 
+@pytest.mark.parametrize("lesion", [False, True])
+def test_auto_tells_the_network_of_the_voxels_of_a_3d_scan(lesion):
+    case = phantom(thick=1)
+    scan, grid = case["arguments"]["scan"], case["arguments"]["grid"]
+    hidden = ball(grid, (4, -5, 3), 7)
+    options = {"prior": told_prior(0.1), "sampler": "auto", "n_steps": 10, "n_samples": 3}
+    options["noise_sd"] = NOISE * case["arguments"]["prior"].scale
+    if lesion:
+        options["hidden"] = hidden
+    found = run(case, **options)
+    assert found.sampler == "eps"
+    assert found.residual_ratios == pytest.approx([1] * 3, abs=0.15)
+    brain = case["mask"] & ~hidden
+    assert rmse(found.mean, {**case, "mask": brain}) < 1.1 * NOISE
+    if lesion:
+        assert found.sd[hidden].mean() > 3 * found.sd[brain].mean()
+        painted = np.where(hidden, 3 * scan.max(), scan)
+        again = run(case, **{**options, "scan": painted})
+        np.testing.assert_array_equal(found.samples, again.samples)
+
+
+def test_another_tools_image_beside_slices_under_eps():
+    """As with "exact": better than the scan alone, and not trusted it has no say."""
+    case = phantom()
+    rng = np.random.default_rng(0)
+    other = 3.0 * (case["truth"] + 0.02 * rng.standard_normal(case["truth"].shape))
+    tau = 0.02 * case["arguments"]["prior"].scale
+    options = {"prior": told_prior(), "sampler": "eps", "n_steps": 10}
+    alone = run(case, **options)
+    both = run(case, anchor=other, anchor_sd=tau, **options)
+    assert rmse(both.mean, case) < 0.5 * rmse(alone.mean, case)
+    assert rmse(both.mean, case) < 0.021
+    assert both.anchor[1] > 0.95
+    ignored = run(case, anchor=other, anchor_sd=1e4, **options)
+    np.testing.assert_allclose(ignored.mean, alone.mean, atol=0.02 * GAIN)
+
+
 def test_auto_falls_back_where_the_slices_are_not_of_that_kind():
     thin = run(phantom(thick=1), prior=told_prior(), sampler="auto", n_samples=1, n_steps=4)
     assert thin.sampler == "exact"
-    assert thin.not_eps == "the slices are as thin as the restored voxels"
+    assert thin.not_eps == "the prior was not trained on scans with holes"
     case = phantom()
-    with pytest.raises(UsageError, match="not trained to be told of slices"):
+    hidden = ball(case["arguments"]["grid"], (4, -5, 3), 7)
+    thick = run(case, prior=told_prior(0.1), sampler="auto", hidden=hidden, n_steps=4)
+    assert thick.sampler == "exact"
+    assert thick.not_eps.startswith("voxels are hidden of a scan that is coarser")
+    with pytest.raises(UsageError, match="not trained to be told of measurements"):
         run(case, sampler="eps", n_samples=1, n_steps=4)
     with pytest.raises(UsageError, match="does not move the bias field"):
         run(case, prior=told_prior(), sampler="eps", refine_bias=True, n_samples=1, n_steps=4)

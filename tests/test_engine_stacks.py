@@ -130,7 +130,7 @@ def test_samples_have_the_posteriors_mean_and_spread():
 
     def denoise(x_t, sigma):
         answer = prior.denoise(
-            x_t[None, None], sigma, coordinates=coordinates, contrast="T1w", stack=stack
+            x_t[None, None], sigma, coordinates=coordinates, contrast="T1w", measured=stack
         )
         return answer[0, 0]
 
@@ -165,7 +165,7 @@ def test_eps_says_the_same_for_the_same_seed_and_refuses_a_prior_without_stacks(
     def run(seed):
         def denoise(x_t, sigma):
             answer = prior.denoise(
-                x_t[None, None], sigma, coordinates=coordinates, contrast="T1w", stack=stack
+                x_t[None, None], sigma, coordinates=coordinates, contrast="T1w", measured=stack
             )
             return answer[0, 0]
 
@@ -181,9 +181,13 @@ def test_eps_says_the_same_for_the_same_seed_and_refuses_a_prior_without_stacks(
         spectra={"unknown": ErrorSpectrum.isotropic(0.2)},
         metadata={},
     )
-    with pytest.raises(UsageError, match="not trained to be told of slices"):
+    with pytest.raises(UsageError, match="not trained to be told of measurements"):
         plain.denoise(
-            torch.zeros(1, 1, 8, 8, 12), 1.0, coordinates=coordinates, contrast="T1w", stack=stack
+            torch.zeros(1, 1, 8, 8, 12),
+            1.0,
+            coordinates=coordinates,
+            contrast="T1w",
+            measured=stack,
         )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random stacks of slices: what the prior is trained to be told."""
+"""Random stacks of slices and holes: what the prior is trained to be told."""
 
 import math
 
@@ -25,8 +25,10 @@ def test_stacks_are_as_varied_as_scans():
     noise = torch.tensor([stack.noise_sd for stack in found])
     assert stacks.NOISE_SD[0] <= float(noise.min()) <= float(noise.max()) <= stacks.NOISE_SD[1]
     spacing = torch.tensor([math.exp(stack.features()[1]) for stack in found if len(stack.y) > 1])
-    assert float(spacing.min()) < 2.2
+    assert 0.95 < float(spacing.min()) < 2.2
     assert float(spacing.max()) > 6.5
+    sinc = [stack for stack in found if float(stack.weights.min()) < -0.01]
+    assert len(sinc) / 300 == pytest.approx(stacks.THREE_D, abs=0.05)
     coarse = [stack for stack in found if not stack.whole_plane]
     assert len(coarse) / 300 == pytest.approx(stacks.COARSE, abs=0.1)
     assert all(0.4 < share <= 1 for stack in coarse for share in stack.kept)
@@ -67,3 +69,23 @@ def test_a_level_of_every_stack_is_finite():
         assert bool(torch.isfinite(noisy).all())
         assert bool(torch.isfinite(level.c_in).all())
         assert bool((level.c_out > 0).all())
+
+
+def test_holes_are_in_the_brain_and_nothing_else_is_hidden():
+    generator = torch.Generator().manual_seed(3)
+    image = torch.zeros(48, 48, 48)
+    image[8:40, 8:40, 8:40] = 0.7
+    found = [stacks.draw_voxels(image, generator) for _ in range(60)]
+    share = torch.tensor([float(v.hidden.float().mean()) for v in found])
+    assert 0 < float(share.min()) < 0.01
+    assert 0.1 < float(share.max()) < 0.6
+    ends = [
+        v for v in found if any(bool(v.hidden.amin(d).any()) for d in ((0, 1), (0, 2), (1, 2)))
+    ]
+    assert len(ends) / 60 == pytest.approx(stacks.SLAB, abs=0.12)
+    for voxels in found:
+        assert bool((voxels.hidden & (image > 0.05)).any())
+        error = (voxels.y - image)[~voxels.hidden]
+        assert float(error.std()) == pytest.approx(voxels.noise_sd, rel=0.05)
+        level = voxels.level(torch.full((8,), 0.1), 0.5)
+        assert bool(torch.isfinite(level.estimate(torch.randn(8, 24, 24, 24))).all())

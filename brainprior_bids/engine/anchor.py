@@ -117,6 +117,11 @@ class AnchoredLikelihood(SliceLikelihood):
         moved: Tensor = torch.fft.irfftn(pull, s=mean.shape, norm="ortho")
         return mean + moved
 
+    def with_anchor(self, x_t: Tensor, sigma: float) -> tuple[Tensor, float]:
+        """x_t and z as one image with white noise, and the SD of that noise."""
+        share = sigma**2 / (sigma**2 + self.tau**2)
+        return torch.lerp(x_t, self.anchor, share), self.tau * math.sqrt(share)
+
     def refine(self, mean: Tensor, sigma: float, *, bias: bool, noise: bool) -> None:
         """As ``SliceLikelihood.refine``, from what prior and image say together."""
         super().refine(self.anchored(mean, sigma), sigma, bias=bias, noise=noise)

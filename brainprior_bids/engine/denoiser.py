@@ -14,16 +14,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from brainprior_bids.engine.device import usable_device
 from brainprior_bids.engine.errors import MemoryShortageError, ShapeMismatchError, UsageError
-from brainprior_bids.engine.stacks import Stack, StackLevel
+from brainprior_bids.engine.measured import Levels, Measured
+from brainprior_bids.engine.stacks import mirrored
 from brainprior_bids.engine.tiles import network_in_slabs
 from brainprior_bids.engine.unet import (
     BANDS,
@@ -41,10 +41,6 @@ MIN_TILE = 4
 """Thinnest tile, mm: the two rows that a residual block reads of its neighbours."""
 FALLBACK_TILES = (64, 32, 16, 8)
 """Tiles that are tried in turn when memory runs out, mm."""
-
-
-Levels = Sequence[StackLevel | None] | None
-"""For each image of a batch the slices that are known of it, if any are."""
 
 
 class ErrorSpectrum:
@@ -159,7 +155,7 @@ class Precondition(nn.Module):
     ) -> Tensor:
         """Noisy bands (n, 8, i, j, k) float32, sigma (n,) -> denoised bands.
 
-        ``levels`` holds, for each image, the stack of slices that is known of it, or None.
+        ``levels`` holds, for each image, what was measured of it, or None.
         """
         linear, entering, stack, unknown = self._enter(bands, sigma, levels)
         f = self.network(entering, place, sigma.log() / 4, contrast, stack, unknown)
@@ -168,7 +164,7 @@ class Precondition(nn.Module):
     def _enter(
         self, bands: Tensor, sigma: Tensor, levels: Levels
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """The linear estimate, what the network sees of it, and what it is told of the slices."""
+        """The linear estimate, what the network sees of it, and what it is told of the data."""
         c_skip, _, c_in = self.scales(sigma)
         if levels is None or all(level is None for level in levels):
             return c_skip * bands, c_in * bands, None, None
@@ -183,7 +179,7 @@ class Precondition(nn.Module):
             else:
                 linear.append(level.estimate(bands[n]))
                 entering.append(linear[-1] * level.c_in[:, None, None, None])
-                stack.append(level.stack.features().to(bands))
+                stack.append(level.features().to(bands))
                 unknown.append(to_bands(level.unknown_map(shape))[0])
         return (
             torch.stack(linear),
@@ -329,8 +325,13 @@ class Prior:
 
     @property
     def takes_stacks(self) -> bool:
-        """Whether ``denoise`` can be told of measured slices."""
+        """Whether ``denoise`` can be told of measurements."""
         return bool(self.model.network.config["stacks"])
+
+    @property
+    def takes_holes(self) -> bool:
+        """Whether that includes scans on the image's own grid of which a part is hidden."""
+        return self.takes_stacks and self.metadata.get("recipe", {}).get("holes", 0) > 0
 
     @torch.no_grad()
     def denoise(
@@ -340,9 +341,9 @@ class Prior:
         *,
         coordinates: Tensor,
         contrast: str,
-        stack: Stack | None = None,
+        measured: Measured | None = None,
     ) -> Tensor:
-        """The estimate of E[clean | x], or of E[clean | x, stack].
+        """The estimate of E[clean | x], or of E[clean | x, measured].
 
         Parameters
         ----------
@@ -355,8 +356,8 @@ class Prior:
             object comes again.
         contrast : str
             One of ``CONTRASTS``.
-        stack : Stack, optional
-            Slices that were measured of the same brain.
+        measured : Stack or Voxels, optional
+            What was measured of the same brain.
 
         Returns
         -------
@@ -378,16 +379,16 @@ class Prior:
             raise UsageError(f"Prior: sigma must be above 0 and finite, got {sigma}.")
         if not x.is_floating_point():
             raise UsageError(f"Prior: x must be floating point, got {x.dtype}. Convert it first.")
-        if stack is not None and not self.takes_stacks:
+        if measured is not None and not self.takes_stacks:
             raise UsageError(
-                "Prior: these weights were not trained to be told of slices. Use the sampler "
-                "'exact', or train with --stacks above 0."
+                "Prior: these weights were not trained to be told of measurements. Use the "
+                "sampler 'exact', or train with --stacks above 0."
             )
         level = torch.full((len(x),), float(sigma), device=self.device)
         kind = torch.full((len(x),), CONTRASTS.index(contrast), device=self.device)
         while True:
             try:
-                return self._run(x, level, coordinates, kind, stack)
+                return self._run(x, level, coordinates, kind, measured)
             except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
@@ -396,28 +397,32 @@ class Prior:
             self._fall_back(message, tuple(x.shape[2:]))
 
     def _run(
-        self, x: Tensor, level: Tensor, coordinates: Tensor, kind: Tensor, stack: Stack | None
+        self,
+        x: Tensor,
+        level: Tensor,
+        coordinates: Tensor,
+        kind: Tensor,
+        measured: Measured | None,
     ) -> Tensor:
         shape = x.shape[2:]
         multiple = 2 * self.model.network.multiple
         padding = [(-size) % multiple for size in shape]
-        noisy = _pad(x.to(self.device, torch.float32), padding)
+        noisy = mirrored(x.to(self.device, torch.float32), padding)
         precision = (
             contextlib.nullcontext()
             if self.dtype == torch.float32
             else torch.autocast(self.device.type, self.dtype)
         )
         levels = None
-        if stack is not None:
-            padded = pad_stack(stack, padding)
-            known = StackLevel(padded, self.model.band_sd, float(level[0]), self.device)
-            levels = [known] * len(x)
+        if measured is not None:
+            known = measured.padded(padding)
+            levels = [known.level(self.model.band_sd, float(level[0]), self.device)] * len(x)
         with precision:
             if self.tile_mm is None:
                 place = self._place_features(coordinates, padding)
                 clean = from_bands(self.model(to_bands(noisy), level, place, kind, levels))
             else:
-                mm = _pad(coordinates.to(self.device, torch.float32)[None], padding)
+                mm = mirrored(coordinates.to(self.device, torch.float32)[None], padding)
                 clean = self.model.in_slabs(noisy, level, mm, kind, self.tile_mm, levels)
         clean = clean[:, :, : shape[0], : shape[1], : shape[2]]
         return clean.contiguous().to(x.device)
@@ -446,27 +451,9 @@ class Prior:
     def _place_features(self, coordinates: Tensor, padding: list[int]) -> Tensor:
         if self._place is None or self._place[0] is not coordinates:
             mm = coordinates.to(self.device, torch.float32)[None]
-            features = coordinate_features(_pad(mm, padding))
+            features = coordinate_features(mirrored(mm, padding))
             self._place = (
                 coordinates,
                 features.contiguous(memory_format=torch.channels_last_3d),
             )
         return self._place[1]
-
-
-def pad_stack(stack: Stack, padding: list[int]) -> Stack:
-    """The stack of an image that ``_pad`` has grown: nothing is measured in the new end."""
-    grow = list(padding)
-    weights = F.pad(stack.weights, (0, grow[stack.axis]))
-    grow[stack.axis] = 0
-    y = _pad(stack.y[None, None], grow)[0, 0]
-    return Stack(y, weights, stack.axis, stack.noise_sd, stack.kept)
-
-
-def _pad(x: Tensor, padding: list[int]) -> Tensor:
-    """Grow the end of each axis by mirroring: noise stays noise of the same spread."""
-    if not any(padding):
-        return x
-    fits = all(grow < size for grow, size in zip(padding, x.shape[2:], strict=True))
-    ends = [end for grow in reversed(padding) for end in (0, grow)]
-    return F.pad(x, ends, mode="reflect" if fits else "replicate")

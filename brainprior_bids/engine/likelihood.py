@@ -197,6 +197,10 @@ class SliceLikelihood:
         mixed = torch.where(self.brain, self.solver.forward(self._from_image_axes(x)), 0.0)
         return self._to_image_axes(torch.where(self.core, self.y / self.bias, mixed))
 
+    def partly_seen(self) -> Tensor:
+        """(i', j', k') bool: voxels of the brain that are partly outside, or hidden."""
+        return self._to_image_axes(self.brain & ~self.core)
+
     def standardised_residual(self, x: Tensor, noise_sd: float) -> tuple[Tensor, Tensor]:
         """(y - b A x) over its expected SD, and where it counts; both (i', j', k').
 

@@ -35,6 +35,7 @@ from brainprior_bids.engine.errors import (
 from brainprior_bids.engine.grids import Grid
 from brainprior_bids.engine.inpaint import MaskedLikelihood
 from brainprior_bids.engine.likelihood import SliceLikelihood
+from brainprior_bids.engine.measured import Measured
 from brainprior_bids.engine.noise import estimate_noise_sd
 from brainprior_bids.engine.operators.fourier import resampling_matrix
 from brainprior_bids.engine.operators.slices import (
@@ -50,6 +51,7 @@ from brainprior_bids.engine.samplers.map import estimate_map
 from brainprior_bids.engine.schedules import edm_schedule
 from brainprior_bids.engine.spectral import SpectralSolver, Spectrum
 from brainprior_bids.engine.stacks import Stack
+from brainprior_bids.engine.voxels import Voxels
 
 NOISE_FLOOR = 0.005
 """Smallest noise SD assumed, engine unit: the paper's value for restoration."""
@@ -63,10 +65,12 @@ EPS_BLIND = 100.0
 """The level at which ``eps`` asks for E[x | y]."""
 EPS_SIGMA_MAX = 1.5
 """Where ``eps`` starts from E[x | y]: several times what slices of 8 mm leave open."""
+EPS_HOLE_SIGMA_MAX = 20.0
+"""The same beside a hole: there the local mean is open as well, over many voxels."""
 EPS_IN_PLANE = 2.2
 """Restored voxels to a voxel in the plane of the slices up to which it has."""
 EPS_SPACING = 1.4
-"""Restored voxels to a slice from which on ``eps`` has learned what slices are."""
+"""Restored voxels to a slice from which on ``eps`` has learned what 2-D slices are."""
 SAMPLERS = ("auto", "eps", "exact", "daps", "map")
 THREE_D = 1.25
 """Slices no further apart than this times the in-plane voxel are k-space encoded (3-D)."""
@@ -84,9 +88,9 @@ class PriorLike(Protocol):
         *,
         coordinates: Tensor,
         contrast: str,
-        stack: Stack | None = None,
+        measured: Measured | None = None,
     ) -> Tensor:
-        """(n, 1, i, j, k) noisy -> Tweedie mean; ``stack`` only where ``takes_stacks``."""
+        """(n, 1, i, j, k) noisy -> Tweedie mean; ``measured`` only where ``takes_stacks``."""
         ...
 
     def spectrum(self, contrast: str) -> Spectrum:
@@ -221,11 +225,12 @@ def restore(
         Another tool's image of the same brain, in any unit, and
     anchor_sd : float
         how far it is trusted: SD of its error in a voxel, engine unit. See ``anchor``; only with
-        "exact", and not with ``hidden``.
+        "eps" and "exact", and not with ``hidden``.
     sampler : "auto", "eps", "exact", "daps" or "map"
-        "eps" (see ``samplers.eps``) needs a prior that was trained to be told of slices, thick
-        slices with voxels of at most 2.2 mm in their plane, nothing hidden and a bias field that
-        stays; "auto" takes it where all that is so, and "exact" elsewhere (``not_eps`` says why).
+        "eps" (see ``samplers.eps``) needs a prior that was trained to be told of measurements, a
+        bias field that stays, one noise SD, and thick slices with voxels of at most 2.2 mm in
+        their plane or a 3-D scan; voxels may be hidden where the scan has those of the restored
+        image. "auto" takes it where all that is so, and "exact" elsewhere (``not_eps`` says why).
         ``sigma_max`` is for "exact" and "map". "daps" has its settings in ``daps`` and uses
         neither ``n_steps`` nor ``sigma_max`` and ``sigma_min``. "map" is one point estimate
         without an uncertainty, with ``n_samples=1`` only.
@@ -279,10 +284,10 @@ def restore(
             f"restore: 'map' is a point estimate, its spread is no uncertainty; got n_samples "
             f"{n_samples}. Use n_samples=1, or the sampler 'exact'."
         )
-    if anchor is not None and (hidden is not None or sampler not in ("auto", "exact")):
+    if anchor is not None and (hidden is not None or sampler not in ("auto", "eps", "exact")):
         raise UsageError(
-            "restore: another tool's image is taken with the sampler 'exact' and without a lesion "
-            f"mask, got {sampler!r}."
+            "restore: another tool's image is taken with the samplers 'eps' and 'exact' and "
+            f"without a lesion mask, got {sampler!r}."
         )
     device = usable_device(device)
     fine = grid.one_millimetre()
@@ -387,21 +392,36 @@ def restore(
 
     against: str | None = None
     if sampler in ("auto", "eps"):
-        special = hidden is not None or anchor is not None or extra is not None
-        against = _against_eps(prior, box, axis, special, refine_bias, n_steps)
+        against = _against_eps(
+            prior,
+            box,
+            axis,
+            hidden=hidden is not None,
+            uneven=extra is not None,
+            sinc=bool((weights < -0.01).any()),
+            refine_bias=refine_bias,
+            n_steps=n_steps,
+        )
         if sampler == "eps" and against:
             raise UsageError(f"restore: sampler 'eps' cannot be used: {against}. Use 'exact'.")
         sampler = "exact" if against else "eps"
     if sampler == "eps":
-        stack = _stack(likelihood, weights, axis)
+        measured = _measured(likelihood, weights, axis, box)
 
-        def denoise_with_slices(x_t: Tensor, sigma: float) -> Tensor:
+        def denoise_with_data(x_t: Tensor, sigma: float) -> Tensor:
+            if isinstance(likelihood, AnchoredLikelihood):
+                x_t, sigma = likelihood.with_anchor(x_t, sigma)
             answer = prior.denoise(
-                x_t[None, None], sigma, coordinates=coordinates, contrast=contrast, stack=stack
+                x_t[None, None],
+                sigma,
+                coordinates=coordinates,
+                contrast=contrast,
+                measured=measured,
             )
             return likelihood.constrain(answer[0, 0])
 
-        sigmas = edm_schedule(n_steps - 1, EPS_SIGMA_MAX, sigma_min)
+        widest = EPS_SIGMA_MAX if hidden is None else EPS_HOLE_SIGMA_MAX
+        sigmas = edm_schedule(n_steps - 1, widest, sigma_min)
     elif sampler == "daps":
         sigmas = daps.levels()
     else:
@@ -463,7 +483,7 @@ def restore(
             x0 = sample_daps(denoise, likelihood, daps, **options)
         elif sampler == "eps":
             x0 = sample_eps(
-                denoise_with_slices,
+                denoise_with_data,
                 sigmas,
                 shape=box.shape,
                 generator=generator,
@@ -531,20 +551,53 @@ def restore(
 
 
 def _against_eps(
-    prior: PriorLike, box: Box, axis: int, special: bool, refine_bias: bool, n_steps: int
+    prior: PriorLike,
+    box: Box,
+    axis: int,
+    *,
+    hidden: bool,
+    uneven: bool,
+    sinc: bool,
+    refine_bias: bool,
+    n_steps: int,
 ) -> str | None:
     """Why ``eps`` cannot be used, or None."""
+    takes_holes = getattr(prior, "takes_holes", False)
     if not getattr(prior, "takes_stacks", False):
-        return "the prior was not trained to be told of slices"
-    if special or refine_bias:
-        return "it takes one scan with white noise, all of it, and does not move the bias field"
-    if any(a != axis and box.shape[a] > EPS_IN_PLANE * box.data_shape[a] for a in range(3)):
-        return f"voxels in the plane of the slices are above {EPS_IN_PLANE} restored ones"
-    if box.shape[axis] < EPS_SPACING * box.data_shape[axis]:
-        return "the slices are as thin as the restored voxels"
+        return "the prior was not trained to be told of measurements"
+    if refine_bias:
+        return "it does not move the bias field"
+    if uneven:
+        return "the noise differs between voxels"
     if n_steps < 2:
         return "it needs at least 2 network calls"
+    if box.shape == box.data_shape:
+        return None if takes_holes else "the prior was not trained on scans with holes"
+    if hidden:
+        return "voxels are hidden of a scan that is coarser than the restored image"
+    if any(a != axis and box.shape[a] > EPS_IN_PLANE * box.data_shape[a] for a in range(3)):
+        return f"voxels in the plane of the slices are above {EPS_IN_PLANE} restored ones"
+    thin = box.shape[axis] < EPS_SPACING * box.data_shape[axis]
+    if thin and not (sinc and takes_holes):
+        return "the slices are as thin as the restored voxels"
     return None
+
+
+def _measured(likelihood: SliceLikelihood, weights: Tensor, axis: int, box: Box) -> Measured:
+    """The scan as ``eps`` is told of it."""
+    if box.shape == box.data_shape:
+        return _voxels(likelihood)
+    return _stack(likelihood, weights, axis)
+
+
+def _voxels(likelihood: SliceLikelihood) -> Voxels:
+    """A scan on the restored grid, divided by its bias field, 0 outside the brain.
+
+    Voxels that are partly outside the brain are hidden.
+    """
+    nothing = torch.zeros_like(likelihood.support).movedim(0, likelihood.axis)
+    known, unknown = likelihood.brain_alone(nothing), likelihood.partly_seen()
+    return Voxels(known.cpu(), unknown.cpu(), likelihood.noise_sd)
 
 
 def _stack(likelihood: SliceLikelihood, weights: Tensor, axis: int) -> Stack:

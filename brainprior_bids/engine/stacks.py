@@ -21,9 +21,11 @@ axis, one for each of the four in-plane band combinations.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from brainprior_bids.engine.errors import InputError, ShapeMismatchError
@@ -77,13 +79,29 @@ class Stack:
         place = torch.arange(w.shape[1], dtype=w.dtype)
         total = w.sum(1).clamp_min(1e-9)
         whole = total > 0.9 * total.max()  # not cut by the end of the image
-        centre = (w @ place) / total
-        variance = (w @ place**2) / total - centre**2 + 1 / 12
+        centre = (w.square() @ place) / w.square().sum(1).clamp_min(1e-18)
+        variance = (w @ place**2) / total - ((w @ place) / total) ** 2 + 1 / 12
         spacing = centre[whole].diff().median() if int(whole.sum()) > 1 else centre.new_tensor(8.0)
         width = variance[whole].median().clamp_min(1 / 12).sqrt() * 2.355
+        if float(w.min()) < -0.01:  # sinc-shaped slices of a 3-D scan have no variance
+            width = spacing
         row = [1.0, math.log(float(spacing)), math.log(float(width)), math.log(self.noise_sd) / 4]
         row += [float(self.axis == a) for a in range(3)]
         return torch.tensor([*row, math.log(self.kept[0] * self.kept[1])])
+
+    def level(
+        self, band_sd: Tensor, sigma: float, device: torch.device | str = "cpu"
+    ) -> StackLevel:
+        """See ``measured.Measured``."""
+        return StackLevel(self, band_sd, sigma, device)
+
+    def padded(self, padding: Sequence[int]) -> Stack:
+        """See ``measured.Measured``; in their plane the slices are continued by mirroring."""
+        grow = list(padding)
+        weights = F.pad(self.weights, (0, grow[self.axis]))
+        grow[self.axis] = 0
+        y = mirrored(self.y[None, None], grow)[0, 0]
+        return Stack(y, weights, self.axis, self.noise_sd, self.kept)
 
     @property
     def whole_plane(self) -> bool:
@@ -151,8 +169,19 @@ def slice_columns(y: Tensor, axis: int) -> Tensor:
     return torch.einsum("naubv,cu,dv->cdnab", blocks, pair, pair).reshape(4, n, -1)
 
 
+def mirrored(x: Tensor, padding: Sequence[int]) -> Tensor:
+    """(…, i, j, k) with the end of each axis grown by mirroring: noise stays noise."""
+    if not any(padding):
+        return x
+    fits = all(grow < size for grow, size in zip(padding, x.shape[2:], strict=True))
+    ends = [end for grow in reversed(padding) for end in (0, grow)]
+    return F.pad(x, ends, mode="reflect" if fits else "replicate")
+
+
 class StackLevel:
     """A stack and one noise level: the linear estimate w and the spread K it leaves.
+
+    A ``measured.Level``.
 
     Parameters
     ----------
@@ -199,6 +228,10 @@ class StackLevel:
         ratio = w @ w.T + (stack.noise_sd / self.sigma) ** 2 * torch.eye(len(w), dtype=w.dtype)
         known = (w * torch.linalg.solve(ratio, w)).sum(0) * stack.kept[0] * stack.kept[1]
         self.unknown = (1 - known).clamp(0, 1).sqrt().float().to(device)  # (n,)
+
+    def features(self) -> Tensor:
+        """(8,): those of the stack."""
+        return self.stack.features()
 
     def estimate(self, noisy: Tensor) -> Tensor:
         """(8, i, j, k) bands of x_t -> those of w."""

@@ -31,7 +31,7 @@ ESTIMATES = {
 }
 DAPS = "in the manner of decoupled annealing posterior sampling [@daps], "
 WAYS = {
-    "eps": "by exact posterior scores [@eps]: the denoiser is told of the measured slices, so "
+    "eps": "by exact posterior scores [@eps]: the denoiser is told of what was measured, so "
     "that its probability flow ends in a sample of the posterior",
     "exact": f"{DAPS}with the inner Langevin walk replaced by the exact draw that it approximates",
     "daps": f"{DAPS}with its inner Langevin walk",
@@ -39,8 +39,8 @@ WAYS = {
 }
 
 # before a run it is not known which of the two a scan will get
-WAYS["auto"] = f"{WAYS['eps']} (scans with thick slices), or {WAYS['exact']} (all others)"
-ESTIMATES["auto"] = f"{ESTIMATES['eps']} For scans without thick slices: {ESTIMATES['exact']}"
+WAYS["auto"] = f"{WAYS['eps']} (thick slices and 3-D scans), or {WAYS['exact']} (all others)"
+ESTIMATES["auto"] = f"{ESTIMATES['eps']} For scans of other kinds: {ESTIMATES['exact']}"
 
 DONE = {
     "restore": "restored",

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from brainprior_bids.engine.denoiser import ErrorSpectrum, Precondition, Prior, fast_dtype
 from brainprior_bids.engine.errors import UsageError
-from brainprior_bids.engine.stacks import StackLevel
+from brainprior_bids.engine.measured import Level
 from brainprior_bids.engine.unet import CONTRASTS, UNet, coordinate_features, to_bands
 from brainprior_bids.engine.weights import FOLDER, load_prior, prior_state, write_weights
 from brainprior_bids.training.crops import Crops, matrix_points
@@ -47,7 +47,7 @@ from brainprior_bids.training.preprocess import (
 from brainprior_bids.training.processes import Processes, join, leave
 from brainprior_bids.training.samples import draw_samples
 from brainprior_bids.training.spectra import gains, measure_spectra, stack_errors
-from brainprior_bids.training.stacks import draw_sigma, draw_stack
+from brainprior_bids.training.stacks import draw_sigma, draw_stack, draw_voxels
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +72,8 @@ class Recipe:
     ema : float
         Decay of the averaged weights a step, after a ramp.
     seed : int
-    stacks : float
-        Share of the crops of which a stack of slices is known.
+    stacks, holes : float
+        Share of the crops of which a stack of slices, or all but a hole, is known.
     channels, blocks : tuple of int
         Of the ``UNet``.
     """
@@ -88,6 +88,7 @@ class Recipe:
     ema: float = 0.999
     seed: int = 1
     stacks: float = 0.6
+    holes: float = 0.1
     channels: tuple[int, ...] = (48, 96, 128)
     blocks: tuple[int, ...] = (2, 2, 2)
 
@@ -159,9 +160,9 @@ class Trainer:
         self.processes = processes or Processes(0, 1, device)
         self.crops = Crops(brains, size=recipe.size, seed=recipe.seed)
         self.step, self.seconds = 0, 0.0
-        self.recent = torch.zeros(2, LEVELS, 9)
+        self.recent = torch.zeros(3, LEVELS, 9)
         torch.manual_seed(recipe.seed)  # initial weights only
-        network = UNet(recipe.channels, recipe.blocks, stacks=recipe.stacks > 0)
+        network = UNet(recipe.channels, recipe.blocks, stacks=recipe.stacks + recipe.holes > 0)
         if recipe.size < 6 * network.multiple or recipe.size % (2 * network.multiple):
             # below three voxels an axis, oneDNN's bfloat16 gradient of a convolution is garbage
             raise UsageError(
@@ -236,15 +237,20 @@ class Trainer:
         own = torch.Generator().manual_seed(seed + step)
         sigma = draw_sigmas(count * self.processes.size, own)[first : first + count]
         noise = torch.empty(image.shape)
-        levels: list[StackLevel | None] = [None] * count
+        levels: list[Level | None] = [None] * count
+        kinds = [0] * count  # nothing, a stack, a hole
         for n, crop in enumerate(batch["image"]):
             number = step * count * self.processes.size + first + n
             generator = torch.Generator().manual_seed(2**40 + seed + number)
             noise[n] = torch.randn(crop.shape, generator=generator)
-            if float(torch.rand((), generator=generator)) < self.recipe.stacks:
-                stack = draw_stack(crop[0], generator)
+            u = float(torch.rand((), generator=generator))
+            if u < self.recipe.stacks + self.recipe.holes:
+                kinds[n] = 1 if u < self.recipe.stacks else 2
+                draw = draw_stack if kinds[n] == 1 else draw_voxels
                 sigma[n] = draw_sigma(generator)
-                levels[n] = StackLevel(stack, self.model.band_sd, float(sigma[n]), self.device)
+                levels[n] = draw(crop[0], generator).level(
+                    self.model.band_sd, float(sigma[n]), self.device
+                )
         sigma, noise = sigma.to(self.device), noise.to(self.device)
         place = coordinate_features(
             matrix_points(batch["matrix"].to(self.device), image.shape[2:])
@@ -267,16 +273,16 @@ class Trainer:
         read = torch.cat(
             [square.sum(1, keepdim=True) / linear.sum(1, keepdim=True), square / linear], 1
         )  # (n, 9)
-        recent = self._recent(sigma, [level is not None for level in levels], read.detach())
+        recent = self._recent(sigma, kinds, read.detach())
         share = read / recent
         return share[:, 0].mean() + BAND_WEIGHT * share[:, 1:].mean()
 
-    def _recent(self, sigma: Tensor, stacks: Sequence[bool], read: Tensor) -> Tensor:
+    def _recent(self, sigma: Tensor, kinds: Sequence[int], read: Tensor) -> Tensor:
         """(n, 9) recent averages of ``read`` near these levels, brought up to date.
 
         The crops of all processes count, in the order of their numbers.
         """
-        told = torch.tensor(stacks, device=self.device, dtype=read.dtype)
+        told = torch.tensor(kinds, device=self.device, dtype=read.dtype)
         known = torch.cat([sigma[:, None], told[:, None], read], 1)
         everyone = self.processes.gather(known).cpu()
         place = (everyone[:, 0].log() - math.log(0.005)) / math.log(100 / 0.005) * (LEVELS - 1)
@@ -447,6 +453,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument(
         "--stacks", type=float, default=recipe.stacks, help="share of crops with known slices"
     )
+    train.add_argument(
+        "--holes", type=float, default=recipe.holes, help="share of crops known but for a hole"
+    )
     train.add_argument("--seed", type=int, default=recipe.seed)
     train.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1; torchrun: cpu, cuda")
     train.add_argument("--threads", type=int, default=2)
@@ -533,6 +542,7 @@ def _train(args: argparse.Namespace, processes: Processes) -> int:
         learning_rate=args.learning_rate,
         seed=args.seed,
         stacks=args.stacks,
+        holes=args.holes,
         channels=tuple(args.channels),
         blocks=tuple(args.blocks),
     )

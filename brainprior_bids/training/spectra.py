@@ -129,7 +129,7 @@ def stack_errors(
                     100.0,
                     coordinates=coordinates,
                     contrast=contrast,
-                    stack=Stack(y, known, 2, 0.01),
+                    measured=Stack(y, known, 2, 0.01),
                 )
                 error = (estimate[0, 0] - crop)[inside].square().mean()
                 sums[spacing] += float(error) / len(images)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stacks of slices measured on training crops: the anisotropic noise that the prior learns."""
+"""What is measured of training crops: stacks of slices, and scans with holes."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from brainprior_bids.engine.operators.fourier import resampling_matrix
 from brainprior_bids.engine.operators.slices import (
     boxcar_profile,
     gaussian_profile,
     measured_profile,
 )
 from brainprior_bids.engine.stacks import Stack, keep
+from brainprior_bids.engine.voxels import Voxels
 
 AXES = (0.25, 0.25, 0.5)
 """How often the slices are sagittal, coronal, axial."""
@@ -27,8 +30,15 @@ NOISE_SD = (0.003, 0.05)
 COARSE = 0.4
 """Share of the stacks with voxels above 1 mm in their plane, and how far above."""
 IN_PLANE_MM = (1.05, 2.2)
+THREE_D = 0.15
+"""Share of the stacks that are 3-D scans, whose slices are sinc-shaped, and their spacing."""
+THREE_D_MM = (1.0, 1.7)
+SLAB = 0.15
+"""Share of the holes that are the end of the field of view."""
+HOLE_MM = (2.0, 18.0)
+"""Semi-axes of the others."""
 SIGMA = (0.02, 100.0)
-"""Noise of x_t beside a stack: at the top it says nothing, and the answer is E[x | y]."""
+"""Noise of x_t beside a measurement: at the top it says nothing, and the answer is E[x | y]."""
 
 
 def log_uniform(low: float, high: float, generator: torch.Generator) -> float:
@@ -58,21 +68,27 @@ def draw_stack(image: Tensor, generator: torch.Generator) -> Stack:
 
     The measurement has a profile and a thickness of its own; the stack's ``weights`` are a
     Gaussian (7 of 10) or a boxcar of the *stated* thickness, as for a scan, whose true profile
-    nobody knows. Some have measured the lower spatial frequencies of the plane alone.
+    nobody knows. Some have measured the lower spatial frequencies of the plane alone; some are 3-D
+    scans, which have done so along the third axis too.
     """
-    u = torch.rand(6, generator=generator).tolist()
+    u = torch.rand(7, generator=generator).tolist()
     axis = 0 if u[0] < AXES[0] else 1 if u[0] < AXES[0] + AXES[1] else 2
     spacing = log_uniform(*SPACING_MM, generator)
     stated = spacing * (WIDTH[0] + u[1] * (WIDTH[1] - WIDTH[0]))
     true = stated * (1 + MISMATCH * (2 * u[2] - 1))
     size = image.shape[axis]
+    three_d = u[6] < THREE_D
+    if three_d:
+        n_slices = round(size / log_uniform(*THREE_D_MM, generator))
+        known = resampling_matrix(size, n_slices)
     centres = torch.arange((u[3] - 0.5) * spacing, size, spacing, dtype=torch.float64)
     kind = int(torch.randint(3, (), generator=generator))
     noise_sd = log_uniform(*NOISE_SD, generator)
-    measured = weights(profile(kind, true), centres, size).to(image)
+    measured = (known if three_d else weights(profile(kind, true), centres, size)).to(image)
     y = torch.tensordot(measured, image, dims=([1], [axis])).movedim(0, axis)
     y = y + noise_sd * torch.randn(y.shape, generator=generator)
-    known = weights(profile(0 if u[4] < 0.7 else 1, stated), centres, size)
+    if not three_d:
+        known = weights(profile(0 if u[4] < 0.7 else 1, stated), centres, size)
     kept = (1.0, 1.0)
     if u[5] < COARSE:
         share = 1 / log_uniform(*IN_PLANE_MM, generator)
@@ -81,6 +97,36 @@ def draw_stack(image: Tensor, generator: torch.Generator) -> Stack:
     return Stack(y, known, axis, noise_sd, kept)
 
 
+def draw_hole(shape: tuple[int, ...], centre: Tensor, generator: torch.Generator) -> Tensor:
+    """(i, j, k) bool: an ellipsoid with a rough surface about ``centre`` (3,), in voxels."""
+    size = torch.tensor([log_uniform(*HOLE_MM, generator) for _ in range(3)])
+    size = size.lerp(size.mean(), 0.5)  # more often round than long
+    rough = torch.randn(1, 1, 8, 8, 8, generator=generator)
+    surface = 1 + 0.35 * F.interpolate(rough, size=tuple(shape), mode="trilinear")[0, 0]
+    axes = [torch.arange(n) for n in shape]
+    offset = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1) - centre
+    return (offset / size).square().sum(-1) < surface
+
+
+def draw_voxels(image: Tensor, generator: torch.Generator) -> Voxels:
+    """A noisy scan of a crop (c, c, c) of which one to three holes, or an end, are not seen."""
+    noise_sd = log_uniform(*NOISE_SD, generator)
+    y = image + noise_sd * torch.randn(image.shape, generator=generator)
+    hidden = torch.zeros(image.shape, dtype=torch.bool)
+    if float(torch.rand((), generator=generator)) < SLAB:
+        axis, end = torch.randint(3, (2,), generator=generator).tolist()
+        width = int(torch.randint(4, image.shape[axis] // 2, (), generator=generator))
+        start = 0 if end else image.shape[axis] - width
+        hidden.narrow(axis, start, width).fill_(True)
+        return Voxels(y, hidden, noise_sd)
+    brain = (image > 0.05).nonzero()
+    for _ in range(int(torch.randint(1, 4, (), generator=generator))):
+        where = brain if len(brain) else torch.tensor([[n // 2 for n in image.shape]])
+        at = where[int(torch.randint(len(where), (), generator=generator))]
+        hidden |= draw_hole(image.shape, at, generator)
+    return Voxels(y, hidden, noise_sd)
+
+
 def draw_sigma(generator: torch.Generator) -> float:
-    """Noise level of x_t beside a stack."""
+    """Noise level of x_t beside a measurement."""
     return log_uniform(*SIGMA, generator)

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A scan with hidden voxels beside a noisy image: against dense matrices, and sampled from."""
+
+import math
+
+import pytest
+import torch
+
+from brainprior_bids.engine.denoiser import ErrorSpectrum, Precondition, Prior
+from brainprior_bids.engine.errors import InputError, ShapeMismatchError
+from brainprior_bids.engine.samplers.eps import sample_eps
+from brainprior_bids.engine.schedules import edm_schedule
+from brainprior_bids.engine.unet import UNet, from_bands, to_bands
+from brainprior_bids.engine.voxels import Voxels
+
+SHAPE = (6, 8, 10)
+BAND_SD = torch.tensor([0.5, 0.2, 0.15, 0.05, 0.1, 0.05, 0.06, 0.02])
+NOISE = 0.02
+
+
+def make(shape=SHAPE):
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.zeros(shape, dtype=torch.bool)
+    hidden[1:5, 2:7, 3:6] = True  # whole blocks and parts of blocks
+    return Voxels(torch.randn(shape, generator=generator), hidden, NOISE)
+
+
+def haar(shape):
+    n = math.prod(shape)
+    voxels = torch.eye(n, dtype=torch.float64).reshape(n, 1, *shape)
+    return to_bands(voxels).reshape(n, n).T
+
+
+def dense(voxels, sigma):
+    """(K, w of an x_t) of the textbook formula, in float64 over all voxels."""
+    shape = voxels.y.shape
+    n = math.prod(shape)
+    power = BAND_SD.double().square()[:, None].expand(8, n // 8).reshape(-1)
+    h = haar(shape)
+    seen = (~voxels.hidden).double().reshape(-1) / NOISE**2
+    k = torch.linalg.inv(h.T @ torch.diag(1 / power) @ h + torch.eye(n) / sigma**2 + seen.diag())
+    pull = seen * voxels.y.double().reshape(-1)
+    return k, lambda x_t: k @ (x_t.double().reshape(-1) / sigma**2 + pull)
+
+
+@pytest.mark.parametrize("sigma", [0.05, 2.0, 100.0])
+def test_estimate_and_spread_are_the_dense_posterior(sigma):
+    voxels = make()
+    k, estimate = dense(voxels, sigma)
+    level = voxels.level(BAND_SD, sigma)
+    x_t = sigma * torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    found = from_bands(level.estimate(to_bands(x_t[None, None])[0])[None]).reshape(-1)
+    assert torch.allclose(found.double(), estimate(x_t), atol=1e-5)
+    n = math.prod(SHAPE)
+    units = to_bands(torch.eye(n).reshape(n, 1, *SHAPE))
+    root = torch.stack([from_bands(level.spread_out(u)[None]).reshape(-1) for u in units], 1)
+    assert torch.allclose((root @ root).double(), k, atol=1e-6 * float(k.max()) + 1e-7)
+    left = (haar(SHAPE) @ k @ haar(SHAPE).T).diagonal().reshape(8, -1).mean(1).sqrt()
+    assert torch.allclose(level.c_out.double(), left, rtol=1e-5)
+    share = level.unknown_map(SHAPE)[0, 0]
+    assert bool((share[voxels.hidden] == 1).all())
+    assert float(share[~voxels.hidden].max()) == pytest.approx(1 / math.hypot(1, sigma / NOISE))
+
+
+def test_nothing_hidden_is_white_noise_of_less():
+    """x_t and y are one image with noise 1 / sqrt(1/sigma² + 1/n²): EDM's own preconditioning."""
+    sigma = 0.03
+    y = torch.randn(SHAPE, generator=torch.Generator().manual_seed(2))
+    level = Voxels(y, torch.zeros(SHAPE, dtype=torch.bool), NOISE).level(BAND_SD, sigma)
+    both = 1 / math.sqrt(1 / sigma**2 + 1 / NOISE**2)
+    model = Precondition(UNet((4, 4), (1, 1)), BAND_SD)
+    c_skip, c_out, c_in = (c[0] for c in model.scales(torch.tensor([both])))
+    x_t = torch.randn(SHAPE, generator=torch.Generator().manual_seed(4))
+    u = both**2 * (x_t / sigma**2 + y / NOISE**2)
+    expected = c_skip * to_bands(u[None, None])[0]
+    assert torch.allclose(level.estimate(to_bands(x_t[None, None])[0]), expected, atol=1e-6)
+    assert torch.allclose(level.c_out, c_out.flatten(), rtol=1e-5)
+    assert torch.allclose(level.c_in * c_skip.flatten(), c_in.flatten(), rtol=1e-4)
+
+
+def test_bfloat16_convolutions_leave_the_estimate_in_float32():
+    level, noisy = make().level(BAND_SD, 2.0), torch.randn(8, 3, 4, 5)
+    alone = level.estimate(noisy), level.spread_out(noisy)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = level.estimate(noisy), level.spread_out(noisy)
+    assert torch.equal(alone[0], inside[0])
+    assert torch.equal(alone[1], inside[1])
+
+
+def test_samples_have_the_posteriors_mean_and_spread():
+    """20 calls under a Gaussian prior (its network answers 0), in and out of a hole."""
+    torch.manual_seed(0)
+    voxels = make((8, 8, 12))
+    network = UNet((4, 4), (1, 1), stacks=True)
+    prior = Prior(
+        Precondition(network, BAND_SD),
+        spectra={"unknown": ErrorSpectrum.isotropic(0.2)},
+        metadata={"recipe": {"holes": 0.1}},
+        dtype=torch.float32,
+    )
+    assert prior.takes_holes
+    coordinates = torch.zeros(3, 8, 8, 12)
+
+    def denoise(x_t, sigma):
+        answer = prior.denoise(
+            x_t[None, None], sigma, coordinates=coordinates, contrast="T1w", measured=voxels
+        )
+        return answer[0, 0]
+
+    generator = torch.Generator().manual_seed(5)
+    levels = edm_schedule(19, 20.0, 0.001)
+    draws = torch.stack(
+        [
+            sample_eps(denoise, levels, shape=(8, 8, 12), generator=generator, blind=1e4)
+            for _ in range(200)
+        ]
+    )
+    k, estimate = dense(voxels, 1e4)
+    variance = k.diagonal().reshape(8, 8, 12)
+    mean = estimate(torch.zeros(8, 8, 12)).reshape(8, 8, 12)
+    for part in (voxels.hidden, ~voxels.hidden):
+        ratio = float(draws.var(0)[part].mean() / variance[part].mean())
+        assert ratio == pytest.approx(1, abs=0.15)  # 40 calls: 1.03
+        off = (draws.mean(0) - mean)[part].square().mean() / (variance[part].mean() / 200)
+        assert float(off) < 1.6  # 1 on average, with few independent directions
+
+
+def test_bad_voxels_are_refused():
+    hidden = torch.zeros(SHAPE, dtype=torch.bool)
+    with pytest.raises(InputError, match="above 0"):
+        Voxels(torch.zeros(SHAPE), hidden, 0.0)
+    with pytest.raises(ShapeMismatchError, match="alike"):
+        Voxels(torch.zeros(6, 8, 9), hidden, 0.1)
