@@ -92,6 +92,8 @@ class Settings:
     low_mem : bool
         No two steps at once that are larger together than the largest step; the prior runs in
         tiles.
+    job_id : str or None
+        The scheduler's job that a participant runs in, or, at the group level, that has ended.
     plugin_file : Path or None
         Nipype's execution plugin and its arguments, YAML; None is our own pool.
     """
@@ -133,6 +135,7 @@ class Settings:
     omp_nthreads: int = 1
     mem_gb: float = 8.0
     low_mem: bool = False
+    job_id: str | None = None
     plugin_file: Path | None = None
     force: bool = False
     sloppy: bool = False

@@ -14,7 +14,7 @@ import pytest
 
 from brainprior_bids.bids.files import publish, read_json, to_json, write_json, write_text
 from brainprior_bids.bids.provenance import changed_outputs
-from brainprior_bids.bids.status import read_summaries, rebuild_status, write_summary
+from brainprior_bids.bids.status import read_summaries, rebuild_status, settle, write_summary
 from brainprior_bids.cli.run import main
 
 
@@ -34,6 +34,21 @@ def test_one_row_a_scan_with_messages_on_one_line(tmp_path):
         ["sub-01_T1w.nii.gz", "restore", "failed", "n/a", 'a b "c"'],
         ["sub-02_T1w.nii.gz", "restore", "done", "12.3", "n/a"],
     ]
+
+
+def test_scans_of_a_job_that_has_ended_have_failed(tmp_path):
+    for scan, job in (("sub-01_T1w", "7_0"), ("sub-02_T1w", "71_0"), ("sub-03_T1w", None)):
+        write_summary(tmp_path, summary(scan, status="running", job=job))
+    write_summary(tmp_path, summary("sub-04_T1w", job="7_1"))  # done before its task was killed
+    assert settle(tmp_path, "7") == ["sub-01_T1w"]
+    states = {s["scan"]: s["status"] for s in read_summaries(tmp_path)}
+    assert states == {
+        "sub-01_T1w": "failed",
+        "sub-02_T1w": "running",
+        "sub-03_T1w": "running",
+        "sub-04_T1w": "done",
+    }
+    assert "job 7_0 ended before" in read_summaries(tmp_path)[0]["message"]
 
 
 def test_a_damaged_summary_does_not_take_the_others_with_it(tmp_path):

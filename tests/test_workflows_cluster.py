@@ -231,13 +231,28 @@ def test_the_script_submits_one_task_a_participant(tmp_path, raw, monkeypatch):
     assert "#SBATCH --partition=gpu --gres=gpu:1\n#SBATCH --time=10\n" in text
     ran = subprocess.run(
         ["bash", task],
-        env={"PATH": os.environ["PATH"], "SLURM_ARRAY_TASK_ID": "1"},
+        env={
+            "PATH": os.environ["PATH"],
+            "SLURM_ARRAY_JOB_ID": "7",
+            "SLURM_ARRAY_TASK_ID": "1",
+        },
         capture_output=True,
         text=True,
         check=True,
     ).stdout.split()
     assert ran[:5] == ["run", str(raw), str(tmp_path / "out"), "participant", "--device"]
     assert ran[5:8] == ["cuda", "--participant-label", "x3"]
+    assert ran[-2:] == ["--job-id", "7_1"]
+    (group,) = (p for p in tmp_path.glob("job.*") if "--array" not in p.read_text())
+    assert "--export=ALL,ARRAY=7" in (tmp_path / "calls").read_text()
+    ran = subprocess.run(
+        ["bash", group],
+        env={"PATH": os.environ["PATH"], "ARRAY": "7"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    assert ran == ["run", str(raw), str(tmp_path / "out"), "group", "--job-id", "7"]
 
 
 @pytest.mark.parametrize(

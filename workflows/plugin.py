@@ -9,6 +9,8 @@ No worker outlives the run: interrupted, the run ends them; killed itself, they 
 
 Of the nodes that could run, the one furthest down its scan's way goes first: results come one
 by one, not all at the end.
+
+Where memory runs out, the kernel is told to kill a worker, never the process that waits for it.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ import threading
 import time
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from nipype.pipeline.plugins.multiproc import MultiProcPlugin, process_initializer, run_node
@@ -33,11 +37,15 @@ KILLED = (
 
 
 WATCH_S = 2.0
+EXPENDABLE = 500
+"""Added to a worker's share of the memory, in thousandths, when the kernel looks for a victim."""
 
 
 def start_worker(cwd: str, main_pid: int) -> None:
     """Nipype's own initializer, and a thread that ends this worker when the run is gone."""
     process_initializer(cwd)
+    with suppress(OSError):  # no Linux, or a sandbox: then the kernel takes the largest
+        Path("/proc/self/oom_score_adj").write_text(str(EXPENDABLE))
 
     def watch() -> None:
         while True:

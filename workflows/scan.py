@@ -33,6 +33,8 @@ MEMORY_GB = {
     "write": 0.6,
 }
 """What a node may claim, in GiB, the interpreter included."""
+RESTORE_IN_TILES_GB = 2.0
+"""What ``restore`` may claim instead under ``--low-mem``."""
 
 NODES = tuple(MEMORY_GB)
 EXPORT_NODES = ("export", "deliver")
@@ -61,6 +63,11 @@ class Job:
     fingerprint: str
     given: Mapping[str, Given] = field(default_factory=dict)
     exports: tuple[str, ...] = ()
+
+
+def claims_gb(settings: Settings) -> dict[str, float]:
+    """Node -> memory that it may claim in this run, GiB."""
+    return {**MEMORY_GB, "restore": RESTORE_IN_TILES_GB} if settings.low_mem else MEMORY_GB
 
 
 def expected_work(settings: Settings) -> dict[str, float]:
@@ -113,11 +120,12 @@ def init_scan_wf(
     """
     scan = job.scan
     threads = settings.omp_nthreads
+    memory_gb = claims_gb(settings)
 
     def node(interface: pe.nodes.Interface, name: str, *, threads: int = 1) -> pe.Node:
         interface.inputs.num_threads = threads
         made = pe.Node(
-            interface, name=name, mem_gb=MEMORY_GB[name], n_procs=threads, overwrite=settings.force
+            interface, name=name, mem_gb=memory_gb[name], n_procs=threads, overwrite=settings.force
         )
         made.config = {"execution": {"crashdump_dir": str(log_dir(settings, scan.subject))}}
         return made

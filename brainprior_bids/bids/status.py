@@ -6,7 +6,8 @@
 folder (appending to one table is not atomic on NFS). Fields of a summary:
 
 ``scan, subject, source, task, run_uuid, version`` (str); ``status`` (``done``, ``failed``,
-``skipped``, or ``running``: at work, or killed before it could say so); ``seconds`` (sum of the
+``skipped``, or ``running``: at work in the scheduler's ``job``, or killed before it could say so);
+``seconds`` (sum of the
 nodes' times); ``message``; ``fingerprint`` (of everything that decides the result); ``seed``;
 ``outputs`` and ``figures`` (paths from the output folder);
 ``warnings`` (list of str); ``facts`` (``conform``, ``parcellation``, ``affine``, ``restore``,
@@ -61,6 +62,30 @@ def rebuild_status(output_dir: Path) -> Path:
     for summary in read_summaries(output_dir):
         writer.writerow([_cell(summary.get(column)) for column in COLUMNS])
     return write_text(output_dir / "logs" / "status.tsv", stream.getvalue())
+
+
+def settle(output_dir: Path, job: str) -> list[str]:
+    """Scans that were at work in a job, or in a task of an array, that has ended: they failed.
+
+    Returns
+    -------
+    Their names.
+    """
+    killed = []
+    for summary in read_summaries(output_dir):
+        own = str(summary.get("job"))
+        if summary["status"] != "running" or job not in (own, own.partition("_")[0]):
+            continue
+        message = (
+            f"{summary['scan']}: job {own} ended before this scan was done: it was killed "
+            "(memory, time) or cancelled. Submit it again; what is done is not repeated."
+        )
+        error = {"node": None, "type": "KilledJob", "message": message, "crash_file": None}
+        write_summary(
+            output_dir, {**summary, "status": "failed", "message": message, "error": error}
+        )
+        killed.append(summary["scan"])
+    return killed
 
 
 def _cell(value: Any) -> str:

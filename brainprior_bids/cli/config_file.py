@@ -12,7 +12,7 @@ from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.settings import read_table
 
 NOT_IN_CONFIG = (
-    "bids_dir", "output_dir", "analysis_level", "run_uuid", "command", "n_steps",
+    "job_id", "bids_dir", "output_dir", "analysis_level", "run_uuid", "command", "n_steps",
     "dry_run", "boilerplate_only", "reports_only",
 )  # fmt: skip
 """Settings that belong to one run, or follow from others."""

@@ -93,7 +93,7 @@ def make_plugin(workflow: Any, settings: Settings, progress: Progress) -> Any:
 
     from brainprior_bids.workflows.cluster import make_batch_plugin
     from brainprior_bids.workflows.plugin import SurvivingPool
-    from brainprior_bids.workflows.scan import MEMORY_GB, NODES
+    from brainprior_bids.workflows.scan import NODES, claims_gb
 
     if settings.debug:
         return LinearPlugin(plugin_args={"status_callback": progress})
@@ -109,11 +109,11 @@ def make_plugin(workflow: Any, settings: Settings, progress: Progress) -> Any:
         )
     arguments = {
         "n_procs": settings.nprocs,
-        "memory_gb": max(MEMORY_GB.values()) if settings.low_mem else settings.mem_gb,
         "n_gpu_procs": settings.n_gpu_procs if settings.use_gpu else 0,
         "raise_insufficient": False,
         "mp_context": "forkserver",
         **file.plugin_args,
+        "memory_gb": max(claims_gb(settings).values()) if settings.low_mem else settings.mem_gb,
         "status_callback": progress,
         "order": NODES,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from brainprior_bids.cli.environment import prepare_environment
 from brainprior_bids.cli.execution import execute
 from brainprior_bids.cli.jobs import plan_jobs
 from brainprior_bids.cli.logs import LOG, log_to_file
+from brainprior_bids.cli.plugin_file import read_plugin_file
+from brainprior_bids.cli.resources import fit_memory, memory_limit_gb
 from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.settings import Settings
 
@@ -46,7 +49,12 @@ def run(settings: Settings) -> int:
             from brainprior_bids.cli.plan import print_plan
 
             print_plan(scans, settings)
+            try:
+                _fit_memory(settings)
+            except UsageError as error:
+                print(f"On this machine it would be refused: {error}")
             return 0
+        settings = _fit_memory(settings)
         check_output(settings.output_dir)
         code = _participants(scans, settings, raw)
     elif settings.dry_run or settings.boilerplate_only:
@@ -54,6 +62,20 @@ def run(settings: Settings) -> int:
     if "group" in settings.analysis_level and not settings.boilerplate_only:
         _group(settings)
     return code
+
+
+def _fit_memory(settings: Settings) -> Settings:
+    """Settings whose steps fit into this process's memory; refused where they cannot."""
+    if settings.boilerplate_only or read_plugin_file(settings.plugin_file).is_batch:
+        return settings  # nothing is computed, or each step has a job of its own
+    from brainprior_bids.workflows.scan import claims_gb
+
+    return fit_memory(
+        settings,
+        largest_gb=max(claims_gb(replace(settings, low_mem=False)).values()),
+        largest_low_gb=max(claims_gb(replace(settings, low_mem=True)).values()),
+        limit=memory_limit_gb(),
+    )
 
 
 def _participants(scans: Sequence[Scan], settings: Settings, raw: dict[str, Any]) -> int:
@@ -133,6 +155,11 @@ def _reports_only(settings: Settings) -> int:
 def _group(settings: Settings) -> None:
     from brainprior_bids.reports.group import build_group
 
+    if settings.job_id is not None:
+        for scan in status.settle(settings.output_dir, settings.job_id):
+            LOG.error("FAILED %s: its job was killed", scan)
+        status.rebuild_status(settings.output_dir)
+        rebuild_qc(settings.output_dir)
     written = build_group(settings.output_dir)
     if not written:
         raise UsageError(

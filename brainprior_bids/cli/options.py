@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from brainprior_bids import __version__
+from brainprior_bids.cli.resources import MAIN_GB
 from brainprior_bids.cli.values import (
     derivative_root,
     device_name,
@@ -319,7 +320,8 @@ def performance_options(group: Group) -> None:
         type=memory_gb,
         metavar="SIZE",
         help="memory that the steps may claim together: 8G, 8000M, 8000 (MB) "
-        "(default: nine tenths of what there is)",
+        "(default: nine tenths of what the machine, the container or the job has, and at least "
+        f"{MAIN_GB:g} GiB less than that)",
     )
     group.add_argument(
         "--low-mem",
@@ -401,6 +403,13 @@ def other_options(group: Group) -> None:
         "--write-graph",
         action="store_true",
         help="write the graph of the steps to logs/ (an SVG where Graphviz is installed)",
+    )
+    group.add_argument(
+        "--job-id",
+        metavar="ID",
+        help="the scheduler's job, as slurm-script passes it. participant: what the status says "
+        "of a scan that is at work (default: what Slurm says); group: this job has ended, so that "
+        "scans that are still at work under it were killed, and failed",
     )
     group.add_argument(
         "--stop-on-first-crash", action="store_true", help="stop everything when one scan fails"

@@ -22,7 +22,7 @@ def write_running(scan: Scan, settings: Settings) -> None:
     """What the status says of a scan from now until it ends, or for good if this is killed."""
     number = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ.get("SLURM_JOB_ID"))
     task = os.environ.get("SLURM_ARRAY_TASK_ID")
-    job = f", Slurm job {number}{f'_{task}' if task else ''}" if number else ""
+    job = settings.job_id or (f"{number}_{task}" if task else number)
     result = result_name(scan.name, settings.image)
     previous = status.read_summary(settings.output_dir, result) or {}
     kept = {key: previous.get(key, []) for key in ("outputs", "figures")}
@@ -32,8 +32,9 @@ def write_running(scan: Scan, settings: Settings) -> None:
             **_summary(scan, settings),
             **kept,  # the last step removes those that it does not replace
             "status": "running",
+            "job": job,
             "message": f"began {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC on {platform.node()}"
-            f"{job}; not ended: it is at work, or was killed",
+            f"{f', job {job}' if job else ''}; not ended: it is at work, or was killed",
         },
     )
 

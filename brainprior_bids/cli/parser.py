@@ -193,7 +193,10 @@ def parse_settings(argv: Sequence[str]) -> Settings:
         n_gpu_procs=options.n_gpu_procs,
         nprocs=nprocs,
         omp_nthreads=min(options.omp_nthreads or min(nprocs, 8), nprocs),
-        mem_gb=options.mem_gb or resources.available_memory_gb(),
+        mem_gb=options.mem_gb
+        or plugin.memory_gb
+        or resources.memory_for_steps_gb(resources.memory_limit_gb()[0]),
+        job_id=options.job_id,
         low_mem=options.low_mem,
         plugin_file=_absolute(options.plugin_file),
         force=options.force,

@@ -29,7 +29,7 @@ OTHER_S = 60.0
 
 def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
     """Print every scan's outputs, seed, time and memory; nothing is written."""
-    from brainprior_bids.workflows.scan import MEMORY_GB
+    from brainprior_bids.workflows.scan import claims_gb
 
     calls = settings.n_samples * settings.n_steps * (5 if settings.sampler == "daps" else 1)
     a_voxel = seconds_a_voxel(settings)
@@ -78,7 +78,7 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
                 print(f"  {root}/{path}")
         if "raw" in settings.exports:
             print(f"  {settings.exports['raw']}/{export.raw_name(scan.name)}")
-    memory = max(MEMORY_GB.values())
+    memory = max(claims_gb(settings).values())
     at_once = (
         settings.n_gpu_procs if settings.use_gpu else settings.nprocs // settings.omp_nthreads
     )

@@ -43,6 +43,12 @@ class PluginFile:
     step_args: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @property
+    def memory_gb(self) -> float | None:
+        """What ``memory_gb`` allows the steps together, for a local plugin."""
+        given = None if self.is_batch else self.plugin_args.get("memory_gb")
+        return given if given is None else float(given)
+
+    @property
     def is_batch(self) -> bool:
         """True where steps run as jobs of their own, perhaps on another machine."""
         return self.plugin in BATCH
@@ -83,6 +89,9 @@ def read_plugin_file(path: Path | None) -> PluginFile:
         steps[step] = {
             key: str(value) for key, value in _mapping(who, f"step_args.{step}", extra).items()
         }
+    memory = arguments.get("memory_gb")
+    if memory is not None and (not isinstance(memory, int | float) or memory <= 0):
+        raise UsageError(f"{who}: memory_gb: expected a number above 0, got {memory!r}.")
     if steps and plugin in LOCAL:
         raise UsageError(f"{who}: step_args mean nothing to {plugin}; they are for schedulers.")
     return PluginFile(plugin, arguments, steps)

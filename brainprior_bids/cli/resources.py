@@ -6,11 +6,18 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+
+from brainprior_bids.engine.errors import UsageError
+from brainprior_bids.settings import Settings
 
 LOG = logging.getLogger("brainprior")
 _CGROUP = Path("/sys/fs/cgroup")
 _PROC = Path("/proc/self/cgroup")
+MAIN_GB = 1.0
+"""Memory of a run beside its steps: the command (0.35 GiB) and workers that wait (0.25 each)."""
 _UNITS_GB = {"K": 1 / 2**20, "M": 1 / 2**10, "G": 1.0, "T": 2.0**10}
 
 
@@ -28,17 +35,80 @@ def available_processors(cgroup: Path = _CGROUP, proc: Path = _PROC) -> int:
     return max(1, int(min(quotas)))
 
 
-def available_memory_gb(cgroup: Path = _CGROUP, proc: Path = _PROC) -> float:
-    """Nine tenths of the machine's memory or of the container's or job's limit, in GiB."""
+def memory_limit_gb(
+    cgroup: Path = _CGROUP, proc: Path = _PROC, environ: Mapping[str, str] | None = None
+) -> tuple[float, str]:
+    """GiB that this process and its children may use together, and what limits them.
+
+    The smallest of the machine's memory, the limits of the control groups (versions 1 and 2) that
+    this process is in, and what Slurm gave the job: not every site enforces that by groups.
+    """
     import psutil
 
-    limits = [float(psutil.virtual_memory().total)]
+    limits = [(float(psutil.virtual_memory().total), "this machine has")]
     for folder in _groups("memory", cgroup, proc):
         for name in ("memory.max", "memory.limit_in_bytes"):
             words = _words(folder / name)
             if words and words[0] != "max":
-                limits.append(float(words[0]))
-    return 0.9 * min(limits) / 2**30
+                limits.append((float(words[0]), f"the container or job has ({folder / name})"))
+    environ = os.environ if environ is None else environ
+    job_mb = float(environ.get("SLURM_MEM_PER_NODE", 0)) or (
+        float(environ.get("SLURM_MEM_PER_CPU", 0)) * float(environ.get("SLURM_CPUS_ON_NODE", 0))
+    )
+    if job_mb:
+        limits.append((job_mb * 2**20, "the Slurm job has"))
+    bytes_, who = min(limits, key=lambda limit: limit[0])
+    return bytes_ / 2**30, who
+
+
+def memory_for_steps_gb(limit_gb: float) -> float:
+    """What of the memory the steps may claim: a tenth, or ``MAIN_GB`` if that is more, is left."""
+    return max(0.0, min(0.9 * limit_gb, limit_gb - MAIN_GB))
+
+
+def fit_memory(
+    settings: Settings, *, largest_gb: float, largest_low_gb: float, limit: tuple[float, str]
+) -> Settings:
+    """Settings whose steps fit into the memory that there is, or a refusal before anything runs.
+
+    Parameters
+    ----------
+    settings : Settings
+        ``mem_gb`` is what ``--mem`` asked for, or what there is.
+    largest_gb, largest_low_gb : float
+        What the largest step claims, without and with ``--low-mem``.
+    limit : GiB and its origin, of ``memory_limit_gb``
+
+    Raises
+    ------
+    UsageError
+        Saying what is needed and what is there.
+    """
+    limit_gb, who = limit
+    there_gb = memory_for_steps_gb(limit_gb)
+    steps_gb = min(settings.mem_gb, there_gb)
+    if settings.mem_gb > there_gb + 0.01:
+        LOG.warning(
+            "--mem %.3g GiB is more than there is: %s %.3g GiB, of which the steps get %.3g",
+            settings.mem_gb,
+            who,
+            limit_gb,
+            there_gb,
+        )
+    needed_gb = largest_low_gb if settings.low_mem else largest_gb
+    if steps_gb + 0.01 >= needed_gb:
+        return replace(settings, mem_gb=steps_gb)
+    if there_gb < needed_gb:
+        found = f"{who} {limit_gb:.3g} GiB"
+        give = f"Give it {needed_gb + MAIN_GB:.3g} GiB"
+    else:
+        found = f"--mem allows its steps {settings.mem_gb:.3g} GiB"
+        give = f"Pass --mem {needed_gb:.3g}G"
+    low = f", or pass --low-mem, with which {largest_low_gb + MAIN_GB:.3g} GiB are enough"
+    raise UsageError(
+        f"not enough memory: the largest step claims up to {needed_gb:.3g} GiB and the command "
+        f"itself {MAIN_GB:.3g}; {found}. {give}{'' if settings.low_mem else low}."
+    )
 
 
 def _groups(controller: str, cgroup: Path, proc: Path) -> list[Path]:

@@ -13,13 +13,12 @@ from brainprior_bids import __version__
 from brainprior_bids.bids.files import write_text
 from brainprior_bids.bids.query import check_dataset, find_scans
 from brainprior_bids.cli.parser import parse_settings
+from brainprior_bids.cli.resources import MAIN_GB
 from brainprior_bids.engine.errors import UsageError
 
 PROCESSORS = 4
 MEMORY_GB = 5.0
 """What the steps of a task may claim together."""
-MAIN_GB = 1.0
-"""What the command itself takes beside its steps."""
 
 DESCRIPTION = """\
 Writes a bash script that submits one array job with a task for each participant, and a group job
@@ -94,9 +93,14 @@ def slurm_script(argv: Sequence[str]) -> int:
 def _script(own: argparse.Namespace, rest, settings, participants, command) -> str:  # noqa: ANN001
     logs = settings.output_dir / "logs" / "slurm"
     limit = f"%{own.max_running}" if own.max_running else ""
-    cpus = settings.nprocs if _given(rest, "--nprocs", "--nthreads", "--n-cpus") else PROCESSORS
-    memory_gb = settings.mem_gb if _given(rest, "--mem", "--mem-mb") else MEMORY_GB
+    cpus = (
+        settings.nprocs
+        if _given(rest, "--nprocs", "--nthreads", "--n-cpus", "--n_cpus")
+        else PROCESSORS
+    )
+    memory_gb = settings.mem_gb if _given(rest, "--mem", "--mem-mb", "--mem_mb") else MEMORY_GB
     task = " ".join([own.launcher, shlex.join(rest)])
+    folders = shlex.join([str(settings.bids_dir), str(settings.output_dir)])
     head = f"#SBATCH --chdir={Path(os.getcwd())}\n"
     return f"""\
 #!/bin/bash
@@ -116,20 +120,20 @@ array=$(sbatch --parsable <<'TASK'
 {head}{_lines(own.sbatch)}\
 participants=({shlex.join(participants)})
 {task} --participant-label "${{participants[$SLURM_ARRAY_TASK_ID]}}" \\
-    --nprocs {cpus} --mem {memory_gb:g}G
+    --nprocs {cpus} --mem {memory_gb:g}G --job-id "${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID"
 TASK
 )
 array=${{array%%;*}}
 echo "array job $array"
 
-group=$(sbatch --parsable --dependency="afterany:$array" <<'GROUP'
+group=$(sbatch --parsable --dependency="afterany:$array" --export="ALL,ARRAY=$array" <<'GROUP'
 #!/bin/bash
 #SBATCH --job-name=brainprior-group
 #SBATCH --cpus-per-task=1
 #SBATCH --mem=2G
 #SBATCH --output={logs}/%j_group.out
 {head}{_lines(own.group_sbatch)}\
-{own.launcher} {shlex.quote(str(settings.bids_dir))} {shlex.quote(str(settings.output_dir))} group
+{own.launcher} {folders} group --job-id "$ARRAY"
 GROUP
 )
 echo "group job ${{group%%;*}}, when all tasks have ended"

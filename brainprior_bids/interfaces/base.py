@@ -8,6 +8,8 @@ sentence why a scan failed; the traceback stays in Nipype's crash file.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import threading
 import time
 from collections.abc import Callable
@@ -80,6 +82,8 @@ class MeasuredInterface(SimpleInterface):
                 },
             )
             raise
+        finally:
+            release_memory()
         self._results["record"] = str(
             write_json(
                 folder / RECORD,
@@ -92,6 +96,17 @@ class MeasuredInterface(SimpleInterface):
             )
         )
         return runtime
+
+
+def release_memory() -> None:
+    """Give what is free to the system: a worker waits for its next node, others need the memory.
+
+    glibc keeps what was freed: 1.5 GiB in a worker that had restored a head, 0.4 after this.
+    """
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
+    if trim is not None:
+        trim(0)
 
 
 class Meter:
