@@ -224,7 +224,7 @@ def test_the_script_submits_one_task_a_participant(tmp_path, raw, monkeypatch):
         check=True,
     )
     assert "array job 7\ngroup job 7" in done.stdout
-    assert "--dependency=afterany:7\n" in (tmp_path / "calls").read_text()
+    assert "--dependency=afterany:7 --export=ALL,ARRAY=7\n" in (tmp_path / "calls").read_text()
     (task,) = (p for p in tmp_path.glob("job.*") if "--array" in p.read_text())
     text = task.read_text()
     assert "#SBATCH --array=0-1%2\n" in text
@@ -244,7 +244,6 @@ def test_the_script_submits_one_task_a_participant(tmp_path, raw, monkeypatch):
     assert ran[5:8] == ["cuda", "--participant-label", "x3"]
     assert ran[-2:] == ["--job-id", "7_1"]
     (group,) = (p for p in tmp_path.glob("job.*") if "--array" not in p.read_text())
-    assert "--export=ALL,ARRAY=7" in (tmp_path / "calls").read_text()
     ran = subprocess.run(
         ["bash", group],
         env={"PATH": os.environ["PATH"], "ARRAY": "7"},
