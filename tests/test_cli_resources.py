@@ -126,4 +126,4 @@ def test_the_command_stops_at_the_start(tmp_path, monkeypatch, capsys):
     assert f"the container or job has ({tmp_path / 'group' / 'memory.max'}) 2 GiB" in said
     assert not (tmp_path / "out").exists()
     assert main([*command, "--low-mem"]) == 2
-    assert "Give it 3 GiB." in capsys.readouterr().err
+    assert "Give it 3.5 GiB." in capsys.readouterr().err

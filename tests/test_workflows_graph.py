@@ -182,6 +182,14 @@ def test_low_memory_runs_the_prior_in_tiles(raw, tmp_path):
     assert tiles == {32}
 
 
+def test_what_a_restoration_claims_depends_on_tiles_and_samples(raw, tmp_path):
+    def claim(**given):
+        settings = Settings(raw, tmp_path / "out", tmp_path / "work", **given)
+        return by_step(build(settings, tmp_path))["restore"][0].mem_gb
+
+    assert claim(low_mem=True) < claim() == claim(n_samples=1) < claim(n_samples=8)
+
+
 def test_seeds_differ_between_scans_and_come_from_the_run(raw, tmp_path):
     settings = Settings(raw, tmp_path / "out", tmp_path / "work", random_seed=5)
     seeds = [node.inputs.seed for node in by_step(build(settings, tmp_path))["restore"]]

@@ -33,8 +33,10 @@ MEMORY_GB = {
     "write": 0.6,
 }
 """What a node may claim, in GiB, the interpreter included."""
-RESTORE_IN_TILES_GB = 2.0
+RESTORE_IN_TILES_GB = 2.5
 """What ``restore`` may claim instead under ``--low-mem``."""
+SAMPLE_GB = 0.15
+"""What each sample adds from the fifth on."""
 
 NODES = tuple(MEMORY_GB)
 EXPORT_NODES = ("export", "deliver")
@@ -67,7 +69,8 @@ class Job:
 
 def claims_gb(settings: Settings) -> dict[str, float]:
     """Node -> memory that it may claim in this run, GiB."""
-    return {**MEMORY_GB, "restore": RESTORE_IN_TILES_GB} if settings.low_mem else MEMORY_GB
+    restore = RESTORE_IN_TILES_GB if settings.low_mem else MEMORY_GB["restore"]
+    return {**MEMORY_GB, "restore": restore + SAMPLE_GB * max(0, settings.n_samples - 4)}
 
 
 def expected_work(settings: Settings) -> dict[str, float]:
