@@ -3,8 +3,16 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from brainprior_bids.workflows.plugin import KILLED, SurvivingPool
+from nipype.interfaces.base import (
+    BaseInterfaceInputSpec,
+    SimpleInterface,
+    TraitedSpec,
+    traits,
+)
 from nipype.interfaces.utility import Function
 from nipype.pipeline import engine as pe
 
@@ -89,3 +97,45 @@ def test_a_node_killed_twice_fails_alone(tmp_path):
     assert ended == {"beside": "end", "victim": "exception", "later": "end"}
     (crash,) = (tmp_path / "crash").glob("*.txt")
     assert KILLED in crash.read_text()
+
+
+class _TimesSpec(BaseInterfaceInputSpec):
+    use_gpu = traits.Bool(True, usedefault=True)
+
+
+class _TimesOutput(TraitedSpec):
+    began = traits.Float()
+    ended = traits.Float()
+
+
+class Times(SimpleInterface):
+    """As ``Restore`` for the scheduler: a GPU node by its trait; it says when it ran."""
+
+    input_spec = _TimesSpec
+    output_spec = _TimesOutput
+
+    def _run_interface(self, runtime):
+        import time
+
+        self._results["began"] = time.time()
+        time.sleep(0.5)
+        self._results["ended"] = time.time()
+        return runtime
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_so_many_restorations_at_once_as_the_gpu_has_slots(tmp_path, slots):
+    nodes = [pe.Node(Times(), name=f"restore{number}") for number in range(3)]
+    workflow = pe.Workflow(name="wf", base_dir=str(tmp_path))
+    workflow.add_nodes(nodes)
+    workflow.config["execution"] = {"poll_sleep_duration": "0.1"}
+    plugin = SurvivingPool(
+        plugin_args={
+            "n_procs": 4, "memory_gb": 9, "n_gpu_procs": slots, "raise_insufficient": False,
+            "mp_context": "forkserver", "order": [n.name for n in nodes],
+        }
+    )  # fmt: skip
+    ran = workflow.run(plugin=plugin)
+    spans = sorted((n.result.outputs.began, n.result.outputs.ended) for n in ran.nodes())
+    overlaps = sum(later[0] < earlier[1] for earlier, later in itertools.pairwise(spans))
+    assert overlaps == (0 if slots == 1 else 2)

@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Makes what a release consists of, in dist/, and checks each part.
+#
+#   scripts/release.sh [packages] [containers]        (default: both)
+#
+# packages    wheel and sdist; each installed into a clean environment outside of the checkout, where
+#             the command and its self-test run
+# containers  image and SIF by scripts/test_containers.sh, on the demo head or on DATA and LABEL
+#
+# OUT (default: dist) takes the files; WORK (default: a new folder, removed at the end) the rest.
+# PYTHON (default: python3) makes the environments. See scripts/test_containers.sh for LAB.
+set -euo pipefail
+here=$(cd "$(dirname "$0")/.." && pwd)
+cd "$here"
+parts=${*:-packages containers}
+for part in $parts; do
+    case $part in packages | containers) ;; *) sed -n '3,13s/^# \{0,1\}//p' "$0" >&2; exit 2 ;; esac
+done
+PYTHON=${PYTHON:-python3}
+OUT=$(realpath -m "${OUT:-dist}")
+if [ -n "${WORK:-}" ]; then
+    mkdir -p "$WORK" && WORK=$(realpath "$WORK")
+else
+    WORK=$(mktemp -d)
+    trap 'rm -rf "$WORK"' EXIT
+fi
+mkdir -p "$OUT"
+say() { echo "release: $*"; }
+version=$(sed -n 's/^version = //p' setup.cfg)
+say "brainprior $version, $(git rev-parse --short HEAD 2>/dev/null || echo 'no git')"
+[ -z "$(git status --porcelain 2>/dev/null)" ] || say "WARNING: the tree has changes that are not committed"
+grep -q "^## \[$version\]" CHANGELOG.md || say "WARNING: CHANGELOG.md has no section for $version yet"
+for file in CITATION.cff Dockerfile Singularity.def docs/boutiques/brainprior.json; do
+    grep -Eq "(version: |VERSION=|\"tool-version\": \")$version\b" "$file" ||
+        { say "$file does not name version $version"; exit 1; }
+done
+
+# NAME FILE: a clean environment with a package and its locked dependencies, and its self-test
+try() {
+    SECONDS=0
+    "$PYTHON" -m venv "$WORK/$1"
+    "$WORK/$1/bin/pip" install --quiet --disable-pip-version-check -c constraints.txt "$2"
+    "$WORK/$1/bin/pip" check
+    (
+        cd "$WORK" # nothing of the checkout is importable here
+        [ "$("$WORK/$1/bin/brainprior" --version)" = "brainprior $version" ]
+        "$WORK/$1/bin/python" -c 'import brainprior_bids as b; print(b.__file__)' | grep "^$WORK/$1/"
+        "$WORK/$1/bin/brainprior" selftest --device cpu
+    )
+    say "$1: installed and self-tested outside of the checkout in $SECONDS s"
+}
+
+if [[ $parts == *packages* ]]; then
+    "$PYTHON" -m venv "$WORK/tools"
+    "$WORK/tools/bin/pip" install --quiet --disable-pip-version-check build twine
+    rm -f "$OUT"/brainprior-*.whl "$OUT"/brainprior-*.tar.gz
+    # the sdist from the tree, the wheel from the sdist: what the sdist lacks, the wheel lacks too
+    "$WORK/tools/bin/python" -m build --outdir "$OUT" . >"$WORK/build.log" 2>&1 ||
+        { tail -n 20 "$WORK/build.log"; exit 1; }
+    rm -rf build
+    "$WORK/tools/bin/twine" check --strict "$OUT"/brainprior-*
+    try wheel "$OUT"/brainprior-*.whl
+    try sdist "$OUT"/brainprior-*.tar.gz
+fi
+
+if [[ $parts == *containers* ]]; then
+    data=${DATA:-$WORK/bids} label=${LABEL:-01}
+    if [ -z "${DATA:-}" ]; then
+        [ -d "$WORK/wheel" ] || try wheel .
+        (cd "$WORK" && "$WORK/wheel/bin/python" -m brainprior_bids.evaluation.demo "$WORK/bids")
+    fi
+    TAG=${TAG:-brainprior:$version} SIF=$OUT/brainprior-$version.sif WORK=$WORK/containers \
+        scripts/test_containers.sh "$data" "$label"
+fi
+
+cd "$OUT"
+find . -maxdepth 1 -name 'brainprior-*' -type f -printf '%f\n' | sort | xargs sha256sum | tee SHA256SUMS
+du -h brainprior-* | sed 's/^/release: /'
+say "passed"
