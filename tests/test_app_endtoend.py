@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import hashlib
 import json
@@ -11,8 +12,10 @@ import shutil
 import socket
 import subprocess
 import sys
+from importlib import resources
 from pathlib import Path
 
+import jsonschema
 import nibabel as nib
 import numpy as np
 import pytest
@@ -196,6 +199,42 @@ def test_time_and_memory_of_every_node_are_recorded(ended):
     for figure in summary["figures"]:
         assert (output_dir / figure).stat().st_size > 1000
     assert (output_dir / "sub-01.html").stat().st_size > 1000
+
+
+def schema(record):
+    text = resources.files("brainprior_bids") / "data" / "schemas" / f"{record}.schema.json"
+    content = json.loads(text.read_text("utf-8"))
+    jsonschema.Draft202012Validator.check_schema(content)
+    return jsonschema.Draft202012Validator(content)
+
+
+@pytest.mark.parametrize("record", ["act", "ent", "soft", "env"])
+def test_provenance_is_as_its_schema_says(ended, record):
+    files = list((ended[1] / "prov").glob(f"prov-*_{record}.json"))
+    assert len(files) == 1  # of the run, or of the one scan that was done
+    found = json.loads(files[0].read_text())
+    check = schema(record)
+    check.validate(found)
+    for key in next(iter(found.values()))[0]:  # and the schema is not one that takes anything
+        if key in ("AtLocation", "GeneratedBy"):
+            continue
+        less = copy.deepcopy(found)
+        del next(iter(less.values()))[0][key]
+        assert not check.is_valid(less), key
+    next(iter(found.values()))[0]["Surprise"] = 1
+    assert not check.is_valid(found)
+
+
+def test_every_file_has_its_hash_in_the_provenance(ended):
+    _, output_dir, _ = ended
+    (record,) = (output_dir / "prov").glob("prov-*_ent.json")
+    entities = json.loads(record.read_text())["Entities"]
+    written = {e["AtLocation"]: e["Digest"]["sha256"] for e in entities if "GeneratedBy" in e}
+    anat = digests(output_dir / "sub-01" / "anat")
+    assert written == {f"sub-01/anat/{name}": digest for name, digest in anat.items()}
+    others = [e["Label"] for e in entities if "GeneratedBy" not in e]
+    assert others[0] == "sub-01_T1w.nii.gz"
+    assert [label.split(":")[0] for label in others[1:]] == ["weights", "weights"]
 
 
 @pytest.mark.skipif(find_validator() is None, reason="bids-validator-deno is not installed")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from brainprior_bids.bids.files import publish, read_json, to_json, write_json, write_text
-from brainprior_bids.bids.provenance import changed_outputs
+from brainprior_bids.bids.provenance import verify_records
 from brainprior_bids.bids.status import read_summaries, rebuild_status, settle, write_summary
 from brainprior_bids.cli.run import main
 
@@ -117,20 +117,33 @@ def test_verify_finds_what_changed_and_what_is_gone(tmp_path, capsys):
         entities.append(
             {"AtLocation": name, "GeneratedBy": "bids::prov#a", "Digest": {"sha256": digest}}
         )
-    raw = {"AtLocation": "sub-01/anat/sub-01_T1w.nii.gz", "Digest": {"sha256": "0"}}  # not ours
-    write_json(tmp_path / "prov" / "prov-1_ent.json", {"Entities": [raw, *entities]})
+        entities[-1]["Id"] = f"bids::{name}"
+    raw = tmp_path / "raw data"
+    raw.mkdir()
+    (raw / "scan").write_text("scan")
+    digest = hashlib.sha256(b"scan").hexdigest()
+    entities += [
+        {"Id": f"bids:{where}:scan", "Digest": {"sha256": digest}} for where in ("raw", "away")
+    ]
+    entities.append({"Id": "bids::prov#weights-prior-0", "Digest": {"sha256": "0"}})  # no file
+    write_json(tmp_path / "prov" / "prov-1_ent.json", {"Entities": entities})
+    links = {"raw": raw.as_uri(), "away": (tmp_path / "gone away").as_uri()}
+    write_json(tmp_path / "dataset_description.json", {"DatasetLinks": links})
     assert main(["verify", str(tmp_path)]) == 0
-    assert "3 file(s) checked, 0" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "not checked\tbids:away:scan" in out
+    assert "3 output(s) and 1 input(s) checked, 0" in out
     (tmp_path / "changed").write_text("other")
     (tmp_path / "gone").unlink()
+    (raw / "scan").write_text("another")
     assert main(["verify", str(tmp_path)]) == 1
     out = capsys.readouterr().out.splitlines()
-    assert out[:2] == ["changed\tchanged", "missing\tgone"]
+    assert out[:3] == ["changed\tchanged", "missing\tgone", "changed\tbids:raw:scan"]
     # a newer record of the same scan counts
     newer = hashlib.sha256(b"other").hexdigest()
     write_json(
         tmp_path / "prov" / "prov-2_ent.json",
         {"Entities": [{**entities[1], "Digest": {"sha256": newer}}]},
     )
-    assert changed_outputs(tmp_path) == ({"gone": "missing"}, 3)
+    assert verify_records(tmp_path).changes == {"gone": "missing", "bids:raw:scan": "changed"}
     assert main(["verify", str(tmp_path / "prov")]) == 2

@@ -265,7 +265,11 @@ def test_the_filled_scan_is_shown_through_the_middle_of_the_lesion(tmp_path):
     ):
         files[role] = tmp_path / f"{role}.nii.gz"
         nb.save(nb.Nifti1Image(array, scan.affine), files[role])
-    flicker = make_reportlets(files, tmp_path / "f", prefix="sub-1", suffix="T1w")[0]
+    made = make_reportlets(files, tmp_path / "f", prefix="sub-1", suffix="T1w")
+    (mask,) = (path.read_text() for path in made if "desc-mask" in path.name)
+    assert "Through the lesion mask" in mask
+    assert mask.count("#ff8a65") >= 3
+    flicker = made[0]
     text = flicker.read_text()
     assert "filled under the lesion mask" in text
     assert "#ff8a65" in text

@@ -4,7 +4,7 @@
 Files are named as in the draft of BIDS-Prov (BEP028): ``prov/prov-<label>_<record>.json`` with
 the records ``act`` (activities), ``ent`` (entities: files and their SHA-256), ``soft`` (software)
 and ``env`` (machine). A run writes ``soft`` and ``env`` once; each finished scan writes its own
-``act`` and ``ent``.
+``act`` and ``ent``. ``data/schemas/<record>.schema.json`` says field by field what they hold.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import os
 import platform
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from brainprior_bids import __version__
 from brainprior_bids.bids.derivatives import bids_uri, container
@@ -138,27 +140,72 @@ def gpu_facts(device: str) -> dict[str, Any]:
     }
 
 
-def changed_outputs(output_dir: Path) -> tuple[dict[str, str], int]:
-    """Outputs that are not as they were written.
+@dataclass(frozen=True)
+class Verified:
+    """What ``brainprior verify`` found.
 
-    Returns
-    -------
-    path -> ``changed`` or ``missing``, and how many files were checked. Where a scan was done
-    more than once, its newest record counts.
+    Attributes
+    ----------
+    changes : address -> ``changed`` or ``missing``
+        Outputs by their path from the output folder, other files by their ``bids:`` address.
+    outputs, inputs : int
+        Files whose hash was computed anew, or that are missing.
+    out_of_reach : tuple of str
+        Inputs in data sets that are not where ``DatasetLinks`` says.
     """
-    expected: dict[str, str] = {}
+
+    changes: dict[str, str]
+    outputs: int
+    inputs: int
+    out_of_reach: tuple[str, ...]
+
+
+def verify_records(output_dir: Path) -> Verified:
+    """Compare outputs, and inputs where they are within reach, with their recorded SHA-256.
+
+    Where a scan was done more than once, its newest record counts.
+    """
+    outputs: dict[str, str] = {}
+    inputs: dict[str, str] = {}
     for record in sorted((output_dir / "prov").glob("prov-*_ent.json")):  # names begin with time
         for entity in read_json(record)["Entities"]:
+            digest = entity["Digest"]["sha256"]
             if "GeneratedBy" in entity:
-                expected[entity["AtLocation"]] = entity["Digest"]["sha256"]
+                outputs[entity["AtLocation"]] = digest
+            elif re.match(BIDS_ADDRESS, entity["Id"]):
+                inputs[entity["Id"]] = digest
+    files = {path: (output_dir / path, digest) for path, digest in sorted(outputs.items())}
+    roots = _linked(output_dir)
+    away = []
+    for address, digest in sorted(inputs.items()):
+        name, path = re.match(BIDS_ADDRESS, address).groups()  # type: ignore[union-attr]
+        if name in roots:
+            files[address] = (roots[name] / path, digest)
+        else:
+            away.append(address)
     changes = {}
-    for path, digest in sorted(expected.items()):
-        file = output_dir / path
+    for address, (file, digest) in files.items():
         if not file.is_file():
-            changes[path] = "missing"
+            changes[address] = "missing"
         elif sha256_file(file) != digest:
-            changes[path] = "changed"
-    return changes, len(expected)
+            changes[address] = "changed"
+    return Verified(changes, len(outputs), len(inputs) - len(away), tuple(away))
+
+
+BIDS_ADDRESS = r"bids:([a-zA-Z0-9]+):(.+)"
+"""A file in another data set: its name among the ``DatasetLinks``, its path."""
+
+
+def _linked(output_dir: Path) -> dict[str, Path]:
+    """Name -> root of the linked data sets that are there."""
+    description = output_dir / "dataset_description.json"
+    links = read_json(description).get("DatasetLinks", {}) if description.is_file() else {}
+    roots = {
+        name: Path(unquote(urlsplit(link).path))
+        for name, link in links.items()
+        if link.startswith("file://")
+    }
+    return {name: root for name, root in roots.items() if root.is_dir()}
 
 
 def scan_records(
@@ -169,7 +216,7 @@ def scan_records(
     settings: Mapping[str, Any],
     seed: int,
     input_sha256: str,
-    outputs: Mapping[str, tuple[str, str]],
+    outputs: Iterable[tuple[str, str, str]],
     facts: Mapping[str, Any],
     nodes: list[Mapping[str, Any]],
     warnings: list[str],
@@ -178,7 +225,7 @@ def scan_records(
 
     Parameters
     ----------
-    outputs : role -> (path from the output folder, SHA-256)
+    outputs : (label, path from the output folder, SHA-256)
     facts : mapping
         ``conform``, ``parcellation``, ``affine``, ``restore``: what each node recorded.
     nodes : list of mapping
@@ -192,6 +239,15 @@ def scan_records(
         **((facts.get("parcellation") or {}).get("given") or {}),
         **(facts.get("given") or {}),
     }
+    networks = {
+        kind: card
+        for kind, card in (
+            ("parcellation", (facts.get("parcellation") or {}).get("weights")),
+            ("prior", (facts.get("restore") or {}).get("prior")),
+        )
+        if card
+    }
+    unit = (facts.get("restore") or {}).get("unit")
     starts = sorted(str(node["started"]) for node in nodes if "started" in node)
     act = {
         "Activities": [
@@ -203,6 +259,7 @@ def scan_records(
                 "Used": [
                     source,
                     *(file["uri"] for file in given.values()),
+                    *(_weights_id(kind, card) for kind, card in networks.items()),
                     f"bids::prov#environment-{run}",
                 ],
                 "StartedAtTime": starts[0] if starts else None,
@@ -212,6 +269,8 @@ def scan_records(
                 "Settings": dict(settings),
                 "RandomSeed": settings.get("random_seed"),
                 "ScanSeed": seed,
+                # the engine's unit and back: no offset
+                "IntensityMap": {"Scale": 1 / unit, "InverseScale": unit} if unit else None,
                 "Conform": facts.get("conform"),
                 "Parcellation": facts.get("parcellation"),
                 "Affine": facts.get("affine"),
@@ -234,7 +293,17 @@ def scan_records(
         entities.append(
             {"Id": file["uri"], "Label": role, "Digest": {"sha256": file["sha256"]}},
         )
-    for role, (path, digest) in outputs.items():
+    for kind, card in networks.items():
+        entities.append(
+            {
+                "Id": _weights_id(kind, card),
+                "Label": f"weights: {card.get('name')}",
+                "License": card.get("licence"),
+                "TrainingData": card.get("training_data"),
+                "Digest": {"sha256": card["sha256"]},
+            }
+        )
+    for role, path, digest in outputs:
         entities.append(
             {
                 "Id": bids_uri(path),
@@ -248,6 +317,10 @@ def scan_records(
         f"prov-{run}{name}_act.json": to_json(act),
         f"prov-{run}{name}_ent.json": to_json({"Entities": entities}),
     }
+
+
+def _weights_id(kind: str, card: Mapping[str, Any]) -> str:
+    return f"bids::prov#weights-{kind}-{card['sha256'][:12]}"
 
 
 def _version(package: str) -> str:

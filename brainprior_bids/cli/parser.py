@@ -49,7 +49,7 @@ other commands (`brainprior COMMAND --help`):
   selftest                    check this installation and its device
   slurm-script                an array job for Slurm, one participant a task
   check-lesion IMAGE          how much of a lesion's contrast a restoration keeps
-  verify OUT                  compare every output with the SHA-256 in its provenance
+  verify OUT                  compare every file with the SHA-256 in the provenance
 A data set that is called like a command is written ./train.
 
 exit codes: 0 every requested scan is done; 1 a scan failed (logs/status.tsv says which and

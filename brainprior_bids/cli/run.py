@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from brainprior_bids.bids.provenance import changed_outputs
+from brainprior_bids.bids.provenance import verify_records
 from brainprior_bids.cli.levels import run
 from brainprior_bids.cli.logs import log_to_stderr
 from brainprior_bids.cli.parser import parse_settings
@@ -80,18 +80,23 @@ def train(argv: Sequence[str]) -> int:
 
 
 def verify(argv: Sequence[str]) -> int:
-    """``brainprior verify OUT``: compare every output with its recorded SHA-256."""
+    """``brainprior verify OUT``: compare every file with its recorded SHA-256."""
     parser = argparse.ArgumentParser(
         prog="brainprior verify",
-        description="Compare every output with the SHA-256 in its provenance; exit 1 if one "
-        "changed or is missing.",
+        description="Compare every output with the SHA-256 in its provenance, and every input "
+        "that is still where it was; exit 1 if one changed or is missing.",
     )
     parser.add_argument("output_dir", type=Path)
     options = parser.parse_args(list(argv))
-    changes, checked = changed_outputs(options.output_dir)
-    if not checked:
+    found = verify_records(options.output_dir)
+    if not found.outputs:
         raise UsageError(f"{options.output_dir} has no provenance to verify (prov/*_ent.json).")
-    for path, what in changes.items():
-        print(f"{what}\t{path}")
-    print(f"{checked} file(s) checked, {len(changes)} not as they were written.")
-    return 1 if changes else 0
+    for address, what in found.changes.items():
+        print(f"{what}\t{address}")
+    for address in found.out_of_reach:
+        print(f"not checked\t{address}")
+    print(
+        f"{found.outputs} output(s) and {found.inputs} input(s) checked, {len(found.changes)} not "
+        "as they were."
+    )
+    return 1 if found.changes else 0

@@ -127,6 +127,7 @@ class Parcellate(MeasuredInterface):
             facts["weights"] = {
                 "name": network.metadata.get("name"),
                 "licence": network.metadata.get("licence"),
+                "training_data": network.metadata.get("training_data"),
                 "sha256": sha256_file(weights),
             }
         network_mask = None if found is None else found.mask > 0

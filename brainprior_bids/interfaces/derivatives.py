@@ -169,7 +169,10 @@ class Write(MeasuredInterface):
         staging = Path(tempfile.mkdtemp(prefix=".brainprior-staging-", dir=output_dir))
         try:
             staged, outputs = self._stage(staging, scan, facts)
-            digests = {role: (path, sha256_file(staging / path)) for role, path in outputs.items()}
+            roles = {path: role for role, path in outputs.items()}
+            digests = [
+                (roles.get(path, "sidecar"), path, sha256_file(staging / path)) for path in staged
+            ]
             input_sha256 = sha256_file(scan.path)
             records = scan_records(
                 scan,

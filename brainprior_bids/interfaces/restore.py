@@ -145,7 +145,10 @@ class Restore(MeasuredInterface):
             "unit": done.unit,
             "seconds": done.seconds,
             "acquisition": acquisition.to_dict(),
-            "environment": environment(device, self.inputs.num_threads),
+            "environment": {
+                **environment(device, self.inputs.num_threads),
+                "network_dtype": str(prior.dtype).removeprefix("torch."),
+            },
             "prior": {**_card(prior.metadata), "sha256": sha256_file(prior_path)},
             "warnings": [*warnings, *done.warnings],
         }
@@ -165,7 +168,6 @@ class Restore(MeasuredInterface):
             ),
             log_bias=save(np.asarray(done.log_bias, np.float32), grid, folder / "log_bias.nii.gz"),
             residual=save(done.residual_map, grid, folder / "residual.nii.gz"),
-            restore_json=str(write_json(folder / "restore.json", facts)),
         )
         image, sd, samples, target = done.mean, done.sd, done.samples, done.grid
         if self.inputs.keep_scan:
@@ -174,8 +176,14 @@ class Restore(MeasuredInterface):
             here = _array(self.inputs.hidden) > 0
             scan = _array(self.inputs.in_file)
             image, *filled = np.where(here, done.predictions, scan).astype(np.float32)
+            changed = image != scan
+            facts["changed_share"] = {
+                where: round(float(changed[part].mean()), 6) if part.any() else None
+                for where, part in (("inside", here), ("outside", ~here))
+            }
             samples, target = np.stack(filled), grid
             sd = samples.std(0, ddof=1) if len(samples) > 1 else None
+        self._results["restore_json"] = str(write_json(folder / "restore.json", facts))
         if self.inputs.save_samples:
             self._results["samples"] = [
                 save(sample, target, folder / f"{sample_role(index)}.nii.gz")

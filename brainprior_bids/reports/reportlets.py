@@ -301,18 +301,20 @@ def draw_uncertainty(images: ScanImages, path: Path) -> Path:
 
 
 def draw_mask(images: ScanImages, path: Path) -> Path:
-    """Contour of the brain mask on the input, in the input's own voxels."""
+    """Contours of brain and lesion mask on the input, in the input's own voxels."""
     box = bounding_box(images.mask_scan, 2 * MARGIN_MM)
     sheet = Sheet(images.footer)
     limits = (0.0, float(np.percentile(images.scan.data[images.mask_scan.data > 0], 99.5)))
+    hidden = images.load("hidden") if "hidden" in images else None
 
     def panel(axis: int, index: int) -> Panel:
-        return Panel(
-            [
-                Picture(section(images.scan, axis, index, box), limits),
-                Contour(section(images.mask_scan, axis, index, box), colour=MASK_COLOUR),
-            ]
-        )
+        layers: list[Picture | Contour] = [
+            Picture(section(images.scan, axis, index, box), limits),
+            Contour(section(images.mask_scan, axis, index, box), colour=MASK_COLOUR),
+        ]
+        if hidden is not None:
+            layers.append(Contour(section(hidden, axis, index, box), colour=LESION_COLOUR))
+        return Panel(layers)
 
     axes = [images.slice_axis, *(a for a in range(3) if a != images.slice_axis)]
     acquired = spread(images.mask_scan, axes[0], 8)
@@ -325,6 +327,9 @@ def draw_mask(images: ScanImages, path: Path) -> Path:
     sheet.row(
         [panel(axis, index) for axis in axes[1:] for index in spread(images.mask_scan, axis, 2)]
     )
+    if hidden is not None:
+        sheet.title("Through the lesion mask (orange)", note="what lies inside was not believed")
+        sheet.row([panel(axis, index) for axis in axes for index in spread(hidden, axis, 1)])
     return sheet.save(path)
 
 

@@ -131,6 +131,7 @@ def _input_rows(scan: Mapping[str, Any]) -> Rows:
     if stated.get("thickness_source"):
         thickness += f" (from: {stated['thickness_source']})"
     gap = stated.get("gap_mm")
+    gap = gap if gap is None else round(gap, 3)  # 2e-07 is the header's rounding
     field_strength = _get(stated, "metadata", "MagneticFieldStrength")
     return [
         ("File", str(scan.get("source") or MISSING)),

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs that are killed, that meet in one output folder, and that are made twice.
+
+The scan is a slab of 40 mm through the middle of the demo's head: a run takes seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import nibabel as nib
+import psutil
+import pytest
+
+from brainprior_bids.cli.run import main
+from brainprior_bids.evaluation import demo
+
+pytestmark = pytest.mark.timeout(600)
+
+SLAB = (slice(20, 172), slice(14, 210), slice(14, 22))
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    """Two participants with the same slab."""
+    root = tmp_path_factory.mktemp("robust") / "raw"
+    demo.write_demo(root)
+    scan = root / "sub-01" / "anat" / "sub-01_T1w.nii.gz"
+    image = nib.load(scan).slicer[SLAB]
+    nib.save(nib.Nifti1Image(image.get_fdata().astype("int16"), image.affine), scan)
+    other = root / "sub-02" / "anat"
+    other.mkdir(parents=True)
+    for path in scan.parent.iterdir():
+        shutil.copy(path, other / path.name.replace("sub-01", "sub-02"))
+    (root / "participants.tsv").unlink()
+    (root / "participants.json").unlink(missing_ok=True)
+    return root
+
+
+def start(raw, out, *extra):
+    """The command as a process of its own; its lines on standard error."""
+    command = [sys.executable, "-m", "brainprior_bids", str(raw), str(out), "participant",
+               "--device", "cpu", "--nprocs", "1", "--omp-nthreads", "1", "--sloppy",
+               "--skip-bids-validation", *extra]  # fmt: skip
+    return subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+
+
+def images(out, subject="01"):
+    """Name -> SHA-256 of everything in a participant's ``anat``."""
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted((out / f"sub-{subject}" / "anat").iterdir())
+    }
+
+
+def statuses(out):
+    rows = (out / "logs" / "status.tsv").read_text().splitlines()[1:]
+    return {row.split("\t")[0][:6]: row.split("\t")[2] for row in rows}
+
+
+def leftovers(out):
+    return [p for p in out.rglob(".brainprior*") if p.name != ".brainprior_work"]
+
+
+@pytest.fixture(scope="module")
+def killed(raw, tmp_path_factory):
+    """A run that was killed while it sampled; its folder and its processes."""
+    out = tmp_path_factory.mktemp("killed") / "out"
+    process = start(raw, out, "--participant-label", "01")
+    for line in process.stderr:
+        if "restore sample" in line or "step 1 of" in line:
+            break
+    else:
+        pytest.fail("the run ended before it could be killed")
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+    return out, family
+
+
+def test_a_killed_run_leaves_no_process_and_no_derivative(killed):
+    out, family = killed
+    assert len(family) > 1
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert [p for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
+    assert not (out / "sub-01" / "anat").exists()
+    summary = json.loads((out / "logs" / "scans" / "sub-01_T1w.json").read_text())
+    assert summary["status"] == "running"
+    assert "or was killed" in summary["message"]
+
+
+@pytest.fixture(scope="module")
+def resumed(killed, raw):
+    out, _ = killed
+    process = start(raw, out, "--participant-label", "01")
+    said = process.communicate()[1]
+    return out, process.returncode, said
+
+
+def test_the_same_command_goes_on_where_it_was_killed(resumed):
+    out, code, said = resumed
+    assert code == 0, said
+    assert "parcellate …" not in said  # from the work folder
+    assert "restore …" in said
+    assert statuses(out) == {"sub-01": "done"}
+    assert leftovers(out) == []
+    assert main(["verify", str(out)]) == 0
+
+
+@pytest.fixture(scope="module")
+def shared(raw, tmp_path_factory):
+    """Two processes at once on one output folder, a participant each."""
+    out = tmp_path_factory.mktemp("shared") / "out"
+    both = [start(raw, out, "--participant-label", who) for who in ("01", "02")]
+    said = [process.communicate()[1] for process in both]
+    return out, [process.returncode for process in both], said
+
+
+def test_two_processes_share_an_output_folder(shared, capsys):
+    out, codes, said = shared
+    assert codes == [0, 0], said
+    assert statuses(out) == {"sub-01": "done", "sub-02": "done"}
+    assert leftovers(out) == []
+    for subject in ("01", "02"):
+        assert (out / f"sub-{subject}.html").is_file()
+    assert "2 T1w scans" in (out / "logs" / "CITATION.md").read_text()
+    assert main(["verify", str(out)]) == 0
+    assert "2 input(s) checked, 0 not" in capsys.readouterr().out
+
+
+def test_the_same_seed_gives_the_same_bytes(resumed, shared):
+    """A run in two parts, and a run beside another: every image and sidecar is the same."""
+    assert images(resumed[0]) == images(shared[0])
+    # a participant's name is part of the seed
+    one, other = (images(shared[0], who) for who in ("01", "02"))
+    key = "{}_desc-restored_T1w.nii.gz".format
+    assert one[key("sub-01")] != other[key("sub-02")]
+    key = "{}_desc-brain_mask.nii.gz".format
+    assert one[key("sub-01")] == other[key("sub-02")]
