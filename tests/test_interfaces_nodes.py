@@ -377,9 +377,13 @@ def test_the_records_hold_the_hashes_of_what_is_there(files, raw, output_dir, tm
     run(writer(files, raw, output_dir), tmp_path / "w")
     (path,) = (output_dir / "prov").glob("*_ent.json")
     entities = json.loads(path.read_text())["Entities"]
-    source, *outputs = entities
+    source = entities[0]
+    outputs = [entity for entity in entities if "GeneratedBy" in entity]
     assert source["Digest"]["sha256"] == sha256_file(raw / source["AtLocation"])
-    assert len(outputs) == 11
+    assert len({entity["Label"] for entity in outputs} - {"sidecar"}) == 11
+    assert {entity["AtLocation"] for entity in outputs} == {
+        str(path.relative_to(output_dir)) for path in output_dir.glob("sub-01/**/anat/*")
+    }
     for entity in outputs:
         assert entity["Digest"]["sha256"] == sha256_file(output_dir / entity["AtLocation"])
     (path,) = (output_dir / "prov").glob("*_act.json")

@@ -259,6 +259,10 @@ def sidecars(
             "Description": f"brain structures from {_made_by(structures_source)}, FreeSurfer's "
             "label values",
             "Sources": [given["dseg"]["uri"], mask] if "dseg" in given else [raw],
+            "volume_mm3": {"Description": "volume of the structure", "Units": "mm^3"},
+            "confidence": {
+                "Description": "the network's mean probability inside the structure, 0 to 1"
+            },
             **(
                 {"Weights": {key: weights.get(key) for key in ("name", "sha256")}}
                 if structures_source == "embedded"
