@@ -339,7 +339,14 @@ def test_another_tools_image_beside_the_scan():
         with pytest.raises(InputError, match=said):
             run(case, **{"anchor": other, **options})
     with pytest.raises(UsageError, match="without a lesion"):
-        run(case, anchor=other, anchor_sd=0.1, sampler="map", n_samples=1)
+        run(case, anchor=other, anchor_sd=0.1, hidden=case["arguments"]["mask"])
+    best = run(case, anchor=other, anchor_sd=tau, sampler="map", n_samples=1)
+    assert rmse(best.mean, case) < 0.9 * error
+    settings = DapsSettings(n_levels=12, n_ode=2, n_langevin=40)
+    walked = run(case, anchor=other, anchor_sd=tau, sampler="daps", daps=settings, n_samples=1)
+    assert rmse(walked.mean, case) < 0.9 * rmse(
+        run(case, sampler="daps", daps=settings, n_samples=1).mean, case
+    )
 
 
 def test_an_image_that_is_not_trusted_everywhere():

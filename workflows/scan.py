@@ -174,7 +174,7 @@ def init_scan_wf(
         Restore(
             prior=str(prior),
             contrast=scan.contrast,
-            sampler="exact" if settings.refines else settings.sampler,
+            sampler=settings.sampler,
             n_samples=settings.n_samples,
             n_steps=settings.n_steps,
             keep_scan=settings.task == "inpaint",

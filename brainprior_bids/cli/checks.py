@@ -73,8 +73,6 @@ def _check_refine(options: argparse.Namespace, task: str) -> None:
             "--export puts a brain back into its scan's head: with --task refine there is another "
             "tool's image in place of the scan. Use --task restore refine."
         )
-    if options.sampler not in ("auto", "exact"):
-        raise UsageError(f"--task refine needs --sampler exact, got {options.sampler}.")
     if options.trust is None:
         raise UsageError(
             "--task refine needs --trust: how far is the image to be believed? 0.05 means to 5 % "

@@ -122,6 +122,14 @@ class AnchoredLikelihood(SliceLikelihood):
         share = sigma**2 / (sigma**2 + self.tau**2)
         return torch.lerp(x_t, self.anchor, share), self.tau * math.sqrt(share)
 
+    def misfit_gradient(self, x: Tensor) -> Tensor:
+        """As ``SliceLikelihood.misfit_gradient``, with ``1/2 |x - z|^2 / tau^2``."""
+        return super().misfit_gradient(x) + (x - self.anchor) / self.tau**2
+
+    def curvature(self) -> float:
+        """As ``SliceLikelihood.curvature``."""
+        return super().curvature() + self.tau**-2
+
     def refine(self, mean: Tensor, sigma: float, *, bias: bool, noise: bool) -> None:
         """As ``SliceLikelihood.refine``, from what prior and image say together."""
         super().refine(self.anchored(mean, sigma), sigma, bias=bias, noise=noise)

@@ -224,8 +224,8 @@ def restore(
     anchor : array on ``grid.one_millimetre()``, optional
         Another tool's image of the same brain, in any unit, and
     anchor_sd : float
-        how far it is trusted: SD of its error in a voxel, engine unit. See ``anchor``; only with
-        "eps" and "exact", and not with ``hidden``.
+        how far it is trusted: SD of its error in a voxel, engine unit. See ``anchor``; not with
+        ``hidden``.
     sampler : "auto", "eps", "exact", "daps" or "map"
         "eps" (see ``samplers.eps``) needs a prior that was trained to be told of measurements, a
         bias field that stays, one noise SD, and thick slices with voxels of at most 2.2 mm in
@@ -284,11 +284,8 @@ def restore(
             f"restore: 'map' is a point estimate, its spread is no uncertainty; got n_samples "
             f"{n_samples}. Use n_samples=1, or the sampler 'exact'."
         )
-    if anchor is not None and (hidden is not None or sampler not in ("auto", "eps", "exact")):
-        raise UsageError(
-            "restore: another tool's image is taken with the samplers 'eps' and 'exact' and "
-            f"without a lesion mask, got {sampler!r}."
-        )
+    if anchor is not None and hidden is not None:
+        raise UsageError("restore: another tool's image is taken without a lesion mask.")
     device = usable_device(device)
     fine = grid.one_millimetre()
     volume = _volume("scan", scan, grid.shape)
