@@ -68,7 +68,6 @@ def test_prefixes_are_stripped_and_aliases_taken(folders):
         (["--task", "refine", "-d", "fs={fs}", "--trust", "0"], "above 0"),
         (["--task", "refine", "-d", "fs={fs}", "--trust", "{who}"], "is not known"),
         (["--task", "restore", "refine", "-d", "fs={fs}", "--trust", "x.nii"], "one SD"),
-        (["--task", "refine", "-d", "fs={fs}", "--trust", "1", "--sampler", "map"], "exact"),
         (["--task", "refine", "inpaint", "-d", "fs={fs}"], "do not go together"),
         (["--trust", "0.1"], "needs --task refine"),
         (["--dilate", "2"], "needs --task inpaint"),

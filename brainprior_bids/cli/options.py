@@ -162,8 +162,8 @@ def task_options(group: Group) -> None:
         "--sampler",
         choices=SAMPLERS,
         default="auto",
-        help="auto (default): eps for thick slices, else exact; eps: the network is told of the "
-        "slices and gives the posterior's own mean at every noise level; exact: DAPS with its "
+        help="auto (default): eps where it can, else exact; eps: the network is told of what was "
+        "measured and gives the posterior's own mean at every noise level; exact: DAPS with its "
         "inner step solved exactly; daps: as published, 50 times the work; map: one estimate "
         "without an uncertainty",
     )
