@@ -73,7 +73,10 @@ def leftovers(out):
 
 @pytest.fixture(scope="module")
 def killed(raw, tmp_path_factory):
-    """A run that was killed while it sampled; its folder and its processes."""
+    """A run that was killed while it sampled, and beside which another was tried before.
+
+    Returns its folder, its processes, and what the other said.
+    """
     out = tmp_path_factory.mktemp("killed") / "out"
     process = start(raw, out, "--participant-label", "01")
     for line in process.stderr:
@@ -82,14 +85,28 @@ def killed(raw, tmp_path_factory):
     else:
         pytest.fail("the run ended before it could be killed")
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:  # it holds its claim, and does not end meanwhile
+        member.suspend()
+    second = start(raw, out, "--participant-label", "01")
+    said = second.communicate()[1]
     os.kill(process.pid, signal.SIGKILL)
+    for member in family[1:]:
+        member.resume()
     process.wait()
     process.stderr.close()
-    return out, family
+    return out, family, (second.returncode, said)
+
+
+def test_a_second_process_leaves_a_scan_to_the_one_that_is_at_work(killed):
+    code, said = killed[2]
+    assert code == 1
+    assert "another process is at work on it" in said
+    assert "0 failed, 1 left to another process" in said
+    assert "Traceback" not in said
 
 
 def test_a_killed_run_leaves_no_process_and_no_derivative(killed):
-    out, family = killed
+    out, family, _ = killed
     assert len(family) > 1
     _, alive = psutil.wait_procs(family, timeout=30)
     assert [p for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
@@ -101,7 +118,7 @@ def test_a_killed_run_leaves_no_process_and_no_derivative(killed):
 
 @pytest.fixture(scope="module")
 def resumed(killed, raw):
-    out, _ = killed
+    out = killed[0]
     process = start(raw, out, "--participant-label", "01")
     said = process.communicate()[1]
     return out, process.returncode, said

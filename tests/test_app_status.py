@@ -4,14 +4,20 @@
 from __future__ import annotations
 
 import csv
+import errno
+import fcntl
 import hashlib
 import json
+import logging
 import multiprocessing
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from brainprior_bids.bids.claims import Claims
 from brainprior_bids.bids.files import publish, read_json, to_json, write_json, write_text
 from brainprior_bids.bids.provenance import verify_records
 from brainprior_bids.bids.status import read_summaries, rebuild_status, settle, write_summary
@@ -75,6 +81,48 @@ def test_processes_that_share_a_folder_lose_nothing(tmp_path):
     lines = (tmp_path / "logs" / "status.tsv").read_text().splitlines()
     assert len(lines) == 31
     assert not [p for p in tmp_path.rglob("*") if p.name.startswith(".")]
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from brainprior_bids.bids.claims import Claims
+with Claims(map(Path, sys.argv[1:])) as claims:
+    print(claims.take("sub-01_T1w"), flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_scan_is_claimed_by_one_process_until_it_ends(tmp_path):
+    out, work = tmp_path / "out", tmp_path / "work"
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(out), str(work)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert other.stdout.readline() == "True\n"
+    for shared in (out, work):  # either folder is enough
+        with Claims([tmp_path / "mine", shared]) as claims:
+            assert not claims.take("sub-01_T1w")
+            assert claims.take("sub-02_T1w")
+            assert claims.refused == ["sub-01_T1w"]
+    with Claims([tmp_path / "mine"]) as claims:
+        assert claims.take("sub-01_T1w")  # what was refused above holds nothing
+    other.kill()
+    other.communicate()
+    with Claims([out, work]) as claims:
+        assert claims.take("sub-01_T1w")
+        claims.give_back("sub-01_T1w")
+
+
+def test_where_locks_are_unknown_a_warning_says_so(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    monkeypatch.setattr(logging.getLogger("brainprior"), "propagate", True)
+    with Claims([tmp_path]) as claims:
+        assert claims.take("sub-01_T1w")
+    assert "no other process" in caplog.text
 
 
 def test_json_has_no_nan_and_no_numpy():

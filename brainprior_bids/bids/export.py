@@ -258,7 +258,7 @@ def link_rest(root: Path, bids_dir: Path, scans: Sequence[Scan]) -> int:
     """
     for path in sorted(bids_dir.iterdir()):
         if path.is_file() and path.suffix == ".json" and path.name != "dataset_description.json":
-            shutil.copyfile(path, root / path.name)
+            write_text(root / path.name, path.read_text(encoding="utf-8"))
     links = 0
     for folder in sorted({str(scan.name.folder) for scan in scans}):
         source = bids_dir / folder
@@ -280,10 +280,11 @@ def _link(link: Path, target: Path) -> None:
     if link.is_symlink():
         if os.readlink(link) == str(target):
             return
-        link.unlink()
     elif link.exists():
         raise InputError(f"--export raw: {link} is in the way. Remove it and run again.")
-    link.symlink_to(target)
+    made = link.with_name(f".{link.name}.{os.getpid()}")
+    made.symlink_to(target)
+    made.replace(link)  # another process may be making the same link
 
 
 def _write_participants(root: Path, bids_dir: Path) -> None:

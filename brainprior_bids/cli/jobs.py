@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from brainprior_bids.bids import export, status
+from brainprior_bids.bids.claims import Claims
 from brainprior_bids.bids.given import find_given
 from brainprior_bids.bids.names import result_name, scan_seed
 from brainprior_bids.bids.provenance import fingerprint, sha256_file
@@ -18,8 +19,10 @@ from brainprior_bids.engine.errors import InputError
 from brainprior_bids.settings import Settings
 
 
-def plan_jobs(scans: Sequence[Scan], settings: Settings, weights: dict[str, str]) -> list[Any]:
-    """The scans that need work; the others get their summary here."""
+def plan_jobs(
+    scans: Sequence[Scan], settings: Settings, weights: dict[str, str], claims: Claims
+) -> list[Any]:
+    """The scans that need work, claimed for this process; the others get their summary here."""
     from brainprior_bids.workflows.scan import Job
 
     jobs = []
@@ -49,6 +52,14 @@ def plan_jobs(scans: Sequence[Scan], settings: Settings, weights: dict[str, str]
             message = f"{error.filename} cannot be read ({error.strerror}). Check its permissions."
             write_failure(scan, settings, {"message": message, "type": "InputError"})
             continue
+        if not claims.take(scan.name.stem):
+            LOG.error(
+                "%s: another process is at work on it, in %s or in %s. It is left to that one.",
+                scan.name.stem,
+                settings.output_dir,
+                settings.work_dir,
+            )
+            continue
         digest = fingerprint(
             scan, settings, input_sha256=input_sha256, weights=weights, given=given_sha256
         )
@@ -75,6 +86,7 @@ def plan_jobs(scans: Sequence[Scan], settings: Settings, weights: dict[str, str]
                     export.fmriprep_files(scan.name),
                     per=settings.export_per,
                 )
+            claims.give_back(scan.name.stem)
             continue
         seed = scan_seed(settings.random_seed, scan.name)
         jobs.append(Job(scan, seed, digest, given, tuple(roots)))

@@ -11,6 +11,7 @@ from typing import Any
 
 from brainprior_bids import __version__
 from brainprior_bids.bids import export, status
+from brainprior_bids.bids.claims import Claims
 from brainprior_bids.bids.derivatives import check_output, write_dataset_files
 from brainprior_bids.bids.names import result_name
 from brainprior_bids.bids.provenance import write_run
@@ -111,10 +112,12 @@ def _participants(scans: Sequence[Scan], settings: Settings, raw: dict[str, Any]
             output_dir=settings.output_dir,
             raw=raw,
         )
-        jobs = plan_jobs(scans, settings, {role: digest for role, (_, digest) in weights.items()})
-        if jobs:
-            write_run(settings)
-            execute(jobs, settings, {role: path for role, (path, _) in weights.items()})
+        hashes = {role: digest for role, (_, digest) in weights.items()}
+        with Claims([settings.output_dir / "logs", settings.work_dir]) as claims:
+            jobs = plan_jobs(scans, settings, hashes, claims)
+            if jobs:
+                write_run(settings)
+                execute(jobs, settings, {role: path for role, (path, _) in weights.items()})
         if "raw" in settings.exports:
             root = Path(settings.exports["raw"])
             links = export.link_rest(root, settings.bids_dir, scans)
@@ -122,7 +125,7 @@ def _participants(scans: Sequence[Scan], settings: Settings, raw: dict[str, Any]
         status.rebuild_status(settings.output_dir)
         rebuild_qc(settings.output_dir)
         reports_made = _reports({scan.subject for scan in scans}, settings)
-        return _conclude(scans, settings) or (0 if reports_made else 1)
+        return _conclude(scans, settings, claims.refused) or (0 if reports_made else 1)
     finally:
         LOG.removeHandler(log_file)
         log_file.close()
@@ -219,11 +222,12 @@ def _reports(subjects: Iterable[str], settings: Settings) -> bool:
     return made
 
 
-def _conclude(scans: Sequence[Scan], settings: Settings) -> int:
-    """Say how it ended; 0 if every scan is done."""
+def _conclude(scans: Sequence[Scan], settings: Settings, elsewhere: Sequence[str]) -> int:
+    """Say how it ended; 0 if every scan is done, and none was left to another process."""
     summaries = [
         status.read_summary(settings.output_dir, result_name(scan.name, settings.image))
         for scan in scans
+        if scan.name.stem not in elsewhere
     ]
     states = [summary["status"] if summary else "failed" for summary in summaries]
     for summary in summaries:
@@ -232,14 +236,15 @@ def _conclude(scans: Sequence[Scan], settings: Settings) -> int:
             if summary["error"].get("crash_file"):
                 LOG.error("  see %s", settings.output_dir / summary["error"]["crash_file"])
     LOG.info(
-        "%d done, %d already done, %d failed. Status: %s",
+        "%d done, %d already done, %d failed%s. Status: %s",
         states.count("done"),
         states.count("skipped"),
         states.count("failed"),
+        f", {len(elsewhere)} left to another process" if elsewhere else "",
         settings.output_dir / "logs" / "status.tsv",
     )
     for subject in sorted({scan.subject for scan in scans}):
         report = settings.output_dir / f"sub-{subject}.html"
         if report.exists():
             LOG.info("report: %s", report)
-    return 1 if "failed" in states else 0
+    return 0 if not elsewhere and all(state in status.FINISHED for state in states) else 1
