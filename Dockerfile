@@ -35,6 +35,7 @@ RUN /opt/brainprior/bin/pip install --no-cache-dir --no-deps . \
 
 # ---- what is shipped ----
 FROM ${BASE}
+ARG BASE
 ARG VERSION=0.1.0
 ARG REVISION=unknown
 # what the provenance calls this image, for example NAME:TAG; an image does not know its own name
@@ -43,6 +44,7 @@ LABEL org.opencontainers.image.title="brainprior" \
     org.opencontainers.image.description="BIDS App that restores brain MRI with a 3-D diffusion prior" \
     org.opencontainers.image.version="${VERSION}" \
     org.opencontainers.image.revision="${REVISION}" \
+    org.opencontainers.image.base.name="${BASE}" \
     org.opencontainers.image.licenses="Apache-2.0"
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends python3 libstdc++6 \

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Builds the image and the SIF, and restores one real head in each: without network, with a
-# read-only root, as a user that the image does not know.
+# read-only root, as a user that the image does not know, the image with 4 GiB of memory.
 #
 #   scripts/test_containers.sh BIDS_DIR LABEL [image] [sif]     (default: both)
 #
@@ -49,6 +49,14 @@ check() {
     [ -n "$(find "$1/sub-$label" -name '*_desc-restored_*.nii.gz' -size +100k)" ]
 }
 
+# PATTERN COMMAND...: it must end at the start with code 2 and an error that matches
+refused() {
+    local pattern=$1 code=0
+    shift
+    "$@" 2>"$WORK/refused.txt" || code=$?
+    [ "$code" = 2 ] && grep -e "$pattern" "$WORK/refused.txt"
+}
+
 # FOLDER: an empty one that any user may write
 folder() {
     rm -rf "$1"
@@ -63,22 +71,29 @@ if [[ $parts == *image* ]]; then
     [ "$bytes" -lt 2500000000 ] || [ "${ANY_SIZE:-0}" = 1 ]
     # no build tool, no setting of the builder
     engine run --rm --network none --entrypoint sh "$TAG" -c \
-        '! command -v gcc && ! command -v pip && ! command -v git && ! ls /src 2>/dev/null \
-         && [ ! -s /etc/pip.conf ] && [ "$(id -u)" = 1000 ]'
+        'for tool in cc gcc g++ ld make git pip pip3 curl wget; do \
+             if command -v $tool; then echo "$tool is in the image"; exit 1; fi; done; \
+         [ ! -e /src ] && [ ! -s /etc/pip.conf ] && [ "$(id -u)" = 1000 ]'
     say "no build tools, not root"
-    # a GPU that is asked for and not there stops the run, and says how to show it
-    if engine run --rm --network none -v "$data:/data:ro" "$TAG" /data /tmp/out participant \
-        --device cuda --dry-run 2>"$WORK/gpu.txt"; then exit 1; fi
-    grep -e '--gpus all' "$WORK/gpu.txt"
+    for label_name in title description version revision licenses base.name; do
+        [ -n "$(engine image inspect --format \
+            "{{index .Config.Labels \"org.opencontainers.image.$label_name\"}}" "$TAG")" ]
+    done
+    say "labelled"
+    # a GPU that is asked for and not there, and too little memory, stop the run at the start
+    refused '--gpus all' engine run --rm --network none -v "$data:/data:ro" "$TAG" /data /tmp/out \
+        participant --device cuda
+    refused 'not enough memory' engine run --rm --network none --memory 2g -v "$data:/data:ro" \
+        "$TAG" /data /tmp/out participant
     out=$WORK/out-image
     folder "$out"
     SECONDS=0
     # shellcheck disable=SC2086
-    engine run --rm --network none "${read_only[@]}" --user 12345:12345 \
+    engine run --rm --network none "${read_only[@]}" --user 12345:12345 --memory 4g \
         -v "$data:/data:ro" -v "$out:/out" "$TAG" /data /out participant \
         --participant-label "$label" $OPTIONS
     check "$out"
-    say "image: restored in $SECONDS s as user 12345, read-only root, no network: $out"
+    say "image: restored in $SECONDS s as user 12345, read-only root, 4 GiB, no network: $out"
 fi
 
 if [[ $parts == *sif* ]]; then
@@ -89,9 +104,7 @@ if [[ $parts == *sif* ]]; then
     out=$WORK/out-sif
     folder "$out"
     SECONDS=0
-    if run_sif --bind "$data:/data:ro" "$sif" /data /tmp/out participant --device cuda --dry-run \
-        2>"$WORK/gpu.txt"; then exit 1; fi
-    grep -e '--nv' "$WORK/gpu.txt"
+    refused '--nv' run_sif --bind "$data:/data:ro" "$sif" /data /tmp/out participant --device cuda
     # shellcheck disable=SC2086
     run_sif --bind "$data:/data:ro,$out:/out" "$sif" /data /out participant \
         --participant-label "$label" $OPTIONS

@@ -33,6 +33,16 @@ def test_threads_and_telemetry(settings):
     assert "check_version = false" in (folder / "nipype.cfg").read_text()
 
 
+def test_templates_are_looked_for_where_templateflow_keeps_them(settings, tmp_path, monkeypatch):
+    monkeypatch.delenv("TEMPLATEFLOW_HOME")
+    prepare_environment(settings)
+    assert os.environ["TEMPLATEFLOW_HOME"] == str(settings.work_dir / "home" / "templateflow")
+    (tmp_path / ".cache" / "templateflow").mkdir(parents=True)
+    monkeypatch.delenv("TEMPLATEFLOW_HOME")
+    prepare_environment(settings)
+    assert os.environ["TEMPLATEFLOW_HOME"] == str(tmp_path / ".cache" / "templateflow")
+
+
 def test_a_home_that_can_be_written_is_kept(settings, tmp_path):
     prepare_environment(settings)
     assert os.environ["HOME"] == str(tmp_path)

@@ -36,7 +36,10 @@ def prepare_environment(settings: Settings) -> None:
         MKL_NUM_THREADS=threads,
         ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS=threads,
     )
-    os.environ.setdefault("TEMPLATEFLOW_HOME", str(home / "templateflow"))
+    templates = Path("~/.cache/templateflow").expanduser()  # TemplateFlow's own default
+    if not templates.is_dir():
+        templates = home / "templateflow"
+    os.environ.setdefault("TEMPLATEFLOW_HOME", str(templates))
     if not _writable(Path(os.environ.get("HOME", "/nonexistent"))):
         os.environ["HOME"] = str(home)
         os.environ["XDG_CACHE_HOME"] = str(home / ".cache")
