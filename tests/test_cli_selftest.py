@@ -51,6 +51,18 @@ def test_a_gpu_that_was_asked_for_and_is_not_there_stops(no_gpu):
         choose_device("cuda")
 
 
+@pytest.mark.parametrize("command", [["selftest"], ["raw", "out", "participant"]], ids=str)
+def test_the_command_ends_with_2_and_names_the_flags(
+    no_gpu, tmp_path, monkeypatch, capsys, command
+):
+    monkeypatch.chdir(tmp_path)
+    assert main([*command, "--device", "cuda"]) == 2
+    said = capsys.readouterr().err
+    assert "--gpus all" in said
+    assert "--nv" in said
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("environ", "driver", "said", "doubtful"),
     [

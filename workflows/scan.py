@@ -24,7 +24,7 @@ MEMORY_GB = {
     "parcellate": 2.0,
     "lesion": 0.8,
     "n4": 0.8,
-    "affine": 0.4,
+    "affine": 0.6,
     "restore": 3.0,
     "mni305": 0.8,
     "export": 1.5,
