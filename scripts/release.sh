@@ -4,8 +4,8 @@
 #
 #   scripts/release.sh [packages] [containers]        (default: both)
 #
-# packages    wheel and sdist; each installed into a clean environment outside of the checkout, where
-#             the command and its self-test run
+# packages    wheel and sdist; each installed into an environment outside of the checkout that has the
+#             locked dependencies and nothing else, where the command and its self-test run
 # containers  image and SIF by scripts/test_containers.sh, on the demo head or on DATA and LABEL
 #
 # OUT (default: dist) takes the files; WORK (default: a new folder, removed at the end) the rest.
@@ -36,19 +36,25 @@ for file in CITATION.cff Dockerfile Singularity.def docs/boutiques/brainprior.js
         { say "$file does not name version $version"; exit 1; }
 done
 
-# NAME FILE: a clean environment with a package and its locked dependencies, and its self-test
+env=$WORK/env
+# FILE: install it in place of what was there, and try it
 try() {
     SECONDS=0
-    "$PYTHON" -m venv "$WORK/$1"
-    "$WORK/$1/bin/pip" install --quiet --disable-pip-version-check -c constraints.txt "$2"
-    "$WORK/$1/bin/pip" check
+    if [ -d "$env" ]; then
+        "$env/bin/pip" uninstall --quiet -y brainprior
+        "$env/bin/pip" install --quiet --disable-pip-version-check --no-deps "$1"
+    else
+        "$PYTHON" -m venv "$env"
+        "$env/bin/pip" install --quiet --disable-pip-version-check -c constraints.txt "$1"
+    fi
+    "$env/bin/pip" check
     (
         cd "$WORK" # nothing of the checkout is importable here
-        [ "$("$WORK/$1/bin/brainprior" --version)" = "brainprior $version" ]
-        "$WORK/$1/bin/python" -c 'import brainprior_bids as b; print(b.__file__)' | grep "^$WORK/$1/"
-        "$WORK/$1/bin/brainprior" selftest --device cpu
+        [ "$("$env/bin/brainprior" --version)" = "brainprior $version" ]
+        "$env/bin/python" -c 'import brainprior_bids as b; print(b.__file__)' | grep "^$env/"
+        "$env/bin/brainprior" selftest --device cpu
     )
-    say "$1: installed and self-tested outside of the checkout in $SECONDS s"
+    say "$(basename "$1"): installed and self-tested outside of the checkout in $SECONDS s"
 }
 
 if [[ $parts == *packages* ]]; then
@@ -60,15 +66,15 @@ if [[ $parts == *packages* ]]; then
         { tail -n 20 "$WORK/build.log"; exit 1; }
     rm -rf build
     "$WORK/tools/bin/twine" check --strict "$OUT"/brainprior-*
-    try wheel "$OUT"/brainprior-*.whl
-    try sdist "$OUT"/brainprior-*.tar.gz
+    try "$OUT"/brainprior-*.whl
+    try "$OUT"/brainprior-*.tar.gz
 fi
 
 if [[ $parts == *containers* ]]; then
     data=${DATA:-$WORK/bids} label=${LABEL:-01}
     if [ -z "${DATA:-}" ]; then
-        [ -d "$WORK/wheel" ] || try wheel .
-        (cd "$WORK" && "$WORK/wheel/bin/python" -m brainprior_bids.evaluation.demo "$WORK/bids")
+        [ -d "$env" ] || try .
+        (cd "$WORK" && "$env/bin/python" -m brainprior_bids.evaluation.demo "$WORK/bids")
     fi
     TAG=${TAG:-brainprior:$version} SIF=$OUT/brainprior-$version.sif WORK=$WORK/containers \
         scripts/test_containers.sh "$data" "$label"
