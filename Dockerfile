@@ -7,13 +7,13 @@ ARG BASE=debian:bookworm-slim
 
 # ---- the environment, with the tools that make it ----
 FROM ${BASE} AS build
-ARG TORCH_INDEX=
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends python3-venv \
     && python3 -m venv /opt/brainprior
 WORKDIR /src
 COPY constraints.txt .
 # torch first and alone: a layer of its own, from its own index
+ARG TORCH_INDEX=
 RUN /opt/brainprior/bin/pip install --no-cache-dir -c constraints.txt \
     ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch
 # then what setup.cfg asks for, so that a change of our own code repeats none of it
