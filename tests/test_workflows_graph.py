@@ -134,7 +134,7 @@ def test_what_a_task_needs_is_in_its_graph(raw, tmp_path):
         assert restore.keep_scan == (task == "inpaint")
         if trait:
             assert restore.trust == 0.1
-            assert restore.sampler == "exact"
+            assert restore.sampler == settings.sampler
         assert steps["write"][0].inputs.given[role]["uri"] == "bids:x:file.nii"
 
 
