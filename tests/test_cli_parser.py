@@ -82,7 +82,7 @@ def test_prefixes_are_stripped_and_aliases_taken(folders):
         (["--device", "gpu"], "cuda:N"),
         (["--device", "cuda:99"], "--gpus all"),
         (["--run-id", "one"], "whole number"),
-        (["--prior", "nowhere.safetensors"], "no such file"),
+        (["--prior", "nowhere.safetensors"], "expected a weights file, or one of the names"),
         (["--bids-filter-file", "nowhere.json"], "cannot be read"),
         (["--frobnicate"], "--help"),
     ],

@@ -265,6 +265,18 @@ def test_brains_are_found_and_split_by_name(tmp_path):
         preprocess.find_brains(tmp_path / "none", validation=[], exclude=[])
 
 
+def test_outputs_of_brainprior_are_no_training_data(tmp_path):
+    folder = tmp_path / "derivatives" / "sub-01" / "anat"
+    folder.mkdir(parents=True)
+    (folder / "sub-01_desc-restored_T1w.nii.gz").touch()
+    (folder / "sub-01_desc-brain_T1w.nii.gz").touch()
+    (tmp_path / "sub-01_T1w.nii.gz").touch()
+    found = preprocess.find_brains(tmp_path, validation=[], exclude=[])
+    assert [row[3].name for row in found] == ["sub-01_T1w.nii.gz"]  # not into derivatives
+    with pytest.raises(UsageError, match="an output of brainprior"):
+        preprocess.find_brains(tmp_path / "derivatives", validation=[], exclude=[])
+
+
 def test_tissue_means_find_three_classes():
     rng = np.random.default_rng(0)
     values = np.concatenate(

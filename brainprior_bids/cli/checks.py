@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from brainprior_bids.cli.options import WORK_DIR
-from brainprior_bids.engine.errors import UsageError
+from brainprior_bids.engine.errors import UsageError, WeightsError
 from brainprior_bids.settings import MODALITIES, TASKS
 
 
@@ -187,3 +187,21 @@ def export_roots(
                 )
         exports[kind] = str(root)
     return exports
+
+
+def named_prior(asked: Path | None) -> Path | None:
+    """The file of ``--prior``: a path, or a name that `brainprior weights add` knows.
+
+    Raises
+    ------
+    UsageError
+        If it is neither.
+    """
+    if asked is None:
+        return None
+    from brainprior_bids.engine.weights import find_weights  # torch: only where it is asked for
+
+    try:
+        return find_weights(asked, kind="prior")
+    except WeightsError as error:
+        raise UsageError(f"--prior {error}") from error

@@ -195,7 +195,11 @@ def task_options(group: Group) -> None:
         help="field strength, where the sidecars lack it or are wrong; recorded, no more",
     )
     group.add_argument(
-        "--prior", type=Path, metavar="FILE", help="weights of the prior (default: embedded)"
+        "--prior",
+        type=Path,
+        metavar="FILE|NAME",
+        help="weights of the prior: a file, or a name of `brainprior weights list` "
+        "(default: embedded)",
     )
     group.add_argument(
         "--random-seed",

@@ -19,6 +19,7 @@ from brainprior_bids.cli.checks import (
     check_task,
     chosen_modalities,
     export_roots,
+    named_prior,
     run_labels,
 )
 from brainprior_bids.cli.config_file import as_tokens, read_config
@@ -49,6 +50,8 @@ other commands (`brainprior COMMAND --help`):
   selftest                    check this installation and its device
   slurm-script                an array job for Slurm, one participant a task
   check-lesion IMAGE          how much of a lesion's contrast a restoration keeps
+  evaluate DATA OUT           make brains worse, restore them, compare with the truth
+  weights list|verify|add     the networks' weights, and files of your own
   verify OUT                  compare every file with the SHA-256 in the provenance
 A data set that is called like a command is written ./train.
 
@@ -136,8 +139,7 @@ def parse_settings(argv: Sequence[str]) -> Settings:
     check_paths(bids_dir, output_dir, work_dir)
     exports = export_roots(options.exports, bids_dir, output_dir)
     check_anatomy(options)
-    if options.prior is not None and not options.prior.is_file():
-        raise UsageError(f"--prior {options.prior}: no such file.")
+    prior = named_prior(options.prior)
 
     plugin = read_plugin_file(options.plugin_file)
     nprocs = options.nprocs or resources.available_processors()
@@ -180,7 +182,7 @@ def parse_settings(argv: Sequence[str]) -> Settings:
         output_spaces=tuple(s for s in SPACES if s in options.output_spaces) or SPACES,
         exports=exports,
         export_per=options.export_per,
-        prior=_absolute(options.prior),
+        prior=prior,
         slice_thickness_mm=options.slice_thickness_mm,
         slice_plane=options.slice_plane,
         field_strength_t=options.field_strength_t,

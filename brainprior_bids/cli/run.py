@@ -44,6 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             from brainprior_bids.cli.slurm_script import slurm_script
 
             return slurm_script(arguments[1:])
+        if arguments[:1] == ["evaluate"]:
+            from brainprior_bids.cli.evaluate import evaluate
+
+            return evaluate(arguments[1:])
+        if arguments[:1] == ["weights"]:
+            from brainprior_bids.cli.weights import weights
+
+            return weights(arguments[1:])
         if arguments[:1] == ["verify"]:
             return verify(arguments[1:])
         return run(parse_settings(arguments))

@@ -31,6 +31,42 @@ Network = TypeVar("Network", bound=torch.nn.Module)
 FORMAT_VERSION = 1
 FOLDER = Path(__file__).parent.parent / "data" / "weights"
 SPECTRUM = "spectrum"
+SUFFIX = ".safetensors"
+
+
+def user_folder() -> Path:
+    """Of `brainprior weights add`: ``$BRAINPRIOR_WEIGHTS``, or in the user's data folder."""
+    own = os.environ.get("BRAINPRIOR_WEIGHTS")
+    if own:
+        return Path(own).expanduser()
+    data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
+    return Path(data).expanduser() / "brainprior" / "weights"
+
+
+def find_weights(asked: str | Path | None, *, kind: str) -> Path:
+    """The file that a user means: a path, a name that was added, or None, the embedded one.
+
+    A name is looked up in ``user_folder()`` first; ``embedded`` is the one of the package.
+
+    Raises
+    ------
+    WeightsError
+        If it is neither a file nor a known name.
+    """
+    embedded = FOLDER / f"{kind}.safetensors"
+    if asked is None or str(asked) == "embedded":
+        return embedded
+    path = Path(asked).expanduser()
+    if path.is_file():
+        return path.absolute()
+    named = user_folder() / f"{asked}{SUFFIX}"
+    if path.name == str(asked) and named.is_file():
+        return named
+    known = sorted(found.stem for found in user_folder().glob(f"*{SUFFIX}"))
+    raise WeightsError(
+        f"{asked}: expected a weights file, or one of the names embedded"
+        f"{''.join(f', {name}' for name in known)}. Add a file with `brainprior weights add`."
+    )
 
 
 def sha256_file(path: Path) -> str:

@@ -3,8 +3,9 @@
 
 Per brain: closest-canonical axes, N4 inside the brain, 99th percentile of the corrected brain = 1
 (the engine's unit), affine registration to the MNI305 average (ANTs), mean intensity of the three
-tissue classes. A pack is a few ``.npz`` parts, each small enough to be sent elsewhere, that hold
-the brains as uint8 (``UNIT`` = 1), their affines and the split: nothing else is needed to train.
+tissue classes. Whole heads go through the workflow's own steps instead (``prepare_head``). A pack
+is a few ``.npz`` parts, each small enough to be sent elsewhere, that hold the brains as uint8
+(``UNIT`` = 1), their affines and the split: nothing else is needed to train.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from brainprior_bids.engine.errors import InputError, UsageError
+from brainprior_bids.engine.errors import AnatomyError, GeometryError, InputError, UsageError
 from brainprior_bids.training.synthesis import (
     bounding_box,
     brain_mask,
@@ -86,18 +87,34 @@ class Brain:
     synthetic: bool = False
 
 
+RESULTS = re.compile(
+    r"_desc-(restored|inpainted|refined|uncertainty|residual)[0-9A-Za-z]*_(T1w|T2w|FLAIR)\."
+)
+"""Names of images that brainprior made."""
+
+
 def find_brains(
     folder: Path, *, validation: Sequence[str], exclude: Sequence[str]
 ) -> list[tuple[str, str, str, Path]]:
     """(name, contrast, split, path) of every ``sub-*_{T1w,T2w,FLAIR}.nii[.gz]`` below ``folder``.
 
+    Its ``derivatives`` and ``sourcedata`` are not looked into.
+
     Raises
     ------
     UsageError
-        If there are none, or a name in ``validation`` or ``exclude`` is not among them.
+        If there are none, a name in ``validation`` or ``exclude`` is not among them, or there are
+        outputs of brainprior: a prior must learn from scans, and be judged by them.
     """
     found = []
     for path in sorted(folder.rglob("sub-*.nii*")):
+        if {"derivatives", "sourcedata"} & set(path.relative_to(folder).parts):
+            continue
+        if RESULTS.search(path.name):
+            raise UsageError(
+                f"{folder}: {path.name} is an output of brainprior. Give scans: for training, "
+                "`--heads BIDS_DIR` strips, corrects and aligns the raw data set itself."
+            )
         match = re.fullmatch(
             r"sub-([0-9A-Za-z]+)_(?:.*_)?(T1w|T2w|FLAIR)\.nii(?:\.gz)?", path.name
         )
@@ -251,32 +268,71 @@ def prepare(name: str, contrast: str, split: str, path: Path, reference: tuple[A
     return Brain(name, contrast, split, stored, to_mni305 @ shift, tissue_means(corrected[mask]))
 
 
-def _prepare_star(job: tuple[Any, ...]) -> Brain:
-    return prepare(*job)
+def prepare_head(name: str, contrast: str, split: str, path: Path) -> Brain | None:
+    """One scan through the workflow's own steps; None, with the reason in the log, if they fail.
+
+    Conform, parcellate, N4, the affine from structures and the brain's reach, cubic to 1 mm.
+    """
+    import torch
+
+    from brainprior_bids.anatomy.brain import extract_brain
+    from brainprior_bids.engine.weights import load_parcellation
+
+    torch.set_num_threads(1)
+    sidecar = path.with_name(path.name.split(".")[0] + ".json")
+    metadata = json.loads(sidecar.read_text(encoding="utf-8")) if sidecar.is_file() else {}
+    try:
+        found = extract_brain(path, network=load_parcellation(), metadata=metadata)
+    except (AnatomyError, GeometryError, InputError) as error:
+        log.warning("%s is left out: %s", path.name, error)
+        return None
+    for warning in found.warnings:
+        log.warning("%s: %s", path.name, warning)
+    box = bounding_box(found.mask, 0)
+    shift = np.eye(4)
+    shift[:3, 3] = [edge.start for edge in box]
+    stored = np.clip(np.round(found.data[box] * UNIT), 0, 255).astype(np.uint8)
+    to_mni305 = found.to_mni305 @ found.grid.affine @ shift
+    return Brain(name, contrast, split, stored, to_mni305, tissue_means(found.data[found.mask]))
+
+
+def _prepare_star(job: tuple[Any, ...]) -> Brain | None:
+    return prepare_head(*job) if len(job) == 4 else prepare(*job)
 
 
 def build_pack(
     folder: Path,
-    average: Path,
+    average: Path | None,
     out: Path,
     *,
     validation: Sequence[str] = (),
     exclude: Sequence[str] = (),
     processes: int = 2,
 ) -> list[Path]:
-    """Prepare every brain below ``folder`` and write the pack's parts into ``out``."""
+    """Prepare every brain below ``folder`` and write the pack's parts into ``out``.
+
+    Skull-stripped 1 mm brains are registered to ``average``, the MNI305 average head; without it
+    they are whole heads (or stripped ones) for the workflow's own steps (``prepare_head``).
+
+    Raises
+    ------
+    UsageError
+        As ``find_brains``, and if not one scan could be prepared.
+    """
     os.environ.setdefault("ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS", "1")
-    reference = mni305_brain(average)
-    jobs = [
-        (*found, reference)
-        for found in find_brains(folder, validation=validation, exclude=exclude)
-    ]
+    jobs: list[tuple[Any, ...]] = list(find_brains(folder, validation=validation, exclude=exclude))
+    if average is not None:
+        reference = mni305_brain(average)
+        jobs = [(*job, reference) for job in jobs]
     out.mkdir(parents=True, exist_ok=True)
     brains = []
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         for count, brain in enumerate(pool.map(_prepare_star, jobs), 1):
-            log.info("prepared %s %s (%d of %d)", brain.name, brain.contrast, count, len(jobs))
-            brains.append(brain)
+            log.info("prepared %s (%d of %d)", jobs[count - 1][3].name, count, len(jobs))
+            if brain is not None:
+                brains.append(brain)
+    if not brains:
+        raise UsageError(f"{folder}: none of {len(jobs)} scans could be prepared; see the log.")
     return write_pack(brains, out)
 
 

@@ -436,6 +436,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("work", type=Path, help="folder of the packs, checkpoint and log")
     data = parser.add_argument_group("data (needed once; the packs in the work folder are kept)")
     data.add_argument("--data", type=Path, help="skull-stripped 1 mm brains with BIDS names")
+    data.add_argument(
+        "--heads",
+        type=Path,
+        help="BIDS data set of whole heads of about 1 mm, instead of --data: stripped, "
+        "corrected and aligned by brainprior itself",
+    )
     data.add_argument("--labels", type=Path, help="label maps with FreeSurfer values")
     data.add_argument("--average", type=Path, help="the MNI305 average head (avg305T1.nii)")
     data.add_argument("--validation", nargs="*", default=[], help="participants, label maps")
@@ -498,12 +504,18 @@ def main(args: argparse.Namespace) -> int:
 
 def _build_packs(args: argparse.Namespace) -> None:
     """The packs that were asked for and are not there yet."""
-    for option, build in (("data", build_pack), ("labels", build_synthetic_pack)):
+    if args.data is not None and args.heads is not None:
+        raise UsageError("train prior: give --data or --heads, not both.")
+    for option, build in (
+        ("data", build_pack),
+        ("heads", build_pack),
+        ("labels", build_synthetic_pack),
+    ):
         source = getattr(args, option)
-        stem = "pack" if option == "data" else "synthetic"
+        stem = "synthetic" if option == "labels" else "pack"
         if source is None or list(args.work.glob(f"{stem}-*.npz")):
             continue
-        if args.average is None:
+        if args.average is None and option != "heads":
             raise UsageError(f"--{option} needs --average, the MNI305 average head.")
         known = {
             path.name.split(".")[0].split("_")[0].removeprefix("sub-")
@@ -512,7 +524,7 @@ def _build_packs(args: argparse.Namespace) -> None:
         known |= {path.name.split(".")[0] for path in source.rglob("*.nii*")}
         build(
             source,
-            args.average,
+            None if option == "heads" else args.average,
             args.work,
             validation=[name for name in args.validation if name in known],
             exclude=[name for name in args.exclude if name in known],

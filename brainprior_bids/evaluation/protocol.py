@@ -1,0 +1,634 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One brain, one way of making it worse, and what every method makes of that.
+
+The truth is a brain at 1 mm (``Person``); a ``Condition`` says how its scan is made (by
+``degrade``, whose slice profile is not the engine's) and how it is restored. ``measure`` gives a
+JSON-able record with a row for every method:
+
+* ``linear``, ``cubic``: interpolation along all axes;
+* ``tikhonov``, ``tv``: told the true slice weights, penalties tuned on other people;
+* ``sample``: one posterior sample; ``restored``: ``desc-restored`` of all samples.
+
+Every image is multiplied by its least-squares gain on the truth. With a block (``crop``) the
+engine and the classical methods see only that block of the scan, and its outer millimetres, of
+which they know less than in a whole brain, are left out of every figure.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import norm, wasserstein_distance
+
+from brainprior_bids.anatomy.bias import n4
+from brainprior_bids.anatomy.brain import ExtractedBrain, extract_brain
+from brainprior_bids.anatomy.parcellation import parcellate, structure_names
+from brainprior_bids.engine.acquisition import Acquisition
+from brainprior_bids.engine.denoiser import Prior
+from brainprior_bids.engine.errors import UsageError
+from brainprior_bids.engine.grids import Grid
+from brainprior_bids.engine.parcellation_network import ParcellationNetwork
+from brainprior_bids.engine.restore import Restoration, restore
+from brainprior_bids.evaluation.baselines import interpolate, tikhonov, total_variation
+from brainprior_bids.evaluation.degrade import (
+    Recipe,
+    coarse_in_plane,
+    degrade,
+    slice_weights,
+    thick_slices,
+)
+from brainprior_bids.evaluation.metrics import compare, crps, matching_gain
+from brainprior_bids.evaluation.perceptual import lpips_distance
+from brainprior_bids.evaluation.scans import Volume
+from brainprior_bids.training.synthesis import bounding_box, brain_mask, load_labels
+from brainprior_bids.training.synthesis import synthesise_brain as draw_brain
+
+MARGIN_MM = 7
+"""Of a block; along the slice axis at least a slice and 3 mm."""
+SURROUND_MM = 10
+"""Of nothing around a whole brain."""
+METHODS = ("linear", "cubic", "tikhonov", "tv", "sample", "restored")
+TIKHONOV_PENALTIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+TV_PENALTIES = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016)
+SPREADS = (0.02, 0.03, 0.045, 0.07, 0.1, 0.15)
+"""Of Tikhonov's prior: SD in the brain's unit; see ``tikhonov_sd``."""
+UNTUNED = {"tikhonov": 0.01, "tv": 0.001, "spread": 0.045}
+"""Penalties where nobody was given to tune them on; found on two people at 5 mm, noise 0.01."""
+GREY, WHITE, FLUID = (3, 42), (2, 41), (4, 43)
+HISTOGRAM = np.linspace(0, 1.4, 71)
+
+
+@dataclass(frozen=True, eq=False)
+class Person:
+    """A truth.
+
+    Attributes
+    ----------
+    name, contrast : str
+    data : (i, j, k) float32 array
+        Voxels of 1 mm, RAS; 99th percentile 1, no bias field, 0 outside the brain.
+    inside : (i, j, k) bool array
+    structures : (i, j, k) int16 array
+        The parcellation of the truth, or of a synthetic one the map's own labels.
+    to_mni305 : (4, 4) array
+        Voxel index to MNI305 mm.
+    """
+
+    name: str
+    contrast: str
+    data: NDArray[np.float32]
+    inside: NDArray[np.bool_]
+    structures: NDArray[np.int16]
+    to_mni305: NDArray[np.float64]
+
+    def save(self, path: Path) -> None:
+        """Write; in place only once complete."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial.npz")
+        np.savez_compressed(
+            partial,
+            name=self.name,
+            contrast=self.contrast,
+            data=self.data,
+            inside=self.inside,
+            structures=self.structures,
+            to_mni305=self.to_mni305,
+        )
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Person:
+        """What ``save`` wrote."""
+        with np.load(path, allow_pickle=False) as held:
+            return cls(
+                str(held["name"]),
+                str(held["contrast"]),
+                held["data"],
+                held["inside"],
+                held["structures"],
+                held["to_mni305"],
+            )
+
+
+def from_scan(path: Path, name: str, contrast: str, network: ParcellationNetwork) -> Person:
+    """A scan of about 1 mm, with or without its skull."""
+    return _person(extract_brain(path, network=network), name, contrast)
+
+
+def from_labels(
+    path: Path, name: str, contrast: str, network: ParcellationNetwork, folder: Path
+) -> Person:
+    """A brain synthesised from a label map, the same for the same name.
+
+    The affine is found as for a scan; the structures are the map's.
+    """
+    labels, affine = load_labels(path)
+    mask = brain_mask(labels)
+    box = bounding_box(mask, SURROUND_MM)
+    seed = [int.from_bytes(name.encode(), "big") % 2**63, len(contrast)]
+    data = draw_brain(labels, contrast, np.random.default_rng(seed), mask=mask)
+    start = np.eye(4)
+    start[:3, 3] = [edge.start for edge in box]
+    folder.mkdir(parents=True, exist_ok=True)
+    made = folder / f"{name}_{contrast}.nii.gz"
+    nib.save(nib.Nifti1Image(data[box], affine @ start), made)
+    brain = extract_brain(made, network=network, unbias=False)
+    made.unlink()
+    person = _person(brain, name, contrast)
+    own = labels[box] if brain.grid.shape == data[box].shape else None
+    if own is None:
+        raise UsageError(f"{path.name}: expected a label map of 1 mm voxels.")
+    known = np.isin(own, list(structure_names()))
+    around = bounding_box(brain.mask, 0)
+    structures = np.where(known, own, 0)[around].astype(np.int16)
+    return Person(name, contrast, person.data, person.inside, structures, person.to_mni305)
+
+
+def _person(brain: ExtractedBrain, name: str, contrast: str) -> Person:
+    box = bounding_box(brain.mask, 0)
+    start = np.eye(4)
+    start[:3, 3] = [edge.start for edge in box]
+    return Person(
+        name,
+        contrast,
+        brain.data[box],
+        brain.mask[box],
+        brain.structures[box],
+        brain.to_mni305 @ brain.grid.affine @ start,
+    )
+
+
+@dataclass(frozen=True)
+class Condition:
+    """How the scan is made, and how it is restored.
+
+    Attributes
+    ----------
+    study : str
+        The table it belongs to.
+    variant : str
+        The row of an ablation.
+    spacing_mm, noise_sd, width, profile, in_plane_mm, rician, bias_sd
+        As ``degrade.Recipe``; ``width`` is the true over the stated thickness.
+    field : {"none", "n4"}
+        Of a scan with a bias field: what every method is given of it.
+    refine_bias : bool
+        Whether the engine moves it further.
+    assumed_noise : float or None
+        Told to the engine; None: it estimates.
+    sampler, n_samples, n_steps
+        Of ``restore``.
+    crop_mm : (int, int, int) or None
+        Block in the middle of the brain; None: all of it.
+    segment : bool
+        Parcellate every image.
+    seed : int
+    """
+
+    study: str = "restoration"
+    variant: str = ""
+    spacing_mm: float = 5.0
+    noise_sd: float = 0.01
+    width: float = 1.0
+    profile: str = "trapezoid"
+    in_plane_mm: float | None = None
+    rician: bool = False
+    bias_sd: float = 0.0
+    field: str = "none"
+    refine_bias: bool = False
+    assumed_noise: float | None = None
+    sampler: str = "auto"
+    n_samples: int = 8
+    n_steps: int = 20
+    crop_mm: tuple[int, int, int] | None = (80, 96, 80)
+    segment: bool = False
+    seed: int = 0
+
+    @property
+    def kind(self) -> str:
+        """Of the degraded scan, for file names; penalties are tuned for each kind."""
+        plane = "" if self.in_plane_mm is None else f"-{self.in_plane_mm:g}inplane"
+        law = "-rician" if self.rician else ""
+        return f"{self.spacing_mm:g}mm{plane}-noise{self.noise_sd:g}{law}"
+
+    @property
+    def name(self) -> str:
+        """Of the result's file."""
+        return f"{self.kind}-{self.variant}" if self.variant else self.kind
+
+
+AXIS = 2
+"""Slices are axial."""
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A degraded scan and the truth behind it, on 1 mm voxels."""
+
+    scan: Volume
+    truth: Volume
+    weights: NDArray[np.float64]  # (slices, fine)
+    inside: NDArray[np.bool_]  # brain, fine
+    mask: NDArray[np.float32]  # share of every scan voxel in the brain
+    judged: NDArray[np.bool_]  # where figures are taken, fine
+    structures: NDArray[np.int16]
+    log_bias: NDArray[np.float32]  # what the methods are given, on the scan's grid
+    to_mni305: NDArray[np.float64]  # mm of the grids to MNI305 mm
+
+    @property
+    def flat(self) -> Volume:
+        """The scan divided by the field that every method is given."""
+        return Volume((self.scan.data / np.exp(self.log_bias)).astype(np.float32), self.scan.grid)
+
+
+def period(spacing_mm: float) -> int:
+    """The fewest whole millimetres that hold a whole number of voxels.
+
+    Raises
+    ------
+    UsageError
+        If there is none up to 60 mm.
+    """
+    for whole in range(1, 61):
+        share = whole / spacing_mm
+        if abs(share - round(share)) < 1e-6 and round(share) > 0:
+            return whole
+    raise UsageError(
+        f"evaluate: voxels of {spacing_mm} mm do not fit into a whole number of millimetres."
+    )
+
+
+def make_case(person: Person, condition: Condition) -> Case:
+    """Degrade the whole brain, then cut the block out of scan and truth."""
+    in_plane = condition.in_plane_mm or 1.0
+    sizes = [in_plane, in_plane, in_plane]
+    sizes[AXIS] = condition.spacing_mm
+    periods = np.array([period(size) for size in sizes])
+    shape = np.array(person.data.shape)
+    extra = -(shape + 2 * SURROUND_MM) % periods
+    pad = [(SURROUND_MM, SURROUND_MM + int(e)) for e in extra]
+    truth, inside = np.pad(person.data, pad), np.pad(person.inside, pad)
+    structures = np.pad(person.structures, pad)
+    grid = Grid(truth.shape, np.eye(4))
+    to_mni305 = person.to_mni305.copy()
+    to_mni305[:3, 3] -= to_mni305[:3, :3] @ np.full(3, SURROUND_MM)
+    recipe = Recipe(
+        axis=AXIS,
+        spacing_mm=condition.spacing_mm,
+        thickness_mm=condition.spacing_mm,
+        profile=condition.profile,
+        width=condition.width,
+        in_plane_mm=condition.in_plane_mm,
+        noise_sd=condition.noise_sd,
+        bias_sd=condition.bias_sd,
+        rician=condition.rician,
+    )
+    name = int.from_bytes(f"{person.name} {person.contrast}".encode(), "big") % 2**63
+    rng = np.random.default_rng([name, condition.seed])
+    data, thick = degrade(truth, grid, recipe, rng, unit=1.0)
+    share, _ = thick_slices(
+        inside.astype(np.float32),
+        grid,
+        axis=AXIS,
+        spacing_mm=condition.spacing_mm,
+        thickness_mm=condition.spacing_mm * condition.width,
+        profile=condition.profile,
+    )
+    if condition.in_plane_mm is not None:
+        between = Grid(share.shape, np.diag([1.0, 1.0, condition.spacing_mm, 1.0]))
+        share, _ = coarse_in_plane(share, between, axis=AXIS, spacing_mm=condition.in_plane_mm)
+    share = np.clip(share, 0, 1)
+    log_bias = np.zeros(data.shape, np.float32)
+    if condition.field == "n4":
+        log_bias = n4(nib.Nifti1Image(data, np.array(thick.affine)), share, threads=1)
+    weights = slice_weights(
+        grid.shape[AXIS],
+        1.0,
+        condition.spacing_mm,
+        condition.spacing_mm * condition.width,
+        condition.profile,
+    )
+    judged = inside.copy()
+    start, stop = np.zeros(3, int), np.array(grid.shape)
+    if condition.crop_mm is not None:
+        ends = np.array([w.start + w.stop for w in bounding_box(inside, 0)])
+        size = np.minimum(np.array(condition.crop_mm) // periods * periods, stop)
+        start = np.clip(np.round((ends - size) / 2 / periods) * periods, 0, stop - size).astype(
+            int
+        )
+        stop = start + size
+        judged = np.zeros_like(inside)
+        margin = [MARGIN_MM, MARGIN_MM, MARGIN_MM]
+        margin[AXIS] = max(MARGIN_MM, round(condition.spacing_mm) + 3)
+        middle = tuple(slice(a + m, b - m) for a, b, m in zip(start, stop, margin, strict=True))
+        judged[middle] = inside[middle]
+    fine = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
+    first = np.round(start / sizes).astype(int)
+    last = np.round(stop / sizes).astype(int)
+    coarse = tuple(slice(a, b) for a, b in zip(first, last, strict=True))
+    part = weights[coarse[AXIS], fine[AXIS]]
+    if not judged[fine].any():
+        raise UsageError(
+            f"evaluate: nothing of {person.name} is left {MARGIN_MM} mm inside a block of "
+            f"{condition.crop_mm} mm. Pass a larger --crop."
+        )
+    return Case(
+        scan=Volume(data[coarse], thick.crop(_triple(first), _triple(last))),
+        truth=Volume(truth[fine], grid.crop(_triple(start), _triple(stop))),
+        weights=part / part.sum(1, keepdims=True),
+        inside=inside[fine],
+        mask=share[coarse].astype(np.float32),
+        judged=judged[fine],
+        structures=structures[fine],
+        log_bias=log_bias[coarse],
+        to_mni305=to_mni305,
+    )
+
+
+def _triple(values: NDArray[np.integer]) -> tuple[int, int, int]:
+    return (int(values[0]), int(values[1]), int(values[2]))
+
+
+def in_slices(case: Case) -> NDArray[np.float32]:
+    """The flat scan with 1 mm voxels in the plane of its slices (cubic where they are larger)."""
+    flat = case.flat
+    if flat.data.shape[:2] == case.truth.data.shape[:2]:
+        return flat.data
+    affine = np.array(flat.grid.affine)
+    affine[:, :2] = case.truth.grid.affine[:, :2]
+    affine[:2, 3] = case.truth.grid.affine[:2, 3]
+    shape = (*case.truth.data.shape[:2], flat.data.shape[2])
+    return interpolate(flat.data, flat.grid, Grid(shape, affine), order=3)
+
+
+def tune(person: Person, condition: Condition) -> dict[str, dict[str, float]]:
+    """Mean squared error of every penalty, and CRPS of every spread of every Tikhonov penalty.
+
+    Keys are the numbers as text; of a spread, "penalty spread".
+    """
+    found: dict[str, dict[str, float]] = {"tikhonov": {}, "tv": {}, "spread": {}}
+    case = make_case(person, condition)
+    data = in_slices(case)
+    truth = case.truth.data
+
+    def error(image: NDArray[np.float32]) -> float:
+        return compare(image, truth, case.judged)["rmse"] ** 2
+
+    for penalty in TIKHONOV_PENALTIES:
+        image = tikhonov(data, case.weights, axis=AXIS, penalty=penalty)
+        found["tikhonov"][str(penalty)] = error(image)
+        for spread in SPREADS:
+            sd = tikhonov_sd(case.weights, penalty, spread)
+            found["spread"][f"{penalty} {spread}"] = gaussian_crps(image, sd, truth, case.judged)
+    for penalty in TV_PENALTIES:
+        image = total_variation(data, case.weights, axis=AXIS, penalty=penalty)
+        found["tv"][str(penalty)] = error(image)
+    return found
+
+
+def choose(found: list[dict[str, dict[str, float]]]) -> dict[str, float]:
+    """The penalties that did best over the people of ``tune``."""
+    best = {}
+    for method in ("tikhonov", "tv"):
+        mean = {k: float(np.mean([f[method][k] for f in found])) for k in found[0][method]}
+        best[method] = float(min(mean, key=lambda k: mean[k]))
+    spreads = {
+        spread: float(np.mean([f["spread"][f"{best['tikhonov']} {spread}"] for f in found]))
+        for spread in SPREADS
+    }
+    best["spread"] = min(spreads, key=lambda k: spreads[k])
+    return best
+
+
+def tikhonov_sd(
+    weights: NDArray[np.float64], penalty: float, spread: float
+) -> NDArray[np.float64]:
+    """(fine,) SD of the Gaussian posterior whose mean Tikhonov is.
+
+    Prior precision ``DᵀD`` and noise of variance ``penalty`` times one amplitude: the covariance
+    is ``a (WᵀW / penalty + DᵀD)^-1``, and ``a`` makes the mean SD ``spread``.
+    """
+    difference = np.diff(np.eye(weights.shape[1]), axis=0)
+    precision = weights.T @ weights / penalty + difference.T @ difference
+    sd = np.sqrt(np.diag(np.linalg.inv(precision)))
+    return sd * spread / sd.mean()
+
+
+def gaussian_crps(
+    mean: NDArray[np.float32],
+    sd: NDArray[np.float64],
+    truth: NDArray[np.float32],
+    inside: NDArray[np.bool_],
+) -> float:
+    """Mean CRPS of normal laws whose SD depends on the slice axis; the truth's unit.
+
+    Gneiting and Raftery, JASA 102 (2007), equation 21.
+    """
+    everywhere = np.broadcast_to(sd, truth.shape)[inside]
+    z = (truth[inside].astype(np.float64) - mean[inside]) / everywhere
+    score = z * (2 * norm.cdf(z) - 1) + 2 * norm.pdf(z) - 1 / math.sqrt(math.pi)
+    return float((everywhere * score).mean() / np.percentile(truth[inside], 99))
+
+
+def measure(
+    person: Person,
+    condition: Condition,
+    *,
+    prior: Prior,
+    penalties: Mapping[str, float],
+    network: ParcellationNetwork | None = None,
+    device: str = "cpu",
+    picture: Path | None = None,
+) -> dict[str, Any]:
+    """Degrade, restore, compare: one record.
+
+    Parameters
+    ----------
+    penalties : Mapping
+        As ``choose`` gives them.
+    network : ParcellationNetwork, optional
+        For conditions that segment.
+    picture : Path, optional
+        PNG of truth, slices, cubic, TV, restored, a sample and the SD.
+    """
+    began = time.perf_counter()
+    case = make_case(person, condition)
+    classical = _classical(case, penalties)
+    found = restore(
+        case.scan.data,
+        grid=case.scan.grid,
+        acquisition=Acquisition(AXIS, condition.spacing_mm, condition.spacing_mm),
+        mask=case.mask,
+        mask_1mm=case.inside,
+        to_mni305=case.to_mni305,
+        contrast=person.contrast,
+        prior=prior,
+        log_bias=case.log_bias,
+        noise_sd=condition.assumed_noise,
+        sampler=condition.sampler,
+        n_samples=condition.n_samples,
+        n_steps=condition.n_steps,
+        refine_bias=condition.refine_bias,
+        seed=condition.seed,
+        device=device,
+    )
+    truth = case.truth.data
+    images = {**classical, "sample": found.samples[0], "restored": found.mean}
+    images = {
+        method: (image * matching_gain(image, truth, case.judged)).astype(np.float32)
+        for method, image in images.items()
+    }
+    record: dict[str, Any] = {
+        "person": person.name,
+        "contrast": person.contrast,
+        **asdict(condition),
+        "voxels": int(case.judged.sum()),
+        "penalties": dict(penalties),
+        "methods": {
+            method: {
+                **compare(image, truth, case.judged),
+                "lpips": lpips_distance(image, truth, case.judged),
+                **tissue_contrast(image, case.structures, case.judged),
+                "histogram_distance": float(
+                    wasserstein_distance(image[case.judged][::7], truth[case.judged][::7])
+                ),
+            }
+            for method, image in images.items()
+        },
+        "truth": tissue_contrast(truth, case.structures, case.judged),
+        "histograms": {
+            method: np.histogram(image[case.judged], HISTOGRAM)[0].tolist()
+            for method, image in {"truth": truth, **images}.items()
+        },
+        "sampler_used": found.sampler,
+        "noise_found": found.noise_sd,
+        "residual_ratios": found.residual_ratios,
+        "warnings": found.warnings,
+        **_spread(case, found, penalties),
+    }
+    if condition.segment and network is not None:
+        record["segmentation"] = _segment(case, person, images, network)
+    if picture is not None:
+        _picture(picture, case, images, found, f"{person.name} {person.contrast}")
+    record["seconds"] = round(time.perf_counter() - began, 1)
+    return record
+
+
+def _classical(case: Case, penalties: Mapping[str, float]) -> dict[str, NDArray[np.float32]]:
+    flat, grid, data = case.flat, case.truth.grid, in_slices(case)
+    return {
+        "linear": interpolate(flat.data, flat.grid, grid, order=1),
+        "cubic": interpolate(flat.data, flat.grid, grid, order=3),
+        "tikhonov": tikhonov(data, case.weights, axis=AXIS, penalty=penalties["tikhonov"]),
+        "tv": total_variation(data, case.weights, axis=AXIS, penalty=penalties["tv"]),
+    }
+
+
+def _spread(case: Case, found: Restoration, penalties: Mapping[str, float]) -> dict[str, Any]:
+    """CRPS of the samples and of the tuned Tikhonov posterior; error over predicted SD."""
+    truth, judged = case.truth.data, case.judged
+    image = tikhonov(in_slices(case), case.weights, axis=AXIS, penalty=penalties["tikhonov"])
+    sd = tikhonov_sd(case.weights, penalties["tikhonov"], penalties["spread"])
+    facts: dict[str, Any] = {
+        "crps": crps(found.samples, truth, judged),
+        "crps_tikhonov": gaussian_crps(image, sd, truth, judged),
+    }
+    if found.sd is not None:
+        n = len(found.samples)
+        error = (found.mean - truth)[judged]
+        predicted = found.sd[judged] * math.sqrt(1 + 1 / n)
+        facts["error_over_sd"] = float(np.sqrt(np.mean(error**2) / np.mean(predicted**2)))
+        facts["sd_error_correlation"] = float(np.corrcoef(np.abs(error), predicted)[0, 1])
+    return facts
+
+
+def tissue_contrast(
+    image: NDArray[np.float32], structures: NDArray[np.int16], inside: NDArray[np.bool_]
+) -> dict[str, float | None]:
+    """Grey-white contrast, mean of the tissues.
+
+    ``cnr`` is |white - grey| over the root of the mean of their variances; None where a tissue
+    is missing or has no variance.
+    """
+    values = {
+        name: image[np.isin(structures, labels) & inside].astype(np.float64)
+        for name, labels in (("grey", GREY), ("white", WHITE), ("fluid", FLUID))
+    }
+    facts: dict[str, float | None] = {
+        name: float(v.mean()) if v.size > 100 else None for name, v in values.items()
+    }
+    grey, white = facts["grey"], facts["white"]
+    facts["cnr"] = None
+    if grey is not None and white is not None:
+        noise = math.sqrt((values["grey"].var() + values["white"].var()) / 2)
+        facts["cnr"] = abs(white - grey) / noise if noise > 0 else None
+    return facts
+
+
+def _segment(
+    case: Case,
+    person: Person,
+    images: Mapping[str, NDArray[np.float32]],
+    network: ParcellationNetwork,
+) -> dict[str, dict[str, Any]]:
+    """Dice and volumes of the parcellation of the truth, the scan, cubic, restored, a sample.
+
+    Against the truth's own structures (a synthetic truth: the map's labels; then the parcellation
+    of the true image is a row too).
+    """
+    wanted = [index for index, name in structure_names().items() if name != "CSF"]
+    reference = {index: case.structures == index for index in wanted}
+    table: dict[str, dict[str, Any]] = {}
+    for method in ("true", "degraded", "cubic", "tv", "restored", "sample"):
+        if method == "degraded":
+            volume = case.flat
+            data = np.where(case.mask > 0.5, volume.data, 0)
+        else:
+            image = case.truth.data if method == "true" else images[method]
+            volume, data = case.truth, np.where(case.inside, image, 0)
+        scan = nib.Nifti1Image(data.astype(np.float32), np.array(volume.grid.affine))
+        found = parcellate(scan, network=network, restored_grid=case.truth.grid).structures
+        dice, off = {}, {}
+        for index in wanted:
+            true, own = reference[index], (found == index) & case.inside
+            if true.sum() < 50:
+                continue
+            dice[index] = float(2 * (true & own).sum() / (true.sum() + own.sum()))
+            off[index] = float(own.sum() / true.sum() - 1)
+        table[method] = {
+            "dice": dice,
+            "volume_error": off,
+            "mean_dice": float(np.mean(list(dice.values()))),
+            "mean_absolute_volume_error": float(np.mean(np.abs(list(off.values())))),
+        }
+    return table
+
+
+def _picture(
+    path: Path,
+    case: Case,
+    images: Mapping[str, NDArray[np.float32]],
+    found: Restoration,
+    caption: str,
+) -> None:
+    from brainprior_bids.evaluation.figure import Column, draw
+
+    blocks = interpolate(case.flat.data, case.scan.grid, case.truth.grid, order=0)
+    top = 1.05
+
+    def column(title: str, image: NDArray[np.float32]) -> Column:
+        return Column(title, np.where(case.judged, image, 0), top)
+
+    columns = [column("truth", case.truth.data), column("slices", blocks)]
+    columns += [column(method, images[method]) for method in ("cubic", "tv", "restored", "sample")]
+    if found.sd is not None:
+        columns.append(Column("SD", np.where(case.judged, found.sd, 0), 0.2, "magma"))
+    draw(path, columns, inside=case.judged, spacing_mm=(1.0, 1.0, 1.0), caption=caption)

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The studies of ``brainprior evaluate``: what is changed from one row to the next."""
+
+from __future__ import annotations
+
+from typing import Any
+
+STUDIES = ("restoration", "low-field", "ablation", "segmentation")
+LOW_FIELD = {"in_plane_mm": 1.6, "noise_sd": 0.05, "rician": True, "n_samples": 4}
+REFERENCE = {"spacing_mm": 5.0, "noise_sd": 0.01}
+"""What ablations and segmentation are done on."""
+BIASED = {"bias_sd": 0.1, "sampler": "exact"}
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "as it comes": {},
+    "sampler exact": {"sampler": "exact"},
+    "sampler map": {"sampler": "map", "n_samples": 1},
+    "5 calls": {"n_steps": 5},
+    "10 calls": {"n_steps": 10},
+    "40 calls": {"n_steps": 40},
+    "noise said 0.005": {"assumed_noise": 0.005},
+    "noise said 0.01": {"assumed_noise": 0.01},
+    "noise said 0.02": {"assumed_noise": 0.02},
+    "field ignored": BIASED,
+    "field by N4": {**BIASED, "field": "n4"},
+    "field by N4, moved": {**BIASED, "field": "n4", "refine_bias": True},
+    "field moved from 0": {**BIASED, "refine_bias": True},
+}
+DAPS = {"sampler daps": {"sampler": "daps", "n_samples": 1}}
