@@ -95,7 +95,7 @@ def test_draws_of_two_tilted_scans_against_the_dense_posterior(sigma):
     data = likelihood()
     mean = 0.5 + 0.1 * random(*SHAPE, seed=1)
     a = dense(data.operator, SHAPE)
-    spectrum, _ = data._prepare(sigma)
+    spectrum = data._prepare(sigma).spectrum
     v = dense(lambda e: data._filter(spectrum, e), SHAPE)
     noise = data.variance().flatten().double()
     m, y = mean.flatten().double(), data.y.double()

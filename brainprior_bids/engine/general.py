@@ -9,8 +9,10 @@ one and for the symbols; a bias field is part of A here and stays as it is.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from brainprior_bids.engine.errors import InputError
@@ -20,6 +22,23 @@ from brainprior_bids.engine.solve import conjugate_gradients
 from brainprior_bids.engine.spectral import Spectrum
 
 LIMITS = SolveLimits(tolerance=0.02, max_iterations=500)
+PROBES, WIDTH = 2, 5
+"""Probes of the operator, and the frequencies along each axis over which they are averaged."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Level:
+    """One noise level; k-space is half of it, as ``rfftn`` leaves it.
+
+    With H the diagonal of ``A^T Sigma^-1 A`` there: ``own`` is ``1 / (1 + V H)``, ``back`` and
+    ``forth`` are ``(V own)^1/2`` with the columns' multiplicity.
+    """
+
+    sigma: float
+    spectrum: Tensor
+    own: Tensor
+    back: Tensor
+    forth: Tensor
 
 
 class OperatorLikelihood:
@@ -99,7 +118,8 @@ class OperatorLikelihood:
         ]
         squares = [axis**2 for axis in axes]
         self.frequency = (squares[0][:, None, None] + squares[1][:, None] + squares[2]).sqrt()
-        self._level: tuple[float, Tensor, float] | None = None
+        self._level: _Level | None = None
+        self._h: Tensor | None = None
         self._norm: float | None = None
 
     # ---- what the samplers ask -------------------------------------------------------------
@@ -142,7 +162,7 @@ class OperatorLikelihood:
         ConvergenceError
             If conjugate gradients do not meet ``limits``.
         """
-        spectrum, _ = self._prepare(sigma)
+        spectrum = self._prepare(sigma).spectrum
         white = torch.randn(mean.shape, generator=generator).to(self.device)
         noise = torch.randn(self.y.shape, generator=generator).to(self.device)
         z = mean + self._filter(spectrum.sqrt(), white)
@@ -155,37 +175,89 @@ class OperatorLikelihood:
     # ---- the solve -------------------------------------------------------------------------
 
     def _conditional(self, z: Tensor, sigma: float, perturbation: Tensor) -> Tensor:
-        """``z + V A^T (A V A^T + Sigma)^-1 (y + Sigma^1/2 n - A z)``."""
-        spectrum, spread = self._prepare(sigma)
-        variance = self.variance()
-        inverse_sd, n = variance.rsqrt(), math.sqrt(self.y.numel())
-        jacobi = 1 / (spread + variance)
-        u, iterations = conjugate_gradients(
-            lambda v: torch.addcmul(
-                self.operator(self._filter(spectrum, self.operator.adjoint(v))), variance, v
+        """``z + V^1/2 (1 + V^1/2 A^T Sigma^-1 A V^1/2)^-1 V^1/2 A^T Sigma^-1 (y + p - A z)``.
+
+        The same as ``z + V A^T (A V A^T + Sigma)^-1 (y + p - A z)``, but the system lives in the
+        image's k-space, where its diagonal ``1 + V H`` is known: scaled by that it is well
+        conditioned even where V is wide, which the one over the data is not.
+        """
+        level = self._prepare(sigma)
+        precision = 1 / self.variance()
+        shape = z.shape
+
+        def back(w: Tensor) -> Tensor:
+            image: Tensor = torch.fft.irfftn(
+                torch.view_as_complex(w) * level.back, s=shape, norm="ortho"
+            )
+            return image
+
+        def forth(image: Tensor) -> Tensor:
+            coefficients = torch.fft.rfftn(image, norm="ortho") * level.forth
+            return torch.view_as_real(coefficients.contiguous())
+
+        n = math.sqrt(self.y.numel())
+        w, iterations = conjugate_gradients(
+            lambda v: (
+                level.own * v
+                + forth(self.operator.adjoint(precision * self.operator(back(v))))
             ),
-            self.y + perturbation - self.operator(z),
-            precondition=lambda r: jacobi * r,
-            residual_size=lambda r: float((r * inverse_sd).norm()) / n,
+            forth(self.operator.adjoint(precision * (self.y + perturbation - self.operator(z)))),
+            # its square bounds how far A x is off, in SDs of the noise, summed over the data
+            residual_size=lambda r: float(r.norm()) / n,
             tolerance=self.limits.tolerance,
             max_iterations=self.limits.max_iterations,
             who=f"inner solve at sigma {sigma:.3g}",
         )
         self.iterations.append(iterations)
-        return (z + self._filter(spectrum, self.operator.adjoint(u))) * self.support
+        return (z + back(w)) * self.support
 
-    def _prepare(self, sigma: float) -> tuple[Tensor, float]:
-        """V at each frequency, and about the variance that it gives a value of y."""
-        if self._level is None or self._level[0] != sigma:
+    def _prepare(self, sigma: float) -> _Level:
+        """V at each frequency, and what follows from it."""
+        if self._level is None or self._level.sigma != sigma:
             spectrum = self.spectrum.variance(sigma, self.frequency).to(self.device)
-            probe = torch.randn(
-                self.operator.in_shape, generator=torch.Generator().manual_seed(0)
-            ).to(self.device)
-            spread = float(self.operator(self._filter(spectrum.sqrt(), probe)).square().mean())
-            self._level = (sigma, spectrum, spread)
-        return self._level[1], self._level[2]
+            own = 1 / (1 + spectrum * self._diagonal())
+            root = (spectrum * own).sqrt()
+            # half of k-space stands for all of it: columns with a mirror image count twice
+            twice = root.new_full((self.frequency.shape[-1],), math.sqrt(2.0))
+            twice[0] = 1.0
+            if self.operator.in_shape[-1] % 2 == 0:
+                twice[-1] = 1.0
+            self._level = _Level(sigma, spectrum, own[..., None], root / twice, root * twice)
+        return self._level
+
+    def _diagonal(self) -> Tensor:
+        """About the diagonal of ``A^T Sigma^-1 A`` in k-space, found by probing.
+
+        White noise goes through it; what comes back at a frequency, over what went in, is
+        averaged over neighbouring frequencies.
+        """
+        if self._h is None:
+            generator = torch.Generator().manual_seed(0)
+            precision = 1 / self.variance()
+            shape = self.operator.in_shape
+            come, gone = torch.zeros(()), torch.zeros(())
+            for _ in range(PROBES):
+                x = torch.randn(shape, generator=generator).to(self.device)
+                kx = torch.fft.rfftn(x, norm="ortho")
+                answer = self.operator.adjoint(precision * self.operator(x))
+                ky = torch.fft.rfftn(answer, norm="ortho")
+                come = come.to(self.device) + (kx.conj() * ky).real
+                gone = gone.to(self.device) + kx.abs().square()
+            self._h = (_smooth(come) / _smooth(gone)).clamp_min(0)
+        return self._h
 
     def _filter(self, spectrum: Tensor, x: Tensor) -> Tensor:
         """Multiply by ``spectrum`` in k-space."""
         filtered: Tensor = torch.fft.irfftn(spectrum * torch.fft.rfftn(x), s=x.shape)
         return filtered
+
+
+def _smooth(k: Tensor) -> Tensor:
+    """Mean over ``WIDTH`` neighbours along each axis of a half k-space."""
+    for axis in range(3):
+        half = min(WIDTH // 2, (k.shape[axis] - 1) // 2)
+        sides = [0, 0, 0, 0, 0, 0]
+        sides[2 * (2 - axis)] = sides[2 * (2 - axis) + 1] = half
+        padded = F.pad(k[None], sides, mode="reflect" if axis == 2 else "circular")[0]
+        k = padded.unfold(axis, 2 * half + 1, 1).mean(-1)
+    return k
