@@ -24,6 +24,9 @@ SAMPLERS = ("auto", "eps", "exact", "daps", "map")
 SKULL_STRIPS = ("embedded", "synthstrip", "skip", "mask")
 PARCELLATIONS = ("embedded", "synthseg", "derivatives")
 MODALITIES = ("T1w", "T2w", "FLAIR")
+OTHER_MODALITIES = ("PDw", "T2starw", "PDT2")
+"""Contrasts that the prior was not trained on; only where they are asked for."""
+FUSE = ("runs",)
 SPACES = ("anat", "MNI305")
 EXPORT_PER = ("subject", "session")
 LEVELS = ("participant", "group")
@@ -55,6 +58,8 @@ class Settings:
         What the engine does; see ``brainprior_bids.engine.restore``.
     lesion_mask : str or None
         Pattern of the lesion masks' paths; None looks them up by their BIDS names.
+    fuse : str or None
+        ``runs``: all runs and acquisitions of one contrast of a session make one result.
     dilate_mm : float
         By how much a lesion mask is widened.
     trust : str or None
@@ -116,6 +121,7 @@ class Settings:
     n_steps: int = 20
     save_samples: bool = False
     output_spaces: tuple[str, ...] = SPACES
+    fuse: str | None = None
     lesion_mask: str | None = None
     dilate_mm: float = 0.0
     trust: str | None = None
@@ -193,6 +199,7 @@ class Settings:
             "n_steps": self.n_steps,
             "save_samples": self.save_samples,
             "output_spaces": list(self.output_spaces),
+            "fuse": self.fuse,
             "dilate_mm": self.dilate_mm,
             "trust": self.trust,
             "slice_thickness_mm": self.slice_thickness_mm,

@@ -3,18 +3,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from nipype.interfaces.base import isdefined
 from nipype.interfaces.utility import Merge
 from nipype.pipeline import engine as pe
 
+from brainprior_bids.bids.derivatives import bids_uri
 from brainprior_bids.bids.given import Given
 from brainprior_bids.bids.query import Scan
 from brainprior_bids.interfaces.anatomy import N4, CentroidAffine, Conform, Parcellate, ToMNI305
 from brainprior_bids.interfaces.derivatives import Reportlets, Write
 from brainprior_bids.interfaces.export import Deliver, Export
+from brainprior_bids.interfaces.fuse import Align
 from brainprior_bids.interfaces.lesion import Lesion
 from brainprior_bids.interfaces.restore import Restore
 from brainprior_bids.settings import LOW_MEMORY_TILE_MM, Settings
@@ -24,6 +28,7 @@ MEMORY_GB = {
     "parcellate": 2.0,
     "lesion": 0.8,
     "n4": 0.8,
+    "align": 2.0,
     "affine": 0.6,
     "restore": 3.0,
     "mni305": 0.8,
@@ -58,6 +63,8 @@ class Job:
         Mask and labels that are taken from other data sets.
     exports : tuple of str
         Of ``settings.exports``, those that this scan goes to.
+    others : sequence of (Scan, role -> Given)
+        The runs that are fused with the scan, each with the mask and labels of its own.
     """
 
     scan: Scan
@@ -65,6 +72,7 @@ class Job:
     fingerprint: str
     given: Mapping[str, Given] = field(default_factory=dict)
     exports: tuple[str, ...] = ()
+    others: Sequence[tuple[Scan, Mapping[str, Given]]] = ()
 
 
 def claims_gb(settings: Settings) -> dict[str, float]:
@@ -81,6 +89,7 @@ def expected_work(settings: Settings) -> dict[str, float]:
         "parcellate": 8.0,
         **({"lesion": 1.0} if settings.inpaints else {}),
         **({} if settings.task == "refine" else {"n4": 10.0}),
+        **({"align": 60.0} if settings.fuse else {}),
         "affine": 1.0,
         "restore": 4.0 * calls,
         "mni305": 2.0,
@@ -100,8 +109,9 @@ def init_scan_wf(
 ) -> pe.Workflow:
     """conform → parcellate → n4 → affine → restore → mni305 → reportlets → write.
 
-    With a lesion mask ``lesion`` comes before n4; another tool's image alone needs no n4. Where
-    the job has exports: restore → export → deliver, before write.
+    With other runs ``align`` comes after n4. With a lesion mask ``lesion`` comes before n4;
+    another tool's image alone needs no n4. Where the job has exports: restore → export → deliver,
+    before write.
 
     Parameters
     ----------
@@ -196,6 +206,19 @@ def init_scan_wf(
         restore.inputs.trust = settings.trust_sd
     if "trust" in given:
         restore.inputs.trust_map = str(given["trust"].path)
+    align = None
+    if job.others:
+        align = node(
+            Align(
+                name=scan.runs[0].name.stem,
+                runs=[
+                    _other(run, files, conform.inputs, parcellate.inputs, settings)
+                    for run, files in job.others
+                ],
+            ),
+            "align",
+            threads=threads,
+        )
     mni305 = node(ToMNI305(), "mni305")
     reportlets = node(Reportlets(name=scan.name.stem, image_desc=settings.image), "reportlets")
     write = node(
@@ -209,6 +232,13 @@ def init_scan_wf(
                 role: {"path": str(file.path), "uri": file.uri}
                 for role, file in given.items()
                 if role not in ("mask", "dseg")  # recorded where they are used
+            }
+            | {
+                run.name.stem: {
+                    "path": str(run.path),
+                    "uri": bids_uri(str(run.relative), dataset="raw"),
+                }
+                for run, _ in job.others
             },
             output_dir=str(settings.output_dir),
             settings=settings.scan_settings(),
@@ -219,7 +249,7 @@ def init_scan_wf(
         ),
         "write",
     )
-    records = pe.Node(Merge(10), name="records", run_without_submitting=True)
+    records = pe.Node(Merge(11), name="records", run_without_submitting=True)
 
     workflow = pe.Workflow(name=name)
     # fmt: off
@@ -242,7 +272,8 @@ def init_scan_wf(
                              ("restore_json", "restore_json")]),
             (mni305, last, [("out_file", "restored_mni305")]),
         )],
-        (parcellate, write, [("mask", "mask"), ("mask_scan", "mask_scan")]),
+        (parcellate, write, [("mask_scan", "mask_scan")]),
+        (align or parcellate, write, [("mask", "mask")]),
         (affine, write, [("to_mni305", "to_mni305"), ("from_mni305", "from_mni305")]),
         (restore, write, [("samples", "samples")]),
         (reportlets, write, [("figures", "figures")]),
@@ -264,8 +295,10 @@ def init_scan_wf(
         ])
     if lesion is None:
         workflow.connect([
-            *[(parcellate, user, [("mask", "mask"), ("mask_scan", "mask_scan")])
-              for user in (restore, reportlets)],
+            *[link for user in (restore, reportlets) for link in (
+                (parcellate, user, [("mask_scan", "mask_scan")]),
+                (align or parcellate, user, [("mask", "mask")]),
+            )],
         ])
     else:
         workflow.connect([
@@ -275,6 +308,14 @@ def init_scan_wf(
               for user in (restore, reportlets)],
             (lesion, write, [("hidden", "hidden"), ("lesion_json", "lesion_json")]),
             (lesion, records, [("record", "in8")]),
+        ])
+    if align is not None:
+        workflow.connect([
+            (conform, align, [("out_file", "in_file"), ("conform_json", "conform_json")]),
+            (parcellate, align, [("mask", "mask")]),
+            (n4, align, [("log_bias", "log_bias")]),
+            (align, restore, [("runs_json", "runs_json")]),
+            (align, records, [("record", "in11")]),
         ])
     # fmt: on
     if not job.exports:
@@ -305,3 +346,22 @@ def init_scan_wf(
     ])
     # fmt: on
     return workflow
+
+
+def _other(
+    run: Scan, given: Mapping[str, Given], conform: Any, parcellate: Any, settings: Settings
+) -> dict[str, Any]:
+    """What Align is told of one run: the reference's settings, its own files."""
+    metadata = dict(run.metadata)
+    if settings.field_strength_t is not None:
+        metadata["MagneticFieldStrength"] = settings.field_strength_t
+    own = {"in_file": str(run.path), "metadata": metadata}
+    for name in ("slice_thickness", "slice_plane"):
+        if isdefined(getattr(conform, name)):
+            own[name] = getattr(conform, name)
+    same = ("weights", "skull_strip", "parcellation", "synthstrip_model")
+    brain = {name: getattr(parcellate, name) for name in same}
+    brain = {name: value for name, value in brain.items() if isdefined(value)}
+    for role, file in given.items():
+        brain |= {f"{role}_file": str(file.path), f"{role}_uri": file.uri}
+    return {"name": run.name.stem, "conform": own, "parcellate": brain}

@@ -227,6 +227,8 @@ def sidecars(
         "Prior": {key: prior.get(key) for key in ("name", "sha256")},
         "NoiseStandardDeviation": restore["noise_sd"] * restore["unit"],
         "Units": "arbitrary",
+        **({"OutsideTrainingContrasts": True} if restore.get("contrast") == "unknown" else {}),
+        **({"FusedRuns": _fused(restore)} if restore.get("runs") else {}),
     }
     parcellation = facts["parcellation"]
     weights = parcellation.get("weights", {})
@@ -235,9 +237,12 @@ def sidecars(
     structures_source = parcellation.get("structures_source", "embedded")
     reference = {} if scan.name.suffix == "T1w" else {"SpatialReference": raw}
     estimator = {"Estimator": ESTIMATORS[restore["sampler"]]}
+    description = DESCRIPTIONS[image_desc]
+    if restore.get("runs"):
+        description += f"; of {len(restore['runs'])} runs in one likelihood"
     template = {"Sources": [restored, bids_uri(outputs["to_mni305"])]}
     made: dict[str, dict[str, Any]] = {
-        "restored": {"Description": DESCRIPTIONS[image_desc], **image, **estimator},
+        "restored": {"Description": description, **image, **estimator},
         "residual": {
             "Description": DESCRIPTIONS["residual"],
             "SkullStripped": True,
@@ -272,7 +277,7 @@ def sidecars(
         },
     }
     if "restored_mni305" in outputs:
-        text = DESCRIPTIONS[image_desc] + "; resampled once to MNI305"
+        text = description + "; resampled once to MNI305"
         made["restored_mni305"] = {"Description": text, **image, **estimator, **template}
     if "hidden" in outputs:
         made["hidden"] = {
@@ -299,6 +304,21 @@ def sidecars(
                 "ResidualRatio": restore["residual_ratios"][index],
             }
     return made
+
+
+def _fused(restore: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The runs of a fused image, the reference first."""
+    return [
+        {
+            "Name": run["name"],
+            "SliceThickness": run["acquisition"]["thickness_mm"],
+            "ToReference": run["to_reference"],
+            "Gain": run["gain"],
+            "NoiseStandardDeviation": run["noise_sd"] * restore["unit"],
+            "ResidualRatios": run["residual_ratios"],
+        }
+        for run in restore["runs"]
+    ]
 
 
 def _made_by(source: str) -> str:

@@ -42,6 +42,8 @@ class Scan:
         Of every sidecar that applies, by BIDS inheritance.
     problem : str or None
         Why it cannot be processed, where that is known without opening it.
+    runs : tuple of Scan
+        With ``--fuse``: the scans that are fused, the reference first; empty otherwise.
     """
 
     path: Path
@@ -49,6 +51,7 @@ class Scan:
     name: BIDSName
     metadata: Mapping[str, Any] = field(default_factory=dict)
     problem: str | None = None
+    runs: tuple[Scan, ...] = ()
 
     @property
     def subject(self) -> str:

@@ -10,16 +10,17 @@ from pathlib import Path
 
 from brainprior_bids.cli.options import WORK_DIR
 from brainprior_bids.engine.errors import UsageError, WeightsError
-from brainprior_bids.settings import MODALITIES, TASKS
+from brainprior_bids.settings import MODALITIES, OTHER_MODALITIES, TASKS
 
 
 def chosen_modalities(asked: Sequence[str], ignored: Sequence[str]) -> tuple[str, ...]:
     """The contrasts of ``--modalities`` without those of ``--ignore``."""
     modalities = tuple(dict.fromkeys(asked)) or MODALITIES
-    unknown = [suffix for suffix in modalities if suffix not in MODALITIES]
+    known = (*MODALITIES, *OTHER_MODALITIES)
+    unknown = [suffix for suffix in modalities if suffix not in known]
     if unknown:
         raise UsageError(
-            f"--modalities: no prior for {', '.join(unknown)}; known are {', '.join(MODALITIES)}."
+            f"--modalities: no prior for {', '.join(unknown)}; known are {', '.join(known)}."
         )
     left = tuple(suffix for suffix in modalities if suffix.lower() not in ignored)
     if not left:
@@ -55,6 +56,8 @@ def check_task(options: argparse.Namespace, task: str) -> None:
         _check_refine(options, task)
     elif options.trust is not None:
         raise UsageError(f"--trust needs --task refine; the task is {task}.")
+    if options.fuse:
+        _check_fuse(options, task)
     if "inpaint" not in task:
         for option, value in (
             ("--lesion-mask", options.lesion_mask),
@@ -63,6 +66,18 @@ def check_task(options: argparse.Namespace, task: str) -> None:
             if value:
                 raise UsageError(f"{option} needs --task inpaint; the task is {task}.")
     _check_pattern("--lesion-mask", options.lesion_mask)
+
+
+def _check_fuse(options: argparse.Namespace, task: str) -> None:
+    if task != "restore":
+        raise UsageError(f"--fuse goes with --task restore alone; the task is {task}.")
+    if options.sampler not in ("auto", "exact"):
+        raise UsageError(f"--fuse needs --sampler exact, got {options.sampler}.")
+    if options.exports:
+        raise UsageError(
+            "--export puts a brain back into its scan's head; a fused brain has several. Leave "
+            "out --export or --fuse."
+        )
 
 
 def _check_refine(options: argparse.Namespace, task: str) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,15 @@ def plan_jobs(
             write_failure(scan, settings, {"message": message, "type": "InputError"})
             continue
         try:
-            given = find_given(scan, settings)
+            given = find_given(scan.runs[0] if scan.runs else scan, settings)
+            others = [(run, find_given(run, settings)) for run in scan.runs[1:]]
             given_sha256 = {role: sha256_file(file.path) for role, file in given.items()}
+            for run, files in others:
+                given_sha256 |= {
+                    run.name.stem: sha256_file(run.path),
+                    f"{run.name.stem} metadata": json.dumps(dict(run.metadata), sort_keys=True),
+                    **{f"{run.name.stem} {r}": sha256_file(f.path) for r, f in files.items()},
+                }
         except InputError as error:
             write_failure(scan, settings, {"message": str(error), "type": "InputError"})
             continue
@@ -89,7 +97,7 @@ def plan_jobs(
             claims.give_back(scan.name.stem)
             continue
         seed = scan_seed(settings.random_seed, scan.name)
-        jobs.append(Job(scan, seed, digest, given, tuple(roots)))
+        jobs.append(Job(scan, seed, digest, given, tuple(roots), others))
     return jobs
 
 

@@ -16,6 +16,7 @@ from brainprior_bids.bids.derivatives import check_output, write_dataset_files
 from brainprior_bids.bids.names import result_name
 from brainprior_bids.bids.provenance import write_run
 from brainprior_bids.bids.qc import rebuild_qc
+from brainprior_bids.bids.fuse import fuse_runs
 from brainprior_bids.bids.query import Scan, check_dataset, find_scans
 from brainprior_bids.cli.before import checked_weights, clean_work_dir, validate_request
 from brainprior_bids.cli.environment import prepare_environment
@@ -46,6 +47,8 @@ def run(settings: Settings) -> int:
     code = 0
     if "participant" in settings.analysis_level:
         scans = find_scans(settings)
+        if settings.fuse:
+            scans = fuse_runs(scans)
         if settings.dry_run:
             from brainprior_bids.cli.plan import print_plan
 
@@ -184,12 +187,13 @@ def _boilerplate_only(
         Method(
             suffix=scan.name.suffix,
             task=settings.task,
-            sampler=settings.sampler,
+            sampler="exact" if scan.runs else settings.sampler,
             n_samples=settings.n_samples,
             calls=settings.n_steps * (5 if settings.sampler == "daps" else 1),
             version=__version__,
             mask_source=MASKS.get(settings.skull_strip, "embedded"),
             structures_source=STRUCTURES.get(settings.parcellation, "embedded"),
+            runs=max(1, len(scan.runs)),
             **cards,
         )
         for scan in scans

@@ -23,8 +23,10 @@ from brainprior_bids.cli.values import (
 from brainprior_bids.engine.acquisition import PLANES
 from brainprior_bids.settings import (
     EXPORT_PER,
+    FUSE,
     LOW_MEMORY_TILE_MM,
     MODALITIES,
+    OTHER_MODALITIES,
     PARCELLATIONS,
     SAMPLERS,
     SKULL_STRIPS,
@@ -87,7 +89,8 @@ def query_options(group: Group) -> None:
         action=_Append,
         default=[],
         metavar="SUFFIX",
-        help=f"contrasts to process, of {', '.join(MODALITIES)} (default: all three)",
+        help=f"contrasts to process, of {', '.join(MODALITIES)} (default: all three), and, "
+        f"outside of what the prior was trained on, {', '.join(OTHER_MODALITIES)}",
     )
     group.add_argument(
         "--ignore",
@@ -136,6 +139,13 @@ def task_options(group: Group) -> None:
         "voxel stays the scan's; refine: another tool's image in --derivatives, within --trust; "
         "restore inpaint: restore without believing what lies under the mask; restore refine: "
         "the scan and the other tool's image together",
+    )
+    group.add_argument(
+        "--fuse",
+        choices=FUSE,
+        help="runs: scans of one participant, session and contrast that differ in run- and acq- "
+        "alone (crossed stacks, repeated scans) are aligned and restored as one; the result "
+        "drops both entities",
     )
     group.add_argument(
         "--lesion-mask",

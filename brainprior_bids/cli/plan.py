@@ -23,6 +23,10 @@ BOX_MM = (192, 224, 192)
 """Largest box around a brain, its margins included, along right, anterior and superior."""
 INNER_SHARE = {"auto": 0.27, "eps": 0.0, "exact": 0.27, "map": 0.27, "daps": 0.0}
 """Inner solve over network, measured: docs/performance.md. DAPS's own walk is not counted."""
+FUSED_SHARE = 0.2
+"""The same for each run that is fused."""
+RUN_S = 60.0
+"""What each run but the first takes before it can be fused."""
 OTHER_S = 60.0
 """The steps before and after the restoration together; 20 to 60 s where they were measured."""
 
@@ -51,12 +55,17 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
             print(f"  will fail: its header cannot be read ({type(error).__name__})")
             voxels = 0.0
         try:
-            for file in find_given(scan, settings).values():
-                print(f"  uses {file.uri}")
+            for run in scan.runs or (scan,):
+                if scan.runs:
+                    print(f"  fuses {run.relative}")
+                for file in find_given(run, settings).values():
+                    print(f"  uses {file.uri}")
         except InputError as error:
             print(f"  would fail: {error}")
             voxels = 0.0
-        seconds = OTHER_S + calls * voxels * a_voxel * (1 + INNER_SHARE[settings.sampler])
+        share = FUSED_SHARE * len(scan.runs) if scan.runs else INNER_SHARE[settings.sampler]
+        seconds = OTHER_S + calls * voxels * a_voxel * (1 + share)
+        seconds += RUN_S * len(scan.runs[1:])
         previous = status.read_summary(settings.output_dir, result_name(scan.name, settings.image))
         if previous and previous.get("status") in status.FINISHED and not settings.force:
             print("  done before: skipped where input and settings are still the same")

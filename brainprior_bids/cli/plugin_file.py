@@ -19,7 +19,7 @@ from brainprior_bids.engine.errors import UsageError
 LOCAL = ("MultiProc",)
 BATCH = ("SLURM", "SLURMGraph", "SGE", "PBS", "LSF", "OAR")
 STEPS = (
-    "conform", "parcellate", "lesion", "n4", "affine", "restore", "mni305", "export",
+    "conform", "parcellate", "lesion", "n4", "align", "affine", "restore", "mni305", "export",
     "deliver", "reportlets", "write",
 )  # fmt: skip
 

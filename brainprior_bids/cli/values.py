@@ -9,7 +9,7 @@ from pathlib import Path
 
 from brainprior_bids.bids.export import EXPORTS
 from brainprior_bids.cli import resources
-from brainprior_bids.settings import MODALITIES, SPACES
+from brainprior_bids.settings import MODALITIES, OTHER_MODALITIES, SPACES
 
 
 def derivative_root(text: str) -> tuple[str, str]:
@@ -41,7 +41,7 @@ def export_kind(text: str) -> tuple[str, str]:
 def space_name(text: str) -> str:
     """``anat``, ``T1w`` … or ``MNI305``, with or without ``:res-1``."""
     name, _, resolution = text.partition(":")
-    space = "anat" if name in ("anat", *MODALITIES) else name
+    space = "anat" if name in ("anat", *MODALITIES, *OTHER_MODALITIES) else name
     if space not in SPACES or resolution not in ("", "res-1"):
         raise argparse.ArgumentTypeError(
             f"{text!r} is not among {', '.join(SPACES)} (1 mm). Another template needs a "

@@ -198,8 +198,7 @@ class OperatorLikelihood:
         n = math.sqrt(self.y.numel())
         w, iterations = conjugate_gradients(
             lambda v: (
-                level.own * v
-                + forth(self.operator.adjoint(precision * self.operator(back(v))))
+                level.own * v + forth(self.operator.adjoint(precision * self.operator(back(v))))
             ),
             forth(self.operator.adjoint(precision * (self.y + perturbation - self.operator(z)))),
             # its square bounds how far A x is off, in SDs of the noise, summed over the data

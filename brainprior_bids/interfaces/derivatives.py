@@ -145,7 +145,7 @@ class Write(MeasuredInterface):
         scan = Scan(
             Path(inputs.source_file),
             PurePosixPath(inputs.relative),
-            BIDSName.parse(inputs.relative),
+            BIDSName.parse(inputs.name),  # without run and acquisition where runs were fused
             inputs.metadata,
         )
         facts = {

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import nibabel as nib
 import numpy as np
@@ -25,11 +25,35 @@ from brainprior_bids.interfaces.base import (
     MeasuredOutputSpec,
 )
 
+if TYPE_CHECKING:
+    from brainprior_bids.engine.restore import PriorLike, Restoration
+
 ALIKE = 0.7
 """A refined image that correlates less with the scan, inside the brain, is doubtful."""
 LOG = logging.getLogger("nipype.interface")
 PROGRESS = "progress.json"
 """In the node's folder while it runs: ``sample`` of ``samples``, ``step`` of ``steps``."""
+
+
+OUTSIDE_TRAINING = (
+    "The prior was not trained on this contrast (its class is 'unknown'): less is known of how "
+    "well it does, and the uncertainty map is not calibrated for it."
+)
+
+
+class Common(TypedDict):
+    """What ``restore`` and ``fuse`` are both told."""
+
+    mask_1mm: np.ndarray
+    to_mni305: np.ndarray
+    contrast: str
+    prior: PriorLike
+    sampler: str
+    n_samples: int
+    n_steps: int
+    seed: int
+    device: str
+    observe: Callable[[int, int, float, int], None]
 
 
 class _RestoreInputSpec(MeasuredInputSpec):
@@ -42,6 +66,7 @@ class _RestoreInputSpec(MeasuredInputSpec):
         low=0.0, exclude_low=True, desc="SD of the error of the image to refine, engine unit"
     )
     trust_map = File(exists=True, desc="the same for each voxel of the image to refine")
+    runs_json = File(exists=True, desc="of Align: other runs to be fused with in_file")
     refined = File(
         exists=True, desc="the image to refine, beside in_file; without it in_file is that image"
     )
@@ -104,26 +129,35 @@ class Restore(MeasuredInterface):
         acquisition = Acquisition.from_dict(
             read_json(Path(self.inputs.conform_json))["acquisition"]
         )
-        done = restore(
-            np.asarray(image.dataobj, np.float32),
-            grid=grid,
-            acquisition=acquisition,
-            mask=_array(self.inputs.mask_scan),
+        common = Common(
             mask_1mm=_array(self.inputs.mask),
             to_mni305=np.array(read_json(Path(self.inputs.affine_json))["matrix"], np.float64),
             contrast=self.inputs.contrast,
             prior=prior,
-            log_bias=_array(self.inputs.log_bias) if isdefined(self.inputs.log_bias) else None,
-            hidden=_array(self.inputs.hidden) if isdefined(self.inputs.hidden) else None,
-            **self._trusted(grid),
             sampler=self.inputs.sampler,
             n_samples=self.inputs.n_samples,
             n_steps=self.inputs.n_steps,
             seed=self.inputs.seed,
             device=device,
-            daps=DapsSettings(n_levels=self.inputs.n_steps),
             observe=progress(folder / PROGRESS, self.inputs.label, self.inputs.n_samples),
         )
+        runs: list[dict[str, Any]] = []
+        if isdefined(self.inputs.runs_json):
+            done, runs = self._fuse(image, acquisition, common)
+        else:
+            done = restore(
+                np.asarray(image.dataobj, np.float32),
+                grid=grid,
+                acquisition=acquisition,
+                mask=_array(self.inputs.mask_scan),
+                log_bias=_array(self.inputs.log_bias) if isdefined(self.inputs.log_bias) else None,
+                hidden=_array(self.inputs.hidden) if isdefined(self.inputs.hidden) else None,
+                daps=DapsSettings(n_levels=self.inputs.n_steps),
+                **self._trusted(grid),
+                **common,
+            )
+        if self.inputs.contrast == "unknown":
+            warnings.append(OUTSIDE_TRAINING)
         facts: dict[str, Any] = {
             "sampler": done.sampler,
             "not_eps": done.not_eps,
@@ -152,6 +186,8 @@ class Restore(MeasuredInterface):
             "prior": {**_card(prior.metadata), "sha256": sha256_file(prior_path)},
             "warnings": [*warnings, *done.warnings],
         }
+        if runs:
+            facts["runs"] = runs
         if done.anchor is not None:
             gain, correlation = done.anchor
             facts["refined"] = {"gain": gain * done.unit, "correlation": correlation}
@@ -199,6 +235,51 @@ class Restore(MeasuredInterface):
                 np.asarray(sd, np.float32), target, folder / "uncertainty.nii.gz"
             )
         return [*warnings, *done.warnings]
+
+    def _fuse(
+        self, image: Any, acquisition: Acquisition, common: Common
+    ) -> tuple[Restoration, list[dict[str, Any]]]:
+        """The result of all runs, and what was found of each, the reference first."""
+        from brainprior_bids.engine.fusion import Run, fuse
+
+        told = read_json(Path(self.inputs.runs_json))
+        first = {
+            "name": told["reference"],
+            "acquisition": acquisition.to_dict(),
+            "to_reference": np.eye(4).tolist(),
+            "gain": 1.0,
+        }
+        files = {
+            "scan": self.inputs.in_file,
+            "mask_scan": self.inputs.mask_scan,
+            "bias": self.inputs.log_bias,
+        }
+        every = [{**first, "files": files}, *told["runs"]]
+        done, found = fuse(
+            [
+                Run(
+                    run["name"],
+                    _array(run["files"]["scan"]),
+                    grid_of(nib.load(run["files"]["scan"])),
+                    Acquisition.from_dict(run["acquisition"]),
+                    _array(run["files"]["mask_scan"]),
+                    _array(run["files"]["bias"]),
+                    np.array(run["to_reference"], np.float64),
+                    float(run["gain"]),
+                )
+                for run in every
+            ],
+            **common,
+        )
+        facts = [
+            {
+                **{key: value for key, value in run.items() if key != "files"},
+                "noise_sd": explained.noise_sd,
+                "residual_ratios": [r.ratio for r in explained.residuals],
+            }
+            for run, explained in zip(every, found, strict=True)
+        ]
+        return done, facts
 
     def _trusted(self, grid: Grid) -> dict[str, Any]:
         """What ``restore`` is told of the image to refine and of its error."""

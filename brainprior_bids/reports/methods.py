@@ -66,6 +66,7 @@ class Method:
     parcellation: str
     mask_source: str = "embedded"
     structures_source: str = "embedded"
+    runs: int = 1
 
 
 def of_summary(summary: Mapping[str, Any]) -> Method:
@@ -84,6 +85,7 @@ def of_summary(summary: Mapping[str, Any]) -> Method:
         parcellation=card(anatomy.get("weights") or {}),
         mask_source=str(anatomy.get("mask_source", "embedded")),
         structures_source=str(anatomy.get("structures_source", "embedded")),
+        runs=len(restore.get("runs") or (None,)),
     )
 
 
@@ -114,6 +116,16 @@ def methods_text(methods: Sequence[Method]) -> str:
         hidden += (
             "\n\nAnother tool's image *z* entered as *z* = *x* + an error of known standard "
             "deviation: alone, in\nplace of the scan and without a bias field, or beside the scan."
+        )
+    fused = [method.runs for method in methods if method.runs > 1]
+    if fused:
+        several = str(fused[0]) if len(set(fused)) == 1 else f"{min(fused)} to {max(fused)}"
+        hidden += (
+            f"\n\n{len(fused)} of these images {'is' if len(fused) == 1 else 'are'} of {several} "
+            "runs of one contrast each. Every run was registered rigidly\n(correlation, "
+            "SimpleITK) to the one with the thinnest slices, both blurred across their slices\n"
+            "as the other one is, and entered one likelihood with a slice profile, a bias field "
+            "and a noise\nlevel of its own, and the gain between the two."
         )
     versions = ", ".join(dict.fromkeys(method.version for method in methods))
     samplers = dict.fromkeys((m.sampler, m.n_samples, m.calls) for m in methods)

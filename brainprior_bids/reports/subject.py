@@ -169,8 +169,12 @@ def _restore_rows(scan: Mapping[str, Any]) -> Rows:
         text = f"{restore[key]:.4f} of the brain's 99th percentile"
         return text + (f", {restore[key] * unit:.3g} in scanner units" if unit else "")
 
+    contrast = str(restore.get("contrast") or MISSING)
+    if contrast == "unknown":
+        contrast += ": outside of the contrasts that the prior was trained on"
     return [
-        ("Taken for", str(restore.get("contrast") or MISSING)),
+        ("Taken for", contrast),
+        *_fused_rows(restore),
         ("Sampler", str(restore.get("sampler") or MISSING)),
         ("Samples", str(restore.get("n_samples") or MISSING)),
         (
@@ -188,6 +192,24 @@ def _restore_rows(scan: Mapping[str, Any]) -> Rows:
         ("Prior", str(_get(restore, "prior", "name") or MISSING)),
         ("Seed", str(scan.get("seed") if scan.get("seed") is not None else MISSING)),
     ]
+
+
+def _fused_rows(restore: Mapping[str, Any]) -> Rows:
+    """One row a run that was fused; none for a scan of its own."""
+    rows = []
+    for run in restore.get("runs") or []:
+        thickness = _number(_get(run, "acquisition", "thickness_mm"), ".3g", " mm")
+        axis = _get(run, "acquisition", "slice_axis")
+        text = f"slices of {thickness} {AXES[axis] if axis in (0, 1, 2) else MISSING}"
+        text += f", noise {run['noise_sd']:.4f}"
+        text += f", misfit {', '.join(f'{r:.2f}' for r in run.get('residual_ratios') or [])}"
+        if run.get("correlation") is not None:
+            text += (
+                f"; laid on the first by {run['angle_deg']:.1f}° and {run['shift_mm']:.1f} mm at "
+                f"its middle, correlation {run['correlation']:.2f}"
+            )
+        rows.append((f"Run {run['name']}", text))
+    return rows
 
 
 def _correlation(restore: Mapping[str, Any]) -> str:

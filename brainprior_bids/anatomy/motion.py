@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rigid motion between two scans of one brain, and whether they show one brain at all.
+
+Two stacks of thick slices in different directions are blurred in different directions, which
+would pull a registration. So each is first blurred across its slices as the other one is: then
+both show the same image, and their correlation is at its best where they lie on each other.
+Symbols: millimetres are scanner RAS+ of each scan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from brainprior_bids.anatomy.spaces import resample
+from brainprior_bids.engine.acquisition import Acquisition
+from brainprior_bids.engine.errors import InputError
+from brainprior_bids.engine.grids import Grid
+
+FWHM = 2.3548
+"""Of a Gaussian with SD 1."""
+AROUND_MM = 4
+"""The brain and so much around it is compared."""
+THICK_MM = 1.5
+"""Thinner slices blur nothing."""
+SHARED = 0.5
+"""At least this part of the smaller brain must be in both scans after alignment."""
+ALIKE = 0.85
+"""At least this correlation inside the brain; docs/tasks/fuse.md says what was measured."""
+
+Image = NDArray[np.float32]
+Matrix = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """One scan, divided by its bias field.
+
+    Parameters
+    ----------
+    name : str
+        For messages.
+    data : (i, j, k)
+        On ``grid``.
+    acquisition : Acquisition
+    mask : array on ``grid.one_millimetre()``
+        Above 0.5 in the brain.
+    """
+
+    name: str
+    data: Image
+    grid: Grid
+    acquisition: Acquisition
+    mask: NDArray[Any]
+
+    @property
+    def across(self) -> NDArray[np.float64]:
+        """Direction in which slices follow each other, (3,) RAS, length 1."""
+        column = self.grid.affine[:3, self.acquisition.slice_axis]
+        return np.asarray(column / np.linalg.norm(column), np.float64)
+
+    def fine(self, other: Stack) -> Image:
+        """On its 1 mm grid, blurred across the other's slices as these are."""
+        grid = self.grid.one_millimetre()
+        data = resample(self.data, self.grid, grid, order=1)
+        axes = grid.affine[:3, :3] / grid.spacing_mm
+        thickness = other.acquisition.thickness_mm
+        if thickness > THICK_MM and abs(float(self.across @ other.across)) < 0.7:
+            axis = int(np.argmax(np.abs(axes.T @ other.across)))
+            sd = thickness / FWHM / float(grid.spacing_mm[axis])
+            data = ndimage.gaussian_filter1d(data, sd, axis=axis, mode="constant")
+        return data
+
+
+@dataclass(frozen=True, eq=False)
+class Motion:
+    """How a scan lies to the reference.
+
+    Parameters
+    ----------
+    to_reference : (4, 4)
+        Scanner RAS mm of the scan -> of the reference; rigid.
+    gain : float
+        By which the scan is multiplied to be as bright as the reference.
+    correlation : float
+        Of the two inside both brains, after alignment.
+    shared : float
+        Part of the smaller brain that both show.
+    """
+
+    to_reference: Matrix
+    gain: float
+    correlation: float
+    shared: float
+
+    @property
+    def angle_deg(self) -> float:
+        """Of the rotation."""
+        cosine = (np.trace(self.to_reference[:3, :3]) - 1) / 2
+        return float(np.degrees(np.arccos(np.clip(cosine, -1, 1))))
+
+    def shift_mm(self, at: NDArray[np.float64]) -> float:
+        """How far the point ``at`` (mm of the scan) moves."""
+        moved = self.to_reference[:3, :3] @ at + self.to_reference[:3, 3]
+        return float(np.linalg.norm(moved - at))
+
+
+def find_motion(reference: Stack, scan: Stack) -> Motion:
+    """Rigid registration of a scan to the reference.
+
+    Raises
+    ------
+    InputError
+        If the two do not show one brain: the correlation inside it stays below ``ALIKE``, or too
+        little of it is in both. Both are named.
+    """
+    fixed, moving = reference.fine(scan), scan.fine(reference)
+    fine, moving_grid = reference.grid.one_millimetre(), scan.grid.one_millimetre()
+    inside = np.asarray(reference.mask) > 0.5
+    there = np.asarray(scan.mask) > 0.5
+    for name, brain in ((reference.name, inside), (scan.name, there)):
+        if not brain.any():
+            raise InputError(f"{name}: the brain mask is empty; it cannot be aligned.")
+    points = _register(fixed, fine, inside, moving, moving_grid, there)
+    to_reference = np.linalg.inv(points)
+    found = resample(moving, moving_grid, fine, matrix=to_reference, order=1)
+    moved = resample(there, moving_grid, fine, matrix=to_reference, order=1) > 0.5
+    both = inside & moved
+    shared = float(both.sum() / max(1, min(inside.sum(), there.sum())))
+    if both.sum() < 100:
+        correlation, gain = 0.0, 1.0
+    else:
+        a, b = fixed[both].astype(np.float64), found[both].astype(np.float64)
+        correlation = float(np.corrcoef(a, b)[0, 1])
+        gain = float(a @ b / max(float(b @ b), 1e-30))
+    if not (correlation >= ALIKE and shared >= SHARED and gain > 0):
+        raise InputError(
+            f"{scan.name} and {reference.name} do not show one brain: after rigid alignment they "
+            f"correlate by {correlation:.2f} inside it (at least {ALIKE} is needed) and share "
+            f"{100 * shared:.0f} % of it (at least {100 * SHARED:.0f} %). Are they of one person, "
+            "one contrast, and whole? Leave one out with --run-id or --bids-filter-file."
+        )
+    return Motion(to_reference, gain, correlation, shared)
+
+
+def common_mask(reference: Stack, others: Sequence[tuple[Stack, Motion]]) -> NDArray[np.uint8]:
+    """Where most of the scans that see a voxel call it brain; on the reference's 1 mm grid.
+
+    A thick slice does not know where within it the brain ends; a scan in another direction does.
+    """
+    grid = reference.grid.one_millimetre()
+    votes = (np.asarray(reference.mask) > 0.5).astype(np.float32)
+    seen = np.ones(grid.shape, np.float32)
+    for stack, motion in others:
+        there = stack.grid.one_millimetre()
+        votes += resample(
+            np.asarray(stack.mask) > 0.5, there, grid, matrix=motion.to_reference, order=1
+        )
+        whole = np.ones(there.shape, np.float32)
+        seen += resample(whole, there, grid, matrix=motion.to_reference, order=1)
+    brain = votes > 0.5 * seen
+    labels, n = ndimage.label(brain)
+    if n > 1:
+        sizes = np.bincount(labels.ravel())
+        sizes[0] = 0
+        brain = labels == sizes.argmax()
+    return np.asarray(ndimage.binary_fill_holes(brain), np.uint8)
+
+
+def _register(
+    fixed: Image,
+    fixed_grid: Grid,
+    inside: NDArray[np.bool_],
+    moving: Image,
+    moving_grid: Grid,
+    there: NDArray[np.bool_],
+) -> Matrix:
+    """(4, 4) mm of the fixed image -> mm of the moving one (RAS)."""
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    region = ndimage.binary_dilation(inside, iterations=AROUND_MM)
+    a, b = _to_itk(fixed, fixed_grid), _to_itk(moving, moving_grid)
+    centre = _centre(inside, fixed_grid)
+    method = sitk.ImageRegistrationMethod()
+    method.SetMetricAsCorrelation()
+    method.SetMetricFixedMask(_to_itk(region.astype(np.uint8), fixed_grid))
+    method.SetInterpolator(sitk.sitkLinear)
+    start = sitk.Euler3DTransform()
+    start.SetCenter(_LPS @ centre)
+    # as they lie in the scanner, or centre on centre: what fits better
+    offsets = (np.zeros(3), _centre(there, moving_grid) - centre)
+    values = []
+    for offset in offsets:
+        start.SetTranslation(_LPS @ offset)
+        method.SetInitialTransform(start, inPlace=False)
+        values.append(method.MetricEvaluate(a, b))
+    start.SetTranslation(_LPS @ offsets[int(np.argmin(values))])
+    method.SetInitialTransform(start, inPlace=False)
+    method.SetShrinkFactorsPerLevel([4, 2])
+    method.SetSmoothingSigmasPerLevel([2.0, 1.0])
+    method.SmoothingSigmasAreSpecifiedInPhysicalUnitsOn()
+    method.SetOptimizerAsRegularStepGradientDescent(
+        learningRate=1.0, minStep=1e-4, numberOfIterations=200, relaxationFactor=0.6,
+        gradientMagnitudeTolerance=1e-8,
+    )  # fmt: skip
+    method.SetOptimizerScalesFromPhysicalShift()
+    found = method.Execute(a, b)
+    found = sitk.Euler3DTransform(sitk.CompositeTransform(found).GetBackTransform())
+    rotation = np.array(found.GetMatrix()).reshape(3, 3)
+    about = np.array(found.GetCenter())
+    matrix = np.eye(4)
+    matrix[:3, :3] = rotation
+    matrix[:3, 3] = np.array(found.GetTranslation()) + about - rotation @ about
+    flip = np.diag([-1.0, -1.0, 1.0, 1.0])
+    return np.asarray(flip @ matrix @ flip, np.float64)
+
+
+_LPS = np.diag([-1.0, -1.0, 1.0])
+"""RAS to LPS and back."""
+
+
+def _centre(brain: NDArray[np.bool_], grid: Grid) -> NDArray[np.float64]:
+    index = np.array(ndimage.center_of_mass(brain))
+    return np.asarray((grid.affine @ np.append(index, 1))[:3], np.float64)
+
+
+def _to_itk(data: NDArray[Any], grid: Grid) -> Any:
+    """An ITK image of an array; ITK's millimetres are LPS."""
+    image = sitk.GetImageFromArray(np.ascontiguousarray(data.T))
+    axes = _LPS @ grid.affine[:3, :3]
+    image.SetOrigin((_LPS @ grid.affine[:3, 3]).tolist())
+    image.SetSpacing(grid.spacing_mm.tolist())
+    image.SetDirection((axes / grid.spacing_mm).ravel().tolist())
+    return image

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``--fuse runs``: which scans are runs of one contrast, and what their result is called.
+
+Scans are fused when their names differ in ``run-`` and ``acq-`` alone. The result drops both, as
+``sub-01_run-1_T1w`` and ``sub-01_run-2_T1w`` become ``sub-01_desc-restored_T1w``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+
+from brainprior_bids.bids.names import BIDSName
+from brainprior_bids.bids.query import Scan
+
+DROPPED = ("run", "acq")
+
+
+def fuse_runs(scans: Sequence[Scan]) -> list[Scan]:
+    """Every group of runs as one scan, the others as they are; in the order of the first.
+
+    A fused scan has its runs, the reference first, in ``runs``; path and metadata are the
+    reference's: that with the thinnest slices, and of those the first. It has a problem if one
+    of its runs has.
+    """
+    groups: dict[str, list[Scan]] = {}
+    for scan in scans:
+        groups.setdefault(fused_name(scan.name).stem, []).append(scan)
+    return [_fused(group) if len(group) > 1 else group[0] for group in groups.values()]
+
+
+def fused_name(name: BIDSName) -> BIDSName:
+    """Without run and acquisition."""
+    kept = tuple((key, value) for key, value in name.entities if key not in DROPPED)
+    return BIDSName(kept, name.suffix, name.extension)
+
+
+def _fused(group: list[Scan]) -> Scan:
+    broken = [scan.problem for scan in group if scan.problem]
+    runs = group if broken else sorted(group, key=lambda scan: _spacing(scan.path))
+    name = fused_name(runs[0].name)
+    problem = f"{name.stem}: cannot be fused. {' '.join(broken)}" if broken else None
+    return replace(runs[0], name=name, problem=problem, runs=tuple(runs))
+
+
+def _spacing(path: Path) -> float:
+    """Largest voxel size, in steps of 0.1 mm; infinite for a header that cannot be read."""
+    try:
+        return round(float(max(nib.load(path).header.get_zooms()[:3])), 1)
+    except Exception:  # whatever nibabel says of it: the node that opens the image will say it
+        return float("inf")

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs of one brain in one likelihood; the matrix between their grids."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from brainprior_bids.engine.acquisition import Acquisition
+from brainprior_bids.engine.errors import GeometryError, InputError, UsageError
+from brainprior_bids.engine.fusion import NOT_EPS, Run, fuse
+from brainprior_bids.engine.grids import Grid
+from brainprior_bids.engine.operators.resample import AffineResample, SparseResample
+from brainprior_bids.engine.restore import restore
+
+SHAPE, THICK, NOISE, UNIT = (36, 40, 32), 4, 0.02, 500.0
+TO_MNI = np.array([[1, 0, 0, 2.0], [0, 1, 0, -1.0], [0, 0, 1, 0.5], [0, 0, 0, 1]])
+
+
+def turn(degrees, shift):
+    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    matrix = np.eye(4)
+    matrix[1:3, 1:3] = [[c, -s], [s, c]]
+    matrix[:3, 3] = shift
+    return matrix
+
+
+MOTION = turn(6.0, (1.3, -0.7, 2.2))
+"""Reference mm -> mm of the second run."""
+
+
+def ellipsoid(mm):
+    return (mm[0] / 13) ** 2 + (mm[1] / 15) ** 2 + (mm[2] / 11) ** 2 < 1
+
+
+def truth_at(mm):
+    """Waves of 7 to 8 mm in an ellipsoid, at (3, ...) mm of the reference."""
+    x, y, z = torch.as_tensor(mm)
+    waves = 0.7 + 0.1 * (torch.cos(x / 1.1) + torch.cos(y / 1.3) + torch.cos(z / 1.1))
+    return torch.where(ellipsoid((x, y, z)), waves, 0.0)
+
+
+class Prior:
+    """Gaussian about a flat brain, its power falling above 0.1 cycles/mm."""
+
+    def spectrum(self, contrast):
+        return self
+
+    @staticmethod
+    def power(frequency):
+        return 0.3 / (1 + (frequency / 0.1) ** 4) + 1e-5
+
+    def variance(self, sigma, frequency):
+        p = self.power(frequency)
+        return sigma**2 * p / (sigma**2 + p)
+
+    def denoise(self, x, sigma, *, coordinates, contrast):
+        mm = coordinates - torch.tensor([2.0, -1.0, 0.5]).reshape(3, 1, 1, 1)
+        mean = torch.where(ellipsoid(mm), 0.7, 0.0)
+        axes = [torch.fft.fftfreq(n) for n in x.shape[2:]]
+        p = self.power(torch.stack(torch.meshgrid(*axes, indexing="ij")).norm(dim=0))
+        kept = torch.fft.ifftn(torch.fft.fftn(x[0, 0] - mean) * (p / (p + sigma**2))).real
+        return (mean + kept)[None, None]
+
+
+def make_run(axis, motion, noise=NOISE, seed=0, gain=1.0):
+    """Block means of the truth as it lies after ``motion``."""
+    fine_affine = np.eye(4)
+    fine_affine[:3, 3] = -(np.array(SHAPE) - 1) / 2
+    fine = Grid(SHAPE, fine_affine)
+    back = np.linalg.inv(motion)
+    moved = truth_at(fine.points_mm(back)).numpy()
+    shape = [n // THICK if a == axis else n for a, n in enumerate(SHAPE)]
+    factor = [THICK if a == axis else 1 for a in range(3)]
+
+    def mean(v):
+        split = [n for s, f in zip(shape, factor, strict=True) for n in (s, f)]
+        return v.reshape(split).mean((1, 3, 5))
+
+    affine = fine_affine @ np.diag([*factor, 1.0])
+    affine[:3, 3] = fine_affine[:3, 3] + (np.array(factor) - 1) / 2
+    y = mean(moved) + noise * np.random.default_rng(seed).normal(size=shape)
+    return Run(
+        f"run-{axis}",
+        (UNIT * y / gain).astype(np.float32),
+        Grid(tuple(shape), affine),
+        Acquisition(axis, THICK, THICK, "boxcar"),
+        mean((moved > 0).astype(np.float32)).astype(np.float32),
+        None,
+        back,
+        gain,
+    ), moved
+
+
+def together(*runs, **changes):
+    fine = runs[0].grid.one_millimetre()
+    options = {
+        "mask_1mm": truth_at(fine.points_mm()) > 0,
+        "to_mni305": TO_MNI,
+        "contrast": "T1w",
+        "prior": Prior(),
+        "n_samples": 2,
+        "n_steps": 8,
+        "sigma_max": 1.0,
+    }
+    return fuse(runs, **{**options, **changes})
+
+
+@pytest.fixture(scope="module")
+def crossed():
+    first, truth = make_run(2, np.eye(4), seed=1)
+    second, _ = make_run(0, MOTION, seed=2, gain=1.3)
+    return first, second, truth
+
+
+def error(image, truth):
+    inside = truth > 0
+    return float(np.sqrt(np.mean((image / UNIT - truth)[inside] ** 2)))
+
+
+def test_two_crossed_stacks_of_a_moved_brain_show_more_than_each(crossed):
+    first, second, truth = crossed
+    done, explained = together(first, second)
+    fine = first.grid.one_millimetre()
+    assert done.grid == fine
+    assert done.samples.shape == (2, *fine.shape)
+    assert done.unit == pytest.approx(np.quantile(first.scan[first.mask > 0.5], 0.99), rel=0.01)
+    alone = restore(
+        first.scan, grid=first.grid, acquisition=first.acquisition, mask=first.mask,
+        mask_1mm=truth > 0, to_mni305=TO_MNI, contrast="T1w", prior=Prior(), n_samples=2,
+        n_steps=8, sigma_max=1.0,
+    )  # fmt: skip
+    fused, single = error(done.mean, truth), error(alone.mean, truth)
+    assert fused < 0.75 * single, (fused, single)  # seeded
+    assert done.not_eps == NOT_EPS
+    assert [e.name for e in explained] == ["run-2", "run-0"]
+    for run, found in zip((first, second), explained, strict=True):
+        assert found.residual_map.shape == run.scan.shape
+        assert found.noise_sd == pytest.approx(NOISE, rel=0.4)
+        assert all(0.8 < r.ratio < 1.3 for r in found.residuals)
+    again, _ = together(first, second, n_samples=1)
+    np.testing.assert_array_equal(again.samples[0], done.samples[0])
+
+
+def test_without_the_motion_the_runs_contradict_each_other(crossed):
+    first, second, _ = crossed
+    done, explained = together(first, replace(second, to_reference=np.eye(4)), n_samples=1)
+    assert max(r.ratio for e in explained for r in e.residuals) > 1.5
+    assert any("run-" in text and "residual" in text for text in done.warnings)
+
+
+def test_a_noisy_run_has_less_to_say():
+    clean, truth = make_run(2, np.eye(4), seed=1)
+    noisy, _ = make_run(2, np.eye(4), noise=0.2, seed=2)
+    noisy = replace(noisy, name="noisy")
+    one, told = together(clean, noisy, n_samples=1)
+    assert told[1].noise_sd > 5 * told[0].noise_sd
+    average = replace(clean, scan=(clean.scan + noisy.scan) / 2)
+    two, _ = together(average, replace(average, name="twice"), n_samples=1)
+    assert error(one.mean, truth) < 0.9 * error(two.mean, truth)  # measured: 0.072, 0.084
+
+
+def test_repeated_runs_average_their_noise():
+    runs = [make_run(2, np.eye(4), noise=0.06, seed=s)[0] for s in range(4)]
+    truth = make_run(2, np.eye(4))[1]
+    four, _ = together(*[replace(r, name=f"run-{i}") for i, r in enumerate(runs)], n_samples=1)
+    two, _ = together(runs[0], replace(runs[0], name="same"), n_samples=1)
+    assert error(four.mean, truth) < 0.95 * error(two.mean, truth)  # measured: 0.071, 0.077
+
+
+@pytest.mark.parametrize(
+    ("change", "wrong", "kind", "text"),
+    [
+        ({"sampler": "eps"}, {}, UsageError, "auto or exact"),
+        ({"n_samples": 0}, {}, UsageError, "n_samples"),
+        ({"mask_1mm": np.zeros(SHAPE)}, {}, InputError, "mask is empty"),
+        ({"mask_1mm": np.zeros((2, 2, 2))}, {}, Exception, "mask_1mm must have shape"),
+        ({"to_mni305": np.zeros((4, 4))}, {}, GeometryError, "invertible"),
+        ({}, {"scan": np.full((9, 40, 32), np.nan, np.float32)}, InputError, "run-0: .*NaN"),
+        ({}, {"scan": np.zeros((2, 2, 2), np.float32)}, Exception, "run-0: .*shape"),
+        ({}, {"mask": np.zeros((9, 40, 32), np.float32)}, InputError, "run-0: .*mask is empty"),
+        ({}, {"gain": 0.0}, InputError, "run-0: the gain"),
+        ({}, {"to_reference": turn(0, (500, 0, 0))}, InputError, "run-0: none of the"),
+        ({}, {"to_reference": np.zeros((4, 4))}, GeometryError, "invertible"),
+    ],
+)
+def test_bad_runs_are_named(crossed, change, wrong, kind, text):
+    first, second, _ = crossed
+    with pytest.raises(kind, match=text):
+        together(first, replace(second, **wrong), **change)
+
+
+def test_one_run_or_a_dark_one_is_refused(crossed):
+    first, second, _ = crossed
+    with pytest.raises(UsageError, match="at least two"):
+        together(first)
+    with pytest.raises(InputError, match="run-2: the 99th percentile"):
+        together(replace(first, scan=0 * first.scan), second)
+
+
+def resamplings():
+    grid = Grid((7, 6, 5), np.diag([1.0, 1.1, 0.9, 1]))
+    matrix = turn(20.0, (0.3, -0.4, 0.2))
+    within = torch.rand(7, 6, 5, generator=torch.Generator().manual_seed(3)) > 0.3
+    target = grid.crop((1, 1, 0), (7, 5, 5))
+    return (
+        SparseResample(grid, target, matrix, within=within),
+        AffineResample(grid, target, matrix),
+        within,
+    )
+
+
+def test_the_matrix_is_linear_interpolation_and_its_transpose_the_adjoint():
+    sparse, pull, within = resamplings()
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 7, 6, 5, generator=generator, dtype=torch.float64)
+    y = torch.randn(2, 6, 4, 5, generator=generator, dtype=torch.float64)
+    last = torch.tensor([6.0, 5.0, 4.0])
+    inner = ((pull.points >= 0) & (pull.points <= last)).all(-1)
+    assert int(inner.sum()) > 40
+    difference = (sparse(x) - pull(x * within))[:, inner]
+    assert float(difference.abs().max()) < 1e-12
+    one, two = (sparse(x) * y).sum(), (x * sparse.adjoint(y)).sum()
+    assert float((one - two).abs()) < 1e-12 * float(x.norm() * y.norm())
+    unit = torch.eye(210, dtype=torch.float64).reshape(-1, 7, 6, 5)
+    dense = sparse(unit).reshape(210, -1).T
+    torch.testing.assert_close((dense @ x[0].flatten()).reshape(6, 4, 5), sparse(x[0]))
+    assert sparse(x.float()).dtype == torch.float32
+    torch.testing.assert_close(sparse(x.float()).double(), sparse(x), atol=1e-5, rtol=0)
+
+
+def test_a_matrix_needs_an_invertible_motion():
+    grid = Grid((3, 3, 3), np.eye(4))
+    with pytest.raises(GeometryError, match="invertible"):
+        SparseResample(grid, grid, np.zeros((4, 4)), within=torch.ones(3, 3, 3, dtype=torch.bool))
