@@ -13,10 +13,10 @@ from brainprior_bids import __version__
 from brainprior_bids.bids import export, status
 from brainprior_bids.bids.claims import Claims
 from brainprior_bids.bids.derivatives import check_output, write_dataset_files
+from brainprior_bids.bids.fuse import fuse_runs
 from brainprior_bids.bids.names import result_name
 from brainprior_bids.bids.provenance import write_run
 from brainprior_bids.bids.qc import rebuild_qc
-from brainprior_bids.bids.fuse import fuse_runs
 from brainprior_bids.bids.query import Scan, check_dataset, find_scans
 from brainprior_bids.cli.before import checked_weights, clean_work_dir, validate_request
 from brainprior_bids.cli.environment import prepare_environment
