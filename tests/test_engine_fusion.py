@@ -237,3 +237,5 @@ def test_a_matrix_needs_an_invertible_motion():
     grid = Grid((3, 3, 3), np.eye(4))
     with pytest.raises(GeometryError, match="invertible"):
         SparseResample(grid, grid, np.zeros((4, 4)), within=torch.ones(3, 3, 3, dtype=torch.bool))
+    with pytest.raises(InputError, match="lies within"):
+        SparseResample(grid, grid, np.eye(4), within=torch.zeros(3, 3, 3, dtype=torch.bool))

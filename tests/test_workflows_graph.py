@@ -141,7 +141,7 @@ def test_what_a_task_needs_is_in_its_graph(raw, tmp_path):
 def test_every_scan_goes_its_own_way_through_every_step(raw, tmp_path):
     workflow = build(Settings(raw, tmp_path / "out", tmp_path / "work"), tmp_path)
     steps = by_step(workflow)
-    assert set(steps) == {*NODES, "records"} - {"lesion", *EXPORT_NODES}
+    assert set(steps) == {*NODES, "records"} - {"lesion", "align", *EXPORT_NODES}
     assert {len(nodes) for nodes in steps.values()} == {len(SKELETON)}
     graph = workflow._create_flat_graph()
     import networkx as nx

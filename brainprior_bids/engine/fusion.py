@@ -39,7 +39,7 @@ from brainprior_bids.engine.likelihood import OUTSIDE
 from brainprior_bids.engine.operators.base import LinearOperator, Stack
 from brainprior_bids.engine.operators.diagonal import Multiply
 from brainprior_bids.engine.operators.fourier import resampling_matrix
-from brainprior_bids.engine.operators.resample import SparseResample
+from brainprior_bids.engine.operators.resample import AffineResample, SparseResample
 from brainprior_bids.engine.operators.slices import SliceProfile
 from brainprior_bids.engine.samplers.exact import sample_exact
 from brainprior_bids.engine.schedules import edm_schedule
@@ -331,7 +331,7 @@ def _prepare(run: Run, brain: Tensor, home: Grid, unit: float, warnings: list[st
     fine, axis = run.grid.one_millimetre(), run.acquisition.slice_axis
     data, thinned = native._reduce(volume * (run.gain / unit), fine.shape, axis)
     shape = native._triple(data.shape)
-    here = SparseResample(home, fine, run.to_reference, within=brain > 0)(brain)
+    here = AffineResample(home, fine, run.to_reference)(brain)
     if not bool((here > 0.5).any()):
         raise InputError(f"{run.name}: none of the reference's brain lies in its field of view.")
     box = brain_box((here > 0).numpy(), shape, axis)

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from brainprior_bids.engine.errors import GeometryError
+from brainprior_bids.engine.errors import GeometryError, InputError
 from brainprior_bids.engine.grids import Grid
 from brainprior_bids.engine.operators.base import LinearOperator
 
@@ -96,6 +96,8 @@ class SparseResample(LinearOperator):
     ------
     GeometryError
         If the matrix cannot be inverted.
+    InputError
+        If ``within`` is false everywhere.
     """
 
     def __init__(
@@ -108,13 +110,19 @@ class SparseResample(LinearOperator):
     ) -> None:
         points = AffineResample(source, target, target_to_source).points.reshape(-1, 3)
         self.in_shape, self.out_shape = source.shape, target.shape
+        n, size = len(points), torch.tensor(source.shape)
+        # most of a box is far from the brain
+        seen = within.cpu().nonzero()
+        if not len(seen):
+            raise InputError("SparseResample: no voxel of the image lies within. Check the mask.")
+        low, high = seen.amin(0) - 1, seen.amax(0) + 1
+        every = ((points >= low) & (points <= high)).all(1).nonzero().flatten()
+        points = points[every]
         first = points.floor()
         part = points - first
         first = first.long()
         inside = within.cpu().flatten()
-        size = torch.tensor(source.shape)
         rows, columns, values = [], [], []
-        every = torch.arange(len(points))
         for corner in itertools.product((0, 1), repeat=3):
             at = first + torch.tensor(corner)
             weight = torch.stack(
@@ -127,7 +135,7 @@ class SparseResample(LinearOperator):
             columns.append(index[use])
             values.append(weight[use])
         row, column, value = torch.cat(rows), torch.cat(columns), torch.cat(values)
-        n, m = len(points), inside.numel()
+        m = inside.numel()
         self._made = {
             (torch.float64, torch.device("cpu")): (
                 _sparse(row, column, value, (n, m)),
