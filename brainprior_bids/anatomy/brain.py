@@ -88,7 +88,7 @@ def extract_brain(
     scan_grid = Grid(image.shape, image.affine)
     if scan_grid.spacing_mm.max() > THICKEST_MM:
         raise InputError(
-            f"{path.name}: expected voxels of about 1 mm, got "
+            "Expected voxels of about 1 mm, got "
             f"{np.round(scan_grid.spacing_mm, 2).tolist()} mm. Leave the scan out."
         )
     grid = scan_grid.one_millimetre()
