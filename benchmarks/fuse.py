@@ -8,7 +8,7 @@ degrees about each axis and 4 mm along it), and averaged to slices along i, j an
 field and noise of their own. The motion is then found by ``anatomy.motion``; that alone enters the
 fusion. Single restorations and cubic interpolations are brought back by the *true* motion, and
 their mean is what a careful averaging gives. The masks are the truth's, moved. Metrics and gain
-as in ``restore_brains``.
+as in ``brainprior evaluate``.
 """
 
 from __future__ import annotations

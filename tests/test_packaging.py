@@ -25,7 +25,7 @@ ALLOWED = {
     "interfaces": {"engine", "anatomy", "reports", "bids", "settings"},
     "workflows": {"engine", "anatomy", "reports", "bids", "interfaces", "settings"},
     "training": {"engine", "anatomy"},
-    "evaluation": {"engine", "anatomy", "bids"},
+    "evaluation": {"engine", "anatomy", "bids", "training"},
 }
 
 
