@@ -309,15 +309,15 @@ def acquisition_of(tmp_path, zooms, metadata, *, thickness=None, dim_info=None):
 @pytest.mark.parametrize(
     ("zooms", "metadata", "axis", "thickness", "profile"),
     [
-        ((1, 1, 5), {"SliceThickness": 4}, 2, 4, "gaussian"),
-        ((1, 5, 1), {"SliceThickness": 5}, 1, 5, "gaussian"),
-        ((6, 0.9, 0.9), {"SliceThickness": 5, "SpacingBetweenSlices": 6}, 0, 5, "gaussian"),
+        ((1, 1, 5), {"SliceThickness": 4}, 2, 4, "trapezoid"),
+        ((1, 5, 1), {"SliceThickness": 5}, 1, 5, "trapezoid"),
+        ((6, 0.9, 0.9), {"SliceThickness": 5, "SpacingBetweenSlices": 6}, 0, 5, "trapezoid"),
         ((1, 1.33, 1.33), {"MRAcquisitionType": "3D"}, 0, 1, "boxcar"),
         ((1, 1.33, 1.33), {}, 0, 1, "boxcar"),
         ((1, 1, 1), {}, 2, 1, "boxcar"),
         ((1, 1, 1), {"SliceEncodingDirection": "j-"}, 1, 1, "boxcar"),
-        ((1, 1, 1), {"SliceThickness": 2}, 2, 2, "gaussian"),  # slices interpolated to half
-        ((1.6, 1.6, 5), {"MRAcquisitionType": "3D"}, 2, 5, "gaussian"),
+        ((1, 1, 1), {"SliceThickness": 2}, 2, 2, "trapezoid"),  # slices interpolated to half
+        ((1.6, 1.6, 5), {"MRAcquisitionType": "3D"}, 2, 5, "trapezoid"),
         ((0.8, 0.9, 1.1), {}, 2, 1.1, "boxcar"),
     ],
 )

@@ -30,6 +30,7 @@ from brainprior_bids.engine.operators.slices import (
     gaussian_profile,
     measured_profile,
     slice_weights,
+    trapezoid_profile,
 )
 
 SHAPE = (5, 6, 7)
@@ -156,8 +157,17 @@ def boxcar_pdf(thickness):
     return lambda d: 1 / thickness if abs(d) < thickness / 2 else 0.0
 
 
+def trapezoid_pdf(thickness):
+    return lambda d: min(max((0.8 - abs(d) / thickness) / 0.6, 0), 1) / thickness
+
+
 @pytest.mark.parametrize(
-    ("make", "pdf"), [(gaussian_profile, gaussian_pdf), (boxcar_profile, boxcar_pdf)]
+    ("make", "pdf"),
+    [
+        (gaussian_profile, gaussian_pdf),
+        (boxcar_profile, boxcar_pdf),
+        (trapezoid_profile, trapezoid_pdf),
+    ],
 )
 @pytest.mark.parametrize(
     ("thickness", "spacing", "thin"),
@@ -172,7 +182,9 @@ def test_slice_weights_against_numerical_integration(make, pdf, thickness, spaci
     for k, j in itertools.product(range(n_slices), range(n_thin)):
         centre = (k + 0.5) * spacing
         kinks = [
-            c for c in (-thickness / 2, thickness / 2) if j * thin < centre + c < (j + 1) * thin
+            c * thickness
+            for c in (-0.8, -0.5, -0.2, 0.2, 0.5, 0.8)
+            if j * thin < centre + c * thickness < (j + 1) * thin
         ]
         expected, _ = integrate.quad(
             lambda t, c=centre: density(t - c),

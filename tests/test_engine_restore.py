@@ -590,3 +590,29 @@ def test_auto_falls_back_where_the_slices_are_not_of_that_kind():
         run(case, sampler="eps", n_samples=1, n_steps=4)
     with pytest.raises(UsageError, match="does not move the bias field"):
         run(case, prior=told_prior(), sampler="eps", refine_bias=True, n_samples=1, n_steps=4)
+
+
+def test_a_mask_that_is_a_voxel_too_narrow_costs_nothing_with_a_rim():
+    case = phantom()
+    truth, mask = GAIN * case["truth"], case["mask"]
+    narrow = ndimage.binary_erosion(mask)
+    share = block_mean(narrow.astype(float), [1, 1, 4])
+    border = mask & ~narrow
+
+    def error(found):
+        return float(np.sqrt(np.square(found.mean - truth)[border].mean()))
+
+    right = run(case, n_samples=1)
+    cut = run(case, n_samples=1, mask=share, mask_1mm=narrow)
+    rimmed = run(case, n_samples=1, mask=share, mask_1mm=narrow, rim_mm=1.5)
+    assert error(cut) == pytest.approx(float(np.sqrt(np.square(truth[border]).mean())))
+    assert error(rimmed) < 1.2 * error(right) < 0.3 * error(cut)
+    beyond = ndimage.distance_transform_edt(~narrow) > 1.5
+    assert not rimmed.samples[0][beyond].any()
+    assert rimmed.samples[0][~beyond].all()
+    assert rimmed.noise_sd_initial == cut.noise_sd_initial
+
+
+def test_a_rim_below_zero_is_refused():
+    with pytest.raises(UsageError, match="rim_mm must be at least 0, got -1"):
+        run(phantom(), rim_mm=-1)

@@ -410,7 +410,7 @@ def _acquisition(
                 "slice spacing. Pass --slice-thickness if that is wrong."
             )
     thin = thin and thickness <= 1.1 * between
-    acquisition = Acquisition(axis, thickness, between, "boxcar" if thin else "gaussian")
+    acquisition = Acquisition(axis, thickness, between, "boxcar" if thin else "trapezoid")
     facts = {
         **acquisition.to_dict(),
         "gap_mm": acquisition.gap_mm,

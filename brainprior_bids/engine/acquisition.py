@@ -8,6 +8,17 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from brainprior_bids.engine.errors import GeometryError
+from brainprior_bids.engine.operators.slices import (
+    boxcar_profile,
+    gaussian_profile,
+    trapezoid_profile,
+)
+
+PROFILES = {
+    "trapezoid": trapezoid_profile,
+    "gaussian": gaussian_profile,
+    "boxcar": boxcar_profile,
+}
 
 PLANES = ("sagittal", "coronal", "axial")
 """Of slices that follow each other along the first, second, third closest-canonical axis."""
@@ -25,7 +36,7 @@ class Acquisition:
         Full width at half maximum of the slice profile.
     spacing_mm : float
         Distance between the centres of neighbouring slices; spacing - thickness is the gap.
-    profile : {"gaussian", "boxcar"}
+    profile : {"trapezoid", "gaussian", "boxcar"}
         Shape of the slice profile.
 
     Raises
@@ -37,7 +48,7 @@ class Acquisition:
     slice_axis: int
     thickness_mm: float
     spacing_mm: float
-    profile: str = "gaussian"
+    profile: str = "trapezoid"
 
     def __post_init__(self) -> None:
         if self.slice_axis not in (0, 1, 2):
@@ -51,9 +62,9 @@ class Acquisition:
                     f"Acquisition: {name} must be above 0 and in mm, got {value}. "
                     "Check SliceThickness in the JSON, or pass --slice-thickness."
                 )
-        if self.profile not in ("gaussian", "boxcar"):
+        if self.profile not in PROFILES:
             raise GeometryError(
-                f"Acquisition: profile must be 'gaussian' or 'boxcar', got {self.profile!r}."
+                f"Acquisition: profile must be one of {list(PROFILES)}, got {self.profile!r}."
             )
 
     @property

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from brainprior_bids.engine.acquisition import Acquisition
+from brainprior_bids.engine.acquisition import PROFILES, Acquisition
 from brainprior_bids.engine.anchor import AnchoredLikelihood
 from brainprior_bids.engine.bias import CosineField
 from brainprior_bids.engine.box import Box, brain_box
@@ -41,7 +41,6 @@ from brainprior_bids.engine.operators.fourier import resampling_matrix
 from brainprior_bids.engine.operators.slices import (
     SliceProfile,
     boxcar_profile,
-    gaussian_profile,
     slice_weights,
 )
 from brainprior_bids.engine.samplers.daps import DAPS_1K, DapsSettings, sample_daps
@@ -103,7 +102,7 @@ class Restoration:
     """What ``restore`` found; images are float32 on ``grid``, in scanner units, without bias."""
 
     grid: Grid  # 1 mm, the scan's axes and whole field of view
-    samples: NDArray[np.float32]  # (n, i, j, k) posterior samples, 0 outside the mask
+    samples: NDArray[np.float32]  # (n, i, j, k) posterior samples, 0 beyond mask and rim
     mean: NDArray[np.float32]  # (i, j, k) estimate of the posterior mean, see ``restore``
     sd: NDArray[np.float32] | None  # (i, j, k) posterior SD; None for a single sample
     log_bias: NDArray[np.float32]  # on the scan's grid; mean 0 inside the mask
@@ -175,6 +174,7 @@ def restore(
     to_mni305: ArrayLike,
     contrast: str,
     prior: PriorLike,
+    rim_mm: float = 0.0,
     log_bias: ArrayLike | Tensor | None = None,
     hidden: ArrayLike | Tensor | None = None,
     noise_sd: float | ArrayLike | Tensor | None = None,
@@ -206,13 +206,16 @@ def restore(
     mask : (i, j, k) in [0, 1]
         Brain on the scan's grid; sets the intensity unit and the gain of the bias field.
     mask_1mm : array on ``grid.one_millimetre()`` in [0, 1]
-        Brain on the restored grid; the result is 0 where it is 0.
+        Brain on the restored grid; the result is 0 where it is 0, but for the rim.
     to_mni305 : (4, 4)
         Scanner RAS mm -> MNI305 RAS mm; tells the network where each voxel lies.
     contrast : str
         "T1w", "T2w", "FLAIR" or "unknown".
     prior : Prior
         Its ``tile_mm`` decides whether the network runs in tiles.
+    rim_mm : float
+        How far beyond ``mask_1mm`` there may be brain: as much is restored with it, so that a
+        border that is off by a voxel cuts nothing. The noise is estimated without it.
     log_bias : (i, j, k), optional
         Where the bias field starts (N4): log b. Without it, from 0.
     hidden : (i, j, k), optional
@@ -330,16 +333,18 @@ def restore(
     _check_spacing(grid, acquisition, warnings)
     data, thinned = _reduce(volume / unit, fine.shape, axis)
     bias_data = _interpolate(start_bias, tuple(data.shape))
+    mask_only, inside_1mm = inside_1mm, _with_rim(inside_1mm, fine, rim_mm)
     box = brain_box((inside_1mm > 0).numpy(), _triple(data.shape), axis)
     profile, sensed = _profiles(grid, fine, tuple(data.shape), acquisition)
     share = _share(inside_1mm, sensed)[box.data_slices]
+    in_mask = _share(mask_only, sensed)[box.data_slices]
     unseen = _unseen(covered, tuple(data.shape))[box.data_slices]
     weights = profile[box.data_start[axis] : box.data_stop[axis], box.start[axis] : box.stop[axis]]
 
     estimated = noise_sd is None
     extra = None
     if noise_sd is None:
-        initial = _noise_before(data[box.data_slices], share * (1 - unseen), axis, warnings)
+        initial = _noise_before(data[box.data_slices], in_mask * (1 - unseen), axis, warnings)
     else:
         initial, extra = _noise_given(noise_sd, brain, thinned, tuple(data.shape))
         extra = None if extra is None else extra[box.data_slices]
@@ -616,6 +621,22 @@ def _stack(likelihood: SliceLikelihood, weights: Tensor, axis: int) -> Stack:
     return Stack(alone, weights.double().cpu(), axis, noise_sd, (kept[0], kept[1]))
 
 
+def _with_rim(mask: Tensor, grid: Grid, rim_mm: float) -> Tensor:
+    """The mask, and 1 in what lies outside but no further than ``rim_mm`` from a voxel of it."""
+    if not 0 <= rim_mm < math.inf:
+        raise UsageError(f"restore: rim_mm must be at least 0, got {rim_mm}.")
+    reach = [int(rim_mm / s) for s in grid.spacing_mm]
+    if not any(reach):
+        return mask
+    steps = torch.meshgrid(
+        *(torch.arange(-n, n + 1) * s for n, s in zip(reach, grid.spacing_mm, strict=True)),
+        indexing="ij",
+    )
+    ball = (torch.stack(steps).norm(dim=0) <= rim_mm).float()
+    touched = F.conv3d((mask > 0).float()[None, None], ball[None, None], padding=reach)[0, 0]
+    return torch.where((mask == 0) & (touched > 0.5), 1.0, mask)
+
+
 def _volume(name: str, values: ArrayLike | Tensor, shape: tuple[int, int, int]) -> Tensor:
     tensor = (
         values.detach().cpu()
@@ -736,7 +757,7 @@ def _profiles(
     encoded = spacing <= THREE_D * max(in_plane, 1.0) and abs(acquisition.gap_mm) < 0.1 * spacing
     if encoded:
         return resampling_matrix(fine.shape[axis], data_shape[axis]), sensed
-    make = {"gaussian": gaussian_profile, "boxcar": boxcar_profile}[acquisition.profile]
+    make = PROFILES[acquisition.profile]
     extent = float(fine.extent_mm[axis])
     weights = slice_weights(
         make(acquisition.thickness_mm),

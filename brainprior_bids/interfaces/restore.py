@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 ALIKE = 0.7
 """A refined image that correlates less with the scan, inside the brain, is doubtful."""
+RIM_MM = 1.5
+"""How far the restored image goes beyond the mask. Two masks of one brain differ by a voxel along
+their border, and a voxel of brain that is cut off costs more than one of fluid that is left."""
 LOG = logging.getLogger("nipype.interface")
 PROGRESS = "progress.json"
 """In the node's folder while it runs: ``sample`` of ``samples``, ``step`` of ``steps``."""
@@ -153,6 +156,7 @@ class Restore(MeasuredInterface):
                 log_bias=_array(self.inputs.log_bias) if isdefined(self.inputs.log_bias) else None,
                 hidden=_array(self.inputs.hidden) if isdefined(self.inputs.hidden) else None,
                 daps=DapsSettings(n_levels=self.inputs.n_steps),
+                rim_mm=RIM_MM,
                 **self._trusted(grid),
                 **common,
             )
@@ -169,6 +173,7 @@ class Restore(MeasuredInterface):
             "tile_mm": prior.tile_mm,
             "sample_seeds": list(done.seeds),
             "inner_iterations": done.inner_iterations,
+            "rim_mm": RIM_MM,
             "box": {"start": list(done.box.start), "stop": list(done.box.stop)},
             "noise_sd_initial": done.noise_sd_initial,
             "noise_sd": done.noise_sd,

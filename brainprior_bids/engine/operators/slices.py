@@ -3,7 +3,7 @@
 
 ``y[k] = sum_j W[k, j] x[j]`` along one axis; W[k, j] is the share of the profile of slice k that
 falls into thin voxel j. A Gaussian profile has the slice thickness as its full width at half
-maximum (as in UniRes, Brudfors et al. 2018); a boxcar is that wide.
+maximum (as in UniRes, Brudfors et al. 2018); a boxcar is that wide; a trapezoid lies between them.
 """
 
 from __future__ import annotations
@@ -30,6 +30,16 @@ def gaussian_profile(thickness_mm: float) -> Callable[[Tensor], Tensor]:
 def boxcar_profile(thickness_mm: float) -> Callable[[Tensor], Tensor]:
     """The cumulative distribution of a rectangular profile of that width."""
     return lambda distance_mm: (distance_mm / thickness_mm + 0.5).clamp(0, 1)
+
+
+def trapezoid_profile(thickness_mm: float) -> Callable[[Tensor], Tensor]:
+    """The cumulative distribution of a profile with straight flanks.
+
+    Full width at half maximum ``thickness_mm``; the flanks fall from 0.2 to 0.8 of it on either
+    side of the centre, as those of a short selective pulse do.
+    """
+    at = torch.tensor([-0.8, -0.2, 0.2, 0.8], dtype=torch.float64) * thickness_mm
+    return measured_profile(at, torch.tensor([0.0, 1.0, 1.0, 0.0]))
 
 
 def measured_profile(distance_mm: Tensor, sensitivity: Tensor) -> Callable[[Tensor], Tensor]:
