@@ -6,7 +6,7 @@ import pytest
 from skimage.metrics import structural_similarity
 
 from brainprior_bids.engine.errors import InputError, ShapeMismatchError
-from brainprior_bids.evaluation.metrics import compare, crps, matching_gain
+from brainprior_bids.evaluation.metrics import by_depth, compare, crps, matching_gain
 
 
 @pytest.fixture
@@ -94,3 +94,19 @@ def test_bad_input_is_refused(pair):
         compare(image, -truth, mask)
     with pytest.raises(InputError, match="0 everywhere"):
         matching_gain(0 * image, truth, mask)
+
+
+def test_the_error_by_depth_below_the_border():
+    truth = np.ones((12, 12, 12))
+    mask = np.zeros(truth.shape, bool)
+    mask[2:, 2:10, 2:10] = True  # 10 x 8 x 8 voxels; the end of the image is no border
+    image = truth.copy()
+    image[2:, 2, 2:10] += 0.5  # one outermost layer
+    found = by_depth(image, truth, mask, (1, 1, 1))
+    outer = 10 * 8 * 8 - 9 * 6 * 6
+    assert found["rmse_0_1mm"] == pytest.approx(np.sqrt(0.25 * 80 / outer))
+    assert found["rmse_1_2mm"] == found["rmse_2_3mm"] == found["rmse_3_5mm"] == 0
+    assert np.isnan(found["rmse_5mm"])
+    wide = by_depth(image, truth, mask, (3, 3, 3))
+    assert wide["rmse_2_3mm"] == found["rmse_0_1mm"]
+    assert wide["rmse_5mm"] == 0

@@ -7,6 +7,8 @@ are that unit, so figures of different scans can be put side by side.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
@@ -64,6 +66,49 @@ def compare(image: ArrayLike, truth: ArrayLike, mask: ArrayLike) -> dict[str, fl
         "rmse": float(np.sqrt(mse)),
         "psnr_db": float(-10 * np.log10(mse)) if mse > 0 else float("inf"),
         "ssim": _ssim(np.asarray(image), np.asarray(truth), inside, unit),
+    }
+
+
+SHELLS_MM = (0, 1, 2, 3, 5)
+"""Depths below the mask's border at which ``by_depth`` divides; the last shell is all deeper."""
+DEPTHS = tuple(
+    f"rmse_{low}_{high}mm" if high else f"rmse_{low}mm"
+    for low, high in zip(SHELLS_MM, (*SHELLS_MM[1:], None), strict=True)
+)
+"""The keys of ``by_depth``, from the border inwards."""
+
+
+def by_depth(
+    image: ArrayLike, truth: ArrayLike, mask: ArrayLike, spacing_mm: Sequence[float]
+) -> dict[str, float]:
+    """RMSE in shells by the distance from the nearest voxel outside of the mask.
+
+    Parameters
+    ----------
+    image, truth, mask : (i, j, k) arrays
+        As ``compare``.
+    spacing_mm : three floats
+        Of the voxels.
+
+    Returns
+    -------
+    dict
+        Keys ``DEPTHS``, in units of the truth's 99th percentile; NaN for an empty shell.
+
+    Raises
+    ------
+    ShapeMismatchError, InputError
+        As ``compare``.
+    """
+    x, t, inside = _inside(image, truth, mask)
+    depth = ndimage.distance_transform_edt(inside, sampling=spacing_mm)[inside]
+    square = ((x - t) / np.percentile(t, 99)) ** 2
+    shell = np.searchsorted(SHELLS_MM[1:], depth - 1e-6)
+    count = np.bincount(shell, minlength=len(DEPTHS))
+    total = np.bincount(shell, square, minlength=len(DEPTHS))
+    return {
+        key: float(np.sqrt(s / n)) if n else float("nan")
+        for key, s, n in zip(DEPTHS, total, count, strict=True)
     }
 
 

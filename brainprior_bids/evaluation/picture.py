@@ -95,7 +95,7 @@ def picture(
     for method, folder in (("mean of samples", "out"), ("single sample", "single")):
         restored = read_output(work / folder, NAME, "restored")
         images[method] = resample(restored.data, restored.grid, grid)
-    table = figures(images, reference, inside)
+    table = figures(images, reference, inside, grid.spacing_mm)
 
     blocks = interpolate(scan.data, scan.grid, grid, order=0)
     spread = read_output(work / "out", NAME, "uncertainty")

@@ -17,6 +17,7 @@ plain mean of the thin slices. ``brainprior`` restores the result twice, as the 
 Every image is multiplied by the one factor that brings it closest to the reference in least
 squares. ``psnr_field_db`` is the PSNR after a factor that may vary smoothly over the brain (a
 cubic polynomial of position): what is left when the two bias fields' disagreement is taken away.
+``rmse_0_1mm`` and so on are the errors in shells below the mask's border.
 ``noise`` in the original stays in the reference, so that no method can reach it.
 
 Writes ``metrics.tsv`` and one PNG a scan.
@@ -46,10 +47,10 @@ from brainprior_bids.engine.weights import load_parcellation
 from brainprior_bids.evaluation.baselines import interpolate, tikhonov, total_variation
 from brainprior_bids.evaluation.degrade import slice_weights, thick_slices
 from brainprior_bids.evaluation.figure import Column, draw
-from brainprior_bids.evaluation.metrics import compare, matching_gain
+from brainprior_bids.evaluation.metrics import DEPTHS, by_depth, compare, matching_gain
 from brainprior_bids.evaluation.scans import Volume, read_output, run_command, write_scan
 
-COLUMNS = ("scan", "method", "mae", "psnr_db", "ssim", "psnr_field_db", "mask_dice")
+COLUMNS = ("scan", "method", "mae", "psnr_db", "ssim", "psnr_field_db", "mask_dice", *DEPTHS)
 TIKHONOV_PENALTY = 0.01
 TV_PENALTY = 0.001  # of the brain's 99th percentile; both tuned on two other people's brains
 
@@ -109,11 +110,16 @@ def figures(
     images: Mapping[str, NDArray[np.float32]],
     reference: NDArray[np.float32],
     inside: NDArray[np.bool_],
+    spacing_mm: Sequence[float],
 ) -> dict[str, dict[str, float]]:
     """The metrics of every image after its gain; see the module's text."""
     table = {}
     for method, image in images.items():
-        row = compare(matching_gain(image, reference, inside) * image, reference, inside)
+        alike = matching_gain(image, reference, inside) * image
+        row = {
+            **compare(alike, reference, inside),
+            **by_depth(alike, reference, inside, spacing_mm),
+        }
         flat = compare(image * matching_field(image, reference, inside), reference, inside)
         table[method] = {**row, "psnr_field_db": flat["psnr_db"]}
     return table
@@ -192,7 +198,7 @@ def evaluate(
         brain = read_output(out / folder, name, "brain")
         again = resample(brain.data, brain.grid, grid, order=1) > 0.5
         dice[method] = 2 * float((again & inside).sum()) / float(again.sum() + inside.sum())
-    table = figures(images, reference, inside)
+    table = figures(images, reference, inside, grid.spacing_mm)
     rows = [
         {"scan": name, "method": method, "mask_dice": dice.get(method), **table[method]}
         for method in images
