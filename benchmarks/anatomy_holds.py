@@ -6,7 +6,13 @@ bright marker on its left) in all 48 axis orders and flips, and with three obliq
 takes each through conform, parcellate and affine.
 
 ``python benchmarks/anatomy_holds.py overlap BIDS_DIR`` labels everybody's T1w and T2w and compares
-the two in MNI305, each brought there by its own affine.
+the two in MNI305, each brought there by its own affine; with ``--restored OUT``, an output folder
+of the program on the same data, also what was restored of both.
+
+``python benchmarks/anatomy_holds.py restored HEAD.nii.gz`` cuts a cube out of a head, with a
+marker in its left hemisphere, makes it thick-sliced, stores it in all 48 axis orders and flips,
+and restores each; then scans the same cube in three oblique poses and compares the means, eight
+samples each, with the posterior SD.
 
 ``python benchmarks/anatomy_holds.py poses LABELS AVG305T1`` makes T1-like heads of held-out label
 maps in random poses and compares the affine from the network's structures with the registration
@@ -31,13 +37,18 @@ from scipy.spatial.transform import Rotation
 
 from brainprior_bids.anatomy.affine import AffineFit, corner_distance, fit_affine
 from brainprior_bids.anatomy.conform import conform
+from brainprior_bids.anatomy.external import mask_from_file
 from brainprior_bids.anatomy.hull import surface
 from brainprior_bids.anatomy.parcellation import SCATTERED, Parcellation, parcellate
 from brainprior_bids.anatomy.spaces import resample
 from brainprior_bids.engine import weights
 from brainprior_bids.engine.grids import MNI305, Grid
+from brainprior_bids.engine.restore import Restoration, restore
 
 MARKER_MM = 8.0
+CUBE_MM, SLICE_MM = 60, 5
+POSES = ((10, -8, 5), (25, 15, -20), (35, 30, 30))
+"""Rotations about the scanner's axes, degrees."""
 
 
 def network() -> Any:
@@ -55,6 +66,12 @@ def label(image: nib.Nifti1Image, net: Any) -> tuple[Parcellation, AffineFit, Gr
 def dice(a: Any, b: Any) -> float:
     """Overlap of two masks."""
     return float(2 * (a & b).sum() / max(int(a.sum() + b.sum()), 1))
+
+
+def compact_dice(one: Any, two: Any) -> float:
+    """Mean overlap of the structures that are in one piece."""
+    values = [v for v in np.unique(one[one > 0]) if v not in SCATTERED]
+    return float(np.mean([dice(one == v, two == v) for v in values]))
 
 
 def small_head(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -135,7 +152,7 @@ def axes(head: Path) -> dict[str, Any]:
             turned = apply_orientation(data, orientation)
             moved = affine @ inv_ornt_aff(orientation, data.shape)
             stored(np.ascontiguousarray(turned), moved, f"{order} {flips}", np.eye(4))
-    for angles in ((10, -8, 5), (25, 15, -20), (35, 30, 30)):
+    for angles in POSES:
         pose = np.eye(4)
         pose[:3, :3] = Rotation.from_euler("xyz", angles, degrees=True).as_matrix()
         pose[:3, 3] = [12, -7, 20]
@@ -152,8 +169,136 @@ def axes(head: Path) -> dict[str, Any]:
     }
 
 
-def overlap(bids_dir: Path, people: int) -> dict[str, Any]:
-    """Dice of everybody's T1w and T2w, in MNI305 (2 mm) and in the scanner's space."""
+def restored(head: Path, samples: int, steps: int) -> dict[str, Any]:
+    """48 axis orders and flips, and three oblique poses, through restoration."""
+    image = conform(head, metadata={}).image
+    found, fit, fine = label(image, network())
+    table = {row["name"]: np.array(row["centroid_mm"]) for row in found.table}
+    data, whole = image.get_fdata(dtype=np.float32), Grid(image.shape, image.affine)
+    middle = table["Left-Cerebral-White-Matter"]
+    bright = float(np.percentile(data[found.mask_scan > 0.5], 99))
+    prior = weights.load_prior()
+
+    def scan(turn: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The cube with its marker in thick slices, its affine, and its mask at 1 mm."""
+        affine = np.eye(4)
+        affine[:3, :3] = turn
+        affine[:3, 3] = middle - turn @ np.full(3, (CUBE_MM - 1) / 2)
+        cube = Grid((CUBE_MM,) * 3, affine)
+        values = resample(data, whole, cube)
+        away = np.linalg.norm(cube.points_mm() - middle[:, None, None, None], axis=0)
+        values[away < MARKER_MM / 2] = 1.5 * bright
+        mask = resample(found.mask.astype(np.float32), fine, cube, order=1) > 0.5
+        thick = values.reshape(CUBE_MM, CUBE_MM, -1, SLICE_MM).mean(-1)
+        step = np.diag([1.0, 1, SLICE_MM, 1])
+        step[2, 3] = (SLICE_MM - 1) / 2
+        return thick, affine @ step, mask
+
+    def through(
+        thick: np.ndarray, affine: np.ndarray, mask: np.ndarray, at: np.ndarray, n: int, calls: int
+    ) -> Restoration:
+        """Stored, conformed, restored."""
+        with tempfile.TemporaryDirectory() as folder:
+            paths = [Path(folder) / "sub-01_T1w.nii", Path(folder) / "mask.nii"]
+            for path, volume, where in zip(
+                paths, (thick, mask.astype(np.uint8)), (affine, at), strict=True
+            ):
+                stored = nib.Nifti1Image(volume, where)
+                stored.set_sform(where, 1)
+                stored.set_qform(where, 1)
+                nib.save(stored, path)
+            done = conform(paths[0], metadata={"SliceThickness": SLICE_MM})
+            grid = Grid(done.image.shape, done.image.affine)
+            inside = mask_from_file(paths[1], grid.one_millimetre(), name="cube")
+        share = resample(inside.astype(np.float32), grid.one_millimetre(), grid, order=1)
+        return restore(
+            np.asarray(done.image.dataobj, np.float32),
+            grid=grid,
+            acquisition=done.acquisition,
+            mask=share,
+            mask_1mm=inside,
+            to_mni305=fit.matrix,
+            contrast="T1w",
+            prior=prior,
+            n_samples=n,
+            n_steps=calls,
+        )
+
+    def mark(done: Restoration) -> np.ndarray:
+        centre = np.argwhere(done.mean > 0.8 * done.mean.max()).mean(0)
+        return np.asarray((done.grid.affine @ [*centre, 1.0])[:3])
+
+    thick, affine, mask = scan(np.eye(3))
+    at = affine @ np.linalg.inv(np.diag([1.0, 1, SLICE_MM, 1]))
+    at[:3, 3] = middle - (CUBE_MM - 1) / 2
+    reference: Restoration | None = None
+    rows = []
+    for order in permutations(range(3)):
+        for flips in product((1, -1), repeat=3):
+            turn = np.array([[a, f] for a, f in zip(order, flips, strict=True)])
+            done = through(
+                np.ascontiguousarray(apply_orientation(thick, turn)),
+                affine @ inv_ornt_aff(turn, thick.shape),
+                np.ascontiguousarray(apply_orientation(mask, turn)),
+                at @ inv_ornt_aff(turn, mask.shape),
+                1,
+                4,
+            )
+            reference = reference or done
+            rows.append(
+                {
+                    "stored": f"{order} {flips}",
+                    "largest_difference": float(
+                        np.abs(done.samples - reference.samples).max() / done.unit
+                    ),
+                    "marker_mm": float(np.linalg.norm(mark(done) - middle)),
+                    "affine_mm": float(np.abs(done.grid.affine - at).max()),
+                }
+            )
+            print(json.dumps(rows[-1]), flush=True)
+    assert reference is not None
+    poses_found = []
+    plain = through(thick, affine, mask, at, samples, steps)
+    assert plain.sd is not None
+    for angles in POSES:
+        turn = Rotation.from_euler("xyz", angles, degrees=True).as_matrix()
+        turned, where, inside = scan(turn)
+        fine_at = where @ np.linalg.inv(np.diag([1.0, 1, SLICE_MM, 1]))
+        fine_at[:3, 3] = middle - turn @ np.full(3, (CUBE_MM - 1) / 2)
+        done = through(turned, where, inside, fine_at, samples, steps)
+        assert done.sd is not None
+        mean, sd = (resample(v, done.grid, plain.grid) for v in (done.mean, done.sd))
+        ball = np.linalg.norm(plain.grid.points_mm() - middle[:, None, None, None], axis=0)
+        # inside both cubes, where both are brain, and without the marker's own edge
+        both = (ball < CUBE_MM / 2 - 6) & (ball > MARKER_MM) & (mean > 0) & (plain.mean > 0)
+        both &= ndimage.binary_erosion(mask, iterations=3)
+        gap = (mean - plain.mean)[both]
+        wide = np.sqrt(sd**2 + plain.sd**2)[both]
+        poses_found.append(
+            {
+                "angles": angles,
+                "marker_mm": float(np.linalg.norm(mark(done) - middle)),
+                "rms_difference": float(np.sqrt(np.mean(gap**2)) / plain.unit),
+                "rms_sd": float(np.sqrt(np.mean(wide**2)) / plain.unit),
+                "within_2_sd": float(np.mean(np.abs(gap) < 2 * wide)),
+            }
+        )
+        print(json.dumps(poses_found[-1]), flush=True)
+    keys = ("largest_difference", "marker_mm", "affine_mm")
+    return {
+        "n": len(rows),
+        "sampler": reference.sampler,
+        "marker_left_of_midline_mm": float(-(fit.matrix @ [*middle, 1.0])[0]),
+        **{f"largest_{key}": max(row[key] for row in rows) for key in keys},
+        "oblique": poses_found,
+    }
+
+
+def overlap(bids_dir: Path, people: int, output_dir: Path | None) -> dict[str, Any]:
+    """Dice of everybody's T1w and T2w, in MNI305 (2 mm) and in the scanner's space.
+
+    With the program's output also of the two restored images.
+    """
     net = network()
     coarse = Grid(
         tuple(n // 2 for n in MNI305.shape), MNI305.affine @ np.diag([2.0, 2.0, 2.0, 1.0])
@@ -164,12 +309,22 @@ def overlap(bids_dir: Path, people: int) -> dict[str, Any]:
         for suffix in ("T1w", "T2w"):
             (path,) = subject.rglob(f"*_{suffix}.nii.gz")
             found, fit, grid = label(conform(path, metadata={}).image, net)
+            if output_dir is not None:
+                (path,) = output_dir.glob(f"{subject.name}/anat/*_space-MNI305_*_{suffix}.nii.gz")
+                again, _, there = label(conform(path, metadata={}).image, net)
+                labels[f"{suffix} restored"] = resample(
+                    again.structures.astype(np.float32), there, coarse, order=0
+                ).astype(int)
             labels[suffix] = resample(
                 found.structures.astype(np.float32), grid, coarse, matrix=fit.matrix, order=0
             ).astype(int)
             labels[f"{suffix} scanner"] = (found.structures, grid, fit)
         one, two = labels["T1w"], labels["T2w"]
-        compact = [dice(one == v, two == v) for v in np.unique(one[one > 0]) if v not in SCATTERED]
+        after: dict[str, float] = {}
+        if output_dir is not None:
+            both = labels["T1w restored"], labels["T2w restored"]
+            after["restored_mask_mni305"] = dice(both[0] > 0, both[1] > 0)
+            after["restored_structures_mni305"] = compact_dice(*both)
         structures, grid, fit = labels["T1w scanner"]
         other, other_grid, other_fit = labels["T2w scanner"]
         beside = resample(other.astype(np.float32), other_grid, grid, order=0)
@@ -179,7 +334,8 @@ def overlap(bids_dir: Path, people: int) -> dict[str, Any]:
             {
                 "subject": subject.name,
                 "mask_mni305": dice(one > 0, two > 0),
-                "structures_mni305": float(np.mean(compact)),
+                "structures_mni305": compact_dice(one, two),
+                **after,
                 "mask_scanner": dice((structures > 0) & seen, (beside > 0) & seen),
                 "affines_apart_mm": corner_distance(other_fit.matrix, fit.matrix),
             }
@@ -258,21 +414,26 @@ def poses(folder: Path, average: Path, maps: list[int], n: int) -> dict[str, Any
 
 
 def main() -> None:
-    """Measure one of the three and print the result as JSON."""
+    """Measure one of the four and print the result as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("axes", "overlap", "poses"))
+    parser.add_argument("what", choices=("axes", "overlap", "poses", "restored"))
     parser.add_argument("data", type=Path)
     parser.add_argument("average", type=Path, nargs="?", help="avg305T1.nii, for poses")
     parser.add_argument("--people", type=int, default=9)
     parser.add_argument("--maps", type=int, nargs="+", default=[18, 19, 20])
     parser.add_argument("--poses", type=int, default=5, help="of every map")
+    parser.add_argument("--restored", type=Path, help="for overlap: output of the program")
+    parser.add_argument("--samples", type=int, default=8, help="of every pose, for restored")
+    parser.add_argument("--steps", type=int, default=20, help="calls of each, for restored")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.what == "axes":
         result = axes(args.data)
     elif args.what == "overlap":
-        result = overlap(args.data, args.people)
+        result = overlap(args.data, args.people, args.restored)
+    elif args.what == "restored":
+        result = restored(args.data, args.samples, args.steps)
     else:
         result = poses(args.data, args.average, args.maps, args.poses)
     print(json.dumps(result, indent=1))
