@@ -17,7 +17,7 @@ from brainprior_bids.anatomy.conform import conform
 from brainprior_bids.anatomy.hull import surface
 from brainprior_bids.anatomy.parcellation import parcellate
 from brainprior_bids.engine.grids import Grid
-from brainprior_bids.engine.restore import PriorLike, Restoration, restore
+from brainprior_bids.engine.restore import RIM_MM, PriorLike, Restoration, restore
 from brainprior_bids.engine.weights import load_parcellation, load_prior
 
 
@@ -82,5 +82,5 @@ def restore_scan(
         contrast=contrast,
         prior=prior or load_prior(),
         log_bias=n4(image, brain.mask_scan),
-        **options,
+        **{"rim_mm": RIM_MM, **options},
     )

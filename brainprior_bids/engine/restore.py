@@ -54,6 +54,10 @@ from brainprior_bids.engine.voxels import Voxels
 
 NOISE_FLOOR = 0.005
 """Smallest noise SD assumed, engine unit: the paper's value for restoration."""
+RIM_MM = 1.5
+"""How far the command's restored image goes beyond the mask. Two masks of one brain differ by a
+voxel along their border, and a voxel of brain that is cut off costs more than one of fluid that
+is left."""
 SIGMA_BLIND = 30.0
 """A level at which a denoiser sees next to nothing: V there is the power of the images
 themselves. A chain starts from a draw given the data under that Gaussian alone, which costs no
@@ -622,7 +626,7 @@ def _stack(likelihood: SliceLikelihood, weights: Tensor, axis: int) -> Stack:
 
 
 def _with_rim(mask: Tensor, grid: Grid, rim_mm: float) -> Tensor:
-    """The mask, and 1 in what lies outside but no further than ``rim_mm`` from a voxel of it."""
+    """1 where the mask is above 0 or no further than ``rim_mm`` away; without a rim, the mask."""
     if not 0 <= rim_mm < math.inf:
         raise UsageError(f"restore: rim_mm must be at least 0, got {rim_mm}.")
     reach = [int(rim_mm / s) for s in grid.spacing_mm]
@@ -634,7 +638,7 @@ def _with_rim(mask: Tensor, grid: Grid, rim_mm: float) -> Tensor:
     )
     ball = (torch.stack(steps).norm(dim=0) <= rim_mm).float()
     touched = F.conv3d((mask > 0).float()[None, None], ball[None, None], padding=reach)[0, 0]
-    return torch.where((mask == 0) & (touched > 0.5), 1.0, mask)
+    return (touched > 0.5).float()
 
 
 def _volume(name: str, values: ArrayLike | Tensor, shape: tuple[int, int, int]) -> Tensor:

@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 
 ALIKE = 0.7
 """A refined image that correlates less with the scan, inside the brain, is doubtful."""
-RIM_MM = 1.5
-"""How far the restored image goes beyond the mask. Two masks of one brain differ by a voxel along
-their border, and a voxel of brain that is cut off costs more than one of fluid that is left."""
 LOG = logging.getLogger("nipype.interface")
 PROGRESS = "progress.json"
 """In the node's folder while it runs: ``sample`` of ``samples``, ``step`` of ``steps``."""
@@ -115,7 +112,7 @@ class Restore(MeasuredInterface):
 
     def _work(self, folder: Path) -> list[str]:
         from brainprior_bids.engine.device import choose_device
-        from brainprior_bids.engine.restore import restore
+        from brainprior_bids.engine.restore import RIM_MM, restore
         from brainprior_bids.engine.samplers.daps import DapsSettings
         from brainprior_bids.engine.weights import load_prior, sha256_file
 
