@@ -29,7 +29,7 @@ from brainprior_bids.engine.weights import load_parcellation, load_prior
 from brainprior_bids.evaluation.baselines import interpolate
 from brainprior_bids.evaluation.degrade import Recipe, degrade
 from brainprior_bids.evaluation.metrics import by_depth, compare, matching_gain
-from brainprior_bids.evaluation.picture import _padded
+from brainprior_bids.evaluation.picture import padded
 
 TRUE = (("boxcar", 1.0), ("trapezoid", 0.85), ("trapezoid", 1.0), ("trapezoid", 1.15),
         ("pulse", 1.0), ("cosine", 1.0))  # fmt: skip
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    truth, whole = _padded(args.brain)
+    truth, whole = padded(args.brain)
     inside = ndimage.binary_fill_holes(truth > 0)
     image = nib.Nifti1Image(truth, np.array(whole.affine))
     truth = truth / np.exp(n4(image, inside))

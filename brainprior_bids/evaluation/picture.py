@@ -66,7 +66,7 @@ def picture(
     UsageError
         If the voxels are not about 1 mm.
     """
-    truth, grid = _padded(brain)
+    truth, grid = padded(brain)
     inside = ndimage.binary_fill_holes(truth > 0)
     unit = float(np.percentile(truth[inside], 99))
     field = np.exp(n4(nib.Nifti1Image(truth, np.array(grid.affine)), inside))
@@ -122,7 +122,7 @@ def picture(
     return table
 
 
-def _padded(brain: Path) -> tuple[np.ndarray, Grid]:
+def padded(brain: Path) -> tuple[np.ndarray, Grid]:
     """The brain with a margin, whole slices along the third axis."""
     image = conform(brain, metadata={}).image
     spacing = np.linalg.norm(image.affine[:3, :3], axis=0)
