@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.engine.errors import GeometryError, InputError, UsageError
@@ -239,3 +240,12 @@ def test_a_matrix_needs_an_invertible_motion():
         SparseResample(grid, grid, np.zeros((4, 4)), within=torch.ones(3, 3, 3, dtype=torch.bool))
     with pytest.raises(InputError, match="lies within"):
         SparseResample(grid, grid, np.eye(4), within=torch.zeros(3, 3, 3, dtype=torch.bool))
+
+
+def test_the_rim_beyond_a_narrow_mask_is_restored(crossed):
+    first, second, truth = crossed
+    narrow = ndimage.binary_erosion(truth > 0)
+    done, _ = together(first, second, mask_1mm=narrow, rim_mm=1.5, n_samples=1, n_steps=2)
+    beyond = ndimage.distance_transform_edt(~narrow)
+    assert done.samples[0][beyond <= 1.5].all()
+    assert not done.samples[0][beyond > 1.5].any()

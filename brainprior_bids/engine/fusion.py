@@ -107,6 +107,7 @@ def fuse(
     to_mni305: ArrayLike,
     contrast: str,
     prior: native.PriorLike,
+    rim_mm: float = 0.0,
     sampler: str = "auto",
     n_samples: int = 4,
     n_steps: int = 20,
@@ -123,8 +124,8 @@ def fuse(
     runs : sequence of Run
         The first is the reference: the result lies on its 1 mm grid, in its unit.
     mask_1mm : array on ``runs[0].grid.one_millimetre()``
-        Brain; the result is 0 where it is 0.
-    to_mni305, contrast, prior, n_samples, n_steps, seed, device, observe
+        Brain; the result is 0 where it is 0, but for the rim.
+    to_mni305, contrast, prior, rim_mm, n_samples, n_steps, seed, device, observe
         As in ``restore``; ``to_mni305`` is the reference's.
     sampler : "auto" or "exact"
         The same: "exact".
@@ -156,6 +157,7 @@ def fuse(
     inside = native._volume("mask_1mm", mask_1mm, fine.shape).clamp(0, 1)
     if not bool((inside > 0.5).any()):
         raise InputError("fuse: the brain mask is empty. Pass another mask.")
+    inside = native._with_rim(inside, fine, rim_mm)
     matrix = np.asarray(to_mni305, dtype=np.float64)
     if matrix.shape != (4, 4) or not np.isfinite(matrix).all() or native._singular(matrix):
         raise GeometryError(f"fuse: to_mni305 must be an invertible 4 x 4 matrix, got\n{matrix}.")

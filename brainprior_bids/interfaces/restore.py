@@ -48,6 +48,7 @@ class Common(TypedDict):
     to_mni305: np.ndarray
     contrast: str
     prior: PriorLike
+    rim_mm: float
     sampler: str
     n_samples: int
     n_steps: int
@@ -134,6 +135,7 @@ class Restore(MeasuredInterface):
             to_mni305=np.array(read_json(Path(self.inputs.affine_json))["matrix"], np.float64),
             contrast=self.inputs.contrast,
             prior=prior,
+            rim_mm=RIM_MM,
             sampler=self.inputs.sampler,
             n_samples=self.inputs.n_samples,
             n_steps=self.inputs.n_steps,
@@ -153,7 +155,6 @@ class Restore(MeasuredInterface):
                 log_bias=_array(self.inputs.log_bias) if isdefined(self.inputs.log_bias) else None,
                 hidden=_array(self.inputs.hidden) if isdefined(self.inputs.hidden) else None,
                 daps=DapsSettings(n_levels=self.inputs.n_steps),
-                rim_mm=RIM_MM,
                 **self._trusted(grid),
                 **common,
             )
