@@ -131,7 +131,7 @@ def one_brain(path: Path, average: Path, args: argparse.Namespace) -> None:
     for run in explained:
         ratios = np.round([r.ratio for r in run.residuals], 2)
         print(f"  {run.name}: noise {args.noise} found {run.noise_sd:.4f}, residual {ratios}")
-    for method, row in figures(images, truth, inside).items():
+    for method, row in figures(images, truth, inside, grid.spacing_mm).items():
         cells = "  ".join(f"{key} {value:.4f}" for key, value in row.items())
         print(f"  {method:28s} {cells}", flush=True)
 
