@@ -32,6 +32,7 @@ from brainprior_bids.engine.grids import Grid
 from brainprior_bids.engine.restore import restore
 from brainprior_bids.engine.weights import load_prior
 from brainprior_bids.evaluation.degrade import Recipe, degrade
+from brainprior_bids.evaluation.figure import Column, draw
 from brainprior_bids.evaluation.thick_slices import figures
 from brainprior_bids.training.preprocess import UNIT, mni305_brain, prepare
 
@@ -134,6 +135,16 @@ def one_brain(path: Path, average: Path, args: argparse.Namespace) -> None:
     for method, row in figures(images, truth, inside, grid.spacing_mm).items():
         cells = "  ".join(f"{key} {value:.4f}" for key, value in row.items())
         print(f"  {method:28s} {cells}", flush=True)
+    if args.picture is not None:
+        shown = {"truth": truth, "cubic, first run": images[f"cubic, {runs[0].name}"]}
+        if not args.only_fused:
+            shown["first run restored"] = images[f"restored, {runs[0].name}"]
+        shown |= {"average of three": images["cubic, average of three"], "fused": images["fused"]}
+        columns = [Column(name, np.where(inside, image, 0), 1.1) for name, image in shown.items()]
+        name = path.name.partition("_")[0]
+        caption = f"{name} (OpenNeuro ds002748, CC0), {args.spacing:g} mm slices along i, j and k"
+        draw(args.picture / f"fuse_{name}.png", columns, inside=inside, spacing_mm=[1.0] * 3,
+             caption=caption)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -147,6 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--bias", type=float, default=0.1, help="SD of the log field")
     parser.add_argument("--degrees", type=float, default=4.0, help="SD of the rotations")
     parser.add_argument("--mm", type=float, default=4.0, help="SD of the shifts")
+    parser.add_argument("--picture", type=Path, help="folder for a PNG of each person")
     parser.add_argument("--only-fused", action="store_true", help="no single restorations")
     parser.add_argument("--n-samples", type=int, default=2)
     parser.add_argument("--n-steps", type=int, default=20)
