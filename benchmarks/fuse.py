@@ -54,6 +54,11 @@ def one_brain(path: Path, average: Path, args: argparse.Namespace) -> None:
     """Degrade, align, restore, fuse, print."""
     brain = prepare(path.name, "T1w", "report", path, mni305_brain(average))
     truth = brain.data.astype(np.float32) / UNIT
+    if args.crop is not None:
+        start = [(n - min(n, size)) // 2 for n, size in zip(truth.shape, args.crop, strict=True)]
+        block = tuple(slice(s, s + size) for s, size in zip(start, args.crop, strict=True))
+        truth = truth[block]
+        brain.to_mni305[:3, 3] += brain.to_mni305[:3, :3] @ start
     thick = round(args.spacing)
     sides = [(MARGIN, MARGIN + -(n + 2 * MARGIN) % thick) for n in truth.shape]
     truth = np.pad(truth, sides)
@@ -158,6 +163,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--bias", type=float, default=0.1, help="SD of the log field")
     parser.add_argument("--degrees", type=float, default=4.0, help="SD of the rotations")
     parser.add_argument("--mm", type=float, default=4.0, help="SD of the shifts")
+    parser.add_argument(
+        "--crop", type=int, nargs=3, help="a block of the brain, as if there were no more; mm"
+    )
     parser.add_argument("--picture", type=Path, help="folder for a PNG of each person")
     parser.add_argument("--only-fused", action="store_true", help="no single restorations")
     parser.add_argument("--n-samples", type=int, default=2)
