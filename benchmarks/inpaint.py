@@ -15,7 +15,7 @@ the noise-free truth, in units of the brain's 99th percentile: MAE and SSIM of
 the truth: 1 where the border cannot be told. ``control`` puts a dark lesion under the mask
 and restores again with the same numbers: the largest difference of the two results, which is 0
 if nothing under the mask was believed. That the command leaves the scan outside the mask as it
-was, bit for bit, is tested (tests/test_app_tasks.py).
+was, bit for bit, is tested (tests/test_interfaces_nodes.py).
 """
 
 from __future__ import annotations
