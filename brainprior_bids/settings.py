@@ -30,6 +30,7 @@ FUSE = ("runs",)
 SPACES = ("anat", "MNI305")
 EXPORT_PER = ("subject", "session")
 LEVELS = ("participant", "group")
+OUTPUT_GRIDS = ("1mm", "native")
 LOW_MEMORY_TILE_MM = 32
 """Tiles of the prior under ``--low-mem``."""
 
@@ -81,6 +82,8 @@ class Settings:
         Overrides the sidecars.
     output_spaces : tuple of str
         Of ``anat`` (the scan's own) and ``MNI305``.
+    output_grid : str
+        ``native`` writes the whole head on the scan's own voxels as well.
     skull_strip, parcellation : str
         Where brain mask and structures come from.
     synthstrip_model : Path or None
@@ -121,6 +124,7 @@ class Settings:
     n_steps: int = 20
     save_samples: bool = False
     output_spaces: tuple[str, ...] = SPACES
+    output_grid: str = "1mm"
     fuse: str | None = None
     lesion_mask: str | None = None
     dilate_mm: float = 0.0
@@ -199,6 +203,7 @@ class Settings:
             "n_steps": self.n_steps,
             "save_samples": self.save_samples,
             "output_spaces": list(self.output_spaces),
+            "output_grid": self.output_grid,
             "fuse": self.fuse,
             "dilate_mm": self.dilate_mm,
             "trust": self.trust,

@@ -70,6 +70,8 @@ def test_prefixes_are_stripped_and_aliases_taken(folders):
         (["--task", "restore", "refine", "-d", "fs={fs}", "--trust", "x.nii"], "one SD"),
         (["--task", "refine", "inpaint", "-d", "fs={fs}"], "do not go together"),
         (["--trust", "0.1"], "needs --task refine"),
+        (["--output-grid", "native", "--task", "inpaint"], "by itself"),
+        (["--output-grid", "native", "--fuse", "runs"], "not for --fuse runs"),
         (["--dilate", "2"], "needs --task inpaint"),
         (["--lesion-mask", "x"], "needs --task inpaint"),
         (["--task", "inpaint", "--lesion-mask", "{who}"], "is not known"),

@@ -373,6 +373,48 @@ def test_another_tools_image_and_its_trust(files, raw, output_dir, prior, tmp_pa
         refined("cut", trust_map=str(tmp_path / "cut.nii.gz"))
 
 
+def test_the_whole_head_on_the_scans_own_voxels(files, raw, prior, output_dir, tmp_path):
+    """Bit for bit the scan outside, and inside as far from it as the noise goes."""
+    restored = run(
+        Restore(
+            in_file=files["scan"],
+            **{key: files[key] for key in ("conform_json", "mask", "mask_scan", "affine_json")},
+            log_bias=files["log_bias"],
+            prior=str(prior),
+            contrast="FLAIR",
+            n_samples=1,
+            n_steps=4,
+            seed=3,
+            native=True,
+        ),
+        tmp_path / "n",
+    )
+    run(
+        writer(files, raw, output_dir, restored_native=restored.restored_native,
+               restore_json=restored.restore_json, uncertainty=None, samples=None),
+        tmp_path / "w",
+    )  # fmt: skip
+    (path,) = output_dir.glob("sub-01/ses-a/anat/*_res-native_desc-restored_FLAIR.nii.gz")
+    made = nib.load(path)
+    scan = nib.load(raw / "sub-01" / "ses-a" / "anat" / "sub-01_ses-a_FLAIR.nii.gz")
+    assert made.shape == scan.shape
+    np.testing.assert_allclose(made.affine, scan.affine, atol=1e-5)
+    canonical = nib.as_closest_canonical(made)
+    before = np.asarray(nib.load(files["scan"]).dataobj, np.float32)
+    after = np.asarray(canonical.dataobj, np.float32)
+    inside = np.asarray(nib.load(files["mask_scan"]).dataobj) > 0.999
+    np.testing.assert_array_equal(after[~inside], before[~inside])
+    facts = json.loads(Path(restored.restore_json).read_text())
+    noise = facts["noise_sd_initial"] * facts["unit"]
+    apart = np.sqrt(np.mean((after - before)[inside] ** 2)) / noise
+    assert 0.1 < apart < 2
+    assert facts["changed_share"]["outside"] == 0
+    assert facts["changed_share"]["inside"] > 0.9
+    side = json.loads(path.with_name(path.name.replace(".nii.gz", ".json")).read_text())
+    assert side["SkullStripped"] is False
+    assert side["Resolution"]
+
+
 def test_the_records_hold_the_hashes_of_what_is_there(files, raw, output_dir, tmp_path):
     run(writer(files, raw, output_dir), tmp_path / "w")
     (path,) = (output_dir / "prov").glob("*_ent.json")

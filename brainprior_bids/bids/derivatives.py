@@ -279,6 +279,18 @@ def sidecars(
     if "restored_mni305" in outputs:
         text = description + "; resampled once to MNI305"
         made["restored_mni305"] = {"Description": text, **image, **estimator, **template}
+    if "restored_native" in outputs:
+        made["restored_native"] = {
+            "Description": "the whole head on the scan's own voxels, bias field and skull "
+            "included: voxels that lie wholly in the brain are what the result predicts for "
+            "them, every other voxel is the scan's",
+            **image,
+            **estimator,
+            "SkullStripped": _came_stripped(facts),
+            "Resolution": "the voxels of the scan",
+            "Sources": [raw, restored, mask],
+            "ChangedShare": restore.get("changed_share"),
+        }
     if "hidden" in outputs:
         made["hidden"] = {
             "Description": "where the scan was not believed: the lesion mask, as dilated",

@@ -138,6 +138,7 @@ def output_names(
     spaces: Collection[str] = ("anat", "MNI305"),
     save_samples: bool = False,
     image: str = "restored",
+    native: bool = False,
 ) -> dict[str, str]:
     """What one restored scan leaves in ``sub-XX/[ses-YY/]anat``: role -> file name.
 
@@ -166,6 +167,8 @@ def output_names(
     }
     if n_samples > 1:
         names["uncertainty"] = source.derivative(desc=named(image, "uncertainty"))
+    if native:
+        names["restored_native"] = source.derivative(res="native", desc=image)
     if save_samples:
         for index in range(n_samples):
             role = sample_role(index)

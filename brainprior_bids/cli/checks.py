@@ -52,6 +52,13 @@ def check_task(options: argparse.Namespace, task: str) -> None:
             + ", ".join(name.replace("+", " ") for name in TASKS)
             + "."
         )
+    if options.output_grid == "native" and (task in ("inpaint", "refine") or options.fuse):
+        what = f"--fuse {options.fuse}" if options.fuse else f"--task {task}"
+        raise UsageError(
+            f"--output-grid native is for one scan that is restored, not for {what}: "
+            "--task inpaint keeps the scan's grid by itself, the others have several grids, or "
+            "another tool's. Leave it out."
+        )
     if "refine" in task:
         _check_refine(options, task)
     elif options.trust is not None:

@@ -27,6 +27,7 @@ from brainprior_bids.settings import (
     LOW_MEMORY_TILE_MM,
     MODALITIES,
     OTHER_MODALITIES,
+    OUTPUT_GRIDS,
     PARCELLATIONS,
     SAMPLERS,
     SKULL_STRIPS,
@@ -268,6 +269,13 @@ def output_options(group: Group) -> None:
         metavar="SPACE",
         help="anat (the scan's own frame, always written) and MNI305 (default: both). Other "
         "templates need a nonlinear registration: hand the result on to fMRIPrep",
+    )
+    group.add_argument(
+        "--output-grid",
+        choices=OUTPUT_GRIDS,
+        default="1mm",
+        help="1mm (default), or native: beside the 1 mm brain the whole head on the scan's own "
+        "voxels (res-native), the brain as the result predicts it, every other voxel the scan's",
     )
     group.add_argument(
         "--export",

@@ -181,6 +181,7 @@ def parse_settings(argv: Sequence[str]) -> Settings:
         dilate_mm=options.dilate_mm,
         trust=options.trust,
         output_spaces=tuple(s for s in SPACES if s in options.output_spaces) or SPACES,
+        output_grid=options.output_grid,
         exports=exports,
         export_per=options.export_per,
         prior=prior,

@@ -78,6 +78,7 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
             n_samples=settings.n_samples,
             spaces=settings.output_spaces,
             save_samples=settings.save_samples,
+            native=settings.output_grid == "native",
             image=settings.image,
         )
         for name in names.values():

@@ -125,7 +125,7 @@ class Restoration:
     warnings: list[str] = field(default_factory=list)
     not_eps: str | None = None  # why "auto" took "exact"
     anchor: tuple[float, float] | None = None  # its gain to the scan, and its correlation
-    predictions: NDArray[np.float32] | None = None  # with ``hidden``: (1 + n) scans, mean first
+    predictions: NDArray[np.float32] | None = None  # (1 + n) scans, mean first
 
     @property
     def residual_ratios(self) -> list[float]:
@@ -181,6 +181,7 @@ def restore(
     rim_mm: float = 0.0,
     log_bias: ArrayLike | Tensor | None = None,
     hidden: ArrayLike | Tensor | None = None,
+    on_scan: bool = False,
     noise_sd: float | ArrayLike | Tensor | None = None,
     anchor: ArrayLike | Tensor | None = None,
     anchor_sd: float | None = None,
@@ -225,6 +226,8 @@ def restore(
     hidden : (i, j, k), optional
         Above 0 where the scan is not to be believed (a lesion): no measurement there. It must
         lie inside the masks.
+    on_scan : bool
+        Fill ``Restoration.predictions`` too, as ``hidden`` does.
     noise_sd : float or (i, j, k), optional
         Of a scan voxel, engine unit; given, it is kept. None estimates it from the scan, not
         below ``NOISE_FLOOR``, and may lower it by up to a half while sampling.
@@ -437,7 +440,8 @@ def restore(
     samples = np.zeros((n_samples, *fine.shape), np.float32)
     expected = np.zeros(fine.shape, np.float32)
     residuals: list[Residual] = []
-    predictions = np.zeros((0 if hidden is None else 1 + n_samples, *grid.shape), np.float32)
+    predicting = on_scan or hidden is not None
+    predictions = np.zeros((predicting * (1 + n_samples), *grid.shape), np.float32)
 
     def predict(x: Tensor) -> NDArray[np.float32]:
         part = _on_scan(likelihood.forward(x).cpu(), box, tuple(data.shape), grid.shape)
@@ -514,16 +518,16 @@ def restore(
             extra = bias_field.evaluate(likelihood.coefficients, everywhere)
             gain = float(extra[brain].mean().exp())
             start_and_found += extra / n_samples
-        if hidden is not None:
+        if predicting:
             predictions[1 + index] = predict(x0)
         samples[(index, *box.image_slices)] = x0.cpu().numpy() * (unit * gain)
         if sampler in ("exact", "eps"):
             terms = len(sigmas) // 2 if sampler == "exact" else len(sigmas)
             conditional *= final / (n_samples * terms)
-            if hidden is not None:
+            if predicting:
                 predictions[0] += predict(conditional)
             expected[box.image_slices] += conditional.cpu().numpy() * (unit * gain)
-        elif hidden is not None:
+        elif predicting:
             predictions[0] += predictions[1 + index] / n_samples
     start_and_found -= start_and_found[believed].mean()
     warnings += judge(residuals)
@@ -537,7 +541,7 @@ def restore(
             if isinstance(likelihood, AnchoredLikelihood)
             else None
         ),
-        predictions=predictions if hidden is not None else None,
+        predictions=predictions if predicting else None,
         log_bias=start_and_found.numpy().astype(np.float32),
         noise_sd_initial=initial / thinned,
         noise_sd=float(np.mean(noises)),

@@ -26,7 +26,10 @@ from brainprior_bids.interfaces.base import (
     MeasuredOutputSpec,
 )
 
-IMAGES = ("hidden", "uncertainty", "restored_mni305", "residual", "mask", "structures")
+IMAGES = (
+    "hidden", "uncertainty", "restored_mni305", "restored_native", "residual", "mask",
+    "structures",
+)  # fmt: skip
 TEXTS = ("to_mni305", "from_mni305")
 
 
@@ -108,6 +111,7 @@ class _WriteInputSpec(_ScanFilesInputSpec):
     to_mni305 = File(exists=True, mandatory=True)
     from_mni305 = File(exists=True, mandatory=True)
     lesion_json = File(exists=True, desc="of Lesion")
+    restored_native = File(exists=True, desc="the whole head on the scan's grid")
     samples = InputMultiPath(File(exists=True), desc="every sample, where they are to be kept")
     figures = InputMultiPath(File(exists=True))
     records = InputMultiPath(File(exists=True), desc="node.json of the nodes before")
@@ -240,6 +244,7 @@ class Write(MeasuredInterface):
             spaces=inputs.settings["output_spaces"],
             save_samples=bool(samples),
             image=inputs.image_desc,
+            native=isdefined(inputs.restored_native),
         )
         anat = PurePosixPath(scan.name.folder) / "anat"
         outputs = {role: str(anat / name) for role, name in names.items()}
@@ -247,7 +252,7 @@ class Write(MeasuredInterface):
         code = facts["conform"]["facts"]["affine"]["code"]
         # on the scan's grid: in the order of axes in which the file is stored
         stored = str(facts["conform"]["facts"]["original"]["axis_codes"])
-        own_grid = {"residual", "hidden"}
+        own_grid = {"residual", "hidden", "restored_native"}
         if inputs.image_desc == "inpainted":
             own_grid |= {role for role in outputs if role.startswith("sample")}
             own_grid |= {"restored", "uncertainty"}

@@ -41,6 +41,10 @@ OUTSIDE_TRAINING = (
 )
 
 
+WHOLLY = 0.999
+"""A voxel of the scan with this share of brain is brain alone."""
+
+
 class Common(TypedDict):
     """What ``restore`` and ``fuse`` are both told."""
 
@@ -91,12 +95,16 @@ class _RestoreInputSpec(MeasuredInputSpec):
     keep_scan = traits.Bool(
         False, usedefault=True, desc="leave the scan with its hidden voxels filled in"
     )
+    native = traits.Bool(
+        False, usedefault=True, desc="leave the whole head on the scan's grid too"
+    )
     save_samples = traits.Bool(False, usedefault=True, desc="leave every sample as an image")
     label = traits.Str("", usedefault=True, nohash=True, desc="the scan, for progress lines")
 
 
 class _RestoreOutputSpec(MeasuredOutputSpec):
     image = File(desc="the result: restored, or with keep_scan the filled scan on its grid")
+    restored_native = File(desc="with native: the scan, its brain as the result predicts it")
     restored = File(desc="mean of the samples on the 1 mm grid, scanner units")
     uncertainty = File(desc="SD of the samples, same grid and units; with 2 samples or more")
     log_bias = File(desc="natural log of the bias field found, on the scan's grid")
@@ -154,6 +162,7 @@ class Restore(MeasuredInterface):
                 mask=_array(self.inputs.mask_scan),
                 log_bias=_array(self.inputs.log_bias) if isdefined(self.inputs.log_bias) else None,
                 hidden=_array(self.inputs.hidden) if isdefined(self.inputs.hidden) else None,
+                on_scan=self.inputs.native,
                 daps=DapsSettings(n_levels=self.inputs.n_steps),
                 **self._trusted(grid),
                 **common,
@@ -215,13 +224,17 @@ class Restore(MeasuredInterface):
             here = _array(self.inputs.hidden) > 0
             scan = _array(self.inputs.in_file)
             image, *filled = np.where(here, done.predictions, scan).astype(np.float32)
-            changed = image != scan
-            facts["changed_share"] = {
-                where: round(float(changed[part].mean()), 6) if part.any() else None
-                for where, part in (("inside", here), ("outside", ~here))
-            }
+            facts["changed_share"] = _changed(image, scan, here)
             samples, target = np.stack(filled), grid
             sd = samples.std(0, ddof=1) if len(samples) > 1 else None
+        if self.inputs.native:
+            # partly outside the brain, a voxel's prediction lacks the rest of the head
+            assert done.predictions is not None
+            whole = _array(self.inputs.mask_scan) > WHOLLY
+            scan = _array(self.inputs.in_file)
+            native = np.where(whole, done.predictions[0], scan)
+            facts["changed_share"] = _changed(native, scan, whole)
+            self._results["restored_native"] = save(native, grid, folder / "native.nii.gz")
         self._results["restore_json"] = str(write_json(folder / "restore.json", facts))
         if self.inputs.save_samples:
             self._results["samples"] = [
@@ -350,6 +363,15 @@ def environment(device: str, threads: int) -> dict[str, Any]:
         facts["cudnn_deterministic"] = torch.backends.cudnn.deterministic
         facts["tf32"] = torch.backends.cuda.matmul.allow_tf32
     return facts
+
+
+def _changed(image: np.ndarray, scan: np.ndarray, inside: np.ndarray) -> dict[str, float | None]:
+    """Share of the voxels of a scan that are not as they were, inside and outside of a mask."""
+    changed = image != scan
+    return {
+        where: round(float(changed[part].mean()), 6) if part.any() else None
+        for where, part in (("inside", inside), ("outside", ~inside))
+    }
 
 
 def _shares(
