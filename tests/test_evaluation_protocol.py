@@ -258,3 +258,32 @@ def test_every_study_is_planned(ready):
     assert not any(source.name == "3" for source, _ in found)
     assert {c.width for _, c in found} == {0.9, 1.1}
     assert all(c.crop_mm is None for _, c in found if c.study == "segmentation")
+
+
+def test_ablations_and_segmentation_have_tables(tmp_path):
+    record = protocol.measure(toy_person(), SMALL, prior=load_prior(), penalties=protocol.UNTUNED)
+    facts = {"synthetic": False, "prior_sha256": "ab" * 32, "tuned_on": []}
+    parts = {
+        method: {
+            "dice": {"3": 0.5 + at / 10, "42": 0.5, "2": 0.9},
+            "volume_error": {"3": -0.1, "42": 0.1, "2": 0.0},
+            "mean_dice": 0.6 + at / 10,
+            "mean_absolute_volume_error": 0.0667,
+        }
+        for at, method in enumerate(("true", "degraded", "cubic", "tv"))
+    }
+    parts |= {"restored": parts["tv"], "sample": parts["cubic"]}
+    for study, more in (
+        ("ablation", {"variant": "as it comes"}),
+        ("ablation", {"variant": "field by N4"}),
+        ("segmentation", {"segmentation": parts}),
+    ):
+        path = tmp_path / "results" / study / f"{more.get('variant', 'x')}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({**record, **facts, "study": study, **more}))
+    text = tables.write_tables(tmp_path).read_text()
+    shown = record["methods"]["restored"]
+    assert f"| as it comes | eps | {shown['mae']:.4f} | {shown['psnr_db']:.2f} |" in text
+    assert f"| cubic, field by N4 | | {record['methods']['cubic']['mae']:.4f} |" in text
+    assert "| slices as they are | 0.700 | 0.550 | 0.900 | n/a | 6.7 |" in text
+    assert (tmp_path / "segmentation.png").stat().st_size > 3000

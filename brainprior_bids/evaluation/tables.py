@@ -235,10 +235,9 @@ def _segmentation(records: Sequence[Record]) -> list[str]:
             rows = [r["segmentation"][method] for r in group]
             cells = [mean_sd([row["mean_dice"] for row in rows], 3)]
             for pair in (("3", "42"), ("2", "41"), ("4", "43")):
-                found = [
-                    np.mean([row["dice"][i] for i in pair if i in row["dice"]]) for row in rows
-                ]
-                cells.append(mean_sd([float(v) for v in found], 3))
+                known = [[row["dice"][i] for i in pair if i in row["dice"]] for row in rows]
+                means = [float(np.mean(values)) for values in known if values]
+                cells.append(mean_sd(means, 3) if means else "n/a")
             errors = [100 * row["mean_absolute_volume_error"] for row in rows]
             text.append(f"| {NAMES[method]} | " + " | ".join(cells) + f" | {mean_sd(errors, 1)} |")
     return text
