@@ -28,7 +28,7 @@ from brainprior_bids.evaluation.studies import ABLATIONS, DAPS, LOW_FIELD, REFER
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 """Of the protocol: raise it when a record's meaning changes."""
 
 
@@ -415,6 +415,7 @@ def _measure(
         prior=_prior(prior, device),
         penalties=penalties,
         network=_parcellation() if condition.segment else None,
+        own_labels=source.synthetic,
         device=device,
         picture=folder / "pictures" / f"{condition.study}_{stem}.png" if picture else None,
     )

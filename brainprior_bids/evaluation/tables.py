@@ -232,6 +232,8 @@ def _segmentation(records: Sequence[Record]) -> list[str]:
         text += ["| | mean Dice | cortex | white matter | ventricles | volume error, % |"]
         text += ["|---" * 6 + "|"]
         for method in ("true", "degraded", "cubic", "tv", "restored", "sample"):
+            if method not in group[0]["segmentation"]:
+                continue
             rows = [r["segmentation"][method] for r in group]
             cells = [mean_sd([row["mean_dice"] for row in rows], 3)]
             for pair in (("3", "42"), ("2", "41"), ("4", "43")):
