@@ -148,7 +148,7 @@ def test_samples_have_the_posteriors_mean_and_spread():
     white = torch.einsum("cab,ncbq->ncaq", whiten, lines)
     white = torch.einsum("cab,ncbq->ncaq", level.root, white)  # in units of x, K-weighted
     variance = white.square().mean((0, 3))  # (4, 12)
-    assert float(variance.sum() / (level.variance.sum())) == pytest.approx(1, abs=0.05)
+    assert float(variance.sum() / (level.variance.sum())) == pytest.approx(1, abs=0.08)
     centre = draws.mean(0) - mean
     assert float(centre.square().mean() / (level.variance.mean() / count)) == pytest.approx(
         1, abs=0.25

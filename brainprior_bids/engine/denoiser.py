@@ -329,6 +329,11 @@ class Prior:
         return bool(self.model.network.config["stacks"])
 
     @property
+    def inflation(self) -> float:
+        """Of the noise that ``eps`` adds, as calibrated on held-out people; else 1."""
+        return float(self.metadata.get("inflation", 1.0))
+
+    @property
     def takes_holes(self) -> bool:
         """Whether that includes scans on the image's own grid of which a part is hidden."""
         return self.takes_stacks and self.metadata.get("recipe", {}).get("holes", 0) > 0

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Posterior samples by the probability flow, under a prior that is told of the slices.
 
-The network itself gives ``D(x_t, y; sigma) = E[x | x_t, y]`` (see ``stacks``; EPS, arXiv
-2606.17048), so nothing has to be mended by the data afterwards: the differential equation of the
-diffusion, ``dx/dsigma = (x - D) / sigma``, started from noise, ends in a sample of p(x | y).
-Solver: DPM-Solver++(2M), arXiv 2211.01095, second order with one network call a level.
+The network itself gives ``D(x_t, y; sigma) = E[x | x_t, y]`` (see ``stacks`` and ``voxels``; EPS,
+arXiv 2606.17048), so nothing has to be mended by the data afterwards: the reverse diffusion,
+started from noise, ends in a sample of p(x | y). Solver: DPM-Solver++(2M), arXiv 2211.01095, second
+order with one network call a level: the stochastic form at high noise, where fresh noise undoes the
+errors of earlier calls, the deterministic one below ``QUIET``, where noise would have to be taken
+out of what was measured.
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ from torch import Tensor
 
 from brainprior_bids.engine.errors import DivergenceError
 
+QUIET = 0.1
+"""Noise level up to which no fresh noise is added, engine unit."""
+
 Denoise = Callable[[Tensor, float], Tensor]
 Observe = Callable[[int, float, Tensor, Tensor], None]
 
@@ -29,6 +34,7 @@ def sample_eps(
     shape: tuple[int, ...],
     generator: torch.Generator,
     blind: float,
+    inflation: float = 1.0,
     device: torch.device | str = "cpu",
     observe: Observe | None = None,
 ) -> Tensor:
@@ -45,9 +51,12 @@ def sample_eps(
     sigmas : sequence of float
         Falling levels that end in 0.
     generator : torch.Generator
-        On the CPU; the only source of randomness, used for the start alone.
+        On the CPU; the only source of randomness.
     blind : float
         A noise level far above the image's values.
+    inflation : float
+        Factor on the noise that is added. 1 for an exact ``denoise``; a trained one leaves out part
+        of what is open, and somewhat above 1 gives that back (S_noise of EDM, arXiv 2206.00364).
     observe : function, optional
         Called as ``observe(step, sigma, mean, x)`` after each call, step 0 being the blind one.
 
@@ -61,7 +70,7 @@ def sample_eps(
     if observe is not None:
         observe(0, blind, mean, mean)
     noise = torch.randn(shape, generator=generator).to(device)
-    x = mean + sigmas[0] * noise
+    x = mean + inflation * sigmas[0] * noise
     before: Tensor | None = None
     step_before = 0.0
     for step, (sigma, following) in enumerate(pairwise(sigmas), 1):
@@ -74,7 +83,13 @@ def sample_eps(
             if before is not None:
                 half = size / (2 * step_before)
                 ahead = (1 + half) * mean - half * before
-            x = (following / sigma) * x + (1 - following / sigma) * ahead
+            kept = following / sigma
+            if following > QUIET:
+                fresh = inflation * following * math.sqrt(1 - kept**2)
+                noise = torch.randn(shape, generator=generator).to(device)
+                x = kept**2 * x + (1 - kept**2) * ahead + fresh * noise
+            else:
+                x = kept * x + (1 - kept) * ahead
             before, step_before = mean, size
         if observe is not None:
             observe(step, sigma, mean, x)
