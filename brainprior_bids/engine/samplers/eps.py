@@ -3,10 +3,10 @@
 
 The network itself gives ``D(x_t, y; sigma) = E[x | x_t, y]`` (see ``stacks`` and ``voxels``; EPS,
 arXiv 2606.17048), so nothing has to be mended by the data afterwards: the reverse diffusion,
-started from noise, ends in a sample of p(x | y). Solver: DPM-Solver++(2M), arXiv 2211.01095, second
-order with one network call a level: the stochastic form at high noise, where fresh noise undoes the
-errors of earlier calls, the deterministic one below ``QUIET``, where noise would have to be taken
-out of what was measured.
+started from noise, ends in a sample of p(x | y). Solver: DPM-Solver++(2M), arXiv 2211.01095, with
+one network call a level: its stochastic form at high noise, where fresh noise undoes the errors of
+earlier calls, the deterministic one below ``QUIET``, where noise would have to be taken out of
+what was measured.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def sample_eps(
     blind : float
         A noise level far above the image's values.
     inflation : float
-        Factor on the noise that is added. 1 for an exact ``denoise``; a trained one leaves out part
-        of what is open, and somewhat above 1 gives that back (S_noise of EDM, arXiv 2206.00364).
+        Factor on the noise that is added. 1 for an exact ``denoise``; a trained one leaves out a
+        part of what is open, and more than 1 gives that back (S_noise of EDM, arXiv 2206.00364).
     observe : function, optional
         Called as ``observe(step, sigma, mean, x)`` after each call, step 0 being the blind one.
 
