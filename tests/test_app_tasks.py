@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inpainting and refinement through the command, each beside scans that cannot be used."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from brainprior_bids.evaluation import demo
+
+pytestmark = pytest.mark.timeout(900)
+
+
+def brainprior(*arguments):
+    """Run the command with few steps; exit code and status table."""
+    done = subprocess.run(
+        [sys.executable, "-m", "brainprior_bids", *map(str, arguments), "--device", "cpu",
+         "--nprocs", "2", "--omp-nthreads", "1", "--sloppy", "--skip-bids-validation"],
+        capture_output=True, text=True, check=False,
+        env={"PATH": os.environ["PATH"], "HOME": "/nonexistent"},
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def status(output_dir):
+    """Participant -> (status, message), of the rows with that task."""
+    with (output_dir / "logs" / "status.tsv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE))
+    return {(r["source"][4:6], r["task"]): (r["status"], r["message"]) for r in rows}
+
+
+def put(path, data, affine, **sidecar):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = nib.Nifti1Image(data, affine)
+    image.set_sform(affine, 1)
+    image.set_qform(affine, 1)
+    nib.save(image, path)
+    if sidecar:
+        path.with_name(path.name.replace(".nii.gz", ".json")).write_text(json.dumps(sidecar))
+
+
+THICK = {"SliceThickness": 5.0, "SpacingBetweenSlices": 5.0, "MRAcquisitionType": "2D"}
+
+
+@pytest.fixture(scope="module")
+def head():
+    return demo.make_demo()
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory, head):
+    """Six participants with the demo scan and a lesion mask each, five of them wrong."""
+    root = tmp_path_factory.mktemp("tasks") / "raw"
+    affine = np.array(head.scan_grid.affine)
+    middle = np.array(head.scan_grid.shape) // 2
+    lesion = np.zeros(head.scan_grid.shape, np.uint8)
+    lesion[
+        middle[0] + 18 : middle[0] + 30, middle[1] : middle[1] + 12, middle[2] : middle[2] + 2
+    ] = 1
+    masks = {
+        "01": {"sub-01_label-lesion_roi": lesion},
+        "02": {"sub-02_label-lesion_roi": lesion[::2, ::2]},
+        "03": {"sub-03_label-lesion_roi": 0 * lesion},
+        "04": {"sub-04_label-lesion_roi": np.ones_like(lesion)},
+        "05": {"ses-b/sub-05_ses-b_label-lesion_roi": lesion},
+        "06": {"sub-06_label-lesion_roi": lesion, "sub-06_label-lesion_desc-b_roi": lesion},
+    }
+    for subject, named in masks.items():
+        session = "ses-a" if subject == "05" else ""
+        stem = f"sub-{subject}" + (f"_{session}" if session else "")
+        folder = root / f"sub-{subject}" / session / "anat"
+        put(folder / f"{stem}_T1w.nii.gz", head.scan, affine, **THICK)
+        for name, mask in named.items():
+            where, _, name = name.rpartition("/")
+            at = affine @ np.diag([2, 2, 1, 1]) if subject == "02" else affine
+            put(root / f"sub-{subject}" / where / "anat" / f"{name}.nii.gz", mask, at)
+    (root / "dataset_description.json").write_text('{"Name": "x", "BIDSVersion": "1.10.0"}')
+    return root
+
+
+def digests(folder):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def inpainted(raw):
+    output_dir = raw.parent / "out"
+    return brainprior(raw, output_dir, "participant", "--task", "inpaint"), output_dir
+
+
+def test_a_good_lesion_is_filled_and_the_others_named(inpainted, raw):
+    done, output_dir = inpainted
+    assert done.returncode == 1
+    rows = {subject: row for (subject, _), row in status(output_dir).items()}
+    assert rows.pop("01")[0] == "done"
+    for subject, said in (
+        ("02", "grid"),
+        ("03", "empty"),
+        ("04", "cover"),
+        ("05", "another session"),
+        ("06", "2 lesion masks"),
+    ):
+        state, message = rows.pop(subject)
+        assert (state, f"sub-{subject}" in message, said in message) == ("failed", True, True)
+        assert message in done.stderr
+        assert not list((output_dir / f"sub-{subject}").rglob("*.nii.gz"))
+    assert not rows
+    anat = output_dir / "sub-01" / "anat"
+    before = np.asarray(nib.load(raw / "sub-01/anat/sub-01_T1w.nii.gz").dataobj)
+    after = np.asarray(nib.load(anat / "sub-01_desc-inpainted_T1w.nii.gz").dataobj)
+    hole = np.asarray(nib.load(raw / "sub-01/anat/sub-01_label-lesion_roi.nii.gz").dataobj) > 0
+    np.testing.assert_array_equal(after[~hole], before.astype(np.float32)[~hole])
+    assert (after[hole] != before[hole]).mean() > 0.99
+
+
+def test_another_tools_image_is_refined_beside_it(inpainted, raw, head, tmp_path):
+    _, output_dir = inpainted
+    before = digests(output_dir / "sub-01" / "anat")
+    tool = tmp_path / "tool"
+    smooth = ndimage.gaussian_filter(head.truth * head.brain, 1.0).astype(np.float32)
+    affine = np.array(head.grid.affine)
+    put(tool / "sub-01/anat/sub-01_desc-SynthSR_T1w.nii.gz", smooth, affine)
+    for desc in ("one", "two"):
+        put(tool / f"sub-03/anat/sub-03_desc-{desc}_T1w.nii.gz", smooth, affine)
+    (tool / "dataset_description.json").write_text("{}")
+    asked = [raw, output_dir, "participant", "--participant-label", "01", "02", "03",
+             "--task", "restore", "refine", "-d", f"tool={tool}"]  # fmt: skip
+    done = brainprior(*asked, "--trust", "0")
+    assert done.returncode == 2
+    assert "--trust must be above 0" in done.stderr
+    done = brainprior(*asked, "--trust", "0.05")
+    assert done.returncode == 1
+    rows = {s: row for (s, task), row in status(output_dir).items() if task == "restore+refine"}
+    assert rows["01"][0] == "done"
+    assert rows["02"][0] == rows["03"][0] == "failed"
+    assert "no image to refine" in rows["02"][1]
+    assert "expected one image" in rows["03"][1]
+    anat = output_dir / "sub-01" / "anat"
+    made = nib.load(anat / "sub-01_desc-restoredRefined_T1w.nii.gz")
+    np.testing.assert_allclose(made.header.get_zooms(), 1.0, atol=0.02)
+    after = digests(anat)
+    assert {name for name in before if "inpainted" in name} <= set(after)
+    assert all(after[name] == digest for name, digest in before.items() if "inpainted" in name)
