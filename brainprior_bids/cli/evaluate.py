@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES))
     what.add_argument("--spacing", type=float, nargs="+", default=[3.0, 5.0, 7.0], metavar="MM")
     what.add_argument("--noise", type=float, nargs="+", default=[0.01, 0.03], metavar="SD")
-    what.add_argument("--profile", default="trapezoid", help="boxcar, trapezoid, cosine, pulse")
+    what.add_argument("--profile", default="pulse", help="boxcar, trapezoid, cosine, pulse")
     what.add_argument(
         "--width-off",
         type=float,

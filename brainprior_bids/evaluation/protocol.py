@@ -198,7 +198,7 @@ class Condition:
     spacing_mm: float = 5.0
     noise_sd: float = 0.01
     width: float = 1.0
-    profile: str = "trapezoid"
+    profile: str = "pulse"
     in_plane_mm: float | None = None
     rician: bool = False
     bias_sd: float = 0.0

@@ -397,11 +397,18 @@ def _single_thread(_: int) -> None:
 
 
 def export(
-    trainer: Trainer, brains: Sequence[Brain], path: Path, *, name: str, limit: int
+    trainer: Trainer,
+    brains: Sequence[Brain],
+    path: Path,
+    *,
+    name: str,
+    limit: int,
+    inflation: float,
 ) -> dict[str, Any]:
     """Measure the error spectra on the validation brains and write the weights.
 
-    ``limit`` brains a contrast are measured. Returns the metadata.
+    ``limit`` brains a contrast are measured; ``inflation`` is that of ``sample_eps``. Returns the
+    metadata.
     """
     prior = trainer.prior()
     held_out = [brain for brain in brains if brain.split == "validation"]
@@ -425,6 +432,7 @@ def export(
         "hours": round(trainer.seconds / 3600, 2),
         "device": trainer.device.type,
         "gain": gains(prior, held_out),
+        "inflation": inflation,
     }
     write_weights(path, prior_state(prior.model, spectra), metadata)
     return metadata
@@ -473,6 +481,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out.add_argument("--name", default="brainprior-small", help="name kept with the weights")
     out.add_argument(
         "--spectrum-brains", type=int, default=3, help="validation brains a contrast for V_sigma"
+    )
+    out.add_argument(
+        "--inflation",
+        type=float,
+        default=1.0,
+        help="factor on the noise of the sampler eps, calibrated on validation people",
     )
     out.add_argument(
         "--export-only", action="store_true", help="write --out from the checkpoint, no training"
@@ -577,7 +591,14 @@ def _train(args: argparse.Namespace, processes: Processes) -> int:
         )
     if (args.out is not None or args.export_only) and processes.first:
         path = args.out or FOLDER / "prior.safetensors"
-        metadata = export(trainer, brains, path, name=args.name, limit=args.spectrum_brains)
+        metadata = export(
+            trainer,
+            brains,
+            path,
+            name=args.name,
+            limit=args.spectrum_brains,
+            inflation=args.inflation,
+        )
         log.info("%s", json.dumps(metadata, indent=1))
     processes.wait()
     return 0
