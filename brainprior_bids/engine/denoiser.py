@@ -330,7 +330,7 @@ class Prior:
 
     @property
     def inflation(self) -> float:
-        """Of the noise that ``eps`` adds, as calibrated on held-out people; else 1."""
+        """Of the noise that ``eps`` adds, as calibrated on held-out people's slices; else 1."""
         return float(self.metadata.get("inflation", 1.0))
 
     @property

@@ -498,7 +498,7 @@ def restore(
                 shape=box.shape,
                 generator=generator,
                 blind=EPS_BLIND,
-                inflation=float(getattr(prior, "inflation", 1.0)),
+                inflation=1.0 if hidden is not None else getattr(prior, "inflation", 1.0),
                 device=device,
                 observe=report,
             )
