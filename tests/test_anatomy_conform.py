@@ -263,8 +263,9 @@ def test_truncated_file_is_refused(tmp_path, suffix, share):
     path = write(tmp_path / f"sub-01_T1w{suffix}", data, affine)
     raw = path.read_bytes()
     path.write_bytes(raw[: int(share * len(raw))])
-    with pytest.raises(InputError, match=r"sub-01_T1w: .*cannot be read"):
+    with pytest.raises(InputError, match=r"sub-01_T1w: .*cannot be read") as caught:
         conform(path, metadata={})
+    assert "\n" not in str(caught.value)  # one row of the status table, one line of the log
 
 
 def test_files_that_are_not_nifti_are_refused(tmp_path):

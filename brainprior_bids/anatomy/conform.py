@@ -188,7 +188,7 @@ def _read(path: Path, name: str) -> tuple[nib.Nifti1Image, NDArray[Any]]:
     except _READ_ERRORS as error:
         raise InputError(
             f"{name}: {path} cannot be read, it is truncated, damaged or no NIfTI file "
-            f"({type(error).__name__}: {error}). Copy or convert it again."
+            f"({type(error).__name__}: {' '.join(str(error).split())}). Copy or convert it again."
         ) from error
 
 
