@@ -77,7 +77,7 @@ def thick_scan(
     call = {
         "scan": scan,
         "grid": Grid(scan.shape, affine),
-        "acquisition": Acquisition(2, float(args.spacing), float(args.spacing)),
+        "acquisition": Acquisition(2, float(args.spacing), float(args.spacing), "gaussian"),
         "mask": share,
         "mask_1mm": inside,
         "to_mni305": to_mni305,
