@@ -90,9 +90,9 @@ def killed(raw, tmp_path_factory):
     second = start(raw, out, "--participant-label", "01")
     said = second.communicate()[1]
     os.kill(process.pid, signal.SIGKILL)
-    for member in family[1:]:
-        member.resume()
     process.wait()
+    for member in family[1:]:  # each sees at once that the run is gone
+        member.resume()
     process.stderr.close()
     return out, family, (second.returncode, said)
 

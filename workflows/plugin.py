@@ -19,10 +19,10 @@ import logging
 import multiprocessing as mp
 import os
 import threading
-import time
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +48,14 @@ def start_worker(cwd: str, main_pid: int) -> None:
         Path("/proc/self/oom_score_adj").write_text(str(EXPENDABLE))
 
     def watch() -> None:
-        while True:
-            time.sleep(WATCH_S)
+        parent = mp.parent_process()
+        gone: list[Any] = [] if parent is None else [parent.sentinel]
+        while not wait(gone, timeout=WATCH_S):  # a worker started later may hold it open
             try:
                 os.kill(main_pid, 0)
             except ProcessLookupError:
-                os._exit(1)
+                break
+        os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 
