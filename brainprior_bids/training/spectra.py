@@ -12,6 +12,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from brainprior_bids.engine.denoiser import ErrorSpectrum, Prior
+from brainprior_bids.engine.operators.slices import trapezoid_profile
 from brainprior_bids.engine.stacks import Stack
 from brainprior_bids.engine.unet import CONTRASTS
 from brainprior_bids.training.crops import TABLE, intensity_curve, matrix_points
@@ -101,8 +102,8 @@ def stack_errors(
 ) -> dict[str, dict[str, float]]:
     """PSNR in dB of ``E[x | y]`` inside central 96³ crops, per contrast and slice spacing.
 
-    y: axial slices, trapezoid profile as wide as the spacing, noise 0.01; the prior is told a
-    Gaussian. One network call, of an x_t that says nothing.
+    y: axial slices, a profile of steep flanks as wide as the spacing, noise 0.01; the prior is
+    told the trapezoid the engine assumes. One network call, of an x_t that says nothing.
     """
     table: dict[str, dict[str, float]] = {}
     for contrast in CONTRASTS:
@@ -123,7 +124,7 @@ def stack_errors(
                 true = weights(profile(2, spacing), centres, crop.shape[2]).float()
                 y = crop @ true.T
                 y = y + 0.01 * torch.randn(y.shape, generator=generator)
-                known = weights(profile(0, spacing), centres, crop.shape[2])
+                known = weights(trapezoid_profile(spacing), centres, crop.shape[2])
                 estimate = prior.denoise(
                     (crop + 100 * noise)[None, None],
                     100.0,

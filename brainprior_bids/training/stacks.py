@@ -15,6 +15,7 @@ from brainprior_bids.engine.operators.slices import (
     boxcar_profile,
     gaussian_profile,
     measured_profile,
+    trapezoid_profile,
 )
 from brainprior_bids.engine.stacks import Stack, keep
 from brainprior_bids.engine.voxels import Voxels
@@ -22,6 +23,8 @@ from brainprior_bids.engine.voxels import Voxels
 AXES = (0.25, 0.25, 0.5)
 """How often the slices are sagittal, coronal, axial."""
 SPACING_MM = (1.6, 8.0)
+STATED = ((0.7, trapezoid_profile), (0.85, gaussian_profile), (1.0, boxcar_profile))
+"""What a scan's profile is taken for, by cumulative share: mostly ``Acquisition``'s default."""
 WIDTH = (0.75, 1.1)
 """Thickness over spacing."""
 MISMATCH = 0.1
@@ -48,7 +51,7 @@ def log_uniform(low: float, high: float, generator: torch.Generator) -> float:
 
 
 def profile(kind: int, thickness: float) -> Callable[[Tensor], Tensor]:
-    """Gaussian (0), boxcar (1) or trapezoid (2) of that full width at half maximum, in mm."""
+    """Gaussian (0), boxcar (1) or one with steep flanks (2), full width at half maximum in mm."""
     if kind == 0:
         return gaussian_profile(thickness)
     if kind == 1:
@@ -66,10 +69,10 @@ def weights(cumulative: Callable[[Tensor], Tensor], centres: Tensor, size: int) 
 def draw_stack(image: Tensor, generator: torch.Generator) -> Stack:
     """A random stack of a crop (c, c, c): what a scanner would give, and what one knows of it.
 
-    The measurement has a profile and a thickness of its own; the stack's ``weights`` are a
-    Gaussian (7 of 10) or a boxcar of the *stated* thickness, as for a scan, whose true profile
-    nobody knows. Some have measured the lower spatial frequencies of the plane alone; some are 3-D
-    scans, which have done so along the third axis too.
+    The measurement has a profile and a thickness of its own; the stack's ``weights`` have one of
+    ``STATED`` and the *stated* thickness, as for a scan, whose true profile nobody knows. Some
+    have measured the lower spatial frequencies of the plane alone; some are 3-D scans, which have
+    done so along the third axis too.
     """
     u = torch.rand(7, generator=generator).tolist()
     axis = 0 if u[0] < AXES[0] else 1 if u[0] < AXES[0] + AXES[1] else 2
@@ -88,7 +91,8 @@ def draw_stack(image: Tensor, generator: torch.Generator) -> Stack:
     y = torch.tensordot(measured, image, dims=([1], [axis])).movedim(0, axis)
     y = y + noise_sd * torch.randn(y.shape, generator=generator)
     if not three_d:
-        known = weights(profile(0 if u[4] < 0.7 else 1, stated), centres, size)
+        guess = next(profile for share, profile in STATED if u[4] <= share)
+        known = weights(guess(stated), centres, size)
     kept = (1.0, 1.0)
     if u[5] < COARSE:
         share = 1 / log_uniform(*IN_PLANE_MM, generator)
