@@ -15,10 +15,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from gaussian import gaussian_prior
 from scipy import ndimage
 
 from brainprior_bids.engine.acquisition import Acquisition
-from brainprior_bids.engine.denoiser import ErrorSpectrum, Precondition, Prior
 from brainprior_bids.engine.errors import (
     GeometryError,
     InputError,
@@ -28,7 +28,6 @@ from brainprior_bids.engine.errors import (
 from brainprior_bids.engine.grids import Grid
 from brainprior_bids.engine.restore import restore, sample_seed
 from brainprior_bids.engine.samplers.daps import DapsSettings
-from brainprior_bids.engine.unet import UNet
 
 GAIN = 700.0  # scanner units per unit of the phantom
 NOISE = 0.02
@@ -509,15 +508,10 @@ def test_tensors_are_taken_as_well():
     np.testing.assert_array_equal(found.mean, plain.mean)
 
 
-def told_prior(holes=0.0):
-    """A prior that takes measurements; its network answers 0: it is Gaussian in Haar bands."""
-    sd = torch.tensor([1.0, 0.2, 0.2, 0.06, 0.2, 0.06, 0.06, 0.04])  # as wide as the phantom
-    return Prior(
-        Precondition(UNet((4, 4), (1, 1), stacks=True), sd),
-        spectra={"unknown": ErrorSpectrum.isotropic(0.3)},
-        metadata={"recipe": {"holes": holes}},
-        dtype=torch.float32,
-    )
+def told_prior(holes=0.0, **metadata):
+    """A prior that takes measurements, as wide as the phantom."""
+    sd = torch.tensor([1.0, 0.2, 0.2, 0.06, 0.2, 0.06, 0.06, 0.04])
+    return gaussian_prior(sd, recipe={"holes": holes}, **metadata)
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -559,6 +553,18 @@ def test_auto_tells_the_network_of_the_voxels_of_a_3d_scan(lesion):
         painted = np.where(hidden, 3 * scan.max(), scan)
         again = run(case, **{**options, "scan": painted})
         np.testing.assert_array_equal(found.samples, again.samples)
+
+
+def test_the_weights_factor_on_the_noise_counts_for_slices_and_not_beside_a_hole():
+    options = {"sampler": "auto", "n_steps": 8, "n_samples": 2}
+    plain, wider = (told_prior(0.1, **extra) for extra in ({}, {"inflation": 1.3}))
+    case = phantom()
+    one, other = (run(case, prior=prior, **options) for prior in (plain, wider))
+    assert other.sd.mean() == pytest.approx(1.3 * one.sd.mean(), rel=0.02)
+    case = phantom(thick=1)
+    options["hidden"] = ball(case["arguments"]["grid"], (4, -5, 3), 7)
+    one, other = (run(case, prior=prior, **options) for prior in (plain, wider))
+    np.testing.assert_array_equal(one.samples, other.samples)
 
 
 def test_another_tools_image_beside_slices_under_eps():

@@ -5,8 +5,9 @@ import math
 
 import pytest
 import torch
+from gaussian import BAND_SD, gaussian_prior, told
 
-from brainprior_bids.engine.denoiser import ErrorSpectrum, Precondition, Prior
+from brainprior_bids.engine.denoiser import Precondition
 from brainprior_bids.engine.errors import InputError, ShapeMismatchError
 from brainprior_bids.engine.samplers.eps import sample_eps
 from brainprior_bids.engine.schedules import edm_schedule
@@ -14,7 +15,6 @@ from brainprior_bids.engine.unet import UNet, from_bands, to_bands
 from brainprior_bids.engine.voxels import Voxels
 
 SHAPE = (6, 8, 10)
-BAND_SD = torch.tensor([0.5, 0.2, 0.15, 0.05, 0.1, 0.05, 0.06, 0.02])
 NOISE = 0.02
 
 
@@ -91,22 +91,9 @@ def test_samples_have_the_posteriors_mean_and_spread():
     """20 calls under a Gaussian prior (its network answers 0), in and out of a hole."""
     torch.manual_seed(0)
     voxels = make((8, 8, 12))
-    network = UNet((4, 4), (1, 1), stacks=True)
-    prior = Prior(
-        Precondition(network, BAND_SD),
-        spectra={"unknown": ErrorSpectrum.isotropic(0.2)},
-        metadata={"recipe": {"holes": 0.1}},
-        dtype=torch.float32,
-    )
+    prior = gaussian_prior(recipe={"holes": 0.1})
     assert prior.takes_holes
-    coordinates = torch.zeros(3, 8, 8, 12)
-
-    def denoise(x_t, sigma):
-        answer = prior.denoise(
-            x_t[None, None], sigma, coordinates=coordinates, contrast="T1w", measured=voxels
-        )
-        return answer[0, 0]
-
+    denoise = told(prior, voxels, (8, 8, 12))
     generator = torch.Generator().manual_seed(5)
     levels = edm_schedule(19, 20.0, 0.001)
     draws = torch.stack(

@@ -48,6 +48,24 @@ class Residual:
     standard_error: tuple[float, float, float]
 
 
+def residual_of(
+    z: Tensor, where: Tensor, *, ratio: float | None = None, ratio_final: float | None = None
+) -> Residual:
+    """The residual that a standardised one has; the ratios are its RMS where not given.
+
+    Parameters
+    ----------
+    z : (i, j, k) tensor
+        In SDs of the noise.
+    where : (i, j, k) bool tensor
+        Voxels that count.
+    """
+    ratio = float(z[where].square().mean().sqrt()) if ratio is None else ratio
+    (ri, si), (rj, sj), (rk, sk) = (neighbour_correlation(z, where, axis) for axis in range(3))
+    final = ratio if ratio_final is None else ratio_final
+    return Residual(ratio, final, (ri, rj, rk), (si, sj, sk))
+
+
 def neighbour_correlation(z: Tensor, where: Tensor, axis: int) -> tuple[float, float]:
     """Lag-one autocorrelation of z along an axis, and its standard error for white noise.
 

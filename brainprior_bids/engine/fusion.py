@@ -25,7 +25,7 @@ from torch import Tensor
 from brainprior_bids.engine import restore as native
 from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.engine.box import Box, brain_box
-from brainprior_bids.engine.consistency import Residual, judge, neighbour_correlation
+from brainprior_bids.engine.consistency import Residual, judge, residual_of
 from brainprior_bids.engine.device import usable_device
 from brainprior_bids.engine.errors import (
     GeometryError,
@@ -33,19 +33,19 @@ from brainprior_bids.engine.errors import (
     ShapeMismatchError,
     UsageError,
 )
-from brainprior_bids.engine.general import OperatorLikelihood
+from brainprior_bids.engine.general import (
+    OperatorLikelihood,
+    core_of,
+    foreign_variance,
+    sliced,
+)
 from brainprior_bids.engine.grids import Grid
 from brainprior_bids.engine.likelihood import OUTSIDE
 from brainprior_bids.engine.operators.base import LinearOperator, Stack
-from brainprior_bids.engine.operators.diagonal import Multiply
-from brainprior_bids.engine.operators.fourier import resampling_matrix
 from brainprior_bids.engine.operators.resample import AffineResample, SparseResample
-from brainprior_bids.engine.operators.slices import SliceProfile
 from brainprior_bids.engine.samplers.exact import sample_exact
 from brainprior_bids.engine.schedules import edm_schedule
 
-FOREIGN = 0.05
-"""Brightness SD of what is not brain in a voxel partly outside, engine unit."""
 NOT_EPS = "runs are fused, and eps takes one stack of slices"
 
 
@@ -179,14 +179,11 @@ def fuse(
         noise_sd=noise_sd,
         extra=torch.cat(
             [
-                (
-                    torch.where(part.share >= OUTSIDE, ((1 - part.share) * FOREIGN) ** 2, 0.0)
-                    + (part.noise_sd**2 - noise_sd**2)
-                ).flatten()
+                (foreign_variance(part.share) + (part.noise_sd**2 - noise_sd**2)).flatten()
                 for part in parts
             ]
         ),
-        core=torch.cat([_core(part.share).flatten() for part in parts]),
+        core=torch.cat([core_of(part.share).flatten() for part in parts]),
         device=device,
     )
     coordinates = torch.from_numpy(home.points_mm(to=matrix)).to(device)
@@ -235,8 +232,8 @@ def fuse(
         x0 = x0 * final
         z = likelihood.standardised_residual(x0).cpu()
         for k, (part, values) in enumerate(zip(parts, operator.split(z), strict=True)):
-            core = _core(part.share)
-            single[k].append(_residual(values, core))
+            core = core_of(part.share)
+            single[k].append(residual_of(values, core))
             left_over[k] += torch.where(core, values, 0.0) / n_samples
         ratio = likelihood.residual_ratio(x0)
         worst = max((s[-1] for s in single), key=lambda r: max(r.correlation))
@@ -343,37 +340,9 @@ def _prepare(run: Run, brain: Tensor, home: Grid, unit: float, warnings: list[st
     bias = native._interpolate(field, shape)[box.data_slices].exp()
     y = data[box.data_slices]
     around = fine.crop(box.start, box.stop)
-    operator: LinearOperator = SparseResample(home, around, run.to_reference, within=brain > 0)
-    for a in range(3):
-        weights = (
-            profile[box.data_start[a] : box.data_stop[a], box.start[a] : box.stop[a]]
-            if a == axis
-            else resampling_matrix(box.shape[a], box.data_shape[a])
-        )
-        if weights.shape[0] == weights.shape[1] and torch.equal(
-            weights, torch.eye(len(weights), dtype=weights.dtype)
-        ):
-            continue
-        operator = SliceProfile(weights, operator.out_shape, a) @ operator
-    operator = Multiply(torch.where(in_brain, bias, 1.0)) @ operator
+    resample = SparseResample(home, around, run.to_reference, within=brain > 0)
+    operator = sliced(resample, box, axis, profile, torch.where(in_brain, bias, 1.0))
     said = []
     found = native._noise_before(y, share, axis, said)
     warnings += [f"{run.name}: {text}" for text in said]
     return _Part(torch.where(in_brain, y, 0.0), operator, share, found, thinned, box, shape)
-
-
-def _core(share: Tensor) -> Tensor:
-    """Voxels wholly inside the brain, or all of it if there is none."""
-    core = share > 0.95
-    return core if bool(core.any()) else share >= OUTSIDE
-
-
-def _residual(z: Tensor, core: Tensor) -> Residual:
-    ratio = float(z[core].square().mean().sqrt())
-    told = [neighbour_correlation(z, core, axis) for axis in range(3)]
-    return Residual(
-        ratio,
-        ratio,
-        (told[0][0], told[1][0], told[2][0]),
-        (told[0][1], told[1][1], told[2][1]),
-    )

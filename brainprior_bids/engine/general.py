@@ -15,13 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from brainprior_bids.engine.box import Box
 from brainprior_bids.engine.errors import InputError
-from brainprior_bids.engine.likelihood import SolveLimits
+from brainprior_bids.engine.likelihood import OUTSIDE, SolveLimits
 from brainprior_bids.engine.operators.base import LinearOperator, check_shape, squared_norm
+from brainprior_bids.engine.operators.diagonal import Multiply
+from brainprior_bids.engine.operators.fourier import resampling_matrix
+from brainprior_bids.engine.operators.slices import SliceProfile
 from brainprior_bids.engine.solve import conjugate_gradients
 from brainprior_bids.engine.spectral import Spectrum
 
 LIMITS = SolveLimits(tolerance=0.02, max_iterations=500)
+FOREIGN = 0.05
+"""Brightness SD of what is not brain in a voxel partly outside, engine unit."""
 PROBES, WIDTH = 2, 5
 """Probes of the operator, and the frequencies along each axis over which they are averaged."""
 
@@ -260,3 +266,46 @@ def _smooth(k: Tensor) -> Tensor:
         padded = F.pad(k[None], sides, mode="reflect" if axis == 2 else "circular")[0]
         k = padded.unfold(axis, 2 * half + 1, 1).mean(-1)
     return k
+
+
+def sliced(
+    resample: LinearOperator, box: Box, axis: int, profile: Tensor, bias: Tensor
+) -> LinearOperator:
+    """``bias * W R``: a resampling to 1 mm along a scan's axes, then the scan's own voxels.
+
+    Parameters
+    ----------
+    resample : LinearOperator
+        Ends on the image part of ``box``.
+    box : Box
+        The part of the scan that holds the brain.
+    axis : int
+        The slices'.
+    profile : (n_slices, n_thin) float64 tensor
+        Of the whole field of view; the other axes are sinc-shaped.
+    bias : (*box.data_shape) tensor
+        What each value is multiplied by.
+    """
+    operator = resample
+    for a in range(3):
+        weights = (
+            profile[box.data_start[a] : box.data_stop[a], box.start[a] : box.stop[a]]
+            if a == axis
+            else resampling_matrix(box.shape[a], box.data_shape[a])
+        )
+        if weights.shape[0] != weights.shape[1] or not torch.equal(
+            weights, torch.eye(len(weights), dtype=weights.dtype)
+        ):
+            operator = SliceProfile(weights, operator.out_shape, a) @ operator
+    return Multiply(bias) @ operator
+
+
+def foreign_variance(share: Tensor) -> Tensor:
+    """Variance that the part of a voxel outside the brain adds; share: the part inside."""
+    return torch.where(share >= OUTSIDE, ((1 - share) * FOREIGN) ** 2, 0.0)
+
+
+def core_of(share: Tensor) -> Tensor:
+    """Voxels wholly inside the brain (bool), or all of it if there is none."""
+    core = share > 0.95
+    return core if bool(core.any()) else share >= OUTSIDE

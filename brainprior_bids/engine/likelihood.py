@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from brainprior_bids.engine.bias import CosineField, gauss_newton_step
-from brainprior_bids.engine.consistency import Residual, neighbour_correlation
+from brainprior_bids.engine.consistency import Residual, residual_of
 from brainprior_bids.engine.errors import InputError
 from brainprior_bids.engine.noise import fisher_noise_variance
 from brainprior_bids.engine.operators.base import check_shape
@@ -219,12 +219,11 @@ class SliceLikelihood:
     def explain(self, x: Tensor) -> tuple[Residual, Tensor]:
         """How well x explains the scan, and the residual in units of the noise, 0 elsewhere."""
         z, where = self.standardised_residual(x, self.initial_noise_sd)
-        (ri, si), (rj, sj), (rk, sk) = (neighbour_correlation(z, where, a) for a in range(3))
-        found = Residual(
+        found = residual_of(
+            z,
+            where,
             ratio=self.residual_ratio(x),
             ratio_final=self.residual_ratio(x, self.noise_sd),
-            correlation=(ri, rj, rk),
-            standard_error=(si, sj, sk),
         )
         return found, torch.where(where, z, 0.0)
 

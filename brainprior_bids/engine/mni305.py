@@ -20,23 +20,21 @@ from torch import Tensor
 from brainprior_bids.engine import restore as native
 from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.engine.box import brain_box
-from brainprior_bids.engine.consistency import Residual, judge, neighbour_correlation
+from brainprior_bids.engine.consistency import judge, residual_of
 from brainprior_bids.engine.device import usable_device
 from brainprior_bids.engine.errors import GeometryError, InputError, UsageError
-from brainprior_bids.engine.general import OperatorLikelihood
+from brainprior_bids.engine.general import (
+    OperatorLikelihood,
+    core_of,
+    foreign_variance,
+    sliced,
+)
 from brainprior_bids.engine.grids import MNI305, Grid
 from brainprior_bids.engine.likelihood import OUTSIDE
-from brainprior_bids.engine.operators.base import LinearOperator
-from brainprior_bids.engine.operators.diagonal import Multiply
-from brainprior_bids.engine.operators.fourier import resampling_matrix
 from brainprior_bids.engine.operators.resample import AffineResample
-from brainprior_bids.engine.operators.slices import SliceProfile
 from brainprior_bids.engine.samplers.daps import DAPS_1K, DapsSettings, sample_daps
 from brainprior_bids.engine.samplers.exact import sample_exact
 from brainprior_bids.engine.schedules import edm_schedule
-
-FOREIGN = 0.05
-"""Brightness SD of what is not brain in a voxel partly outside, engine unit."""
 
 
 def restore_on_mni305(
@@ -129,15 +127,8 @@ def restore_on_mni305(
     support = _support(inside_1mm, fine, matrix)
     part = brain_box(support.numpy(), MNI305.shape, axis)
     home = MNI305.crop(part.start, part.stop)
-    operator: LinearOperator = AffineResample(home, around, matrix)
-    for a in range(3):
-        weights = (
-            profile[box.data_start[a] : box.data_stop[a], box.start[a] : box.stop[a]]
-            if a == axis
-            else resampling_matrix(box.shape[a], box.data_shape[a])
-        )
-        operator = SliceProfile(weights, operator.out_shape, a) @ operator
-    operator = Multiply(torch.where(in_brain, bias, 1.0)) @ operator
+    resample = AffineResample(home, around, matrix)
+    operator = sliced(resample, box, axis, profile, torch.where(in_brain, bias, 1.0))
     likelihood = OperatorLikelihood(
         torch.where(in_brain, data, 0.0),
         operator=operator,
@@ -145,8 +136,8 @@ def restore_on_mni305(
         spacing_mm=(1.0, 1.0, 1.0),
         support=support[part.image_slices],
         noise_sd=initial,
-        extra=torch.where(in_brain, ((1 - share) * FOREIGN) ** 2, 0.0),
-        core=share > 0.95 if bool((share > 0.95).any()) else in_brain,
+        extra=foreign_variance(share),
+        core=core_of(share),
         device=device,
     )
     coordinates = torch.from_numpy(home.points_mm()).to(device)
@@ -178,16 +169,7 @@ def restore_on_mni305(
                 start=likelihood.draw(nothing, native.SIGMA_BLIND, generator),
             )
         z = likelihood.standardised_residual(x0)
-        ratio = likelihood.residual_ratio(x0)
-        told = [neighbour_correlation(z, likelihood.core, a) for a in range(3)]
-        residuals.append(
-            Residual(
-                ratio=ratio,
-                ratio_final=ratio,
-                correlation=(told[0][0], told[1][0], told[2][0]),
-                standard_error=(told[0][1], told[1][1], told[2][1]),
-            )
-        )
+        residuals.append(residual_of(z, likelihood.core))
         left_over += torch.where(likelihood.core, z, 0.0).cpu() / n_samples
         samples[(index, *part.image_slices)] = x0.cpu().numpy() * unit
     return native.Restoration(

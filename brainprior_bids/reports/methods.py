@@ -32,7 +32,7 @@ ESTIMATES = {
 DAPS = "in the manner of decoupled annealing posterior sampling [@daps], "
 WAYS = {
     "eps": "by exact posterior scores [@eps]: the denoiser is told of what was measured, so "
-    "that its probability flow ends in a sample of the posterior",
+    "that the reverse diffusion ends in a sample of the posterior",
     "exact": f"{DAPS}with the inner Langevin walk replaced by the exact draw that it approximates",
     "daps": f"{DAPS}with its inner Langevin walk",
     "map": f"{DAPS}followed from high to low noise without drawing",

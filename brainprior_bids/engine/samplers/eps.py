@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Posterior samples by the probability flow, under a prior that is told of the slices.
+"""Posterior samples by the reverse diffusion, under a prior that is told of the measurement.
 
 The network itself gives ``D(x_t, y; sigma) = E[x | x_t, y]`` (see ``stacks`` and ``voxels``; EPS,
 arXiv 2606.17048), so nothing has to be mended by the data afterwards: the reverse diffusion,
