@@ -10,7 +10,8 @@ Regions: cubes of ``--region`` mm that lie wholly in the brain, and the structur
 parcellation with at least ``FEWEST`` voxels. A person's coverage is the share of its regions; the
 table has the mean over the people, and the 95 % interval of a bootstrap over the people.
 
-Every restoration leaves ``OUT/<person>-<condition>.json``: a run that was stopped goes on.
+Every restoration leaves ``OUT/<person>-<condition>.json``: a run that was stopped goes on. One
+that was made by other weights or settings is made anew.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import argparse
 import itertools
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,8 @@ import numpy as np
 
 from brainprior_bids.bids.derivatives import interval_half_widths
 from brainprior_bids.bids.files import read_json, write_json
-from brainprior_bids.engine.acquisition import Acquisition
-from brainprior_bids.engine.restore import restore
-from brainprior_bids.engine.weights import load_parcellation, load_prior
-from brainprior_bids.evaluation.protocol import AXIS, Case, Condition, from_scan, make_case
+from brainprior_bids.engine.weights import FOLDER, load_parcellation, load_prior, sha256_file
+from brainprior_bids.evaluation.protocol import Case, Condition, from_scan, make_case, restored
 
 FEWEST = 200
 KINDS = ("cubes", "structures")
@@ -71,22 +71,20 @@ def one(path: Path, condition: Condition, args: argparse.Namespace) -> dict[str,
     """The record of one brain under one condition; made if it is not there."""
     name = path.name.partition("_")[0].removeprefix("sub-")
     record = args.out / f"{name}-{condition.kind}.json"
-    if record.exists():
-        return read_json(record)
+    made_by = {
+        "prior": sha256_file(args.prior or FOLDER / "prior.safetensors"),
+        "region_mm": args.region,
+        **json.loads(json.dumps(asdict(condition))),
+    }
+    if record.exists() and (found := read_json(record)).get("made_by") == made_by:
+        return found
     person = from_scan(path, name, "T1w", load_parcellation())
     case = make_case(person, condition)
-    done = restore(
-        case.scan.data,
-        grid=case.scan.grid,
-        acquisition=Acquisition(AXIS, condition.spacing_mm, condition.spacing_mm),
-        mask=case.mask,
-        mask_1mm=case.inside,
-        to_mni305=case.to_mni305,
-        contrast="T1w",
+    done = restored(
+        case,
+        condition,
+        "T1w",
         prior=load_prior(args.prior, device=args.device),
-        log_bias=case.log_bias,
-        n_samples=condition.n_samples,
-        n_steps=condition.n_steps,
         device=args.device,
     )
     found = {
@@ -94,7 +92,13 @@ def one(path: Path, condition: Condition, args: argparse.Namespace) -> dict[str,
         for kind, where in regions(case, args.region).items()
         if where
     }
-    result = {"person": name, "condition": condition.kind, "sampler": done.sampler, **found}
+    result = {
+        "person": name,
+        "condition": condition.kind,
+        "sampler": done.sampler,
+        "made_by": made_by,
+        **found,
+    }
     write_json(record, result)
     return result
 

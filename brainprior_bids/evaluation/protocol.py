@@ -438,6 +438,30 @@ def gaussian_crps(
     return float((everywhere * score).mean() / np.percentile(truth[inside], 99))
 
 
+def restored(
+    case: Case, condition: Condition, contrast: str, *, prior: Prior, device: str = "cpu"
+) -> Restoration:
+    """What the engine makes of a case under its condition."""
+    return restore(
+        case.scan.data,
+        grid=case.scan.grid,
+        acquisition=Acquisition(AXIS, condition.spacing_mm, condition.spacing_mm),
+        mask=case.mask,
+        mask_1mm=case.inside,
+        to_mni305=case.to_mni305,
+        contrast=contrast,
+        prior=prior,
+        log_bias=case.log_bias,
+        noise_sd=condition.assumed_noise,
+        sampler=condition.sampler,
+        n_samples=condition.n_samples,
+        n_steps=condition.n_steps,
+        refine_bias=condition.refine_bias,
+        seed=condition.seed,
+        device=device,
+    )
+
+
 def measure(
     person: Person,
     condition: Condition,
@@ -465,24 +489,7 @@ def measure(
     began = time.perf_counter()
     case = make_case(person, condition)
     classical = _classical(case, penalties)
-    found = restore(
-        case.scan.data,
-        grid=case.scan.grid,
-        acquisition=Acquisition(AXIS, condition.spacing_mm, condition.spacing_mm),
-        mask=case.mask,
-        mask_1mm=case.inside,
-        to_mni305=case.to_mni305,
-        contrast=person.contrast,
-        prior=prior,
-        log_bias=case.log_bias,
-        noise_sd=condition.assumed_noise,
-        sampler=condition.sampler,
-        n_samples=condition.n_samples,
-        n_steps=condition.n_steps,
-        refine_bias=condition.refine_bias,
-        seed=condition.seed,
-        device=device,
-    )
+    found = restored(case, condition, person.contrast, prior=prior, device=device)
     truth = case.truth.data
     images = {**classical, "sample": found.samples[0], "restored": found.mean}
     images = {
