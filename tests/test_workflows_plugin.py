@@ -13,7 +13,7 @@ from nipype.interfaces.base import (
     TraitedSpec,
     traits,
 )
-from nipype.interfaces.utility import Function
+from nipype.interfaces.utility import Function, Merge
 from nipype.pipeline import engine as pe
 
 pytestmark = pytest.mark.timeout(120)
@@ -41,6 +41,10 @@ def slow(value):
     import time
 
     time.sleep(1.0)
+    return value
+
+
+def instant(value):
     return value
 
 
@@ -73,6 +77,31 @@ def run(tmp_path, nodes):
     finally:
         run.events = events
     return events
+
+
+def test_a_scan_is_finished_before_another_is_begun(tmp_path):
+    """A node that only gathers results, as ``records`` does, does not wait for all scans."""
+    workflow = pe.Workflow("wf", base_dir=str(tmp_path))
+    workflow.config["execution"] = {"poll_sleep_duration": "0.1"}
+    for scan in "abc":
+        first = node(instant, "first", ["value"], value=1)
+        gather = pe.Node(Merge(1), name="records", run_without_submitting=True)
+        last = node(instant, "last", ["value"])
+        one = pe.Workflow(scan)
+        one.connect([(first, gather, [("out", "in1")]), (gather, last, [("out", "value")])])
+        workflow.add_nodes([one])
+    ended = []
+    plugin = SurvivingPool(
+        plugin_args={
+            "n_procs": 1,
+            "memory_gb": 4,
+            "mp_context": "forkserver",
+            "order": ["first", "last"],
+            "status_callback": lambda n, event: event == "end" and ended.append(n.fullname),
+        }
+    )
+    workflow.run(plugin=plugin)
+    assert ended.index("wf.a.last") < ended.index("wf.c.first")
 
 
 def test_a_node_killed_once_is_run_again(tmp_path):

@@ -78,8 +78,9 @@ class SurvivingPool(MultiProcPlugin):
         self._broken: set[int] = set()
 
     def _sort_jobs(self, jobids: Any, scheduler: str = "tsort") -> list[int]:
-        """Furthest first."""
-        return sorted(jobids, key=lambda job: (-self._order.get(self.procs[job].name, 0), job))
+        """Furthest first; before them what has no place in the order: it only gathers results."""
+        last = len(self._order)
+        return sorted(jobids, key=lambda job: (-self._order.get(self.procs[job].name, last), job))
 
     def _submit_job(self, node: Any, updatehash: bool = False) -> int:
         self._taskid += 1
