@@ -44,7 +44,7 @@ def raw(tmp_path_factory):
         path = root / BIDSName.parse(stem).folder / "anat" / f"{stem}.nii.gz"
         path.parent.mkdir(parents=True, exist_ok=True)
         thick = 3.0 if "axi" in stem else 5.0
-        image = nib.Nifti1Image(np.zeros((4, 4, 3), np.int16), np.diag([1, 1, thick, 1]))
+        image = nib.Nifti1Image(np.zeros((4, 4, 4), np.int16), np.diag([1, 1, thick, 1]))
         nib.save(image, path)
         path.with_name(f"{stem}.json").write_text(json.dumps({"EchoTime": 0.01 * index}))
     (root / "dataset_description.json").write_text('{"Name": "x", "BIDSVersion": "1.10.0"}')

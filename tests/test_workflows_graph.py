@@ -8,6 +8,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 from brainprior_bids.workflows.base import init_brainprior_wf
 from brainprior_bids.workflows.scan import EXPORT_NODES, NODES, Job, expected_work
@@ -79,7 +81,7 @@ def raw(tmp_path):
     for name in SKELETON:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+        nib.save(nib.Nifti1Image(np.zeros((9, 8, 7), "uint8"), np.diag([1, 1, 4, 1])), path)
     (root / "dataset_description.json").write_text('{"Name": "t", "BIDSVersion": "1.10.0"}')
     return root
 
@@ -102,6 +104,9 @@ def by_step(workflow):
 
 
 def test_a_dry_run_announces_the_golden_tree(raw, tmp_path):
+    """With what each scan is taken for; of a scan that its header rules out, why."""
+    series = raw / "sub-02" / "ses-b" / "anat" / "sub-02_ses-b_T2w.nii.gz"
+    nib.save(nib.Nifti1Image(np.zeros((9, 8, 7, 2), "uint8"), np.diag([1, 1, 4, 1])), series)
     given = [str(raw), str(tmp_path / "out"), "participant", "--dry-run", "--device", "cpu"]
     done = subprocess.run(
         [sys.executable, "-m", "brainprior_bids", *given],
@@ -111,6 +116,11 @@ def test_a_dry_run_announces_the_golden_tree(raw, tmp_path):
     )
     listed = [line.strip() for line in done.stdout.splitlines() if line.startswith("  sub-")]
     assert sorted(listed) == GOLDEN
+    taken = "9 × 8 × 7 voxels of 1 × 1 × 4 mm; axial slices, 4 mm thick (header slice spacing)"
+    assert done.stdout.count(taken) == len(SKELETON)
+    assert done.stdout.count("warning: sub-01_T1w: no SliceThickness in any JSON") == 1
+    assert "would fail: sub-02_ses-b_T2w: expected one 3-D volume, got 2" in done.stdout
+    assert "6 scan(s), of which 1 would fail" in done.stdout
     assert not (tmp_path / "out").exists()
 
 

@@ -113,30 +113,15 @@ def conform(
         No orientation, a singular affine, an impossible voxel size or thickness.
     """
     path = Path(path)
-    name = path.name.removesuffix(".gz").removesuffix(".nii")
-    warnings: list[str] = []
-
-    image, stored = _read(path, name)
-    data = _single_volume(stored, name)
-    affine, affine_facts = _choose_affine(image.header, data.shape, name, warnings)
-    original = Grid(data.shape, affine)  # raises GeometryError where singular
-    _check_voxel_size(original, name)
-
-    orientation = io_orientation(affine)
-    data = np.ascontiguousarray(apply_orientation(data, orientation), dtype=np.float32)
-    grid = Grid(data.shape, affine @ inv_ornt_aff(orientation, original.shape))
+    name = _stem(path)
+    image = _open(path, name)
+    geometry = _geometry(image, name, metadata, slice_thickness_mm, slice_axis)
+    grid, orientation, warnings = geometry.grid, geometry.orientation, list(geometry.warnings)
+    affine_facts = geometry.facts["affine"]
+    stored = _values(image, path, name).reshape(_volume_shape(image.shape, name))
+    data = np.ascontiguousarray(apply_orientation(stored, orientation), dtype=np.float32)
     data, value_facts = _check_values(data, grid, name, warnings)
 
-    acquisition, acquisition_facts = _acquisition(
-        grid,
-        orientation,
-        image.header,
-        metadata,
-        slice_thickness_mm,
-        slice_axis,
-        name,
-        warnings,
-    )
     canonical = nib.Nifti1Image(data, np.array(grid.affine))
     code = affine_facts["code"]
     canonical.set_sform(grid.affine, code)
@@ -148,7 +133,7 @@ def conform(
         "original": _header_facts(image, orientation),
         "affine": affine_facts,
         "values": value_facts,
-        "acquisition": acquisition_facts,
+        "acquisition": geometry.facts["acquisition"],
         "grid": {
             "shape": list(grid.shape),
             "spacing_mm": [float(s) for s in grid.spacing_mm],
@@ -156,10 +141,91 @@ def conform(
             "rotation_from_axes_deg": _obliquity_deg(grid),
         },
     }
-    return Conformed(canonical, acquisition, facts, warnings)
+    return Conformed(canonical, geometry.acquisition, facts, warnings)
 
 
-def _read(path: Path, name: str) -> tuple[nib.Nifti1Image, NDArray[Any]]:
+@dataclass(frozen=True, eq=False)
+class Geometry:
+    """What header and sidecars say of a scan, its values unread.
+
+    Attributes
+    ----------
+    grid : Grid
+        Of the scan on closest-canonical axes.
+    acquisition : Acquisition
+        Slice geometry on those axes.
+    orientation : (3, 2) array
+        nibabel's: the stored axes to the canonical ones.
+    facts : dict
+        JSON-able: ``affine`` and ``acquisition``, with where each value came from.
+    warnings : list of str
+    """
+
+    grid: Grid
+    acquisition: Acquisition
+    orientation: NDArray[np.float64]
+    facts: dict[str, Any]
+    warnings: list[str]
+
+
+def read_geometry(
+    path: Path,
+    *,
+    metadata: Mapping[str, Any],
+    slice_thickness_mm: float | None = None,
+    slice_axis: int | None = None,
+) -> Geometry:
+    """As ``conform``, from the header alone: a scan that it refuses is refused there too.
+
+    Raises
+    ------
+    InputError, GeometryError
+        As ``conform``, but for the values.
+    """
+    path = Path(path)
+    name = _stem(path)
+    return _geometry(_open(path, name), name, metadata, slice_thickness_mm, slice_axis)
+
+
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(".gz").removesuffix(".nii")
+
+
+def _geometry(
+    image: nib.Nifti1Image,
+    name: str,
+    metadata: Mapping[str, Any],
+    slice_thickness_mm: float | None,
+    slice_axis: int | None,
+) -> Geometry:
+    warnings: list[str] = []
+    shape = _volume_shape(image.shape, name)
+    affine, affine_facts = _choose_affine(image.header, shape, name, warnings)
+    original = Grid(shape, affine)  # raises GeometryError where singular
+    _check_voxel_size(original, name)
+    orientation = io_orientation(affine)
+    turned = [0, 0, 0]
+    for axis, (to, _) in enumerate(orientation):
+        turned[int(to)] = shape[axis]
+    grid = Grid(
+        (turned[0], turned[1], turned[2]), affine @ inv_ornt_aff(orientation, original.shape)
+    )
+    acquisition, facts = _acquisition(
+        grid,
+        orientation,
+        image.header,
+        metadata,
+        slice_thickness_mm,
+        slice_axis,
+        name,
+        warnings,
+    )
+    told = {"affine": affine_facts, "acquisition": facts}
+    return Geometry(grid, acquisition, orientation, told, warnings)
+
+
+def _open(path: Path, name: str) -> nib.Nifti1Image:
+    """The image, its values unread; InputError where its header alone rules it out."""
     if path.is_symlink() and not path.exists():
         raise InputError(
             f"{name}: {path} is a link to a file that is not there. In a DataLad or git-annex "
@@ -184,29 +250,40 @@ def _read(path: Path, name: str) -> tuple[nib.Nifti1Image, NDArray[Any]]:
                 f"{name}: expected one real number a voxel, got {image.get_data_dtype()} in "
                 f"{path}. Export the magnitude image."
             )
-        return image, np.asanyarray(image.dataobj)
+        return image
     except _READ_ERRORS as error:
-        raise InputError(
-            f"{name}: {path} cannot be read, it is truncated, damaged or no NIfTI file "
-            f"({type(error).__name__}: {' '.join(str(error).split())}). Copy or convert it again."
-        ) from error
+        raise _unreadable(path, name, error) from error
 
 
-def _single_volume(data: NDArray[Any], name: str) -> NDArray[Any]:
-    """Drop trailing axes of length 1; (i, j, k) or InputError."""
-    while data.ndim > 3 and data.shape[-1] == 1:
-        data = data[..., 0]
-    if data.ndim > 3:
+def _values(image: nib.Nifti1Image, path: Path, name: str) -> NDArray[Any]:
+    try:
+        return np.asanyarray(image.dataobj)
+    except _READ_ERRORS as error:
+        raise _unreadable(path, name, error) from error
+
+
+def _unreadable(path: Path, name: str, error: BaseException) -> InputError:
+    return InputError(
+        f"{name}: {path} cannot be read, it is truncated, damaged or no NIfTI file "
+        f"({type(error).__name__}: {' '.join(str(error).split())}). Copy or convert it again."
+    )
+
+
+def _volume_shape(shape: tuple[int, ...], name: str) -> tuple[int, int, int]:
+    """Without trailing axes of length 1: (i, j, k), or InputError."""
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) > 3:
         raise InputError(
-            f"{name}: expected one 3-D volume, got {int(np.prod(data.shape[3:]))} volumes (shape "
-            f"{data.shape}). Average the repetitions or store one file a volume."
+            f"{name}: expected one 3-D volume, got {int(np.prod(shape[3:]))} volumes (shape "
+            f"{shape}). Average the repetitions or store one file a volume."
         )
-    if data.ndim < 3 or min(data.shape) < 4:
+    if len(shape) < 3 or min(shape) < 4:
         raise InputError(
             f"{name}: expected a 3-D volume of at least 4 voxels along each axis, got shape "
-            f"{data.shape}. A localiser or a single slice cannot be restored."
+            f"{shape}. A localiser or a single slice cannot be restored."
         )
-    return data
+    return int(shape[0]), int(shape[1]), int(shape[2])
 
 
 def _form(header: nib.Nifti1Header, which: str) -> tuple[NDArray[np.float64] | None, int, str]:

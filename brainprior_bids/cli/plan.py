@@ -5,16 +5,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 
+from brainprior_bids.anatomy.conform import read_geometry
 from brainprior_bids.bids import export, status
 from brainprior_bids.bids.given import find_given
 from brainprior_bids.bids.names import output_names, result_name, scan_seed
 from brainprior_bids.bids.query import Scan
-from brainprior_bids.engine.errors import InputError
+from brainprior_bids.engine.acquisition import PLANES
+from brainprior_bids.engine.errors import GeometryError, InputError
 from brainprior_bids.settings import Settings
 
 TIMED = 64
@@ -39,6 +39,7 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
     calls = settings.n_samples * settings.n_steps * (5 if settings.sampler == "daps" else 1)
     a_voxel = seconds_a_voxel(settings)
     total = 0.0
+    refused = 0
     to_fmriprep = (
         export.choose_t1w(scans, per=settings.export_per)
         if "fmriprep" in settings.exports
@@ -49,30 +50,22 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
         print(f"{scan.relative}  {settings.task}, seed {seed}")
         if scan.problem:
             print(f"  would fail: {scan.problem}")
+            refused += 1
             continue
         try:
-            voxels = box_voxels(scan.path)
-        except Exception as error:  # whatever nibabel says of a broken header
-            print(f"  will fail: its header cannot be read ({type(error).__name__})")
-            voxels = 0.0
-        try:
-            for run in scan.runs or (scan,):
-                if scan.runs:
-                    print(f"  fuses {run.relative}")
-                for file in find_given(run, settings).values():
-                    print(f"  uses {file.uri}")
-        except InputError as error:
+            voxels = _told(scan, settings)
+        except (InputError, GeometryError) as error:
             print(f"  would fail: {error}")
-            voxels = 0.0
+            refused += 1
+            continue
         share = FUSED_SHARE * len(scan.runs) if scan.runs else INNER_SHARE[settings.sampler]
         seconds = OTHER_S + calls * voxels * a_voxel * (1 + share)
         seconds += RUN_S * len(scan.runs[1:])
         previous = status.read_summary(settings.output_dir, result_name(scan.name, settings.image))
         if previous and previous.get("status") in status.FINISHED and not settings.force:
             print("  done before: skipped where input and settings are still the same")
-        total += seconds if voxels else 0.0
-        if voxels:
-            print(f"  about {seconds / 60:.0f} min ({voxels / 1e6:.1f} million voxels)")
+        total += seconds
+        print(f"  about {seconds / 60:.0f} min ({voxels / 1e6:.1f} million voxels)")
         names = output_names(
             scan.name,
             n_samples=settings.n_samples,
@@ -94,22 +87,53 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
         settings.n_gpu_procs if settings.use_gpu else settings.nprocs // settings.omp_nthreads
     )
     if not settings.low_mem:
-        at_once = max(1, min(at_once, int(settings.mem_gb / memory), len(scans)))
+        at_once = max(1, min(at_once, int(settings.mem_gb / memory), len(scans) - refused))
     else:
         at_once = 1
+    failing = f", of which {refused} would fail" if refused else ""
     print(
-        f"{len(scans)} scan(s), {calls} network calls each ({settings.sampler} sampler), on "
-        f"{settings.device}, {at_once} at once: about {total / 60 / at_once:.0f} min and "
-        f"{at_once * memory:.0f} GiB of memory. One network call was timed for this; programs "
+        f"{len(scans)} scan(s){failing}, {calls} network calls each ({settings.sampler} "
+        f"sampler), on {settings.device}, {at_once} at once: about "
+        f"{total / 60 / at_once:.0f} min and {at_once * memory:.0f} GiB of memory. One network call was timed for this; programs "
         "that run beside it count. Nothing was written."
     )
 
 
-def box_voxels(path: Path) -> float:
-    """1 mm voxels that the network sees of a scan, at most: its field of view, or a head's."""
-    image = nib.as_closest_canonical(nib.load(path))
-    size = np.array(image.header.get_zooms()[:3]) * image.shape[:3]
-    return float(np.prod(np.minimum(size, BOX_MM)))
+def _told(scan: Scan, settings: Settings) -> float:
+    """Print what a scan is taken for and what else it needs.
+
+    Returns
+    -------
+    1 mm voxels that the network sees of it, at most: its field of view, or a head's.
+    """
+    given = {}
+    for run in scan.runs or (scan,):
+        if scan.runs:
+            print(f"  fuses {run.relative}")
+        given = find_given(run, settings)
+        for file in given.values():
+            print(f"  uses {file.uri}")
+    voxels = 0.0
+    alone = settings.task == "refine"  # then that image stands for the scan
+    for run in scan.runs or (scan,):
+        plane = settings.slice_plane
+        found = read_geometry(
+            given["refined"].path if alone else run.path,
+            metadata={} if alone else run.metadata,
+            slice_thickness_mm=None if alone else settings.slice_thickness_mm,
+            slice_axis=PLANES.index(plane) if plane is not None and not alone else None,
+        )
+        acquisition, source = found.acquisition, found.facts["acquisition"]["thickness_source"]
+        print(
+            f"  {' × '.join(str(n) for n in found.grid.shape)} voxels of "
+            f"{' × '.join(f'{size:.3g}' for size in found.grid.spacing_mm)} mm; "
+            f"{PLANES[acquisition.slice_axis]} slices, {acquisition.thickness_mm:.3g} mm thick "
+            f"({source})"
+        )
+        for warning in found.warnings:
+            print(f"  warning: {warning}")
+        voxels = voxels or float(np.prod(np.minimum(found.grid.extent_mm, BOX_MM)))
+    return voxels
 
 
 def seconds_a_voxel(settings: Settings) -> float:
