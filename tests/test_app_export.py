@@ -51,6 +51,10 @@ def raw(tmp_path):
         series.header.set_xyzt_units("mm", "sec")
         nib.save(series, root / folder / f"{name}.nii.gz")
     (root / "task-rest_bold.json").write_text('{"RepetitionTime": 2.0, "TaskName": "rest"}')
+    (root / "sub-01/sub-01_task-rest_bold.json").write_text('{"EchoTime": 0.03}')
+    (root / "sub-01/ses-a/sub-01_ses-a_task-rest_bold.json").write_text('{"FlipAngle": 77}')
+    (root / "T1w.json").write_text('{"SpacingBetweenSlices": 6.0}')
+    (root / "._task-rest_bold.json").write_bytes(b"\x00\xff")  # a Mac was here
     (root / "sub-01/ses-a/fmap/sub-01_ses-a_dir-AP_epi.json").write_text(
         '{"PhaseEncodingDirection": "j", "TotalReadoutTime": 0.05}'
     )
@@ -199,7 +203,9 @@ def test_the_raw_view_holds_restored_heads_and_links(raw, tmp_path, monkeypatch)
     (bold,) = data["bold"]
     assert Path(bold).is_symlink()
     assert Path(bold).resolve().is_relative_to(raw.resolve())
-    assert layout.get_metadata(bold)["RepetitionTime"] == 2.0
+    inherited = {"RepetitionTime": 2.0, "EchoTime": 0.03, "FlipAngle": 77}
+    assert inherited.items() <= layout.get_metadata(bold).items()
+    assert "SpacingBetweenSlices" not in layout.get_metadata(data["t1w"][0])
     assert [Path(path).name for path in data["fmap"]] == ["sub-01_ses-a_dir-AP_epi.nii.gz"]
     table = (root / "participants.tsv").read_text()
     assert "sub-01\t40" in table

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import tempfile
 
 import pytest
@@ -66,3 +68,12 @@ def test_without_a_temporary_folder_there_is_one_in_the_work_folder(settings, mo
     prepare_environment(settings)
     assert os.environ["TMPDIR"] == str(settings.work_dir / "home" / "tmp")
     assert os.path.isdir(os.environ["TMPDIR"])
+
+
+def test_lines_of_training_and_evaluation_are_shown():
+    code = (
+        "import logging; from brainprior_bids.cli.logs import log_to_stderr; log_to_stderr();"
+        "logging.getLogger('brainprior_bids.training.prior').info('step 50')"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stderr.count("step 50") == 1

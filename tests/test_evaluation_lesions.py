@@ -86,3 +86,13 @@ def test_a_lesion_outside_the_brain_is_refused(capsys):
         )  # fmt: skip
     assert main(["check-lesion", "/nonexistent/scan.nii"]) == 2
     assert "is no file" in capsys.readouterr().err
+
+
+def test_weights_go_by_file_or_name_and_a_broken_sidecar_is_refused(tmp_path, capsys):
+    (tmp_path / "scan.nii.gz").touch()
+    (tmp_path / "scan.json").write_text("SliceThickness: 5")
+    command = ["check-lesion", str(tmp_path / "scan.nii.gz"), "--device", "cpu"]
+    assert main([*command, "--prior", "nowhere"]) == 2
+    assert "expected a weights file, or one of the names" in capsys.readouterr().err
+    assert main([*command, "--prior", "embedded"]) == 2
+    assert "scan.json is no sidecar" in capsys.readouterr().err

@@ -265,6 +265,22 @@ def test_brains_are_found_and_split_by_name(tmp_path):
         preprocess.find_brains(tmp_path / "none", validation=[], exclude=[])
 
 
+def test_nobody_is_trained_on_for_a_slip_of_the_pen(tmp_path, monkeypatch):
+    """Names of --exclude and --validation that are nobody's are refused, with or without sub-."""
+    for name in ("sub-01_T1w", "sub-02_T1w", "sub-03_T1w"):
+        (tmp_path / f"{name}.nii.gz").touch()
+    built = []
+    monkeypatch.setattr(prior, "build_pack", lambda *_, **given: built.append(given))
+    parser = argparse.ArgumentParser()
+    prior.add_arguments(parser)
+    command = [str(tmp_path / "work"), "--heads", str(tmp_path), "--validation", "sub-02"]
+    with pytest.raises(UsageError, match="no label map 3 in what was given"):
+        prior._build_packs(parser.parse_args([*command, "--exclude", "3"]))
+    assert not built
+    prior._build_packs(parser.parse_args([*command, "--exclude", "03"]))
+    assert built == [{"processes": 1, "validation": ["02"], "exclude": ["03"]}]
+
+
 def test_outputs_of_brainprior_are_no_training_data(tmp_path):
     folder = tmp_path / "derivatives" / "sub-01" / "anat"
     folder.mkdir(parents=True)

@@ -27,6 +27,7 @@ from brainprior_bids.bids.files import read_json, to_json, write_json, write_tex
 from brainprior_bids.bids.names import BIDSName
 from brainprior_bids.bids.query import Scan
 from brainprior_bids.engine.errors import InputError
+from brainprior_bids.settings import MODALITIES, OTHER_MODALITIES
 
 EXPORTS = ("fmriprep", "raw")
 FILTER_FILE = PurePosixPath("code/bids_filter.json")
@@ -242,7 +243,8 @@ def is_delivered(exports: Mapping[str, str], scan: Scan, fingerprint: str) -> bo
 
 
 def link_rest(root: Path, bids_dir: Path, scans: Sequence[Scan]) -> int:
-    """Fill the ``raw`` root: links to all that is not ``anat``, tables, and the filter file.
+    """Fill the ``raw`` root: links to all that is not ``anat`` and to what it
+    inherits, ``participants.tsv`` and the filter file.
 
     Links are absolute, so the original has to lie (or be mounted) where it lay here. ``anat``
     images of the original are left out: fMRIPrep takes every ``T1w`` that it finds.
@@ -256,13 +258,14 @@ def link_rest(root: Path, bids_dir: Path, scans: Sequence[Scan]) -> int:
     InputError
         If something that is no link is in the way.
     """
-    for path in sorted(bids_dir.iterdir()):
-        if path.is_file() and path.suffix == ".json" and path.name != "dataset_description.json":
-            write_text(root / path.name, path.read_text(encoding="utf-8"))
     links = 0
-    for folder in sorted({str(scan.name.folder) for scan in scans}):
-        source = bids_dir / folder
-        datatypes = [path for path in sorted(source.iterdir()) if path.is_dir()]
+    folders = {scan.name.folder for scan in scans}
+    for folder in sorted({PurePosixPath(), *folders, *(f.parent for f in folders)}):
+        for path in _inherited(bids_dir / folder):
+            _link(root / folder / path.name, path)
+            links += 1
+    for folder in sorted(folders):
+        datatypes = [path for path in sorted((bids_dir / folder).iterdir()) if path.is_dir()]
         for datatype in datatypes:
             if datatype.name == "anat" or datatype.name.startswith("ses-"):
                 continue
@@ -273,6 +276,21 @@ def link_rest(root: Path, bids_dir: Path, scans: Sequence[Scan]) -> int:
     _write_participants(root, bids_dir)
     write_json(root / FILTER_FILE, _filters(root))
     return links
+
+
+def _inherited(folder: Path) -> list[Path]:
+    """Files of a folder that hold for images below it, restored heads (they say all) left out."""
+    heads = (*MODALITIES, *OTHER_MODALITIES)
+    listed = ("participants.tsv", "dataset_description.json")
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.suffix in (".json", ".tsv", ".bval", ".bvec")
+        and path.is_file()
+        and not path.name.startswith(".")
+        and path.name not in listed
+        and path.stem.rpartition("_")[2] not in (*heads, "scans", "sessions")
+    ]
 
 
 def _link(link: Path, target: Path) -> None:

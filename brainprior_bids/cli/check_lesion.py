@@ -16,6 +16,8 @@ from scipy import ndimage
 
 from brainprior_bids.bids.files import read_json
 from brainprior_bids.cli import resources
+from brainprior_bids.cli.checks import named_prior
+from brainprior_bids.cli.logs import LOG
 from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.engine.weights import FOLDER, load_prior
@@ -58,7 +60,9 @@ def check_lesion(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--n-samples", type=int, default=2)
     parser.add_argument("--random-seed", type=int, default=0)
-    parser.add_argument("--prior", type=Path, default=FOLDER / "prior.safetensors")
+    parser.add_argument(
+        "--prior", type=Path, help="a file, or a name of `brainprior weights list`"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda[:N]")
     options = parser.parse_args(list(argv))  # fmt: skip
     if not options.image.is_file():
@@ -67,8 +71,7 @@ def check_lesion(argv: Sequence[str]) -> int:
         raise UsageError("check-lesion: sizes must be above 0, contrasts not 0.")
     if options.n_samples < 1:
         raise UsageError(f"check-lesion: --n-samples must be at least 1, got {options.n_samples}.")
-    if not options.prior.is_file():
-        raise UsageError(f"check-lesion: --prior {options.prior}: no such file.")
+    prior = named_prior(options.prior)
     device = resources.resolve_device(options.device)
     with tempfile.TemporaryDirectory() as folder:
         case = prepare(
@@ -84,7 +87,7 @@ def check_lesion(argv: Sequence[str]) -> int:
         case = case.crop(centre, options.crop)
     rows = contrast_kept(
         case,
-        load_prior(options.prior, device=device),
+        load_prior(prior, device=device),
         centre_mm=centre,
         sizes_mm=options.size,
         contrasts=options.contrast,
@@ -103,9 +106,19 @@ def check_lesion(argv: Sequence[str]) -> int:
 
 
 def prepare(path: Path, folder: Path, *, contrast: str, thickness_mm: float | None) -> Prepared:
-    """Run the steps before the restoration on one image; files go into ``folder``."""
+    """Run the steps before the restoration on one image; files go into ``folder``.
+
+    The JSON beside the image is read as its sidecar.
+    """
+    sidecar = path.with_name(f"{path.name.removesuffix('.gz').removesuffix('.nii')}.json")
+    try:
+        metadata = read_json(sidecar) if sidecar.is_file() else {}
+    except ValueError as error:
+        raise UsageError(f"check-lesion: {sidecar} is no sidecar ({error}). Repair it.") from error
     conformed = _run(
-        Conform(in_file=str(path), metadata={}), folder / "conform", slice_thickness=thickness_mm
+        Conform(in_file=str(path), metadata=metadata),
+        folder / "conform",
+        slice_thickness=thickness_mm,
     )
     parcellated = _run(
         Parcellate(in_file=conformed.out_file, weights=str(FOLDER / "parcellation.safetensors")),
@@ -138,7 +151,10 @@ def prepare(path: Path, folder: Path, *, contrast: str, thickness_mm: float | No
 def _run(interface: Any, folder: Path, **options: Any) -> Any:
     folder.mkdir()
     interface.inputs.trait_set(**{k: v for k, v in options.items() if v is not None})
-    return interface.run(cwd=str(folder)).outputs
+    outputs = interface.run(cwd=str(folder)).outputs
+    for warning in read_json(Path(outputs.record))["warnings"]:
+        LOG.warning("%s", warning)
+    return outputs
 
 
 def _array(path: str) -> NDArray[np.float32]:

@@ -7,6 +7,8 @@ import logging
 from pathlib import Path
 
 LOG = logging.getLogger("brainprior")
+COMMANDS = logging.getLogger("brainprior_bids")
+"""Of the modules of `train` and `evaluate`."""
 
 
 def log_to_stderr() -> None:
@@ -16,7 +18,9 @@ def log_to_stderr() -> None:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         LOG.addHandler(handler)
         LOG.propagate = False
+        COMMANDS.addHandler(handler)
     LOG.setLevel(logging.INFO)
+    COMMANDS.setLevel(logging.INFO)
 
 
 def log_to_file(path: Path) -> logging.Handler:

@@ -426,9 +426,15 @@ def write_pack(brains: Iterable[Brain], out: Path, *, stem: str = "pack") -> lis
         ]
         arrays: Mapping[str, Any] = {f"brain{n}": b.data for n, b in enumerate(part)}
         path = out / f"{stem}-{number}.npz"
-        np.savez_compressed(path, table=np.array(json.dumps(table)), **arrays)
+        np.savez_compressed(_partial(path), table=np.array(json.dumps(table)), **arrays)
         paths.append(path)
+    for path in paths:  # a part of the parts would be taken for all of them
+        _partial(path).replace(path)
     return paths
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.stem}.partial.npz")
 
 
 def read_pack(folder: Path) -> list[Brain]:

@@ -517,32 +517,44 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _build_packs(args: argparse.Namespace) -> None:
-    """The packs that were asked for and are not there yet."""
+    """The packs that were asked for and are not there yet.
+
+    Raises
+    ------
+    UsageError
+        If ``--validation`` or ``--exclude`` names nobody: a person who shall report must not be
+        trained on for a slip of the pen.
+    """
     if args.data is not None and args.heads is not None:
         raise UsageError("train prior: give --data or --heads, not both.")
-    for option, build in (
-        ("data", build_pack),
-        ("heads", build_pack),
-        ("labels", build_synthetic_pack),
-    ):
+    there = [stem for stem in ("pack", "synthetic") if list(args.work.glob(f"{stem}-*.npz"))]
+    known: dict[str, set[str]] = {}
+    for option in ("data", "heads", "labels"):
         source = getattr(args, option)
-        stem = "synthetic" if option == "labels" else "pack"
-        if source is None or list(args.work.glob(f"{stem}-*.npz")):
+        if source is None or ("synthetic" if option == "labels" else "pack") in there:
             continue
         if args.average is None and option != "heads":
             raise UsageError(f"--{option} needs --average, the MNI305 average head.")
-        known = {
-            path.name.split(".")[0].split("_")[0].removeprefix("sub-")
-            for path in source.rglob("*.nii*")
-        }
-        known |= {path.name.split(".")[0] for path in source.rglob("*.nii*")}
+        stems = {path.name.split(".")[0] for path in source.rglob("*.nii*")}
+        known[option] = stems | {stem.split("_")[0].removeprefix("sub-") for stem in stems}
+    asked = {
+        what: [name.removeprefix("sub-") for name in getattr(args, what)]
+        for what in ("validation", "exclude")
+    }
+    unknown = sorted(set().union(*asked.values()) - set().union(*known.values()))
+    if known and unknown:
+        found = f"train prior: no participant and no label map {', '.join(unknown)}"
+        if not there:
+            raise UsageError(f"{found} in what was given. Correct --validation or --exclude.")
+        log.warning("%s in what is prepared now; are they in the packs that are there?", found)
+    for option, names in known.items():
+        build = build_synthetic_pack if option == "labels" else build_pack
         build(
-            source,
+            getattr(args, option),
             None if option == "heads" else args.average,
             args.work,
-            validation=[name for name in args.validation if name in known],
-            exclude=[name for name in args.exclude if name in known],
             processes=max(args.workers, 1),
+            **{what: [name for name in given if name in names] for what, given in asked.items()},
         )
 
 
