@@ -14,9 +14,10 @@ import pytest
 from brainprior_bids.workflows.scan import Job, init_scan_wf
 
 from brainprior_bids.bids.derivatives import sidecars
+from brainprior_bids.bids.fingerprint import decisive, fingerprint
 from brainprior_bids.bids.given import find_given
 from brainprior_bids.bids.names import BIDSName, output_names
-from brainprior_bids.bids.provenance import fingerprint, scan_records, sha256_file
+from brainprior_bids.bids.provenance import scan_records, sha256_file
 from brainprior_bids.bids.query import Scan
 from brainprior_bids.cli.run import main
 from brainprior_bids.engine.errors import InputError
@@ -112,7 +113,8 @@ def test_the_options_need_a_data_set_and_a_missing_file_fails_that_scan(tmp_path
 
 def test_another_mask_is_another_result(settings):
     def digest(**given):
-        return fingerprint(scan(), settings, input_sha256="a", weights={}, given=given)
+        parts = decisive(scan(), settings, input_sha256="a", weights={}, given=given)
+        return fingerprint(scan(), parts)
 
     assert digest(mask="1") == digest(mask="1")
     assert len({digest(), digest(mask="1"), digest(mask="2"), digest(dseg="1")}) == 4

@@ -65,6 +65,8 @@ class Job:
         Of ``settings.exports``, those that this scan goes to.
     others : sequence of (Scan, role -> Given)
         The runs that are fused with the scan, each with the mask and labels of its own.
+    parts : name -> value or SHA-256
+        What the fingerprint was made from.
     """
 
     scan: Scan
@@ -73,6 +75,7 @@ class Job:
     given: Mapping[str, Given] = field(default_factory=dict)
     exports: tuple[str, ...] = ()
     others: Sequence[tuple[Scan, Mapping[str, Given]]] = ()
+    parts: Mapping[str, str] = field(default_factory=dict)
 
 
 def claims_gb(settings: Settings) -> dict[str, float]:
@@ -245,6 +248,7 @@ def init_scan_wf(
             settings=settings.scan_settings(),
             seed=job.seed,
             fingerprint=job.fingerprint,
+            parts=dict(job.parts),
             run_uuid=settings.run_uuid,
             command=list(settings.command),
         ),

@@ -10,7 +10,6 @@ and ``env`` (machine). A run writes ``soft`` and ``env`` once; each finished sca
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import re
@@ -46,37 +45,6 @@ def sha256_file(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def fingerprint(
-    scan: Scan,
-    settings: Settings,
-    *,
-    input_sha256: str,
-    weights: Mapping[str, str],
-    given: Mapping[str, str],
-) -> str:
-    """SHA-256 over everything that decides a scan's result.
-
-    Parameters
-    ----------
-    input_sha256 : str
-        Of the image.
-    weights : role -> SHA-256
-        Of the prior and the parcellation network.
-    given : role -> SHA-256
-        Of files taken from other data sets, and of the lesion mask.
-    """
-    parts = {
-        "version": __version__,
-        "scan": scan.name.stem,
-        "input": input_sha256,
-        "metadata": dict(scan.metadata),
-        "settings": settings.scan_settings(),
-        "weights": dict(weights),
-        "given": dict(given),
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def label(*parts: str) -> str:

@@ -7,8 +7,8 @@ folder (appending to one table is not atomic on NFS). Fields of a summary:
 
 ``scan, subject, source, task, run_uuid, version`` (str); ``status`` (``done``, ``failed``,
 ``skipped``, or ``running``: at work in the scheduler's ``job``, or killed before it could say so);
-``seconds`` (sum of the
-nodes' times); ``message``; ``fingerprint`` (of everything that decides the result); ``seed``;
+``seconds`` (sum of the nodes' times); ``message``; ``fingerprint`` (of everything that decides
+the result) and ``parts`` (what that is: name -> value or SHA-256); ``seed``;
 ``outputs`` and ``figures`` (paths from the output folder);
 ``warnings`` (list of str); ``facts`` (``conform``, ``parcellation``, ``affine``, ``restore``,
 ``seed``: what each node recorded); ``nodes`` (list of ``node, seconds, peak_memory_gb,

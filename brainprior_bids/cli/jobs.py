@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from brainprior_bids.bids import export, status
 from brainprior_bids.bids.claims import Claims
-from brainprior_bids.bids.given import find_given
+from brainprior_bids.bids.fingerprint import changes, decisive, fingerprint, short
+from brainprior_bids.bids.given import Given, find_given
 from brainprior_bids.bids.names import result_name, scan_seed
-from brainprior_bids.bids.provenance import fingerprint, sha256_file
+from brainprior_bids.bids.provenance import sha256_file
 from brainprior_bids.bids.query import Scan
 from brainprior_bids.cli.logs import LOG
 from brainprior_bids.cli.outcome import write_failure
@@ -27,38 +28,13 @@ def plan_jobs(
     from brainprior_bids.workflows.scan import Job
 
     jobs = []
-    to_fmriprep = (
-        export.choose_t1w(scans, per=settings.export_per)
-        if "fmriprep" in settings.exports
-        else set()
-    )
+    to_fmriprep = exported_t1w(scans, settings)
     _say_export(scans, settings, to_fmriprep)
     for scan in scans:
-        if scan.problem is not None:
-            write_failure(scan, settings, {"message": scan.problem, "type": "InputError"})
-            continue
         try:
-            input_sha256 = sha256_file(scan.path)
-        except OSError as error:
-            message = f"the file cannot be read ({error.strerror}). Check its permissions."
-            write_failure(scan, settings, {"message": message, "type": "InputError"})
-            continue
-        try:
-            given = find_given(scan.runs[0] if scan.runs else scan, settings)
-            others = [(run, find_given(run, settings)) for run in scan.runs[1:]]
-            given_sha256 = {role: sha256_file(file.path) for role, file in given.items()}
-            for run, files in others:
-                given_sha256 |= {
-                    run.name.stem: sha256_file(run.path),
-                    f"{run.name.stem} metadata": json.dumps(dict(run.metadata), sort_keys=True),
-                    **{f"{run.name.stem} {r}": sha256_file(f.path) for r, f in files.items()},
-                }
+            found = look_up(scan, settings, weights)
         except InputError as error:
             write_failure(scan, settings, {"message": str(error), "type": "InputError"})
-            continue
-        except OSError as error:
-            message = f"{error.filename} cannot be read ({error.strerror}). Check its permissions."
-            write_failure(scan, settings, {"message": message, "type": "InputError"})
             continue
         if not claims.take(scan.name.stem):
             LOG.error(
@@ -68,20 +44,14 @@ def plan_jobs(
                 settings.work_dir,
             )
             continue
-        digest = fingerprint(
-            scan, settings, input_sha256=input_sha256, weights=weights, given=given_sha256
-        )
-        previous = status.read_summary(settings.output_dir, result_name(scan.name, settings.image))
-        roots = {
-            kind: root
-            for kind, root in settings.exports.items()
-            if kind == "raw" or scan.name.stem in to_fmriprep
-        }
-        done = previous is not None and _is_done(previous, digest, settings)
-        if done and not settings.force and not export.is_delivered(roots, scan, digest):
-            LOG.info("%s: done, but not exported: it is run again for that", scan.name.stem)
-        elif done and not settings.force:
+        roots = export_roots_of(scan, settings, to_fmriprep)
+        why = why_again(scan, found, settings, roots)
+        if why is None:
             LOG.info("%s: already done with the same input and settings", scan.name.stem)
+            previous = status.read_summary(
+                settings.output_dir, result_name(scan.name, settings.image)
+            )
+            assert previous is not None
             previous.update(
                 status="skipped",
                 message="already done with the same input, settings and version",
@@ -96,9 +66,121 @@ def plan_jobs(
                 )
             claims.give_back(scan.name.stem)
             continue
-        seed = scan_seed(settings.random_seed, scan.name)
-        jobs.append(Job(scan, seed, digest, given, tuple(roots), others))
+        if why:
+            LOG.info("%s: %s", scan.name.stem, why)
+        jobs.append(
+            Job(
+                scan,
+                scan_seed(settings.random_seed, scan.name),
+                found.fingerprint,
+                found.given,
+                tuple(roots),
+                found.others,
+                found.parts,
+            )
+        )
     return jobs
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a scan's result will be made from.
+
+    Parameters
+    ----------
+    parts : name -> value or SHA-256
+        All that decides it.
+    fingerprint : str
+        SHA-256 over them.
+    given : role -> Given
+        Files of other data sets.
+    others : sequence of (Scan, role -> Given)
+        Runs that are fused with it.
+    """
+
+    parts: dict[str, str]
+    fingerprint: str
+    given: Mapping[str, Given]
+    others: Sequence[tuple[Scan, Mapping[str, Given]]]
+
+
+def look_up(scan: Scan, settings: Settings, weights: Mapping[str, str]) -> Found:
+    """Find and hash everything that decides a scan's result.
+
+    Parameters
+    ----------
+    weights : role -> SHA-256
+
+    Raises
+    ------
+    InputError
+        Why the scan cannot be begun.
+    """
+    if scan.problem is not None:
+        raise InputError(scan.problem)
+    given = find_given(scan.runs[0] if scan.runs else scan, settings)
+    others = [(run, find_given(run, settings)) for run in scan.runs[1:]]
+    try:
+        image = sha256_file(scan.path)
+        hashes = {role: sha256_file(file.path) for role, file in given.items()}
+        if settings.synthstrip_model is not None:
+            hashes["weights of SynthStrip"] = sha256_file(settings.synthstrip_model)
+        for run, files in others:
+            hashes |= {
+                run.name.stem: sha256_file(run.path),
+                f"metadata of {run.name.stem}": short(dict(run.metadata)),
+                **{f"{r} of {run.name.stem}": sha256_file(f.path) for r, f in files.items()},
+            }
+    except OSError as error:
+        what = "the file" if error.filename == str(scan.path) else error.filename
+        raise InputError(
+            f"{what} cannot be read ({error.strerror}). Check its permissions."
+        ) from error
+    parts = decisive(scan, settings, input_sha256=image, weights=weights, given=hashes)
+    return Found(parts, fingerprint(scan, parts), given, others)
+
+
+def why_again(
+    scan: Scan, found: Found, settings: Settings, exports: Mapping[str, str]
+) -> str | None:
+    """None where a scan is done and nothing changed; else why it is done again, "" if it is new.
+
+    Parameters
+    ----------
+    exports : kind -> root
+        Where the scan's exports are to lie.
+    """
+    previous = status.read_summary(settings.output_dir, result_name(scan.name, settings.image))
+    if previous is None or previous.get("status") not in status.FINISHED:
+        return ""
+    if previous.get("fingerprint") != found.fingerprint:
+        what = changes(previous.get("parts"), found.parts)
+        return f"done before; again, as this changed: {what}"
+    files = (*previous["outputs"], *previous["figures"])
+    missing = [path for path in files if not (settings.output_dir / path).is_file()]
+    if missing:
+        return f"done before; again, as {len(missing)} file(s) are gone, such as {missing[0]}"
+    if settings.force:
+        return "done before; again, because of --force"
+    if not export.is_delivered(exports, scan, found.fingerprint):
+        return "done, but not exported: it is run again for that"
+    return None
+
+
+def exported_t1w(scans: Sequence[Scan], settings: Settings) -> set[str]:
+    """Stems of the T1w that go to fMRIPrep."""
+    if "fmriprep" not in settings.exports:
+        return set()
+    return export.choose_t1w(scans, per=settings.export_per)
+
+
+def export_roots_of(scan: Scan, settings: Settings, to_fmriprep: set[str]) -> dict[str, str]:
+    """The exports that a scan goes to: kind -> root."""
+    return {
+        kind: root
+        for kind, root in settings.exports.items()
+        if kind == "raw" or scan.name.stem in to_fmriprep
+    }
 
 
 def _say_export(scans: Sequence[Scan], settings: Settings, chosen: set[str]) -> None:
@@ -110,14 +192,3 @@ def _say_export(scans: Sequence[Scan], settings: Settings, chosen: set[str]) -> 
     without = {s.subject for s in scans} - {s.subject for s in scans if s.name.stem in chosen}
     for subject in sorted(without):
         LOG.warning("export fmriprep: sub-%s has no T1w, nothing is exported", subject)
-
-
-def _is_done(previous: dict[str, Any], digest: str, settings: Settings) -> bool:
-    return (
-        previous.get("status") in status.FINISHED
-        and previous.get("fingerprint") == digest
-        and all(
-            (settings.output_dir / path).is_file()
-            for path in (*previous["outputs"], *previous["figures"])
-        )
-    )

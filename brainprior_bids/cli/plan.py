@@ -9,10 +9,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from brainprior_bids.anatomy.conform import read_geometry
-from brainprior_bids.bids import export, status
-from brainprior_bids.bids.given import find_given
-from brainprior_bids.bids.names import output_names, result_name, scan_seed
+from brainprior_bids.bids import export
+from brainprior_bids.bids.names import output_names, scan_seed
 from brainprior_bids.bids.query import Scan
+from brainprior_bids.cli.before import checked_weights
+from brainprior_bids.cli.jobs import Found, export_roots_of, exported_t1w, look_up, why_again
 from brainprior_bids.engine.acquisition import PLANES
 from brainprior_bids.engine.errors import GeometryError, InputError
 from brainprior_bids.settings import Settings
@@ -39,21 +40,22 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
     calls = settings.n_samples * settings.n_steps * (5 if settings.sampler == "daps" else 1)
     a_voxel = seconds_a_voxel(settings)
     total = 0.0
-    refused = 0
-    to_fmriprep = (
-        export.choose_t1w(scans, per=settings.export_per)
-        if "fmriprep" in settings.exports
-        else set()
-    )
+    refused = skipped = 0
+    to_fmriprep = exported_t1w(scans, settings)
+    weights = {role: digest for role, (_, digest) in checked_weights(settings).items()}
     for scan in scans:
         seed = scan_seed(settings.random_seed, scan.name)
         print(f"{scan.relative}  {settings.task}, seed {seed}")
-        if scan.problem:
-            print(f"  would fail: {scan.problem}")
-            refused += 1
-            continue
         try:
-            voxels = _told(scan, settings)
+            found = look_up(scan, settings, weights)
+            why = why_again(scan, found, settings, export_roots_of(scan, settings, to_fmriprep))
+            if why is None:
+                print("  done: it would be skipped")
+                skipped += 1
+                continue
+            if why:
+                print(f"  {why}")
+            voxels = _told(scan, settings, found)
         except (InputError, GeometryError) as error:
             print(f"  would fail: {error}")
             refused += 1
@@ -61,9 +63,6 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
         share = FUSED_SHARE * len(scan.runs) if scan.runs else INNER_SHARE[settings.sampler]
         seconds = OTHER_S + calls * voxels * a_voxel * (1 + share)
         seconds += RUN_S * len(scan.runs[1:])
-        previous = status.read_summary(settings.output_dir, result_name(scan.name, settings.image))
-        if previous and previous.get("status") in status.FINISHED and not settings.force:
-            print("  done before: skipped where input and settings are still the same")
         total += seconds
         print(f"  about {seconds / 60:.0f} min ({voxels / 1e6:.1f} million voxels)")
         names = output_names(
@@ -82,15 +81,18 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
                 print(f"  {root}/{path}")
         if "raw" in settings.exports:
             print(f"  {settings.exports['raw']}/{export.raw_name(scan.name)}")
+    to_do = len(scans) - refused - skipped
     memory = max(claims_gb(settings).values())
     at_once = (
         settings.n_gpu_procs if settings.use_gpu else settings.nprocs // settings.omp_nthreads
     )
     if not settings.low_mem:
-        at_once = max(1, min(at_once, int(settings.mem_gb / memory), len(scans) - refused))
+        at_once = max(1, min(at_once, int(settings.mem_gb / memory), to_do))
     else:
         at_once = 1
-    failing = f", of which {refused} would fail" if refused else ""
+    less = [(skipped, "are done"), (refused, "would fail")]
+    failing = ", of which " * any(n for n, _ in less)
+    failing += " and ".join(f"{n} {what}" for n, what in less if n)
     print(
         f"{len(scans)} scan(s){failing}, {calls} network calls each ({settings.sampler} "
         f"sampler), on {settings.device}, {at_once} at once: about "
@@ -100,40 +102,39 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
     )
 
 
-def _told(scan: Scan, settings: Settings) -> float:
+def _told(scan: Scan, settings: Settings, found: Found) -> float:
     """Print what a scan is taken for and what else it needs.
 
     Returns
     -------
     1 mm voxels that the network sees of it, at most: its field of view, or a head's.
     """
-    given = {}
-    for run in scan.runs or (scan,):
+    given = found.given
+    for run, files in [(scan.runs[0] if scan.runs else scan, given), *found.others]:
         if scan.runs:
             print(f"  fuses {run.relative}")
-        given = find_given(run, settings)
-        for file in given.values():
+        for file in files.values():
             print(f"  uses {file.uri}")
     voxels = 0.0
     alone = settings.task == "refine"  # then that image stands for the scan
     for run in scan.runs or (scan,):
         plane = settings.slice_plane
-        found = read_geometry(
+        taken = read_geometry(
             given["refined"].path if alone else run.path,
             metadata={} if alone else run.metadata,
             slice_thickness_mm=None if alone else settings.slice_thickness_mm,
             slice_axis=PLANES.index(plane) if plane is not None and not alone else None,
         )
-        acquisition, source = found.acquisition, found.facts["acquisition"]["thickness_source"]
+        acquisition, source = taken.acquisition, taken.facts["acquisition"]["thickness_source"]
         print(
-            f"  {' × '.join(str(n) for n in found.grid.shape)} voxels of "
-            f"{' × '.join(f'{size:.3g}' for size in found.grid.spacing_mm)} mm; "
+            f"  {' × '.join(str(n) for n in taken.grid.shape)} voxels of "
+            f"{' × '.join(f'{size:.3g}' for size in taken.grid.spacing_mm)} mm; "
             f"{PLANES[acquisition.slice_axis]} slices, {acquisition.thickness_mm:.3g} mm thick "
             f"({source})"
         )
-        for warning in found.warnings:
+        for warning in taken.warnings:
             print(f"  warning: {warning}")
-        voxels = voxels or float(np.prod(np.minimum(found.grid.extent_mm, BOX_MM)))
+        voxels = voxels or float(np.prod(np.minimum(taken.grid.extent_mm, BOX_MM)))
     return voxels
 
 

@@ -26,8 +26,8 @@ from nipype.interfaces.base import (
     traits,
 )
 
-from brainprior_bids import __version__
 from brainprior_bids.bids.files import write_json
+from brainprior_bids.bids.fingerprint import code_version
 from brainprior_bids.engine.errors import BrainpriorError
 
 RECORD = "node.json"
@@ -41,7 +41,7 @@ class MeasuredInputSpec(BaseInterfaceInputSpec):
         low=1, value=1, usedefault=True, nohash=True, desc="threads the node may use"
     )
     code_version = traits.Str(
-        __version__, usedefault=True, desc="a result of another version is not taken over"
+        code_version(), usedefault=True, desc="a result of other code is not taken over"
     )
 
 

@@ -123,6 +123,7 @@ class _WriteInputSpec(_ScanFilesInputSpec):
     settings = traits.Dict(mandatory=True, desc="what decides the result")
     seed = traits.Range(low=0, high=2**63 - 1, value=0, usedefault=True)
     fingerprint = traits.Str(mandatory=True)
+    parts = traits.Dict({}, usedefault=True, desc="what the fingerprint was made from")
     run_uuid = traits.Str(mandatory=True)
     command = traits.List(traits.Str(), desc="argv")
 
@@ -215,6 +216,7 @@ class Write(MeasuredInterface):
                 "run_uuid": inputs.run_uuid,
                 "version": __version__,
                 "fingerprint": inputs.fingerprint,
+                "parts": dict(inputs.parts),
                 "seed": inputs.seed,
                 "outputs": sorted(path for path in staged if path not in figures),
                 "figures": figures,

@@ -13,6 +13,7 @@ from nipype.interfaces.base import File, traits
 from brainprior_bids.bids.files import read_json, write_json
 from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.engine.errors import BrainpriorError
+from brainprior_bids.engine.weights import sha256_file
 from brainprior_bids.interfaces.anatomy import N4, Conform, Parcellate, grid_of, save
 from brainprior_bids.interfaces.base import (
     MeasuredInputSpec,
@@ -73,6 +74,8 @@ class Align(MeasuredInterface):
                 {
                     "name": name,
                     "files": files,
+                    # the next node looks at this table, not into the files that it names
+                    "hashes": {role: sha256_file(Path(file)) for role, file in files.items()},
                     "acquisition": acquisition,
                     "to_reference": motion.to_reference.tolist(),
                     "angle_deg": round(motion.angle_deg, 3),

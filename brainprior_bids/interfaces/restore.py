@@ -289,7 +289,7 @@ class Restore(MeasuredInterface):
         )
         facts = [
             {
-                **{key: value for key, value in run.items() if key != "files"},
+                **{key: value for key, value in run.items() if key not in ("files", "hashes")},
                 "noise_sd": explained.noise_sd,
                 "residual_ratios": [r.ratio for r in explained.residuals],
             }

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What decides a scan's result: whether a finished scan is still the same, and if not, why.
+
+A finished scan is skipped only where every part is what it was: the version and the code that
+computes results, the image, its metadata, the settings, both networks' weights, and what was
+taken from other data sets. The parts stand in the scan's summary, so that a later run can say
+which of them changed. Device and number of threads are no part: they change the last bits, and
+are recorded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from brainprior_bids import __version__
+from brainprior_bids.bids.query import Scan
+from brainprior_bids.settings import Settings
+
+PACKAGE = Path(__file__).parents[1]
+COMPUTES = ("engine", "anatomy", "interfaces", "data/mni305_centroids.json", "data/structures.tsv")
+"""Where a result comes from. Reports and records are made again without a restoration."""
+SHOWN = 40
+"""Values up to this length are kept as they are, longer ones by their SHA-256."""
+
+
+@cache
+def code_version() -> str:
+    """The version, and a SHA-256 over the source that computes results.
+
+    A version is not enough: a checkout that is brought up to date keeps its number.
+    """
+    digest = hashlib.sha256()
+    for name in COMPUTES:
+        place = PACKAGE / name
+        for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+            digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0")
+            digest.update(path.read_bytes() + b"\0")
+    return f"{__version__}+{digest.hexdigest()[:12]}"
+
+
+def decisive(
+    scan: Scan,
+    settings: Settings,
+    *,
+    input_sha256: str,
+    weights: Mapping[str, str],
+    given: Mapping[str, str],
+) -> dict[str, str]:
+    """Everything that decides a scan's result: what it is called in messages -> its value.
+
+    Parameters
+    ----------
+    input_sha256 : str
+        Of the image.
+    weights : role -> SHA-256
+        Of the prior and the parcellation network.
+    given : role -> SHA-256
+        Of files taken from other data sets, of the lesion mask, and of fused runs.
+    """
+    return {
+        "program": code_version(),
+        "image": input_sha256,
+        **{f"metadata {key}": short(value) for key, value in scan.metadata.items()},
+        **{f"setting {key}": short(value) for key, value in settings.scan_settings().items()},
+        **{f"weights of {role}": digest for role, digest in weights.items()},
+        **dict(given),
+    }
+
+
+def short(value: Any) -> str:
+    """A value as JSON; its SHA-256 where that is long."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return text if len(text) <= SHOWN else hashlib.sha256(text.encode()).hexdigest()
+
+
+def fingerprint(scan: Scan, parts: Mapping[str, str]) -> str:
+    """SHA-256 over a scan's name and its ``decisive`` parts."""
+    text = json.dumps([scan.name.stem, dict(parts)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def changes(before: Mapping[str, str] | None, now: Mapping[str, str]) -> str:
+    """What differs, for a message: ``setting n_samples (2, now 4), weights of prior``."""
+    if not before:
+        return "what it was made from is not known"
+    found = []
+    for key in sorted({*before, *now}):
+        old, new = before.get(key), now.get(key)
+        if old == new:
+            continue
+        said = [value for value in (old, new) if value is not None]
+        plain = key.startswith(("metadata", "setting")) and max(map(len, said)) <= SHOWN
+        if plain:
+            found.append(f"{key} ({old or 'absent'}, now {new or 'absent'})")
+        else:
+            found.append(key)
+    return ", ".join(found)
