@@ -67,7 +67,21 @@ def test_four_files(tmp_path):
     assert "[@" not in tex
     bib = (tmp_path / "CITATION.bib").read_text()
     cited = set(re.findall(r"\\cite\{(\w+)\}", tex))
-    assert cited <= set(re.findall(r"@\w+\{(\w+),", bib))
+    assert cited == set(re.findall(r"@\w+\{(\w+),", bib))  # no sampler that did not run
+    assert {"daps", "n4"} <= cited
+    assert "eps" not in cited
+
+
+def test_steps_that_did_not_run_are_not_described():
+    alone = " ".join(methods_text([replace(ONE, task="refine")]).split())
+    assert "N4" not in alone
+    moved = replace(ONE, aligned_by="registration to the template")
+    text = " ".join(methods_text([moved]).split())
+    assert "least squares" not in text
+    assert "MNI305 was found by registration to the template (ANTsPy" in text
+    both = " ".join(methods_text([ONE, moved]).split())
+    assert "least squares" in both
+    assert "For the others it was found by registration" in both
 
 
 def test_every_sampler_of_the_command_line_can_be_described():

@@ -93,6 +93,8 @@ def test_filters_select_absent_and_present_entities(settings):
     assert names(find_scans(present)) == FILES[1:3]
     absent = replace(settings, bids_filters={"T2w": {"run": None}}, modalities=("T2w",))
     assert names(find_scans(absent)) == [FILES[6]]
+    either = replace(settings, bids_filters={"T2w": {"run": [1, None]}}, modalities=("T2w",))
+    assert names(find_scans(either)) == [FILES[1], FILES[6]]
 
 
 def test_only_the_requested_subject_is_opened(settings, dataset):
@@ -161,7 +163,7 @@ def test_the_data_set_is_checked_first(tmp_path):
         ("{", "not valid JSON"),
         ("[1]", "object of objects"),
         ('{"t1w": 3}', "object of objects"),
-        ('{"bold": {}}', "unknown key bold"),
+        ('{"colour": {}}', "unknown key colour"),
     ],
 )
 def test_filter_files_are_checked(tmp_path, content, said):
@@ -175,6 +177,9 @@ def test_a_filter_file_is_read(tmp_path):
     path = tmp_path / "filter.json"
     path.write_text(json.dumps({"T1w": {"session": None}}))
     assert read_filters(path, ("T1w", "T2w")) == {"T1w": {"session": None}}
+    # one file for several programs: fMRIPrep's keys, and contrasts that were not asked for
+    path.write_text(json.dumps({"bold": {"task": "rest"}, "flair": {}, "t1w": {"run": 1}}))
+    assert read_filters(path, ("T1w", "T2w")) == {"T1w": {"run": 1}}
     with pytest.raises(UsageError, match="cannot be read"):
         read_filters(Path(tmp_path / "no.json"), ("T1w",))
 

@@ -17,15 +17,17 @@ from brainprior_bids.interfaces.restore import PROGRESS, progress
 
 
 @pytest.fixture
-def lines(monkeypatch):
+def lines():
     """Lines of the program's log."""
     found: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: found.append(record.getMessage())
     log = logging.getLogger("brainprior")
     log.addHandler(handler)
-    monkeypatch.setattr(log, "level", logging.INFO)
+    before = log.level
+    log.setLevel(logging.INFO)
     yield found
+    log.setLevel(before)
     log.removeHandler(handler)
 
 
@@ -43,7 +45,7 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path, lines):
     said(node("conform"), "start")
     said(node("conform"), "end")
     said(node("restore"), "start")
-    observe = progress(tmp_path / "restore" / PROGRESS, "sub-01_T1w", 2)
+    observe = progress(tmp_path / "restore" / PROGRESS, 2)
     (tmp_path / "restore").mkdir()
     for step in range(4):
         observe(step, 4, 1.0, 0)

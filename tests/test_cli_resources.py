@@ -115,10 +115,8 @@ def test_the_command_stops_at_the_start(tmp_path, monkeypatch, capsys):
     (folder / "sub-01_T2w.nii.gz").touch()
     write(tmp_path / "raw" / "dataset_description.json", '{"Name": "t", "BIDSVersion": "1.10.0"}')
     write(tmp_path / "group" / "memory.max", f"{2 * GIB}\n")
-    for name in ("memory_limit_gb", "available_processors"):
-        function = getattr(resources, name)
-        defaults = (tmp_path / "group", tmp_path / "none", *(function.__defaults__ or ())[2:])
-        monkeypatch.setattr(function, "__defaults__", defaults)
+    monkeypatch.setattr(resources, "CGROUP", tmp_path / "group")
+    monkeypatch.setattr(resources, "PROC", tmp_path / "none")
     command = [str(tmp_path / "raw"), str(tmp_path / "out"), "participant", "--device", "cpu"]
     assert main(command) == 2
     said = capsys.readouterr().err

@@ -196,7 +196,6 @@ def init_scan_wf(
             seed=job.seed,
             device=settings.device,
             use_gpu=settings.use_gpu,
-            label=scan.name.stem,
         ),
         "restore",
         # a GPU node takes n_procs GPU slots: one

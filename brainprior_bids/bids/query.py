@@ -11,6 +11,7 @@ the index lives in memory.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,9 +22,12 @@ from typing import Any
 from brainprior_bids.bids.files import read_json
 from brainprior_bids.bids.names import BIDSName
 from brainprior_bids.engine.errors import InputError, UsageError
-from brainprior_bids.settings import Settings
+from brainprior_bids.settings import MODALITIES, OTHER_MODALITIES, Settings
 
+LOG = logging.getLogger("brainprior")
 EXTENSIONS = (".nii", ".nii.gz")
+FOREIGN = {"bold", "sbref", "fmap", "roi", "dwi", "asl"}
+"""Keys of ``--bids-filter-file`` that fMRIPrep and its kin know."""
 
 
 @dataclass(frozen=True)
@@ -320,7 +324,7 @@ def _asks_metadata(settings: Settings) -> bool:
 def _query(settings: Settings, suffix: str) -> dict[str, Any]:
     from bids.layout import Query
 
-    words = {"*": Query.ANY}
+    words = {None: Query.NONE, "*": Query.ANY}
     query: dict[str, Any] = {
         "datatype": "anat",
         "suffix": suffix,
@@ -333,10 +337,8 @@ def _query(settings: Settings, suffix: str) -> dict[str, Any]:
     if settings.run_id:
         query["run"] = [int(run) for run in settings.run_id]
     for entity, value in settings.bids_filters.get(suffix, {}).items():
-        if value is None:
-            query[entity] = Query.NONE
-        elif isinstance(value, list):
-            query[entity] = value
+        if isinstance(value, list):
+            query[entity] = [words.get(item, item) for item in value]
         else:
             query[entity] = words.get(value, value)
     return query
@@ -347,12 +349,14 @@ def read_filters(path: Path, modalities: Iterable[str]) -> dict[str, Any]:
 
     Returns
     -------
-    suffix -> {pybids entity -> value}; null means "the entity is absent", "*" "it is present".
+    suffix -> {pybids entity -> value}; null means "the entity is absent", "*" "it is present",
+    alone or in a list. Keys that fMRIPrep knows and this does not, and those of modalities that
+    were not asked for, are passed over: one file may serve several programs.
 
     Raises
     ------
     UsageError
-        If the file is missing, is not JSON, or has a key that is no modality in use.
+        If the file is missing, is not JSON, or has a key that none of them knows.
     """
     try:
         filters = json.loads(path.read_text(encoding="utf-8"))
@@ -361,11 +365,16 @@ def read_filters(path: Path, modalities: Iterable[str]) -> dict[str, Any]:
     except ValueError as error:
         raise UsageError(f"--bids-filter-file {path} is not valid JSON ({error}).") from error
     by_key = {suffix.lower(): suffix for suffix in modalities}
+    others = {suffix.lower() for suffix in (*MODALITIES, *OTHER_MODALITIES)} - set(by_key)
     if not isinstance(filters, dict) or not all(isinstance(v, dict) for v in filters.values()):
         raise UsageError(
             f"--bids-filter-file {path}: expected an object of objects, such as "
             '{"t1w": {"acquisition": "mprage"}}.'
         )
+    idle = sorted(key for key in filters if key.lower() in others | FOREIGN)
+    if idle:
+        LOG.info("--bids-filter-file: %s: of no use here", ", ".join(idle))
+        filters = {key: value for key, value in filters.items() if key not in idle}
     unknown = sorted(key for key in filters if key.lower() not in by_key)
     if unknown:
         raise UsageError(

@@ -14,15 +14,20 @@ from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.settings import Settings
 
 LOG = logging.getLogger("brainprior")
-_CGROUP = Path("/sys/fs/cgroup")
-_PROC = Path("/proc/self/cgroup")
+CGROUP = Path("/sys/fs/cgroup")
+"""Where control groups are mounted."""
+PROC = Path("/proc/self/cgroup")
+"""Which groups this process is in."""
 MAIN_GB = 1.0
 """Memory of a run beside its steps: the command (0.35 GiB) and workers that wait (0.25 each)."""
 _UNITS_GB = {"K": 1 / 2**20, "M": 1 / 2**10, "G": 1.0, "T": 2.0**10}
 
 
-def available_processors(cgroup: Path = _CGROUP, proc: Path = _PROC) -> int:
-    """Processors that this process may run on: its affinity, and its container's quota."""
+def available_processors(cgroup: Path | None = None, proc: Path | None = None) -> int:
+    """Processors that this process may run on: its affinity, and its container's quota.
+
+    ``CGROUP`` and ``PROC`` are read unless other places are given.
+    """
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     quotas = [float(count or 1)]
     for folder in _groups("cpu", cgroup, proc):
@@ -36,12 +41,15 @@ def available_processors(cgroup: Path = _CGROUP, proc: Path = _PROC) -> int:
 
 
 def memory_limit_gb(
-    cgroup: Path = _CGROUP, proc: Path = _PROC, environ: Mapping[str, str] | None = None
+    cgroup: Path | None = None,
+    proc: Path | None = None,
+    environ: Mapping[str, str] | None = None,
 ) -> tuple[float, str]:
     """GiB that this process and its children may use together, and what limits them.
 
     The smallest of the machine's memory, the limits of the control groups (versions 1 and 2) that
     this process is in, and what Slurm gave the job: not every site enforces that by groups.
+    ``CGROUP`` and ``PROC`` are read unless other places are given.
     """
     import psutil
 
@@ -111,11 +119,12 @@ def fit_memory(
     )
 
 
-def _groups(controller: str, cgroup: Path, proc: Path) -> list[Path]:
+def _groups(controller: str, cgroup: Path | None, proc: Path | None) -> list[Path]:
     """Folders of this process's group and of those above it: version 2, and version 1.
 
     In a container the group's own path is often not visible; then its root is the group.
     """
+    cgroup, proc = cgroup or CGROUP, proc or PROC
     folders = []
     for line in _lines(proc):
         _, controllers, path = line.split(":", 2)

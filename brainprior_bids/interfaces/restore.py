@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 
 ALIKE = 0.7
 """A refined image that correlates less with the scan, inside the brain, is doubtful."""
-LOG = logging.getLogger("nipype.interface")
 PROGRESS = "progress.json"
 """In the node's folder while it runs: ``sample`` of ``samples``, ``step`` of ``steps``."""
 
@@ -99,7 +97,6 @@ class _RestoreInputSpec(MeasuredInputSpec):
         False, usedefault=True, desc="leave the whole head on the scan's grid too"
     )
     save_samples = traits.Bool(False, usedefault=True, desc="leave every sample as an image")
-    label = traits.Str("", usedefault=True, nohash=True, desc="the scan, for progress lines")
 
 
 class _RestoreOutputSpec(MeasuredOutputSpec):
@@ -149,7 +146,7 @@ class Restore(MeasuredInterface):
             n_steps=self.inputs.n_steps,
             seed=self.inputs.seed,
             device=device,
-            observe=progress(folder / PROGRESS, self.inputs.label, self.inputs.n_samples),
+            observe=progress(folder / PROGRESS, self.inputs.n_samples),
         )
         runs: list[dict[str, Any]] = []
         if isdefined(self.inputs.runs_json):
@@ -322,19 +319,14 @@ class Restore(MeasuredInterface):
         return {"anchor": moved, "anchor_sd": trust}
 
 
-def progress(path: Path, label: str, n_samples: int) -> Callable[[int, int, float, int], None]:
-    """An observer that writes every step to ``path`` and logs each quarter of every sample."""
+def progress(path: Path, n_samples: int) -> Callable[[int, int, float, int], None]:
+    """An observer that writes every step to ``path``; the command reads it there and says it."""
 
     def observe(step: int, total: int, sigma: float, sample: int) -> None:
         write_json(
             path,
             {"sample": sample + 1, "samples": n_samples, "step": step + 1, "steps": total},
         )
-        if (step + 1) % max(1, total // 4) == 0:
-            LOG.info(
-                "%s: sample %d of %d, step %d of %d (sigma %.3g)",
-                label, sample + 1, n_samples, step + 1, total, sigma,
-            )  # fmt: skip
 
     return observe
 

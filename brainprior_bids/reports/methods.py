@@ -67,6 +67,7 @@ class Method:
     mask_source: str = "embedded"
     structures_source: str = "embedded"
     runs: int = 1
+    aligned_by: str = "structures"
 
 
 def of_summary(summary: Mapping[str, Any]) -> Method:
@@ -86,6 +87,7 @@ def of_summary(summary: Mapping[str, Any]) -> Method:
         mask_source=str(anatomy.get("mask_source", "embedded")),
         structures_source=str(anatomy.get("structures_source", "embedded")),
         runs=len(restore.get("runs") or (None,)),
+        aligned_by=str((facts.get("affine") or {}).get("method", "structures")),
     )
 
 
@@ -147,9 +149,7 @@ PyTorch {_version("torch")}.
 
 Each scan was brought to the closest-canonical orientation without resampling.
 {_anatomy(methods)}
-The bias field was estimated by N4 [@n4] inside the mask. An affine transform to
-MNI305 was fitted by weighted least squares to the centres of the structures and to the reach of
-the brain.{hidden}
+{_bias(methods)}{_aligned(methods)}{hidden}
 
 The scan was modelled as *y* = *b* (*A* *x*) + noise, where *x* is the unknown 1 mm image of the
 brain, *A* averages it over the slice profile and the voxels of the scan, and *b* is the bias
@@ -157,6 +157,32 @@ field. {start} the posterior of *x* under a three-dimensional diffusion prior
 [@edm] [@brain3d] (weights {priors}), {drawn}. {estimates}{spread}
 Every scan's random numbers follow from a seed recorded in the provenance.
 """
+
+
+def _bias(methods: Sequence[Method]) -> str:
+    """How the bias field was found; an image that is refined alone has none."""
+    if all(method.task == "refine" for method in methods):
+        return ""
+    return (
+        f"The bias field was estimated by N4 [@n4] (SimpleITK {_version('SimpleITK')}) inside "
+        "the mask.\n"
+    )
+
+
+def _aligned(methods: Sequence[Method]) -> str:
+    """How the transforms to MNI305 were found."""
+    fitted = [method.aligned_by == "structures" for method in methods]
+    found = []
+    if any(fitted):
+        found.append(
+            "An affine transform to MNI305 was fitted by weighted least squares to the centres "
+            "of the\nstructures and to the reach of the brain."
+        )
+    if not all(fitted):
+        which = "For the others" if any(fitted) else "An affine transform to MNI305 was found"
+        which += " it was found" if any(fitted) else ""
+        found.append(f"{which} by registration to the template (ANTsPy {_version('antspyx')}).")
+    return "\n".join(found)
 
 
 def _anatomy(methods: Sequence[Method]) -> str:
@@ -195,7 +221,8 @@ def _named(source: str) -> str:
 def write_citation(folder: Path, methods: Sequence[Method]) -> list[Path]:
     """Write ``CITATION.md``, ``.html``, ``.tex`` and ``.bib`` into ``folder``."""
     text = methods_text(methods)
-    bib = (files("brainprior_bids") / "data" / "reports" / "boilerplate.bib").read_text("utf-8")
+    cited = set(CITATION.findall(text))
+    bib = "\n".join(entry for key, entry in _entries().items() if key in cited)
     page = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8" />'
         f"<title>brainprior: methods</title></head><body>\n{to_html(text)}</body></html>\n"
@@ -210,11 +237,17 @@ def write_citation(folder: Path, methods: Sequence[Method]) -> list[Path]:
 
 def references() -> dict[str, dict[str, str]]:
     """Key -> fields (author, title, year …) of ``boilerplate.bib``."""
+    return {
+        key: dict(re.findall(r"(\w+) = \{(.*?)\},?\n", entry)) for key, entry in _entries().items()
+    }
+
+
+def _entries() -> dict[str, str]:
+    """Key -> BibTeX of every reference."""
     text = (files("brainprior_bids") / "data" / "reports" / "boilerplate.bib").read_text("utf-8")
-    found = {}
-    for entry in re.finditer(r"@\w+\{(\w+),(.*?)\n\}", text, re.DOTALL):
-        found[entry[1]] = dict(re.findall(r"(\w+) = \{(.*?)\},?\n", entry[2] + "\n"))
-    return found
+    return {
+        entry[1]: f"{entry[0]}\n" for entry in re.finditer(r"@\w+\{(\w+),.*?\n\}", text, re.DOTALL)
+    }
 
 
 def to_html(text: str) -> str:
