@@ -233,5 +233,5 @@ def test_a_dry_run_says_which_scans_are_done(raw, capsys):
     said = capsys.readouterr().out
     assert said.count("it would be skipped") == 1
     assert said.count("again, as this changed: image") == 1
-    assert "2 scan(s), of which 1 are done, 80 network calls" in said
+    assert "2 scan(s), of which 1 would be skipped, 80 network calls" in said
     assert json.dumps(read_summary(raw.parent / "out", "sub-01_run-1_T1w")) == before
