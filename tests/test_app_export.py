@@ -212,6 +212,20 @@ def test_the_raw_view_holds_restored_heads_and_links(raw, tmp_path, monkeypatch)
     assert "sub-09" not in table
 
 
+def test_the_raw_view_has_the_sessions_without_a_head(raw, tmp_path):
+    """Functional images of a session in which no T1w was taken, unless sessions were chosen."""
+    for session in "cd":
+        bold = raw / f"sub-01/ses-{session}/func/sub-01_ses-{session}_task-rest_bold.nii.gz"
+        bold.parent.mkdir(parents=True)
+        bold.touch()
+    scans = find_scans(Settings(raw, tmp_path / "o", tmp_path / "w"))
+    for asked, found in (((), ["a", "c", "d"]), (("a", "c"), ["a", "c"])):
+        root = tmp_path / "-".join(("view", *asked))
+        export.link_rest(root, raw, scans, sessions=asked)
+        linked = sorted(path.name for path in root.rglob("*_bold.nii.gz"))
+        assert linked == [f"sub-01_ses-{session}_task-rest_bold.nii.gz" for session in found]
+
+
 @pytest.mark.skipif(find_validator() is None, reason="bids-validator-deno is not installed")
 def test_the_validator_finds_no_error(raw, tmp_path, monkeypatch):
     for root in deliver(raw, tmp_path, monkeypatch, labels=("01",)).values():

@@ -242,12 +242,16 @@ def is_delivered(exports: Mapping[str, str], scan: Scan, fingerprint: str) -> bo
     return True
 
 
-def link_rest(root: Path, bids_dir: Path, scans: Sequence[Scan]) -> int:
+def link_rest(
+    root: Path, bids_dir: Path, scans: Sequence[Scan], *, sessions: Sequence[str] = ()
+) -> int:
     """Fill the ``raw`` root: links to all that is not ``anat`` and to what it
     inherits, ``participants.tsv`` and the filter file.
 
     Links are absolute, so the original has to lie (or be mounted) where it lay here. ``anat``
-    images of the original are left out: fMRIPrep takes every ``T1w`` that it finds.
+    images of the original are left out: fMRIPrep takes every ``T1w`` that it finds. Sessions
+    without a scan of ours are linked too (a head of the first session, functional images of all),
+    those of ``sessions`` where any were asked for.
 
     Returns
     -------
@@ -260,6 +264,10 @@ def link_rest(root: Path, bids_dir: Path, scans: Sequence[Scan]) -> int:
     """
     links = 0
     folders = {scan.name.folder for scan in scans}
+    for subject in {scan.subject for scan in scans}:
+        for path in (bids_dir / f"sub-{subject}").glob("ses-*"):
+            if path.is_dir() and (not sessions or path.name[4:] in sessions):
+                folders.add(PurePosixPath(path.relative_to(bids_dir)))
     for folder in sorted({PurePosixPath(), *folders, *(f.parent for f in folders)}):
         for path in _inherited(bids_dir / folder):
             _link(root / folder / path.name, path)

@@ -123,7 +123,9 @@ def _participants(scans: Sequence[Scan], settings: Settings, raw: dict[str, Any]
                 execute(jobs, settings, {role: path for role, (path, _) in weights.items()})
         if "raw" in settings.exports:
             root = Path(settings.exports["raw"])
-            links = export.link_rest(root, settings.bids_dir, scans)
+            links = export.link_rest(
+                root, settings.bids_dir, scans, sessions=settings.session_label
+            )
             LOG.info("export raw: %d file(s) linked in %s", links, root)
         status.rebuild_status(settings.output_dir)
         rebuild_qc(settings.output_dir)

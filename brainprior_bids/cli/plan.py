@@ -90,7 +90,7 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
         at_once = max(1, min(at_once, int(settings.mem_gb / memory), to_do))
     else:
         at_once = 1
-    less = [(skipped, "are done"), (refused, "would fail")]
+    less = [(skipped, "would be skipped"), (refused, "would fail")]
     failing = ", of which " * any(n for n, _ in less)
     failing += " and ".join(f"{n} {what}" for n, what in less if n)
     print(
