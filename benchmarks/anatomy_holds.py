@@ -9,10 +9,13 @@ takes each through conform, parcellate and affine.
 the two in MNI305, each brought there by its own affine; with ``--restored OUT``, an output folder
 of the program on the same data, also what was restored of both.
 
+``python benchmarks/anatomy_holds.py nodes BIDS_DIR`` times conform, parcellate, n4 and affine of
+everybody's T1w and T2w, in turns.
+
 ``python benchmarks/anatomy_holds.py restored HEAD.nii.gz`` cuts a cube out of a head, with a
 marker in its left hemisphere, makes it thick-sliced, stores it in all 48 axis orders and flips,
 and restores each; then scans the same cube in three oblique poses and compares the means, eight
-samples each, with the posterior SD.
+samples each, with the posterior SD, with the truth, and with what turning the voxels costs alone.
 
 ``python benchmarks/anatomy_holds.py poses LABELS AVG305T1`` makes T1-like heads of held-out label
 maps in random poses and compares the affine from the network's structures with the registration
@@ -24,6 +27,9 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
 from itertools import permutations, product
 from pathlib import Path
 from typing import Any
@@ -36,17 +42,23 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from brainprior_bids.anatomy.affine import AffineFit, corner_distance, fit_affine
+from brainprior_bids.anatomy.bias import n4
 from brainprior_bids.anatomy.conform import conform
 from brainprior_bids.anatomy.external import mask_from_file
 from brainprior_bids.anatomy.hull import surface
-from brainprior_bids.anatomy.parcellation import SCATTERED, Parcellation, parcellate
-from brainprior_bids.anatomy.spaces import resample
+from brainprior_bids.anatomy.parcellation import (
+    SCATTERED,
+    Parcellation,
+    parcellate,
+)
+from brainprior_bids.anatomy.spaces import resample, to_mni305
 from brainprior_bids.engine import weights
 from brainprior_bids.engine.grids import MNI305, Grid
 from brainprior_bids.engine.restore import Restoration, restore
 
 MARKER_MM = 8.0
 CUBE_MM, SLICE_MM = 60, 5
+HORNS = (5, 44)
 POSES = ((10, -8, 5), (25, 15, -20), (35, 30, 30))
 """Rotations about the scanner's axes, degrees."""
 
@@ -72,6 +84,11 @@ def compact_dice(one: Any, two: Any) -> float:
     """Mean overlap of the structures that are in one piece."""
     values = [v for v in np.unique(one[one > 0]) if v not in SCATTERED]
     return float(np.mean([dice(one == v, two == v) for v in values]))
+
+
+def horn_dice(one: Any, two: Any) -> float:
+    """Mean overlap of the two inferior horns of the lateral ventricles."""
+    return float(np.mean([dice(one == v, two == v) for v in HORNS]))
 
 
 def small_head(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -179,8 +196,8 @@ def restored(head: Path, samples: int, steps: int) -> dict[str, Any]:
     bright = float(np.percentile(data[found.mask_scan > 0.5], 99))
     prior = weights.load_prior()
 
-    def scan(turn: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The cube with its marker in thick slices, its affine, and its mask at 1 mm."""
+    def scan(turn: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """The cube with its marker in thick slices, its affine, its mask and the truth at 1 mm."""
         affine = np.eye(4)
         affine[:3, :3] = turn
         affine[:3, 3] = middle - turn @ np.full(3, (CUBE_MM - 1) / 2)
@@ -192,10 +209,16 @@ def restored(head: Path, samples: int, steps: int) -> dict[str, Any]:
         thick = values.reshape(CUBE_MM, CUBE_MM, -1, SLICE_MM).mean(-1)
         step = np.diag([1.0, 1, SLICE_MM, 1])
         step[2, 3] = (SLICE_MM - 1) / 2
-        return thick, affine @ step, mask
+        return thick, affine @ step, mask, values
 
     def through(
-        thick: np.ndarray, affine: np.ndarray, mask: np.ndarray, at: np.ndarray, n: int, calls: int
+        thick: np.ndarray,
+        affine: np.ndarray,
+        mask: np.ndarray,
+        at: np.ndarray,
+        n: int,
+        calls: int,
+        seed: int = 0,
     ) -> Restoration:
         """Stored, conformed, restored."""
         with tempfile.TemporaryDirectory() as folder:
@@ -222,13 +245,14 @@ def restored(head: Path, samples: int, steps: int) -> dict[str, Any]:
             prior=prior,
             n_samples=n,
             n_steps=calls,
+            seed=seed,
         )
 
     def mark(done: Restoration) -> np.ndarray:
         centre = np.argwhere(done.mean > 0.8 * done.mean.max()).mean(0)
         return np.asarray((done.grid.affine @ [*centre, 1.0])[:3])
 
-    thick, affine, mask = scan(np.eye(3))
+    thick, affine, mask, truth = scan(np.eye(3))
     at = affine @ np.linalg.inv(np.diag([1.0, 1, SLICE_MM, 1]))
     at[:3, 3] = middle - (CUBE_MM - 1) / 2
     reference: Restoration | None = None
@@ -257,30 +281,54 @@ def restored(head: Path, samples: int, steps: int) -> dict[str, Any]:
             )
             print(json.dumps(rows[-1]), flush=True)
     assert reference is not None
-    poses_found = []
+
+    def rms(values: np.ndarray) -> float:
+        return float(np.sqrt(np.mean(values**2)) / plain.unit)
+
+    def inner(done: Restoration, mask: np.ndarray) -> np.ndarray:
+        """Deep in the brain and in every cube, without the marker's edge; on the cube's grid."""
+        ball = np.linalg.norm(done.grid.points_mm() - middle[:, None, None, None], axis=0)
+        return (
+            (ball < CUBE_MM / 2 - 6)
+            & (ball > MARKER_MM)
+            & ndimage.binary_erosion(mask, iterations=3)
+        )
+
     plain = through(thick, affine, mask, at, samples, steps)
+    again = through(thick, affine, mask, at, samples, steps, seed=1)
     assert plain.sd is not None
+    shared = inner(plain, mask)
+    unturned = {
+        "rms_error": rms((plain.mean - truth)[shared]),
+        "rms_sd": rms(plain.sd[shared]),
+        "rms_other_seed": rms((again.mean - plain.mean)[shared]),
+    }
+    print(json.dumps(unturned), flush=True)
+    poses_found = []
     for angles in POSES:
         turn = Rotation.from_euler("xyz", angles, degrees=True).as_matrix()
-        turned, where, inside = scan(turn)
+        turned, where, inside, truth_here = scan(turn)
         fine_at = where @ np.linalg.inv(np.diag([1.0, 1, SLICE_MM, 1]))
         fine_at[:3, 3] = middle - turn @ np.full(3, (CUBE_MM - 1) / 2)
         done = through(turned, where, inside, fine_at, samples, steps)
         assert done.sd is not None
-        mean, sd = (resample(v, done.grid, plain.grid) for v in (done.mean, done.sd))
-        ball = np.linalg.norm(plain.grid.points_mm() - middle[:, None, None, None], axis=0)
-        # inside both cubes, where both are brain, and without the marker's own edge
-        both = (ball < CUBE_MM / 2 - 6) & (ball > MARKER_MM) & (mean > 0) & (plain.mean > 0)
-        both &= ndimage.binary_erosion(mask, iterations=3)
+        mean, sd, moved = (
+            resample(v, done.grid, plain.grid) for v in (done.mean, done.sd, truth_here)
+        )
+        both = shared & (mean > 0) & (plain.mean > 0)
         gap = (mean - plain.mean)[both]
         wide = np.sqrt(sd**2 + plain.sd**2)[both]
+        here = inner(done, inside)
         poses_found.append(
             {
                 "angles": angles,
                 "marker_mm": float(np.linalg.norm(mark(done) - middle)),
-                "rms_difference": float(np.sqrt(np.mean(gap**2)) / plain.unit),
-                "rms_sd": float(np.sqrt(np.mean(wide**2)) / plain.unit),
+                "rms_difference": rms(gap),
+                "rms_sd": rms(wide),
                 "within_2_sd": float(np.mean(np.abs(gap) < 2 * wide)),
+                "rms_interpolation": rms((moved - truth)[both]),
+                "rms_error": rms((done.mean - truth_here)[here]),
+                "rms_own_sd": rms(done.sd[here]),
             }
         )
         print(json.dumps(poses_found[-1]), flush=True)
@@ -290,6 +338,7 @@ def restored(head: Path, samples: int, steps: int) -> dict[str, Any]:
         "sampler": reference.sampler,
         "marker_left_of_midline_mm": float(-(fit.matrix @ [*middle, 1.0])[0]),
         **{f"largest_{key}": max(row[key] for row in rows) for key in keys},
+        "unturned": unturned,
         "oblique": poses_found,
     }
 
@@ -297,54 +346,96 @@ def restored(head: Path, samples: int, steps: int) -> dict[str, Any]:
 def overlap(bids_dir: Path, people: int, output_dir: Path | None) -> dict[str, Any]:
     """Dice of everybody's T1w and T2w, in MNI305 (2 mm) and in the scanner's space.
 
-    With the program's output also of the two restored images.
+    ``labels``: labelled in the scanner's space, the labels moved; ``scan``: the scan moved, and
+    labelled in MNI305; ``restored``: the same of the program's output.
     """
     net = network()
     coarse = Grid(
         tuple(n // 2 for n in MNI305.shape), MNI305.affine @ np.diag([2.0, 2.0, 2.0, 1.0])
     )
+
+    def there(image: nib.Nifti1Image) -> np.ndarray:
+        """Labels of an image on the MNI305 grid."""
+        found = parcellate(image, network=net, restored_grid=MNI305)
+        return resample(found.structures.astype(np.float32), MNI305, coarse, order=0)
+
     rows = []
     for subject in sorted(bids_dir.glob("sub-*"))[:people]:
-        labels: dict[str, Any] = {}
+        labels: dict[str, list[np.ndarray]] = {"labels": [], "scan": [], "restored": []}
+        scanner = []
         for suffix in ("T1w", "T2w"):
             (path,) = subject.rglob(f"*_{suffix}.nii.gz")
-            found, fit, grid = label(conform(path, metadata={}).image, net)
+            image = conform(path, metadata={}).image
+            found, fit, grid = label(image, net)
+            structures = found.structures.astype(np.float32)
+            scanner.append((found.structures, grid, fit))
+            labels["labels"].append(resample(structures, grid, coarse, matrix=fit.matrix, order=0))
+            labels["scan"].append(there(to_mni305(image, fit.matrix)))
             if output_dir is not None:
                 (path,) = output_dir.glob(f"{subject.name}/anat/*_space-MNI305_*_{suffix}.nii.gz")
-                again, _, there = label(conform(path, metadata={}).image, net)
-                labels[f"{suffix} restored"] = resample(
-                    again.structures.astype(np.float32), there, coarse, order=0
-                ).astype(int)
-            labels[suffix] = resample(
-                found.structures.astype(np.float32), grid, coarse, matrix=fit.matrix, order=0
-            ).astype(int)
-            labels[f"{suffix} scanner"] = (found.structures, grid, fit)
-        one, two = labels["T1w"], labels["T2w"]
-        after: dict[str, float] = {}
-        if output_dir is not None:
-            both = labels["T1w restored"], labels["T2w restored"]
-            after["restored_mask_mni305"] = dice(both[0] > 0, both[1] > 0)
-            after["restored_structures_mni305"] = compact_dice(*both)
-        structures, grid, fit = labels["T1w scanner"]
-        other, other_grid, other_fit = labels["T2w scanner"]
+                labels["restored"].append(there(conform(path, metadata={}).image))
+        (structures, grid, fit), (other, other_grid, other_fit) = scanner
         beside = resample(other.astype(np.float32), other_grid, grid, order=0)
         # where the T2w's view ends, nothing can overlap
         seen = resample(np.ones(other.shape, np.float32), other_grid, grid, order=0) > 0
-        rows.append(
-            {
-                "subject": subject.name,
-                "mask_mni305": dice(one > 0, two > 0),
-                "structures_mni305": compact_dice(one, two),
-                **after,
-                "mask_scanner": dice((structures > 0) & seen, (beside > 0) & seen),
-                "affines_apart_mm": corner_distance(other_fit.matrix, fit.matrix),
-            }
-        )
-        print(json.dumps(rows[-1]), flush=True)
+        row: dict[str, Any] = {"subject": subject.name}
+        for name, both in labels.items():
+            if both:
+                one, two = both
+                row[f"{name}: mask"] = dice(one > 0, two > 0)
+                row[f"{name}: structures"] = compact_dice(one, two)
+                row[f"{name}: horns"] = horn_dice(one, two)
+        row["scanner: mask"] = dice((structures > 0) & seen, (beside > 0) & seen)
+        row["affines_apart_mm"] = corner_distance(other_fit.matrix, fit.matrix)
+        rows.append(row)
+        print(json.dumps(row), flush=True)
     keys = [key for key in rows[0] if key != "subject"]
     return {key: [float(np.median([r[key] for r in rows])),
                   float(np.min([r[key] for r in rows])),
                   float(np.max([r[key] for r in rows]))] for key in keys}  # fmt: skip
+
+
+def nodes(bids_dir: Path, people: int, threads: int) -> dict[str, Any]:
+    """Seconds from conform to the affine, of everybody's T1w and T2w in turns.
+
+    In one process, with a first scan that is not counted; weights are read before.
+    """
+    net = network()
+    rows = []
+
+    def timed(name: str, row: dict[str, Any], work: Callable[[], Any]) -> Any:
+        clock, cpu = time.perf_counter(), time.process_time()
+        result = work()
+        row[name] = [time.perf_counter() - clock, time.process_time() - cpu]
+        return result
+
+    subjects = sorted(bids_dir.glob("sub-*"))[:people]
+    for subject in (subjects[0], *subjects):
+        for suffix in ("T1w", "T2w"):
+            (path,) = subject.rglob(f"*_{suffix}.nii.gz")
+            row: dict[str, Any] = {}
+            image = timed("conform", row, partial(conform, path, metadata={})).image
+            grid = Grid(image.shape, image.affine).one_millimetre()
+            found = timed(
+                "parcellate", row, partial(parcellate, image, network=net, restored_grid=grid)
+            )
+            timed("n4", row, partial(n4, image, found.mask_scan, threads=threads))
+            edge = partial(surface, found.mask > 0, grid)
+            timed("affine", row, lambda f=found, e=edge: fit_affine(f.table, surface=e()))
+            row = {**row, "all": np.sum(list(row.values()), axis=0).tolist()}
+            rows.append({"subject": subject.name, "suffix": suffix, **row})
+            print(json.dumps(rows[-1]), flush=True)
+    rows = rows[2:]
+    table: dict[str, Any] = {}
+    for suffix in ("T1w", "T2w"):
+        for name in ("conform", "parcellate", "n4", "affine", "all"):
+            seconds = np.array([row[name] for row in rows if row["suffix"] == suffix])
+            table[f"{suffix} {name}"] = {
+                "median_s": round(float(np.median(seconds[:, 0])), 2),
+                "most_s": round(float(seconds[:, 0].max()), 2),
+                "median_cpu_s": round(float(np.median(seconds[:, 1])), 2),
+            }
+    return {"threads": threads, **table}
 
 
 def poses(folder: Path, average: Path, maps: list[int], n: int) -> dict[str, Any]:
@@ -414,9 +505,9 @@ def poses(folder: Path, average: Path, maps: list[int], n: int) -> dict[str, Any
 
 
 def main() -> None:
-    """Measure one of the four and print the result as JSON."""
+    """Measure one of the five and print the result as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("axes", "overlap", "poses", "restored"))
+    parser.add_argument("what", choices=("axes", "nodes", "overlap", "poses", "restored"))
     parser.add_argument("data", type=Path)
     parser.add_argument("average", type=Path, nargs="?", help="avg305T1.nii, for poses")
     parser.add_argument("--people", type=int, default=9)
@@ -430,6 +521,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if args.what == "axes":
         result = axes(args.data)
+    elif args.what == "nodes":
+        result = nodes(args.data, args.people, args.threads)
     elif args.what == "overlap":
         result = overlap(args.data, args.people, args.restored)
     elif args.what == "restored":

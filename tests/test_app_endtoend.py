@@ -72,6 +72,10 @@ def raw(tmp_path_factory):
     good = root / "sub-01" / "anat" / "sub-01_T1w.nii.gz"
     image = nib.load(good)
     data = np.asarray(image.dataobj)
+    moved = np.array(image.affine)
+    moved[0, 3] += 7
+    image.set_qform(moved, 1)  # a fallback to tell of: the sform is used
+    nib.save(nib.Nifti1Image(data, None, image.header), good)
     for subject, what in BAD.items():
         path = root / f"sub-{subject}" / "anat" / f"sub-{subject}_T1w.nii.gz"
         path.parent.mkdir(parents=True)
@@ -131,6 +135,16 @@ def test_one_scan_is_done_and_the_others_fail_with_a_reason(ended):
         assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert float(rows["01"]["seconds"]) > 1
+
+
+def test_a_fallback_is_logged_reported_and_recorded(ended):
+    done, output_dir, _ = ended
+    text = "sub-01_T1w: sform and qform differ by up to 7.00 mm; the sform is used."
+    assert text in done.stderr
+    assert text in (output_dir / "sub-01.html").read_text()
+    (record,) = (output_dir / "prov").glob("*_act*")
+    (activity,) = json.loads(record.read_text())["Activities"]
+    assert any(warning.startswith(text) for warning in activity["Warnings"])
 
 
 def test_only_the_good_scan_leaves_derivatives(ended):

@@ -10,7 +10,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.transform import Rotation
 
+from brainprior_bids.anatomy.conform import conform
 from brainprior_bids.bids.derivatives import check_output, write_dataset_files
 from brainprior_bids.bids.provenance import sha256_file
 from brainprior_bids.bids.status import read_summary
@@ -23,7 +25,7 @@ from brainprior_bids.engine.restore import sample_seed
 from brainprior_bids.engine.unet import UNet
 from brainprior_bids.interfaces.anatomy import Conform, ToMNI305, save
 from brainprior_bids.interfaces.base import FAILURE, RECORD, Meter
-from brainprior_bids.interfaces.derivatives import Write
+from brainprior_bids.interfaces.derivatives import Write, _copy_image
 from brainprior_bids.interfaces.lesion import Lesion
 from brainprior_bids.interfaces.restore import Restore
 
@@ -52,6 +54,9 @@ def raw(tmp_path):
     image.set_sform(affine, 1)
     image.set_qform(affine, 1)
     image.header.set_xyzt_units("mm", "sec")
+    image.header.set_dim_info(freq=1, phase=0, slice=2)
+    image.header["descrip"] = b"TE=90"
+    image.header["pixdim"][4] = 9
     nib.save(image, path)
     return root
 
@@ -398,7 +403,10 @@ def test_the_whole_head_on_the_scans_own_voxels(files, raw, prior, output_dir, t
     made = nib.load(path)
     scan = nib.load(raw / "sub-01" / "ses-a" / "anat" / "sub-01_ses-a_FLAIR.nii.gz")
     assert made.shape == scan.shape
-    np.testing.assert_allclose(made.affine, scan.affine, atol=1e-5)
+    np.testing.assert_array_equal(made.affine, scan.affine)
+    new = {"datatype", "bitpix", "scl_slope", "scl_inter"}  # what describes the values
+    for key in set(scan.header) - new:
+        np.testing.assert_array_equal(made.header[key], scan.header[key], key)
     canonical = nib.as_closest_canonical(made)
     before = np.asarray(nib.load(files["scan"]).dataobj, np.float32)
     after = np.asarray(canonical.dataobj, np.float32)
@@ -542,3 +550,41 @@ def test_a_foreign_data_set_is_not_written_into(raw, tmp_path):
     locked.write_text("")
     with pytest.raises(UsageError, match="cannot be written"):
         check_output(locked / "out")
+
+
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize("sform", ["as it is", "moved", "singular"])
+def test_images_on_the_scans_voxels_carry_its_header(tmp_path, kind, sform):
+    """Axes LPS, oblique, one volume too many in the header; an sform that nobody can use."""
+    values = np.arange(6 * 7 * 5, dtype=np.int16).reshape(6, 7, 5, 1)
+    affine = np.diag([-2.0, -2, 3, 1])
+    affine[:3, :3] = (
+        Rotation.from_euler("xyz", (12, -9, 5), degrees=True).as_matrix() @ (affine[:3, :3])
+    )
+    affine[:3, 3] = [30, 40, -20]
+    image = kind(values, affine)
+    image.set_qform(affine, 1)
+    other = np.diag([0.0, 2, 3, 1]) if sform == "singular" else affine.copy()
+    other[0, 3] += 9 * (sform == "moved")
+    image.set_sform(other, 2)
+    image.header.set_dim_info(slice=2)
+    nib.save(image, tmp_path / "scan.nii.gz")
+    done = conform(tmp_path / "scan.nii.gz", metadata={})
+    nib.save(done.image, tmp_path / "canonical.nii.gz")
+    _copy_image(
+        tmp_path / "canonical.nii.gz",
+        tmp_path / "made.nii.gz",
+        "restored_native",
+        done.facts["affine"]["code"],
+        done.facts["original"],
+    )
+    made, scan = nib.load(tmp_path / "made.nii.gz"), nib.load(tmp_path / "scan.nii.gz")
+    assert type(made) is kind
+    np.testing.assert_array_equal(np.asarray(made.dataobj), values[..., 0])
+    used = affine if sform == "singular" else scan.affine
+    np.testing.assert_allclose(made.affine, used, atol=1e-5)
+    new = {"datatype", "bitpix", "scl_slope", "scl_inter", "dim", "pixdim"}
+    if sform == "singular":
+        new |= {key for key in scan.header if key.startswith(("srow", "sform", "q"))}
+    for key in set(scan.header) - new:
+        np.testing.assert_array_equal(made.header[key], scan.header[key], key)

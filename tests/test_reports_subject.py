@@ -132,6 +132,7 @@ def output_dir(tmp_path):
             status="failed",
             facts={},
             nodes=[],
+            warnings=["sub-01_ses-a_FLAIR: sform and qform differ by up to 7.00 mm."],
             error={
                 "node": "Conform",
                 "type": "InputError",
@@ -254,6 +255,7 @@ def test_a_failed_scan_is_told_with_its_message(output_dir):
     assert "<one>" not in path.read_text()
     assert "Conform" in text
     assert "crash-1.txt" in text
+    assert "sform and qform differ" in text
     (top,) = page.xpath("//section[@id='Summary']")
     assert "1 of 3 scans failed" in top.text_content()
     assert "No errors" not in page.text_content()

@@ -35,8 +35,9 @@ SMALLEST_ML, LARGEST_ML = 400.0, 2500.0
 SMALLEST_PART_ML = 150.0
 """The least that is taken for a brain when the field of view cuts through it."""
 CSF = 24
-SCATTERED = (2, 3, 41, 42, CSF)
-"""Structures that need not be in one piece at 2 mm."""
+SCATTERED = (2, 3, 5, 41, 42, 44, CSF)
+"""Structures that need not be in one piece at 2 mm: white matter, cortex, fluid, and the inferior
+horns of the ventricles, whose front and back are joined by less than a voxel."""
 
 
 @dataclass(frozen=True)

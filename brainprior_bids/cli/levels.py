@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -228,6 +228,13 @@ def _reports(subjects: Iterable[str], settings: Settings) -> bool:
     return made
 
 
+def _say_warnings(summary: Mapping[str, Any]) -> None:
+    """Log what the steps of a scan warned of: their fallbacks among it."""
+    for text in summary["warnings"]:
+        named = text.startswith(f"sub-{summary['subject']}_")
+        LOG.warning("%s", text if named else f"{summary['scan']}: {text}")
+
+
 def _conclude(scans: Sequence[Scan], settings: Settings, elsewhere: Sequence[str]) -> int:
     """Say how it ended; 0 if every scan is done, and none was left to another process."""
     summaries = [
@@ -237,6 +244,8 @@ def _conclude(scans: Sequence[Scan], settings: Settings, elsewhere: Sequence[str
     ]
     states = [summary["status"] if summary else "failed" for summary in summaries]
     for summary in summaries:
+        if summary and summary["status"] != "skipped":
+            _say_warnings(summary)
         if summary and summary["status"] == "failed":
             LOG.error("FAILED %s", summary["message"])
             if summary["error"].get("crash_file"):

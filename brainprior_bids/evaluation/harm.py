@@ -83,12 +83,12 @@ def noise(image: nib.Nifti1Image, brain: Mask, *, share: float) -> nib.Nifti1Ima
     return _head(image, np.hypot(data + real, imaginary))
 
 
-def coil(image: nib.Nifti1Image, brain: Mask) -> nib.Nifti1Image:
-    """One surface coil at the back of the head: about 8 times brighter there than in front."""
+def coil(image: nib.Nifti1Image, brain: Mask, *, times: float) -> nib.Nifti1Image:
+    """One surface coil at the back of the head: so many times brighter there than in front."""
     grid = np.indices(image.shape)
     low, high = _extent(brain, 1)
     place = (grid[1] - low) / (high - low)
-    return _head(image, image.get_fdata(dtype=np.float32) * np.exp(-2.1 * place))
+    return _head(image, image.get_fdata(dtype=np.float32) * times**-place)
 
 
 def thick(image: nib.Nifti1Image, brain: Mask, *, axis: int, mm: float) -> nib.Nifti1Image:
@@ -112,11 +112,13 @@ HARMS: dict[str, Callable[[nib.Nifti1Image, Mask], nib.Nifti1Image]] = {
     "face cut off to the brain": deface,
     "skull-stripped": lambda i, b: _head(i, i.get_fdata(dtype=np.float32) * b),
     "a fifth of the contrast": low_contrast,
-    "one coil, 8 : 1": coil,
+    "one coil, 8 : 1": lambda i, b: coil(i, b, times=8),
+    "one coil, 30 : 1": lambda i, b: coil(i, b, times=30),
     "noise 10 %": lambda i, b: noise(i, b, share=0.1),
     "noise 20 %": lambda i, b: noise(i, b, share=0.2),
     "noise 40 %": lambda i, b: noise(i, b, share=0.4),
     "noise 80 %": lambda i, b: noise(i, b, share=0.8),
+    "noise 160 %": lambda i, b: noise(i, b, share=1.6),
     "values × 0.01": lambda i, b: _head(i, i.get_fdata(dtype=np.float32) * 0.01),
     "values × 1000": lambda i, b: _head(i, i.get_fdata(dtype=np.float32) * 1000),
 }
@@ -229,7 +231,7 @@ def main() -> None:
                     facts, _ = compare(change(image, brain), network, reference)
                     rows.append({"scan": name, "harm": harm, **facts})
                     print(json.dumps(rows[-1]), flush=True)
-            args.table.write_text(json.dumps(rows, indent=1) + "\n")
+                    args.table.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from base64 import b64decode
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -252,8 +253,7 @@ class Write(MeasuredInterface):
         outputs = {role: str(anat / name) for role, name in names.items()}
         (staging / anat).mkdir(parents=True)
         code = facts["conform"]["facts"]["affine"]["code"]
-        # on the scan's grid: in the order of axes in which the file is stored
-        stored = str(facts["conform"]["facts"]["original"]["axis_codes"])
+        original = facts["conform"]["facts"]["original"]
         own_grid = {"residual", "hidden", "restored_native"}
         if inputs.image_desc == "inpainted":
             own_grid |= {role for role in outputs if role.startswith("sample")}
@@ -262,8 +262,8 @@ class Write(MeasuredInterface):
         files |= {sample_role(index): sample for index, sample in enumerate(samples)}
         for role, file in files.items():
             if role in outputs:
-                axes = stored if role in own_grid else None
-                _copy_image(Path(file), staging / outputs[role], role, code, axes)
+                header = original if role in own_grid else None
+                _copy_image(Path(file), staging / outputs[role], role, code, header)
         for role in TEXTS:
             shutil.copyfile(getattr(inputs, role), staging / outputs[role])
         _write(
@@ -306,19 +306,36 @@ def _rename(path: Path, image: str) -> Path:
     )
 
 
-def _copy_image(source: Path, target: Path, role: str, code: int, axes: str | None = None) -> None:
+def _copy_image(
+    source: Path, target: Path, role: str, code: int, original: dict[str, Any] | None = None
+) -> None:
     """Copy an image; those in the scan's own space carry the scan's own sform code.
 
-    ``axes`` (such as "LPS") is the order and direction in which the voxels are to be stored.
+    With ``original``, what ``conform`` noted of the scan's header, the voxels are stored in the
+    scan's order under that header; only what describes their values is new.
     """
     image = nib.load(source)
-    if axes is not None:
-        image = image.as_reoriented(ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(tuple(axes))))
+    if original is not None:
+        axes = axcodes2ornt(tuple(original["axis_codes"]))  # such as "LPS"
+        image = image.as_reoriented(ornt_transform(axcodes2ornt("RAS"), axes))
     if role != "restored_mni305":
         image.set_sform(image.affine, code)
         image.set_qform(image.affine, code)
     array = np.asanyarray(image.dataobj)
-    copy = nib.Nifti1Image(array, image.affine, image.header)
+    if original is None:
+        copy = nib.Nifti1Image(array, image.affine, image.header)
+    else:
+        kind = nib.Nifti2Image if original["format"] == "NIfTI-2" else nib.Nifti1Image
+        header = kind.header_class(b64decode(original["header_base64"])).as_byteswapped("<")
+        header.set_data_dtype(array.dtype)
+        pixdim = header["pixdim"].copy()
+        header.set_data_shape(array.shape)  # forgets the repetition time
+        header["pixdim"] = pixdim
+        copy = kind(array, None, header)
+        if not np.allclose(header.get_best_affine(), image.affine, atol=1e-4):
+            # a reader would take an sform that conform could not use
+            copy.set_sform(image.affine, code)
+            copy.set_qform(image.affine, code)
     copy.header.set_slope_inter(1, 0)
     nib.save(copy, target)
 

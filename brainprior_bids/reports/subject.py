@@ -288,6 +288,7 @@ def _errors(scans: Sequence[Mapping[str, Any]]) -> str:
                 "type": error.get("type"),
                 "message": error.get("message") or scan.get("message") or MISSING,
                 "crash_file": error.get("crash_file"),
+                "warnings": scan.get("warnings") or [],
             }
         )
     return _render("errors.html.j2", errors=errors)
