@@ -20,6 +20,7 @@ from brainprior_bids.bids.names import BIDSName, output_names
 from brainprior_bids.bids.provenance import scan_records, sha256_file
 from brainprior_bids.bids.query import Scan
 from brainprior_bids.cli.run import main
+from brainprior_bids.engine import weights
 from brainprior_bids.engine.errors import InputError
 from brainprior_bids.interfaces.anatomy import Parcellate
 from brainprior_bids.reports.methods import Method, methods_text
@@ -153,12 +154,11 @@ def test_a_given_mask_and_labels_are_used_and_recorded(settings, tmp_path):
         settings=asked,
         name="x",
         prior=other / "dataset_description.json",
-        parcellation=other / "dataset_description.json",
+        parcellation=weights.FOLDER / "parcellation.safetensors",
     )  # fmt: skip
     node = workflow.get_node("parcellate").inputs
     folder = tmp_path / "node"
     folder.mkdir()
-    # the weights are not read: nothing here is the network's
     inputs = {key: value for key, value in node.get().items() if key != "in_file"}
     done = Parcellate(in_file=str(tmp_path / "scan.nii"), **inputs).run(cwd=str(folder)).outputs
     made = nib.load(done.mask)
@@ -166,6 +166,8 @@ def test_a_given_mask_and_labels_are_used_and_recorded(settings, tmp_path):
     share = np.asarray(made.dataobj).reshape(48, 4, 56, 4, 48, 4).mean((1, 3, 5)) > 0.5
     assert 2 * (share & brain).sum() / (share.sum() + brain.sum()) > 0.98
     facts = json.loads(Path(done.structures_json).read_text())
+    # the network is asked as well, whether the mask may be the brain
+    assert 0.5 < facts["mask_agreement"] < 1, facts["mask_agreement"]
     uri = "bids:fs:sub-01/anat/sub-01_desc-brain_mask.nii.gz"
     assert facts["mask_source"] == uri
     assert facts["given"]["mask"] == {"uri": uri, "sha256": sha256_file(given["mask"].path)}

@@ -130,6 +130,22 @@ def test_labels_from_elsewhere_have_no_confidence_and_a_mask_is_compared():
     assert judged(brain(), mask_agreement=0.4)[1] == "fail"
 
 
+@pytest.mark.parametrize(
+    ("affine", "fallbacks", "expected"),
+    [
+        ({"dof": 12, "method": "structures"}, 0, "pass"),
+        ({"dof": 7, "method": "structures"}, 1, "look"),
+        ({"dof": 12, "method": "registration to the template"}, 1, "look"),
+        ({"dof": 6, "method": "structures"}, 2, "fail"),
+    ],
+)
+def test_a_fallback_of_the_affine_never_passes(affine, fallbacks, expected):
+    """However close the structures lie: three of them fit anywhere."""
+    values = metrics({"facts": {"affine": {**affine, "median_residual_mm": 0.8}}})
+    assert values["affine_fallbacks"] == fallbacks
+    assert verdict(values) == expected
+
+
 def test_the_quality_table_has_a_row_for_every_scan_that_is_done(tmp_path):
     done = summary(1)
     done["source"] = "sub-01/anat/sub-01_T1w.nii.gz"

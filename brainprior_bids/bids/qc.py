@@ -61,6 +61,11 @@ METRICS = {
         "median distance between structure centres and where MNI305 has them", "mm",
         high=5.0, fail_high=9.0,
     ),
+    "affine_fallbacks": Metric(
+        "fallbacks of the affine to MNI305: 1 for 7 degrees of freedom, 2 for 6 (three structures "
+        "fit anywhere, their distances say nothing), 1 for registration to the template", "1",
+        high=0.0, fail_high=1.0,
+    ),
     "brain_ml": Metric("volume of the mask: all structures and the fluid between", "ml"),
     "brain_z": Metric(
         "z-score of that volume; none where the field of view cuts the brain", "SD",
@@ -101,6 +106,7 @@ def metrics(summary: Mapping[str, Any]) -> dict[str, float | None]:
     facts = summary.get("facts") or {}
     restore = facts.get("restore") or {}
     conform = facts.get("conform") or {}
+    affine = facts.get("affine") or {}
     acquisition = conform.get("acquisition") or {}
     in_plane = ((conform.get("facts") or {}).get("acquisition") or {}).get("in_plane_mm")
     ratios = restore.get("residual_ratios") or []
@@ -111,7 +117,8 @@ def metrics(summary: Mapping[str, Any]) -> dict[str, float | None]:
         "misfit": statistics.mean(ratios) if ratios else None,
         "inconsistent_percent": 100 * beyond if beyond is not None else None,
         "noise_percent": 100 * noise if noise is not None else None,
-        "mni305_residual_mm": (facts.get("affine") or {}).get("median_residual_mm"),
+        "mni305_residual_mm": affine.get("median_residual_mm"),
+        "affine_fallbacks": _fallbacks(affine),
         **_anatomy(facts.get("parcellation") or {}),
         "bias_range": restore.get("bias_range"),
         "thickness_mm": acquisition.get("thickness_mm"),
@@ -120,6 +127,14 @@ def metrics(summary: Mapping[str, Any]) -> dict[str, float | None]:
         "seconds": summary.get("seconds"),
         "peak_memory_gb": max(peaks, default=None),
     }
+
+
+def _fallbacks(affine: Mapping[str, Any]) -> int | None:
+    """How far the affine is from the usual one: 12 degrees of freedom, from structures."""
+    if affine.get("dof") is None:
+        return None
+    template = affine.get("method", "structures") != "structures"
+    return {12: 0, 7: 1, 6: 2}[affine["dof"]] + template
 
 
 def _anatomy(parcellation: Mapping[str, Any]) -> dict[str, float | None]:

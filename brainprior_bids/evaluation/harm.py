@@ -27,7 +27,7 @@ from brainprior_bids.anatomy.affine import corner_distance, fit_affine
 from brainprior_bids.anatomy.conform import conform
 from brainprior_bids.anatomy.hull import surface
 from brainprior_bids.anatomy.parcellation import Parcellation, parcellate
-from brainprior_bids.bids.qc import concerns, metrics, verdict
+from brainprior_bids.bids.qc import VERDICTS, concerns, metrics, verdict
 from brainprior_bids.engine import weights
 from brainprior_bids.engine.errors import BrainpriorError
 from brainprior_bids.engine.grids import Grid
@@ -185,7 +185,7 @@ def compare(
     summary = {
         "facts": {
             "parcellation": {"table": found.table},
-            "affine": {"median_residual_mm": fit.median_residual_mm},
+            "affine": {"median_residual_mm": fit.median_residual_mm, "dof": fit.dof},
             "restore": {"noise_sd": _noise(image, found.mask_scan)},
         }
     }
@@ -199,8 +199,33 @@ def compare(
     return facts, {"parcellation": found, "fit": fit, "grid": grid}
 
 
+def summarise(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table: median and worst over the scans of a contrast, and their verdicts."""
+    lines = [
+        "| scan, harm | scans | Dice, median | worst | corners, mm, median | worst "
+        "| centres, mm, median | worst | verdicts |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    figures = (("dice", min, 3), ("corner_mm", max, 1), ("residual_mm", max, 1))
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(f"{row['scan'].rpartition('_')[2]}, {row['harm']}", []).append(row)
+    for name, group in groups.items():
+        cells = [name, str(len(group))]
+        for key, worst, digits in figures:
+            values = [row[key] for row in group if key in row]
+            both = (float(np.median(values)), worst(values)) if values else ()
+            cells += [f"{value:.{digits}f}" for value in both] or ["", ""]
+        counts = [(sum(row["verdict"] == v for row in group), v) for v in VERDICTS]
+        refused = sum("error" in row for row in group)
+        said = ", ".join(f"{n} {v}" for n, v in counts if n)
+        cells.append(said + (f" ({refused} refused)" if refused else ""))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
-    """Harm every scan and write the facts."""
+    """Harm every scan, write the facts, print a table of them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bids_dir", type=Path)
     parser.add_argument("table", type=Path, help="JSON, one row a scan and harm; resumed")
@@ -232,6 +257,8 @@ def main() -> None:
                     rows.append({"scan": name, "harm": harm, **facts})
                     print(json.dumps(rows[-1]), flush=True)
                     args.table.write_text(json.dumps(rows, indent=1) + "\n")
+    args.table.write_text(json.dumps(rows, indent=1) + "\n")
+    print(summarise(rows))
 
 
 if __name__ == "__main__":

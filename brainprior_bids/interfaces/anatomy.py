@@ -12,7 +12,7 @@ from nipype.interfaces.base import File, isdefined, traits
 
 from brainprior_bids.bids.files import read_json, write_json
 from brainprior_bids.engine.acquisition import PLANES
-from brainprior_bids.engine.errors import InputError
+from brainprior_bids.engine.errors import AnatomyError, InputError
 from brainprior_bids.engine.grids import Grid
 from brainprior_bids.interfaces.base import (
     MeasuredInputSpec,
@@ -119,17 +119,25 @@ class Parcellate(MeasuredInterface):
         facts: dict[str, Any] = {"mask_source": "embedded", "structures_source": "embedded"}
         warnings: list[str] = []
         found = None
-        if "embedded" in (self.inputs.skull_strip, self.inputs.parcellation):
-            weights = Path(self.inputs.weights)
-            network = load_parcellation(weights, device=self.inputs.device)
+        weights = Path(self.inputs.weights)
+        network = load_parcellation(weights, device=self.inputs.device)
+        facts["weights"] = {
+            "name": network.metadata.get("name"),
+            "licence": network.metadata.get("licence"),
+            "training_data": network.metadata.get("training_data"),
+            "sha256": sha256_file(weights),
+        }
+        needed = "embedded" in (self.inputs.skull_strip, self.inputs.parcellation)
+        try:
             found = parcellate(image, network=network, restored_grid=grid)
             warnings += found.warnings
-            facts["weights"] = {
-                "name": network.metadata.get("name"),
-                "licence": network.metadata.get("licence"),
-                "training_data": network.metadata.get("training_data"),
-                "sha256": sha256_file(weights),
-            }
+        except AnatomyError as error:
+            if needed:
+                raise
+            warnings.append(
+                "The given mask could not be compared with the embedded network's, which found "
+                f"no brain: {error}"
+            )
         network_mask = None if found is None else found.mask > 0
         mask, mask_warnings = self._mask(folder, image, grid, network_mask, found, facts)
         labels = self._labels(folder, grid, facts)
