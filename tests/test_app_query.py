@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from brainprior_bids.bids.query import check_dataset, find_scans, read_filters
+from brainprior_bids.cli.run import main
 from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.settings import Settings
 
@@ -102,6 +103,34 @@ def test_only_the_requested_subject_is_opened(settings, dataset):
     assert names(find_scans(replace(settings, participant_label=("02",)))) == [FILES[6]]
     with pytest.raises(UsageError, match=r"sub-01_ses-a_T1w\.json"):
         find_scans(replace(settings, participant_label=("01",)))
+
+
+def test_derivatives_are_no_raw_scans(settings, dataset):
+    """Their results could have the name of another scan's, and ours are no measurements."""
+    anat = dataset / "sub-02" / "anat"
+    (anat / "sub-02_space-MNI305_desc-preproc_T2w.nii.gz").write_bytes(b"x")
+    raw, scan = find_scans(replace(settings, participant_label=("02",)))
+    assert "a raw scan has no space-, desc- in its name" in scan.problem
+    assert raw.problem is None
+    description = dataset / "dataset_description.json"
+    description.write_text('{"GeneratedBy": [{"Name": "brainprior"}]}')
+    with pytest.raises(UsageError, match="made by brainprior"):
+        check_dataset(dataset)
+
+
+def test_when_every_scan_failed_both_levels_end_with_1(dataset, tmp_path, capsys):
+    """Not with 2: the command line was right."""
+    anat = dataset / "sub-02" / "anat"
+    (anat / "sub-02_T2w.nii.gz").unlink()
+    (anat / "sub-02_T2w.nii.gz").symlink_to("gone")
+    out = tmp_path / "out"
+    command = [str(dataset), str(out), "participant", "group", "--participant-label", "sub-02",
+               "02", "--skip-bids-validation", "--device", "cpu"]  # fmt: skip
+    assert main(command) == 1
+    said = capsys.readouterr().err
+    assert "1 failed" in said
+    assert "group: no scan is done" in said
+    assert "datalad get" in (out / "logs" / "status.tsv").read_text()
 
 
 def test_nothing_is_written_to_the_data_set(settings, dataset):

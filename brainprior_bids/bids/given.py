@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from brainprior_bids.bids.lesions import by_pattern, find_lesion
-from brainprior_bids.bids.names import BIDSName
+from brainprior_bids.bids.names import BIDSName, same_value
 from brainprior_bids.bids.query import Scan
 from brainprior_bids.engine.errors import InputError
 from brainprior_bids.settings import Settings
@@ -113,7 +113,7 @@ def _shows(source: BIDSName, file_name: str) -> bool:
     if name.get("space") not in (None, "orig", source.suffix):
         return False
     return all(
-        key in ADDED or key == "rec" or _same(source.get(key), value)
+        key in ADDED or key == "rec" or same_value(source.get(key), value)
         for key, value in name.entities
     )
 
@@ -166,7 +166,7 @@ def _rank(source: BIDSName, file_name: str, suffix: str) -> tuple[int, int] | No
     for key, value in name.entities:
         if key in ADDED:
             continue
-        if not _same(source.get(key), value):
+        if not same_value(source.get(key), value):
             return None
         shared += 1
     kind = name.get("desc") or name.get("seg")
@@ -177,10 +177,3 @@ def _rank(source: BIDSName, file_name: str, suffix: str) -> tuple[int, int] | No
         return None  # of a lesion, a tissue, a head
     place = known.index(kind) if kind in known else len(known) + (kind is None)
     return -shared, place
-
-
-def _same(one: str | None, other: str) -> bool:
-    """Values of an entity; ``run-1`` is ``run-01``."""
-    if one is not None and one.isdigit() and other.isdigit():
-        return int(one) == int(other)
-    return one == other

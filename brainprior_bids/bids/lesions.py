@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from brainprior_bids.bids.names import BIDSName
+from brainprior_bids.bids.names import BIDSName, same_value
 from brainprior_bids.bids.query import Scan
 from brainprior_bids.engine.errors import InputError
 from brainprior_bids.settings import Settings
@@ -74,7 +74,7 @@ def _belongs(mask: BIDSName, scan: BIDSName) -> bool:
         return False
     if mask.get("space") not in ({None, "orig", "T1w"} if scan.suffix == "T1w" else {scan.suffix}):
         return False
-    return all(scan.get(key) == value for key, value in mask.entities if key not in OWN)
+    return all(same_value(scan.get(key), value) for key, value in mask.entities if key not in OWN)
 
 
 def _one(found: list[Path], scan: Scan, looked: list[str], others: Iterable[Path]) -> Path:

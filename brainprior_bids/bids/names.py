@@ -126,6 +126,13 @@ def _rank(key: str, given: list[str]) -> tuple[int, int]:
     return place, given.index(key)
 
 
+def same_value(one: str | None, other: str) -> bool:
+    """Whether two values of an entity are one; ``run-1`` is ``run-01``."""
+    if one is not None and one.isdigit() and other.isdigit():
+        return int(one) == int(other)
+    return one == other
+
+
 def sample_role(index: int) -> str:
     """``sample01`` for the first sample."""
     return f"sample{index + 1:02d}"

@@ -28,6 +28,8 @@ LOG = logging.getLogger("brainprior")
 EXTENSIONS = (".nii", ".nii.gz")
 FOREIGN = {"bold", "sbref", "fmap", "roi", "dwi", "asl"}
 """Keys of ``--bids-filter-file`` that fMRIPrep and its kin know."""
+DERIVED = ("space", "res", "desc")
+"""Entities of derivatives: ours replace them, so that two results would have one name."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def check_dataset(bids_dir: Path) -> dict[str, Any]:
     Raises
     ------
     UsageError
-        If the folder or the file is missing or unreadable.
+        If the folder or the file is missing or unreadable, or brainprior made the data set.
     """
     if not bids_dir.is_dir():
         what = "is not a folder" if bids_dir.exists() else "does not exist"
@@ -98,6 +100,13 @@ def check_dataset(bids_dir: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is not valid JSON ({error}). Repair it.") from error
     if not isinstance(description, dict):
         raise UsageError(f"{path} must hold a JSON object, got {type(description).__name__}.")
+    makers = description.get("GeneratedBy")
+    makers = makers if isinstance(makers, list) else []
+    if any(isinstance(maker, dict) and maker.get("Name") == "brainprior" for maker in makers):
+        raise UsageError(
+            f"bids_dir {bids_dir} was made by brainprior: what it restored is no measurement, and "
+            "is not restored again. Give the raw data set."
+        )
     return description
 
 
@@ -180,6 +189,12 @@ def _scans(bids_dir: Path, found: Mapping[Path, Mapping[str, Any]]) -> list[Scan
             problem = (
                 f"{name.stem}: the file is a link whose content is not here. "
                 "Fetch it (datalad get, or git annex get) and run again."
+            )
+        added = [f"{key}-" for key in DERIVED if name.get(key) is not None]
+        if added:
+            problem = (
+                f"{name.stem}: a raw scan has no {', '.join(added)} in its name. Give raw data; "
+                "another tool's image goes with --task refine and --derivatives."
             )
         if name.stem in scans:
             twin = scans[name.stem]

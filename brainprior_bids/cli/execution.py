@@ -51,6 +51,7 @@ def execute(jobs: Sequence[Any], settings: Settings, weights: dict[str, Path]) -
             failure.unlink()
     for job in jobs:
         write_running(job.scan, settings)
+    status.rebuild_status(settings.output_dir)
     names = {f"{job.scan.name.node_name}_wf": job.scan.name.stem for job in jobs}
     progress = Progress(names, dict(zip(names, folders, strict=True)), expected_work(settings))
     monitor = (

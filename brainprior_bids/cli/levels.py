@@ -64,7 +64,12 @@ def run(settings: Settings) -> int:
     elif settings.dry_run or settings.boilerplate_only:
         raise UsageError("--dry-run and --boilerplate-only are for the participant level.")
     if "group" in settings.analysis_level and not settings.boilerplate_only:
-        _group(settings)
+        try:
+            _group(settings)
+        except UsageError as error:
+            if not code:
+                raise
+            LOG.error("%s", error)  # the scans failed: that is how this call ended
     return code
 
 
