@@ -1,21 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Holes in healthy brains, filled: how wrong, is there a seam, does what was hidden matter?
 
-    python benchmarks/inpaint.py --average avg305T1.nii sub-01_desc-brain_T1w.nii.gz ...
+    python benchmarks/inpaint.py OUT sub-01_desc-brain_T1w.nii.gz ... --average avg305T1.nii
+        [--nprocs 4] [--picture OUT]
 
-A sphere of each size, and a ragged blob, is hidden in the white and grey matter beside the middle
-of a T1w at 1 mm with 2 % noise (``--spacing`` makes thick slices of it). Inside the hole, against
-the noise-free truth, in units of the brain's 99th percentile: MAE and SSIM of
+Spheres of 10, 20 and 30 mm and a ragged blob of some 20 mm are one mask on a T1w at 1 mm with 2 %
+noise and a bias field, apart from each other. Three BIDS data sets have the same scan and mask:
+``hole`` holds 0 under it, ``lesion`` 0.4 of what was there, ``control`` what was there.
+``brainprior --task inpaint`` fills each. With ``--spacing`` above 1 the slices are thick and the
+task is ``restore inpaint``: all is compared on the 1 mm grid, after one gain for the rest of the
+brain.
 
-* ``mean``, ``sample``: the restoration's mean and its first sample;
+In each hole, against the noise-free scan, in units of the brain's 99th percentile: MAE and SSIM of
+
+* ``mean``, ``sample``: what the command wrote;
 * ``nearest``: each voxel from the nearest one outside (of the truth);
-* ``average``: the MNI305 average head through the affine, brightness fitted around the hole.
+* ``average``: the MNI305 average head through the true affine, brightness fitted around the hole.
 
 ``seam`` is the mean absolute step between neighbours across the hole's border over the same in
-the truth: 1 where the border cannot be told. ``control`` puts a dark lesion under the mask
-and restores again with the same numbers: the largest difference of the two results, which is 0
-if nothing under the mask was believed. That the command leaves the scan outside the mask as it
-was, bit for bit, is tested (tests/test_interfaces_nodes.py).
+the truth: 1 where the border cannot be told. ``off control`` is the mean absolute difference in
+the hole to the result of the control, the same scan with neither hole nor lesion. Whether every
+voxel outside the mask is the scan's, bit for bit, is a row of its own: 1 where that is so.
 """
 
 from __future__ import annotations
@@ -23,160 +28,169 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import nibabel as nib
 import numpy as np
+from people import SCANNER_UNIT, Record, Runs, parser, person, read, run
 from scipy import ndimage
 
 from brainprior_bids.anatomy.spaces import resample
-from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.engine.grids import Grid
-from brainprior_bids.engine.restore import Restoration, restore
-from brainprior_bids.engine.weights import load_parcellation, load_prior
+from brainprior_bids.evaluation.degrade import Recipe, add_noise, degrade
 from brainprior_bids.evaluation.figure import Column, draw
-from brainprior_bids.evaluation.metrics import compare
-from brainprior_bids.evaluation.protocol import AXIS, Case, Condition, from_scan, make_case
+from brainprior_bids.evaluation.metrics import compare, matching_gain
+from brainprior_bids.evaluation.scans import Volume, write_scan
+
+MARGIN = 14
+AXIS = 2
+PLACES = {
+    "10 mm": (0.30, 0.28, 0.58),
+    "20 mm": (0.70, 0.45, 0.58),
+    "30 mm": (0.30, 0.63, 0.58),
+    "blob": (0.70, 0.75, 0.55),
+}
+"""Middle of each hole, as a share of the brain's box, RAS."""
+LESION = 0.4
 
 
-def hole(case: Case, size: float | None, rng: np.random.Generator) -> np.ndarray:
-    """A sphere of that diameter, or a ragged blob of some 20 mm, beside the block's middle."""
-    shape = np.array(case.truth.grid.shape)
-    centre = shape / 2 + np.array([shape[0] * 0.17, 0, 0])
-    away = np.linalg.norm(np.indices(tuple(shape)).T - centre, axis=-1).T
-    if size is not None:
-        return (away <= size / 2) & case.inside
-    ragged = ndimage.gaussian_filter(rng.normal(size=tuple(shape)), 3)
-    return (away + 5 * ragged / ragged.std() <= 10) & case.inside
+def holes(inside: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Spheres, and a ragged blob of about 20 mm, each within the brain."""
+    edges = [np.flatnonzero(inside.any(axis=tuple({0, 1, 2} - {a})))[[0, -1]] for a in range(3)]
+    low, high = np.transpose(edges)
+    ragged = ndimage.gaussian_filter(rng.normal(size=inside.shape), 3)
+    found = {}
+    for name, place in PLACES.items():
+        centre = low + np.array(place) * (high - low)
+        away = np.linalg.norm(np.indices(inside.shape).T - centre, axis=-1).T
+        if name == "blob":
+            found[name] = (away + 5 * ragged / ragged.std() <= 10) & (away < 25) & inside
+        else:
+            found[name] = (away <= float(name.split()[0]) / 2) & inside
+    return found
 
 
 def seam(image: np.ndarray, where: np.ndarray, inside: np.ndarray) -> float:
     """Mean absolute step between neighbours of which one is in the hole, both in the brain."""
     steps = []
     for axis in range(3):
-        a, b = (np.take(where, r, axis) for r in _pairs(where, axis))
-        c, d = (np.take(inside, r, axis) for r in _pairs(where, axis))
-        across = (a != b) & c & d
-        steps.append(np.abs(np.diff(image, axis=axis))[across])
+        low, high = range(where.shape[axis] - 1), range(1, where.shape[axis])
+        a, b = np.take(where, low, axis), np.take(where, high, axis)
+        c, d = np.take(inside, low, axis), np.take(inside, high, axis)
+        steps.append(np.abs(np.diff(image, axis=axis))[(a != b) & c & d])
     return float(np.concatenate(steps).mean())
 
 
-def _pairs(where: np.ndarray, axis: int) -> tuple[range, range]:
-    n = where.shape[axis]
-    return range(n - 1), range(1, n)
-
-
-def fill(
-    case: Case, scan: np.ndarray, hidden: np.ndarray, args: argparse.Namespace
-) -> Restoration:
-    """The restoration of a scan of which some voxels are hidden."""
-    return restore(
-        scan,
-        grid=case.scan.grid,
-        acquisition=Acquisition(AXIS, args.spacing, args.spacing),
-        mask=case.mask,
-        mask_1mm=case.inside,
-        to_mni305=case.to_mni305,
-        contrast="T1w",
-        prior=load_prior(args.prior, device=args.device),
-        log_bias=case.log_bias,
-        hidden=hidden,
-        n_samples=args.n_samples,
-        n_steps=args.n_steps,
-        seed=args.seed,
-        device=args.device,
-    )
-
-
-def thick(where: np.ndarray, grid: Grid) -> np.ndarray:
-    """Scan voxels that show anything of a part of the fine grid."""
-    factors = [n // m for n, m in zip(where.shape, grid.shape, strict=True)]
-    split = [n for m, f in zip(grid.shape, factors, strict=True) for n in (m, f)]
-    return where.reshape(split).any((1, 3, 5))
-
-
-def one_brain(path: Path, args: argparse.Namespace) -> list[list[Any]]:
-    """Rows of the table."""
-    name = path.name.partition("_")[0].removeprefix("sub-")
-    condition = Condition(
-        study="inpaint", spacing_mm=args.spacing, noise_sd=args.noise, crop_mm=tuple(args.crop)
-    )
-    person = from_scan(path, name, "T1w", load_parcellation())
-    case = make_case(person, condition)
-    truth = case.truth.data
+def one_brain(path: Path, args: argparse.Namespace, record: Record, runs: Runs) -> None:
+    """Make the three data sets, run the command on each, compare."""
+    if "control | every voxel outside is the scan's |" in record:
+        return
+    held = person(path, args)
+    thick = round(args.spacing)
+    sides = [(MARGIN, MARGIN + -(n + 2 * MARGIN) % thick) for n in held.data.shape]
+    brain, inside = np.pad(held.data, sides), np.pad(held.inside, sides)
+    to_mni305 = held.to_mni305.copy()
+    to_mni305[:3, 3] -= to_mni305[:3, :3] @ np.full(3, MARGIN)
+    grid = Grid(brain.shape, np.eye(4))
+    rng = np.random.default_rng([args.seed, int(held.name)])
+    recipe = Recipe(axis=AXIS, spacing_mm=args.spacing, thickness_mm=args.spacing,
+                    noise_sd=0.0, bias_sd=args.bias)  # fmt: skip
+    clean, own = degrade(brain, grid, recipe, rng, unit=1.0)
+    scan = add_noise(clean, rng, sd=args.noise, rician=False)
+    found = holes(inside, rng)
+    shape = [n for m, f in zip(own.shape, (1, 1, thick), strict=True) for n in (m, f)]
+    every = np.any(list(found.values()), axis=0).reshape(shape).any((1, 3, 5))
+    variants = {
+        "hole": np.where(every, 0, scan),
+        "lesion": np.where(every, LESION * scan, scan),
+        "control": scan,
+    }
+    stem = f"{runs.name}_T1w"
+    image = "inpainted" if thick == 1 else "restoredInpainted"
+    task = ["inpaint"] if thick == 1 else ["restore", "inpaint"]
+    results: dict[str, dict[str, np.ndarray]] = {}
+    same: dict[str, float] = {}
+    for variant, data in variants.items():
+        bids_dir = runs.folder / variant
+        scanned = Volume((data * SCANNER_UNIT).astype(np.float32), own)
+        write_scan(
+            bids_dir, stem, scanned, dataset=f"Inpainting, {variant}",
+            metadata={"SliceThickness": args.spacing, "SpacingBetweenSlices": args.spacing,
+                      "MRAcquisitionType": "3D" if thick == 1 else "2D"},
+        )  # fmt: skip
+        mask = nib.Nifti1Image(every.astype(np.uint8), np.array(own.affine))
+        name = f"{runs.name}_label-lesion_roi.nii.gz"
+        nib.save(mask, bids_dir / runs.name / "anat" / name)
+        output = runs.command(bids_dir, f"{variant}-out", "--task", *task, "--save-samples")
+        mean = read(output, stem, image)
+        sample = read(output, stem, image, "sample01")
+        results[variant] = {"mean": mean.data, "sample": sample.data}
+        if thick == 1:
+            same[variant] = float(np.array_equal(mean.data[~every], scanned.data[~every]))
+        else:
+            results[variant] = {
+                key: resample(value, mean.grid, grid) for key, value in results[variant].items()
+            }
+    truth = clean if thick == 1 else brain
+    where_all = np.any(list(found.values()), axis=0)
+    shown: dict[str, np.ndarray] = {}
     average = nib.as_closest_canonical(nib.load(args.average))
     head = resample(
         np.asarray(average.dataobj, np.float32),
         Grid(average.shape, average.affine),
-        case.truth.grid,
-        matrix=np.linalg.inv(case.to_mni305),
+        grid,
+        matrix=np.linalg.inv(to_mni305),
     )
-    rows = []
-    for size in [*args.sizes, *([] if args.no_blob else [None])]:
-        where = hole(case, size, np.random.default_rng(args.seed))
-        hidden = thick(where, case.scan.grid)
-        done = fill(case, case.scan.data, hidden.astype(np.float32), args)
-        around = ndimage.binary_dilation(where, iterations=8) & case.inside & ~where
+    nearest = ndimage.distance_transform_edt(
+        where_all | ~inside, return_distances=False, return_indices=True
+    )
+    methods = {
+        f"{variant} | {key}": value / SCANNER_UNIT
+        for variant, made in results.items()
+        for key, value in made.items()
+    }
+    if thick > 1:
+        rest = inside & ~where_all
+        methods = {k: v * matching_gain(v, truth, rest) for k, v in methods.items()}
+    for kind, where in found.items():
+        around = ndimage.binary_dilation(where, iterations=8) & inside & ~where_all
         fit = np.polyfit(head[around], truth[around], 1)
-        nearest = ndimage.distance_transform_edt(
-            where | ~case.inside, return_distances=False, return_indices=True
-        )
-        images = {
-            "mean": done.mean,
-            "sample": done.samples[0],
-            "nearest": truth[tuple(nearest)],
-            "average": np.polyval(fit, head),
+        rows = {
+            **methods,
+            "- | nearest": truth[tuple(nearest)],
+            "- | average": np.polyval(fit, head),
         }
-        for method, image in images.items():
-            filled = np.where(where, image, truth)
-            row = compare(filled, truth, where)
-            step = seam(filled, where, case.inside) / seam(truth, where, case.inside)
-            rows.append([name, "blob" if size is None else f"{size:g} mm", method,
-                         row["mae"], row["ssim"], step])  # fmt: skip
-            print(
-                "  ".join(f"{c:.4f}" if isinstance(c, float) else c for c in rows[-1]), flush=True
-            )
-        if size == args.sizes[0]:
-            lesion = np.where(hidden, 0.4 * case.scan.data, case.scan.data).astype(np.float32)
-            again = fill(case, lesion, hidden.astype(np.float32), args)
-            difference = float(np.abs(again.samples - done.samples).max())
-            print(f"{name}: control, largest difference with a lesion under the mask {difference}")
-        if args.picture is not None:
-            shown = {"truth": truth, "hole": np.where(where, 0, truth)}
-            for method in ("nearest", "mean", "sample"):
-                shown[method] = np.where(where, images[method], truth)
-            columns = [Column(k, np.where(case.inside, v, 0), 1.1) for k, v in shown.items()]
-            draw(args.picture / f"inpaint_{name}_{'blob' if size is None else f'{size:g}'}.png",
-                 columns, inside=where, spacing_mm=[1.0] * 3,
-                 caption=f"sub-{name} (OpenNeuro ds002748, CC0)")  # fmt: skip
-    return rows
+        for method, filled in rows.items():
+            variant, _, what = method.partition(" | ")
+            put = np.where(where, filled, truth)
+            figures = compare(put, truth, where)
+            row = {"MAE": figures["mae"], "SSIM": figures["ssim"],
+                   "seam": seam(put, where, inside) / seam(truth, where, inside)}  # fmt: skip
+            if variant in ("hole", "lesion"):
+                off = np.abs(filled - methods[f"control | {what}"])[where]
+                row["off control"] = float(off.mean())
+            record.add(f"{variant} | {what} | {kind}", row)
+            shown[what] = np.where(where, filled, shown.get(what, truth))
+    for variant, equal in same.items():
+        record.add(f"{variant} | every voxel outside is the scan's |", {"value": equal})
+    if thick > 1:
+        record.add("control | every voxel outside is the scan's |", {})
+    if args.picture is not None:
+        pictures = {"truth": truth, "hole": np.where(where_all, 0, truth)}
+        pictures |= {key: shown[key] for key in ("nearest", "mean", "sample")}
+        columns = [Column(k, np.where(inside, v, 0), 1.1) for k, v in pictures.items()]
+        draw(args.picture / f"inpaint_{runs.name}.png", columns, inside=found["30 mm"],
+             spacing_mm=[1.0] * 3, caption=f"{runs.name} (OpenNeuro ds002748, CC0)",
+             dpi=60)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("brains", type=Path, nargs="+", help="1 mm T1w brains, 0 outside")
-    parser.add_argument("--average", type=Path, required=True, help="MNI305 average head")
-    parser.add_argument("--sizes", type=float, nargs="+", default=[10, 20, 30], help="mm")
-    parser.add_argument("--no-blob", action="store_true")
-    parser.add_argument("--spacing", type=float, default=1.0, help="slice spacing, mm")
-    parser.add_argument("--noise", type=float, default=0.02)
-    parser.add_argument("--crop", type=int, nargs=3, default=[96, 96, 96])
-    parser.add_argument("--n-samples", type=int, default=4)
-    parser.add_argument("--n-steps", type=int, default=20)
-    parser.add_argument("--prior", type=Path, help="weights; default: embedded")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--picture", type=Path, help="folder for a PNG of each hole")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    rows = [row for path in args.brains for row in one_brain(path, args)]
-    print("| hole | method | MAE | SSIM | seam |\n|---|---|---|---|---|")
-    for kind in dict.fromkeys(r[1] for r in rows):
-        for method in ("mean", "sample", "nearest", "average"):
-            values = np.array([r[3:] for r in rows if r[1] == kind and r[2] == method], float)
-            mae, ssim, step = values.mean(0)
-            print(f"| {kind} | {method} | {mae:.4f} | {ssim:.3f} | {step:.2f} |")
-    return 0
+    made = parser(__doc__, n_samples=2)
+    made.add_argument("--average", type=Path, required=True, help="MNI305 average head")
+    made.add_argument("--spacing", type=float, default=1.0, help="slice spacing, mm")
+    made.add_argument("--noise", type=float, default=0.02, help="SD, brain's bright end = 1")
+    made.add_argument("--bias", type=float, default=0.1, help="SD of the log field")
+    return run(made.parse_args(argv), one_brain, ["scan", "what", "hole"])
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Another tool's image, too smooth or too sharp, refined over a sweep of trust.
 
-    python benchmarks/refine.py sub-01_desc-brain_T1w.nii.gz ...
+    python benchmarks/refine.py OUT sub-01_desc-brain_T1w.nii.gz ... [--nprocs 4] [--picture OUT]
 
 The "other tool" is the truth blurred by a Gaussian of SD 1 mm, or sharpened (the truth plus what
-that blur takes from it). Root mean square error inside the brain, in units of its 99th percentile:
-of that image, of the image refined alone at each trust, of the scan (slices of ``--spacing`` mm,
-1 % noise) restored alone, and of both together. Residual is the misfit to what was given (RMS over
-the SD that was stated), of the first sample.
+that blur takes from it): derivative data sets beside a raw one with the person's scan (slices of
+``--spacing`` mm, 1 % noise). ``brainprior`` restores the scan alone, refines each image alone
+(``--task refine``), and both together (``--task restore refine``), at each trust. RMSE inside the
+truth's mask, in units of its 99th percentile, after one gain, and after a gain that may vary
+slowly (``slow gain``: of the refined image alone no bias field is estimated). ``misfit`` is that
+of the samples to what they were given, in units of its stated error.
 """
 
 from __future__ import annotations
@@ -15,18 +17,21 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from people import SCANNER_UNIT, Record, Runs, facts, parser, person, read, run
 from scipy import ndimage
 
-from brainprior_bids.engine.acquisition import Acquisition
+from brainprior_bids.anatomy.spaces import resample
 from brainprior_bids.engine.errors import BrainpriorError
-from brainprior_bids.engine.restore import restore
-from brainprior_bids.engine.weights import load_parcellation, load_prior
+from brainprior_bids.engine.grids import Grid
+from brainprior_bids.evaluation.degrade import Recipe, degrade
+from brainprior_bids.evaluation.figure import Column, draw
 from brainprior_bids.evaluation.metrics import compare, matching_gain
-from brainprior_bids.evaluation.protocol import AXIS, Condition, from_scan, make_case
+from brainprior_bids.evaluation.scans import Volume, write_scan
+from brainprior_bids.evaluation.thick_slices import matching_field
 
+MARGIN = 14
 TOOLS = ("smooth", "sharp")
 
 
@@ -34,87 +39,91 @@ def other_tool(truth: np.ndarray, inside: np.ndarray, kind: str) -> np.ndarray:
     """Blurred by 1 mm, or sharpened by what that takes; 0 outside."""
     blurred = ndimage.gaussian_filter(truth, 1.0)
     image = blurred if kind == "smooth" else 2 * truth - blurred
-    return np.where(inside, image, 0).astype(np.float32)
+    return np.where(inside, np.maximum(image, 0), 0).astype(np.float32)
 
 
-def one_brain(path: Path, args: argparse.Namespace) -> list[list[Any]]:
-    """Rows of the table: tool, how, trust, error, residual."""
-    name = path.name.partition("_")[0].removeprefix("sub-")
-    condition = Condition(
-        study="refine", spacing_mm=args.spacing, noise_sd=0.01, crop_mm=tuple(args.crop)
-    )
-    case = make_case(from_scan(path, name, "T1w", load_parcellation()), condition)
-    truth, fine = case.truth.data, case.truth.grid
-    common = {
-        "mask_1mm": case.inside,
-        "to_mni305": case.to_mni305,
-        "contrast": "T1w",
-        "prior": load_prior(args.prior, device=args.device),
-        "n_samples": args.n_samples,
-        "n_steps": args.n_steps,
-        "seed": args.seed,
-        "device": args.device,
-    }
-    thick = {
-        "grid": case.scan.grid,
-        "acquisition": Acquisition(AXIS, args.spacing, args.spacing),
-        "mask": case.mask,
-    }
-    rows: list[list[Any]] = []
+def one_brain(path: Path, args: argparse.Namespace, record: Record, runs: Runs) -> None:
+    """Make the data sets, run the command for each row, compare."""
+    held = person(path, args)
+    thick = round(args.spacing)
+    sides = [(MARGIN, MARGIN + -(n + 2 * MARGIN) % thick) for n in held.data.shape]
+    truth, inside = np.pad(held.data, sides), np.pad(held.inside, sides)
+    grid = Grid(truth.shape, np.eye(4))
+    rng = np.random.default_rng([args.seed, int(held.name)])
+    recipe = Recipe(spacing_mm=args.spacing, thickness_mm=args.spacing, noise_sd=0.01)
+    data, own = degrade(truth, grid, recipe, rng, unit=1.0)
+    stem, bids_dir = f"{runs.name}_T1w", runs.folder / "bids"
+    write_scan(
+        bids_dir, stem, Volume(data * SCANNER_UNIT, own), dataset="A scan of thick slices",
+        metadata={"SliceThickness": args.spacing, "SpacingBetweenSlices": args.spacing,
+                  "MRAcquisitionType": "2D"},
+    )  # fmt: skip
+    shown = {"truth": truth}
 
-    def note(tool: str, how: str, trust: float, image: np.ndarray, residual: float) -> None:
-        gain = matching_gain(image, truth, case.judged)
-        error = compare(gain * image, truth, case.judged)["rmse"]
-        rows.append([tool, how, trust, error, residual])
-        print(
-            f"{name}: {tool} {how} {trust:g} RMSE {error:.4f} residual {residual:.2f}", flush=True
-        )
+    def note(label: str, image: np.ndarray, misfit: Sequence[float] = ()) -> None:
+        shown[label] = matching_gain(image, truth, inside) * image
+        flat = image * matching_field(image, truth, inside)
+        row = {"RMSE": compare(shown[label], truth, inside)["rmse"],
+               "slow gain": compare(flat, truth, inside)["rmse"]}  # fmt: skip
+        if misfit:
+            row["misfit"] = float(np.mean(misfit))
+        record.add(label, row)
 
-    done = restore(case.scan.data, **thick, **common)
-    note("-", "scan alone", np.nan, done.mean, done.residual_ratios[0])
+    def made(label: str, image: str, *options: str) -> None:
+        if label in record and args.picture is None:
+            return
+        output = "-".join(word for word in label.replace("|", " ").split() if word != "-")
+        output_dir = runs.command(bids_dir, output, *options)
+        volume = read(output_dir, stem, image)
+        ratios = facts(output_dir, stem, image)["residual_ratios"]
+        note(label, resample(volume.data, volume.grid, grid), ratios)
+
+    made("- | the scan alone | -", "restored", "--task", "restore")
     for tool in args.tools:
-        image = other_tool(truth, case.inside, tool)
-        note(tool, "as it is", np.nan, image, np.nan)
+        image = other_tool(truth, inside, tool)
+        other = runs.folder / tool
+        write_scan(other, f"{runs.name}_desc-{tool}_T1w", Volume(image * SCANNER_UNIT, grid),
+                   dataset="Another tool's image", metadata={})  # fmt: skip
+        note(f"{tool} | as it is | -", image)
         for trust in args.trust:
-            alone = restore(
-                image,
-                grid=fine,
-                acquisition=Acquisition(AXIS, 1.0, 1.0),
-                mask=case.inside.astype(np.float32),
-                noise_sd=trust,
-                **common,
-            )
-            note(tool, "refined alone", trust, alone.mean, alone.residual_ratios[0])
-            try:
-                both = restore(case.scan.data, anchor=image, anchor_sd=trust, **thick, **common)
-            except BrainpriorError as error:
-                print(f"{name}: {tool} with the scan, trust {trust:g}: {error}")
-                continue
-            note(tool, "with the scan", trust, both.mean, both.residual_ratios[0])
-    return rows
+            asked = ["-d", f"{tool}={other}", "--trust", f"{trust:g}"]
+            for task in args.tasks:
+                words = ["refine"] if task == "alone" else ["restore", "refine"]
+                how = "refined alone" if task == "alone" else "with the scan"
+                result = "refined" if task == "alone" else "restoredRefined"
+                try:
+                    made(f"{tool} | {how} | {trust:g}", result, "--task", *words, *asked)
+                except BrainpriorError as error:
+                    print(f"{runs.name}: {tool} {how}, trust {trust:g}: {error}", flush=True)
+    if args.picture is not None:
+        middle = f"{args.trust[len(args.trust) // 2]:g}"
+        for tool in args.tools:
+            wanted = {
+                "truth": "truth",
+                "scan restored": "- | the scan alone | -",
+                f"too {tool}": f"{tool} | as it is | -",
+                "refined alone": f"{tool} | refined alone | {middle}",
+                "with the scan": f"{tool} | with the scan | {middle}",
+            }
+            columns = [
+                Column(title, np.where(inside, shown[key], 0), 1.1)
+                for title, key in wanted.items()
+                if key in shown
+            ]
+            caption = f"{runs.name} (OpenNeuro ds002748, CC0), trust {middle}"
+            draw(args.picture / f"refine_{runs.name}_{tool}.png", columns, inside=inside,
+                 spacing_mm=[1.0] * 3, caption=caption, planes=(0, 2), dpi=60)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("brains", type=Path, nargs="+", help="1 mm T1w brains, 0 outside")
-    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
-    parser.add_argument("--trust", type=float, nargs="+", default=[0.01, 0.03, 0.1, 0.3])
-    parser.add_argument("--spacing", type=float, default=4.0, help="of the scan's slices, mm")
-    parser.add_argument("--crop", type=int, nargs=3, default=[80, 80, 80])
-    parser.add_argument("--n-samples", type=int, default=2)
-    parser.add_argument("--n-steps", type=int, default=20)
-    parser.add_argument("--prior", type=Path, help="weights; default: embedded")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    rows = [row for path in args.brains for row in one_brain(path, args)]
-    print("| other tool | what | trust | RMSE | residual |\n|---|---|---|---|---|")
-    for key in dict.fromkeys((r[0], r[1], str(r[2])) for r in rows):
-        values = [r[3:] for r in rows if (r[0], r[1], str(r[2])) == key]
-        error, residual = np.mean(np.array(values, float), axis=0)
-        print(f"| {key[0]} | {key[1]} | {key[2]} | {error:.4f} | {residual:.2f} |")
-    return 0
+    options = parser(__doc__, n_samples=1)
+    options.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
+    options.add_argument("--tasks", nargs="+", choices=("alone", "both"),
+                         default=["alone", "both"])  # fmt: skip
+    options.add_argument("--trust", type=float, nargs="+", default=[0.01, 0.03, 0.1, 0.3])
+    options.add_argument("--spacing", type=float, default=4.0, help="of the scan's slices, mm")
+    return run(options.parse_args(argv), one_brain, ["other tool", "what", "trust"])
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from brainprior_bids.bids.given import find_given
 from brainprior_bids.bids.names import BIDSName, output_names
 from brainprior_bids.bids.provenance import scan_records, sha256_file
 from brainprior_bids.bids.query import Scan
+from brainprior_bids.bids.refined import name_after_images
 from brainprior_bids.cli.run import main
 from brainprior_bids.engine import weights
 from brainprior_bids.engine.errors import InputError
@@ -207,11 +208,12 @@ def test_the_image_to_refine_and_its_trust(settings, tmp_path):
     folder = Path(root) / "sub-01" / "anat"
     with pytest.raises(InputError, match="no image to refine"):
         find_given(scan(), asked)
-    for name in ("sub-01_T2w", "sub-02_T1w", "sub-01_run-2_T1w", "sub-01_space-MNI305_T1w"):
+    for name in ("sub-02_T1w", "sub-01_run-2_T1w", "sub-01_space-MNI305_T1w"):
         (folder / f"{name}.nii.gz").touch()
     with pytest.raises(InputError, match="no image to refine"):
         find_given(scan(), asked)
     (folder / "sub-01_desc-SynthSR_T1w.nii.gz").touch()
+    (folder / "sub-01_T2w.nii.gz").touch()  # the scan's own contrast goes before
     found = find_given(scan(), asked)
     assert found["refined"].uri == "bids:fs:sub-01/anat/sub-01_desc-SynthSR_T1w.nii.gz"
     assert set(found) == {"refined"}
@@ -223,6 +225,51 @@ def test_the_image_to_refine_and_its_trust(settings, tmp_path):
     (folder / "sub-01_desc-other_T1w.nii.gz").touch()
     with pytest.raises(InputError, match="expected one image"):
         find_given(scan(), asked)
+
+
+def test_an_image_of_another_contrast_is_found_and_gives_its_name(settings, tmp_path):
+    """SynthSR makes a T1w of anything; what is refined is a T1w then."""
+    root = dataset(tmp_path / "fs", "sub-01_desc-SynthSR_T1w.nii.gz")
+    raw = tmp_path / "raw" / "sub-01" / "anat"
+    raw.mkdir(parents=True)
+    asked = replace(
+        settings, task="refine", trust="0.05", derivatives={"fs": root},
+        skull_strip="embedded", parcellation="embedded",
+    )  # fmt: skip
+
+    def of(stem):
+        path = raw / f"{stem}.nii.gz"
+        path.touch()
+        return replace(scan(stem), path=path)
+
+    t2w = of("sub-01_T2w")
+    (named,) = name_after_images([t2w], asked)
+    assert (named.name.stem, named.contrast, named.path) == ("sub-01_T1w", "T1w", t2w.path)
+    assert find_given(named, asked) == find_given(t2w, asked)
+    with pytest.raises(InputError, match="Use --task refine, without restore"):
+        find_given(t2w, replace(asked, task="restore+refine"))
+    # two scans, one image: whose it is must be said
+    flair = of("sub-01_FLAIR")
+    problems = [s.problem for s in name_after_images([t2w, flair], asked)]
+    assert all("sub-01_T2w.nii.gz, sub-01_FLAIR.nii.gz" in problem for problem in problems)
+    folder = Path(root) / "sub-01" / "anat"
+    (folder / "sub-01_desc-SynthSR_T1w.nii.gz").rename(folder / "sub-01_space-FLAIR_T1w.nii.gz")
+    left, right = name_after_images([t2w, flair], asked)
+    assert (left.name.stem, right.name.stem) == ("sub-01_T2w", "sub-01_T1w")
+    assert find_given(right, asked)["refined"].path.name == "sub-01_space-FLAIR_T1w.nii.gz"
+    with pytest.raises(InputError, match="no image to refine"):
+        find_given(left, asked)
+    # with a T1w among the scans an image without space- is that one's
+    (folder / "sub-01_space-FLAIR_T1w.nii.gz").rename(folder / "sub-01_T1w.nii.gz")
+    of("sub-01_T1w")
+    with pytest.raises(InputError, match="no image to refine"):
+        find_given(t2w, asked)
+    (folder / "sub-01_space-T2w_T1w.nii.gz").touch()  # would be called as that one's result
+    with pytest.raises(InputError, match="no image to refine"):
+        find_given(t2w, asked)
+    (raw / "sub-01_T1w.nii.gz").unlink()
+    with pytest.raises(InputError, match="expected one image"):
+        find_given(t2w, asked)
 
 
 def test_the_methods_text_says_whose_masks_they_are():

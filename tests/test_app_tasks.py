@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inpainting and refinement through the command, each beside scans that cannot be used."""
+"""Every task but the plain one through the command, each beside scans that cannot be used.
+
+The scan is a slab of 40 mm through the middle of the demo's head: a run takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -52,14 +55,26 @@ def put(path, data, affine, **sidecar):
 THICK = {"SliceThickness": 5.0, "SpacingBetweenSlices": 5.0, "MRAcquisitionType": "2D"}
 
 
+SLAB = (slice(20, 172), slice(14, 210), slice(14, 22))
+"""Of the demo's scan, and, with slices of 5 mm, of its truth."""
+
+
 @pytest.fixture(scope="module")
 def head():
-    return demo.make_demo()
+    """The slab of the demo: scan, truth and their grids."""
+    whole = demo.make_demo()
+    fine = (SLAB[0], SLAB[1], slice(70, 110))
+    start, stop = zip(*((s.start, s.stop) for s in SLAB), strict=True)
+    first, last = zip(*((s.start, s.stop) for s in fine), strict=True)
+    return demo.Demo(
+        whole.scan[SLAB], whole.scan_grid.crop(start, stop), whole.truth[fine],
+        whole.brain[fine], whole.grid.crop(first, last),
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory, head):
-    """Six participants with the demo scan and a lesion mask each, five of them wrong."""
+    """Six participants with the slab and a lesion mask each, five of them wrong."""
     root = tmp_path_factory.mktemp("tasks") / "raw"
     affine = np.array(head.scan_grid.affine)
     middle = np.array(head.scan_grid.shape) // 2
@@ -151,3 +166,80 @@ def test_another_tools_image_is_refined_beside_it(inpainted, raw, head, tmp_path
     after = digests(anat)
     assert {name for name in before if "inpainted" in name} <= set(after)
     assert all(after[name] == digest for name, digest in before.items() if "inpainted" in name)
+
+
+def test_an_image_of_another_contrast_is_refined_within_a_map_of_trust(head, tmp_path):
+    """A FLAIR, its SynthSR image (a T1w) and a map of that one's error; three maps are wrong."""
+    raw, tool, output_dir = tmp_path / "raw", tmp_path / "tool", tmp_path / "out"
+    smooth = ndimage.gaussian_filter(head.truth * head.brain, 1.0).astype(np.float32)
+    affine = np.array(head.grid.affine)
+    trust = np.full(smooth.shape, 0.05, np.float32)
+    trust[: len(trust) // 2] = 0.2
+    maps = {"01": trust, "02": trust[1:], "03": 0 * trust, "04": None}
+    for subject, sd in maps.items():
+        anat = raw / f"sub-{subject}" / "anat"
+        put(anat / f"sub-{subject}_FLAIR.nii.gz", head.scan, np.array(head.scan_grid.affine),
+            **THICK)  # fmt: skip
+        put(tool / f"sub-{subject}/anat/sub-{subject}_desc-SynthSR_T1w.nii.gz", smooth, affine)
+        if sd is not None:
+            put(tmp_path / "maps" / f"sub-{subject}_sd.nii.gz", sd, affine)
+    for root in (raw, tool):
+        description = '{"Name": "x", "BIDSVersion": "1.10.0"}'
+        (root / "dataset_description.json").write_text(description)
+    pattern = str(tmp_path / "maps" / "sub-{subject}_sd.nii.gz")
+    done = brainprior(raw, output_dir, "participant", "-m", "FLAIR", "--task", "refine", "-d",
+                      f"synthsr={tool}", "--trust", pattern)  # fmt: skip
+    assert done.returncode == 1
+    rows = {subject: row for (subject, _), row in status(output_dir).items()}
+    assert rows["01"][0] == "done", rows
+    for subject, said in (
+        ("02", "grid of the image to refine"),
+        ("03", "above 0"),
+        ("04", "names 0 files"),
+    ):
+        state, message = rows[subject]
+        assert (state, said in message) == ("failed", True), message
+        assert f"sub-{subject}" in message
+    side = json.loads((output_dir / "sub-01/anat/sub-01_desc-refined_T1w.json").read_text())
+    assert "bids:synthsr:sub-01/anat/sub-01_desc-SynthSR_T1w.nii.gz" in side["Sources"]
+    assert not list((output_dir / "sub-01" / "anat").glob("*FLAIR*.nii.gz"))
+
+
+def test_runs_of_one_person_are_fused_and_of_two_refused(head, tmp_path):
+    """Beside them a PDw, a contrast that the prior was not trained on."""
+    raw, output_dir = tmp_path / "raw", tmp_path / "out"
+    rng = np.random.default_rng(0)
+    affine = np.array(head.scan_grid.affine)
+    again = (head.scan + rng.normal(0, 10, head.scan.shape)).astype(np.float32)
+    turned = affine.copy()
+    turned[:3, 3] += (3.0, -2.0, 1.0)  # the person moved
+    # another person: every structure elsewhere by some 8 mm
+    away = [ndimage.gaussian_filter(rng.normal(size=again.shape), (12, 12, 2)) for _ in range(3)]
+    size = np.array([8, 8, 1])[:, None, None, None]
+    points = np.indices(again.shape) + size * [a / a.std() for a in away]
+    other = ndimage.map_coordinates(head.scan, points, order=1).astype(np.float32)
+    scans = {
+        "sub-01_run-1_T1w": (head.scan, affine),
+        "sub-01_run-2_T1w": (again, turned),
+        "sub-02_run-1_T1w": (head.scan, affine),
+        "sub-02_run-2_T1w": (other, affine),
+        "sub-03_PDw": (head.scan.max() - head.scan, affine),
+    }
+    for stem, (data, at) in scans.items():
+        put(raw / stem[:6] / "anat" / f"{stem}.nii.gz", data.astype(np.float32), at, **THICK)
+    (raw / "dataset_description.json").write_text('{"Name": "x", "BIDSVersion": "1.10.0"}')
+    done = brainprior(raw, output_dir, "participant", "--fuse", "runs", "-m", "T1w", "PDw")
+    assert done.returncode == 1
+    rows = {subject: row for (subject, _), row in status(output_dir).items()}
+    assert rows["01"][0] == rows["03"][0] == "done", rows
+    state, message = rows["02"]
+    assert state == "failed"
+    assert "sub-02_run-2_T1w and sub-02_run-1_T1w do not show one brain" in message
+    assert message in done.stderr
+    assert not list((output_dir / "sub-02").rglob("*.nii.gz"))
+    side = json.loads((output_dir / "sub-01/anat/sub-01_desc-restored_T1w.json").read_text())
+    moved = np.array(side["FusedRuns"][1]["ToReference"])
+    np.testing.assert_allclose(moved[:3, 3], (-3, 2, -1), atol=1.0)
+    side = json.loads((output_dir / "sub-03/anat/sub-03_desc-restored_PDw.json").read_text())
+    assert side["OutsideTrainingContrasts"] is True
+    assert "outside of the contrasts" in (output_dir / "sub-03.html").read_text()

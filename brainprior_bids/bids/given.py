@@ -11,36 +11,19 @@ taken.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from brainprior_bids.bids.lesions import by_pattern, find_lesion
 from brainprior_bids.bids.names import BIDSName, same_value
 from brainprior_bids.bids.query import Scan
+from brainprior_bids.bids.refined import ADDED, Given, find_refined
 from brainprior_bids.engine.errors import InputError
 from brainprior_bids.settings import Settings
 
-ADDED = ("space", "res", "desc", "label", "atlas", "seg")
-"""Entities that a derivative adds to its source's."""
 PREFERRED = {"mask": ("brain",), "dseg": ("aseg", "aparcaseg", "synthseg", "structures")}
 """``desc-`` (or ``seg-``) of each kind, best first. A ``dseg`` without either comes last: that of
 fMRIPrep is a map of three tissues."""
 OPTIONS = {"mask": "--skull-strip mask", "dseg": "--parcellation derivatives"}
-
-
-@dataclass(frozen=True)
-class Given:
-    """A file of another data set that is used for a scan.
-
-    Parameters
-    ----------
-    path : Path
-    uri : str
-        ``bids:<data set>:<path>``.
-    """
-
-    path: Path
-    uri: str
 
 
 def find_given(scan: Scan, settings: Settings) -> dict[str, Given]:
@@ -58,7 +41,7 @@ def find_given(scan: Scan, settings: Settings) -> dict[str, Given]:
     if settings.inpaints:
         found["lesion"] = _as_given(find_lesion(scan, settings), settings)
     if settings.refines:
-        found["refined"] = _find_refined(scan, settings.derivatives)
+        found["refined"] = find_refined(scan, settings)
         if settings.trust is not None and settings.trust_sd is None:
             found["trust"] = _as_given(_find_trust(scan, settings), settings)
     asked = {
@@ -77,45 +60,6 @@ def _as_given(path: Path, settings: Settings) -> Given:
         if path.is_relative_to(root):
             return Given(path, f"bids:{dataset}:{PurePosixPath(path.relative_to(root))}")
     return Given(path, path.name)
-
-
-def _find_refined(scan: Scan, derivatives: Mapping[str, str]) -> Given:
-    """The one image of the scan's contrast in the first data set that has any."""
-    name = scan.name
-    for dataset, root in derivatives.items():
-        folder = Path(root) / name.folder / "anat"
-        fits = [
-            path
-            for end in (".nii", ".nii.gz")
-            for path in sorted(folder.glob(f"*_{name.suffix}{end}"))
-            if _shows(name, path.name)
-        ]
-        if len(fits) > 1:
-            raise InputError(
-                f"{name.stem}: --task refine expected one image in the data set {dataset}, found "
-                f"{', '.join(path.name for path in fits)}. Leave one."
-            )
-        if fits:
-            relative = PurePosixPath(fits[0].relative_to(root))
-            return Given(fits[0], f"bids:{dataset}:{relative}")
-    raise InputError(
-        f"{name.stem}: no image to refine; no data set of --derivatives "
-        f"({', '.join(derivatives)}) has {name.folder}/anat/*_{name.suffix}.nii.gz for it."
-    )
-
-
-def _shows(source: BIDSName, file_name: str) -> bool:
-    """Whether the file is an image of the scan, in the scan's own space."""
-    try:
-        name = BIDSName.parse(file_name)
-    except InputError:
-        return False
-    if name.get("space") not in (None, "orig", source.suffix):
-        return False
-    return all(
-        key in ADDED or key == "rec" or same_value(source.get(key), value)
-        for key, value in name.entities
-    )
 
 
 def _find_trust(scan: Scan, settings: Settings) -> Path:

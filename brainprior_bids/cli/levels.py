@@ -18,6 +18,7 @@ from brainprior_bids.bids.names import result_name
 from brainprior_bids.bids.provenance import write_run
 from brainprior_bids.bids.qc import rebuild_qc
 from brainprior_bids.bids.query import Scan, check_dataset, find_scans
+from brainprior_bids.bids.refined import name_after_images
 from brainprior_bids.cli.before import checked_weights, clean_work_dir, validate_request
 from brainprior_bids.cli.environment import prepare_environment
 from brainprior_bids.cli.execution import execute
@@ -49,6 +50,8 @@ def run(settings: Settings) -> int:
         scans = find_scans(settings)
         if settings.fuse:
             scans = fuse_runs(scans)
+        if settings.task == "refine":
+            scans = name_after_images(scans, settings)
         if settings.dry_run:
             from brainprior_bids.cli.plan import print_plan
 

@@ -97,5 +97,10 @@ def read_output(output_dir: Path, name: str, desc: str) -> Volume:
         file = f"{subject}{space}_desc-brain_mask.nii.gz"
     else:
         file = f"{subject}_desc-{desc}_{suffix}.nii.gz"
-    image = nib.load(output_dir / subject / "anat" / file)
+    return read_image(output_dir / subject / "anat" / file)
+
+
+def read_image(path: Path) -> Volume:
+    """An image file, float32."""
+    image = nib.load(path)
     return Volume(image.get_fdata(dtype=np.float32), Grid(image.shape, image.affine))

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Another tool's image of a scan (``--task refine``), and what its result is called.
+
+An image belongs to a scan when it lies in the same ``sub-XX/[ses-YY/]anat`` of a derivative data
+set, names no entity that contradicts the scan's (``desc-``, ``rec-`` and the like are the tool's),
+and lies in the scan's space: no ``space-``, ``orig`` or the scan's suffix. The tool may have made
+another contrast of it, as SynthSR makes a T1w of anything. Such an image is taken where no scan of
+the raw data could be its own, and its result is named after it: what is refined of
+``sub-01_FLAIR`` and ``sub-01_desc-SynthSR_T1w`` is ``sub-01_desc-refined_T1w``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+from brainprior_bids.bids.names import BIDSName, same_value
+from brainprior_bids.bids.query import Scan
+from brainprior_bids.engine.errors import InputError
+from brainprior_bids.settings import MODALITIES, OTHER_MODALITIES, Settings
+
+ADDED = ("space", "res", "desc", "label", "atlas", "seg")
+"""Entities that a derivative adds to its source's."""
+IMAGES = (*MODALITIES, *OTHER_MODALITIES)
+
+
+@dataclass(frozen=True)
+class Given:
+    """A file of another data set that is used for a scan.
+
+    Parameters
+    ----------
+    path : Path
+    uri : str
+        ``bids:<data set>:<path>``.
+    """
+
+    path: Path
+    uri: str
+
+
+def find_refined(scan: Scan, settings: Settings) -> Given:
+    """The one image of the scan, in the first data set that has any; its own contrast first.
+
+    Raises
+    ------
+    InputError
+        If there is none, or more than one, or it is of another contrast than the scan beside
+        which it is to be believed.
+    """
+    raw = BIDSName.parse(scan.relative.name)
+    for dataset, root in settings.derivatives.items():
+        folder = Path(root) / raw.folder / "anat"
+        every = {
+            suffix: [
+                path
+                for end in (".nii", ".nii.gz")
+                for path in sorted(folder.glob(f"*_{suffix}{end}"))
+                if _shows(raw, path.name)
+            ]
+            for suffix in IMAGES
+        }
+        fits = every[raw.suffix]
+        if not fits:
+            fits = [
+                path for paths in every.values() for path in paths if not _has_own(path.name, scan)
+            ]
+        if len(fits) > 1:
+            raise InputError(
+                f"{raw.stem}: --task refine expected one image in the data set {dataset}, found "
+                f"{', '.join(path.name for path in fits)}. Leave one."
+            )
+        if not fits:
+            continue
+        (path,) = fits
+        suffix = BIDSName.parse(path.name).suffix
+        if suffix != raw.suffix and settings.task != "refine":
+            raise InputError(
+                f"{raw.stem}: {path.name} is a {suffix}; beside the scan only an image of the "
+                f"scan's own contrast can be believed. Use --task refine, without restore."
+            )
+        return Given(path, f"bids:{dataset}:{PurePosixPath(path.relative_to(root))}")
+    raise InputError(
+        f"{raw.stem}: no image to refine; no data set of --derivatives "
+        f"({', '.join(settings.derivatives)}) has {raw.folder}/anat/*_{raw.suffix}.nii.gz for it, "
+        "nor one of another contrast that can be of no other scan. An image of two scans names "
+        f"its own with space-{raw.suffix}."
+    )
+
+
+def name_after_images(scans: Sequence[Scan], settings: Settings) -> list[Scan]:
+    """Scans whose image is of another contrast get that contrast's name.
+
+    Two scans to which one image could belong, and that would be called the same, have a problem.
+    """
+    named = []
+    for scan in scans:
+        try:
+            found = None if scan.problem else find_refined(scan, settings)
+        except InputError:  # said when the scan's turn comes
+            found = None
+        if found is not None:
+            suffix = BIDSName.parse(found.path.name).suffix
+            name = BIDSName(scan.name.entities, suffix, scan.name.extension)
+            scan = replace(scan, name=name)
+        named.append(scan)
+    rivals: dict[str, list[str]] = {}
+    for scan in named:
+        rivals.setdefault(scan.name.stem, []).append(scan.relative.name)
+    for index, (scan, own) in enumerate(zip(scans, named, strict=True)):
+        others = rivals[own.name.stem]
+        if len(others) > 1 and scan.problem is None:
+            problem = (
+                f"{scan.name.stem}: its image to refine, a {own.name.suffix}, could have been "
+                f"made of each of {', '.join(others)}. Name the one in it "
+                f"(space-{scan.name.suffix}), or leave the others out with --modalities."
+            )
+            named[index] = replace(scan, problem=problem)
+    return named
+
+
+def _shows(source: BIDSName, file_name: str) -> bool:
+    """Whether the file is an image of the scan, in the scan's own space."""
+    try:
+        name = BIDSName.parse(file_name)
+    except InputError:
+        return False
+    if name.get("space") not in (None, "orig", source.suffix):
+        return False
+    return all(
+        key in ADDED or key == "rec" or same_value(source.get(key), value)
+        for key, value in name.entities
+    )
+
+
+def _has_own(file_name: str, scan: Scan) -> bool:
+    """Whether a scan of the image's contrast could be its source, or needs the result's name."""
+    image, raw = BIDSName.parse(file_name), BIDSName.parse(scan.relative.name)
+    wanted = BIDSName(raw.entities, image.suffix).stem
+    for path in Path(scan.path).parent.glob(f"*_{image.suffix}.nii*"):
+        try:
+            other = BIDSName.parse(path.name)
+        except InputError:
+            continue
+        if other.stem == wanted or (image.get("space") != raw.suffix and _shows(other, file_name)):
+            return True
+    return False
