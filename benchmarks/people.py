@@ -15,6 +15,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,9 @@ from brainprior_bids.evaluation.scans import Volume, read_image, run_command
 
 SCANNER_UNIT = 500.0
 """Of the brain's 99th percentile, in the scans that are made."""
-PATHS = ("out", "brains", "average", "prior", "picture", "nprocs")
+PLANES = {True: (0, 1, 2), False: (2,)}
+"""Shown of a whole brain, and of a slab."""
+PATHS = ("out", "brains", "average", "prior", "picture", "nprocs", "keep")
 """Options that do not decide a record's figures."""
 
 Figures = dict[str, float]
@@ -119,7 +122,15 @@ def person(path: Path, args: argparse.Namespace) -> Person:
     kept = args.out / f"{name}.npz"
     if not kept.exists():
         from_scan(path, name, "T1w", load_parcellation()).save(kept)
-    return Person.load(kept)
+    held = Person.load(kept)
+    if args.slab is None:
+        return held
+    start = (held.data.shape[2] - args.slab) // 2
+    part = np.s_[:, :, start : start + args.slab]
+    to_mni305 = held.to_mni305.copy()
+    to_mni305[:3, 3] += start * to_mni305[:3, 2]
+    return replace(held, data=held.data[part], inside=held.inside[part],
+                   structures=held.structures[part], to_mni305=to_mni305)  # fmt: skip
 
 
 def parser(description: str | None, *, n_samples: int) -> argparse.ArgumentParser:
@@ -135,6 +146,7 @@ def parser(description: str | None, *, n_samples: int) -> argparse.ArgumentParse
     made.add_argument("--picture", type=Path, help="folder for PNGs of each person")
     made.add_argument("--keep", action="store_true", help="keep the data sets and the outputs")
     made.add_argument("--sloppy", action="store_true", help="to try the script: 3 steps")
+    made.add_argument("--slab", type=int, metavar="MM", help="to try it: the brain's middle alone")
     return made
 
 

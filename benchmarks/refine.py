@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from people import SCANNER_UNIT, Record, Runs, facts, parser, person, read, run
+from people import PLANES, SCANNER_UNIT, Record, Runs, facts, parser, person, read, run
 from scipy import ndimage
 
 from brainprior_bids.anatomy.spaces import resample
@@ -112,7 +112,7 @@ def one_brain(path: Path, args: argparse.Namespace, record: Record, runs: Runs) 
             ]
             caption = f"{runs.name} (OpenNeuro ds002748, CC0), trust {middle}"
             draw(args.picture / f"refine_{runs.name}_{tool}.png", columns, inside=inside,
-                 spacing_mm=[1.0] * 3, caption=caption, planes=(0, 2), dpi=60)  # fmt: skip
+                 spacing_mm=[1.0] * 3, caption=caption, planes=PLANES[args.slab is None], dpi=60)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -158,6 +158,11 @@ def test_report_methods_and_sidecar_say_what_was_fused():
         "laid on the first by 3.2° and 4.5 mm at its middle, correlation 0.97"
         in rows[f"Run {STEMS[0]}"]
     )
+    assert rows["Coverage of its intervals"].startswith("not in the header")
+    measured = {**FACTS, "prior": {"coverage": "50 % in 44 %"}}
+    assert ("Coverage of its intervals", "50 % in 44 %") in _restore_rows(
+        {"facts": {"restore": measured}}
+    )
     summary = {"scan": "sub-01_ses-a_T2w", "task": "restore", "facts": {"restore": FACTS}}
     text = " ".join(methods_text([of_summary(summary)]).split())
     assert "1 of these images is of 2 runs of one contrast each" in text

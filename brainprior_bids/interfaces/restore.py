@@ -385,7 +385,7 @@ def _shares(
 
 
 def _card(metadata: dict[str, Any]) -> dict[str, Any]:
-    keys = ("name", "licence", "training_data", "format", "version")
+    keys = ("name", "licence", "training_data", "format", "version", "coverage")
     return {key: metadata[key] for key in keys if key in metadata}
 
 

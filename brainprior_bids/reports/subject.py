@@ -156,6 +156,9 @@ def _sliced(axis: Any, source: str | None) -> str:
     return AXES[axis] + (f" (from: {source})" if source else "")
 
 
+COVERAGE = "not in the header of the weights; the model card has what was measured"
+
+
 def _restore_rows(scan: Mapping[str, Any]) -> Rows:
     restore = _get(scan, "facts", "restore") or {}
     unit = restore.get("unit")
@@ -190,6 +193,7 @@ def _restore_rows(scan: Mapping[str, Any]) -> Rows:
         ("Misfit by the noise after sampling", ", ".join(f"{r:.2f}" for r in final) or MISSING),
         ("Correlation of its neighbours", _correlation(restore)),
         ("Prior", str(_get(restore, "prior", "name") or MISSING)),
+        ("Coverage of its intervals", str(_get(restore, "prior", "coverage") or COVERAGE)),
         ("Seed", str(scan.get("seed") if scan.get("seed") is not None else MISSING)),
     ]
 
