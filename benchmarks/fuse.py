@@ -124,7 +124,8 @@ def one_brain(path: Path, args: argparse.Namespace, record: Record, runs: Runs) 
         ]
         caption = f"{runs.name} (OpenNeuro ds002748, CC0), slices of {args.spacing:g} mm"
         draw(args.picture / f"fuse_{runs.name}.png", columns, inside=inside,
-             spacing_mm=[1.0] * 3, caption=caption, planes=PLANES[args.slab is None], dpi=60)  # fmt: skip
+             spacing_mm=[1.0] * 3, caption=caption, dpi=60,
+             planes=PLANES[args.slab is None])  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

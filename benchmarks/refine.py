@@ -33,6 +33,11 @@ from brainprior_bids.evaluation.thick_slices import matching_field
 
 MARGIN = 14
 TOOLS = ("smooth", "sharp")
+HOWS = {
+    "alone": ("refined alone", "refined", ("refine",)),
+    "both": ("with the scan", "restoredRefined", ("restore", "refine")),
+}
+"""--tasks -> in the table, image of the command, its tasks."""
 
 
 def other_tool(truth: np.ndarray, inside: np.ndarray, kind: str) -> np.ndarray:
@@ -44,6 +49,10 @@ def other_tool(truth: np.ndarray, inside: np.ndarray, kind: str) -> np.ndarray:
 
 def one_brain(path: Path, args: argparse.Namespace, record: Record, runs: Runs) -> None:
     """Make the data sets, run the command for each row, compare."""
+    hows = [HOWS[task][0] for task in args.tasks]
+    wanted = [f"{t} | {how} | {s:g}" for t in args.tools for how in hows for s in args.trust]
+    if all(label in record for label in wanted):
+        return
     held = person(path, args)
     thick = round(args.spacing)
     sides = [(MARGIN, MARGIN + -(n + 2 * MARGIN) % thick) for n in held.data.shape]
@@ -88,9 +97,7 @@ def one_brain(path: Path, args: argparse.Namespace, record: Record, runs: Runs) 
         for trust in args.trust:
             asked = ["-d", f"{tool}={other}", "--trust", f"{trust:g}"]
             for task in args.tasks:
-                words = ["refine"] if task == "alone" else ["restore", "refine"]
-                how = "refined alone" if task == "alone" else "with the scan"
-                result = "refined" if task == "alone" else "restoredRefined"
+                how, result, words = HOWS[task]
                 try:
                     made(f"{tool} | {how} | {trust:g}", result, "--task", *words, *asked)
                 except BrainpriorError as error:
@@ -98,7 +105,7 @@ def one_brain(path: Path, args: argparse.Namespace, record: Record, runs: Runs) 
     if args.picture is not None:
         middle = f"{args.trust[len(args.trust) // 2]:g}"
         for tool in args.tools:
-            wanted = {
+            columns_of = {
                 "truth": "truth",
                 "scan restored": "- | the scan alone | -",
                 f"too {tool}": f"{tool} | as it is | -",
@@ -107,20 +114,20 @@ def one_brain(path: Path, args: argparse.Namespace, record: Record, runs: Runs) 
             }
             columns = [
                 Column(title, np.where(inside, shown[key], 0), 1.1)
-                for title, key in wanted.items()
+                for title, key in columns_of.items()
                 if key in shown
             ]
             caption = f"{runs.name} (OpenNeuro ds002748, CC0), trust {middle}"
             draw(args.picture / f"refine_{runs.name}_{tool}.png", columns, inside=inside,
-                 spacing_mm=[1.0] * 3, caption=caption, planes=PLANES[args.slab is None], dpi=60)  # fmt: skip
+                 spacing_mm=[1.0] * 3, caption=caption, dpi=60,
+                 planes=PLANES[args.slab is None])  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     options = parser(__doc__, n_samples=1)
     options.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
-    options.add_argument("--tasks", nargs="+", choices=("alone", "both"),
-                         default=["alone", "both"])  # fmt: skip
+    options.add_argument("--tasks", nargs="+", choices=HOWS, default=list(HOWS))
     options.add_argument("--trust", type=float, nargs="+", default=[0.01, 0.03, 0.1, 0.3])
     options.add_argument("--spacing", type=float, default=4.0, help="of the scan's slices, mm")
     return run(options.parse_args(argv), one_brain, ["other tool", "what", "trust"])
