@@ -41,7 +41,7 @@ Figures = dict[str, float]
 
 
 class Record:
-    """One person's rows: label -> figures."""
+    """One person's rows: label -> figures, or ``value`` alone, which gets a line of its own."""
 
     def __init__(self, path: Path, made_with: dict[str, Any]) -> None:
         self.path = path
@@ -199,12 +199,19 @@ def table(records: Sequence[Path], header: Sequence[str]) -> list[str]:
     held = [read_json(path) for path in records]
     labels = dict.fromkeys(label for record in held for label in record["rows"])
     keys = list(dict.fromkeys(k for r in held for row in r["rows"].values() for k in row))
+    if "value" in keys:
+        keys.remove("value")
     lines = [f"| {' | '.join([*header, *keys, 'people'])} |",
              "|---" * (len(header) + len(keys) + 1) + "|"]  # fmt: skip
+    single = []
     for label in labels:
         rows = [record["rows"][label] for record in held if label in record["rows"]]
+        if "value" in rows[0]:
+            single.append(f"- {label}: {interval([r['value'] for r in rows])} ({len(rows)})")
+            continue
         cells = [interval([row[key] for row in rows if key in row]) for key in keys]
         lines.append(f"| {label} | {' | '.join(cells)} | {len(rows)} |")
+    lines += ["", *single]
     weights = sorted({record["made_with"]["prior_sha256"][:12] for record in held})
     minutes = [record["seconds"] / 60 for record in held]
     if held:
