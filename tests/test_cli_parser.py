@@ -81,6 +81,8 @@ def test_prefixes_are_stripped_and_aliases_taken(folders):
         (["--task", "inpaint", "--lesion-mask", "{who}"], "is not known"),
         (["--modalities", "bold"], "no prior for bold"),
         (["--n-samples", "0"], "at least 1"),
+        (["--nprocs", "two"], "whole number of at least 1, got two"),
+        (["--slice-thickness", "thin"], "number above 0, got thin"),
         (["--sampler", "map", "--n-samples", "4"], "point estimate"),
         (["--random-seed", "-1"], "from 0"),
         (["--slice-thickness", "0"], "above 0"),

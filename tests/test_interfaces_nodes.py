@@ -467,6 +467,21 @@ def test_only_the_requested_part_is_validated(raw, tmp_path):
     scans = find_scans(settings)
     assert validate_scans(raw, scans, command=find_validator(), scratch=tmp_path) == []
     assert validate(raw, command=find_validator())
+    # at the root: sidecars and tables of images that are not asked for, and what is to be ignored
+    for name in ("task-rest_bold.json", "FLAIR.json", "task-rest_events.json"):
+        (raw / name).write_text("{}")
+    (raw / "task-rest_events.tsv").write_text("onset\tduration\n1\t2\n")
+    (raw / "participants.tsv").write_text("participant_id\nsub-01\nsub-02\n")
+    (raw / "notes.xyz").touch()
+    ignored = raw / "sub-01" / "ses-a" / "anat" / "sub-01_ses-a_CT.nii.gz"
+    ignored.touch()
+    (raw / ".bidsignore").write_text("notes.xyz\n*_CT.nii.gz\n")
+    assert validate_scans(raw, scans, command=find_validator(), scratch=tmp_path) == []
+    alone = ignored.with_name("sub-01_ses-a_acq-gone_T1w.json")
+    alone.write_text("{}")  # beside the scans it is an error
+    (issue,) = validate_scans(raw, scans, command=find_validator(), scratch=tmp_path)
+    assert issue.code == "SIDECAR_WITHOUT_DATAFILE"
+    assert issue.location.endswith(alone.name)
 
 
 def test_one_sample_has_no_uncertainty_and_removes_an_older_one(files, raw, output_dir, tmp_path):

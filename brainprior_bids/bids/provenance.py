@@ -25,6 +25,7 @@ from urllib.parse import unquote, urlsplit
 from brainprior_bids import __version__
 from brainprior_bids.bids.derivatives import bids_uri, container
 from brainprior_bids.bids.files import read_json, to_json, write_json
+from brainprior_bids.bids.fingerprint import code_version
 from brainprior_bids.bids.names import result_name
 from brainprior_bids.bids.query import Scan
 from brainprior_bids.settings import TASKS, Settings
@@ -62,6 +63,7 @@ def write_run(settings: Settings) -> list[Path]:
                 "Id": f"bids::prov#software-{run}",
                 "Label": "brainprior",
                 "Version": __version__,
+                "CodeVersion": code_version(),
                 "Python": platform.python_version(),
                 "Packages": {name: _version(name) for name in PACKAGES},
             }

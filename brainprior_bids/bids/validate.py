@@ -72,13 +72,21 @@ def validate(root: Path, *, command: str) -> list[Issue]:
 def validate_scans(
     bids_dir: Path, scans: Iterable[Scan], *, command: str, scratch: Path
 ) -> list[Issue]:
-    """``validate`` on the root's files and the ``anat`` folders of ``scans``."""
+    """``validate`` on the root's files and the ``anat`` folders of ``scans``.
+
+    Sidecars above those folders may be of images that are not in the view (functional ones, other
+    participants'): that they have no data there is no error.
+    """
     folders = sorted({scan.relative.parent for scan in scans})
     with tempfile.TemporaryDirectory(prefix="validate-", dir=scratch) as name:
         view = Path(name)
         for entry in bids_dir.iterdir():
-            # participants.tsv lists people who are not in the view
-            if entry.is_file() and not entry.name.startswith((".", "participants.")):
+            # participants.tsv lists people who are not in the view, and other tables and
+            # gradients at the root are of images that are not
+            other = entry.suffix in (".tsv", ".bval", ".bvec") or entry.name.startswith(
+                (".", "participants.")
+            )
+            if entry.is_file() and (not other or entry.name == ".bidsignore"):
                 (view / entry.name).symlink_to(entry)
         for folder in folders:
             target = view / folder
@@ -90,4 +98,9 @@ def validate_scans(
                     link = view / parent / sidecar.name
                     if not link.exists():
                         link.symlink_to(sidecar)
-        return validate(view, command=command)
+        inside = tuple(f"/{folder}/" for folder in folders)
+        return [
+            issue
+            for issue in validate(view, command=command)
+            if issue.code != "SIDECAR_WITHOUT_DATAFILE" or issue.location.startswith(inside)
+        ]

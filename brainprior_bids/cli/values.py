@@ -52,23 +52,21 @@ def space_name(text: str) -> str:
 
 def positive_int(text: str) -> int:
     """A whole number of at least 1."""
-    value = int(text)
-    if value < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
-    return value
+    return int(text)
 
 
 def seed(text: str) -> int:
     """A whole number from 0 to 2^63 - 1."""
-    value = int(text)
-    if not 0 <= value < 2**63:
+    if not text.isdecimal() or int(text) >= 2**63:
         raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2^63 - 1, got {text}")
-    return value
+    return int(text)
 
 
 def positive_float(text: str) -> float:
     """A finite number above 0."""
-    value = float(text)
+    value = _number(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
     return value
@@ -76,10 +74,18 @@ def positive_float(text: str) -> float:
 
 def distance(text: str) -> float:
     """A finite number of at least 0, in mm."""
-    value = float(text)
+    value = _number(text)
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a distance of at least 0 mm, got {text}")
     return value
+
+
+def _number(text: str) -> float:
+    """A number; NaN, which is in no range, where the text is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
 
 
 def memory_gb(text: str) -> float:
