@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from brainprior_bids.anatomy.affine import fit_affine
 from brainprior_bids.anatomy.bias import n4
+from brainprior_bids.anatomy.brain import with_own_edge
 from brainprior_bids.anatomy.conform import conform
 from brainprior_bids.anatomy.hull import surface
 from brainprior_bids.anatomy.parcellation import parcellate
@@ -51,7 +53,7 @@ def restore_scan(
     Returns
     -------
     Restoration
-        Images on ``grid``: 1 mm, the frame of the scan, scanner units.
+        Images on ``grid``: 1 mm, the frame of the scan, scanner units; ``warnings`` of all steps.
 
     Raises
     ------
@@ -70,9 +72,10 @@ def restore_scan(
         )
     grid = Grid(image.shape, image.affine)
     restored_grid = grid.one_millimetre()
-    brain = parcellate(image, network=load_parcellation(), restored_grid=restored_grid)
+    found = parcellate(image, network=load_parcellation(), restored_grid=restored_grid)
+    brain, stripped = with_own_edge(image, found, restored_grid)
     fit = fit_affine(brain.table, surface=surface(brain.mask > 0, restored_grid))
-    return restore(
+    done = restore(
         image.get_fdata(dtype=np.float32),
         grid=grid,
         acquisition=conformed.acquisition,
@@ -84,3 +87,5 @@ def restore_scan(
         log_bias=n4(image, brain.mask_scan),
         **{"rim_mm": RIM_MM, **options},
     )
+    before = [*conformed.warnings, *found.warnings, *stripped, *fit.warnings]
+    return replace(done, warnings=[*before, *done.warnings])

@@ -25,7 +25,6 @@ def test_a_nibabel_image_is_restored_in_its_own_frame(tmp_path):
     found = restore_scan(
         image,
         contrast="T1w",
-        metadata={"SliceThickness": 5.0},
         prior=prior,
         n_samples=1,
         n_steps=2,
@@ -35,5 +34,6 @@ def test_a_nibabel_image_is_restored_in_its_own_frame(tmp_path):
     both = inside & made.brain
     assert 2 * both.sum() / (inside.sum() + made.brain.sum()) > 0.95
     assert np.corrcoef(found.mean[both], made.truth[both])[0, 1] > 0.8
+    assert any("no SliceThickness" in said for said in found.warnings)
     with pytest.raises(InputError, match=r"missing\.nii"):
         restore_scan(tmp_path / "missing.nii.gz", contrast="T1w")

@@ -20,7 +20,7 @@ from brainprior_bids.anatomy.bias import n4
 from brainprior_bids.anatomy.conform import conform
 from brainprior_bids.anatomy.external import assemble, checked_mask, stripped_edge
 from brainprior_bids.anatomy.hull import surface
-from brainprior_bids.anatomy.parcellation import parcellate
+from brainprior_bids.anatomy.parcellation import Parcellation, parcellate
 from brainprior_bids.anatomy.rescue import find_affine, template_folder
 from brainprior_bids.anatomy.spaces import resample
 from brainprior_bids.engine.errors import InputError
@@ -55,6 +55,40 @@ class ExtractedBrain:
     grid: Grid
     to_mni305: NDArray[np.float64]
     warnings: list[str] = field(default_factory=list)
+
+
+def with_own_edge(
+    image: nib.Nifti1Image, found: Parcellation, grid: Grid
+) -> tuple[Parcellation, list[str]]:
+    """The parcellation inside the scan's own edge where it is skull-stripped; else as it is.
+
+    Parameters
+    ----------
+    image : Nifti1Image
+        The conformed scan.
+    found : Parcellation
+        Of the network, on ``grid``.
+    grid : Grid
+        The scan's 1 mm grid.
+
+    Returns
+    -------
+    parcellation, warnings
+
+    Raises
+    ------
+    AnatomyError
+        As ``checked_mask`` and ``assemble``.
+    """
+    edge = stripped_edge(image, found.mask_scan)
+    if edge is None:
+        return found, []
+    scan_grid = Grid(image.shape, image.affine)
+    own = resample(edge, scan_grid, grid, order=1) >= 0.5
+    own, warnings = checked_mask(own, grid, source="the scan's own edge")
+    known = {row["index"]: row["confidence"] for row in found.table}
+    made = assemble(found.structures, own, known, scan_grid=scan_grid, restored_grid=grid)
+    return made, warnings
 
 
 def extract_brain(
@@ -94,13 +128,8 @@ def extract_brain(
     grid = scan_grid.one_millimetre()
     found = parcellate(image, network=network, restored_grid=grid)
     warnings = [*conformed.warnings, *found.warnings]
-    edge = stripped_edge(image, found.mask_scan)
-    if edge is not None:
-        own = resample(edge, scan_grid, grid, order=1) >= 0.5
-        own, more = checked_mask(own, grid, source="the scan's own edge")
-        known = {row["index"]: row["confidence"] for row in found.table}
-        found = assemble(found.structures, own, known, scan_grid=scan_grid, restored_grid=grid)
-        warnings += more
+    found, more = with_own_edge(image, found, grid)
+    warnings += more
     mask = found.mask > 0
     data = image.get_fdata(dtype=np.float32)
     if unbias:
