@@ -265,3 +265,14 @@ def test_the_script_submits_one_task_a_participant(tmp_path, raw, monkeypatch):
 def test_the_script_is_refused_for_what_a_task_would_be(tmp_path, raw, extra, said, capsys):
     assert main(["slurm-script", str(raw), str(tmp_path / "out"), "participant", *extra]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_folders_with_spaces_are_quoted_as_sbatch_reads_them(tmp_path, raw, monkeypatch, capsys):
+    """sbatch 22.05 says of these lines: Found in script, argument "--output=… my out/…"."""
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "my out"
+    assert main(["slurm-script", str(raw), str(out), "participant"]) == 0
+    text = capsys.readouterr().out
+    assert f"#SBATCH --output='{out}/logs/slurm/%A_%a.out'\n" in text
+    assert f"#SBATCH --output='{out}/logs/slurm/%j_group.out'\n" in text
+    assert f"brainprior {raw} '{out}' participant " in text

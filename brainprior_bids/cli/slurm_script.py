@@ -101,7 +101,7 @@ def _script(own: argparse.Namespace, rest, settings, participants, command) -> s
     memory_gb = settings.mem_gb if _given(rest, "--mem", "--mem-mb", "--mem_mb") else MEMORY_GB
     task = " ".join([own.launcher, shlex.join(rest)])
     folders = shlex.join([str(settings.bids_dir), str(settings.output_dir)])
-    head = f"#SBATCH --chdir={Path(os.getcwd())}\n"
+    head = f"#SBATCH --chdir={shlex.quote(os.getcwd())}\n"
     return f"""\
 #!/bin/bash
 # Made by brainprior {__version__}: {shlex.join(command)}
@@ -116,7 +116,7 @@ array=$(sbatch --parsable <<'TASK'
 #SBATCH --array=0-{len(participants) - 1}{limit}
 #SBATCH --cpus-per-task={cpus}
 #SBATCH --mem={(memory_gb + MAIN_GB) * 1024:.0f}M
-#SBATCH --output={logs}/%A_%a.out
+#SBATCH --output={shlex.quote(f"{logs}/%A_%a.out")}
 {head}{_lines(own.sbatch)}\
 participants=({shlex.join(participants)})
 {task} --participant-label "${{participants[$SLURM_ARRAY_TASK_ID]}}" \\
@@ -131,7 +131,7 @@ group=$(sbatch --parsable --dependency="afterany:$array" --export="ALL,ARRAY=$ar
 #SBATCH --job-name=brainprior-group
 #SBATCH --cpus-per-task=1
 #SBATCH --mem=2G
-#SBATCH --output={logs}/%j_group.out
+#SBATCH --output={shlex.quote(f"{logs}/%j_group.out")}
 {head}{_lines(own.group_sbatch)}\
 {own.launcher} {folders} group --job-id "$ARRAY"
 GROUP

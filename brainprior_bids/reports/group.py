@@ -126,7 +126,11 @@ def _sidecar() -> dict[str, Any]:
 def _view(suffix: str, scans: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     figures = []
     for name, metric in METRICS.items():
-        points = [(scan["bids_name"], scan[name]) for scan in scans if scan[name] is not None]
+        points = [
+            (scan["bids_name"], float(f"{scan[name]:.6g}"))  # as in the table
+            for scan in scans
+            if scan[name] is not None
+        ]
         if len({value for _, value in points}) > 1:
             figures.append({"name": name, "about": metric, "strip": _strip(points, metric)})
     return {"suffix": suffix, "scans": scans, "columns": METRICS, "figures": figures}
