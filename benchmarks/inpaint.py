@@ -31,7 +31,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from people import PLANES, SCANNER_UNIT, Record, Runs, parser, person, read, run
+from people import SCANNER_UNIT, Record, Runs, parser, person, read, run
 from scipy import ndimage
 
 from brainprior_bids.anatomy.spaces import resample
@@ -181,7 +181,7 @@ def one_brain(path: Path, args: argparse.Namespace, record: Record, runs: Runs) 
         columns = [Column(k, np.where(inside, v, 0), 1.1) for k, v in pictures.items()]
         draw(args.picture / f"inpaint_{runs.name}.png", columns, inside=found["30 mm"],
              spacing_mm=[1.0] * 3, caption=f"{runs.name} (OpenNeuro ds002748, CC0)",
-             planes=PLANES[args.slab is None], dpi=60)  # fmt: skip
+             dpi=60)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

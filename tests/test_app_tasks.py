@@ -213,9 +213,9 @@ def test_runs_of_one_person_are_fused_and_of_two_refused(head, tmp_path):
     again = (head.scan + rng.normal(0, 10, head.scan.shape)).astype(np.float32)
     turned = affine.copy()
     turned[:3, 3] += (3.0, -2.0, 1.0)  # the person moved
-    # another person: every structure elsewhere by some 8 mm
+    # another person: every structure elsewhere by some 5 mm
     away = [ndimage.gaussian_filter(rng.normal(size=again.shape), (12, 12, 2)) for _ in range(3)]
-    size = np.array([8, 8, 1])[:, None, None, None]
+    size = np.array([5, 5, 0.5])[:, None, None, None]
     points = np.indices(again.shape) + size * [a / a.std() for a in away]
     other = ndimage.map_coordinates(head.scan, points, order=1).astype(np.float32)
     scans = {
