@@ -24,6 +24,7 @@ from brainprior_bids.settings import Settings
 def execute(jobs: Sequence[Any], settings: Settings, weights: dict[str, Path]) -> None:
     """Build the graph, run it, and give every scan that did not end a summary saying why."""
     from brainprior_bids.interfaces.base import FAILURE
+    from brainprior_bids.interfaces.restore import PROGRESS
     from brainprior_bids.workflows.base import configure_nipype, init_brainprior_wf
     from brainprior_bids.workflows.scan import expected_work, log_dir
 
@@ -47,8 +48,8 @@ def execute(jobs: Sequence[Any], settings: Settings, weights: dict[str, Path]) -
     base = settings.work_dir / workflow.name
     folders = [base / f"{job.scan.name.node_name}_wf" for job in jobs]
     for folder in folders:  # only these: another process may be at work on other scans
-        for failure in folder.glob(f"*/{FAILURE}"):
-            failure.unlink()
+        for left in (*folder.glob(f"*/{FAILURE}"), *folder.glob(f"*/{PROGRESS}")):
+            left.unlink()
     for job in jobs:
         write_running(job.scan, settings)
     status.rebuild_status(settings.output_dir)
