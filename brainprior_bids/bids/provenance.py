@@ -13,6 +13,7 @@ import hashlib
 import os
 import platform
 import re
+import shlex
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -224,7 +225,7 @@ def scan_records(
             {
                 "Id": activity,
                 "Label": f"restore {scan.name.stem}",
-                "Command": " ".join(command),
+                "Command": shlex.join(command),
                 "AssociatedWith": f"bids::prov#software-{run}",
                 "Used": [
                     source,

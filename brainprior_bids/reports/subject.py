@@ -8,6 +8,7 @@ in ``prov/`` and the pictures in ``sub-XX/figures``. A value that a summary does
 
 from __future__ import annotations
 
+import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -319,7 +320,7 @@ def _provenance(
         activity = records[scan["scan"]]
         command = activity.get("Arguments") or scan.get("command") or []
         rows = [
-            ("Command", " ".join(map(str, command)) or MISSING),
+            ("Command", shlex.join(map(str, command)) or MISSING),
             ("Run", str(scan.get("run_uuid") or MISSING)),
             ("Version", f"brainprior {scan.get('version') or MISSING}"),
             ("Input, SHA-256", str(scan.get("source_sha256") or MISSING)),
