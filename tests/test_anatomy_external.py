@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from brainprior_bids.anatomy import external
-from brainprior_bids.engine.errors import AnatomyError, InputError
+from brainprior_bids.engine.errors import AnatomyError, GeometryError, InputError
 from brainprior_bids.engine.grids import Grid
 
 SHAPE = (80, 90, 80)
@@ -84,6 +84,9 @@ def test_a_mask_file_on_another_grid(tmp_path):
     nib.save(nib.Nifti1Image(np.zeros(SHAPE, np.uint8), AFFINE), tmp_path / "zero.nii")
     with pytest.raises(InputError, match="not empty"):
         external.mask_from_file(tmp_path / "zero.nii", GRID, name="sub-01")
+    nib.save(nib.Nifti1Image(BRAIN.astype(np.uint8), None), tmp_path / "nowhere.nii")
+    with pytest.raises(GeometryError, match="neither sform nor qform"):
+        external.mask_from_file(tmp_path / "nowhere.nii", GRID, name="sub-01")
 
 
 def labelled():

@@ -361,6 +361,14 @@ def test_another_tools_image_and_its_trust(files, raw, output_dir, prior, tmp_pa
     facts = json.loads(Path(both.restore_json).read_text())["refined"]
     assert facts["gain"] == pytest.approx(1 / 3, rel=0.15)
     assert facts["correlation"] > 0.5
+    holed = np.where(other.get_fdata(dtype=np.float32) > 0, other.get_fdata(), np.nan)
+    nib.save(nib.Nifti1Image(holed.astype(np.float32), other.affine), tmp_path / "nan.nii.gz")
+    again = refined("nan", refined=str(tmp_path / "nan.nii.gz"), trust=0.1)  # as SPM writes it
+    assert np.isfinite(nib.load(again.restored).get_fdata()).all()
+    nowhere = nib.Nifti1Image(other.get_fdata(dtype=np.float32), None)
+    nib.save(nowhere, tmp_path / "nowhere.nii.gz")
+    with pytest.raises(GeometryError, match=r"nowhere.nii.gz: its header has neither"):
+        refined("nowhere", refined=str(tmp_path / "nowhere.nii.gz"), trust=0.1)
     dark = other.get_fdata().max() - other.get_fdata()  # another contrast
     nib.save(nib.Nifti1Image(dark, other.affine), tmp_path / "dark.nii.gz")
     with pytest.raises(InputError, match="same person"):

@@ -32,7 +32,7 @@ from brainprior_bids.anatomy.parcellation import (
     structure_names,
     structures_table,
 )
-from brainprior_bids.anatomy.spaces import resample
+from brainprior_bids.anatomy.spaces import check_placed, resample
 from brainprior_bids.engine.errors import AnatomyError, InputError
 from brainprior_bids.engine.grids import Grid
 
@@ -177,6 +177,8 @@ def mask_from_file(path: Path, grid: Grid, *, name: str) -> Mask:
     ------
     InputError
         If it cannot be read, is no 3-D mask, or lies outside of the scan.
+    GeometryError
+        If its header does not say where it lies.
     """
     values, source = _read(path, name)
     inside = values > 0.5 * float(values.max())
@@ -198,6 +200,8 @@ def labels_from_file(path: Path, grid: Grid, *, name: str) -> NDArray[np.int16]:
     ------
     InputError
         If it cannot be read or has hardly any of FreeSurfer's inner structures.
+    GeometryError
+        If its header does not say where it lies.
     """
     values, source = _read(path, name)
     labels = values.round().astype(np.int32)
@@ -232,6 +236,7 @@ def _read(path: Path, name: str) -> tuple[NDArray[np.float32], Grid]:
         raise InputError(f"{name}: {path} cannot be read ({error}). Make it again.") from error
     if values.ndim != 3 or not np.isfinite(values).all() or not values.any():
         raise InputError(f"{name}: expected a 3-D image that is not empty in {path}.")
+    check_placed(image, f"{name}: {path.name}")
     return values, Grid(values.shape, image.affine)
 
 

@@ -78,6 +78,23 @@ def resample(
     return np.maximum(out, min(float(values.min()), 0.0), out=out)
 
 
+def check_placed(image: nib.spatialimages.SpatialImage, who: str) -> None:
+    """Refuse an image whose header does not say where it lies: nibabel would guess.
+
+    Raises
+    ------
+    GeometryError
+        If it is a NIfTI file with neither sform nor qform.
+    """
+    if not isinstance(image, nib.Nifti1Image):
+        return
+    if not (int(image.header["sform_code"]) or int(image.header["qform_code"])):
+        raise GeometryError(
+            f"{who}: its header has neither sform nor qform, so that neither its place nor left "
+            "and right are known. Write it again with the affine of the scan that it belongs to."
+        )
+
+
 def to_mni305(image: nib.Nifti1Image, matrix: ArrayLike, *, order: int = 3) -> nib.Nifti1Image:
     """The image on the 1 mm MNI305 grid; a skull-stripped one stays so.
 

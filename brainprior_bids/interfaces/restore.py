@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 from nipype.interfaces.base import File, OutputMultiPath, isdefined, traits
 
-from brainprior_bids.anatomy.spaces import resample
+from brainprior_bids.anatomy.spaces import check_placed, resample
 from brainprior_bids.bids.files import read_json, write_json
 from brainprior_bids.bids.names import sample_role
 from brainprior_bids.engine.acquisition import Acquisition
@@ -308,12 +308,14 @@ class Restore(MeasuredInterface):
             return {"noise_sd": np.asarray(sd.dataobj, np.float32)}
         if not isdefined(inputs.refined):
             return {"noise_sd": trust}
-        other = nib.as_closest_canonical(nib.load(inputs.refined))
+        name = Path(inputs.refined).name
+        other = nib.load(inputs.refined)
+        check_placed(other, name)
+        other = nib.as_closest_canonical(other)
         values = np.asarray(other.dataobj, np.float32)
         if values.ndim != 3:
-            raise InputError(
-                f"{Path(inputs.refined).name}: must be 3-D to be refined, got {values.shape}."
-            )
+            raise InputError(f"{name}: must be 3-D to be refined, got {values.shape}.")
+        values = np.nan_to_num(values, nan=0, posinf=0, neginf=0)  # 0 in the brain is refused
         fine = grid.one_millimetre()
         moved = resample(values, Grid(values.shape, other.affine), fine)
         return {"anchor": moved, "anchor_sd": trust}
