@@ -225,6 +225,29 @@ def test_what_an_older_version_left_is_done_again(raw, caplog):
     assert all("not known" in text for text in found.values())
 
 
+def test_a_failure_says_that_an_earlier_result_is_still_there(raw, caplog):
+    """And keeps its names, so that a later success can remove what it does not replace."""
+    finish(raw)
+    for _ in range(2):  # a second failure forgets nothing
+        again(raw, caplog, "--task", "restore", "--skull-strip", "mask", "-d", f"x={given(raw)}")
+        summary = read_summary(raw.parent / "out", "sub-01_run-1_T1w")
+        assert summary["status"] == "failed"
+        assert summary["message"].endswith("What an earlier run made of it is still in place.")
+        assert summary["outputs"] == []
+        assert summary["left"] == ["sub-01_run-1_T1w.nii.gz"]
+    (raw.parent / "out" / "sub-01_run-1_T1w.nii.gz").unlink()
+    again(raw, caplog, "--skull-strip", "mask", "-d", f"x={given(raw)}")
+    summary = read_summary(raw.parent / "out", "sub-01_run-1_T1w")
+    assert summary["left"] == []
+    assert "earlier run" not in summary["message"]
+
+
+def given(raw):
+    """A derivative data set without any mask."""
+    write_json(raw.parent / "masks" / "dataset_description.json", {"Name": "m"})
+    return raw.parent / "masks"
+
+
 def test_a_dry_run_says_which_scans_are_done(raw, capsys):
     finish(raw)
     image(raw / f"{SCAN}.nii.gz", value=1)

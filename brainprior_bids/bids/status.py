@@ -9,7 +9,8 @@ folder (appending to one table is not atomic on NFS). Fields of a summary:
 ``skipped``, or ``running``: at work in the scheduler's ``job``, or killed before it could say so);
 ``seconds`` (sum of the nodes' times); ``message``; ``fingerprint`` (of everything that decides
 the result) and ``parts`` (what that is: name -> value or SHA-256); ``seed``;
-``outputs`` and ``figures`` (paths from the output folder);
+``outputs`` and ``figures`` (paths from the output folder); ``left`` (of a failed scan: what an
+earlier run made and is still there);
 ``warnings`` (list of str); ``facts`` (``conform``, ``parcellation``, ``affine``, ``restore``,
 ``seed``: what each node recorded); ``nodes`` (list of ``node, seconds, peak_memory_gb,
 gpu_memory_gb, started, threads``); ``error`` (None, or ``node, type, message, crash_file``).

@@ -25,7 +25,7 @@ def write_running(scan: Scan, settings: Settings) -> None:
     job = settings.job_id or (f"{number}_{task}" if task else number)
     result = result_name(scan.name, settings.image)
     previous = status.read_summary(settings.output_dir, result) or {}
-    kept = {key: previous.get(key, []) for key in ("outputs", "figures")}
+    kept = {key: previous.get(key, []) for key in ("outputs", "figures", "left")}
     status.write_summary(
         settings.output_dir,
         {
@@ -46,16 +46,28 @@ def write_failure(
     *,
     nodes: Sequence[dict[str, Any]] = (),
 ) -> None:
-    """Write the summary of a failed scan: why, and the steps that it got through."""
+    """Write the summary of a failed scan: why, and the steps that it got through.
+
+    ``left`` are files of an earlier run that are still in place: the message says so, and the next
+    run that succeeds removes those that it does not replace.
+    """
     message = str(error["message"])
     if not message.startswith(scan.name.stem):
         message = f"{scan.name.stem}: {message}"
+    previous = status.read_summary(settings.output_dir, result_name(scan.name, settings.image))
+    made = {
+        path for key in ("outputs", "figures", "left") for path in (previous or {}).get(key, ())
+    }
+    left = sorted(path for path in made if (settings.output_dir / path).is_file())
+    if left:
+        message = f"{message.rstrip('.')}. What an earlier run made of it is still in place."
     status.write_summary(
         settings.output_dir,
         {
             **_summary(scan, settings),
             "seconds": round(sum(node["seconds"] for node in nodes), 3) if nodes else None,
             "message": message,
+            "left": left,
             "warnings": [text for node in nodes for text in node["warnings"]],
             "nodes": list(nodes),
             "error": {"node": None, "crash_file": None, **error},

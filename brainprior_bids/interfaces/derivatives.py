@@ -293,7 +293,9 @@ class Write(MeasuredInterface):
     @staticmethod
     def _remove_stale(output_dir: Path, previous: dict[str, Any], staged: set[str]) -> None:
         """Remove what an earlier run of this scan left and this one did not replace."""
-        for path in (*previous.get("outputs", ()), *previous.get("figures", ())):
+        for path in {
+            path for key in ("outputs", "figures", "left") for path in previous.get(key, ())
+        }:
             if path not in staged:
                 (output_dir / path).unlink(missing_ok=True)
 
