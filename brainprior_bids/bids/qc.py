@@ -81,7 +81,7 @@ METRICS = {
     ),
     "confidence": Metric(
         "the parcellation network's confidence, mean over structures, weighted by volume",
-        "1", low=0.55, fail_low=0.4,
+        "1", low=0.55, fail_low=0.5,
     ),
     "lowest_confidence": Metric(
         "its confidence in the structure it is least sure of, thin parts left out", "1", low=0.4

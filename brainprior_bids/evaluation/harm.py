@@ -158,8 +158,8 @@ def compare(
     Returns
     -------
     facts : dict
-        ``error``, or ``volume_ml``, ``confidence``, ``residual_mm``, ``dof``, ``warnings``,
-        ``verdict``, ``reasons`` and, with a reference, ``dice`` and ``corner_mm``.
+        ``error``, or ``volume_ml``, ``residual_mm``, ``dof``, ``warnings``, ``verdict``,
+        ``reasons``, the figures behind it and, with a reference, ``dice`` and ``corner_mm``.
     result : dict
         ``parcellation``, ``fit``, ``grid``, empty after an error.
     """
@@ -168,7 +168,6 @@ def compare(
         found: Parcellation = parcellate(image, network=network, restored_grid=grid)
         facts: dict[str, Any] = {
             "volume_ml": round(float(found.mask.sum() * np.prod(grid.spacing_mm)) / 1000, 1),
-            "confidence": round(float(np.mean([row["confidence"] for row in found.table])), 3),
             "warnings": list(found.warnings),
         }
         if reference:
@@ -191,7 +190,8 @@ def compare(
     }
     values = metrics(summary)
     facts |= {"verdict": verdict(values), "reasons": concerns(values)}
-    facts |= {key: values[key] for key in ("brain_z", "structure_z", "noise_percent")}
+    kept = ("brain_z", "structure_z", "noise_percent", "confidence", "lowest_confidence")
+    facts |= {key: values[key] for key in kept}
     facts |= {"residual_mm": fit.median_residual_mm, "dof": fit.dof}
     facts["warnings"] += fit.warnings
     if reference:
