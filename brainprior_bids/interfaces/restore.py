@@ -150,7 +150,7 @@ class Restore(MeasuredInterface):
         )
         runs: list[dict[str, Any]] = []
         if isdefined(self.inputs.runs_json):
-            done, runs = self._fuse(image, acquisition, common)
+            done, runs = self._fuse(acquisition, common)
         else:
             done = restore(
                 np.asarray(image.dataobj, np.float32),
@@ -250,7 +250,7 @@ class Restore(MeasuredInterface):
         return [*warnings, *done.warnings]
 
     def _fuse(
-        self, image: Any, acquisition: Acquisition, common: Common
+        self, acquisition: Acquisition, common: Common
     ) -> tuple[Restoration, list[dict[str, Any]]]:
         """The result of all runs, and what was found of each, the reference first."""
         from brainprior_bids.engine.fusion import Run, fuse
