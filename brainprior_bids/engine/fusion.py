@@ -328,7 +328,7 @@ def _prepare(run: Run, brain: Tensor, home: Grid, unit: float, warnings: list[st
     native._check_spacing(run.grid, run.acquisition, said)
     warnings += [f"{run.name}: {text}" for text in said]
     fine, axis = run.grid.one_millimetre(), run.acquisition.slice_axis
-    data, thinned = native._reduce(volume * (run.gain / unit), fine.shape, axis)
+    data, thinned = native._reduce(volume * (run.gain / unit), fine.shape)
     shape = native._triple(data.shape)
     here = AffineResample(home, fine, run.to_reference)(brain)
     if not bool((here > 0.5).any()):

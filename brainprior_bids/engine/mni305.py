@@ -109,7 +109,7 @@ def restore_on_mni305(
         )
 
     axis = acquisition.slice_axis
-    data, thinned = native._reduce(volume.nan_to_num(0, 0, 0) / unit, fine.shape, axis)
+    data, thinned = native._reduce(volume.nan_to_num(0, 0, 0) / unit, fine.shape)
     shape = native._triple(data.shape)
     box = brain_box((inside_1mm > 0).numpy(), shape, axis)
     profile, sensed = native._profiles(grid, fine, shape, acquisition)

@@ -338,7 +338,7 @@ def restore(
 
     axis = acquisition.slice_axis
     _check_spacing(grid, acquisition, warnings)
-    data, thinned = _reduce(volume / unit, fine.shape, axis)
+    data, thinned = _reduce(volume / unit, fine.shape)
     bias_data = _interpolate(start_bias, tuple(data.shape))
     mask_only, inside_1mm = inside_1mm, _with_rim(inside_1mm, fine, rim_mm)
     box = brain_box((inside_1mm > 0).numpy(), _triple(data.shape), axis)
@@ -695,9 +695,7 @@ def _check_spacing(grid: Grid, acquisition: Acquisition, warnings: list[str]) ->
             )
 
 
-def _reduce(
-    volume: Tensor, fine_shape: tuple[int, int, int], slice_axis: int
-) -> tuple[Tensor, float]:
+def _reduce(volume: Tensor, fine_shape: tuple[int, int, int]) -> tuple[Tensor, float]:
     """Bring axes that are finer than the image to its grid by a k-space crop.
 
     The prior knows nothing beyond 1 mm, so the low frequencies are all that the data say of x.
