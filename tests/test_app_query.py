@@ -165,6 +165,17 @@ def test_a_link_without_content_is_a_failed_scan_not_a_crash(settings, dataset):
     assert "datalad get" in scan.problem
 
 
+@pytest.mark.parametrize("middle", ["acq-high-res", "new", "run-1b_acq-é"])
+def test_a_name_that_is_not_bids_is_a_failed_scan_and_the_others_go_on(settings, dataset, middle):
+    (dataset / "sub-02" / "anat" / f"sub-02_{middle}_T2w.nii.gz").write_bytes(b"x")
+    found = find_scans(replace(settings, participant_label=("02",)))
+    good, bad = sorted(found, key=lambda scan: scan.problem is not None)
+    assert good.problem is None
+    problem = bad.problem
+    assert f"sub-02_{middle}_T2w" in problem
+    assert "Rename the file" in problem
+
+
 def test_two_files_for_one_scan_are_reported(settings, dataset):
     (dataset / "sub-02" / "anat" / "sub-02_T2w.nii").write_bytes(b"x")
     (scan,) = find_scans(replace(settings, participant_label=("02",)))

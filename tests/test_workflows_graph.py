@@ -200,6 +200,14 @@ def test_what_a_restoration_claims_depends_on_tiles_and_samples(raw, tmp_path):
     assert claim(low_mem=True) < claim() == claim(n_samples=1) < claim(n_samples=8)
 
 
+def test_a_wide_field_of_view_claims_more_memory(raw, tmp_path):
+    settings = Settings(raw, tmp_path / "out", tmp_path / "work")
+    image = nib.Nifti1Image(np.zeros((4, 4, 3), np.uint8), np.diag([100.0, 105.0, 100.0, 1]))
+    nib.save(image, raw / SKELETON[0])
+    claims = sorted(node.mem_gb for node in by_step(build(settings, tmp_path))["parcellate"])
+    assert claims == pytest.approx([2.0] * 4 + [0.9 + 0.075 * 50.4])  # of 400 x 420 x 300 mm
+
+
 def test_seeds_differ_between_scans_and_come_from_the_run(raw, tmp_path):
     settings = Settings(raw, tmp_path / "out", tmp_path / "work", random_seed=5)
     seeds = [node.inputs.seed for node in by_step(build(settings, tmp_path))["restore"]]

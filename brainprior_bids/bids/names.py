@@ -70,6 +70,23 @@ class BIDSName:
             raise InputError(f"{name}: a BIDS name begins with 'sub-<label>_'. Rename the file.")
         return cls(tuple(entities), suffix, dot + extension)
 
+    @classmethod
+    def repaired(cls, path: PurePosixPath) -> BIDSName:
+        """A name under which a file that ``parse`` refuses can be spoken of: bad signs left out.
+
+        Raises
+        ------
+        InputError
+            If it does not begin with ``sub-<label>_``.
+        """
+        stem, dot, extension = path.name.partition(".")
+        first, *pairs, suffix = stem.split("_")
+        known = []
+        for pair in pairs:
+            key, _, value = (re.sub(r"[^a-zA-Z0-9]", "", part) for part in pair.partition("-"))
+            known.append(f"{re.sub('[0-9]', '', key) or 'acq'}-{value or 'x'}")
+        return cls.parse("_".join([first, *known, suffix]) + dot + extension)
+
     def get(self, key: str) -> str | None:
         """The value of an entity, or None."""
         return dict(self.entities).get(key)

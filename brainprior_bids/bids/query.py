@@ -173,13 +173,13 @@ def _scans(bids_dir: Path, found: Mapping[Path, Mapping[str, Any]]) -> list[Scan
     scans: dict[str, Scan] = {}
     for path in sorted(found):
         relative = PurePosixPath(path.relative_to(bids_dir))
+        problem = None
         try:
             name = BIDSName.parse(relative)
         except InputError as error:
-            raise UsageError(str(error)) from error
+            name, problem = BIDSName.repaired(relative), str(error)
         if name.get("part") not in (None, "mag"):  # phase, real, imaginary: no brain picture
             continue
-        problem = None
         if not path.exists() and not path.is_symlink():
             problem = (
                 f"{name.stem}: the file is gone since --bids-database-dir was made. "
