@@ -17,6 +17,7 @@ import pytest
 import torch
 from gaussian import gaussian_prior
 from scipy import ndimage
+from scipy.spatial.transform import Rotation
 
 from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.engine.errors import (
@@ -506,6 +507,15 @@ def test_tensors_are_taken_as_well():
     scan = torch.from_numpy(case["arguments"]["scan"]).double()
     found = run(case, n_samples=1, n_steps=1, scan=scan)
     np.testing.assert_array_equal(found.mean, plain.mean)
+
+
+@pytest.mark.parametrize(("angles", "warned"), [((25, 15, -20), False), ((35, 30, 30), True)])
+def test_a_scan_turned_further_than_training_is_warned_of(angles, warned):
+    case = phantom()
+    turn = np.eye(4)
+    turn[:3, :3] = Rotation.from_euler("xyz", angles, degrees=True).as_matrix()
+    found = run(case, to_mni305=TO_MNI @ turn, n_samples=1, n_steps=1)
+    assert any("turned by 49 degrees" in text for text in found.warnings) == warned
 
 
 def told_prior(holes=0.0, **metadata):

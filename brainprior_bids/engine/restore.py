@@ -62,6 +62,8 @@ SIGMA_BLIND = 30.0
 """A level at which a denoiser sees next to nothing: V there is the power of the images
 themselves. A chain starts from a draw given the data under that Gaussian alone, which costs no
 network call and lets the levels begin where the network has something to say."""
+MAX_TURN_DEG = 40.0
+"""Of the scan against MNI305: at 37 degrees means agree within their SDs, at 49 no longer."""
 SIGMA_MAX = 3.0
 SIGMA_MIN = 0.01
 EPS_BLIND = 100.0
@@ -338,6 +340,7 @@ def restore(
 
     axis = acquisition.slice_axis
     _check_spacing(grid, acquisition, warnings)
+    _check_turn(grid, matrix, warnings)
     data, thinned = _reduce(volume / unit, fine.shape)
     bias_data = _interpolate(start_bias, tuple(data.shape))
     mask_only, inside_1mm = inside_1mm, _with_rim(inside_1mm, fine, rim_mm)
@@ -693,6 +696,17 @@ def _check_spacing(grid: Grid, acquisition: Acquisition, warnings: list[str]) ->
                 f"restore: {what} do not fit a field of view of {extent:.4g} mm. Check "
                 "SliceThickness and SpacingBetweenSlices."
             )
+
+
+def _check_turn(grid: Grid, to_mni305: NDArray[np.float64], warnings: list[str]) -> None:
+    """Warn of a scan whose axes are turned further from MNI305's than brains in training were."""
+    u, _, vt = np.linalg.svd(to_mni305[:3, :3] @ (grid.affine[:3, :3] / grid.spacing_mm))
+    turn = math.degrees(math.acos(min(max((float(np.trace(u @ vt)) - 1) / 2, -1.0), 1.0)))
+    if turn > MAX_TURN_DEG:
+        warnings.append(
+            f"The scan's axes are turned by {turn:.0f} degrees against MNI305's; above "
+            f"{MAX_TURN_DEG:.0f} the result is less accurate and its uncertainty too small."
+        )
 
 
 def _reduce(volume: Tensor, fine_shape: tuple[int, int, int]) -> tuple[Tensor, float]:
