@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from brainprior_bids.bids.files import write_json
+from brainprior_bids.cli.logs import log_to_stderr
 from brainprior_bids.cli.monitor import ResourceMonitor
 from brainprior_bids.cli.progress import Progress
 from brainprior_bids.interfaces.restore import PROGRESS, progress
@@ -91,3 +94,13 @@ def test_the_machine_is_watched(tmp_path):
     assert int(processes) >= 1
     assert 0.01 < float(memory) < 64
     assert running == "sub-01_T1w n4"
+
+
+def test_lines_go_to_what_standard_error_is_now(monkeypatch):
+    former, now = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(sys, "stderr", former)
+    log_to_stderr()
+    former.close()  # as a notebook's or a test's, when its cell is done
+    monkeypatch.setattr(sys, "stderr", now)
+    logging.getLogger("brainprior").info("still heard")
+    assert "still heard" in now.getvalue()

@@ -4,17 +4,30 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
+from typing import TextIO
 
 LOG = logging.getLogger("brainprior")
 COMMANDS = logging.getLogger("brainprior_bids")
 """Of the modules of `train` and `evaluate`."""
 
 
+class _StandardError(logging.StreamHandler[TextIO]):
+    """To what standard error is now: a notebook may replace it, and close the former."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+
 def log_to_stderr() -> None:
     """Send every line to standard error, with the time of day."""
     if not LOG.handlers:
-        handler = logging.StreamHandler()
+        handler = _StandardError()
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         LOG.addHandler(handler)
         LOG.propagate = False
