@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -16,3 +17,11 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip("no real scans beside this checkout")
     return SHARED
+
+
+@pytest.fixture
+def told(caplog, monkeypatch):
+    """What the program logs. Its logger does not hand lines on, so caplog would hear nothing."""
+    monkeypatch.setattr(logging.getLogger("brainprior"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="brainprior")
+    return caplog

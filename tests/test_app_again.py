@@ -76,30 +76,22 @@ def finish(raw, *extra):
         )  # fmt: skip
 
 
-def again(raw, caplog, *extra):
+def again(raw, told, *extra):
     """What the next run would do: stem of a scan that it would do again -> why."""
     settings = parse_settings(command(raw, *extra))
-    caplog.clear()
+    told.clear()
     with Claims([settings.work_dir]) as claims:
         jobs = plan_jobs(scans_of(settings), settings, hashes(settings), claims)
-    said = [record.getMessage() for record in caplog.records]
+    said = [record.getMessage() for record in told.records]
     stems = [job.scan.name.stem for job in jobs]
     return {stem: next(text for text in said if text.startswith(stem)) for stem in stems}
 
 
-@pytest.fixture(autouse=True)
-def told(caplog, monkeypatch):
-    import logging
-
-    monkeypatch.setattr(logging.getLogger("brainprior"), "propagate", True)
-    caplog.set_level(logging.INFO, logger="brainprior")
-
-
-def test_what_did_not_change_is_skipped_however_it_is_computed(raw, caplog):
+def test_what_did_not_change_is_skipped_however_it_is_computed(raw, told):
     finish(raw)
-    assert again(raw, caplog) == {}
+    assert again(raw, told) == {}
     same = ("--nprocs", "3", "--omp-nthreads", "1", "--low-mem", "-v", "--mem", "5G")
-    assert again(raw, caplog, *same, "--random-seed", "0", "--sampler", "auto") == {}
+    assert again(raw, told, *same, "--random-seed", "0", "--sampler", "auto") == {}
     summary = read_summary(raw.parent / "out", "sub-01_run-1_T1w")
     assert summary["status"] == "skipped"
     assert summary["parts"]["setting n_samples"] == "4"
@@ -120,38 +112,38 @@ OPTIONS = (
 )
 
 
-def test_another_option_does_it_again(raw, caplog):
+def test_another_option_does_it_again(raw, told):
     finish(raw)
     for extra, said in OPTIONS:
-        found = again(raw, caplog, *extra)
+        found = again(raw, told, *extra)
         assert set(found) == {"sub-01_run-1_T1w", "sub-01_run-2_T1w"}, extra
         assert all(said in text for text in found.values()), found
 
 
-def test_a_changed_scan_sidecar_or_output_does_only_that_scan_again(raw, caplog):
+def test_a_changed_scan_sidecar_or_output_does_only_that_scan_again(raw, told):
     finish(raw)
     only = "sub-01_run-1_T1w"
     image(raw / f"{SCAN}.nii.gz", value=1)
-    found = again(raw, caplog)
+    found = again(raw, told)
     assert list(found) == [only]
     assert found[only].endswith("changed: image")
     finish(raw)
     write_json(raw / f"{SCAN}.json", {"SliceThickness": 3.0, "EchoTime": 0.1})
-    found = again(raw, caplog)
+    found = again(raw, told)
     assert list(found) == [only]
     assert "metadata EchoTime (absent, now 0.1)" in found[only]
     assert "metadata SliceThickness (5.0, now 3.0)" in found[only]
     finish(raw)
     (raw.parent / "out" / f"{only}.nii.gz").unlink()
-    assert "1 file(s) are gone" in again(raw, caplog)[only]
+    assert "1 file(s) are gone" in again(raw, told)[only]
     # inherited by both
     finish(raw)
     write_json(raw / "T1w.json", {"SliceThickness": 5.0, "MRAcquisitionType": "2D"})
-    assert len(again(raw, caplog)) == 2
+    assert len(again(raw, told)) == 2
 
 
 @pytest.mark.parametrize("role", ["prior", "parcellation"])
-def test_other_weights_do_it_again(raw, caplog, tmp_path, monkeypatch, role):
+def test_other_weights_do_it_again(raw, told, tmp_path, monkeypatch, role):
     """Another file of ``--prior``, and other weights in the package under the same name."""
     finish(raw)
     folder = tmp_path / "weights"
@@ -163,16 +155,16 @@ def test_other_weights_do_it_again(raw, caplog, tmp_path, monkeypatch, role):
     kept = {key: value for key, value in card.items() if key not in ("file", "sha256")}
     write_weights(path, state, kept)
     if role == "prior":
-        found = again(raw, caplog, "--prior", path)
+        found = again(raw, told, "--prior", path)
         assert all(text.endswith("changed: weights of prior") for text in found.values())
         assert len(found) == 2
     monkeypatch.setattr(embedded, "FOLDER", folder)
-    found = again(raw, caplog)
+    found = again(raw, told)
     assert len(found) == 2
     assert all(text.endswith(f"changed: weights of {role}") for text in found.values())
 
 
-def test_other_code_does_it_again(raw, caplog, tmp_path, monkeypatch):
+def test_other_code_does_it_again(raw, told, tmp_path, monkeypatch):
     """A checkout that was brought up to date, with the same version number."""
     finish(raw)
     copy = tmp_path / "package"
@@ -183,26 +175,26 @@ def test_other_code_does_it_again(raw, caplog, tmp_path, monkeypatch):
     monkeypatch.setattr(code, "PACKAGE", copy)
     code.code_version.cache_clear()
     try:
-        assert again(raw, caplog) == {}
+        assert again(raw, told) == {}
         slices = copy / "engine" / "operators" / "slices.py"
         slices.write_text(slices.read_text() + "\n# another profile\n")
         code.code_version.cache_clear()
-        found = again(raw, caplog)
+        found = again(raw, told)
         assert len(found) == 2
         assert all(text.endswith("changed: program") for text in found.values())
     finally:
         code.code_version.cache_clear()
 
 
-def test_each_fused_run_counts(raw, caplog):
+def test_each_fused_run_counts(raw, told):
     finish(raw, "--fuse", "runs")
-    assert again(raw, caplog, "--fuse", "runs") == {}
+    assert again(raw, told, "--fuse", "runs") == {}
     image(raw / f"{SCAN.replace('run-1', 'run-2')}.nii.gz", value=1)
-    (text,) = again(raw, caplog, "--fuse", "runs").values()
+    (text,) = again(raw, told, "--fuse", "runs").values()
     assert text.endswith("changed: sub-01_run-2_T1w")
 
 
-def test_a_lesion_mask_counts(raw, caplog):
+def test_a_lesion_mask_counts(raw, told):
     lesion = raw / "sub-01" / "anat" / "sub-01_label-lesion_roi.nii.gz"
     image(lesion)
     task = ("--task", "restore", "inpaint", "--participant-label", "01", "--run-id", "1")
@@ -213,30 +205,30 @@ def test_a_lesion_mask_counts(raw, caplog):
     assert changes(first.parts, look_up(scan, settings, {}).parts) == "lesion"
 
 
-def test_what_an_older_version_left_is_done_again(raw, caplog):
+def test_what_an_older_version_left_is_done_again(raw, told):
     finish(raw)
     out = raw.parent / "out"
     for stem in ("sub-01_run-1_T1w", "sub-01_run-2_T1w"):
         summary = read_summary(out, stem)
         del summary["parts"]
         write_summary(out, {**summary, "fingerprint": "0"})
-    found = again(raw, caplog)
+    found = again(raw, told)
     assert len(found) == 2
     assert all("not known" in text for text in found.values())
 
 
-def test_a_failure_says_that_an_earlier_result_is_still_there(raw, caplog):
+def test_a_failure_says_that_an_earlier_result_is_still_there(raw, told):
     """And keeps its names, so that a later success can remove what it does not replace."""
     finish(raw)
     for _ in range(2):  # a second failure forgets nothing
-        again(raw, caplog, "--task", "restore", "--skull-strip", "mask", "-d", f"x={given(raw)}")
+        again(raw, told, "--task", "restore", "--skull-strip", "mask", "-d", f"x={given(raw)}")
         summary = read_summary(raw.parent / "out", "sub-01_run-1_T1w")
         assert summary["status"] == "failed"
         assert summary["message"].endswith("What an earlier run made of it is still in place.")
         assert summary["outputs"] == []
         assert summary["left"] == ["sub-01_run-1_T1w.nii.gz"]
     (raw.parent / "out" / "sub-01_run-1_T1w.nii.gz").unlink()
-    again(raw, caplog, "--skull-strip", "mask", "-d", f"x={given(raw)}")
+    again(raw, told, "--skull-strip", "mask", "-d", f"x={given(raw)}")
     summary = read_summary(raw.parent / "out", "sub-01_run-1_T1w")
     assert summary["left"] == []
     assert "earlier run" not in summary["message"]

@@ -8,7 +8,6 @@ import errno
 import fcntl
 import hashlib
 import json
-import logging
 import multiprocessing
 import subprocess
 import sys
@@ -114,15 +113,14 @@ def test_a_scan_is_claimed_by_one_process_until_it_ends(tmp_path):
         claims.give_back("sub-01_T1w")
 
 
-def test_where_locks_are_unknown_a_warning_says_so(tmp_path, monkeypatch, caplog):
+def test_where_locks_are_unknown_a_warning_says_so(tmp_path, monkeypatch, told):
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
-    monkeypatch.setattr(logging.getLogger("brainprior"), "propagate", True)
     with Claims([tmp_path]) as claims:
         assert claims.take("sub-01_T1w")
-    assert "no other process" in caplog.text
+    assert "no other process" in told.text
 
 
 def test_json_has_no_nan_and_no_numpy():

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import pytest
@@ -102,10 +101,9 @@ def test_what_cannot_fit_is_refused_with_what_is_needed_and_what_is_there(limit_
         fit(limit_gb, **given)
 
 
-def test_more_than_there_is_is_cut_down_and_said(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("brainprior"), "propagate", True)
+def test_more_than_there_is_is_cut_down_and_said(told):
     assert fit(8.0, mem_gb=64.0) == pytest.approx(7.0)
-    assert "--mem 64 GiB is more than there is: the container has 8 GiB" in caplog.text
+    assert "--mem 64 GiB is more than there is: the container has 8 GiB" in told.text
 
 
 def test_the_command_stops_at_the_start(tmp_path, monkeypatch, capsys):

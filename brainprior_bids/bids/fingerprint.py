@@ -14,6 +14,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from brainprior_bids.settings import Settings
 PACKAGE = Path(__file__).parents[1]
 COMPUTES = ("engine", "anatomy", "interfaces", "data/mni305_centroids.json", "data/structures.tsv")
 """Where a result comes from. Reports and records are made again without a restoration."""
+WIRING = "brainprior_bids.workflows.scan"
+"""What the steps of a scan hand to each other; its folder is elsewhere in a checkout."""
 SHOWN = 40
 """Values up to this length are kept as they are, longer ones by their SHA-256."""
 
@@ -40,6 +43,9 @@ def code_version() -> str:
         for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
             digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0")
             digest.update(path.read_bytes() + b"\0")
+    wiring = find_spec(WIRING)
+    assert wiring is not None and wiring.origin is not None
+    digest.update(Path(wiring.origin).read_bytes())
     return f"{__version__}+{digest.hexdigest()[:12]}"
 
 

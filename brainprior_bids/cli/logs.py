@@ -26,7 +26,7 @@ class _StandardError(logging.StreamHandler[TextIO]):
 
 def log_to_stderr() -> None:
     """Send every line to standard error, with the time of day."""
-    if not LOG.handlers:
+    if not any(isinstance(handler, _StandardError) for handler in LOG.handlers):
         handler = _StandardError()
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         LOG.addHandler(handler)
