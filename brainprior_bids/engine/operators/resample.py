@@ -60,17 +60,24 @@ class AffineResample(LinearOperator):
         points = torch.stack(index, -1) @ torch.from_numpy(voxels[:3, :3].T.copy())
         self.points = points + torch.from_numpy(voxels[:3, 3].copy())
         self.order = order
+        self._made = self.points
+
+    def _points(self, like: Tensor) -> Tensor:
+        """The points, of the dtype and on the device of ``like``; kept for the next call."""
+        if (self._made.dtype, self._made.device) != (like.dtype, like.device):
+            self._made = self.points.to(like)
+        return self._made
 
     def _forward(self, x: Tensor) -> Tensor:
         pulled: Tensor = interpol.grid_pull(
-            x, self.points.to(x), interpolation=self.order, bound="zero", extrapolate=False
+            x, self._points(x), interpolation=self.order, bound="zero", extrapolate=False
         )
         return pulled
 
     def _adjoint(self, y: Tensor) -> Tensor:
         pushed: Tensor = interpol.grid_push(
             y,
-            self.points.to(y),
+            self._points(y),
             self.in_shape,
             interpolation=self.order,
             bound="zero",

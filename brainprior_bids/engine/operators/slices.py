@@ -151,7 +151,7 @@ class SliceProfile(LinearOperator):
 
     def _apply(self, matrix: Tensor, x: Tensor) -> Tensor:
         moved = x.movedim(self.axis, 0)
-        flat = matrix.to(x.dtype) @ moved.reshape(moved.shape[0], -1)
+        flat = matrix.to(x) @ moved.reshape(moved.shape[0], -1)
         return flat.reshape(-1, *moved.shape[1:]).movedim(0, self.axis)
 
     def _forward(self, x: Tensor) -> Tensor:
