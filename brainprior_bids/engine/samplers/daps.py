@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from brainprior_bids.engine.errors import DivergenceError, UsageError
-from brainprior_bids.engine.samplers.exact import Denoise, Observe
+from brainprior_bids.engine.samplers.exact import Denoise, Observe, finite
 from brainprior_bids.engine.schedules import edm_schedule
 
 
@@ -124,7 +124,7 @@ def ode_endpoint(denoise: Denoise, x_t: Tensor, sigmas: Sequence[float]) -> Tens
     """Euler steps of the probability-flow ODE along ``sigmas``, the last of which is 0."""
     x = x_t
     for sigma, sigma_next in pairwise(sigmas):
-        slope = (x - denoise(x, sigma)) / sigma
+        slope = (x - finite(denoise(x, sigma), sigma)) / sigma
         x = x + (sigma_next - sigma) * slope
     return x
 
@@ -186,7 +186,7 @@ def sample_daps(
     Raises
     ------
     DivergenceError
-        From Langevin.
+        From Langevin, or if a value of the denoiser's is not finite.
     """
     sigmas = settings.levels()
     x_t = sigmas[0] * torch.randn(shape, generator=generator).to(device)

@@ -12,19 +12,16 @@ what was measured.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from brainprior_bids.engine.errors import DivergenceError
+from brainprior_bids.engine.samplers.exact import Denoise, Observe, finite
 
 QUIET = 0.1
 """Noise level up to which no fresh noise is added, engine unit."""
-
-Denoise = Callable[[Tensor, float], Tensor]
-Observe = Callable[[int, float, Tensor, Tensor], None]
 
 
 def sample_eps(
@@ -66,7 +63,7 @@ def sample_eps(
         If a value is not finite.
     """
     noise = torch.randn(shape, generator=generator).to(device)
-    mean = _finite(denoise(blind * noise, blind), blind)
+    mean = finite(denoise(blind * noise, blind), blind)
     if observe is not None:
         observe(0, blind, mean, mean)
     noise = torch.randn(shape, generator=generator).to(device)
@@ -74,7 +71,7 @@ def sample_eps(
     before: Tensor | None = None
     step_before = 0.0
     for step, (sigma, following) in enumerate(pairwise(sigmas), 1):
-        mean = _finite(denoise(x, sigma), sigma)
+        mean = finite(denoise(x, sigma), sigma)
         if following == 0:
             x = mean
         else:
@@ -94,12 +91,3 @@ def sample_eps(
         if observe is not None:
             observe(step, sigma, mean, x)
     return x
-
-
-def _finite(mean: Tensor, sigma: float) -> Tensor:
-    if not bool(torch.isfinite(mean).all()):
-        raise DivergenceError(
-            f"eps: the denoiser gave non-finite values at sigma {sigma:.3g}. "
-            "Run it in float32, or check the weights."
-        )
-    return mean

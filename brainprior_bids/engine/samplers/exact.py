@@ -32,6 +32,16 @@ class Conditional(Protocol):
         ...
 
 
+def finite(mean: Tensor, sigma: float) -> Tensor:
+    """The denoiser's answer, if every value of it is finite."""
+    if not bool(torch.isfinite(mean).all()):
+        raise DivergenceError(
+            f"sampling: the denoiser gave non-finite values at sigma {sigma:.3g}. "
+            "Run it in float32, or check the weights."
+        )
+    return mean
+
+
 def sample_exact(
     denoise: Denoise,
     data: Conditional,
@@ -70,12 +80,7 @@ def sample_exact(
     x0 = torch.zeros(shape, device=device) if start is None else start
     x_t = x0 + sigmas[0] * torch.randn(shape, generator=generator).to(device)
     for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        mean = denoise(x_t, sigma)
-        if not bool(torch.isfinite(mean).all()):
-            raise DivergenceError(
-                f"exact: the denoiser gave non-finite values at sigma {sigma:.3g}. "
-                "Run it in float32, or check the weights."
-            )
+        mean = finite(denoise(x_t, sigma), sigma)
         data.refine(mean, sigma, bias=refine_bias, noise=refine_noise)
         x0 = data.draw(mean, sigma, generator)
         if sigma_next > 0:

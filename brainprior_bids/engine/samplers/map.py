@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from brainprior_bids.engine.samplers.exact import Denoise, Observe
+from brainprior_bids.engine.samplers.exact import Denoise, Observe, finite
 
 
 class Expectation(Protocol):
@@ -43,11 +43,17 @@ def estimate_map(
     refine_noise: bool = False,
     observe: Observe | None = None,
 ) -> Tensor:
-    """One estimate; arguments as ``sample_exact``. The generator makes the first x_t only."""
+    """One estimate; arguments as ``sample_exact``. The generator makes the first x_t only.
+
+    Raises
+    ------
+    DivergenceError, ConvergenceError
+        As there.
+    """
     x0 = torch.zeros(shape, device=device) if start is None else start
     x_t = x0 + sigmas[0] * torch.randn(shape, generator=generator).to(device)
     for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        mean = denoise(x_t, sigma)
+        mean = finite(denoise(x_t, sigma), sigma)
         data.refine(mean, sigma, bias=refine_bias, noise=refine_noise)
         x0 = data.expect(mean, sigma)
         x_t = x0 + (sigma_next / sigma) * (x_t - x0)
