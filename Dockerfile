@@ -12,9 +12,10 @@ RUN apt-get update \
     && python3 -m venv /opt/brainprior
 WORKDIR /src
 COPY constraints.txt .
-# torch first and alone: a layer of its own, from its own index
+# torch first and alone: a layer of its own, from its own index, which lacks the locked versions
+# of what torch needs (those come with the rest)
 ARG TORCH_INDEX=
-RUN /opt/brainprior/bin/pip install --no-cache-dir -c constraints.txt \
+RUN /opt/brainprior/bin/pip install --no-cache-dir --no-deps -c constraints.txt \
     ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch
 # then what setup.cfg asks for, so that a change of our own code repeats none of it
 COPY setup.cfg .
