@@ -30,11 +30,15 @@ if [ -x "$lab/container" ]; then
     run_sif() { "$lab/apptainer" run-as-user --containall --net --network none "$@"; }
     read_only=(--read-only --read-only-tmpfs=false) # as Docker: not even /tmp
 else
-    docker=$(command -v docker || command -v podman)
+    docker=$(command -v docker || command -v podman) || { say "neither docker nor podman is here"; exit 1; }
     engine() { "$docker" "$@"; }
     build_image() { "$docker" build -t "$TAG" --build-arg "REVISION=$revision" .; }
-    build_sif() {
-        apptainer build --build-arg BOOTSTRAP=docker-daemon --build-arg "FROM=$TAG" "$sif" Singularity.def
+    build_sif() { # by way of an archive: podman has no daemon
+        rm -f "$WORK/image.tar"
+        "$docker" save -o "$WORK/image.tar" "$TAG"
+        apptainer build --force --build-arg BOOTSTRAP=docker-archive --build-arg "FROM=$WORK/image.tar" \
+            "$sif" Singularity.def
+        rm "$WORK/image.tar"
     }
     run_sif() { apptainer run --containall "$@"; }
     read_only=(--read-only)

@@ -251,7 +251,30 @@ def test_the_script_submits_one_task_a_participant(tmp_path, raw, monkeypatch):
         text=True,
         check=True,
     ).stdout.split()
-    assert ran == ["run", str(raw), str(tmp_path / "out"), "group", "--job-id", "7"]
+    assert ran == [
+        "run", str(raw), str(tmp_path / "out"), "group", "--device", "cuda", "--device", "cpu",
+        "--participant-label", "01", "x3", "--job-id", "7",
+    ]  # fmt: skip
+
+
+def test_a_scan_that_no_task_began_has_failed_and_has_its_report(tmp_path, raw, capsys):
+    """Its task was refused (no GPU, too little memory), or died in the queue."""
+    out = tmp_path / "out"
+    line = [str(raw), str(out), "group", "--device", "cpu", "--participant-label", "01", "x3"]
+    assert main([*line, "--job-id", "7"]) == 2
+    assert "no scan is done" in capsys.readouterr().err
+    rows = (out / "logs" / "status.tsv").read_text().splitlines()[1:]
+    assert [row.split("\t")[2] for row in rows] == ["failed", "failed"]
+    assert all("job 7 ended before this scan was begun" in row for row in rows)
+    assert "was begun" in (out / "sub-01.html").read_text()
+    assert not (out / "sub-02.html").exists()
+
+
+def test_the_level_is_found_beside_a_value_of_its_name(tmp_path, raw, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    line = ["-w", "participant", str(raw), "out", "participant", "-m", "T2w"]
+    assert main(["slurm-script", *line]) == 0
+    assert f"brainprior -w participant {raw} out group -m T2w --device" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

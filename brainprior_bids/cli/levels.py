@@ -24,6 +24,7 @@ from brainprior_bids.cli.environment import prepare_environment
 from brainprior_bids.cli.execution import execute
 from brainprior_bids.cli.jobs import plan_jobs
 from brainprior_bids.cli.logs import LOG, log_to_file
+from brainprior_bids.cli.outcome import write_failure
 from brainprior_bids.cli.plugin_file import read_plugin_file
 from brainprior_bids.cli.resources import fit_memory, memory_limit_gb
 from brainprior_bids.engine.errors import UsageError
@@ -47,11 +48,7 @@ def run(settings: Settings) -> int:
         return _reports_only(settings)
     code = 0
     if "participant" in settings.analysis_level:
-        scans = find_scans(settings)
-        if settings.fuse:
-            scans = fuse_runs(scans)
-        if settings.task == "refine":
-            scans = name_after_images(scans, settings)
+        scans = _requested(settings)
         if settings.dry_run:
             from brainprior_bids.cli.plan import print_plan
 
@@ -74,6 +71,16 @@ def run(settings: Settings) -> int:
                 raise
             LOG.error("%s", error)  # the scans failed: that is how this call ended
     return code
+
+
+def _requested(settings: Settings) -> Sequence[Scan]:
+    """The scans that were asked for, one for each result."""
+    scans = find_scans(settings)
+    if settings.fuse:
+        scans = fuse_runs(scans)
+    if settings.task == "refine":
+        scans = name_after_images(scans, settings)
+    return scans
 
 
 def _fit_memory(settings: Settings) -> Settings:
@@ -172,10 +179,7 @@ def _group(settings: Settings) -> None:
     from brainprior_bids.reports.group import build_group
 
     if settings.job_id is not None:
-        for scan in status.settle(settings.output_dir, settings.job_id):
-            LOG.error("FAILED %s: its job was killed", scan)
-        status.rebuild_status(settings.output_dir)
-        rebuild_qc(settings.output_dir)
+        _settle(settings, settings.job_id)
     written = build_group(settings.output_dir)
     if not written:
         raise UsageError(
@@ -183,6 +187,32 @@ def _group(settings: Settings) -> None:
         )
     for path in written:
         LOG.info("group: %s", path)
+
+
+def _settle(settings: Settings, job: str) -> None:
+    """Scans that a job left undone when it ended have failed, and say so in table and report.
+
+    Those that it never began are known where the participants are named.
+    """
+    for scan in status.settle(settings.output_dir, job):
+        LOG.error("FAILED %s: its job was killed", scan)
+    for scan in _requested(settings) if settings.participant_label else ():
+        result = result_name(scan.name, settings.image)
+        if status.read_summary(settings.output_dir, result) is None:
+            message = (
+                f"job {job} ended before this scan was begun: its task was refused, killed or "
+                "cancelled. The task's own output (logs/slurm) says why. Submit it again."
+            )
+            write_failure(scan, settings, {"message": message, "type": "KilledJob"})
+            LOG.error("FAILED %s: its task never began it", result)
+    status.rebuild_status(settings.output_dir)
+    rebuild_qc(settings.output_dir)
+    unreported = {
+        str(summary["subject"])
+        for summary in status.read_summaries(settings.output_dir)
+        if (summary.get("error") or {}).get("type") == "KilledJob"
+    }
+    _reports(unreported, settings)
 
 
 def _boilerplate_only(

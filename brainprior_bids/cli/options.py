@@ -431,7 +431,8 @@ def other_options(group: Group) -> None:
         metavar="ID",
         help="the scheduler's job, as slurm-script passes it. participant: what the status says "
         "of a scan that is at work (default: what Slurm says); group: this job has ended, so that "
-        "scans that are still at work under it were killed, and failed",
+        "scans that are still at work under it, and those of --participant-label that it never "
+        "began, failed",
     )
     group.add_argument(
         "--stop-on-first-crash", action="store_true", help="stop everything when one scan fails"

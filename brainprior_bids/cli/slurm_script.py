@@ -12,7 +12,7 @@ from pathlib import Path
 from brainprior_bids import __version__
 from brainprior_bids.bids.files import write_text
 from brainprior_bids.bids.query import check_dataset, find_scans
-from brainprior_bids.cli.parser import parse_settings
+from brainprior_bids.cli.parser import build_parser, parse_settings
 from brainprior_bids.cli.resources import MAIN_GB
 from brainprior_bids.engine.errors import UsageError
 
@@ -100,7 +100,9 @@ def _script(own: argparse.Namespace, rest, settings, participants, command) -> s
     )
     memory_gb = settings.mem_gb if _given(rest, "--mem", "--mem-mb", "--mem_mb") else MEMORY_GB
     task = " ".join([own.launcher, shlex.join(rest)])
-    folders = shlex.join([str(settings.bids_dir), str(settings.output_dir)])
+    # the same selection, so that it knows of scans that no task began; on whatever machine
+    level = [*_as_group(rest), "--device", "cpu", "--participant-label", *participants]
+    group = f"{own.launcher} {shlex.join(level)}"
     head = f"#SBATCH --chdir={shlex.quote(os.getcwd())}\n"
     return f"""\
 #!/bin/bash
@@ -133,11 +135,22 @@ group=$(sbatch --parsable --dependency="afterany:$array" --export="ALL,ARRAY=$ar
 #SBATCH --mem=2G
 #SBATCH --output={shlex.quote(f"{logs}/%j_group.out")}
 {head}{_lines(own.group_sbatch)}\
-{own.launcher} {folders} group --job-id "$ARRAY"
+{group} --job-id "$ARRAY"
 GROUP
 )
 echo "group job ${{group%%;*}}, when all tasks have ended"
 """
+
+
+def _as_group(rest: Sequence[str]) -> list[str]:
+    """The command line of the tasks with the other level; a value may have the level's name."""
+    parser = build_parser()
+    lines = ([*rest[:at], "group", *rest[at + 1 :]] for at in range(len(rest)))
+    return next(
+        line
+        for line, word in zip(lines, rest, strict=True)
+        if word == "participant" and parser.parse_args(line).analysis_level == ["group"]
+    )
 
 
 def _joined(argv: Sequence[str]) -> list[str]:
