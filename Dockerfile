@@ -62,7 +62,7 @@ ENV PATH=/opt/brainprior/bin:$PATH \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 1000:1000
 WORKDIR /tmp
-# the build fails where the image would not run
-RUN brainprior --version && brainprior selftest --device cpu
+# the build fails where the image would not run; caches of user 1000 would be in other users' way
+RUN brainprior --version && brainprior selftest --device cpu && find /tmp -mindepth 1 -delete
 ENTRYPOINT ["brainprior"]
 CMD ["--help"]

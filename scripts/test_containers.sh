@@ -7,10 +7,11 @@
 #
 # Where ../shared/lab is present, its builders are used; else docker (or podman) and apptainer.
 # WORK (default: a new folder) keeps the outputs; OPTIONS (default: --sloppy) goes to brainprior.
+# BUILD=0 takes the image TAG and the file SIF as they are.
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 cd "$here"
-[ $# -ge 2 ] || { sed -n '3,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -ge 2 ] || { sed -n '3,10s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 data=$(realpath "$1") label=$2
 shift 2
 parts=${*:-image sif}
@@ -69,15 +70,15 @@ folder() {
 
 if [[ $parts == *image* ]]; then
     SECONDS=0
-    [ "${BUILD:-1}" = 0 ] || build_image
+    [ "${BUILD:-1}" = 0 ] || { build_image; say "image $TAG: built and self-tested in $SECONDS s"; }
     bytes=$(engine image inspect --format '{{.Size}}' "$TAG")
-    say "image $TAG: $((bytes / 1000000)) MB, built in $SECONDS s"
+    say "image $TAG: $((bytes / 1000000)) MB"
     [ "$bytes" -lt 2500000000 ] || [ "${ANY_SIZE:-0}" = 1 ]
     # no build tool, no setting of the builder
     engine run --rm --network none --entrypoint sh "$TAG" -c \
         'for tool in cc gcc g++ ld make git pip pip3 curl wget; do \
              if command -v $tool; then echo "$tool is in the image"; exit 1; fi; done; \
-         [ ! -e /src ] && [ ! -s /etc/pip.conf ] && [ "$(id -u)" = 1000 ]'
+         [ ! -e /src ] && [ ! -s /etc/pip.conf ] && [ "$(id -u)" = 1000 ] && [ -z "$(ls -A /tmp)" ]'
     say "no build tools, not root"
     for label_name in title description version revision licenses base.name; do
         [ -n "$(engine image inspect --format \
@@ -102,8 +103,8 @@ fi
 
 if [[ $parts == *sif* ]]; then
     SECONDS=0
-    [ "${BUILD:-1}" = 0 ] || build_sif
-    say "SIF $sif: $(($(stat -c %s "$sif") / 1000000)) MB, built and self-tested in $SECONDS s"
+    [ "${BUILD:-1}" = 0 ] || { build_sif; say "SIF $sif: built and self-tested in $SECONDS s"; }
+    say "SIF $sif: $(($(stat -c %s "$sif") / 1000000)) MB"
     chmod 755 "$sif"
     out=$WORK/out-sif
     folder "$out"

@@ -8,6 +8,7 @@ Slurm is tried by hand (docs/cluster.md).
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -118,6 +119,31 @@ def test_every_node_has_its_whole_line(tmp_path, scheduler):
     assert os.environ["LOGNAME"]
 
 
+@pytest.mark.parametrize("name", ["sge", "pbs"])
+def test_restore_goes_to_the_gpu_queue_alone(tmp_path, monkeypatch, name):
+    """As the ready files have it; to Grid Engine two queues mean either."""
+    monkeypatch.setenv("LOGNAME", "somebody")
+    (tmp_path / "qstat").write_text("#!/bin/sh\necho '<all><job_info/></all>'\n")
+    (tmp_path / "qstat").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    file = read_plugin_file(ROOT / "docs" / "cluster" / f"{name}.yml")
+    graph = workflow(tmp_path, ["n4", "restore"])
+    make_batch_plugin(
+        file.plugin,
+        plugin_args=file.plugin_args,
+        step_args=file.step_args,
+        workflow=graph,
+        status_callback=lambda node, event: None,
+        tag="unused",
+    )
+    n4, restore = (graph.get_node(s).plugin_args["qsub_args"] for s in ("n4", "restore"))
+    assert re.findall(r"-q (\S+)", n4) == [{"sge": "cpu.q", "pbs": "cpu"}[name]]
+    assert re.findall(r"-q (\S+)", restore) == [{"sge": "gpu.q", "pbs": "gpu"}[name]]
+    assert "2560" in n4
+    assert "2560" in restore
+    assert "{" not in n4 + restore
+
+
 def test_a_lost_and_a_refused_job_leave_the_others_alone(tmp_path, scheduler):
     events: list[tuple[str, str]] = []
     graph = workflow(tmp_path, ["victim", "fine", "refused"])
@@ -182,6 +208,16 @@ def test_a_file_that_cannot_be_used_says_why(tmp_path, text, said):
     (tmp_path / "plugin.yml").write_text(text)
     with pytest.raises(UsageError, match=said):
         read_plugin_file(tmp_path / "plugin.yml")
+
+
+def test_a_scheduler_that_is_not_here_is_said_at_the_start(tmp_path, raw, monkeypatch, capsys):
+    """As in a container: no output folder, no scan that waits for ever."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    file = str(ROOT / "docs" / "cluster" / "slurm.yml")
+    line = [str(raw), str(tmp_path / "out"), "participant", "--nipype-plugin-file", file]
+    assert main(line) == 2
+    assert "needs sbatch, which is not on the PATH" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_file_is_multiproc():

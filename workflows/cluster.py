@@ -97,6 +97,8 @@ def make_batch_plugin(
         if name.startswith("SLURM"):
             line = lines.get("sbatch_args", "")
             lines["sbatch_args"] = _slurm(line, folder, tag=tag if "Graph" in name else None)
+        elif "qsub_args" in lines:
+            lines["qsub_args"] = _one_queue(lines["qsub_args"])
         filled = {key: _fill(value, node).strip() for key, value in lines.items()}
         node.plugin_args = {**filled, "overwrite": True}
     if name == "SLURMGraph":
@@ -132,6 +134,11 @@ def _slurm(line: str, folder: Path, *, tag: str | None) -> str:
     if tag:
         line += f" --comment={tag} --kill-on-invalid-dep=yes"
     return line
+
+
+def _one_queue(line: str) -> str:
+    """With the last of several queues alone: Grid Engine would take any of them."""
+    return re.sub(r"(?<!\S)-q\s+\S+\s+(?=.*(?<!\S)-q\s)", "", line)
 
 
 class _Patient:

@@ -25,7 +25,7 @@ from brainprior_bids.cli.execution import execute
 from brainprior_bids.cli.jobs import plan_jobs
 from brainprior_bids.cli.logs import LOG, log_to_file
 from brainprior_bids.cli.outcome import write_failure
-from brainprior_bids.cli.plugin_file import read_plugin_file
+from brainprior_bids.cli.plugin_file import read_plugin_file, require_scheduler
 from brainprior_bids.cli.resources import fit_memory, memory_limit_gb
 from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.settings import Settings
@@ -59,6 +59,8 @@ def run(settings: Settings) -> int:
                 print(f"On this machine it would be refused: {error}")
             return 0
         settings = _fit_memory(settings)
+        if not settings.boilerplate_only:
+            require_scheduler(read_plugin_file(settings.plugin_file))
         check_output(settings.output_dir)
         code = _participants(scans, settings, raw)
     elif settings.dry_run or settings.boilerplate_only:

@@ -8,6 +8,7 @@ needs. Examples: docs/cluster.
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,11 @@ from brainprior_bids.engine.errors import UsageError
 
 LOCAL = ("MultiProc",)
 BATCH = ("SLURM", "SLURMGraph", "SGE", "PBS", "LSF", "OAR")
+SUBMIT = {
+    "SLURM": "sbatch", "SLURMGraph": "sbatch", "SGE": "qsub", "PBS": "qsub", "LSF": "bsub",
+    "OAR": "oarsub",
+}  # fmt: skip
+"""What each plugin submits with."""
 STEPS = (
     "conform", "parcellate", "lesion", "n4", "align", "affine", "restore", "mni305", "export",
     "deliver", "reportlets", "write",
@@ -95,6 +101,23 @@ def read_plugin_file(path: Path | None) -> PluginFile:
     if steps and plugin in LOCAL:
         raise UsageError(f"{who}: step_args mean nothing to {plugin}; they are for schedulers.")
     return PluginFile(plugin, arguments, steps)
+
+
+def require_scheduler(file: PluginFile) -> None:
+    """Whether jobs can be submitted from here.
+
+    Raises
+    ------
+    UsageError
+        If the scheduler's command is not there: this is no submit host, or a container.
+    """
+    command = SUBMIT.get(file.plugin)
+    if command is not None and shutil.which(command) is None:
+        raise UsageError(
+            f"--nipype-plugin-file: plugin {file.plugin} needs {command}, which is not on the "
+            "PATH. Run this on a machine that can submit jobs, and not in a container, or write an "
+            "array job with `brainprior slurm-script`."
+        )
 
 
 def _mapping(who: str, name: str, value: Any) -> dict[str, Any]:
