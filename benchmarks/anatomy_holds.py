@@ -17,6 +17,11 @@ marker in its left hemisphere, makes it thick-sliced, stores it in all 48 axis o
 and restores each; then scans the same cube in three oblique poses and compares the means, eight
 samples each, with the posterior SD, with the truth, and with what turning the voxels costs alone.
 
+``python benchmarks/anatomy_holds.py turns HEAD.nii.gz`` scans cubes of four places of a head in
+many poses, and compares the error of the posterior mean (two network calls) with that of cubic
+interpolation, which knows nothing of heads: what a turned field of view costs, told apart from
+how much of a place its slices happen to show.
+
 ``python benchmarks/anatomy_holds.py poses LABELS AVG305T1`` makes T1-like heads of held-out label
 maps in random poses and compares the affine from the network's structures with the registration
 of the map itself to the average of 305 heads.
@@ -28,7 +33,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import permutations, product
 from pathlib import Path
@@ -61,6 +66,14 @@ CUBE_MM, SLICE_MM = 60, 5
 HORNS = (5, 44)
 POSES = ((10, -8, 5), (25, 15, -20), (35, 30, 30))
 """Rotations about the scanner's axes, degrees."""
+STEEPER = ((44, 0, 0), (0, 44, 0), (0, 0, 44), (40, 20, 40), (35, -30, -30))
+PLACES = (
+    ("Left-Cerebral-White-Matter", (0, 0, 0)),
+    ("Right-Cerebral-White-Matter", (0, 0, 0)),
+    ("Brain-Stem", (0, 0, 25)),
+    ("Left-Cerebral-White-Matter", (0, -25, 5)),
+)
+"""Structures in whose middle cubes are cut out, and how far from there, mm."""
 
 
 def network() -> Any:
@@ -171,7 +184,7 @@ def axes(head: Path) -> dict[str, Any]:
             stored(np.ascontiguousarray(turned), moved, f"{order} {flips}", np.eye(4))
     for angles in POSES:
         pose = np.eye(4)
-        pose[:3, :3] = Rotation.from_euler("xyz", angles, degrees=True).as_matrix()
+        pose[:3, :3] = rotation(angles)
         pose[:3, 3] = [12, -7, 20]
         stored(data, pose @ affine, f"oblique {angles}", pose)
     plain = [row for row in rows if not row["stored"].startswith("oblique")]
@@ -186,32 +199,37 @@ def axes(head: Path) -> dict[str, Any]:
     }
 
 
-def restored(head: Path, samples: int, steps: int) -> dict[str, Any]:
-    """48 axis orders and flips, and three oblique poses, through restoration."""
-    image = conform(head, metadata={}).image
-    found, fit, fine = label(image, network())
-    table = {row["name"]: np.array(row["centroid_mm"]) for row in found.table}
-    data, whole = image.get_fdata(dtype=np.float32), Grid(image.shape, image.affine)
-    middle = table["Left-Cerebral-White-Matter"]
-    bright = float(np.percentile(data[found.mask_scan > 0.5], 99))
-    prior = weights.load_prior()
+class Scene:
+    """A head and its brain, out of which cubes are cut to be scanned anew."""
 
-    def scan(turn: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """The cube with its marker in thick slices, its affine, its mask and the truth at 1 mm."""
+    def __init__(self, head: Path) -> None:
+        image = conform(head, metadata={}).image
+        found, self.fit, self.fine = label(image, network())
+        self.centres = {row["name"]: np.array(row["centroid_mm"]) for row in found.table}
+        self.data, self.grid = image.get_fdata(dtype=np.float32), Grid(image.shape, image.affine)
+        self.mask = found.mask.astype(np.float32)
+        self.bright = float(np.percentile(self.data[found.mask_scan > 0.5], 99))
+        self.prior = weights.load_prior()
+
+    def scan(
+        self, middle: np.ndarray, turn: np.ndarray, *, marked: bool = False
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, Grid]:
+        """A cube in thick slices and their affine; its mask, the truth, and the grid of both."""
         affine = np.eye(4)
         affine[:3, :3] = turn
         affine[:3, 3] = middle - turn @ np.full(3, (CUBE_MM - 1) / 2)
         cube = Grid((CUBE_MM,) * 3, affine)
-        values = resample(data, whole, cube)
-        away = np.linalg.norm(cube.points_mm() - middle[:, None, None, None], axis=0)
-        values[away < MARKER_MM / 2] = 1.5 * bright
-        mask = resample(found.mask.astype(np.float32), fine, cube, order=1) > 0.5
+        values = resample(self.data, self.grid, cube)
+        if marked:
+            values[distance(cube, middle) < MARKER_MM / 2] = 1.5 * self.bright
+        mask = resample(self.mask, self.fine, cube, order=1) > 0.5
         thick = values.reshape(CUBE_MM, CUBE_MM, -1, SLICE_MM).mean(-1)
         step = np.diag([1.0, 1, SLICE_MM, 1])
         step[2, 3] = (SLICE_MM - 1) / 2
-        return thick, affine @ step, mask, values
+        return thick, affine @ step, mask, values, cube
 
     def through(
+        self,
         thick: np.ndarray,
         affine: np.ndarray,
         mask: np.ndarray,
@@ -240,27 +258,77 @@ def restored(head: Path, samples: int, steps: int) -> dict[str, Any]:
             acquisition=done.acquisition,
             mask=share,
             mask_1mm=inside,
-            to_mni305=fit.matrix,
+            to_mni305=self.fit.matrix,
             contrast="T1w",
-            prior=prior,
+            prior=self.prior,
             n_samples=n,
             n_steps=calls,
             seed=seed,
         )
 
+
+def distance(grid: Grid, point: np.ndarray) -> np.ndarray:
+    """Of every voxel from a point, mm."""
+    return np.asarray(np.linalg.norm(grid.points_mm() - point[:, None, None, None], axis=0))
+
+
+def rotation(angles: Sequence[float]) -> np.ndarray:
+    """About the scanner's x, y and z in turn, degrees."""
+    return np.asarray(Rotation.from_euler("xyz", angles, degrees=True).as_matrix())
+
+
+def deep(grid: Grid, middle: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Deep in the brain and in every cube around ``middle``, whatever its turn."""
+    inside = ndimage.binary_erosion(mask, iterations=3)
+    return np.asarray((distance(grid, middle) < CUBE_MM / 2 - 6) & inside)
+
+
+def turns(head: Path) -> dict[str, Any]:
+    """Error of the posterior mean, and of cubic interpolation, by pose; over all places."""
+    scene = Scene(head)
+    places = [scene.centres[name] + shift for name, shift in PLACES]
+    rows: list[dict[str, Any]] = []
+    for angles in ((0, 0, 0), *POSES, *STEEPER):
+        squares = []
+        for middle in places:
+            thick, affine, mask, truth, cube = scene.scan(middle, rotation(angles))
+            done = scene.through(thick, affine, mask, cube.affine, 1, 2)
+            assert np.allclose(done.grid.affine, cube.affine, atol=1e-4)
+            spline = ndimage.zoom(thick, (1, 1, SLICE_MM), order=3, mode="nearest", grid_mode=True)
+            here = deep(cube, middle, mask)
+            squares.append([np.mean((v - truth)[here] ** 2) for v in (done.mean, spline)])
+        axes = scene.fit.matrix[:3, :3] @ rotation(angles)
+        u, _, vt = np.linalg.svd(axes)
+        rows.append(
+            {
+                "angles": angles,
+                "against_mni305_deg": float(np.rad2deg(Rotation.from_matrix(u @ vt).magnitude())),
+                "rms_error": (np.sqrt(np.mean(squares, 0)) / scene.bright).tolist(),
+                "over_cubic": float(np.sqrt(np.divide(*np.mean(squares, 0)))),
+                "over_cubic_each": np.sqrt(np.divide(*np.transpose(squares))).tolist(),
+            }
+        )
+        print(json.dumps(rows[-1]), flush=True)
+    return {"places": [name for name, _ in PLACES], "poses": rows}
+
+
+def restored(head: Path, samples: int, steps: int) -> dict[str, Any]:
+    """48 axis orders and flips, and three oblique poses, through restoration."""
+    scene = Scene(head)
+    middle = scene.centres["Left-Cerebral-White-Matter"]
+
     def mark(done: Restoration) -> np.ndarray:
         centre = np.argwhere(done.mean > 0.8 * done.mean.max()).mean(0)
         return np.asarray((done.grid.affine @ [*centre, 1.0])[:3])
 
-    thick, affine, mask, truth = scan(np.eye(3))
-    at = affine @ np.linalg.inv(np.diag([1.0, 1, SLICE_MM, 1]))
-    at[:3, 3] = middle - (CUBE_MM - 1) / 2
+    thick, affine, mask, truth, cube = scene.scan(middle, np.eye(3), marked=True)
+    at = cube.affine
     reference: Restoration | None = None
     rows = []
     for order in permutations(range(3)):
         for flips in product((1, -1), repeat=3):
             turn = np.array([[a, f] for a, f in zip(order, flips, strict=True)])
-            done = through(
+            done = scene.through(
                 np.ascontiguousarray(apply_orientation(thick, turn)),
                 affine @ inv_ornt_aff(turn, thick.shape),
                 np.ascontiguousarray(apply_orientation(mask, turn)),
@@ -286,16 +354,11 @@ def restored(head: Path, samples: int, steps: int) -> dict[str, Any]:
         return float(np.sqrt(np.mean(values**2)) / plain.unit)
 
     def inner(done: Restoration, mask: np.ndarray) -> np.ndarray:
-        """Deep in the brain and in every cube, without the marker's edge; on the cube's grid."""
-        ball = np.linalg.norm(done.grid.points_mm() - middle[:, None, None, None], axis=0)
-        return (
-            (ball < CUBE_MM / 2 - 6)
-            & (ball > MARKER_MM)
-            & ndimage.binary_erosion(mask, iterations=3)
-        )
+        """Without the marker's edge; on the cube's grid."""
+        return deep(done.grid, middle, mask) & (distance(done.grid, middle) > MARKER_MM)
 
-    plain = through(thick, affine, mask, at, samples, steps)
-    again = through(thick, affine, mask, at, samples, steps, seed=1)
+    plain = scene.through(thick, affine, mask, at, samples, steps)
+    again = scene.through(thick, affine, mask, at, samples, steps, seed=1)
     assert plain.sd is not None
     shared = inner(plain, mask)
     unturned = {
@@ -306,11 +369,10 @@ def restored(head: Path, samples: int, steps: int) -> dict[str, Any]:
     print(json.dumps(unturned), flush=True)
     poses_found = []
     for angles in POSES:
-        turn = Rotation.from_euler("xyz", angles, degrees=True).as_matrix()
-        turned, where, inside, truth_here = scan(turn)
-        fine_at = where @ np.linalg.inv(np.diag([1.0, 1, SLICE_MM, 1]))
-        fine_at[:3, 3] = middle - turn @ np.full(3, (CUBE_MM - 1) / 2)
-        done = through(turned, where, inside, fine_at, samples, steps)
+        turned, where, inside, truth_here, there = scene.scan(
+            middle, rotation(angles), marked=True
+        )
+        done = scene.through(turned, where, inside, there.affine, samples, steps)
         assert done.sd is not None
         mean, sd, moved = (
             resample(v, done.grid, plain.grid) for v in (done.mean, done.sd, truth_here)
@@ -336,7 +398,7 @@ def restored(head: Path, samples: int, steps: int) -> dict[str, Any]:
     return {
         "n": len(rows),
         "sampler": reference.sampler,
-        "marker_left_of_midline_mm": float(-(fit.matrix @ [*middle, 1.0])[0]),
+        "marker_left_of_midline_mm": float(-(scene.fit.matrix @ [*middle, 1.0])[0]),
         **{f"largest_{key}": max(row[key] for row in rows) for key in keys},
         "unturned": unturned,
         "oblique": poses_found,
@@ -481,8 +543,7 @@ def poses(folder: Path, average: Path, maps: list[int], n: int) -> dict[str, Any
         for _ in range(n):
             # scanner of the posed head -> scanner of the map
             pose = np.eye(4)
-            turn = Rotation.from_euler("xyz", rng.uniform(-15, 15, 3), degrees=True).as_matrix()
-            pose[:3, :3] = turn @ np.diag(rng.uniform(0.9, 1.1, 3))
+            pose[:3, :3] = rotation(rng.uniform(-15, 15, 3)) @ np.diag(rng.uniform(0.9, 1.1, 3))
             pose[:3, 3] = middle + rng.uniform(-15, 15, 3) - pose[:3, :3] @ middle
             view = Grid((190, 230, 210), np.eye(4))
             shift = np.eye(4)
@@ -505,9 +566,9 @@ def poses(folder: Path, average: Path, maps: list[int], n: int) -> dict[str, Any
 
 
 def main() -> None:
-    """Measure one of the five and print the result as JSON."""
+    """Measure one of the six and print the result as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("axes", "nodes", "overlap", "poses", "restored"))
+    parser.add_argument("what", choices=("axes", "nodes", "overlap", "poses", "restored", "turns"))
     parser.add_argument("data", type=Path)
     parser.add_argument("average", type=Path, nargs="?", help="avg305T1.nii, for poses")
     parser.add_argument("--people", type=int, default=9)
@@ -525,6 +586,8 @@ def main() -> None:
         result = nodes(args.data, args.people, args.threads)
     elif args.what == "overlap":
         result = overlap(args.data, args.people, args.restored)
+    elif args.what == "turns":
+        result = turns(args.data)
     elif args.what == "restored":
         result = restored(args.data, args.samples, args.steps)
     else:

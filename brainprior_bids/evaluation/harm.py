@@ -2,7 +2,7 @@
 """Harm real heads and see what is left of their mask and affine.
 
 ``python -m brainprior_bids.evaluation.harm BIDS_DIR TABLE.json`` conforms every T1w and T2w of a
-data set, labels it, harms the scan in the ways of :data:`HARMS`, labels it again, and compares:
+data set, labels it, harms the scan in the ways of :data:`KINDS`, labels it again, and compares:
 Dice of the two masks inside the field of view that is left, and the mean distance of the corners
 of the brain's box between the two affines; and what the verdict on it would be, from mask,
 structures, affine and the noise as estimated before sampling (what follows the restoration does
@@ -20,13 +20,16 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
+from nibabel.orientations import apply_orientation, axcodes2ornt
 from numpy.typing import NDArray
 from scipy import ndimage
+from scipy.spatial.transform import Rotation
 
 from brainprior_bids.anatomy.affine import corner_distance, fit_affine
 from brainprior_bids.anatomy.conform import conform
 from brainprior_bids.anatomy.hull import surface
 from brainprior_bids.anatomy.parcellation import Parcellation, parcellate
+from brainprior_bids.anatomy.spaces import resample
 from brainprior_bids.bids.qc import VERDICTS, concerns, metrics, verdict
 from brainprior_bids.engine import weights
 from brainprior_bids.engine.errors import BrainpriorError
@@ -36,6 +39,8 @@ from brainprior_bids.engine.parcellation_network import ParcellationNetwork
 
 Volume = NDArray[np.float32]
 Mask = NDArray[np.bool_]
+
+VIEW_MM = 240.0
 
 
 def _extent(brain: Mask, axis: int) -> tuple[int, int]:
@@ -103,6 +108,28 @@ def thick(image: nib.Nifti1Image, brain: Mask, *, axis: int, mm: float) -> nib.N
     return nib.Nifti1Image(np.moveaxis(averaged, 0, axis), image.affine @ step)
 
 
+def turned(image: nib.Nifti1Image, brain: Mask, *, axis: int, degrees: float) -> nib.Nifti1Image:
+    """The head turned in its field of view, about its brain's middle; the header knows of it."""
+    grid = Grid(image.shape, image.affine)
+    middle = image.affine[:3, :3] @ np.argwhere(brain).mean(0) + image.affine[:3, 3]
+    shape = tuple(int(n) for n in np.ceil(VIEW_MM / grid.spacing_mm))
+    affine = np.eye(4)
+    affine[:3, :3] = Rotation.from_euler("xyz"[axis], degrees, degrees=True).as_matrix() @ np.diag(
+        grid.spacing_mm
+    )
+    affine[:3, 3] = middle - affine[:3, :3] @ ((np.array(shape) - 1) / 2)
+    data = image.get_fdata(dtype=np.float32)
+    return nib.Nifti1Image(resample(data, grid, Grid(shape, affine), order=1), affine)
+
+
+def mislabelled(image: nib.Nifti1Image, brain: Mask, *, axes: str) -> nib.Nifti1Image:
+    """A header that says ``axes`` (such as "LPS") of data that lie in RAS."""
+    said = apply_orientation(image.get_fdata(dtype=np.float32), axcodes2ornt(tuple(axes)))
+    spacing = Grid(image.shape, image.affine).spacing_mm
+    order = axcodes2ornt(tuple(axes))[:, 0].astype(int)
+    return nib.Nifti1Image(said, np.diag([*spacing[np.argsort(order)], 1.0]))
+
+
 HARMS: dict[str, Callable[[nib.Nifti1Image, Mask], nib.Nifti1Image]] = {
     "neck cut off": lambda i, b: crop(i, b, top_mm=-300, bottom_mm=-3),
     "vertex cut, 10 mm of brain lost": lambda i, b: crop(i, b, top_mm=10, bottom_mm=-300),
@@ -128,6 +155,20 @@ THICK = {
     for axis, plane in enumerate(("sagittal", "coronal", "axial"))
 }
 """For T1w of near-isotropic voxels."""
+TURNED = {
+    f"{how} by {degrees}°": (
+        lambda i, b, axis=axis, degrees=degrees: turned(i, b, axis=axis, degrees=degrees)
+    )
+    for axis, how in enumerate(("nodding", "tilted", "turned"))
+    for degrees in (20, 30, 40)
+}
+"""For T1w of near-isotropic voxels."""
+HEADERS = {
+    f"header says {axes}": (lambda i, b, axes=axes: mislabelled(i, b, axes=axes))
+    for axes in ("LPS", "RPI", "LAI", "RAI", "RSA", "RSP", "SAL", "PRS", "ASR", "SRA", "LAS")
+}
+"""The truth in such a header's space is not that of the unharmed scan: no Dice, no corners."""
+KINDS = {"harms": HARMS, "thick": THICK, "turned": TURNED, "headers": HEADERS}
 
 
 def _on(grid: Grid, image: nib.Nifti1Image, mask: Mask) -> Mask:
@@ -231,8 +272,7 @@ def main() -> None:
     parser.add_argument("table", type=Path, help="JSON, one row a scan and harm; resumed")
     parser.add_argument("--suffix", nargs="+", default=["T1w", "T2w"])
     parser.add_argument("--subjects", type=int, default=9, help="at most this many")
-    parser.add_argument("--thick", action="store_true", help="thick slices instead of HARMS")
-    parser.add_argument("--harms", nargs="+", choices=[*HARMS, *THICK], help="only these")
+    parser.add_argument("--kind", choices=KINDS, default="harms", help="in what ways")
     args = parser.parse_args()
     rows = json.loads(args.table.read_text()) if args.table.exists() else []
     done = {(row["scan"], row["harm"]) for row in rows}
@@ -249,11 +289,10 @@ def main() -> None:
                 nib.Nifti1Image(np.zeros(1), reference["grid"].affine),
                 reference["parcellation"].mask > 0,
             )
-            for harm, change in (THICK if args.thick else HARMS).items():
-                if args.harms and harm not in args.harms:
-                    continue
+            beside = None if args.kind == "headers" else reference
+            for harm, change in KINDS[args.kind].items():
                 if (name, harm) not in done:
-                    facts, _ = compare(change(image, brain), network, reference)
+                    facts, _ = compare(change(image, brain), network, beside)
                     rows.append({"scan": name, "harm": harm, **facts})
                     print(json.dumps(rows[-1]), flush=True)
                     args.table.write_text(json.dumps(rows, indent=1) + "\n")

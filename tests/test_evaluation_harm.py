@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ways to harm a head that move its voxels: what the header then says of them."""
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from brainprior_bids.evaluation import harm
+
+AFFINE = np.diag([2.0, 3.0, 4.0, 1.0])
+AFFINE[:3, 3] = [-30, -40, -50]
+
+
+def an_image():
+    data = np.random.default_rng(0).normal(size=(20, 22, 24)).astype(np.float32)
+    return nib.Nifti1Image(data, AFFINE)
+
+
+@pytest.mark.parametrize("axes", ["LPS", "RSA", "SAL", "ASR"])
+def test_a_false_header_turns_the_voxels(axes):
+    """As nibabel reads the same voxels under an affine that says so."""
+    image = an_image()
+    false = np.zeros((4, 4))
+    false[3, 3] = 1
+    for axis, (letter, mm) in enumerate(zip(axes, (2, 3, 4), strict=True)):
+        row = ["RL", "AP", "SI"].index(next(p for p in ("RL", "AP", "SI") if letter in p))
+        false[row, axis] = mm if letter in "RAS" else -mm
+    expected = nib.as_closest_canonical(nib.Nifti1Image(image.get_fdata(), false))
+    made = harm.mislabelled(image, np.ones(image.shape, bool), axes=axes)
+    np.testing.assert_array_equal(made.get_fdata(), expected.get_fdata())
+    np.testing.assert_allclose(made.header.get_zooms(), expected.header.get_zooms())
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_turned_head_stays_where_it_is(axis):
+    """Only the field of view moves: its middle is the brain's, a bright spot keeps its place."""
+    image = an_image()
+    place = np.indices(image.shape)
+    spot = np.exp(-sum((p - c) ** 2 for p, c in zip(place, (12, 8, 14), strict=True)) / 8)
+    image = nib.Nifti1Image(spot.astype(np.float32), AFFINE)
+    brain = np.zeros(image.shape, bool)
+    brain[8:13, 9:14, 10:15] = True
+    made = harm.turned(image, brain, axis=axis, degrees=35)
+    middle = made.affine @ [*(np.array(made.shape) - 1) / 2, 1]
+    np.testing.assert_allclose(middle, AFFINE @ [10, 11, 12, 1], atol=1e-6)
+    values = made.get_fdata()
+    centre = [(p * values).sum() / values.sum() for p in np.indices(values.shape)]
+    np.testing.assert_allclose(made.affine @ [*centre, 1], AFFINE @ [12, 8, 14, 1], atol=0.1)
+    cosine = (made.affine[:3, :3] / np.diag(AFFINE)[:3])[axis - 1, axis - 1]
+    assert cosine == pytest.approx(np.cos(np.deg2rad(35)))
