@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from nibabel.orientations import apply_orientation, inv_ornt_aff
 
 from brainprior_bids.anatomy.conform import conform
+from brainprior_bids.bids.qc import concerns, metrics, verdict
 from brainprior_bids.engine.errors import GeometryError, InputError
 
 ORDERS = [
@@ -134,8 +135,11 @@ def test_mirrored_qform_is_called_so(tmp_path):
     image.set_sform(affine, 1)
     image.set_qform(np.diag([-1, 1, 1, 1]) @ affine, 1)
     nib.save(image, tmp_path / "sub-01_T1w.nii")
-    warnings = conform(tmp_path / "sub-01_T1w.nii", metadata={"SliceThickness": 5}).warnings
-    assert any("left may be right" in w for w in warnings)
+    done = conform(tmp_path / "sub-01_T1w.nii", metadata={"SliceThickness": 5})
+    assert any("left may be right" in w for w in done.warnings)
+    values = metrics({"facts": {"conform": {"facts": done.facts}}})
+    assert verdict(values) == "look"
+    assert concerns(values) == ["mirrored_forms 1 is above 0"]
 
 
 def test_qform_serves_where_the_sform_is_unset_or_singular(tmp_path):

@@ -29,6 +29,7 @@ def test_a_false_header_turns_the_voxels(axes):
     made = harm.mislabelled(image, np.ones(image.shape, bool), axes=axes)
     np.testing.assert_array_equal(made.get_fdata(), expected.get_fdata())
     np.testing.assert_allclose(made.header.get_zooms(), expected.header.get_zooms())
+    assert made.get_fdata(dtype=np.float32).flags.c_contiguous  # as torch wants it
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])

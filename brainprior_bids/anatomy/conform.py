@@ -313,16 +313,21 @@ def _choose_affine(
             f"{qform_problem}. Left and right cannot be told apart without one. Convert the scan "
             "again from DICOM, or set the sform."
         )
-    facts: dict[str, Any] = {"sform_code": sform_code, "qform_code": qform_code}
+    facts: dict[str, Any] = {
+        "sform_code": sform_code,
+        "qform_code": qform_code,
+        "sform_qform_mirrored": False,
+    }
     if sform is not None and qform is not None:
         corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape])).reshape(3, -1)
         moved = (sform - qform)[:3] @ np.vstack([corners, np.ones(corners.shape[1])])
         distance = float(np.linalg.norm(moved, axis=0).max())
         facts["sform_qform_distance_mm"] = distance
         if distance > AFFINE_TOLERANCE_MM:
-            flipped = np.linalg.det(sform[:3, :3]) * np.linalg.det(qform[:3, :3]) < 0
+            mirrored = bool(np.linalg.det(sform[:3, :3]) * np.linalg.det(qform[:3, :3]) < 0)
+            facts["sform_qform_mirrored"] = mirrored
             mirror = (
-                " and are mirror images of each other, so left may be right" if flipped else ""
+                " and are mirror images of each other, so left may be right" if mirrored else ""
             )
             warnings.append(
                 f"{name}: sform and qform differ by up to {distance:.2f} mm{mirror}; the sform is "

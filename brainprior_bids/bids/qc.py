@@ -66,6 +66,10 @@ METRICS = {
         "fit anywhere, their distances say nothing), 1 for registration to the template", "1",
         high=0.0, fail_high=1.0,
     ),
+    "mirrored_forms": Metric(
+        "1 where sform and qform of the scan's header are mirror images of each other: left may "
+        "be right", "1", high=0.0,
+    ),
     "brain_ml": Metric("volume of the mask: all structures and the fluid between", "ml"),
     "brain_z": Metric(
         "z-score of that volume; none where the field of view cuts the brain", "SD",
@@ -108,7 +112,9 @@ def metrics(summary: Mapping[str, Any]) -> dict[str, float | None]:
     conform = facts.get("conform") or {}
     affine = facts.get("affine") or {}
     acquisition = conform.get("acquisition") or {}
-    in_plane = ((conform.get("facts") or {}).get("acquisition") or {}).get("in_plane_mm")
+    told = conform.get("facts") or {}
+    in_plane = (told.get("acquisition") or {}).get("in_plane_mm")
+    mirrored = (told.get("affine") or {}).get("sform_qform_mirrored")
     ratios = restore.get("residual_ratios") or []
     noise = restore.get("noise_sd")
     beyond = restore.get("share_beyond_3_sd")
@@ -119,6 +125,7 @@ def metrics(summary: Mapping[str, Any]) -> dict[str, float | None]:
         "noise_percent": 100 * noise if noise is not None else None,
         "mni305_residual_mm": affine.get("median_residual_mm"),
         "affine_fallbacks": _fallbacks(affine),
+        "mirrored_forms": None if mirrored is None else float(mirrored),
         **_anatomy(facts.get("parcellation") or {}),
         "bias_range": restore.get("bias_range"),
         "thickness_mm": acquisition.get("thickness_mm"),

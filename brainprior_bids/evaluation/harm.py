@@ -127,7 +127,7 @@ def mislabelled(image: nib.Nifti1Image, brain: Mask, *, axes: str) -> nib.Nifti1
     said = apply_orientation(image.get_fdata(dtype=np.float32), axcodes2ornt(tuple(axes)))
     spacing = Grid(image.shape, image.affine).spacing_mm
     order = axcodes2ornt(tuple(axes))[:, 0].astype(int)
-    return nib.Nifti1Image(said, np.diag([*spacing[np.argsort(order)], 1.0]))
+    return nib.Nifti1Image(np.ascontiguousarray(said), np.diag([*spacing[np.argsort(order)], 1.0]))
 
 
 HARMS: dict[str, Callable[[nib.Nifti1Image, Mask], nib.Nifti1Image]] = {
