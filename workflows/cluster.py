@@ -260,13 +260,13 @@ def _quiet(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def _last_words(folder: str | None, taskid: int) -> str:
-    """The last line that a Slurm job wrote: it often says what killed it."""
+    """The last line that a job of Slurm or Grid Engine wrote: it often says what killed it."""
     if folder is None:
         return ""
     for parent in Path(folder).parents:
-        output = parent / "batch" / f"slurm-{taskid}.out"
-        if output.is_file():
-            lines = output.read_text(errors="replace").split("\n")
-            said = [line.strip() for line in lines if line.strip()]
-            return f"It last said: {said[-1]}" if said else ""
+        for pattern in (f"slurm-{taskid}.out", f"*.e{taskid}"):
+            for output in (parent / "batch").glob(pattern):
+                lines = output.read_text(errors="replace").split("\n")
+                said = [line.strip() for line in lines if line.strip()]
+                return f"It last said: {said[-1]}" if said else ""
     return ""

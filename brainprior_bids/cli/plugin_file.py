@@ -115,7 +115,7 @@ def require_scheduler(file: PluginFile) -> None:
     if command is not None and shutil.which(command) is None:
         raise UsageError(
             f"--nipype-plugin-file: plugin {file.plugin} needs {command}, which is not on the "
-            "PATH. Run this on a machine that can submit jobs, and not in a container, or write an "
+            "PATH. Run this where jobs can be submitted, not in a container, or write an "
             "array job with `brainprior slurm-script`."
         )
 
