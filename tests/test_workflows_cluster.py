@@ -13,7 +13,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from brainprior_bids.workflows.cluster import LOST, REFUSED, make_batch_plugin
+from brainprior_bids.workflows.cluster import LOST, REFUSED, _last_words, make_batch_plugin
 from brainprior_bids.workflows.scan import NODES
 from nipype.interfaces.utility import Function
 from nipype.pipeline import engine as pe
@@ -161,6 +161,17 @@ def test_a_lost_and_a_refused_job_leave_the_others_alone(tmp_path, scheduler):
     assert len(said) == 2
     assert any(f"{LOST} It last said: slurmstepd: error: Exceeded" in text for text in said)
     assert any(REFUSED in text and "Invalid partition" in text for text in said)
+
+
+@pytest.mark.parametrize("name", ["slurm-7.out", "n4.sub_01_T2w_wf.brainprior_wf.me.e7"])
+def test_what_a_lost_job_wrote_is_quoted(tmp_path, name):
+    """As Slurm and Grid Engine call its file; job 17 is another's."""
+    batch = tmp_path / "wf" / "batch"
+    batch.mkdir(parents=True)
+    (batch / name.replace("7", "17")).write_text("not this\n")
+    (batch / name).write_text("loading\nout of memory\n\n")
+    folder = str(tmp_path / "wf" / "scan" / "n4")
+    assert _last_words(folder, 7) == "It last said: out of memory"
 
 
 def test_a_graph_of_jobs_is_waited_for(tmp_path, scheduler):
