@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from brainprior_bids.anatomy.parcellation import parcellate
 from brainprior_bids.bids.derivatives import interval_half_widths
 from brainprior_bids.bids.files import read_json, write_json
+from brainprior_bids.engine.restore import WIDTH_DOUBT
 from brainprior_bids.engine.weights import FOLDER, load_parcellation, load_prior, sha256_file
 from brainprior_bids.evaluation.protocol import (
     Case,
@@ -97,6 +98,7 @@ def one(path: Path, condition: Condition, args: argparse.Namespace) -> dict[str,
         "prior": sha256_file(args.prior or FOLDER / "prior.safetensors"),
         "region_mm": args.region,
         "structures": "of the scan",
+        "width_doubt": WIDTH_DOUBT,
         **json.loads(json.dumps(asdict(condition))),
     }
     if record.exists() and (found := read_json(record)).get("made_by") == made_by:

@@ -16,7 +16,7 @@ from brainprior_bids.engine.errors import GeometryError, InputError, UsageError
 from brainprior_bids.engine.fusion import NOT_EPS, Run, fuse
 from brainprior_bids.engine.grids import Grid
 from brainprior_bids.engine.operators.resample import AffineResample, SparseResample
-from brainprior_bids.engine.restore import restore
+from brainprior_bids.engine.restore import WIDTH_DOUBT, restore
 
 SHAPE, THICK, NOISE, UNIT = (36, 40, 32), 4, 0.02, 500.0
 TO_MNI = np.array([[1, 0, 0, 2.0], [0, 1, 0, -1.0], [0, 0, 1, 0.5], [0, 0, 0, 1]])
@@ -145,6 +145,21 @@ def test_two_crossed_stacks_of_a_moved_brain_show_more_than_each(crossed):
         assert all(0.8 < r.ratio < 1.3 for r in found.residuals)
     again, _ = together(first, second, n_samples=1)
     np.testing.assert_array_equal(again.samples[0], done.samples[0])
+
+
+def test_the_second_sample_takes_wider_slices_in_all_runs(crossed):
+    first, second, _ = crossed
+    done, _ = together(first, second)
+    assert done.widths == [1, pytest.approx(1 + WIDTH_DOUBT * 1.5**0.5)]
+    wider = [
+        replace(r, acquisition=replace(r.acquisition, thickness_mm=t * done.widths[1]))
+        for r, t in (
+            (first, first.acquisition.thickness_mm),
+            (second, second.acquisition.thickness_mm),
+        )
+    ]
+    stated, _ = together(*wider, width_doubt=0.0)
+    np.testing.assert_allclose(done.samples[1], stated.samples[1], atol=1e-5 * UNIT)
 
 
 def test_without_the_motion_the_runs_contradict_each_other(crossed):

@@ -140,6 +140,7 @@ def phantom(axis=2, thick=4, bias=0.0, seed=0):
             "prior": GaussianPrior(scale_of(y / np.exp(field), share)),
             "n_steps": 8,
             "n_samples": 2,
+            "width_doubt": 0.0,  # the phantom's slices are as thick as stated
         },
     }
 
@@ -606,6 +607,36 @@ def test_auto_falls_back_where_the_slices_are_not_of_that_kind():
         run(case, sampler="eps", n_samples=1, n_steps=4)
     with pytest.raises(UsageError, match="does not move the bias field"):
         run(case, prior=told_prior(), sampler="eps", refine_bias=True, n_samples=1, n_steps=4)
+
+
+@pytest.mark.parametrize("sampler", ["exact", "eps"])
+def test_each_sample_takes_slices_of_a_thickness_of_its_own(sampler):
+    """Sample k is what a scan gives that is stated to be as thick as sample k assumes."""
+    case = phantom()
+    options = {"sampler": sampler, "n_samples": 3, "n_steps": 4, "prior": told_prior()}
+    if sampler == "exact":
+        options["prior"] = case["arguments"]["prior"]
+    options["noise_sd"] = NOISE * case["arguments"]["prior"].scale
+    found = run(case, width_doubt=0.1, **options)
+    assert found.widths == pytest.approx([1, 1 + 0.1 * math.sqrt(1.5), 1 - 0.1 * math.sqrt(1.5)])
+    assert np.mean(found.widths) == pytest.approx(1)
+    assert np.std(found.widths) == pytest.approx(0.1)
+    for k, width in enumerate(found.widths):
+        stated = Acquisition(2, 4.0 * width, 4.0, "boxcar")
+        alone = run(case, acquisition=stated, **options)
+        assert alone.widths == [1, 1, 1]
+        np.testing.assert_allclose(found.samples[k], alone.samples[k], atol=1e-6 * GAIN)
+    plain = run(case, **options)
+    np.testing.assert_array_equal(found.samples[0], plain.samples[0])
+    assert found.sd[case["mask"]].mean() > plain.sd[case["mask"]].mean()
+    assert found.residual_ratios == pytest.approx(plain.residual_ratios, abs=0.1)
+
+
+def test_a_3d_scan_has_no_doubt_about_slices():
+    found = run(phantom(thick=1), n_steps=3, width_doubt=0.1)
+    assert found.widths == [1, 1]
+    with pytest.raises(UsageError, match="width_doubt must be between"):
+        run(phantom(), width_doubt=-0.1)
 
 
 def test_a_mask_that_is_a_voxel_too_narrow_costs_nothing_with_a_rim():

@@ -313,6 +313,8 @@ def sidecars(
                 "less accurate than their mean",
                 **image,
                 "SampleSeed": seed,
+                "AssumedSliceThickness": restore["acquisition"]["thickness_mm"]
+                * restore["slice_widths"][index],
                 "ResidualRatio": restore["residual_ratios"][index],
             }
     return made

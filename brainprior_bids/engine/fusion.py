@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -88,16 +89,40 @@ class Explained:
 
 
 @dataclass(frozen=True, eq=False)
-class _Part:
-    """One run made ready: its data and its operator from the image, on its own box."""
+class _Seen:
+    """What one run measured and how: data, operator from the image, share of brain in a voxel."""
 
     y: Tensor
     operator: LinearOperator
     share: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """One run made ready, on its own box."""
+
+    run: Run
+    data: Tensor  # divided by unit and gain, bias in it
+    bias: Tensor
+    brain: Tensor  # on the 1 mm grid along the run's axes
+    resample: LinearOperator
     noise_sd: float
     thinned: float
     box: Box
     shape: tuple[int, int, int]
+
+    def seen(self, width: float) -> _Seen:
+        """By slices that are ``width`` times as thick as stated."""
+        grid, acquisition, box = self.run.grid, self.run.acquisition, self.box
+        doubtful = 1.0 if native._encoded(grid, acquisition) else width
+        profile, sensed = native._profiles(
+            grid, grid.one_millimetre(), self.shape, acquisition, doubtful
+        )
+        share = native._share(self.brain, sensed)[box.data_slices]
+        inside = share >= OUTSIDE
+        bias = torch.where(inside, self.bias, 1.0)
+        operator = sliced(self.resample, box, acquisition.slice_axis, profile, bias)
+        return _Seen(torch.where(inside, self.data, 0.0), operator, share)
 
 
 def fuse(
@@ -116,6 +141,7 @@ def fuse(
     observe: native.Observe | None = None,
     sigma_max: float = native.SIGMA_MAX,
     sigma_min: float = native.SIGMA_MIN,
+    width_doubt: float = native.WIDTH_DOUBT,
 ) -> tuple[native.Restoration, list[Explained]]:
     """Draw posterior samples of the brain that all runs show.
 
@@ -125,8 +151,9 @@ def fuse(
         The first is the reference: the result lies on its 1 mm grid, in its unit.
     mask_1mm : array on ``runs[0].grid.one_millimetre()``
         Brain; the result is 0 where it is 0, but for the rim.
-    to_mni305, contrast, prior, rim_mm, n_samples, n_steps, seed, device, observe
-        As in ``restore``; ``to_mni305`` is the reference's.
+    to_mni305, contrast, prior, rim_mm, n_samples, n_steps, seed, device, observe, width_doubt
+        As in ``restore``; ``to_mni305`` is the reference's. All runs of a sample are assumed to
+        be off by one factor: one scanner made them.
     sampler : "auto" or "exact"
         The same: "exact".
 
@@ -168,24 +195,31 @@ def fuse(
     brain = inside[spot.image_slices]
     parts = [_prepare(run, brain, home, unit, warnings) for run in runs]
     noise_sd = min(part.noise_sd for part in parts)
-    operator = Stack([part.operator for part in parts])
     support = torch.nn.functional.max_pool3d((brain[None, None] > 0).float(), 3, 1, 1)[0, 0]
-    likelihood = OperatorLikelihood(
-        torch.cat([part.y.flatten() for part in parts]),
-        operator=operator,
-        spectrum=prior.spectrum(contrast),
-        spacing_mm=native_spacing(home),
-        support=support,
-        noise_sd=noise_sd,
-        extra=torch.cat(
-            [
-                (foreign_variance(part.share) + (part.noise_sd**2 - noise_sd**2)).flatten()
-                for part in parts
-            ]
-        ),
-        core=torch.cat([core_of(part.share).flatten() for part in parts]),
-        device=device,
-    )
+
+    @cache
+    def measurement(width: float) -> tuple[OperatorLikelihood, Stack, list[Tensor]]:
+        """The likelihood of slices that are so much wider than stated; where each run counts."""
+        found = [part.seen(width) for part in parts]
+        operator = Stack([seen.operator for seen in found])
+        cores = [core_of(seen.share) for seen in found]
+        extra = [
+            (foreign_variance(seen.share) + (part.noise_sd**2 - noise_sd**2)).flatten()
+            for seen, part in zip(found, parts, strict=True)
+        ]
+        likelihood = OperatorLikelihood(
+            torch.cat([seen.y.flatten() for seen in found]),
+            operator=operator,
+            spectrum=prior.spectrum(contrast),
+            spacing_mm=native_spacing(home),
+            support=support,
+            noise_sd=noise_sd,
+            extra=torch.cat(extra),
+            core=torch.cat([core.flatten() for core in cores]),
+            device=device,
+        )
+        return likelihood, operator, cores
+
     coordinates = torch.from_numpy(home.points_mm(to=matrix)).to(device)
 
     def denoise(x_t: Tensor, sigma: float) -> Tensor:
@@ -200,7 +234,9 @@ def fuse(
     single: list[list[Residual]] = [[] for _ in parts]
     left_over = [torch.zeros(part.box.data_shape) for part in parts]
     seeds = []
+    widths = [native.slice_width(index, width_doubt) for index in range(n_samples)]
     for index in range(n_samples):
+        likelihood, operator, cores = measurement(widths[index])
         seeds.append(native.sample_seed(seed, index))
         generator = torch.Generator().manual_seed(seeds[-1])
         conditional = torch.zeros(home.shape, device=device)
@@ -212,6 +248,7 @@ def fuse(
             _: Tensor,
             index: int = index,
             conditional: Tensor = conditional,
+            likelihood: OperatorLikelihood = likelihood,
         ) -> None:
             if step % 2 == 0:  # neighbours tell nearly the same
                 conditional += likelihood.expect(mean, sigma)
@@ -231,8 +268,7 @@ def fuse(
         )
         x0 = x0 * final
         z = likelihood.standardised_residual(x0).cpu()
-        for k, (part, values) in enumerate(zip(parts, operator.split(z), strict=True)):
-            core = core_of(part.share)
+        for k, (core, values) in enumerate(zip(cores, operator.split(z), strict=True)):
             single[k].append(residual_of(values, core))
             left_over[k] += torch.where(core, values, 0.0) / n_samples
         ratio = likelihood.residual_ratio(x0)
@@ -247,6 +283,7 @@ def fuse(
     ]
     for run, found in zip(runs, single, strict=True):
         warnings += [f"{run.name}: {text}" for text in judge(found)]
+    iterations = [n for width in sorted(set(widths)) for n in measurement(width)[0].iterations]
     done = native.Restoration(
         grid=fine,
         samples=samples,
@@ -262,7 +299,8 @@ def fuse(
         sampler="exact",
         schedule=[float(s) for s in sigmas],
         seeds=seeds,
-        inner_iterations=float(np.mean(likelihood.iterations)) if likelihood.iterations else 0.0,
+        widths=widths,
+        inner_iterations=float(np.mean(iterations)),
         box=spot,
         seconds=time.perf_counter() - began,
         warnings=[*warnings, *getattr(prior, "warnings", ())],
@@ -334,15 +372,20 @@ def _prepare(run: Run, brain: Tensor, home: Grid, unit: float, warnings: list[st
     if not bool((here > 0.5).any()):
         raise InputError(f"{run.name}: none of the reference's brain lies in its field of view.")
     box = brain_box((here > 0).numpy(), shape, axis)
-    profile, sensed = native._profiles(run.grid, fine, shape, run.acquisition)
-    share = native._share(here, sensed)[box.data_slices]
-    in_brain = share >= OUTSIDE
-    bias = native._interpolate(field, shape)[box.data_slices].exp()
-    y = data[box.data_slices]
-    around = fine.crop(box.start, box.stop)
-    resample = SparseResample(home, around, run.to_reference, within=brain > 0)
-    operator = sliced(resample, box, axis, profile, torch.where(in_brain, bias, 1.0))
+    _, sensed = native._profiles(run.grid, fine, shape, run.acquisition)
+    y, share = data[box.data_slices], native._share(here, sensed)[box.data_slices]
     said = []
     found = native._noise_before(y, share, axis, said)
     warnings += [f"{run.name}: {text}" for text in said]
-    return _Part(torch.where(in_brain, y, 0.0), operator, share, found, thinned, box, shape)
+    around = fine.crop(box.start, box.stop)
+    return _Part(
+        run,
+        y,
+        native._interpolate(field, shape)[box.data_slices].exp(),
+        here,
+        SparseResample(home, around, run.to_reference, within=brain > 0),
+        found,
+        thinned,
+        box,
+        shape,
+    )

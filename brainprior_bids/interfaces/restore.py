@@ -176,6 +176,7 @@ class Restore(MeasuredInterface):
             "calls": done.calls,
             "tile_mm": prior.tile_mm,
             "sample_seeds": list(done.seeds),
+            "slice_widths": list(done.widths),
             "inner_iterations": done.inner_iterations,
             "rim_mm": RIM_MM,
             "box": {"start": list(done.box.start), "stop": list(done.box.stop)},
