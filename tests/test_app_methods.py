@@ -28,6 +28,9 @@ def test_what_ran_and_nothing_else():
     assert "(4 samples, 20 network calls each)" in text
     assert "conditional expectations" in text
     assert "uncertainty map" in text
+    assert "times as thick" not in text
+    doubted = " ".join(methods_text([replace(ONE, widths=(0.83, 1.0, 1.17))]).split())
+    assert "taken to be 0.83, 1.00, 1.17 times as thick as stated, in different" in doubted
     point = " ".join(methods_text([MAP]).split())
     assert "without an uncertainty" in point
     assert "standard deviation" not in point

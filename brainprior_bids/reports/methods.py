@@ -68,6 +68,7 @@ class Method:
     structures_source: str = "embedded"
     runs: int = 1
     aligned_by: str = "structures"
+    widths: tuple[float, ...] = ()
 
 
 def of_summary(summary: Mapping[str, Any]) -> Method:
@@ -88,6 +89,7 @@ def of_summary(summary: Mapping[str, Any]) -> Method:
         structures_source=str(anatomy.get("structures_source", "embedded")),
         runs=len(restore.get("runs") or (None,)),
         aligned_by=str((facts.get("affine") or {}).get("method", "structures")),
+        widths=tuple(sorted(set(restore.get("slice_widths") or ()))),
     )
 
 
@@ -141,6 +143,13 @@ def methods_text(methods: Sequence[Method]) -> str:
         spread = ""
     point = all(method.sampler == "map" for method in methods)
     start = "Images were estimated from" if point else "Images were drawn from"
+    widths = sorted({width for method in methods for width in method.widths})
+    if len(widths) > 1:
+        spread += (
+            "\nSince the slice profile is not known exactly, thick slices were taken to be "
+            f"{', '.join(f'{width:.2f}' for width in widths)} times as\nthick as stated, "
+            "in different samples."
+        )
     priors = "; ".join(dict.fromkeys(method.prior for method in methods))
     return f"""\
 {counts} with *brainprior* {versions},
