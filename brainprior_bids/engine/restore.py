@@ -45,8 +45,8 @@ from brainprior_bids.engine.operators.slices import (
     slice_weights,
 )
 from brainprior_bids.engine.samplers.daps import DAPS_1K, DapsSettings, sample_daps
-from brainprior_bids.engine.samplers.eps import Denoise, sample_eps
-from brainprior_bids.engine.samplers.exact import sample_exact
+from brainprior_bids.engine.samplers.eps import sample_eps
+from brainprior_bids.engine.samplers.exact import Denoise, sample_exact
 from brainprior_bids.engine.samplers.map import estimate_map
 from brainprior_bids.engine.schedules import edm_schedule
 from brainprior_bids.engine.spectral import SpectralSolver, Spectrum
