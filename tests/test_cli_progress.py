@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import sys
+import termios
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -81,6 +83,22 @@ def test_one_line_on_a_terminal(tmp_path, capsys, lines):
     # 1 of 10 for conform, 9 * 5/8 of the sampling
     assert " 66 % |" in shown
     assert "left, sub-01_T1w restore sample 2/2 step 1/4" in shown
+
+
+@pytest.mark.parametrize("columns", [0, 100])
+def test_the_line_shows_on_a_real_terminal_of_unknown_width_too(tmp_path, monkeypatch, columns):
+    leader, follower = os.openpty()  # 0 columns at first, as under `docker run -t`
+    if columns:
+        termios.tcsetwinsize(follower, (24, columns))
+    with os.fdopen(follower, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        said = Progress({"a_wf": "sub-01_T1w"}, {"a_wf": tmp_path}, {"conform": 1.0})
+        with said:
+            said(node("conform"), "start")
+            said.refresh()
+        shown = os.read(leader, 10_000).decode()
+    os.close(leader)
+    assert "left, sub-01_T1w conform" in shown
 
 
 def test_the_machine_is_watched(tmp_path):

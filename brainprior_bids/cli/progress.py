@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -59,6 +60,7 @@ class Progress:
             total=len(scans) * sum(work.values()),
             disable=not shown,
             smoothing=0,
+            **({"ncols": 80, "nrows": 24} if _unsized() else {"dynamic_ncols": True}),
             bar_format="{percentage:3.0f} % |{bar:20}| {elapsed}, {remaining} left{postfix}",
             file=sys.stderr,
         )
@@ -135,6 +137,14 @@ class Progress:
         if self._bar.disable and quarter > self._quarter.get(scan, 0):
             self._quarter[scan] = quarter
             LOG.info("%s", text)
+
+
+def _unsized() -> bool:
+    """Whether this is a terminal of 0 columns, on which tqdm shows nothing (some remote ones)."""
+    try:
+        return 0 in os.get_terminal_size(sys.stderr.fileno())
+    except (OSError, ValueError):  # no terminal
+        return False
 
 
 def _sampling(path: Path) -> dict[str, int] | None:
