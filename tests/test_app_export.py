@@ -17,6 +17,7 @@ from brainprior_bids.bids import export
 from brainprior_bids.bids.query import find_scans
 from brainprior_bids.bids.validate import find_validator, validate
 from brainprior_bids.cli.parser import parse_settings
+from brainprior_bids.cli.run import main
 from brainprior_bids.engine.errors import AnatomyError, UsageError
 from brainprior_bids.engine.grids import Grid
 from brainprior_bids.interfaces.anatomy import save
@@ -94,6 +95,7 @@ def deliver(raw, tmp_path, monkeypatch, *, per="subject", labels=()):
             fingerprint=scan.name.stem,
             exports={kind: roots[kind] for kind in kinds},
             per=per,
+            made_from=export.parents(scan.name, settings.image),
         ).run(cwd=str(work))
         assert export.is_delivered({kind: roots[kind] for kind in kinds}, scan, scan.name.stem)
     export.link_rest(Path(roots["raw"]), raw, scans)
@@ -224,6 +226,35 @@ def test_the_raw_view_has_the_sessions_without_a_head(raw, tmp_path):
         export.link_rest(root, raw, scans, sessions=asked)
         linked = sorted(path.name for path in root.rglob("*_bold.nii.gz"))
         assert linked == [f"sub-01_ses-{session}_task-rest_bold.nii.gz" for session in found]
+
+
+def test_an_export_says_where_it_comes_from_and_can_be_verified(
+    raw, tmp_path, monkeypatch, capsys
+):
+    for kind, root in deliver(raw, tmp_path, monkeypatch, labels=("02",)).items():
+        assert main(["verify", str(root)]) == 0
+        checked = {"fmriprep": 6, "raw": 2}[kind]
+        assert f"{checked} output(s) and 0 input(s) checked, 0 not" in capsys.readouterr().out
+        image, *others = sorted(root.rglob("anat/*.nii.gz"))
+        image.write_bytes(image.read_bytes() + b"x")
+        others[0].unlink()
+        assert main(["verify", str(root)]) == 1
+        assert capsys.readouterr().out.splitlines()[:2] == [
+            f"changed\t{image.relative_to(root)}",
+            f"missing\t{others[0].relative_to(root)}",
+        ]
+    anat = tmp_path / "out-fmriprep/sub-02/anat"
+    description = json.loads((tmp_path / "out-fmriprep/dataset_description.json").read_text())
+    assert description["DatasetLinks"]["brainprior"] == (tmp_path / "out").as_uri()
+    scan = "sub-02/anat/sub-02_run-1"
+    sources = json.loads((anat / "sub-02_desc-preproc_T1w.json").read_text())["Sources"]
+    assert sources == [
+        f"bids:raw:{scan}_T1w.nii.gz",
+        f"bids:brainprior:{scan}_desc-restored_T1w.nii.gz",
+        f"bids:brainprior:{scan}_desc-brain_mask.nii.gz",
+    ]
+    sources = json.loads((anat / "sub-02_dseg.json").read_text())["Sources"]
+    assert sources[-1] == f"bids:brainprior:{scan}_desc-structures_dseg.nii.gz"
 
 
 @pytest.mark.skipif(find_validator() is None, reason="bids-validator-deno is not installed")

@@ -39,6 +39,12 @@ def test_what_ran_and_nothing_else():
     both = " ".join(methods_text([ONE, MAP]).split())
     assert "1 T1w and 1 T2w scans were restored with" in both
     assert "lesion" not in both
+    # which scans were drawn in which way
+    third = replace(ONE, suffix="FLAIR")
+    assert methods_text([ONE, MAP, third]).startswith("1 T1w, 1 T2w and 1 FLAIR scans were")
+    assert "2 ways. For 1 T1w scan, in the manner of decoupled annealing" in both
+    assert "without an uncertainty." in both.split("For 1 T2w scan, ")[1]
+    assert "without an uncertainty" not in both.split("For 1 T2w scan, ")[0]
     filled = " ".join(methods_text([ONE, MAP, replace(ONE, task="inpaint")]).split())
     assert "scans were restored; 1 T1w scan was inpainted with *brainprior*" in filled
     assert "Voxels under a lesion mask were no measurements" in filled

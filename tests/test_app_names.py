@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from brainprior_bids.bids.derivatives import descriptions
 from brainprior_bids.bids.names import BIDSName, output_names, scan_seed, split_desc
 from brainprior_bids.engine.errors import InputError
 from brainprior_bids.settings import TASKS
@@ -117,3 +118,15 @@ def test_no_task_replaces_what_another_made():
         for file in own - {names["to_mni305"], names["from_mni305"]}:
             desc = BIDSName.parse(file).get("desc")
             assert split_desc(desc)[0] == image or desc == image, file
+
+
+def test_every_desc_that_a_task_writes_is_described():
+    source = BIDSName.parse("sub-01_T1w.nii.gz")
+    written = {
+        BIDSName.parse(file).get("desc")
+        for image in TASKS.values()
+        for file in output_names(source, n_samples=2, image=image).values()
+    }
+    assert written - {None} <= set(descriptions())
+    samples = {f"{image}Sample01" for image in TASKS.values()}
+    assert set(descriptions()) == (written - {None}) | samples

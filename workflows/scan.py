@@ -17,6 +17,7 @@ from nipype.interfaces.utility import Merge
 from nipype.pipeline import engine as pe
 
 from brainprior_bids.bids.derivatives import bids_uri
+from brainprior_bids.bids.export import parents
 from brainprior_bids.bids.given import Given
 from brainprior_bids.bids.query import Scan
 from brainprior_bids.interfaces.anatomy import N4, CentroidAffine, Conform, Parcellate, ToMNI305
@@ -355,6 +356,7 @@ def init_scan_wf(
             fingerprint=job.fingerprint,
             exports={kind: settings.exports[kind] for kind in job.exports},
             per=settings.export_per,
+            made_from=parents(scan.name, settings.image),
         ),
         "deliver",
     )

@@ -15,7 +15,7 @@ from scipy.stats import t as student_t
 
 from brainprior_bids import __version__
 from brainprior_bids.bids.files import read_json, write_json, write_text
-from brainprior_bids.bids.names import sample_role
+from brainprior_bids.bids.names import named, sample_role
 from brainprior_bids.bids.query import Scan
 from brainprior_bids.engine.errors import UsageError
 
@@ -48,7 +48,24 @@ DESCRIPTIONS = {
     "brain": "brain mask; its sidecar says what it was made by",
     "structures": "brain structures, FreeSurfer's label values; the sidecar says what made them",
 }
-"""``desc-`` value -> meaning, for ``descriptions.tsv``."""
+"""``desc-`` value -> meaning, of the restored image and of the other tasks' images."""
+
+
+def descriptions() -> dict[str, str]:
+    """``desc-`` value -> meaning, every one that any task writes, for ``descriptions.tsv``."""
+    images = ("inpainted", "refined", "restoredRefined", "restoredInpainted")
+    parts = {
+        image: ("sample01", "uncertainty", "residual")
+        + (("brain", "structures") if image == "refined" else ())
+        for image in images
+    }
+    plain = {"sample01": DESCRIPTIONS["restoredSample01"], **DESCRIPTIONS}
+    return DESCRIPTIONS | {
+        named(image, part): f"of desc-{image}: {plain[part]}"
+        for image in images
+        for part in parts[image]
+    }
+
 
 ESTIMATORS = {
     "eps": "average, over all samples' chains and noise levels, of the network's expectation of "
@@ -116,7 +133,7 @@ def write_dataset_files(
     description["SourceDatasets"] = [source]
     write_json(output_dir / "dataset_description.json", description)
     write_text(output_dir / ".bidsignore", "\n".join(BIDSIGNORE) + "\n")
-    rows = [f"desc-{key}\t{text}" for key, text in DESCRIPTIONS.items()]
+    rows = [f"desc-{key}\t{text}" for key, text in descriptions().items()]
     write_text(output_dir / "descriptions.tsv", "\n".join(["desc_id\tdescription", *rows]) + "\n")
     write_text(
         output_dir / "README",

@@ -24,7 +24,8 @@ import nibabel as nib
 from brainprior_bids import __version__
 from brainprior_bids.bids.derivatives import BIDS_VERSION, INHERITED, bids_uri, check_output
 from brainprior_bids.bids.files import read_json, to_json, write_json, write_text
-from brainprior_bids.bids.names import BIDSName
+from brainprior_bids.bids.names import BIDSName, output_names
+from brainprior_bids.bids.provenance import CHECKSUM, sha256_file
 from brainprior_bids.bids.query import Scan
 from brainprior_bids.engine.errors import InputError
 from brainprior_bids.settings import MODALITIES, OTHER_MODALITIES
@@ -38,7 +39,7 @@ HEAD = (
     "whole head of 1 mm: the restored brain in the scan, which is divided by the bias field, "
     "matched in brightness, and interpolated where it is not brain"
 )
-DESCRIPTIONS = {"preproc": HEAD, "brain": "brain mask from the parcellation network"}
+DESCRIPTIONS = {"preproc": HEAD, "brain": "brain mask; the sidecar's Sources lead to what made it"}
 
 
 def choose_t1w(scans: Sequence[Scan], *, per: str) -> set[str]:
@@ -135,8 +136,23 @@ def prepare(
         )
 
 
+def parents(source: BIDSName, image: str) -> dict[str, str]:
+    """Role -> path of what an export is made from, in the output folder.
+
+    With ``--task inpaint`` alone, the 1 mm brain in the head is no output of its own.
+    """
+    names = output_names(source, n_samples=1, image=image)
+    roles = ("mask", "structures") if image == "inpainted" else ("restored", "mask", "structures")
+    return {role: f"{source.folder}/anat/{names[role]}" for role in roles}
+
+
 def stage_fmriprep(
-    staging: Path, scan: Scan, images: Mapping[str, Path], *, facts: Mapping[str, Any]
+    staging: Path,
+    scan: Scan,
+    images: Mapping[str, Path],
+    *,
+    facts: Mapping[str, Any],
+    made_from: Mapping[str, str],
 ) -> list[str]:
     """Write a subject's files below ``staging``; their paths from there.
 
@@ -146,23 +162,26 @@ def stage_fmriprep(
         ``head, mask, dseg, gm, wm, csf``.
     facts : mapping
         Of the Export node, and the result's fingerprint.
+    made_from : role -> path in the output folder
+        See ``parents``.
     """
     names = fmriprep_names(scan.name)
+    ours = {role: bids_uri(path, dataset="brainprior") for role, path in made_from.items()}
     source = bids_uri(str(scan.relative), dataset="raw")
     head = bids_uri(names["head"])
     mask = bids_uri(names["mask"])
-    tissue = {"Sources": [head, mask]}
+    tissue = {"Sources": [head, mask, ours["structures"]]}
     sides: dict[str, dict[str, Any]] = {
         "head": {
             **{key: scan.metadata[key] for key in INHERITED if key in scan.metadata},
             "Description": HEAD,
             "SkullStripped": False,
-            "Sources": [source],
+            "Sources": [source, *(ours[role] for role in ("restored", "mask") if role in ours)],
             "OutsideGain": facts["gain"],
             "FeatherMillimetres": facts["feather_mm"],
             "Fingerprint": facts["fingerprint"],
         },
-        "mask": {"Type": "Brain", "Sources": [source]},
+        "mask": {"Type": "Brain", "Sources": [ours["mask"]]},
         "dseg": {"Description": "likeliest tissue", **tissue},
         **{
             t.lower(): {"Description": f"probability of {t}", **tissue}
@@ -173,6 +192,7 @@ def stage_fmriprep(
         target = staging / names[role]
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(image, target)
+        sides[role][CHECKSUM] = sha256_file(target)
     (staging / names["dseg_table"]).write_text(TISSUE_TABLE, encoding="utf-8")
     staged = [names["dseg_table"], *(names[role] for role in images)]
     for role, content in sides.items():
@@ -196,6 +216,7 @@ def stage_raw(staging: Path, scan: Scan, head: Path, *, facts: Mapping[str, Any]
         "OriginalFile": str(scan.relative),
         "OutsideGain": facts["gain"],
         "Fingerprint": facts["fingerprint"],
+        CHECKSUM: sha256_file(target),
     }
     side = path.removesuffix(".nii.gz") + ".json"
     (staging / side).write_text(to_json(content), encoding="utf-8")

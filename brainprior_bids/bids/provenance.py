@@ -163,6 +163,27 @@ def verify_records(output_dir: Path) -> Verified:
     return Verified(changes, len(outputs), len(inputs) - len(away), tuple(away))
 
 
+def verify_export(root: Path) -> Verified:
+    """As ``verify_records``, for a data set of ``--export``: its sidecars hold the hashes."""
+    changes = {}
+    outputs = 0
+    for side in sorted(root.glob("sub-*/**/*.json")):
+        digest = read_json(side).get(CHECKSUM)
+        if digest is None:
+            continue
+        outputs += 1
+        image = side.with_suffix(".nii.gz")
+        address = image.relative_to(root).as_posix()
+        if not image.is_file():
+            changes[address] = "missing"
+        elif sha256_file(image) != digest:
+            changes[address] = "changed"
+    return Verified(changes, outputs, 0, ())
+
+
+CHECKSUM = "SHA256"
+"""Key of the sidecars of ``--export``, which has no provenance files of its own."""
+
 BIDS_ADDRESS = r"bids:([a-zA-Z0-9]+):(.+)"
 """A file in another data set: its name among the ``DatasetLinks``, its path."""
 

@@ -156,7 +156,8 @@ def find_scans(settings: Settings) -> list[Scan]:
             files = layout.get(**query, invalid_filters="error")
         except ValueError as error:
             raise UsageError(
-                f"--bids-filter-file: the filter for {suffix} cannot be used: {error}"
+                f"--bids-filter-file: the filter for {suffix} cannot be used: "
+                f"{str(error).partition(' If you')[0]}"  # pybids goes on to its own arguments
             ) from error
         for file in files:
             found[Path(file.path)] = sidecars.metadata(Path(file.path))

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from brainprior_bids.bids.provenance import verify_records
+from brainprior_bids.bids.provenance import verify_export, verify_records
 from brainprior_bids.cli.levels import run
 from brainprior_bids.cli.logs import log_to_stderr
 from brainprior_bids.cli.parser import parse_settings
@@ -94,11 +94,18 @@ def verify(argv: Sequence[str]) -> int:
         description="Compare every output with the SHA-256 in its provenance, and every input "
         "that is still where it was; exit 1 if one changed or is missing.",
     )
-    parser.add_argument("output_dir", type=Path)
+    parser.add_argument(
+        "output_dir", type=Path, help="output folder of a run, or a data set of --export"
+    )
     options = parser.parse_args(list(argv))
     found = verify_records(options.output_dir)
     if not found.outputs:
-        raise UsageError(f"{options.output_dir} has no provenance to verify (prov/*_ent.json).")
+        found = verify_export(options.output_dir)
+    if not found.outputs:
+        raise UsageError(
+            f"{options.output_dir} has no provenance to verify: expected an output folder "
+            "(prov/*_ent.json), or a data set of --export."
+        )
     for address, what in found.changes.items():
         print(f"{what}\t{address}")
     for address in found.out_of_reach:

@@ -106,6 +106,7 @@ class _DeliverInputSpec(MeasuredInputSpec):
     fingerprint = traits.Str(mandatory=True, desc="of everything that decides the result")
     exports = traits.Dict(mandatory=True, desc="kind -> root")
     per = traits.Enum(*EXPORT_PER, usedefault=True)
+    made_from = traits.Dict(mandatory=True, desc="role -> path of its parent in the output folder")
 
 
 class Deliver(MeasuredInterface):
@@ -127,7 +128,9 @@ class Deliver(MeasuredInterface):
                 if kind == "fmriprep":
                     roles = ("head", "mask", "dseg", "gm", "wm", "csf")
                     images = {role: Path(getattr(inputs, role)) for role in roles}
-                    staged = stage_fmriprep(staging, scan, images, facts=facts)
+                    staged = stage_fmriprep(
+                        staging, scan, images, facts=facts, made_from=inputs.made_from
+                    )
                     # before, so that at no time two of them are there
                     remove_others(root, scan.subject, staged, per=inputs.per)
                 else:

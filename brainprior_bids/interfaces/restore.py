@@ -39,6 +39,9 @@ OUTSIDE_TRAINING = (
 )
 
 
+FEW_STEPS = 5
+"""With fewer noise levels nothing was measured of how good the result is (docs/performance.md)."""
+
 WHOLLY = 0.999
 """A voxel of the scan with this share of brain is brain alone."""
 
@@ -166,6 +169,11 @@ class Restore(MeasuredInterface):
             )
         if self.inputs.contrast == "unknown":
             warnings.append(OUTSIDE_TRAINING)
+        if self.inputs.n_steps < FEW_STEPS:
+            warnings.append(
+                f"Sampled in {self.inputs.n_steps} steps, as with --sloppy: this result is for "
+                "testing the program, not for use."
+            )
         facts: dict[str, Any] = {
             "sampler": done.sampler,
             "not_eps": done.not_eps,

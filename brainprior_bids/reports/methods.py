@@ -104,7 +104,7 @@ def methods_text(methods: Sequence[Method]) -> str:
         return "No scan was restored.\n"
     done = [(method.suffix, method.task) for method in methods]
     counts = "; ".join(
-        " and ".join(f"{done.count((s, t))} {s}" for s, t in dict.fromkeys(done) if t == task)
+        _listed([f"{done.count((s, t))} {s}" for s, t in dict.fromkeys(done) if t == task])
         + f" {'scan was' if sum(t == task for _, t in done) == 1 else 'scans were'} {DONE[task]}"
         for task in dict.fromkeys(task for _, task in done)
     )
@@ -132,13 +132,8 @@ def methods_text(methods: Sequence[Method]) -> str:
             "and a noise\nlevel of its own, and the gain between the two."
         )
     versions = ", ".join(dict.fromkeys(method.version for method in methods))
-    samplers = dict.fromkeys((m.sampler, m.n_samples, m.calls) for m in methods)
-    drawn = "; ".join(
-        f"{WAYS[name]} ({n} {'sample' if n == 1 else 'samples'}, {calls} network calls each)"
-        for name, n, calls in samplers
-    )
-    estimates = " ".join(ESTIMATES[name] for name in dict.fromkeys(m.sampler for m in methods))
-    spread = " Their voxelwise standard deviation is the uncertainty map."
+    drawn = _drawn(methods)
+    spread = " The voxelwise standard deviation of the samples is the uncertainty map."
     if all(method.n_samples < 2 for method in methods):
         spread = ""
     point = all(method.sampler == "map" for method in methods)
@@ -163,9 +158,33 @@ Each scan was brought to the closest-canonical orientation without resampling.
 The scan was modelled as *y* = *b* (*A* *x*) + noise, where *x* is the unknown 1 mm image of the
 brain, *A* averages it over the slice profile and the voxels of the scan, and *b* is the bias
 field. {start} the posterior of *x* under a three-dimensional diffusion prior
-[@edm] [@brain3d] (weights {priors}), {drawn}. {estimates}{spread}
+[@edm] [@brain3d] (weights {priors}), {drawn}{spread}
 Every scan's random numbers follow from a seed recorded in the provenance.
 """
+
+
+def _listed(words: Sequence[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
+def _drawn(methods: Sequence[Method]) -> str:
+    """How samples and estimate were found; scan by scan where that was not the same for all."""
+    ways: dict[tuple[str, int, int], list[str]] = {}
+    for method in methods:
+        ways.setdefault((method.sampler, method.n_samples, method.calls), []).append(method.suffix)
+    sentences = [
+        (
+            f"{WAYS[sampler]} ({n} {'sample' if n == 1 else 'samples'}, {calls} network calls "
+            f"each). {ESTIMATES[sampler]}",
+            f"{_listed([f'{found.count(s)} {s}' for s in dict.fromkeys(found)])} "
+            f"{'scan' if len(found) == 1 else 'scans'}",
+        )
+        for (sampler, n, calls), found in ways.items()
+    ]
+    if len(sentences) == 1:
+        return sentences[0][0]
+    return f"in {len(sentences)} ways. " + " ".join(f"For {who}, {how}" for how, who in sentences)
 
 
 def _bias(methods: Sequence[Method]) -> str:
