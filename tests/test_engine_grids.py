@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -96,6 +98,17 @@ def test_acquisition_goes_through_a_mapping():
     assert Acquisition.from_dict({**acquisition.to_dict(), "other": 1}) == acquisition
 
 
+def test_a_measured_profile_stands_in_for_a_named_one():
+    """A trapezoid written out: the same weights, through JSON as well."""
+    named = Acquisition(2, 4.0, 5.0)
+    pairs = [[-3.2, 0.0], [-0.8, 7.0], [0.8, 7.0], [3.2, 0.0]]
+    measured = Acquisition(2, 4.0, 5.0, pairs)
+    again = Acquisition.from_dict(json.loads(json.dumps(measured.to_dict())))
+    assert again == measured
+    at = torch.linspace(-4, 4, 33, dtype=torch.float64)
+    torch.testing.assert_close(again.cumulative()(at), named.cumulative()(at))
+
+
 @pytest.mark.parametrize(
     ("values", "text"),
     [
@@ -103,7 +116,9 @@ def test_acquisition_goes_through_a_mapping():
         ((0, 0.0, 1.0), "thickness_mm"),
         ((0, 1.0, -2.0), "spacing_mm"),
         ((0, float("nan"), 1.0), "thickness_mm"),
-        ((0, 1.0, 1.0, "triangle"), "profile"),
+        ((0, 1.0, 1.0, "triangle"), "profile must be one of"),
+        ((0, 1.0, 1.0, (1.0, 2.0)), "pairs of"),
+        ((0, 1.0, 1.0, ((0.0, 1.0), (0.0, 1.0))), "distances must rise"),
     ],
 )
 def test_acquisition_refuses_nonsense(values, text):

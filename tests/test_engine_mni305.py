@@ -8,6 +8,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from test_engine_operators import NAMES, operators
+from test_engine_solve import SPACING, dense_operator, make
+from test_engine_solve import Spectrum as Steep
+from test_engine_solve import weights as thick
 
 from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.engine.errors import (
@@ -19,10 +23,11 @@ from brainprior_bids.engine.errors import (
 )
 from brainprior_bids.engine.general import OperatorLikelihood
 from brainprior_bids.engine.grids import MNI305, Grid
-from brainprior_bids.engine.likelihood import SolveLimits
+from brainprior_bids.engine.likelihood import SliceLikelihood, SolveLimits
 from brainprior_bids.engine.mni305 import restore_on_mni305
 from brainprior_bids.engine.operators.base import Stack
 from brainprior_bids.engine.operators.diagonal import Multiply
+from brainprior_bids.engine.operators.fourier import resampling_matrix
 from brainprior_bids.engine.operators.resample import AffineResample
 from brainprior_bids.engine.operators.slices import SliceProfile, boxcar_profile, slice_weights
 from brainprior_bids.engine.samplers.daps import DapsSettings
@@ -114,6 +119,56 @@ def test_draws_of_two_tilted_scans_against_the_dense_posterior(sigma):
     assert float((ratio - 1).abs().max()) < 5 * math.sqrt(2 / n)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_every_operator_is_solved(name):
+    """The conditional mean under each operator of the law kit, against dense matrices."""
+    a = operators()[name]
+    data = likelihood(a, support=torch.ones(a.in_shape))
+    matrix, mean = dense(a, a.in_shape), 0.5 + 0.1 * random(*a.in_shape, seed=1)
+    spectrum = data._prepare(0.7).spectrum
+    v = dense(lambda e: data._filter(spectrum, e), a.in_shape)
+    m, y = mean.flatten().double(), data.y.flatten().double()
+    noise = data.variance().flatten().double()
+    gain = torch.linalg.solve(matrix @ v @ matrix.T + noise.diag(), matrix @ v).T
+    expected, left = m + gain @ (y - matrix @ m), v - gain @ matrix @ v
+    found = data.expect(mean, 0.7).flatten().double()
+    assert float(((found - expected) / left.diagonal().sqrt()).abs().max()) < 0.02
+
+
+@pytest.mark.parametrize("plane", [(8, 9), (6, 7)])
+@pytest.mark.parametrize("sigma", [2.0, 0.05])
+def test_conjugate_gradients_in_the_image_agree_with_the_closed_form(plane, sigma):
+    """One scan twice: any operator, and per in-plane frequency with its closed form."""
+    solver = make(plane)
+    shape, options = solver.image_shape, {"spectrum": Steep(), "noise_sd": NOISE}
+    y, mean = 1 + 0.2 * random(4, *plane), 0.5 + 0.1 * random(*shape, seed=1)
+    closed = SliceLikelihood(
+        y,
+        share=torch.ones(y.shape),
+        solver=solver,
+        slice_axis=0,
+        support=torch.ones(shape),
+        **options,
+    )
+    operator = SliceProfile(thick(), shape, 0)
+    for axis in (1, 2):
+        matrix = resampling_matrix(shape[axis], y.shape[axis])
+        operator = SliceProfile(matrix, operator.out_shape, axis) @ operator
+    np.testing.assert_allclose(dense(operator, shape), dense_operator(plane), atol=1e-6)
+    general = OperatorLikelihood(
+        y,
+        operator=operator,
+        spacing_mm=SPACING,
+        support=torch.ones(shape),
+        limits=SolveLimits(tolerance=1e-4, max_iterations=300),
+        **options,
+    )
+    one, other = closed.expect(mean, sigma), general.expect(mean, sigma)
+    assert closed.iterations[0] <= 1
+    torch.testing.assert_close(one, other, rtol=0, atol=0.02 * NOISE)
+    assert closed.residual_ratio(one) == pytest.approx(general.residual_ratio(one), rel=1e-5)
+
+
 def test_gradient_by_autograd_and_curvature_bounds_it():
     data, x = likelihood(), random(*SHAPE, seed=6).requires_grad_()
     energy = 0.5 * ((data.y - data.operator(x)) ** 2 / data.variance()).sum()
@@ -137,6 +192,14 @@ def test_gradient_by_autograd_and_curvature_bounds_it():
 def test_bad_input_is_refused(change, error, text):
     with pytest.raises(error, match=text):
         likelihood(**change)
+
+
+def test_nothing_is_drawn_beyond_the_support():
+    support = (random(*SHAPE, seed=9) > 0).float()
+    data, x = likelihood(support=support), torch.zeros(SHAPE)
+    for found in (data.draw(x, 1.0, torch.Generator().manual_seed(0)), data.expect(x, 1.0)):
+        assert torch.equal(found != 0, support > 0)
+    torch.testing.assert_close(data.constrain(torch.ones(SHAPE)), support)
 
 
 def test_data_must_be_finite_and_fit():

@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, ndimage, stats
 
+from brainprior_bids.engine.box import Box
 from brainprior_bids.engine.errors import GeometryError, InputError, ShapeMismatchError
+from brainprior_bids.engine.general import sliced
 from brainprior_bids.engine.grids import Grid
 from brainprior_bids.engine.operators.base import Composition, Stack, squared_norm
 from brainprior_bids.engine.operators.blur import GaussianBlur
@@ -23,7 +25,7 @@ from brainprior_bids.engine.operators.fourier import (
     kept_frequencies,
     resampling_matrix,
 )
-from brainprior_bids.engine.operators.resample import AffineResample
+from brainprior_bids.engine.operators.resample import AffineResample, SparseResample
 from brainprior_bids.engine.operators.slices import (
     SliceProfile,
     boxcar_profile,
@@ -39,10 +41,10 @@ OBLIQUE = np.array(
 )
 
 
-def weights(n_slices=3, n_thin=7, thickness=2.0):
+def weights(n_slices=3, n_thin=7, thickness=2.0, make=gaussian_profile):
     spacing = n_thin / n_slices
     return slice_weights(
-        gaussian_profile(thickness),
+        make(thickness),
         n_slices=n_slices,
         spacing_mm=spacing,
         n_thin=n_thin,
@@ -54,11 +56,19 @@ def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def lopsided(thickness):
+    """A measured profile, not symmetric."""
+    at = torch.tensor([-1.0, -0.2, 0.3, 0.7], dtype=torch.float64) * thickness
+    return measured_profile(at, torch.tensor([0.0, 2.0, 5.0, 0.0]))
+
+
 def operators():
     grid = Grid(SHAPE, np.eye(4))
     target = Grid((4, 5, 3), OBLIQUE)
     profile = SliceProfile(weights(), SHAPE, 2)
     bias = Multiply(1 + 0.3 * random(*profile.out_shape).abs())
+    brain = random(*SHAPE, seed=7) > -0.5
+    box = Box((0, 0, 0), SHAPE, (0, 0, 0), (4, 5, 3))
     return {
         "identity": Identity(SHAPE),
         "bias": Multiply(1 + 0.3 * random(*SHAPE).abs()),
@@ -66,6 +76,9 @@ def operators():
         "slices axis 0": SliceProfile(weights(2, 5), SHAPE, 0),
         "slices axis 1": SliceProfile(weights(4, 6, 0.7), SHAPE, 1),
         "slices axis 2": profile,
+        "slices, boxcar": SliceProfile(weights(make=boxcar_profile), SHAPE, 2),
+        "slices, trapezoid": SliceProfile(weights(make=trapezoid_profile), SHAPE, 2),
+        "slices, measured": SliceProfile(weights(make=lopsided), SHAPE, 2),
         "k-space crop, odd": FourierResample(SHAPE, 0, 3),
         "k-space crop, even": FourierResample(SHAPE, 1, 4),
         "k-space pad": FourierResample(SHAPE, 2, 10),
@@ -73,7 +86,12 @@ def operators():
         "blur": GaussianBlur(SHAPE, 1, 1.7),
         "affine, linear": AffineResample(grid, target),
         "affine, cubic": AffineResample(grid, target, OBLIQUE, order=3),
+        "affine, sparse": SparseResample(grid, target, OBLIQUE, within=brain),
         "composition": bias @ profile,
+        "scan in its box": sliced(
+            AffineResample(grid, grid, OBLIQUE), box, 2, weights(), random(4, 5, 3).exp()
+        ),
+        "precision": Multiply(random(*profile.out_shape).exp()) @ profile,
         "stack": Stack([bias @ profile, AffineResample(grid, target)]),
     }
 

@@ -23,10 +23,13 @@ from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.engine.errors import (
     GeometryError,
     InputError,
+    MemoryShortageError,
     ShapeMismatchError,
     UsageError,
 )
 from brainprior_bids.engine.grids import Grid
+from brainprior_bids.engine.likelihood import SliceLikelihood
+from brainprior_bids.engine.operators.slices import slice_weights
 from brainprior_bids.engine.restore import restore, sample_seed
 from brainprior_bids.engine.samplers.daps import DapsSettings
 
@@ -223,6 +226,18 @@ def test_what_lies_under_the_mask_has_no_say(thick):
     assert [noise * ratio for ratio in found.residual_ratios] == pytest.approx([1, 1], abs=0.08)
 
 
+def test_daps_leaves_out_what_lies_under_the_mask():
+    case = phantom(thick=1)
+    scan, hidden = case["arguments"]["scan"], ball(case["arguments"]["grid"], (4, -5, 3), 7)
+    settings = DapsSettings(n_levels=6, n_ode=2, n_langevin=40, sigma_max=10, sigma_min=0.01)
+    options = {"sampler": "daps", "daps": settings, "n_samples": 1, "hidden": hidden}
+    options["noise_sd"] = NOISE * case["arguments"]["prior"].scale
+    found = run(case, **options)
+    assert found.residual_ratios[0] < 1.1  # of the prior's mean: 1.5
+    again = run(case, scan=np.where(hidden, 3 * scan.max(), scan), **options)
+    np.testing.assert_array_equal(found.samples, again.samples)
+
+
 def test_a_mask_over_the_whole_brain_is_refused():
     case = phantom()
     grid = case["arguments"]["grid"]
@@ -267,6 +282,29 @@ def test_the_same_seed_gives_the_same_bytes():
     assert first.samples[0].tobytes() == again.samples[0].tobytes()
     assert (first.samples[0] != first.samples[1]).any()
     assert (other.samples[0] != first.samples[0]).any()
+
+
+@pytest.mark.parametrize("sampler", ["eps", "exact", "daps", "map"])
+def test_no_global_randomness_is_read_or_moved(sampler):
+    case, prior, found = phantom(), told_prior(), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        before = torch.get_rng_state(), np.random.get_state()[1].tobytes()
+        found.append(
+            run(
+                case,
+                sampler=sampler,
+                prior=prior,
+                n_samples=1,
+                n_steps=3,
+                daps=DapsSettings(n_levels=2, n_ode=1, n_langevin=3),
+                refine_bias=sampler != "eps",
+            )
+        )
+        assert torch.equal(before[0], torch.get_rng_state())
+        assert before[1] == np.random.get_state()[1].tobytes()
+    assert found[0].samples.tobytes() == found[1].samples.tobytes()
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
@@ -500,6 +538,38 @@ def test_fallbacks_of_the_prior_are_told():
     assert run(case, prior=prior, n_samples=1, n_steps=1).warnings == []
     prior.warnings = ["Out of memory: tiles."]
     assert run(case, prior=prior, n_samples=1, n_steps=1).warnings == ["Out of memory: tiles."]
+
+
+def test_a_measured_profile_is_believed():
+    """A lopsided one: told of it, the result lies where the brain does."""
+    case = phantom()
+    pairs = ((-2.0, 0.0), (-1.9, 0.0), (0.0, 1.0), (2.0, 1.0), (2.1, 0.0))
+    told = Acquisition(2, 4.0, 4.0, pairs)
+    weights = slice_weights(told.cumulative(), n_slices=12, spacing_mm=4.0, n_thin=48, thin_mm=1.0)
+    y = np.einsum("kz,ijz->ijk", weights.numpy(), case["truth"])
+    y += NOISE * np.random.default_rng(0).standard_normal(y.shape)
+    scale = scale_of(y, case["arguments"]["mask"])
+    options = {"scan": (GAIN * y).astype(np.float32), "prior": GaussianPrior(scale)}
+    options |= {"n_samples": 1, "noise_sd": NOISE * scale}
+    right, wrong = run(case, acquisition=told, **options), run(case, **options)
+    assert rmse(right.mean, case) < 0.85 * rmse(wrong.mean, case)
+    assert right.residual_ratios == pytest.approx([1], abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError("no more"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 B\nat")],
+)
+def test_memory_that_runs_out_beside_the_network_is_said(monkeypatch, error):
+    def hungry(*_):
+        raise error
+
+    monkeypatch.setattr(SliceLikelihood, "draw", hungry)
+    with pytest.raises(MemoryShortageError, match=r"restore: out of memory beside .*Draw fewer"):
+        run(phantom(), n_samples=1)
+    error = RuntimeError("mat1 and mat2")
+    with pytest.raises(RuntimeError, match="mat1"):
+        run(phantom(), n_samples=1)
 
 
 def test_tensors_are_taken_as_well():

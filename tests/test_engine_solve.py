@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from brainprior_bids.engine.anchor import AnchoredLikelihood
 from brainprior_bids.engine.bias import CosineField, gauss_newton_step
 from brainprior_bids.engine.errors import (
     ConvergenceError,
@@ -16,7 +17,8 @@ from brainprior_bids.engine.errors import (
     InputError,
     ShapeMismatchError,
 )
-from brainprior_bids.engine.likelihood import SliceLikelihood, SolveLimits
+from brainprior_bids.engine.inpaint import MaskedLikelihood
+from brainprior_bids.engine.likelihood import WIDE, SliceLikelihood, SolveLimits
 from brainprior_bids.engine.noise import estimate_noise_sd
 from brainprior_bids.engine.operators.fourier import resampling_matrix
 from brainprior_bids.engine.operators.slices import (
@@ -153,7 +155,7 @@ def test_solver_checks_its_shapes():
         SpectralSolver(weights(), IMAGE, (4, 10, 9), SPACING)
 
 
-def likelihood(y, **options):
+def likelihood(y, kind=SliceLikelihood, **options):
     """A brain in the middle, a bias field, shares between 0 and 1."""
     share = torch.zeros(4, 8, 9)
     share[:, 1:7, 1:8] = 0.6
@@ -168,20 +170,56 @@ def likelihood(y, **options):
         "log_bias": 0.4 * torch.linspace(-1, 1, 9).expand(4, 8, 9),
         **options,
     }
-    return SliceLikelihood(y, **settings)
+    return kind(y, **settings)
 
 
-@pytest.mark.parametrize("sigma", [3.0, 0.02])  # both forms of the preconditioner
-def test_conditional_draw_against_the_dense_posterior(sigma):
-    """Mean and variance of draws with bias and shares, against N(m, V) N(y; b A x, Sigma)."""
-    data = likelihood(1 + 0.1 * random(4, 8, 9), limits=SolveLimits(tolerance=1e-4))
+HIDDEN = torch.zeros(4, 8, 9)
+HIDDEN[1:3, 3:6, 2:6] = 1.0
+TAU = 0.08
+
+
+def masked(y, **options):
+    return likelihood(y, MaskedLikelihood, hidden=HIDDEN, **options)
+
+
+def anchored(y, **options):
+    image = torch.linspace(0.5, 1.5, 12)[:, None, None] + 0.1 * random(*IMAGE, seed=8)
+    y = y - y.mean() + make().forward(image)  # of the same anatomy
+    return likelihood(y, AnchoredLikelihood, anchor=image, tau=TAU, spacing_mm=SPACING, **options)
+
+
+def dense_data(data):
+    """All that was measured of x: matrix, values and variances, dense."""
+    a = data.bias.flatten()[:, None].double() * dense_operator((8, 9))
+    y, variance = data.y.flatten().double(), data.variance(data.noise_sd).flatten().double()
+    if isinstance(data, MaskedLikelihood):
+        seen = HIDDEN.flatten() == 0
+        return a[seen], y[seen], variance[seen]
+    if isinstance(data, AnchoredLikelihood):
+        n = math.prod(IMAGE)
+        a = torch.cat([a, torch.eye(n, dtype=torch.float64)])
+        y = torch.cat([y, data.anchor.flatten().double()])
+        variance = torch.cat([variance, torch.full((n,), TAU**2, dtype=torch.float64)])
+    return a, y, variance
+
+
+@pytest.mark.parametrize(("sigma", "noise"), [(3.0, 0.01), (0.02, 0.05)], ids=["wide", "narrow"])
+def test_conditional_draw_against_the_dense_posterior(sigma, noise):
+    """Mean and variance of draws with bias and shares, against N(m, V) N(y; b A x, Sigma).
+
+    Both forms of the solve: V wide against the noise, and narrow.
+    """
+    limits = SolveLimits(tolerance=1e-4)
+    data = likelihood(1 + 0.1 * random(4, 8, 9), limits=limits, noise_sd=noise)
+    wide = data.solver.mean_variance(data._level(sigma)) > WIDE * noise**2
+    assert wide == (sigma == 3.0)
     mean = 0.5 + 0.1 * random(*IMAGE, seed=1)
     generator = torch.Generator().manual_seed(2)
     n = 300
     draws = torch.stack([data.draw(mean, sigma, generator).flatten() for _ in range(n)]).double()
     a = data.bias.flatten()[:, None].double() * dense_operator((8, 9))
     v = dense_covariance(sigma)
-    precision = 1 / data.variance(0.05).flatten().double()
+    precision = 1 / data.variance(noise).flatten().double()
     covariance = torch.linalg.inv(torch.linalg.inv(v) + a.T @ (precision[:, None] * a))
     e = data.y.flatten().double() - a @ mean.flatten().double()
     expected = mean.flatten().double() + covariance @ (a.T @ (precision * e))
@@ -193,16 +231,55 @@ def test_conditional_draw_against_the_dense_posterior(sigma):
     assert float((ratio - 1).abs().max()) < 5 * math.sqrt(2 / n)
 
 
-def test_misfit_gradient_by_autograd_and_curvature_bounds_it():
-    data = likelihood(random(4, 8, 9))
-    x = random(*IMAGE, seed=3).requires_grad_()
-    energy = 0.5 * ((data.y - data.forward(x)) ** 2 / data.variance(0.05)).sum()
-    (expected,) = torch.autograd.grad(energy, x)
-    found = data.misfit_gradient(x.detach())
+def test_what_is_outside_the_brain_is_uncertain_by_its_share():
+    """foreign = 0.05: s^2 inside and far outside, more where a voxel shows both."""
+    data, noise = likelihood(random(4, 8, 9), foreign=0.05), 0.02
+    for where, expected in (((0, 4, 4), 0.0), ((0, 1, 4), (0.4 * 0.05) ** 2), ((0, 0, 0), 0.0)):
+        assert float(data.variance(noise)[where]) == pytest.approx(noise**2 + expected)
+    extra = torch.full((4, 8, 9), 0.01)
+    more = likelihood(random(4, 8, 9), extra=extra)
+    assert float(more.variance(noise)[0, 4, 4]) == pytest.approx(noise**2 + 0.01)
+    assert not data.y[0, 0].any()  # far outside, 0 was measured
+
+
+KINDS = pytest.mark.parametrize("kind", [likelihood, masked, anchored])
+
+
+@KINDS
+@pytest.mark.parametrize("sigma", [3.0, 0.05])
+def test_conditional_mean_against_the_dense_posterior(kind, sigma):
+    """With hidden voxels, and beside another tool's image, as well."""
+    data = kind(1 + 0.1 * random(4, 8, 9), limits=SolveLimits(tolerance=1e-4))
+    mean = 0.5 + 0.1 * random(*IMAGE, seed=1)
+    a, y, variance = dense_data(data)
+    v, m = dense_covariance(sigma), mean.flatten().double()
+    gain = torch.linalg.solve(a @ v @ a.T + variance.diag(), a @ v).T
+    expected, sd = m + gain @ (y - a @ m), (v - gain @ a @ v).diagonal().sqrt()
+    found = data.expect(mean, sigma).flatten().double()
+    assert float(((found - expected) / sd).abs().max()) < 0.01
+
+
+@KINDS
+def test_nothing_is_drawn_beyond_the_support(kind):
+    support = torch.zeros(IMAGE)
+    support[2:10, 1:7, 1:8] = 1.0
+    data, inside = kind(1 + 0.1 * random(4, 8, 9), support=support), support > 0
+    x, image = torch.zeros(IMAGE), torch.ones(IMAGE)
+    for found in (data.draw(x, 1.0, torch.Generator().manual_seed(0)), data.expect(x, 1.0)):
+        assert not found[~inside].any()
+        assert found[inside].all()
+    torch.testing.assert_close(data.constrain(image), support)
+
+
+@KINDS
+def test_misfit_gradient_and_a_bound_of_its_curvature(kind):
+    data = kind(1 + 0.1 * random(4, 8, 9))
+    x = 0.5 + 0.1 * random(*IMAGE, seed=3)
+    a, y, variance = dense_data(data)
+    expected = a.T @ ((a @ x.flatten().double() - y) / variance)
+    found = data.misfit_gradient(x).flatten().double()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
-    a = data.bias.flatten()[:, None].double() * dense_operator((8, 9))
-    hessian = a.T @ (a / data.variance(0.05).flatten()[:, None].double())
-    largest = float(torch.linalg.eigvalsh(hessian)[-1])
+    largest = float(torch.linalg.eigvalsh(a.T @ (a / variance[:, None]))[-1])
     assert largest <= data.curvature() < 20 * largest
 
 
@@ -396,6 +473,26 @@ def test_noise_level_moves_to_the_truth_in_the_loop():
     for _ in range(5):
         data.refine(truth, 0.01, bias=False, noise=True)
     assert data.noise_sd == pytest.approx(0.04)
+
+
+@pytest.mark.parametrize("sigma", [3.0, 0.1, 0.02])
+def test_the_step_of_the_noise_is_fishers_weighted_by_what_the_data_tell(sigma):
+    """Against dense matrices: where V is wide, the data hardly tell noise from anatomy."""
+    data = likelihood(
+        torch.zeros(4, 8, 9), noise_sd=0.08, share=torch.ones(4, 8, 9), log_bias=None
+    )
+    truth = random(*IMAGE, seed=1)
+    data.y = data.forward(truth) + 0.07 * random(4, 8, 9, seed=2)
+    a, e = dense_operator((8, 9)), (data.y - data.forward(truth)).flatten().double()
+    inverse = torch.linalg.inv(a @ dense_covariance(sigma) @ a.T + 0.08**2 * torch.eye(len(e)))
+    squared = (inverse @ inverse).trace()
+    step = ((inverse @ e).square().sum() - inverse.trace()) / squared
+    told = 0.08**4 * squared / len(e)
+    data.refine(truth, sigma, bias=False, noise=True)
+    low, high = 0.04, 0.08
+    expected = math.sqrt(0.08**2 + float(told * step))
+    assert data.noise_sd == pytest.approx(min(max(expected, low), high), rel=1e-4)
+    assert low < data.noise_sd < high
 
 
 def test_finer_slices_than_profile_reduce():

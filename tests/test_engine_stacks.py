@@ -108,7 +108,7 @@ def test_features_say_what_the_slices_are():
 def test_samples_have_the_posteriors_mean_and_spread():
     """20 calls, against the closed form, in the data's directions and in those left open."""
     torch.manual_seed(0)
-    shape, count = (8, 8, 12), 160
+    shape, count = (8, 8, 12), 80
     n = math.prod(shape)
     weights = slice_weights(
         gaussian_profile(4.0), n_slices=3, spacing_mm=4.0, n_thin=12, thin_mm=1.0

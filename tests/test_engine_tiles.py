@@ -8,9 +8,10 @@ import logging
 import pytest
 import torch
 
-from brainprior_bids.engine import denoiser, tiles
+from brainprior_bids.engine import tiles
 from brainprior_bids.engine.denoiser import ErrorSpectrum, Precondition, Prior
 from brainprior_bids.engine.errors import MemoryShortageError, UsageError
+from brainprior_bids.engine.memory import out_of_memory
 from brainprior_bids.engine.unet import UNet
 from brainprior_bids.engine.weights import load_prior
 
@@ -147,7 +148,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
     with pytest.raises(RuntimeError, match="mat1"):
         answer(prior, case(16, 8, 8))
     assert prior.tile_mm is None
-    assert not denoiser.out_of_memory(ValueError("out of memory"))
+    assert not out_of_memory(ValueError("out of memory"))
 
 
 def test_a_tile_must_hold_what_a_block_reads():

@@ -43,7 +43,9 @@ def rewrite(path, **changes):
 def test_round_trip(tmp_path):
     path = tmp_path / "prior.safetensors"
     model = write_small_prior(path)
+    before = torch.get_rng_state()
     prior = weights.load_prior(path, dtype=torch.float32)
+    assert torch.equal(before, torch.get_rng_state())
     assert prior.metadata["name"] == "n"
     assert prior.metadata["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert prior.sigma_data == pytest.approx(float(model.band_sd.square().mean().sqrt()))

@@ -1,39 +1,96 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A scan restored from Python in one call."""
+"""A scan restored from Python in one call, as the page on the engine shows it."""
+
+import functools
+import re
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 
+from brainprior_bids import scan
 from brainprior_bids.engine.denoiser import ErrorSpectrum, Precondition, Prior
-from brainprior_bids.engine.errors import InputError
+from brainprior_bids.engine.errors import AnatomyError, InputError
 from brainprior_bids.engine.unet import UNet
 from brainprior_bids.evaluation import demo
-from brainprior_bids.scan import restore_scan
+
+FIRST, SECOND = re.findall(
+    r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs/engine.md").read_text(), re.DOTALL
+)
 
 
-def test_a_nibabel_image_is_restored_in_its_own_frame(tmp_path):
-    """With a network that answers 0; the brain is found by the embedded parcellation."""
-    made = demo.make_demo()
-    prior = Prior(
+def answers_0():
+    return Prior(
         Precondition(UNet((4, 4), (1, 1)), torch.full((8,), 0.3)),
         spectra={"unknown": ErrorSpectrum.isotropic(0.3)},
         metadata={},
     )
+
+
+def test_the_five_lines_of_the_page_restore_a_scan(tmp_path, monkeypatch):
+    """As they stand there, but for a network that answers 0 and fewer, shorter chains; the brain
+    is found by the embedded parcellation."""
+    assert len([line for line in FIRST.splitlines() if line]) == 5
+    made = demo.make_demo()
+    monkeypatch.chdir(tmp_path)
     image = nib.Nifti1Image(made.scan.astype(np.float32), made.scan_grid.affine)
-    found = restore_scan(
-        image,
-        contrast="T1w",
-        prior=prior,
-        n_samples=1,
-        n_steps=2,
-    )
+    nib.save(image, "sub-01_T1w.nii.gz")
+    monkeypatch.setattr(scan, "load_prior", answers_0)
+    monkeypatch.setattr(scan, "restore", functools.partial(scan.restore, n_samples=2, n_steps=2))
+    names = {}
+    exec(FIRST, names)
+    found = names["result"]
     assert found.grid == made.grid
     inside = found.mean > 0
     both = inside & made.brain
     assert 2 * both.sum() / (inside.sum() + made.brain.sum()) > 0.95
     assert np.corrcoef(found.mean[both], made.truth[both])[0, 1] > 0.8
-    assert any("no SliceThickness" in said for said in found.warnings)
+    for name, values in (("restored", found.mean), ("uncertainty", found.sd)):
+        written = nib.load(f"{name}.nii.gz")
+        np.testing.assert_array_equal(written.get_fdata(dtype=np.float32), values)
+        np.testing.assert_allclose(written.affine, made.grid.affine, atol=1e-4)
+
+
+def test_an_image_is_read_as_its_file_would_be(monkeypatch):
+    image = nib.Nifti1Image(np.arange(24, dtype=np.float32).reshape(2, 3, 4), np.eye(4))
+
+    def nothing_found(path, *, metadata):
+        np.testing.assert_array_equal(nib.load(path).get_fdata(), image.get_fdata())
+        assert metadata == {}
+        raise AnatomyError("no brain")
+
+    monkeypatch.setattr(scan, "conform", nothing_found)
+    with pytest.raises(AnatomyError, match="no brain"):
+        scan.restore_scan(image, contrast="T1w")
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(InputError, match=r"missing\.nii"):
-        restore_scan(tmp_path / "missing.nii.gz", contrast="T1w")
+        scan.restore_scan(tmp_path / "missing.nii.gz", contrast="T1w")
+
+
+def test_the_engine_as_the_page_calls_it():
+    """As it stands there, with the embedded prior, on a ball of 22 mm; tensors and arrays."""
+    squares = [np.linspace(-1, 1, n) ** 2 for n in (24, 28, 25)]
+    inside = squares[0][:, None, None] + squares[1][:, None] + squares[2] < 0.81
+    share = inside.reshape(24, 28, 5, 5).mean(-1, dtype=np.float32)
+    rng = np.random.default_rng(0)
+    affine = np.diag([1.0, 1.0, 5.0, 1.0])
+    affine[:3, 3] = (-12, -14, 10)
+    names = {
+        "scan": torch.from_numpy(500 * share + 10 * rng.standard_normal(share.shape)),
+        "affine": affine,
+        "mask": torch.from_numpy(share),
+        "mask_1mm": inside,
+        "matrix": np.eye(4),
+        "log_bias": np.zeros_like(share),
+    }
+    exec(SECOND, names)
+    found = names["result"]
+    assert found.sampler == "eps"
+    assert found.samples.shape == (4, 24, 28, 25)
+    assert np.isfinite(found.samples).all()
+    assert found.mean[inside].mean() == pytest.approx(500, rel=0.1)
+    assert (found.sd[inside] > 0).all()

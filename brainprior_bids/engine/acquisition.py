@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from brainprior_bids.engine.errors import GeometryError
 from brainprior_bids.engine.operators.slices import (
     boxcar_profile,
     gaussian_profile,
+    measured_profile,
     trapezoid_profile,
 )
 
@@ -36,8 +40,9 @@ class Acquisition:
         Full width at half maximum of the slice profile.
     spacing_mm : float
         Distance between the centres of neighbouring slices; spacing - thickness is the gap.
-    profile : {"trapezoid", "gaussian", "boxcar"}
-        Shape of the slice profile.
+    profile : {"trapezoid", "gaussian", "boxcar"}, or pairs of (mm, sensitivity)
+        Shape of the slice profile; a measured one is given at rising distances from the slice's
+        centre, linear in between and 0 beyond, in any unit.
 
     Raises
     ------
@@ -48,7 +53,7 @@ class Acquisition:
     slice_axis: int
     thickness_mm: float
     spacing_mm: float
-    profile: str = "trapezoid"
+    profile: str | tuple[tuple[float, float], ...] = "trapezoid"
 
     def __post_init__(self) -> None:
         if self.slice_axis not in (0, 1, 2):
@@ -62,15 +67,33 @@ class Acquisition:
                     f"Acquisition: {name} must be above 0 and in mm, got {value}. "
                     "Check SliceThickness in the JSON, or pass --slice-thickness."
                 )
-        if self.profile not in PROFILES:
+        if not isinstance(self.profile, str):
+            try:
+                pairs = tuple((float(at), float(height)) for at, height in self.profile)
+            except (TypeError, ValueError) as error:
+                raise GeometryError(
+                    "Acquisition: a measured profile is pairs of (mm, sensitivity), got "
+                    f"{self.profile!r}."
+                ) from error
+            object.__setattr__(self, "profile", pairs)
+            self.cumulative()
+        elif self.profile not in PROFILES:
             raise GeometryError(
-                f"Acquisition: profile must be one of {list(PROFILES)}, got {self.profile!r}."
+                f"Acquisition: profile must be one of {list(PROFILES)} or measured pairs of (mm, "
+                f"sensitivity), got {self.profile!r}."
             )
 
     @property
     def gap_mm(self) -> float:
         """Unmeasured distance between slices; negative where slices overlap."""
         return self.spacing_mm - self.thickness_mm
+
+    def cumulative(self) -> Callable[[Tensor], Tensor]:
+        """The profile's cumulative distribution over the distance from a slice's centre in mm."""
+        if isinstance(self.profile, str):
+            return PROFILES[self.profile](self.thickness_mm)
+        pairs = torch.tensor(self.profile, dtype=torch.float64).reshape(-1, 2)
+        return measured_profile(pairs[:, 0].contiguous(), pairs[:, 1])
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able mapping; ``Acquisition.from_dict`` reads it back."""

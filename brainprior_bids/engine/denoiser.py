@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from brainprior_bids.engine.device import usable_device
 from brainprior_bids.engine.errors import MemoryShortageError, ShapeMismatchError, UsageError
 from brainprior_bids.engine.measured import Levels, Measured
+from brainprior_bids.engine.memory import out_of_memory
 from brainprior_bids.engine.stacks import mirrored
 from brainprior_bids.engine.tiles import network_in_slabs
 from brainprior_bids.engine.unet import (
@@ -233,15 +234,6 @@ class Precondition(nn.Module):
         ):
             f[:, :, start:stop] = part
         return from_bands(self._leave(linear, f, sigma, levels))
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that an allocation failed, on the CPU or on a GPU."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    text = str(error).lower()
-    words = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
-    return isinstance(error, RuntimeError) and any(word in text for word in words)
 
 
 def fast_dtype(device: torch.device) -> torch.dtype | None:

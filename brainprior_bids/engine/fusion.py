@@ -42,6 +42,7 @@ from brainprior_bids.engine.general import (
 )
 from brainprior_bids.engine.grids import Grid
 from brainprior_bids.engine.likelihood import OUTSIDE
+from brainprior_bids.engine.memory import tells_of_memory
 from brainprior_bids.engine.operators.base import LinearOperator, Stack
 from brainprior_bids.engine.operators.resample import AffineResample, SparseResample
 from brainprior_bids.engine.samplers.exact import sample_exact
@@ -125,6 +126,7 @@ class _Part:
         return _Seen(torch.where(inside, self.data, 0.0), operator, share)
 
 
+@tells_of_memory
 def fuse(
     runs: Sequence[Run],
     *,

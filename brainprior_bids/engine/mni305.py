@@ -31,12 +31,14 @@ from brainprior_bids.engine.general import (
 )
 from brainprior_bids.engine.grids import MNI305, Grid
 from brainprior_bids.engine.likelihood import OUTSIDE
+from brainprior_bids.engine.memory import tells_of_memory
 from brainprior_bids.engine.operators.resample import AffineResample
 from brainprior_bids.engine.samplers.daps import DAPS_1K, DapsSettings, sample_daps
 from brainprior_bids.engine.samplers.exact import sample_exact
 from brainprior_bids.engine.schedules import edm_schedule
 
 
+@tells_of_memory
 def restore_on_mni305(
     scan: ArrayLike | Tensor,
     *,

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from brainprior_bids.engine.acquisition import PROFILES, Acquisition
+from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.engine.anchor import AnchoredLikelihood
 from brainprior_bids.engine.bias import CosineField
 from brainprior_bids.engine.box import Box, brain_box
@@ -37,6 +37,7 @@ from brainprior_bids.engine.grids import Grid
 from brainprior_bids.engine.inpaint import MaskedLikelihood
 from brainprior_bids.engine.likelihood import SliceLikelihood
 from brainprior_bids.engine.measured import Measured
+from brainprior_bids.engine.memory import tells_of_memory
 from brainprior_bids.engine.noise import estimate_noise_sd
 from brainprior_bids.engine.operators.fourier import resampling_matrix
 from brainprior_bids.engine.operators.slices import (
@@ -184,6 +185,7 @@ def slice_width(index: int, doubt: float) -> float:
     return 1 + (0.0, 1.0, -1.0)[index % 3] * math.sqrt(1.5) * doubt
 
 
+@tells_of_memory
 def restore(
     scan: ArrayLike | Tensor,
     *,
@@ -830,10 +832,9 @@ def _profiles(
         )
     if _encoded(grid, acquisition):
         return resampling_matrix(fine.shape[axis], data_shape[axis]), sensed
-    make = PROFILES[acquisition.profile]
     extent = float(fine.extent_mm[axis])
     weights = slice_weights(
-        make(width * acquisition.thickness_mm),
+        acquisition.cumulative(width),
         n_slices=data_shape[axis],
         spacing_mm=extent / data_shape[axis],
         n_thin=fine.shape[axis],

@@ -236,7 +236,8 @@ def _fill(
     """A network built from the metadata's config, with the tensors named ``network.*``."""
     own = {k.removeprefix("network."): v.float() for k, v in state.items() if "network." in k}
     try:
-        network = make(**metadata["config"])
+        with torch.random.fork_rng(devices=[]):  # the first values, drawn at random, are not kept
+            network = make(**metadata["config"])
         network.load_state_dict(own)
     except (TypeError, ValueError, KeyError, RuntimeError) as error:
         raise WeightsError(f"{path}: tensors and configuration do not fit: {error}") from error

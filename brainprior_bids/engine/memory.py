@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory that runs out: how it is recognised, and what is said of it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+
+from brainprior_bids.engine.errors import MemoryShortageError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that an allocation failed, on the CPU or on a GPU."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    words = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
+    return isinstance(error, RuntimeError) and any(word in text for word in words)
+
+
+def tells_of_memory(function: Callable[P, R]) -> Callable[P, R]:
+    """Raise MemoryShortageError where memory runs out beside the network.
+
+    The network falls back to tiles by itself (``denoiser.Prior``); the volumes of the solver and
+    the samples have to fit.
+    """
+
+    @functools.wraps(function)
+    def told(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            message = str(error).partition("\n")[0]
+            raise MemoryShortageError(
+                f"{function.__name__}: out of memory beside the network ({message}), where tiles "
+                "do not help. Draw fewer samples, free memory, or run on a machine with more (the "
+                "CPU in place of a GPU)."
+            ) from error
+
+    return told
