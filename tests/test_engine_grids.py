@@ -107,6 +107,9 @@ def test_a_measured_profile_stands_in_for_a_named_one():
     assert again == measured
     at = torch.linspace(-4, 4, 33, dtype=torch.float64)
     torch.testing.assert_close(again.cumulative()(at), named.cumulative()(at))
+    wider = Acquisition(2, 4.4, 5.0).cumulative()(at)
+    for acquisition in (named, measured):
+        torch.testing.assert_close(acquisition.cumulative(1.1)(at), wider)
 
 
 @pytest.mark.parametrize(

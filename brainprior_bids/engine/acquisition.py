@@ -88,12 +88,15 @@ class Acquisition:
         """Unmeasured distance between slices; negative where slices overlap."""
         return self.spacing_mm - self.thickness_mm
 
-    def cumulative(self) -> Callable[[Tensor], Tensor]:
-        """The profile's cumulative distribution over the distance from a slice's centre in mm."""
+    def cumulative(self, width: float = 1.0) -> Callable[[Tensor], Tensor]:
+        """The profile's cumulative distribution over the distance from a slice's centre in mm.
+
+        ``width`` stretches it: the true thickness over the stated one.
+        """
         if isinstance(self.profile, str):
-            return PROFILES[self.profile](self.thickness_mm)
+            return PROFILES[self.profile](width * self.thickness_mm)
         pairs = torch.tensor(self.profile, dtype=torch.float64).reshape(-1, 2)
-        return measured_profile(pairs[:, 0].contiguous(), pairs[:, 1])
+        return measured_profile(width * pairs[:, 0], pairs[:, 1])
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able mapping; ``Acquisition.from_dict`` reads it back."""
