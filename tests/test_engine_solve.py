@@ -272,6 +272,27 @@ def test_nothing_is_drawn_beyond_the_support(kind):
 
 
 @KINDS
+def test_the_residual_is_that_of_the_biased_scan(kind):
+    data, x = kind(1 + 0.1 * random(4, 8, 9)), 0.5 + 0.1 * random(*IMAGE, seed=3)
+    a = data.bias.flatten()[:, None].double() * dense_operator((8, 9))
+    assert float(data.bias.std()) > 0.1
+    r = data.y.double() - (a @ x.flatten().double()).reshape(4, 8, 9)
+    z, where = data.standardised_residual(x, 0.03)
+    expected = r / data.variance(0.03).sqrt()
+    torch.testing.assert_close(z.double(), expected.double(), rtol=1e-4, atol=1e-4)
+    core = torch.zeros(4, 8, 9, dtype=torch.bool)
+    core[:, 2:6, 2:7] = True
+    if kind is masked:
+        core &= HIDDEN == 0
+    assert torch.equal(where, core)
+    ratio = float((r[core] / 0.05).square().mean().sqrt())
+    assert data.residual_ratio(x) == pytest.approx(ratio, rel=1e-5)
+    found, left = data.explain(x)
+    assert found.ratio == pytest.approx(ratio, rel=1e-5)
+    assert not left[~core].any()
+
+
+@KINDS
 def test_misfit_gradient_and_a_bound_of_its_curvature(kind):
     data = kind(1 + 0.1 * random(4, 8, 9))
     x = 0.5 + 0.1 * random(*IMAGE, seed=3)
@@ -440,6 +461,37 @@ def test_gauss_newton_finds_a_small_bias():
     )
     error = field.evaluate(found - true, basis).std() / field.evaluate(true, basis).std()
     assert float(error) < 0.1
+
+
+def test_gauss_newton_is_the_dense_ridge_solution():
+    """From coefficients that are not 0, the data trusted by a third."""
+    field = CosineField((160.0, 130.0, 70.0))
+    shape, trust = (7, 6, 5), 0.3
+    basis = field.basis(box_positions(shape))
+    unit = torch.eye(field.n, dtype=torch.float64)
+    phi = torch.stack([field.evaluate(e, basis).flatten() for e in unit], 1).double()
+    prediction, residual = random(*shape, seed=1), 0.1 * random(*shape, seed=2)
+    weight = 50 * random(*shape, seed=3).exp()
+    start = 0.1 * random(field.n, seed=4).double()
+    j, w = prediction.flatten().double()[:, None] * phi, weight.flatten().double()
+    ridge = field.precision
+    assert float(ridge[0]) == pytest.approx(0.15**-2)
+    assert float(ridge[1]) == pytest.approx((0.15 / 2) ** -2)  # one half wave along k
+    hessian = trust * j.T @ (w[:, None] * j) + ridge.diag()
+    pull = trust * j.T @ (w * residual.flatten().double()) - ridge * start
+    found = gauss_newton_step(
+        field,
+        basis,
+        coefficients=start,
+        prediction=prediction,
+        residual=residual,
+        whiten=lambda v: weight * v,
+        trust=trust,
+        iterations=50,
+    )
+    torch.testing.assert_close(
+        found, start + torch.linalg.solve(hessian, pull), rtol=1e-3, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
