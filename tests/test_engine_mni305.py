@@ -102,6 +102,8 @@ def test_draws_of_two_tilted_scans_against_the_dense_posterior(sigma):
     a = dense(data.operator, SHAPE)
     spectrum = data._prepare(sigma).spectrum
     v = dense(lambda e: data._filter(spectrum, e), SHAPE)
+    extra = 0.01 * random(*data.operator.out_shape, seed=3) ** 2
+    torch.testing.assert_close(data.variance(), extra + NOISE**2)
     noise = data.variance().flatten().double()
     m, y = mean.flatten().double(), data.y.double()
     gain = torch.linalg.solve(a @ v @ a.T + noise.diag(), a @ v).T

@@ -292,6 +292,17 @@ def test_the_residual_is_that_of_the_biased_scan(kind):
     assert not left[~core].any()
 
 
+def test_two_noisy_images_are_one_of_less_noise():
+    """Inverse variances add, and weigh the two."""
+    data, sigma = anchored(1 + 0.1 * random(4, 8, 9)), 0.05
+    x_t = random(*IMAGE, seed=3)
+    found, sd = data.with_anchor(x_t, sigma)
+    precision = sigma**-2 + TAU**-2
+    assert sd == pytest.approx(precision**-0.5)
+    expected = (x_t / sigma**2 + data.anchor / TAU**2) / precision
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 @KINDS
 def test_misfit_gradient_and_a_bound_of_its_curvature(kind):
     data = kind(1 + 0.1 * random(4, 8, 9))
