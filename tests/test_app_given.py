@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from brainprior_bids.workflows.scan import Job, init_scan_wf
 
-from brainprior_bids.bids.derivatives import sidecars
+from brainprior_bids.bids.derivatives import sidecars, structures_table
 from brainprior_bids.bids.fingerprint import decisive, fingerprint
 from brainprior_bids.bids.given import find_given
 from brainprior_bids.bids.names import BIDSName, output_names
@@ -196,6 +196,8 @@ def test_a_given_mask_and_labels_are_used_and_recorded(settings, tmp_path):
     assert side["mask"]["Sources"] == [uri]
     assert uri in side["mask"]["Description"]
     assert "Weights" not in side["structures"]
+    rows = [line.split("\t") for line in structures_table(facts).splitlines()]
+    assert {row[-1] for row in rows} == {"confidence", "n/a"}  # the network's, not of these
 
 
 def test_the_image_to_refine_and_its_trust(settings, tmp_path):

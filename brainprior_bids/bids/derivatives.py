@@ -283,7 +283,8 @@ def sidecars(
             "Sources": [given["dseg"]["uri"], mask] if "dseg" in given else [raw],
             "volume_mm3": {"Description": "volume of the structure", "Units": "mm^3"},
             "confidence": {
-                "Description": "the network's mean probability inside the structure, 0 to 1"
+                "Description": "the network's mean probability inside the structure, 0 to 1; "
+                "n/a where the labels are not its own"
             },
             **(
                 {"Weights": {key: weights.get(key) for key in ("name", "sha256")}}
@@ -376,17 +377,21 @@ def interval_half_widths(n_samples: int) -> dict[str, float]:
     }
 
 
-def structures_table(table: list[Mapping[str, Any]]) -> str:
-    """The ``dseg.tsv``: label value, name, colour, volume and the network's confidence."""
+def structures_table(parcellation: Mapping[str, Any]) -> str:
+    """The ``dseg.tsv``: label value, name, colour, volume and the network's confidence.
+
+    Labels that are not the network's have none.
+    """
+    own = parcellation.get("structures_source", "embedded") == "embedded"
     colours = _colours()
     lines = ["index\tname\tcolor\tvolume_mm3\tconfidence"]
-    for row in sorted(table, key=lambda item: item["index"]):
+    for row in sorted(parcellation["table"], key=lambda item: item["index"]):
         cells = (
             str(row["index"]),
             str(row["name"]),
             colours.get(int(row["index"]), "n/a"),
             f"{row['volume_mm3']:.0f}",
-            f"{row['confidence']:.3f}",
+            f"{row['confidence']:.3f}" if own else "n/a",
         )
         lines.append("\t".join(cells))
     return "\n".join(lines) + "\n"

@@ -268,7 +268,7 @@ class Write(MeasuredInterface):
             shutil.copyfile(getattr(inputs, role), staging / outputs[role])
         _write(
             staging / outputs["structures_table"],
-            structures_table(facts["parcellation"]["table"]),
+            structures_table(facts["parcellation"]),
         )
         staged = list(outputs.values())
         for role, content in sidecars(scan, outputs, facts, image_desc=inputs.image_desc).items():
