@@ -281,7 +281,7 @@ def init_scan_wf(
     workflow = pe.Workflow(name=name)
     # fmt: off
     workflow.connect([
-        (conform, parcellate, [("out_file", "in_file")]),
+        (conform, parcellate, [("out_file", "in_file"), ("conform_json", "conform_json")]),
         (conform, affine, [("out_file", "in_file")]),
         (parcellate, affine, [("structures_json", "structures_json"), ("mask", "mask")]),
         (conform, restore, [("out_file", "in_file"), ("conform_json", "conform_json")]),

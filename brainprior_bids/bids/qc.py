@@ -91,6 +91,14 @@ METRICS = {
         "its confidence in the structure it is least sure of, thin parts left out", "1", low=0.4
     ),
     "structures": Metric("structures found", "1", low=28, fail_low=12),
+    "slice_mismatch": Metric(
+        "how far slices are from the mean of their neighbours, over how far these are apart: "
+        "motion or gain between slices", "1", high=0.7,
+    ),
+    "faintest_slice": Metric(
+        "brightness of the faintest slice's brain over its neighbours': a lost slice", "1",
+        low=0.6,
+    ),
     "asymmetry_percent": Metric(
         "difference of the hemispheres' volumes over their mean", "percent", high=15.0
     ),
@@ -148,9 +156,12 @@ def _anatomy(parcellation: Mapping[str, Any]) -> dict[str, float | None]:
     """Figures of mask and structures."""
     found = dict.fromkeys(
         ("brain_ml", "brain_z", "structure_z", "cut_cm2", "mask_agreement", "confidence",
-         "lowest_confidence", "structures", "asymmetry_percent"), None,
+         "lowest_confidence", "structures", "slice_mismatch", "faintest_slice",
+         "asymmetry_percent"), None,
     )  # type: dict[str, float | None] # fmt: skip
     found["mask_agreement"] = parcellation.get("mask_agreement")
+    slices = parcellation.get("slices") or {}
+    found.update(slice_mismatch=slices.get("mismatch"), faintest_slice=slices.get("faintest"))
     table = parcellation.get("table") or []
     volumes = [row.get("volume_mm3") or 0.0 for row in table]
     total = sum(volumes)

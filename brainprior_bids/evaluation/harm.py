@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from brainprior_bids.anatomy.affine import corner_distance, fit_affine
 from brainprior_bids.anatomy.conform import conform
 from brainprior_bids.anatomy.hull import surface
 from brainprior_bids.anatomy.parcellation import Parcellation, parcellate
+from brainprior_bids.anatomy.slices import slice_fit
 from brainprior_bids.anatomy.spaces import resample
 from brainprior_bids.bids.qc import VERDICTS, concerns, metrics, verdict
 from brainprior_bids.engine import weights
@@ -122,6 +125,23 @@ def turned(image: nib.Nifti1Image, brain: Mask, *, axis: int, degrees: float) ->
     return nib.Nifti1Image(resample(data, grid, Grid(shape, affine), order=1), affine)
 
 
+def between(
+    image: nib.Nifti1Image, brain: Mask, *, gain: float = 1.0, moved_mm: float = 0.0
+) -> nib.Nifti1Image:
+    """Every second slice along the last axis with another gain, or moved to the front."""
+    data = image.get_fdata(dtype=np.float32).copy()
+    moved = moved_mm / float(Grid(image.shape, image.affine).spacing_mm[1])
+    data[:, :, ::2] = gain * ndimage.shift(data[:, :, ::2], (0, moved, 0), order=1)
+    return _head(image, data)
+
+
+def faint(image: nib.Nifti1Image, brain: Mask, *, share: float) -> nib.Nifti1Image:
+    """The middle slice of the brain, along the last axis, with this share of its signal."""
+    data = image.get_fdata(dtype=np.float32).copy()
+    data[:, :, sum(_extent(brain, 2)) // 2] *= share
+    return _head(image, data)
+
+
 def mislabelled(image: nib.Nifti1Image, brain: Mask, *, axes: str) -> nib.Nifti1Image:
     """A header that says ``axes`` (such as "LPS") of data that lie in RAS."""
     said = apply_orientation(image.get_fdata(dtype=np.float32), axcodes2ornt(tuple(axes)))
@@ -168,7 +188,19 @@ HEADERS = {
     for axes in ("LPS", "RPI", "LAI", "RAI", "RSA", "RSP", "SAL", "PRS", "ASR", "SRA", "LAS")
 }
 """The truth in such a header's space is not that of the unharmed scan: no Dice, no corners."""
-KINDS = {"harms": HARMS, "thick": THICK, "turned": TURNED, "headers": HEADERS}
+SLICES = {
+    **{f"a slice with {100 * s:g} % signal": partial(faint, share=s) for s in (0.0, 0.5, 0.7)},
+    **{f"every second slice × {g:g}": partial(between, gain=g) for g in (1.05, 1.1, 1.2)},
+    **{f"every second slice moved {m} mm": partial(between, moved_mm=m) for m in (1, 2, 4, 6)},
+}
+"""For scans in thick axial slices."""
+KINDS = {
+    "harms": HARMS,
+    "thick": THICK,
+    "turned": TURNED,
+    "headers": HEADERS,
+    "slices": SLICES,
+}
 
 
 def _on(grid: Grid, image: nib.Nifti1Image, mask: Mask) -> Mask:
@@ -187,6 +219,12 @@ def _noise(image: nib.Nifti1Image, mask_scan: Volume) -> float | None:
     inside = mask_scan > 0.5
     sd = estimate_noise_sd(torch.from_numpy(data), torch.from_numpy(inside), axis)
     return None if sd is None else sd / float(np.percentile(data[inside], 99))
+
+
+def _slices(image: nib.Nifti1Image, mask_scan: Volume) -> dict[str, Any]:
+    axis = int(np.argmax(Grid(image.shape, image.affine).spacing_mm))
+    fit = slice_fit(image, mask_scan, axis=axis)
+    return {} if fit is None else asdict(fit)
 
 
 def compare(
@@ -224,14 +262,17 @@ def compare(
         return {**failed, "error": str(error), "verdict": "fail"}, {}
     summary = {
         "facts": {
-            "parcellation": {"table": found.table},
+            "parcellation": {"table": found.table, "slices": _slices(image, found.mask_scan)},
             "affine": {"median_residual_mm": fit.median_residual_mm, "dof": fit.dof},
             "restore": {"noise_sd": _noise(image, found.mask_scan)},
         }
     }
     values = metrics(summary)
     facts |= {"verdict": verdict(values), "reasons": concerns(values)}
-    kept = ("brain_z", "structure_z", "noise_percent", "confidence", "lowest_confidence")
+    kept = (
+        "brain_z", "structure_z", "noise_percent", "confidence", "lowest_confidence",
+        "slice_mismatch", "faintest_slice",
+    )  # fmt: skip
     facts |= {key: values[key] for key in kept}
     facts |= {"residual_mm": fit.median_residual_mm, "dof": fit.dof}
     facts["warnings"] += fit.warnings

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from brainprior_bids.interfaces.base import (
     MeasuredOutputSpec,
 )
 from brainprior_bids.settings import PARCELLATIONS, SKULL_STRIPS
+
+ENDS = ("left", "back", "bottom")
+"""Where closest-canonical axes begin."""
 
 
 def grid_of(image: nib.Nifti1Image) -> Grid:
@@ -84,6 +88,7 @@ class Conform(MeasuredInterface):
 
 class _ParcellateInputSpec(MeasuredInputSpec):
     in_file = File(exists=True, mandatory=True, desc="the conformed scan")
+    conform_json = File(exists=True, desc="of Conform; with it the slices are compared")
     weights = File(exists=True, mandatory=True, desc="weights of the parcellation network")
     device = traits.Str("cpu", usedefault=True, nohash=True)
     skull_strip = traits.Enum(*SKULL_STRIPS, usedefault=True, desc="where the mask comes from")
@@ -153,6 +158,8 @@ class Parcellate(MeasuredInterface):
             else:
                 known = {}
             found = external.assemble(labels, mask, known, scan_grid=scan_grid, restored_grid=grid)
+        if isdefined(self.inputs.conform_json):
+            warnings += self._slices(image, found.mask_scan, facts)
         structures_json = write_json(
             folder / "structures.json",
             {"table": found.table, "warnings": warnings, **facts},
@@ -241,6 +248,33 @@ class Parcellate(MeasuredInterface):
             facts["synthseg"] = external.run_program(command, path)
             facts["structures_source"] = "SynthSeg"
         return external.labels_from_file(path, grid, name="Parcellation")
+
+    def _slices(
+        self, image: nib.Nifti1Image, mask_scan: np.ndarray, facts: dict[str, Any]
+    ) -> list[str]:
+        """Note how the slices fit together; warnings where one is lost or they do not."""
+        from brainprior_bids.anatomy.slices import slice_fit
+        from brainprior_bids.bids.qc import METRICS
+
+        axis = int(read_json(Path(self.inputs.conform_json))["acquisition"]["slice_axis"])
+        fit = slice_fit(image, mask_scan, axis=axis)
+        if fit is None:
+            return []
+        facts["slices"] = asdict(fit)
+        warnings = []
+        if fit.faintest < (METRICS["faintest_slice"].low or 0):
+            warnings.append(
+                f"Slice {fit.faintest_slice + 1} of {image.shape[axis]} ({PLANES[axis]}, counted "
+                f"from the {ENDS[axis]}) has {100 * fit.faintest:.0f} % of its neighbours' "
+                "brightness: lost signal is restored as if it were the brain's."
+            )
+        if fit.mismatch > (METRICS["slice_mismatch"].high or np.inf):
+            warnings.append(
+                f"Neighbouring slices do not fit together (mismatch {fit.mismatch:.2f}, usual is "
+                "0.4 to 0.6): motion between slices, another brightness of every second one, or a "
+                "lost slice. The result keeps what they show."
+            )
+        return warnings
 
     def _given(self, role: str, facts: dict[str, Any]) -> str:
         """Note a file of another data set in the facts; its name there."""
