@@ -107,3 +107,13 @@ def test_the_image_gets_every_folder_of_the_package():
     for folder in folders:
         assert f"!{folder}" in ignored
         assert f"    {folder} /src/{folder}\n" in definition
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "Singularity.def"])
+def test_torch_comes_alone_from_its_own_index(name):
+    """PyTorch's index has other versions of what torch needs than constraints.txt."""
+    (command,) = re.findall(
+        r"bin/pip install((?:.*\\\n)+.*--index-url.* torch)$", (ROOT / name).read_text(), re.M
+    )
+    assert "--no-deps" in command
+    assert "-c constraints.txt" in command
