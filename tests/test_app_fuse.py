@@ -16,7 +16,7 @@ from brainprior_bids.workflows.scan import Job, expected_work
 from brainprior_bids.bids.derivatives import sidecars
 from brainprior_bids.bids.fuse import fuse_runs
 from brainprior_bids.bids.given import Given
-from brainprior_bids.bids.names import BIDSName, output_names
+from brainprior_bids.bids.names import BIDSName, output_names, residual_role
 from brainprior_bids.bids.query import Scan, find_scans
 from brainprior_bids.cli.parser import parse_settings
 from brainprior_bids.cli.plan import print_plan
@@ -158,7 +158,7 @@ def test_report_methods_and_sidecar_say_what_was_fused():
         "laid on the first by 3.2° and 4.5 mm at its middle, correlation 0.97"
         in rows[f"Run {STEMS[0]}"]
     )
-    assert rows["Coverage of its intervals"].startswith("not in the header")
+    assert rows["Coverage of its intervals"] == "not measured for these weights"
     measured = {**FACTS, "prior": {"coverage": "50 % in 44 %"}}
     assert ("Coverage of its intervals", "50 % in 44 %") in _restore_rows(
         {"facts": {"restore": measured}}
@@ -173,11 +173,17 @@ def test_report_methods_and_sidecar_say_what_was_fused():
     name = BIDSName.parse("sub-01_ses-a_T2w")
     path = PurePosixPath("sub-01/ses-a/anat") / f"{STEMS[1]}.nii.gz"
     uri = f"bids:raw:sub-01/ses-a/anat/{STEMS[0]}.nii.gz"
-    side = sidecars(
+    names = output_names(name, n_samples=2, runs=[BIDSName.parse(STEMS[0])])
+    every = sidecars(
         Scan(path, path, name),
-        output_names(name, n_samples=2),
+        names,
         {"restore": FACTS, "parcellation": {}, "given": {STEMS[0]: {"uri": uri, "sha256": "0"}}},
-    )["restored"]
+    )
+    residual = every[residual_role(STEMS[0])]
+    assert names[residual_role(STEMS[0])] == f"{STEMS[0][:-4]}_desc-fusedResidual_T2w.nii.gz"
+    assert residual["Sources"] == [uri, f"bids::{names['restored']}"]
+    assert residual["NoiseStandardDeviation"] == 8.0  # in that run's own units
+    side = every["restored"]
     assert side["Sources"][:2] == [f"bids:raw:{path}", uri]
     assert side["Description"].endswith("of 2 runs in one likelihood")
     assert side["FusedRuns"][1]["NoiseStandardDeviation"] == 10.0

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
 
 from brainprior_bids.cli.parser import build_parser
+from brainprior_bids.engine.weights import find_weights, sha256_file
 
 DOCS = Path(__file__).parents[1] / "docs"
 PARTS = ("engine", "anatomy", "bids")
@@ -40,6 +43,22 @@ def test_the_comparison_names_options_that_exist():
     named = {option for row in rows for option in re.findall(r"(?<![\w-])--?[\w-]+", row)}
     assert len(named) > 50
     assert named <= ours
+
+
+def test_the_reports_figures_are_those_of_the_pages_and_of_the_embedded_prior():
+    held = json.loads((files("brainprior_bids") / "data" / "measured.json").read_text())
+    assert held["prior_sha256"] == sha256_file(find_weights(None, kind="prior"))
+    lines = (DOCS / "tasks" / "samples.md").read_text().splitlines()
+    for row in held["coverage"]["rows"]:
+        start, regions = f"| {row['slices_mm']} mm", row["of"].removeprefix("whole ")
+        (line,) = (line for line in lines if line.startswith(start) and regions in line)
+        assert re.findall(r"(\d+) %", line) == [str(row["50"]), str(row["90"])]
+    lines = (DOCS / "usage.md").read_text().splitlines()
+    for row in held["lesions"]["rows"]:
+        start = f"| {row['slices_mm']} mm | {row['diameter_mm']} mm |"
+        (line,) = (line for line in lines if line.startswith(start))
+        kept = [float(cell) for cell in line.removeprefix(start).split("|")[:4]]
+        assert (min(kept), max(kept)) == (row["least"], row["most"])
 
 
 def test_every_page_is_in_the_table_of_contents():

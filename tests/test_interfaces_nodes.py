@@ -307,14 +307,12 @@ def test_an_inpainted_scan_is_the_scan_outside_the_mask(files, raw, output_dir, 
     conform["facts"]["original"]["axis_codes"] = "LPS"  # as if the file were stored so
     other = tmp_path / "conform.json"
     other.write_text(json.dumps(conform))
-    run(
-        writer(
-            {**files, **given}, raw, output_dir, hidden=made.hidden, lesion_json=made.lesion_json,
-            conform_json=str(other), image_desc="inpainted",
-            settings={"task": "inpaint", "output_spaces": ["anat", "MNI305"]},
-        ),
-        tmp_path / "w",
-    )  # fmt: skip
+    asked = {
+        **files, **given, "hidden": made.hidden, "lesion_json": made.lesion_json,
+        "conform_json": str(other), "image_desc": "inpainted",
+        "settings": {"task": "inpaint", "output_spaces": ["anat", "MNI305"]},
+    }  # fmt: skip
+    run(writer(asked, raw, output_dir), tmp_path / "w")
     anat = output_dir / "sub-01" / "ses-a" / "anat" / "sub-01_ses-a"
     here = np.flip(lesion, (0, 1))
     raw_data = np.flip(np.asarray(scan.dataobj, np.float32), (0, 1))
@@ -336,7 +334,16 @@ def test_an_inpainted_scan_is_the_scan_outside_the_mask(files, raw, output_dir, 
         if not any(word in path for word in shared):
             assert sha256_file(output_dir / path) == digest
     assert read_summary(output_dir, "sub-01_ses-a_FLAIR")["task"] == "restore"
-    assert read_summary(output_dir, "sub-01_ses-a_desc-inpainted_FLAIR")["task"] == "inpaint"
+    summary = read_summary(output_dir, "sub-01_ses-a_desc-inpainted_FLAIR")
+    assert summary["task"] == "inpaint"
+    assert not summary["warnings"]
+    # but with another mask than the one of the restored image
+    half = np.asarray(nib.load(files["mask"]).dataobj).copy()
+    half[20:] = 0
+    asked["mask"] = save(half, grid.one_millimetre(), tmp_path / "half.nii.gz")
+    run(writer(asked, raw, output_dir), tmp_path / "w2")
+    (said,) = read_summary(output_dir, "sub-01_ses-a_desc-inpainted_FLAIR")["warnings"]
+    assert "_space-FLAIR_desc-brain_mask.nii.gz replaced those of sub-01_ses-a_FLAIR" in said
 
 
 def test_another_tools_image_and_its_trust(files, raw, output_dir, prior, tmp_path):
@@ -564,6 +571,16 @@ def test_the_meter_sees_memory_that_is_gone_again():
     facts = meter.facts()
     assert facts["seconds"] >= 0.2
     assert facts["peak_memory_gb"] > facts["added_memory_gb"] > 0.05
+
+
+def test_the_links_of_earlier_runs_stay(raw, output_dir, tmp_path):
+    """Their sidecars name files by them."""
+    for tool in ("one", "two"):
+        given = {tool: str(tmp_path / tool)}
+        write_dataset_files(output_dir, bids_dir=raw, raw={}, derivatives=given)
+    links = json.loads((output_dir / "dataset_description.json").read_text())["DatasetLinks"]
+    roots = {"raw": raw, "one": tmp_path / "one", "two": tmp_path / "two"}
+    assert links == {name: root.as_uri() for name, root in roots.items()}
 
 
 def test_a_foreign_data_set_is_not_written_into(raw, tmp_path):

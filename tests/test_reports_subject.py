@@ -13,7 +13,9 @@ from lxml import html
 from brainprior_bids.bids.files import write_json
 from brainprior_bids.bids.qc import reference
 from brainprior_bids.bids.status import write_summary
+from brainprior_bids.engine.weights import find_weights, sha256_file
 from brainprior_bids.reports.assembler import SubjectReport
+from brainprior_bids.reports.measured import coverage, lesions
 from brainprior_bids.reports.sheet import XML
 from brainprior_bids.reports.subject import build_subject_report
 
@@ -273,6 +275,23 @@ def test_the_caution_about_lesions_is_in_the_summary(output_dir):
     text = " ".join(top.text_content().split())
     assert "may erase a lesion or invent one" in text
     assert "Do not use a restored image to look for lesions" in text
+
+
+def test_what_was_measured_of_the_prior_is_said_of_it_alone(tmp_path):
+    """The embedded weights have the figures; a contrast, sampler or task beyond them is named."""
+    embedded = sha256_file(find_weights(None, kind="prior"))
+    restore = {"prior": {"sha256": embedded}, "contrast": "T1w", "sampler": "eps"}
+    write_summary(tmp_path, summary("sub-2_T1w", facts={"restore": restore}))
+    text = build_subject_report(tmp_path, "2").read_text()
+    for said in ("50 and 90 % intervals held the truth", "keeps of a lesion&#39;s contrast"):
+        assert said in text
+    assert "Not measured for" not in text
+    assert coverage({**restore, "sampler": "exact"}, task="inpaint").endswith(
+        "Not measured for exact, inpaint."
+    )
+    other = {**restore, "prior": {"sha256": "0" * 64}}
+    assert coverage(other, task="restore") == "not measured for these weights"
+    assert lesions([other]) == ""
 
 
 def test_warnings_stand_above_the_pictures(tmp_path):

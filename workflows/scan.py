@@ -341,7 +341,8 @@ def init_scan_wf(
             (conform, align, [("out_file", "in_file"), ("conform_json", "conform_json")]),
             (parcellate, align, [("mask", "mask")]),
             (n4, align, [("log_bias", "log_bias")]),
-            (align, restore, [("runs_json", "runs_json")]),
+            *[(align, user, [("runs_json", "runs_json")]) for user in (restore, write)],
+            (restore, write, [("run_residuals", "run_residuals")]),
             (align, records, [("record", "in11")]),
         ])
     # fmt: on

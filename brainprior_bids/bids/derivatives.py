@@ -15,7 +15,7 @@ from scipy.stats import t as student_t
 
 from brainprior_bids import __version__
 from brainprior_bids.bids.files import read_json, write_json, write_text
-from brainprior_bids.bids.names import named, sample_role
+from brainprior_bids.bids.names import named, residual_role, sample_role
 from brainprior_bids.bids.query import Scan
 from brainprior_bids.engine.errors import UsageError
 
@@ -45,6 +45,9 @@ DESCRIPTIONS = {
     "restoredInpainted": "as restored, the voxels under the lesion mask not believed",
     "residual": "scan minus what the samples predict for it (mean over samples), in units of the "
     "standard deviation of the noise as estimated before sampling",
+    "refinedResidual": "the image to refine minus what the samples predict for it (mean over "
+    "samples), in units of --trust",
+    "fusedResidual": "as residual, of a fused run that is not the reference, on its own voxels",
     "brain": "brain mask; its sidecar says what it was made by",
     "structures": "brain structures, FreeSurfer's label values; the sidecar says what made them",
 }
@@ -109,7 +112,11 @@ def write_dataset_files(
     derivatives : name -> root, optional
         Other data sets to link.
     """
-    links = {name: Path(path).as_uri() for name, path in (derivatives or {}).items()}
+    described = output_dir / "dataset_description.json"
+    # those of earlier runs too: the sidecars that they left name files by them
+    links = read_json(described).get("DatasetLinks", {}) if described.is_file() else {}
+    links |= {name: Path(path).as_uri() for name, path in (derivatives or {}).items()}
+    links["raw"] = bids_dir.as_uri()
     description: dict[str, Any] = {
         "Name": f"brainprior: restored images of {raw.get('Name', 'an unnamed data set')}",
         "BIDSVersion": BIDS_VERSION,
@@ -122,7 +129,7 @@ def write_dataset_files(
                 **({"Container": found} if (found := container()) else {}),
             }
         ],
-        "DatasetLinks": {"raw": bids_dir.as_uri(), **links},
+        "DatasetLinks": links,
         "HowToAcknowledge": "Cite brainprior (CITATION.cff in its repository) and the raw data.",
     }
     if raw.get("License"):
@@ -131,7 +138,7 @@ def write_dataset_files(
     if raw.get("DatasetDOI"):
         source["DOI"] = raw["DatasetDOI"]
     description["SourceDatasets"] = [source]
-    write_json(output_dir / "dataset_description.json", description)
+    write_json(described, description)
     write_text(output_dir / ".bidsignore", "\n".join(BIDSIGNORE) + "\n")
     rows = [f"desc-{key}\t{text}" for key, text in descriptions().items()]
     write_text(output_dir / "descriptions.tsv", "\n".join(["desc_id\tdescription", *rows]) + "\n")
@@ -231,10 +238,12 @@ def sidecars(
     prior = restore["prior"]
     used = [file["uri"] for file in (facts.get("given") or {}).values()]
     hidden = [bids_uri(outputs["hidden"])] if "hidden" in outputs else []
-    # another tool's image that was refined alone stands for the scan
-    sources = [*([] if image_desc == "refined" else [raw]), *used, mask, *hidden]
+    alone = image_desc == "refined"
+    if alone:  # another tool's image stands for the scan: nothing of this is the scan's
+        raw = facts["given"]["refined"]["uri"]
+    sources = [*([] if alone else [raw]), *used, mask, *hidden]
     image: dict[str, Any] = {
-        **{key: scan.metadata[key] for key in INHERITED if key in scan.metadata},
+        **{key: scan.metadata[key] for key in INHERITED if key in scan.metadata and not alone},
         "SkullStripped": image_desc != "inpainted" or _came_stripped(facts),
         "Sources": sources,
         "Sampler": restore["sampler"],
@@ -261,7 +270,7 @@ def sidecars(
     made: dict[str, dict[str, Any]] = {
         "restored": {"Description": description, **image, **estimator},
         "residual": {
-            "Description": DESCRIPTIONS["residual"],
+            "Description": DESCRIPTIONS["refinedResidual" if alone else "residual"],
             "SkullStripped": True,
             "Sources": [raw, restored],
             "NoiseStandardDeviation": restore["noise_sd_initial"] * restore["unit"],
@@ -323,6 +332,15 @@ def sidecars(
             **image,
             "IntervalHalfWidths": interval_half_widths(restore["n_samples"]),
         }
+    for run in restore.get("runs") or ():
+        role = residual_role(run["name"])
+        if role in outputs:
+            made[role] = {
+                **made["residual"],
+                "Description": DESCRIPTIONS["fusedResidual"],
+                "Sources": [facts["given"][run["name"]]["uri"], restored],
+                "NoiseStandardDeviation": run["noise_sd"] * restore["unit"] / run["gain"],
+            }
     for index, seed in enumerate(restore["sample_seeds"]):
         role = sample_role(index)
         if role in outputs:

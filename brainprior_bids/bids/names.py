@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -155,6 +155,11 @@ def sample_role(index: int) -> str:
     return f"sample{index + 1:02d}"
 
 
+def residual_role(run: str) -> str:
+    """Of the residual of a fused run that is not the reference; ``run`` is its name's stem."""
+    return f"residual of {run}"
+
+
 def output_names(
     source: BIDSName,
     *,
@@ -163,8 +168,11 @@ def output_names(
     save_samples: bool = False,
     image: str = "restored",
     native: bool = False,
+    runs: Sequence[BIDSName] = (),
 ) -> dict[str, str]:
     """What one restored scan leaves in ``sub-XX/[ses-YY/]anat``: role -> file name.
+
+    ``runs`` are those that were fused with the reference, whose residual is ``residual``.
 
     Masks and label images of a T1w carry no ``space-``; those of another contrast carry
     ``space-<suffix>``, because without it they would be read as the T1w's.
@@ -197,6 +205,8 @@ def output_names(
         for index in range(n_samples):
             role = sample_role(index)
             names[role] = source.derivative(desc=f"{image}{role.capitalize()}")
+    for run in runs:
+        names[residual_role(run.stem)] = run.derivative(extension=".nii.gz", desc="fusedResidual")
     if "npainted" in image:
         names["hidden"] = source.derivative("mask", space=space, label="lesion", desc=image)
     # the scan inpainted keeps its own grid, skull and bias; the transforms stay: they cost nothing

@@ -76,13 +76,17 @@ def execute(jobs: Sequence[Any], settings: Settings, weights: dict[str, Path]) -
         finally:  # after an interrupt, and with --stop-on-first-crash, nodes may still be running
             if not settings.debug:
                 pool.stop()
+    every_step = workflow.list_node_names()
     for job, folder in zip(jobs, folders, strict=True):
         summary = status.read_summary(
             settings.output_dir, result_name(job.scan.name, settings.image)
         )
         if summary is None or summary["status"] == "running":
             error = why_not_ended(job.scan, folder, settings, crashed)
-            write_failure(job.scan, settings, error, nodes=step_records(folder))
+            inside = f"{folder.name}."
+            steps = [name.removeprefix(inside) for name in every_step if name.startswith(inside)]
+            records = step_records(folder, steps, error.get("node"))
+            write_failure(job.scan, settings, error, nodes=records)
     if isinstance(crashed, KeyboardInterrupt):
         status.rebuild_status(settings.output_dir)
         rebuild_qc(settings.output_dir)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -97,13 +97,18 @@ def _summary(scan: Scan, settings: Settings) -> dict[str, Any]:
     }
 
 
-def step_records(folder: Path) -> list[dict[str, Any]]:
-    """Time and memory of the steps that a scan got through, in their order."""
+def step_records(folder: Path, steps: Collection[str], last: str | None) -> list[dict[str, Any]]:
+    """Time and memory of the steps that a scan got through, in their order.
+
+    Another task may have worked in the folder: what is not of this one's ``steps``, and what comes
+    after ``last``, the step that failed, is its record.
+    """
     from brainprior_bids.bids.files import read_json
     from brainprior_bids.interfaces.base import RECORD
     from brainprior_bids.workflows.scan import NODES
 
-    paths = (folder / name / RECORD for name in NODES)
+    reached = NODES[: NODES.index(last)] if last in NODES else NODES
+    paths = (folder / name / RECORD for name in reached if name in steps)
     return [read_json(path) for path in paths if path.exists()]
 
 

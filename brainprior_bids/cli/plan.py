@@ -72,6 +72,7 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
             save_samples=settings.save_samples,
             native=settings.output_grid == "native",
             image=settings.image,
+            runs=[run.name for run in scan.runs[1:]],
         )
         for name in names.values():
             print(f"  {scan.name.folder}/anat/{name}")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from base64 import b64decode
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -17,7 +18,14 @@ from nipype.interfaces.base import File, InputMultiPath, OutputMultiPath, isdefi
 from brainprior_bids import __version__
 from brainprior_bids.bids.derivatives import sidecars, structures_table
 from brainprior_bids.bids.files import publish, read_json, to_json
-from brainprior_bids.bids.names import BIDSName, named, output_names, result_name, sample_role
+from brainprior_bids.bids.names import (
+    BIDSName,
+    named,
+    output_names,
+    residual_role,
+    result_name,
+    sample_role,
+)
 from brainprior_bids.bids.provenance import scan_records, sha256_file
 from brainprior_bids.bids.query import Scan
 from brainprior_bids.bids.status import read_summary, summary_path, write_summary
@@ -26,6 +34,7 @@ from brainprior_bids.interfaces.base import (
     MeasuredInterface,
     MeasuredOutputSpec,
 )
+from brainprior_bids.settings import TASKS
 
 IMAGES = (
     "hidden", "uncertainty", "restored_mni305", "restored_native", "residual", "mask",
@@ -113,6 +122,8 @@ class _WriteInputSpec(_ScanFilesInputSpec):
     from_mni305 = File(exists=True, mandatory=True)
     lesion_json = File(exists=True, desc="of Lesion")
     restored_native = File(exists=True, desc="the whole head on the scan's grid")
+    runs_json = File(exists=True, desc="of Align: the other runs that were fused")
+    run_residuals = InputMultiPath(File(exists=True), desc="of each of them")
     samples = InputMultiPath(File(exists=True), desc="every sample, where they are to be kept")
     figures = InputMultiPath(File(exists=True))
     records = InputMultiPath(File(exists=True), desc="node.json of the nodes before")
@@ -179,6 +190,7 @@ class Write(MeasuredInterface):
             digests = [
                 (roles.get(path, "sidecar"), path, sha256_file(staging / path)) for path in staged
             ]
+            warnings += _replaced(output_dir, scan.name, inputs.image_desc, digests)
             input_sha256 = sha256_file(scan.path)
             records = scan_records(
                 scan,
@@ -241,6 +253,7 @@ class Write(MeasuredInterface):
         """
         inputs = self.inputs
         samples = list(inputs.samples) if isdefined(inputs.samples) else []
+        runs = read_json(Path(inputs.runs_json))["runs"] if isdefined(inputs.runs_json) else []
         names = output_names(
             scan.name,
             n_samples=facts["restore"]["n_samples"] if isdefined(inputs.uncertainty) else 1,
@@ -248,12 +261,12 @@ class Write(MeasuredInterface):
             save_samples=bool(samples),
             image=inputs.image_desc,
             native=isdefined(inputs.restored_native),
+            runs=[BIDSName.parse(run["name"]) for run in runs],
         )
         anat = PurePosixPath(scan.name.folder) / "anat"
         outputs = {role: str(anat / name) for role, name in names.items()}
         (staging / anat).mkdir(parents=True)
-        code = facts["conform"]["facts"]["affine"]["code"]
-        original = facts["conform"]["facts"]["original"]
+        code, original = _header(facts["conform"])
         own_grid = {"residual", "hidden", "restored_native"}
         if inputs.image_desc == "inpainted":
             own_grid |= {role for role in outputs if role.startswith("sample")}
@@ -264,6 +277,10 @@ class Write(MeasuredInterface):
             if role in outputs:
                 header = original if role in own_grid else None
                 _copy_image(Path(file), staging / outputs[role], role, code, header)
+        for run, file in zip(runs, inputs.run_residuals if runs else (), strict=True):
+            role = residual_role(run["name"])
+            header = _header(read_json(Path(run["files"]["conform"])))
+            _copy_image(Path(file), staging / outputs[role], role, *header)
         for role in TEXTS:
             shutil.copyfile(getattr(inputs, role), staging / outputs[role])
         _write(
@@ -298,6 +315,41 @@ class Write(MeasuredInterface):
         }:
             if path not in staged:
                 (output_dir / path).unlink(missing_ok=True)
+
+
+def _replaced(
+    output_dir: Path, scan: BIDSName, image: str, digests: Sequence[tuple[str, str, str]]
+) -> list[str]:
+    """A warning where mask, structures or transforms of another task's result get others."""
+    changed: dict[str, None] = {}
+    results = []
+    for other in TASKS.values():
+        result = result_name(scan, other)
+        previous = (read_summary(output_dir, result) if other != image else None) or {}
+        held = set(previous.get("outputs", ()))
+        found = [
+            PurePosixPath(path).name
+            for _, path, digest in digests
+            if path.endswith((".nii.gz", ".txt"))
+            and path in held
+            and (output_dir / path).is_file()
+            and sha256_file(output_dir / path) != digest
+        ]
+        if found:
+            changed |= dict.fromkeys(found)
+            results.append(result)
+    if not changed:
+        return []
+    return [
+        f"{result_name(scan, image)}: {', '.join(changed)} replaced those of "
+        f"{', '.join(results)}, which came from other settings or another version. Make that "
+        "again with these, or use an output folder for each."
+    ]
+
+
+def _header(conformed: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """A scan's sform code and what ``conform`` noted of its header."""
+    return conformed["facts"]["affine"]["code"], conformed["facts"]["original"]
 
 
 def _rename(path: Path, image: str) -> Path:

@@ -109,6 +109,9 @@ class _RestoreOutputSpec(MeasuredOutputSpec):
     uncertainty = File(desc="SD of the samples, same grid and units; with 2 samples or more")
     log_bias = File(desc="natural log of the bias field found, on the scan's grid")
     residual = File(desc="scan minus its prediction, in SDs of the noise, on the scan's grid")
+    run_residuals = OutputMultiPath(
+        File(), desc="with runs_json: the residual of each other run, on its own grid"
+    )
     samples = OutputMultiPath(File(), desc="with save_samples: each sample, as restored")
     restore_json = File(desc="noise, residuals, calls, schedule, weights")
 
@@ -153,7 +156,7 @@ class Restore(MeasuredInterface):
         )
         runs: list[dict[str, Any]] = []
         if isdefined(self.inputs.runs_json):
-            done, runs = self._fuse(acquisition, common)
+            done, runs = self._fuse(acquisition, common, folder)
         else:
             done = restore(
                 np.asarray(image.dataobj, np.float32),
@@ -259,9 +262,12 @@ class Restore(MeasuredInterface):
         return [*warnings, *done.warnings]
 
     def _fuse(
-        self, acquisition: Acquisition, common: Common
+        self, acquisition: Acquisition, common: Common, folder: Path
     ) -> tuple[Restoration, list[dict[str, Any]]]:
-        """The result of all runs, and what was found of each, the reference first."""
+        """The result of all runs, and what was found of each, the reference first.
+
+        The residuals of the others go into ``folder``.
+        """
         from brainprior_bids.engine.fusion import Run, fuse
 
         told = read_json(Path(self.inputs.runs_json))
@@ -293,6 +299,14 @@ class Restore(MeasuredInterface):
             ],
             **common,
         )
+        self._results["run_residuals"] = [
+            save(
+                explained.residual_map,
+                grid_of(nib.load(run["files"]["scan"])),
+                folder / f"{run['name']}_residual.nii.gz",
+            )
+            for run, explained in zip(every[1:], found[1:], strict=True)
+        ]
         facts = [
             {
                 **{key: value for key, value in run.items() if key not in ("files", "hashes")},

@@ -20,7 +20,7 @@ import jinja2
 from brainprior_bids.bids.files import read_json
 from brainprior_bids.bids.qc import concerns, metrics, relative_scores, verdict
 from brainprior_bids.bids.status import FINISHED, read_summaries
-from brainprior_bids.reports import atlas
+from brainprior_bids.reports import atlas, measured
 from brainprior_bids.reports.assembler import ScanSection, TextSection, assemble
 from brainprior_bids.reports.methods import methods_text, of_summary, to_html
 
@@ -96,6 +96,7 @@ def _summary(scans: Sequence[Mapping[str, Any]]) -> str:
         "summary.html.j2",
         scans=rows,
         failed=sum(scan.get("status") == "failed" for scan in scans),
+        lesions=measured.lesions(_get(scan, "facts", "restore") or {} for scan in scans),
         columns=[{"title": title, "number": title in numbers} for title in titles],
     )
 
@@ -157,9 +158,6 @@ def _sliced(axis: Any, source: str | None) -> str:
     return AXES[axis] + (f" (from: {source})" if source else "")
 
 
-COVERAGE = "not in the header of the weights; the model card has what was measured"
-
-
 def _restore_rows(scan: Mapping[str, Any]) -> Rows:
     restore = _get(scan, "facts", "restore") or {}
     unit = restore.get("unit")
@@ -194,7 +192,10 @@ def _restore_rows(scan: Mapping[str, Any]) -> Rows:
         ("Misfit by the noise after sampling", ", ".join(f"{r:.2f}" for r in final) or MISSING),
         ("Correlation of its neighbours", _correlation(restore)),
         ("Prior", str(_get(restore, "prior", "name") or MISSING)),
-        ("Coverage of its intervals", str(_get(restore, "prior", "coverage") or COVERAGE)),
+        (
+            "Coverage of its intervals",
+            measured.coverage(restore, task=str(scan.get("task") or "restore")),
+        ),
         ("Seed", str(scan.get("seed") if scan.get("seed") is not None else MISSING)),
     ]
 
