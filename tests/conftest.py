@@ -4,9 +4,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from brainprior_bids.evaluation.demo import Demo
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -17,6 +22,30 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip("no real scans beside this checkout")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def demo_head() -> Demo:
+    """The demo's person, made once (a quarter of a minute); nobody may write into it."""
+    from brainprior_bids.evaluation import demo
+
+    made = demo.make_demo()
+    for array in (made.scan, made.truth, made.brain):
+        array.setflags(write=False)
+    return made
+
+
+@pytest.fixture(scope="session")
+def write_demo(demo_head: Demo) -> Callable[[Path], Path]:
+    """``demo.write_demo`` with that person."""
+    from brainprior_bids.evaluation import demo
+
+    def write(out: Path) -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(demo, "make_demo", lambda: demo_head)
+            return demo.write_demo(out)
+
+    return write
 
 
 @pytest.fixture

@@ -66,9 +66,8 @@ def digests(root: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def raw(tmp_path_factory):
-    root = tmp_path_factory.mktemp("app") / "raw data"
-    demo.write_demo(root)
+def raw(tmp_path_factory, write_demo):
+    root = write_demo(tmp_path_factory.mktemp("app") / "raw data")
     good = root / "sub-01" / "anat" / "sub-01_T1w.nii.gz"
     image = nib.load(good)
     data = np.asarray(image.dataobj)

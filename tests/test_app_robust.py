@@ -19,7 +19,6 @@ import psutil
 import pytest
 
 from brainprior_bids.cli.run import main
-from brainprior_bids.evaluation import demo
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -27,10 +26,9 @@ SLAB = (slice(20, 172), slice(14, 210), slice(14, 22))
 
 
 @pytest.fixture(scope="module")
-def raw(tmp_path_factory):
+def raw(tmp_path_factory, write_demo):
     """Two participants with the same slab."""
-    root = tmp_path_factory.mktemp("robust") / "raw"
-    demo.write_demo(root)
+    root = write_demo(tmp_path_factory.mktemp("robust") / "raw")
     scan = root / "sub-01" / "anat" / "sub-01_T1w.nii.gz"
     image = nib.load(scan).slicer[SLAB]
     nib.save(nib.Nifti1Image(image.get_fdata().astype("int16"), image.affine), scan)

@@ -17,17 +17,16 @@ from brainprior_bids.evaluation import demo
 
 
 @pytest.fixture(scope="module")
-def made():
-    return demo.make_demo()
+def made(demo_head):
+    return demo_head
 
 
 @pytest.fixture(scope="module")
 def written(made, tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "bids"
-    patch = pytest.MonkeyPatch()
-    patch.setattr(demo, "make_demo", lambda: made)
-    assert demo.main([str(out)]) == 0
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "make_demo", lambda: made)
+        assert demo.main([str(out)]) == 0
     return out
 
 

@@ -14,7 +14,6 @@ from brainprior_bids import scan
 from brainprior_bids.engine.denoiser import ErrorSpectrum, Precondition, Prior
 from brainprior_bids.engine.errors import AnatomyError, InputError
 from brainprior_bids.engine.unet import UNet
-from brainprior_bids.evaluation import demo
 
 FIRST, SECOND = re.findall(
     r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs/engine.md").read_text(), re.DOTALL
@@ -29,11 +28,11 @@ def answers_0():
     )
 
 
-def test_the_five_lines_of_the_page_restore_a_scan(tmp_path, monkeypatch):
+def test_the_five_lines_of_the_page_restore_a_scan(demo_head, tmp_path, monkeypatch):
     """As they stand there, but for a network that answers 0 and fewer, shorter chains; the brain
     is found by the embedded parcellation."""
     assert len([line for line in FIRST.splitlines() if line]) == 5
-    made = demo.make_demo()
+    made = demo_head
     monkeypatch.chdir(tmp_path)
     image = nib.Nifti1Image(made.scan.astype(np.float32), made.scan_grid.affine)
     nib.save(image, "sub-01_T1w.nii.gz")
