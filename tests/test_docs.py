@@ -55,7 +55,7 @@ def test_the_reports_figures_are_those_of_the_pages_and_of_the_embedded_prior():
         assert re.findall(r"(\d+) %", line) == [str(row["50"]), str(row["90"])]
     lines = (DOCS / "usage.md").read_text().splitlines()
     for row in held["lesions"]["rows"]:
-        start = f"| {row['slices_mm']} mm | {row['diameter_mm']} mm |"
+        start = f"| {row['slices_mm']} mm | {row['size'].removesuffix(' across')} |"
         (line,) = (line for line in lines if line.startswith(start))
         kept = [float(cell) for cell in line.removeprefix(start).split("|")[:4]]
         assert (min(kept), max(kept)) == (row["least"], row["most"])

@@ -283,11 +283,11 @@ def test_what_was_measured_of_the_prior_is_said_of_it_alone(tmp_path):
     restore = {"prior": {"sha256": embedded}, "contrast": "T1w", "sampler": "eps"}
     write_summary(tmp_path, summary("sub-2_T1w", facts={"restore": restore}))
     text = build_subject_report(tmp_path, "2").read_text()
-    for said in ("50 and 90 % intervals held the truth", "keeps of a lesion&#39;s contrast"):
+    for said in ("50 and 90 % intervals of a mean held", "keeps of a lesion&#39;s contrast"):
         assert said in text
     assert "Not measured for" not in text
     assert coverage({**restore, "sampler": "exact"}, task="inpaint").endswith(
-        "Not measured for exact, inpaint."
+        "Not measured for the sampler exact, the task inpaint."
     )
     other = {**restore, "prior": {"sha256": "0" * 64}}
     assert coverage(other, task="restore") == "not measured for these weights"

@@ -33,7 +33,7 @@ def find_lesion(scan: Scan, settings: Settings) -> Path:
     name = scan.name
     if settings.lesion_mask is not None:
         found, pattern = by_pattern(settings.lesion_mask, scan, settings)
-        return _one(found, scan, [f"--lesion-mask {pattern}"], ())
+        return _one(found, scan, f"--lesion-mask {pattern}", "")
     places = [(Path(path), "mask") for path in settings.derivatives.values()]
     places.append((settings.bids_dir, "roi"))
     looked, others = [], []
@@ -42,9 +42,11 @@ def find_lesion(scan: Scan, settings: Settings) -> Path:
         every = _candidates(root.glob(f"sub-{scan.subject}/**/anat/*_{suffix}.nii*"))
         mine = [path for path, mask in every if _belongs(mask, name)]
         if mine:
-            return _one(mine, scan, looked, ())
+            return _one(mine, scan, "", "")
         others += [path for path, mask in every if mask.get("ses") != name.get("ses")]
-    return _one([], scan, looked, others)
+    hint = "".join(f" {path.name} is of another session." for path in others)
+    hint += " A mask on a scan other than the T1w is named space-<suffix>, such as space-T2w."
+    return _one([], scan, ", ".join(looked), hint)
 
 
 def by_pattern(pattern: str, scan: Scan, settings: Settings) -> tuple[list[Path], str]:
@@ -77,7 +79,7 @@ def _belongs(mask: BIDSName, scan: BIDSName) -> bool:
     return all(same_value(scan.get(key), value) for key, value in mask.entities if key not in OWN)
 
 
-def _one(found: list[Path], scan: Scan, looked: list[str], others: Iterable[Path]) -> Path:
+def _one(found: list[Path], scan: Scan, looked: str, hint: str) -> Path:
     if len(found) == 1:
         return found[0]
     if found:
@@ -86,8 +88,4 @@ def _one(found: list[Path], scan: Scan, looked: list[str], others: Iterable[Path
             f"({', '.join(path.name for path in found)}); one is needed. Remove the others, or "
             "name one with --lesion-mask."
         )
-    hint = "".join(f" {path.name} is of another session." for path in others)
-    raise InputError(
-        f"{scan.name.stem}: no lesion mask; looked for {', '.join(looked)}.{hint} A mask on a "
-        "scan other than the T1w is named space-<suffix>, such as space-T2w."
-    )
+    raise InputError(f"{scan.name.stem}: no lesion mask; looked for {looked}.{hint}")

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -38,13 +38,10 @@ def coverage(restore: Mapping[str, Any], *, task: str) -> str:
     if prior.get("sha256") != held["prior_sha256"]:
         return "not measured for these weights"
     found = held["coverage"]
-    said = "; ".join(
-        f"slices of {row['slices_mm']:g} mm, mean of {row['of']}: {row['50']} and {row['90']} %"
-        for row in found["rows"]
-    )
-    text = f"50 and 90 % intervals held the truth ({found['how']}) in: {said}."
+    said = _by_slices(found["rows"], "of", lambda row: f"{row['50']} and {row['90']} %")
+    text = f"50 and 90 % intervals of a mean held the truth ({found['how']}): {said}."
     kinds = {"contrast": restore.get("contrast"), "sampler": restore.get("sampler"), "task": task}
-    other = [str(kind) for key, kind in kinds.items() if kind != found["of"][key]]
+    other = [f"the {key} {kind}" for key, kind in kinds.items() if kind != found["of"][key]]
     if other:
         text += f" Not measured for {', '.join(other)}."
     return text
@@ -56,9 +53,18 @@ def lesions(restores: Iterable[Mapping[str, Any]]) -> str:
     if not any((r.get("prior") or {}).get("sha256") == held["prior_sha256"] for r in restores):
         return ""
     found = held["lesions"]
-    said = "; ".join(
-        f"{row['diameter_mm']:g} mm across in slices of {row['slices_mm']:g} mm: "
-        f"{row['least']:.0%} to {row['most']:.0%}"
-        for row in found["rows"]
+    said = _by_slices(
+        found["rows"], "size", lambda row: f"{100 * row['least']:.0f}-{100 * row['most']:.0f} %"
     )
-    return f"Measured ({found['how']}), a restored image keeps of a lesion's contrast: {said}."
+    return f"A restored image keeps of a lesion's contrast ({found['how']}): {said}."
+
+
+def _by_slices(
+    rows: Iterable[Mapping[str, Any]], key: str, said: Callable[[Mapping[str, Any]], str]
+) -> str:
+    """``of 4 mm: 93 % (slices of 1 mm), 37 % (5 mm); of 8 mm: ...``, in the rows' order."""
+    parts: dict[str, list[str]] = {}
+    for row in rows:
+        here = parts.setdefault(row[key], [])
+        here.append(f"{said(row)} ({'' if here else 'slices of '}{row['slices_mm']:g} mm)")
+    return "; ".join(f"{name}: {', '.join(values)}" for name, values in parts.items())
