@@ -6,10 +6,11 @@
 The "other tool" is the truth blurred by a Gaussian of SD 1 mm, or sharpened (the truth plus what
 that blur takes from it): derivative data sets beside a raw one with the person's scan (slices of
 ``--spacing`` mm, 1 % noise). ``brainprior`` restores the scan alone, refines each image alone
-(``--task refine``), and both together (``--task restore refine``), at each trust. RMSE inside the
-truth's mask, in units of its 99th percentile, after one gain, and after a gain that may vary
-slowly (``slow gain``: of the refined image alone no bias field is estimated). ``misfit`` is that
-of the samples to what they were given, in units of its stated error.
+(``--task refine``), and both together (``--task restore refine``), at each trust. RMSE inside both
+the given mask and the program's own, in units of the truth's 99th percentile, after one gain, and
+after a gain that may vary slowly (``slow gain``: of the refined image alone no bias field is
+estimated). ``misfit`` is that of the samples to what they were given, in units of its stated
+error.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ HOWS = {
     "both": ("with the scan", "restoredRefined", ("restore", "refine")),
 }
 """--tasks -> in the table, image of the command, its tasks."""
+SCAN_ALONE = "the-scan-alone"
+STRIPPED = "share of the given mask that is stripped from the scan, and not judged"
 
 
 def other_tool(truth: np.ndarray, inside: np.ndarray, kind: str) -> np.ndarray:
@@ -67,13 +70,18 @@ def one_brain(path: Path, args: argparse.Namespace, record: Record, runs: Runs) 
         metadata={"SliceThickness": args.spacing, "SpacingBetweenSlices": args.spacing,
                   "MRAcquisitionType": "2D"},
     )  # fmt: skip
+    output_dir = runs.command(bids_dir, SCAN_ALONE, "--task", "restore")
+    own_mask = read(output_dir, stem, "restored", role="mask")
+    kept = resample(own_mask.data.astype(np.float32), own_mask.grid, grid, order=1) > 0.5
+    record.add(STRIPPED, {"value": 1 - float(kept[inside].mean())})
+    judged = inside & kept  # the masks of some of these brains hold vessels and fat
     shown = {"truth": truth}
 
     def note(label: str, image: np.ndarray, misfit: Sequence[float] = ()) -> None:
-        shown[label] = matching_gain(image, truth, inside) * image
-        flat = image * matching_field(image, truth, inside)
-        row = {"RMSE": compare(shown[label], truth, inside)["rmse"],
-               "slow gain": compare(flat, truth, inside)["rmse"]}  # fmt: skip
+        shown[label] = matching_gain(image, truth, judged) * image
+        flat = image * matching_field(image, truth, judged)
+        row = {"RMSE": compare(shown[label], truth, judged)["rmse"],
+               "slow gain": compare(flat, truth, judged)["rmse"]}  # fmt: skip
         if misfit:
             row["misfit"] = float(np.mean(misfit))
         record.add(label, row)
@@ -87,7 +95,7 @@ def one_brain(path: Path, args: argparse.Namespace, record: Record, runs: Runs) 
         ratios = facts(output_dir, stem, image)["residual_ratios"]
         note(label, resample(volume.data, volume.grid, grid), ratios)
 
-    made("- | the scan alone | -", "restored", "--task", "restore")
+    made(f"- | {SCAN_ALONE.replace('-', ' ')} | -", "restored", "--task", "restore")
     for tool in args.tools:
         image = other_tool(truth, inside, tool)
         other = runs.folder / tool

@@ -240,6 +240,11 @@ def test_runs_of_one_person_are_fused_and_of_two_refused(head, tmp_path):
     side = json.loads((output_dir / "sub-01/anat/sub-01_desc-restored_T1w.json").read_text())
     moved = np.array(side["FusedRuns"][1]["ToReference"])
     np.testing.assert_allclose(moved[:3, 3], (-3, 2, -1), atol=1.0)
+    left = nib.load(output_dir / "sub-01/anat/sub-01_run-2_desc-fusedResidual_T1w.nii.gz")
+    np.testing.assert_allclose(left.affine, turned, atol=1e-4)
+    z = np.asarray(left.dataobj)  # on that run's own voxels
+    ratio = side["FusedRuns"][1]["ResidualRatios"][0]
+    assert np.sqrt(np.square(z[z != 0]).mean()) == pytest.approx(ratio, rel=0.05)
     side = json.loads((output_dir / "sub-03/anat/sub-03_desc-restored_PDw.json").read_text())
     assert side["OutsideTrainingContrasts"] is True
     assert "outside of the contrasts" in (output_dir / "sub-03.html").read_text()
