@@ -67,6 +67,7 @@ def descriptions() -> dict[str, str]:
         named(image, part): f"of desc-{image}: {plain[part]}"
         for image in images
         for part in parts[image]
+        if named(image, part) not in DESCRIPTIONS
     }
 
 
