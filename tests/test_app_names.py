@@ -125,7 +125,7 @@ def test_every_desc_that_a_task_writes_is_described():
     written = {
         BIDSName.parse(file).get("desc")
         for image in TASKS.values()
-        for file in output_names(source, n_samples=2, image=image).values()
+        for file in output_names(source, n_samples=2, image=image, runs=[source]).values()
     }
     assert written - {None} <= set(descriptions())
     samples = {f"{image}Sample01" for image in TASKS.values()}

@@ -336,13 +336,13 @@ def test_an_inpainted_scan_is_the_scan_outside_the_mask(files, raw, output_dir, 
     assert read_summary(output_dir, "sub-01_ses-a_FLAIR")["task"] == "restore"
     summary = read_summary(output_dir, "sub-01_ses-a_desc-inpainted_FLAIR")
     assert summary["task"] == "inpaint"
-    assert not summary["warnings"]
+    assert not any("replaced" in said for said in summary["warnings"])
     # but with another mask than the one of the restored image
     half = np.asarray(nib.load(files["mask"]).dataobj).copy()
     half[20:] = 0
     asked["mask"] = save(half, grid.one_millimetre(), tmp_path / "half.nii.gz")
     run(writer(asked, raw, output_dir), tmp_path / "w2")
-    (said,) = read_summary(output_dir, "sub-01_ses-a_desc-inpainted_FLAIR")["warnings"]
+    *_, said = read_summary(output_dir, "sub-01_ses-a_desc-inpainted_FLAIR")["warnings"]
     assert "_space-FLAIR_desc-brain_mask.nii.gz replaced those of sub-01_ses-a_FLAIR" in said
 
 
