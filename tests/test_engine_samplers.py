@@ -419,10 +419,8 @@ class WithoutHalf:
         return 2 * self.data.misfit_gradient(x)
 
 
-@WORLDS
-@pytest.mark.parametrize("settings", [SETTINGS, HMC], ids=["Langevin", "HMC"])
-@pytest.mark.parametrize("half", [True, False])
-def test_daps_follows_its_own_law_and_not_without_the_half(half, settings, world):
+def walk(world, settings, half=True):
+    """How far DAPS ends from its own law, in standard errors."""
     generator = torch.Generator().manual_seed(4)
     y = world.measurement(draw_truth(world, generator), generator)
     data = world.likelihood(y)
@@ -433,8 +431,19 @@ def test_daps_follows_its_own_law_and_not_without_the_half(half, settings, world
         shape=world.shape,
         generator=generator,
     )
-    errors = standard_errors(world, x, *daps_law(world, y, settings))
-    assert (max(errors) < 4) == half
+    return max(standard_errors(world, x, *daps_law(world, y, settings)))
+
+
+@WORLDS
+@pytest.mark.parametrize("settings", [SETTINGS, HMC], ids=["Langevin", "HMC"])
+@pytest.mark.parametrize("half", [True, False])
+def test_daps_follows_its_own_law_and_not_without_the_half(half, settings, world):
+    assert (walk(world, settings, half) < 4) == half
+
+
+@WORLDS
+def test_a_step_too_long_is_cut_to_the_stated_part_of_the_stability_limit(world):
+    assert walk(world, replace(HMC, step=1.0)) < 4
 
 
 def test_langevin_raises_when_it_diverges():
