@@ -228,6 +228,40 @@ def test_the_raw_view_has_the_sessions_without_a_head(raw, tmp_path):
         assert linked == [f"sub-01_ses-{session}_task-rest_bold.nii.gz" for session in found]
 
 
+def test_smripreps_own_workflow_has_nothing_left_to_do(raw, tmp_path, monkeypatch):
+    bids = pytest.importorskip("smriprep.utils.bids", reason="smriprep is not installed")
+    from niworkflows.utils.spaces import Reference, SpatialReferences
+    from smriprep.workflows.anatomical import init_anat_fit_wf
+
+    root = deliver(raw, tmp_path, monkeypatch, labels=("02",))["fmriprep"]
+    spaces = SpatialReferences([])
+    spaces.checkpoint()
+
+    def nodes(precomputed):
+        workflow = init_anat_fit_wf(
+            bids_root=str(raw),
+            output_dir=str(tmp_path / "smriprep"),
+            freesurfer=False,
+            hires=False,
+            fs_no_resume=False,
+            longitudinal=False,
+            msm_sulc=False,
+            t1w=[str(raw / f"sub-02/anat/sub-02_run-{run}_T1w.nii.gz") for run in (1, 2)],
+            t2w=[],
+            flair=[],
+            skull_strip_mode="skip",
+            skull_strip_template=Reference("OASIS30ANTs"),
+            spaces=spaces,
+            precomputed=precomputed,
+            omp_nthreads=1,
+        )
+        return {name.split(".")[0] for name in workflow.list_node_names()}
+
+    work = {"anat_template_wf", "fast"}  # averaging, the tissues
+    assert work <= nodes({})
+    assert not nodes(bids.collect_derivatives(root, "02", [])) & work
+
+
 def test_an_export_says_where_it_comes_from_and_can_be_verified(
     raw, tmp_path, monkeypatch, capsys
 ):
