@@ -235,6 +235,26 @@ def test_map_finds_the_posterior_mean_of_a_gaussian(world):
     assert float(((samples.mean(1) - mean) / sd).square().mean().sqrt()) < 0.15
 
 
+def test_map_carries_its_noise_on():
+    """DDIM: between two levels the noise shrinks as they do."""
+    seen, found = [], torch.full((2, 2, 2), 0.3)
+
+    class Data:
+        def refine(self, mean, sigma, *, bias, noise):
+            pass
+
+        def expect(self, mean, sigma):
+            return found
+
+    def denoise(x, sigma):
+        seen.append(x)
+        return 0 * x
+
+    generator = torch.Generator().manual_seed(0)
+    estimate_map(denoise, Data(), [2.0, 0.5, 0.0], shape=(2, 2, 2), generator=generator)
+    torch.testing.assert_close(seen[1] - found, 0.25 * (seen[0] - found))
+
+
 # ---- a mixture of four ------------------------------------------------------------------------
 
 
@@ -444,6 +464,16 @@ def test_daps_follows_its_own_law_and_not_without_the_half(half, settings, world
 @WORLDS
 def test_a_step_too_long_is_cut_to_the_stated_part_of_the_stability_limit(world):
     assert walk(world, replace(HMC, step=1.0)) < 4
+
+
+def test_daps_puts_nothing_beyond_the_support():
+    data = LINE.likelihood(torch.ones(LINE.slices))
+    data.support[:10] = 0.0
+    settings = DapsSettings(n_levels=2, n_ode=1, n_langevin=2)
+    generator = torch.Generator().manual_seed(0)
+    x = sample_daps(LINE.wiener, data, settings, shape=LINE.shape, generator=generator)
+    assert not x[:10].any()
+    assert x[10:].all()
 
 
 def test_langevin_raises_when_it_diverges():
