@@ -30,7 +30,7 @@ from brainprior_bids.engine.errors import (
 from brainprior_bids.engine.grids import Grid
 from brainprior_bids.engine.likelihood import SliceLikelihood
 from brainprior_bids.engine.operators.slices import slice_weights
-from brainprior_bids.engine.restore import restore, sample_seed
+from brainprior_bids.engine.restore import _noise_given, _reduce, restore, sample_seed
 from brainprior_bids.engine.samplers.daps import DapsSettings
 
 GAIN = 700.0  # scanner units per unit of the phantom
@@ -336,6 +336,10 @@ def test_bias_is_found_from_nothing():
     found = run(case, n_samples=1, n_steps=20, refine_bias=True, bias_scale_mm=25)
     error = float((found.log_bias - case["field"])[brain].std())
     assert error < 0.3 * start
+    # the gain that was found is the image's: field times image is as bright as the scan
+    core, scan = case["arguments"]["mask"] > 0.99, case["arguments"]["scan"]
+    again = np.exp(found.log_bias) * block_mean(found.samples[0], [1, 1, 4])
+    assert again[core].sum() == pytest.approx(scan[core].sum(), rel=0.005)
     kept = run(case, n_samples=1, log_bias=case["field"], refine_bias=False)
     np.testing.assert_allclose(kept.log_bias[brain], case["field"][brain], atol=1e-6)
     without = run(case, n_samples=1, n_steps=20, refine_bias=False)
@@ -733,3 +737,19 @@ def test_a_mask_that_is_a_voxel_too_narrow_costs_nothing_with_a_rim():
 def test_a_rim_below_zero_is_refused():
     with pytest.raises(UsageError, match="rim_mm must be at least 0, got -1"):
         run(phantom(), rim_mm=-1)
+
+
+def test_a_map_of_the_noise_is_its_smallest_sd_and_the_variance_beyond():
+    sd = torch.rand(4, 5, 6, generator=torch.Generator().manual_seed(0)) + 0.1
+    brain = sd < 0.9
+    lowest, extra = _noise_given(sd, brain, 0.5, (4, 5, 6))
+    assert lowest == pytest.approx(0.5 * float(sd.min()))
+    torch.testing.assert_close((lowest**2 + extra)[brain], (0.5 * sd[brain]) ** 2)
+
+
+def test_white_noise_loses_what_the_crop_to_the_image_says():
+    noise = torch.randn(60, 50, 40, generator=torch.Generator().manual_seed(0))
+    less, factor = _reduce(noise, (40, 50, 30))
+    assert less.shape == (40, 50, 30)
+    assert factor == pytest.approx(math.sqrt(40 / 60 * 30 / 40))
+    assert float(less.std()) == pytest.approx(factor, rel=0.05)  # and the Nyquist frequency
