@@ -48,14 +48,21 @@ def test_the_comparison_names_options_that_exist():
 def test_the_reports_figures_are_those_of_the_pages_and_of_the_embedded_prior():
     held = json.loads((files("brainprior_bids") / "data" / "measured.json").read_text())
     assert held["prior_sha256"] == sha256_file(find_weights(None, kind="prior"))
-    lines = (DOCS / "tasks" / "samples.md").read_text().splitlines()
-    for row in held["coverage"]["rows"]:
-        start, regions = f"| {row['slices_mm']} mm", row["of"].removeprefix("whole ")
-        (line,) = (line for line in lines if line.startswith(start) and regions in line)
-        assert re.findall(r"(\d+) %", line) == [str(row["50"]), str(row["90"])]
+    scans, said = "", {}
+    for line in (DOCS / "tasks" / "samples.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if len(cells) == 5 and " mm, " in cells[0] + scans:  # below a condition the next ones' is
+            scans = cells[0] or scans
+            held_in = re.findall(r"(\d+) %", " ".join(cells[2:4]))
+            said[scans, re.sub(r"^\d+ ", "", cells[1])] = held_in
+    rows = held["coverage"]["rows"]
+    assert said == {
+        (row["scans"], row["of"].removeprefix("whole ")): [str(row["50"]), str(row["90"])]
+        for row in rows
+    }
     lines = (DOCS / "usage.md").read_text().splitlines()
     for row in held["lesions"]["rows"]:
-        start = f"| {row['slices_mm']} mm | {row['size'].removesuffix(' across')} |"
+        start = f"| {row['scans']} | {row['size'].removesuffix(' across')} |"
         (line,) = (line for line in lines if line.startswith(start))
         kept = [float(cell) for cell in line.removeprefix(start).split("|")[:4]]
         assert (min(kept), max(kept)) == (row["least"], row["most"])

@@ -38,8 +38,10 @@ def coverage(restore: Mapping[str, Any], *, task: str) -> str:
     if prior.get("sha256") != held["prior_sha256"]:
         return "not measured for these weights"
     found = held["coverage"]
-    said = _by_slices(found["rows"], "of", lambda row: f"{row['50']} and {row['90']} %")
-    text = f"50 and 90 % intervals of a mean held the truth ({found['how']}): {said}."
+    said = _by_scans(found["rows"], "of", lambda row: f"{row['50']} and {row['90']} %")
+    text = (
+        f"50 and 90 % intervals of a mean held the truth ({found['how']}; slices, noise): {said}."
+    )
     kinds = {"contrast": restore.get("contrast"), "sampler": restore.get("sampler"), "task": task}
     other = [f"the {key} {kind}" for key, kind in kinds.items() if kind != found["of"][key]]
     if other:
@@ -53,18 +55,17 @@ def lesions(restores: Iterable[Mapping[str, Any]]) -> str:
     if not any((r.get("prior") or {}).get("sha256") == held["prior_sha256"] for r in restores):
         return ""
     found = held["lesions"]
-    said = _by_slices(
+    said = _by_scans(
         found["rows"], "size", lambda row: f"{100 * row['least']:.0f}-{100 * row['most']:.0f} %"
     )
-    return f"A restored image keeps of a lesion's contrast ({found['how']}): {said}."
+    return f"A restored image keeps of a lesion's contrast ({found['how']}; slices): {said}."
 
 
-def _by_slices(
+def _by_scans(
     rows: Iterable[Mapping[str, Any]], key: str, said: Callable[[Mapping[str, Any]], str]
 ) -> str:
-    """``of 4 mm: 93 % (slices of 1 mm), 37 % (5 mm); of 8 mm: ...``, in the rows' order."""
+    """``4 mm across: 93 % (1 mm), 37 % (5 mm); 8 mm across: ...``, in the rows' order."""
     parts: dict[str, list[str]] = {}
     for row in rows:
-        here = parts.setdefault(row[key], [])
-        here.append(f"{said(row)} ({'' if here else 'slices of '}{row['slices_mm']:g} mm)")
+        parts.setdefault(row[key], []).append(f"{said(row)} ({row['scans']})")
     return "; ".join(f"{name}: {', '.join(values)}" for name, values in parts.items())
