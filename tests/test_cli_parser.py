@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -274,3 +275,15 @@ def test_a_work_folder_is_cleaned_of_our_own_only(tmp_path):
         (tmp_path / name).mkdir(parents=True)
     clean_work_dir(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_reader_that_stops_reading_is_no_crash(monkeypatch, capfd):
+    """``brainprior … | head``."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert main(["weights", "list"]) == 1
+    said = capfd.readouterr().err
+    assert "brainprior: stopped: " in said
+    assert "Traceback" not in said

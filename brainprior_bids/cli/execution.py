@@ -40,11 +40,10 @@ def execute(jobs: Sequence[Any], settings: Settings, weights: dict[str, Path]) -
     if settings.write_graph:
         logs = settings.output_dir / "logs"
         logs.mkdir(exist_ok=True)
-        workflow.write_graph(
-            str(logs / "graph.dot"),
-            graph2use="colored",
-            format="svg" if shutil.which("dot") else "dot",  # a picture needs Graphviz
-        )
+        kind = "svg" if shutil.which("dot") else "dot"
+        workflow.write_graph(str(logs / "graph.dot"), graph2use="colored", format=kind)
+        hint = "" if kind == "svg" else " (a picture of it needs Graphviz, which is not installed)"
+        LOG.info("graph: %s%s", logs / f"graph.{kind}", hint)
     base = settings.work_dir / workflow.name
     folders = [base / f"{job.scan.name.node_name}_wf" for job in jobs]
     for folder in folders:  # only these: another process may be at work on other scans

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -26,7 +27,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     -------
     0 every requested scan is done; 1 something failed; 2 the request cannot be carried out.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _command(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError as error:  # `brainprior … | head`: nobody reads on
+        print(f"brainprior: stopped: {error}", file=sys.stderr)
+        closed = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(closed, sys.stdout.fileno())  # Python flushes once more when it ends
+        os.close(closed)
+        return 1
+
+
+def _command(arguments: list[str]) -> int:
+    """``main``, but for what is printed."""
     log_to_stderr()
     before = signal.signal(signal.SIGTERM, _interrupt)  # what a scheduler sends
     try:
