@@ -178,7 +178,7 @@ def test_a_table_a_contrast_and_one_page(tmp_path):
     for number in range(1, 13):
         write_summary(tmp_path, summary(number))
     write_summary(tmp_path, summary(1, "T2w"))
-    write_summary(tmp_path, summary(20, status="failed", message="<no> brain"))
+    write_summary(tmp_path, summary(20, status="failed", message="sub-20_T1w: <no> brain"))
     odd = summary(13)
     odd["facts"]["affine"]["median_residual_mm"] = 9.5
     write_summary(tmp_path, odd)
@@ -202,6 +202,7 @@ def test_a_table_a_contrast_and_one_page(tmp_path):
     assert page.xpath("//td[contains(@class, 'apart')]/text()") == ["9.5"]
     assert "<no>" not in text
     assert "sub-20_T1w: &lt;no&gt; brain" in text
+    assert text.count("sub-20_T1w") == 1
 
 
 def test_the_group_level_of_nothing_says_what_to_do(tmp_path, capsys):

@@ -43,7 +43,8 @@ def build_group(output_dir: Path) -> list[Path]:
     failed = []
     for summary in read_summaries(output_dir):
         if summary.get("status") not in FINISHED:
-            failed.append({"scan": summary["scan"], "message": summary.get("message", "")})
+            scan, message = summary["scan"], summary.get("message", "")
+            failed.append({"scan": scan, "message": message.removeprefix(f"{scan}: ")})
             continue
         values = metrics(summary)
         name = BIDSName.parse(f"{summary['scan']}.nii.gz")
