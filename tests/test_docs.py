@@ -64,7 +64,8 @@ def test_the_reports_figures_are_those_of_the_pages_and_of_the_embedded_prior():
     for row in held["lesions"]["rows"]:
         start = f"| {row['scans']} | {row['size'].removesuffix(' across')} |"
         (line,) = (line for line in lines if line.startswith(start))
-        kept = [float(cell) for cell in line.removeprefix(start).split("|")[:4]]
+        cells = line.removeprefix(start).split("|")[:4]
+        kept = [float(value) for cell in cells for value in cell.split(",")]
         assert (min(kept), max(kept)) == (row["least"], row["most"])
 
 
