@@ -85,6 +85,7 @@ def thick_scan(
         "noise_sd": args.noise / unit,
         "n_samples": args.n_samples,
         "seed": args.seed,
+        "width_doubt": 0.0,  # the profile is known here, to DAPS as well
     }
     return call, truth, inside, weights
 
