@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("--spacing", type=float, nargs=3, default=(1.0, 1.0, 5.0))
     parser.add_argument("--prior", type=Path)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--samples", type=int, default=1)
     parser.add_argument("--sampler", choices=("eps", "exact"), default="exact")
     parser.add_argument("--refine-bias", action="store_true", help="the field inside the loop")
     args = parser.parse_args()
@@ -95,7 +96,7 @@ def main() -> None:
         case.pop("scan"),
         contrast="T1w",
         prior=prior,
-        n_samples=1,
+        n_samples=args.samples,
         n_steps=args.steps,
         sampler=args.sampler,
         refine_bias=args.refine_bias,
@@ -107,7 +108,7 @@ def main() -> None:
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(
         f"{args.sampler}, image {found.box.shape}, data {found.box.data_shape}, "
-        f"{args.threads} threads"
+        f"{args.threads} threads, {args.samples} samples"
     )
     print("| part | s per level (median) | s in all |\n|---|---|---|")
     for name in ("network", "refine", "draw", "expect"):

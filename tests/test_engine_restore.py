@@ -706,6 +706,15 @@ def test_each_sample_takes_slices_of_a_thickness_of_its_own(sampler):
     assert found.residual_ratios == pytest.approx(plain.residual_ratios, abs=0.1)
 
 
+def test_the_bias_field_is_found_under_every_thickness():
+    case = phantom(bias=0.2)
+    options = {"n_samples": 3, "n_steps": 20, "refine_bias": True, "bias_scale_mm": 25}
+    found = run(case, width_doubt=0.1, **options)
+    assert found.residual_ratios == pytest.approx([1, 1, 1], abs=0.1)
+    brain = case["arguments"]["mask"] > 0.5
+    assert (found.log_bias - case["field"])[brain].std() < 0.3 * case["field"][brain].std()
+
+
 def test_a_3d_scan_has_no_doubt_about_slices():
     found = run(phantom(thick=1), n_steps=3, width_doubt=0.1)
     assert found.widths == [1, 1]

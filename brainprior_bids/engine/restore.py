@@ -559,9 +559,9 @@ def restore(
         noises.append(likelihood.noise_sd / thinned)
         gain = 1.0
         if refine_bias:
-            extra = bias_field.evaluate(likelihood.coefficients, everywhere)
-            gain = float(extra[brain].mean().exp())
-            start_and_found += extra / n_samples
+            moved = bias_field.evaluate(likelihood.coefficients, everywhere)
+            gain = float(moved[brain].mean().exp())
+            start_and_found += moved / n_samples
         if predicting:
             predictions[1 + index] = predict(likelihood, x0)
         samples[(index, *box.image_slices)] = x0.cpu().numpy() * (unit * gain)
