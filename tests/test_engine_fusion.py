@@ -165,6 +165,24 @@ def test_the_second_sample_takes_wider_slices_in_all_runs(crossed):
     assert np.abs(done.samples[1] - plain.samples[1]).max() > 0.02 * UNIT
 
 
+def test_repeated_3d_scans_have_no_doubt_about_slices(crossed):
+    _, _, truth = crossed
+    fine = crossed[0].grid.one_millimetre()
+    rng = np.random.default_rng(0)
+    scans = [
+        Run(
+            name, (UNIT * (truth + NOISE * rng.standard_normal(truth.shape))).astype(np.float32),
+            fine, Acquisition(2, 1.0, 1.0), (truth > 0).astype(np.float32), None, np.eye(4),
+        )
+        for name in ("one", "two")
+    ]  # fmt: skip
+    done, _ = fuse(
+        scans, mask_1mm=truth > 0, to_mni305=TO_MNI, contrast="T1w", prior=Prior(), n_samples=2,
+        n_steps=2,
+    )  # fmt: skip
+    assert done.widths == [1, 1]
+
+
 def test_without_the_motion_the_runs_contradict_each_other(crossed):
     first, second, _ = crossed
     done, explained = together(first, replace(second, to_reference=np.eye(4)), n_samples=1)

@@ -236,7 +236,9 @@ def fuse(
     single: list[list[Residual]] = [[] for _ in parts]
     left_over = [torch.zeros(part.box.data_shape) for part in parts]
     seeds = []
-    widths = [native.slice_width(index, width_doubt) for index in range(n_samples)]
+    sliced_runs = [run for run in runs if not native._encoded(run.grid, run.acquisition)]
+    doubt = width_doubt if sliced_runs else 0.0
+    widths = [native.slice_width(index, doubt) for index in range(n_samples)]
     for index in range(n_samples):
         likelihood, operator, cores = measurement(widths[index])
         seeds.append(native.sample_seed(seed, index))

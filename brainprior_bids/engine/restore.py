@@ -180,8 +180,8 @@ def sample_seed(seed: int, index: int) -> int:
 def slice_width(index: int, doubt: float) -> float:
     """The thickness of slices that sample ``index`` assumes, over the stated one.
 
-    1, wider, narrower, and again: any three in a row have mean 1 and SD ``doubt`` (of three
-    values, not of an infinite number), and the first, or the only one, is as stated.
+    1, wider, narrower, and again: any three in a row have mean 1 and SD ``doubt`` (divided by 3,
+    not by 2), and the first, or the only one, is as stated.
     """
     return 1 + (0.0, 1.0, -1.0)[index % 3] * math.sqrt(1.5) * doubt
 
