@@ -11,32 +11,20 @@ import pytest
 import torch
 
 from brainprior_bids import scan
-from brainprior_bids.engine.denoiser import ErrorSpectrum, Precondition, Prior
 from brainprior_bids.engine.errors import AnatomyError, InputError
-from brainprior_bids.engine.unet import UNet
 
 FIRST, SECOND = re.findall(
     r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs/engine.md").read_text(), re.DOTALL
 )
 
 
-def answers_0():
-    return Prior(
-        Precondition(UNet((4, 4), (1, 1)), torch.full((8,), 0.3)),
-        spectra={"unknown": ErrorSpectrum.isotropic(0.3)},
-        metadata={},
-    )
-
-
 def test_the_five_lines_of_the_page_restore_a_scan(demo_head, tmp_path, monkeypatch):
-    """As they stand there, but for a network that answers 0 and fewer, shorter chains; the brain
-    is found by the embedded parcellation."""
+    """As they stand there, with the embedded networks, but for fewer and shorter chains."""
     assert len([line for line in FIRST.splitlines() if line]) == 5
     made = demo_head
     monkeypatch.chdir(tmp_path)
     image = nib.Nifti1Image(made.scan.astype(np.float32), made.scan_grid.affine)
     nib.save(image, "sub-01_T1w.nii.gz")
-    monkeypatch.setattr(scan, "load_prior", answers_0)
     monkeypatch.setattr(scan, "restore", functools.partial(scan.restore, n_samples=2, n_steps=2))
     names = {}
     exec(FIRST, names)

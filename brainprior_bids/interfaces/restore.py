@@ -40,7 +40,7 @@ OUTSIDE_TRAINING = (
 
 
 FEW_STEPS = 5
-"""With fewer noise levels nothing was measured of how good the result is (docs/performance.md)."""
+"""With fewer noise levels nothing was measured of how good the result is (docs/evaluation.md)."""
 
 WHOLLY = 0.999
 """A voxel of the scan with this share of brain is brain alone."""
