@@ -12,6 +12,10 @@ any posterior: voxels that were chosen for being bright in the truth are expecte
 every sample.) A person's coverage is the share of its regions; the table has the mean over the
 people, and the 95 % interval of a bootstrap over the people.
 
+What all samples share, the network's own error, is in none of their spreads. ``--choose`` brains
+of other people tell its SD for each condition and kind of region (``own_error``); a second row has
+the intervals ``m ± t(N - 1) sqrt(s² (1 + 1/N) + own²)``.
+
 Every restoration leaves ``OUT/<person>-<condition>.json``: a run that was stopped goes on. One
 that was made by other weights or settings is made anew.
 """
@@ -29,6 +33,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import t as student_t
 
 from brainprior_bids.anatomy.parcellation import parcellate
 from brainprior_bids.bids.derivatives import interval_half_widths
@@ -74,20 +79,47 @@ def regions(case: Case, structures: NDArray[np.int16], size: int) -> dict[str, l
     return {"cubes": cubes, "structures": known}
 
 
-def covered(samples: np.ndarray, truth: np.ndarray, found: list[np.ndarray]) -> dict[str, float]:
-    """Per cent -> share of the regions whose interval holds the truth; and how far off it is.
-
-    ``rms_z`` is the root mean square of the truth's distance in units of ``s sqrt(1 + 1/N)``.
-    """
-    n = len(samples)
+def region_means(
+    samples: np.ndarray, truth: np.ndarray, found: list[np.ndarray]
+) -> dict[str, list[float]]:
+    """``error`` (truth - mean of the samples) and ``sd`` (between samples) of each region."""
     means = np.array([[s.ravel()[where].mean() for where in found] for s in samples])
     true = np.array([truth.ravel()[where].mean() for where in found])
-    middle, sd = means.mean(0), means.std(0, ddof=1)
-    z = (true - middle) / (sd * np.sqrt(1 + 1 / n))
-    result = {"regions": float(len(found)), "rms_z": float(np.sqrt(np.mean(z**2)))}
+    return {
+        "error": [round(float(e), 7) for e in true - means.mean(0)],
+        "sd": [round(float(sd), 7) for sd in means.std(0, ddof=1)],
+    }
+
+
+def spread(row: dict[str, list[float]], n: int, own: float) -> NDArray[np.float64]:
+    """SD of the truth's distance from the mean of n samples, ``own`` SD shared by all samples."""
+    return np.sqrt(np.square(row["sd"]) * (1 + 1 / n) + own**2)
+
+
+def covered(row: dict[str, list[float]], n: int, own: float) -> dict[str, float]:
+    """Per cent -> share of the regions whose interval holds the truth; and how far off it is.
+
+    ``rms_z`` is the root mean square of the truth's distance in units of ``spread``.
+    """
+    z = np.abs(row["error"]) / spread(row, n, own)
+    result = {"rms_z": float(np.sqrt(np.mean(z**2)))}
     for percent, width in interval_half_widths(n).items():
-        result[percent] = float((np.abs(true - middle) <= width * sd).mean())
+        result[percent] = float((z <= width / np.sqrt(1 + 1 / n)).mean())
     return result
+
+
+def own_error(rows: Sequence[dict[str, list[float]]], n: int) -> float:
+    """The SD that all samples share: the likeliest under Student's t with n - 1 degrees."""
+    candidates = np.concatenate([[0.0], np.geomspace(2e-4, 0.05, 60)])
+    likelihood = [
+        sum(
+            float((student_t.logpdf(np.divide(row["error"], sd), n - 1) - np.log(sd)).sum())
+            for row in rows
+            for sd in [spread(row, n, own)]
+        )
+        for own in candidates
+    ]
+    return float(candidates[int(np.argmax(likelihood))])
 
 
 def one(path: Path, condition: Condition, args: argparse.Namespace) -> dict[str, Any]:
@@ -98,6 +130,7 @@ def one(path: Path, condition: Condition, args: argparse.Namespace) -> dict[str,
         "prior": sha256_file(args.prior or FOLDER / "prior.safetensors"),
         "region_mm": args.region,
         "structures": "of the scan",
+        "record": "errors",
         "width_doubt": WIDTH_DOUBT,
         **json.loads(json.dumps(asdict(condition))),
     }
@@ -113,7 +146,7 @@ def one(path: Path, condition: Condition, args: argparse.Namespace) -> dict[str,
         device=args.device,
     )
     found = {
-        kind: covered(done.samples, case.truth.data, where)
+        kind: region_means(done.samples, case.truth.data, where)
         for kind, where in regions(
             case, seen_structures(person, condition, case), args.region
         ).items()
@@ -130,27 +163,31 @@ def one(path: Path, condition: Condition, args: argparse.Namespace) -> dict[str,
     return result
 
 
-def table(records: Sequence[dict[str, Any]], rng: np.random.Generator) -> list[str]:
+def table(
+    records: Sequence[dict[str, Any]], choosing: Sequence[dict[str, Any]], n: int
+) -> list[str]:
     """Markdown rows: condition, kind, coverage with its interval."""
-    lines = ["| condition | regions | 50 % interval | 90 % interval | RMS z | people |",
-             "|---|---|---|---|---|---|"]  # fmt: skip
+    lines = ["| condition | regions | own error | 50 % | 90 % | RMS z | people |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    rng = np.random.default_rng(0)
     for condition in dict.fromkeys(r["condition"] for r in records):
         for kind in KINDS:
             rows = [r[kind] for r in records if r["condition"] == condition and kind in r]
-            if not rows:
-                continue
-            cells = []
-            for percent in ("50", "90"):
-                values = np.array([row[percent] for row in rows])
-                draws = rng.choice(values, (2000, len(values))).mean(1)
-                low, high = np.percentile(draws, (2.5, 97.5))
-                cells.append(f"{100 * values.mean():.0f} [{100 * low:.0f}, {100 * high:.0f}]")
-            spread = np.mean([row["rms_z"] for row in rows])
-            count = int(np.mean([row["regions"] for row in rows]))
-            lines.append(
-                f"| {condition} | {count} {kind} | {' | '.join(cells)} | {spread:.2f} | "
-                f"{len(rows)} |"
-            )
+            chose = [r[kind] for r in choosing if r["condition"] == condition and kind in r]
+            for own in [0.0, own_error(chose, n)] if chose and rows else [0.0] if rows else []:
+                held = [covered(row, n, own) for row in rows]
+                cells = []
+                for percent in ("50", "90"):
+                    values = np.array([h[percent] for h in held])
+                    draws = rng.choice(values, (2000, len(values))).mean(1)
+                    low, high = np.percentile(draws, (2.5, 97.5))
+                    cells.append(f"{100 * values.mean():.0f} [{100 * low:.0f}, {100 * high:.0f}]")
+                z = np.mean([h["rms_z"] for h in held])
+                count = int(np.mean([len(row["sd"]) for row in rows]))
+                lines.append(
+                    f"| {condition} | {count} {kind} | {own:.4f} | {' | '.join(cells)} | "
+                    f"{z:.2f} | {len(rows)} |"
+                )
     return lines
 
 
@@ -159,6 +196,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("out", type=Path, help="folder of the records and of coverage.md")
     parser.add_argument("brains", type=Path, nargs="+", help="1 mm T1w brains, 0 outside")
+    parser.add_argument(
+        "--choose", type=Path, nargs="*", default=[], help="brains of others: own error"
+    )
     parser.add_argument("--spacing", type=float, nargs="+", default=[3.0, 5.0], help="mm")
     parser.add_argument("--noise", type=float, nargs="+", default=[0.01, 0.03])
     parser.add_argument("--crop", type=int, nargs="*", default=[80, 96, 80], help="none: whole")
@@ -169,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    records = []
+    records: dict[str, list[dict[str, Any]]] = {"report": [], "choose": []}
     for spacing, noise in itertools.product(args.spacing, args.noise):
         condition = Condition(
             study="coverage",
@@ -179,10 +219,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             n_steps=args.n_steps,
             crop_mm=tuple(args.crop) or None,
         )
-        for path in args.brains:
-            records.append(one(path, condition, args))
-            print(json.dumps(records[-1]), flush=True)
-    text = "\n".join(table(records, np.random.default_rng(0)))
+        for split, paths in (("report", args.brains), ("choose", args.choose)):
+            for path in paths:
+                records[split].append(one(path, condition, args))
+                print(f"{path.name}, {condition.kind}", flush=True)
+    text = "\n".join(table(records["report"], records["choose"], args.n_samples))
     (args.out / "coverage.md").write_text(f"{text}\n", encoding="utf-8")
     print(text)
     return 0

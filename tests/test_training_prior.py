@@ -227,8 +227,11 @@ def test_the_command_trains_exports_and_evaluates(tmp_path, capsys):
     v = made.spectrum("T1w").variance(0.1, torch.linspace(0, 0.5, 5))
     assert ((v > 0) & (v <= 0.01 * (1 + 1e-6))).all()
     assert prior.main(parser.parse_args([*words, "--evaluate"])) == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("T1w"))
-    assert f"0.1: {made.metadata['gain']['T1w']['0.1']:.3f}" in line
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("T1w")]
+    assert f"0.1: {made.metadata['gain']['T1w']['0.1']:.3f}" in lines[0]
+    held_out = [brain for brain in brains if brain.split == "validation"]
+    psnr = spectra.stack_errors(made, held_out)["T1w"]["5"]
+    assert f"5: {psnr:.2f}" in lines[1]
 
 
 def test_export_without_a_checkpoint_is_a_usage_error(tmp_path):

@@ -499,7 +499,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out.add_argument(
         "--evaluate",
         action="store_true",
-        help="print the gain of --out, or of the embedded weights, on the validation brains",
+        help="print how well --out, or the embedded weights, do on the validation brains",
     )
 
 
@@ -558,6 +558,17 @@ def _build_packs(args: argparse.Namespace) -> None:
         )
 
 
+def _print_quality(prior: Prior, held_out: Sequence[Brain]) -> None:
+    """The two tables of the model card: two brains a contrast, then four."""
+    print("RMS error inside the brain / sigma, by contrast and sigma")
+    for contrast, row in gains(prior, held_out).items():
+        print(contrast, "  ".join(f"{sigma}: {value:.3f}" for sigma, value in row.items()))
+    if prior.takes_stacks:
+        print("PSNR in dB of E[x | y] in one call, by contrast and slice spacing in mm")
+        for contrast, row in stack_errors(prior, held_out, limit=4).items():
+            print(contrast, "  ".join(f"{mm}: {value:.2f}" for mm, value in row.items()))
+
+
 def _train(args: argparse.Namespace, processes: Processes) -> int:
     """Everything after the packs."""
     if args.picture is not None:
@@ -567,10 +578,7 @@ def _train(args: argparse.Namespace, processes: Processes) -> int:
     brains = read_pack(args.work)
     if args.evaluate:
         held_out = [brain for brain in brains if brain.split == "validation"]
-        table = gains(load_prior(args.out, device=args.device), held_out)
-        print("RMS error inside the brain / sigma, by contrast and sigma")
-        for contrast, row in table.items():
-            print(contrast, "  ".join(f"{sigma}: {value:.3f}" for sigma, value in row.items()))
+        _print_quality(load_prior(args.out, device=args.device), held_out)
         return 0
     recipe = Recipe(
         steps=args.steps,
