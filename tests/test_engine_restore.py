@@ -30,7 +30,13 @@ from brainprior_bids.engine.errors import (
 from brainprior_bids.engine.grids import Grid
 from brainprior_bids.engine.likelihood import SliceLikelihood
 from brainprior_bids.engine.operators.slices import slice_weights
-from brainprior_bids.engine.restore import _noise_given, _reduce, restore, sample_seed
+from brainprior_bids.engine.restore import (
+    _noise_given,
+    _reduce,
+    answer_weights,
+    restore,
+    sample_seed,
+)
 from brainprior_bids.engine.samplers.daps import DapsSettings
 
 GAIN = 700.0  # scanner units per unit of the phantom
@@ -666,6 +672,25 @@ def test_another_tools_image_beside_slices_under_eps():
     assert both.anchor[1] > 0.95
     ignored = run(case, anchor=other, anchor_sd=1e4, **options)
     np.testing.assert_allclose(ignored.mean, alone.mean, atol=0.02 * GAIN)
+
+
+@pytest.mark.parametrize(("n_samples", "first"), [(1, 2 / 3), (2, 1 / 2), (8, 1 / 5)])
+def test_the_first_answer_of_a_chain_counts_more_the_fewer_there_are(n_samples, first):
+    """The first answer of each chain is 0, the others are 1: the mean tells the weights."""
+    case, prior = phantom(), told_prior()
+    prior.answered = 0
+
+    def denoise(x, sigma, **_):
+        prior.answered += 1
+        return torch.full_like(x, float((prior.answered - 1) % 5 > 0))
+
+    prior.denoise = denoise
+    found = run(case, prior=prior, sampler="eps", n_samples=n_samples, n_steps=5)
+    assert prior.answered == 5 * n_samples
+    np.testing.assert_allclose(found.mean[case["mask"]] / found.unit, 1 - first, rtol=1e-5)
+    assert found.samples[:, case["mask"]] / found.unit == pytest.approx(1)
+    assert answer_weights(3, 1) == (1.0, 0.0)
+    assert answer_weights(1000, 5) == pytest.approx((0.2, 0.2))  # never less than a later one
 
 
 def test_auto_falls_back_where_the_slices_are_not_of_that_kind():

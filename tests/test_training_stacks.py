@@ -64,7 +64,7 @@ def test_a_level_of_every_stack_is_finite():
     generator = torch.Generator().manual_seed(2)
     band_sd = torch.tensor([0.5, 0.05, 0.05, 0.02, 0.05, 0.02, 0.02, 0.01])
     for stack in draws(30):
-        level = StackLevel(stack, band_sd, stacks.draw_sigma(generator))
+        level = StackLevel(stack, band_sd, stacks.log_uniform(0.02, 100.0, generator))
         noisy = level.estimate(torch.randn(8, 12, 12, 12, generator=generator))
         assert bool(torch.isfinite(noisy).all())
         assert bool(torch.isfinite(level.c_in).all())

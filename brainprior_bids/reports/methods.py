@@ -22,8 +22,8 @@ from brainprior_bids.bids.files import write_text
 
 CITATION = re.compile(r"\[@([A-Za-z0-9]+)\]")
 ESTIMATES = {
-    "eps": "The restored image estimates the posterior mean: it is the average of the network's "
-    "expectations of the image, given the scan, over the levels of the samples' chains.",
+    "eps": "The restored image estimates the posterior mean: it is a weighted average of the "
+    "network's expectations of the image, given the scan, over the levels of the samples' chains.",
     "exact": "The restored image estimates the posterior mean: it is the average of the "
     "conditional expectations of the image that the samples' chains passed through.",
     "daps": "The restored image is the mean of the samples.",

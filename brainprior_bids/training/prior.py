@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from brainprior_bids.engine.denoiser import ErrorSpectrum, Precondition, Prior, fast_dtype
-from brainprior_bids.engine.errors import UsageError
+from brainprior_bids.engine.errors import UsageError, WeightsError
 from brainprior_bids.engine.measured import Level
 from brainprior_bids.engine.unet import CONTRASTS, UNet, coordinate_features, to_bands
 from brainprior_bids.engine.weights import FOLDER, load_prior, prior_state, write_weights
@@ -47,7 +47,7 @@ from brainprior_bids.training.preprocess import (
 from brainprior_bids.training.processes import Processes, join, leave
 from brainprior_bids.training.samples import draw_samples
 from brainprior_bids.training.spectra import gains, measure_spectra, stack_errors
-from brainprior_bids.training.stacks import draw_sigma, draw_stack, draw_voxels
+from brainprior_bids.training.stacks import draw_stack, draw_voxels, log_uniform
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +74,8 @@ class Recipe:
     seed : int
     stacks, holes : float
         Share of the crops of which a stack of slices, or all but a hole, is known.
+    told_sigma : (float, float)
+        Lowest and highest noise of those crops; at 100 the answer is E[x | y].
     channels, blocks : tuple of int
         Of the ``UNet``.
     """
@@ -89,6 +91,7 @@ class Recipe:
     seed: int = 1
     stacks: float = 0.6
     holes: float = 0.1
+    told_sigma: tuple[float, float] = (0.02, 100.0)
     channels: tuple[int, ...] = (48, 96, 128)
     blocks: tuple[int, ...] = (2, 2, 2)
 
@@ -204,6 +207,20 @@ class Trainer:
         self.recent = saved["recent"].cpu()
         return True
 
+    def start_from(self, path: Path) -> None:
+        """Begin with the weights of a file instead of random ones.
+
+        Raises
+        ------
+        WeightsError
+            If it is not a prior's, or its network is another one.
+        """
+        own, theirs = self.average.network.config, load_prior(path).model
+        if theirs.network.config != own:
+            raise WeightsError(f"{path}: its network is {theirs.network.config}, not {own}.")
+        for model in (self.model, self.average):
+            model.load_state_dict(theirs.state_dict())
+
     def save(self) -> None:
         """Write the checkpoint, replacing the last one only when complete."""
         self.work.mkdir(parents=True, exist_ok=True)
@@ -247,7 +264,7 @@ class Trainer:
             if u < self.recipe.stacks + self.recipe.holes:
                 kinds[n] = 1 if u < self.recipe.stacks else 2
                 draw = draw_stack if kinds[n] == 1 else draw_voxels
-                sigma[n] = draw_sigma(generator)
+                sigma[n] = log_uniform(*self.recipe.told_sigma, generator)
                 levels[n] = draw(crop[0], generator).level(
                     self.model.band_sd, float(sigma[n]), self.device
                 )
@@ -404,13 +421,15 @@ def export(
     name: str,
     limit: int,
     inflation: float,
+    first: Path | None = None,
 ) -> dict[str, Any]:
     """Measure the error spectra on the validation brains and write the weights.
 
-    ``limit`` brains a contrast are measured; ``inflation`` is that of ``sample_eps``. Returns the
-    metadata.
+    ``limit`` brains a contrast are measured; ``inflation`` is that of ``sample_eps``; ``first``
+    are the weights of the network that shall give the first answer. Returns the metadata.
     """
     prior = trainer.prior()
+    answering = None if first is None else load_prior(first)
     held_out = [brain for brain in brains if brain.split == "validation"]
     spectra = measure_spectra(prior, held_out, limit=limit)
     scans = [b for b in brains if b.split == "train" and not b.synthetic]
@@ -434,7 +453,15 @@ def export(
         "gain": gains(prior, held_out),
         "inflation": inflation,
     }
-    write_weights(path, prior_state(prior.model, spectra), metadata)
+    if answering is not None:
+        known = answering.metadata
+        metadata["first"] = {
+            "config": known["config"],
+            "told_sigma": known["recipe"]["told_sigma"],
+            **{key: known[key] for key in ("recipe", "steps", "processes", "hours", "device")},
+        }
+    own = None if answering is None else answering.model
+    write_weights(path, prior_state(prior.model, spectra, own), metadata)
     return metadata
 
 
@@ -470,6 +497,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument(
         "--holes", type=float, default=recipe.holes, help="share of crops known but for a hole"
     )
+    train.add_argument(
+        "--told-sigma",
+        type=float,
+        nargs=2,
+        default=recipe.told_sigma,
+        metavar=("LOW", "HIGH"),
+        help="noise of the crops of which something is known",
+    )
+    train.add_argument(
+        "--start", type=Path, metavar="WEIGHTS", help="begin with these weights, not random ones"
+    )
     train.add_argument("--seed", type=int, default=recipe.seed)
     train.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1; torchrun: cpu, cuda")
     train.add_argument("--threads", type=int, default=2)
@@ -487,6 +525,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=1.0,
         help="factor on the noise of the sampler eps, calibrated on validation people",
+    )
+    out.add_argument(
+        "--first",
+        type=Path,
+        metavar="WEIGHTS",
+        help="weights of a training with --stacks 1 --holes 0 --told-sigma 3 100: written into "
+        "--out as the network that gives the first answer of a chain, E[x | y]",
     )
     out.add_argument(
         "--export-only", action="store_true", help="write --out from the checkpoint, no training"
@@ -589,6 +634,7 @@ def _train(args: argparse.Namespace, processes: Processes) -> int:
         seed=args.seed,
         stacks=args.stacks,
         holes=args.holes,
+        told_sigma=tuple(args.told_sigma),
         channels=tuple(args.channels),
         blocks=tuple(args.blocks),
     )
@@ -600,6 +646,8 @@ def _train(args: argparse.Namespace, processes: Processes) -> int:
         processes=processes,
     )
     resumed = trainer.resume()
+    if args.start is not None and not resumed:
+        trainer.start_from(args.start)
     if args.export_only and not resumed:
         raise UsageError(f"{args.work}: no {CHECKPOINT} to export.")
     if not args.export_only:
@@ -618,6 +666,7 @@ def _train(args: argparse.Namespace, processes: Processes) -> int:
             name=args.name,
             limit=args.spectrum_brains,
             inflation=args.inflation,
+            first=args.first,
         )
         log.info("%s", json.dumps(metadata, indent=1))
     processes.wait()

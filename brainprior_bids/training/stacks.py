@@ -40,8 +40,6 @@ SLAB = 0.15
 """Share of the holes that are the end of the field of view."""
 HOLE_MM = (2.0, 18.0)
 """Semi-axes of the others."""
-SIGMA = (0.02, 100.0)
-"""Noise of x_t beside a measurement: at the top it says nothing, and the answer is E[x | y]."""
 
 
 def log_uniform(low: float, high: float, generator: torch.Generator) -> float:
@@ -129,8 +127,3 @@ def draw_voxels(image: Tensor, generator: torch.Generator) -> Voxels:
         at = where[int(torch.randint(len(where), (), generator=generator))]
         hidden |= draw_hole(image.shape, at, generator)
     return Voxels(y, hidden, noise_sd)
-
-
-def draw_sigma(generator: torch.Generator) -> float:
-    """Noise level of x_t beside a measurement."""
-    return log_uniform(*SIGMA, generator)
