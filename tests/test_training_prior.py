@@ -251,7 +251,7 @@ def test_a_second_network_gives_the_first_answer(tmp_path):
 
     one, two, both = (tmp_path / f"{name}.safetensors" for name in ("one", "two", "both"))
     train(general, "--steps", 3, "--decay", 1, "--learning-rate", 0.01, "--out", one)
-    only = ["--stacks", 1, "--holes", 0, "--told-sigma", 3, 100, "--start", one]
+    only = ["--stacks", 1, "--holes", 0, "--told-sigma", 3, 100, "--begin-with", one]
     train(answering, "--steps", 0, *only, "--out", two)
     state = load_prior(one).model.state_dict()
     for name, tensor in load_prior(two).model.state_dict().items():

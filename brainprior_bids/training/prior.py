@@ -506,7 +506,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="noise of the crops of which something is known",
     )
     train.add_argument(
-        "--start", type=Path, metavar="WEIGHTS", help="begin with these weights, not random ones"
+        "--begin-with",
+        type=Path,
+        metavar="WEIGHTS",
+        help="begin with these weights, not random ones",
     )
     train.add_argument("--seed", type=int, default=recipe.seed)
     train.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1; torchrun: cpu, cuda")
@@ -646,8 +649,8 @@ def _train(args: argparse.Namespace, processes: Processes) -> int:
         processes=processes,
     )
     resumed = trainer.resume()
-    if args.start is not None and not resumed:
-        trainer.start_from(args.start)
+    if args.begin_with is not None and not resumed:
+        trainer.start_from(args.begin_with)
     if args.export_only and not resumed:
         raise UsageError(f"{args.work}: no {CHECKPOINT} to export.")
     if not args.export_only:
