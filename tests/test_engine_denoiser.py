@@ -8,6 +8,7 @@ import torch
 
 from brainprior_bids.engine.denoiser import ErrorSpectrum, Precondition, Prior, fast_dtype
 from brainprior_bids.engine.errors import ShapeMismatchError, UsageError
+from brainprior_bids.engine.stacks import Stack
 from brainprior_bids.engine.unet import UNet, to_bands
 
 BAND_SD = torch.tensor([1.5, 0.1, 0.1, 0.04, 0.1, 0.04, 0.04, 0.02])
@@ -177,3 +178,40 @@ def test_spectrum_of_an_unmeasured_contrast_is_that_of_unknown():
 def test_fast_dtype_is_one_that_the_device_has():
     assert fast_dtype(torch.device("cpu")) in (None, torch.bfloat16)
     assert fast_dtype(torch.device("meta")) is None
+
+
+@pytest.mark.parametrize("tile_mm", [None, 8])
+def test_slices_are_seen_along_the_last_axis(tile_mm):
+    """A prior trained so gives the same answer however the scan's axes are ordered."""
+    torch.manual_seed(0)
+    network = UNet((8, 8), (1, 1), embedding=8, stacks=True)
+    for parameter in network.parameters():
+        parameter.data = 0.1 * torch.randn(parameter.shape)
+
+    def answer(axis, slices_last):
+        prior = Prior(
+            Precondition(network, BAND_SD),
+            spectra={"unknown": ErrorSpectrum.isotropic(0.5)},
+            metadata={"recipe": {"slices_last": slices_last}},
+            dtype=torch.float32,
+            tile_mm=tile_mm,
+        )
+        stack = Stack(y.movedim(2, axis), weights, axis, 0.05)
+        found = prior.denoise(
+            x.movedim(-1, 2 + axis),
+            0.5,
+            coordinates=mm.movedim(-1, 1 + axis),
+            contrast="T2w",
+            measured=stack,
+        )
+        assert found.shape == x.movedim(-1, 2 + axis).shape
+        return found.movedim(2 + axis, -1)
+
+    x, mm = torch.randn(1, 1, 20, 24, 16), points(20, 24, 16)
+    y = torch.randn(20, 24, 4)
+    weights = torch.eye(4, dtype=torch.float64).repeat_interleave(4, 1) / 4
+    last = answer(2, True)
+    assert torch.equal(last, answer(2, False))
+    for axis in (0, 1):
+        assert torch.equal(answer(axis, True), last)
+        assert not torch.allclose(answer(axis, False), last, atol=1e-3)

@@ -8,6 +8,7 @@ import torch
 
 from brainprior_bids.engine.stacks import StackLevel, keep
 from brainprior_bids.training import stacks
+from brainprior_bids.training.crops import matrix_points
 
 IMAGE = torch.rand(24, 24, 24, generator=torch.Generator().manual_seed(0))
 
@@ -89,3 +90,25 @@ def test_holes_are_in_the_brain_and_nothing_else_is_hidden():
         assert float(error.std()) == pytest.approx(voxels.noise_sd, rel=0.05)
         level = voxels.level(torch.full((8,), 0.1), 0.5)
         assert bool(torch.isfinite(level.estimate(torch.randn(8, 24, 24, 24))).all())
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_crop_is_turned_so_that_its_slices_lie_on_the_last_axis(axis, monkeypatch):
+    monkeypatch.setattr(stacks, "AXES", [float(a == axis) for a in range(3)])
+    monkeypatch.setattr(stacks, "COARSE", 0.0)
+    image = torch.rand((1, 24, 24, 24), generator=torch.Generator().manual_seed(0))
+    stack = stacks.draw_stack(image[0], torch.Generator().manual_seed(4))
+    assert stack.axis == axis
+    matrix = torch.rand((4, 4), generator=torch.Generator().manual_seed(1))
+    turned, place, last = stacks.slices_last(image, matrix, stack)
+    assert last.axis == 2
+    assert last.noise_sd == stack.noise_sd
+    assert torch.equal(turned, image.movedim(1 + axis, -1))
+    mm = matrix_points(matrix[None], (24, 24, 24))[0]
+    torch.testing.assert_close(
+        matrix_points(place[None], (24, 24, 24))[0], mm.movedim(1 + axis, -1)
+    )
+    seen = torch.tensordot(stack.weights.float(), image[0], dims=([1], [axis]))  # slices first
+    also = torch.tensordot(last.weights.float(), turned[0], dims=([1], [2]))
+    torch.testing.assert_close(seen, also)
+    assert torch.equal(last.y.movedim(2, axis), stack.y)

@@ -309,7 +309,7 @@ class Prior:
         self.metadata = dict(metadata)
         self.sigma_data = float(model.band_sd.square().mean().sqrt())
         self._spectra = dict(spectra)
-        self._place: tuple[Tensor, Tensor] | None = None
+        self._place: tuple[Tensor, int, Tensor] | None = None
 
     @property
     def tile_mm(self) -> int | None:
@@ -330,6 +330,11 @@ class Prior:
     def takes_stacks(self) -> bool:
         """Whether ``denoise`` can be told of measurements."""
         return bool(self.model.network.config["stacks"])
+
+    @property
+    def slices_last(self) -> bool:
+        """Whether slices lay along the last axis in training, wherever the brain lay."""
+        return bool(self.metadata.get("recipe", {}).get("slices_last", False))
 
     @property
     def inflation(self) -> float:
@@ -417,6 +422,10 @@ class Prior:
         kind: Tensor,
         measured: Measured | None,
     ) -> Tensor:
+        axis = 2  # of the image, that the network sees as its last
+        if isinstance(measured, Stack) and self.slices_last:
+            axis, measured = measured.axis, measured.turned()
+        x = x.movedim(2 + axis, -1)
         shape, sigma = x.shape[2:], float(level[0])
         model = self._network_for(sigma, measured)
         multiple = 2 * model.network.multiple
@@ -433,12 +442,13 @@ class Prior:
             levels = [known.level(model.band_sd, sigma, self.device)] * len(x)
         with precision:
             if self.tile_mm is None:
-                place = self._place_features(coordinates, padding)
+                place = self._place_features(coordinates, axis, padding)
                 clean = from_bands(model(to_bands(noisy), level, place, kind, levels))
             else:
-                mm = mirrored(coordinates.to(self.device, torch.float32)[None], padding)
+                mm = coordinates.to(self.device, torch.float32).movedim(1 + axis, -1)
+                mm = mirrored(mm[None], padding)
                 clean = model.in_slabs(noisy, level, mm, kind, self.tile_mm, levels)
-        clean = clean[:, :, : shape[0], : shape[1], : shape[2]]
+        clean = clean[:, :, : shape[0], : shape[1], : shape[2]].movedim(-1, 2 + axis)
         return clean.contiguous().to(x.device)
 
     def _fall_back(self, message: str, shape: tuple[int, ...]) -> None:
@@ -462,12 +472,10 @@ class Prior:
         LOG.warning(warning)
         self.warnings.append(warning)
 
-    def _place_features(self, coordinates: Tensor, padding: list[int]) -> Tensor:
-        if self._place is None or self._place[0] is not coordinates:
-            mm = coordinates.to(self.device, torch.float32)[None]
-            features = coordinate_features(mirrored(mm, padding))
-            self._place = (
-                coordinates,
-                features.contiguous(memory_format=torch.channels_last_3d),
-            )
-        return self._place[1]
+    def _place_features(self, coordinates: Tensor, axis: int, padding: list[int]) -> Tensor:
+        if self._place is None or self._place[0] is not coordinates or self._place[1] != axis:
+            mm = coordinates.to(self.device, torch.float32).movedim(1 + axis, -1)
+            features = coordinate_features(mirrored(mm[None], padding))
+            features = features.contiguous(memory_format=torch.channels_last_3d)
+            self._place = coordinates, axis, features
+        return self._place[2]

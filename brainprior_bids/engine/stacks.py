@@ -89,6 +89,11 @@ class Stack:
         row += [float(self.axis == a) for a in range(3)]
         return torch.tensor([*row, math.log(self.kept[0] * self.kept[1])])
 
+    def turned(self) -> Stack:
+        """The same with the slices along the last axis; the other two keep their order."""
+        y = self.y.movedim(self.axis, 2)
+        return Stack(y, self.weights, 2, self.noise_sd, self.kept)
+
     def level(
         self, band_sd: Tensor, sigma: float, device: torch.device | str = "cpu"
     ) -> StackLevel:

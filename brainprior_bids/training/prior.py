@@ -34,7 +34,9 @@ from torch.utils.data import DataLoader, Sampler
 from brainprior_bids.engine.denoiser import ErrorSpectrum, Precondition, Prior, fast_dtype
 from brainprior_bids.engine.errors import UsageError, WeightsError
 from brainprior_bids.engine.measured import Level
+from brainprior_bids.engine.stacks import Stack
 from brainprior_bids.engine.unet import CONTRASTS, UNet, coordinate_features, to_bands
+from brainprior_bids.engine.voxels import Voxels
 from brainprior_bids.engine.weights import FOLDER, load_prior, prior_state, write_weights
 from brainprior_bids.training.crops import Crops, matrix_points
 from brainprior_bids.training.muon import Muon
@@ -47,7 +49,7 @@ from brainprior_bids.training.preprocess import (
 from brainprior_bids.training.processes import Processes, join, leave
 from brainprior_bids.training.samples import draw_samples
 from brainprior_bids.training.spectra import gains, measure_spectra, stack_errors
-from brainprior_bids.training.stacks import draw_stack, draw_voxels, log_uniform
+from brainprior_bids.training.stacks import draw_stack, draw_voxels, log_uniform, slices_last
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +78,9 @@ class Recipe:
         Share of the crops of which a stack of slices, or all but a hole, is known.
     told_sigma : (float, float)
         Lowest and highest noise of those crops; at 100 the answer is E[x | y].
+    slices_last : bool
+        The network sees slices along its last axis, whichever axis of the brain that is: it has
+        no more to learn than through-plane and in-plane. (Weights of before did not.)
     channels, blocks : tuple of int
         Of the ``UNet``.
     """
@@ -92,6 +97,7 @@ class Recipe:
     stacks: float = 0.6
     holes: float = 0.1
     told_sigma: tuple[float, float] = (0.02, 100.0)
+    slices_last: bool = True
     channels: tuple[int, ...] = (48, 96, 128)
     blocks: tuple[int, ...] = (2, 2, 2)
 
@@ -248,12 +254,12 @@ class Trainer:
         share: relative to a linear filter, the levels that decide what lies between the slices
         are a tenth of the lowest ones. ``step`` decides what is drawn.
         """
-        image = batch["image"].to(self.device)
+        image = batch["image"].to(self.device, copy=True)
         count, seed = len(image), self.recipe.seed * 1_000_003
         first = self.processes.rank * count
         own = torch.Generator().manual_seed(seed + step)
         sigma = draw_sigmas(count * self.processes.size, own)[first : first + count]
-        noise = torch.empty(image.shape)
+        noise, place = torch.empty(image.shape), batch["matrix"].clone()
         levels: list[Level | None] = [None] * count
         kinds = [0] * count  # nothing, a stack, a hole
         for n, crop in enumerate(batch["image"]):
@@ -263,15 +269,18 @@ class Trainer:
             u = float(torch.rand((), generator=generator))
             if u < self.recipe.stacks + self.recipe.holes:
                 kinds[n] = 1 if u < self.recipe.stacks else 2
-                draw = draw_stack if kinds[n] == 1 else draw_voxels
-                sigma[n] = log_uniform(*self.recipe.told_sigma, generator)
-                levels[n] = draw(crop[0], generator).level(
-                    self.model.band_sd, float(sigma[n]), self.device
+                known: Stack | Voxels = (
+                    draw_stack(crop[0], generator)
+                    if kinds[n] == 1
+                    else draw_voxels(crop[0], generator)
                 )
+                sigma[n] = log_uniform(*self.recipe.told_sigma, generator)
+                if isinstance(known, Stack) and self.recipe.slices_last:
+                    turned, place[n], known = slices_last(crop, place[n], known)
+                    image[n] = turned
+                levels[n] = known.level(self.model.band_sd, float(sigma[n]), self.device)
         sigma, noise = sigma.to(self.device), noise.to(self.device)
-        place = coordinate_features(
-            matrix_points(batch["matrix"].to(self.device), image.shape[2:])
-        )
+        place = coordinate_features(matrix_points(place.to(self.device), image.shape[2:]))
         clean = to_bands(image)
         noisy = clean + sigma[:, None, None, None, None] * to_bands(noise)
         precision = (
@@ -397,8 +406,9 @@ class Trainer:
         """The averaged weights as the engine sees them, without a measured spectrum."""
         copy = Precondition(UNet(**self.average.network.config), self.average.band_sd)
         copy.load_state_dict(self.average.state_dict())
+        facts = {"recipe": asdict(self.recipe)}
         flat = ErrorSpectrum.isotropic(float(copy.band_sd.square().mean().sqrt()))
-        return Prior(copy, spectra={"unknown": flat}, metadata={}, device=self.device)
+        return Prior(copy, spectra={"unknown": flat}, metadata=facts, device=self.device)
 
     def _note(self, **facts: Any) -> None:
         if not self.processes.first:

@@ -99,6 +99,13 @@ def draw_stack(image: Tensor, generator: torch.Generator) -> Stack:
     return Stack(y, known, axis, noise_sd, kept)
 
 
+def slices_last(image: Tensor, matrix: Tensor, stack: Stack) -> tuple[Tensor, Tensor, Stack]:
+    """A crop (1, c, c, c), its voxel-to-mm matrix (4, 4) and stack, with slices on the last axis."""
+    axes = [axis for axis in range(3) if axis != stack.axis]
+    turned = image.movedim(1 + stack.axis, -1).contiguous()
+    return turned, matrix[:, [*axes, stack.axis, 3]], stack.turned()
+
+
 def draw_hole(shape: tuple[int, ...], centre: Tensor, generator: torch.Generator) -> Tensor:
     """(i, j, k) bool: an ellipsoid with a rough surface about ``centre`` (3,), in voxels."""
     size = torch.tensor([log_uniform(*HOLE_MM, generator) for _ in range(3)])
