@@ -100,7 +100,7 @@ def draw_stack(image: Tensor, generator: torch.Generator) -> Stack:
 
 
 def slices_last(image: Tensor, matrix: Tensor, stack: Stack) -> tuple[Tensor, Tensor, Stack]:
-    """A crop (1, c, c, c), its voxel-to-mm matrix (4, 4) and stack, with slices on the last axis."""
+    """Crop (1, c, c, c), voxel-to-mm matrix (4, 4) and stack with the slices on the last axis."""
     axes = [axis for axis in range(3) if axis != stack.axis]
     turned = image.movedim(1 + stack.axis, -1).contiguous()
     return turned, matrix[:, [*axes, stack.axis, 3]], stack.turned()
