@@ -13,7 +13,6 @@ import torch
 from brainprior_bids.engine.denoiser import ErrorSpectrum
 from brainprior_bids.engine.errors import InputError, UsageError, WeightsError
 from brainprior_bids.engine.grids import Grid
-from brainprior_bids.engine.stacks import Stack
 from brainprior_bids.engine.weights import FOLDER, load_prior
 from brainprior_bids.training import crops, preprocess, prior, spectra
 
@@ -235,12 +234,8 @@ def test_the_command_trains_exports_and_evaluates(tmp_path, capsys):
     assert f"5: {psnr:.2f}" in lines[1]
 
 
-def test_a_second_network_gives_the_first_answer(tmp_path):
-    """Trained from the first one's weights; it answers for slices, where x_t says nothing."""
-    general, answering = tmp_path / "general", tmp_path / "answering"
-    for work in (general, answering):
-        work.mkdir()
-        preprocess.write_pack([toy_brain(), toy_brain("02", split="validation")], work)
+def test_a_training_may_begin_with_the_weights_of_another(tmp_path):
+    preprocess.write_pack([toy_brain(), toy_brain("02", split="validation")], tmp_path)
     parser = argparse.ArgumentParser()
     prior.add_arguments(parser)
     words = ["--size", "12", "--batch", "2", "--workers", "0", "--spectrum-brains", "1"]
@@ -249,36 +244,21 @@ def test_a_second_network_gives_the_first_answer(tmp_path):
     def train(*more):
         assert prior.main(parser.parse_args([*map(str, more), *words])) == 0
 
-    one, two, both = (tmp_path / f"{name}.safetensors" for name in ("one", "two", "both"))
-    train(general, "--steps", 3, "--decay", 1, "--learning-rate", 0.01, "--out", one)
-    only = ["--stacks", 1, "--holes", 0, "--told-sigma", 3, 100, "--begin-with", one]
-    train(answering, "--steps", 0, *only, "--out", two)
-    state = load_prior(one).model.state_dict()
-    for name, tensor in load_prior(two).model.state_dict().items():
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    train(tmp_path, "--steps", 3, "--decay", 1, "--learning-rate", 0.01, "--out", one)
+    (tmp_path / prior.CHECKPOINT).unlink()
+    own = ["--told-sigma", 3, 100, "--begin-with", one, "--out", two]
+    train(tmp_path, "--steps", 0, *own)
+    (tmp_path / prior.CHECKPOINT).unlink(missing_ok=True)
+    begun, state = load_prior(two), load_prior(one).model.state_dict()
+    for name, tensor in begun.model.state_dict().items():
         assert torch.equal(tensor, state[name]), name
-    train(answering, "--steps", 2, "--learning-rate", 0.01, *only, "--out", two)
-    train(general, "--steps", 3, "--export-only", "--first", two, "--out", both)
-
-    priors = [load_prior(path) for path in (one, two, both)]
-    x = torch.randn((1, 1, 16, 16, 16), generator=torch.Generator().manual_seed(0))
-    weights = torch.eye(4, dtype=torch.float64).repeat_interleave(4, 1) / 4
-    stack = Stack(0.3 + 0.1 * x[0, 0, :, :, ::4], weights, 2, 0.01)
-
-    def answers(sigma, **measured):
-        mm = torch.zeros(3, 16, 16, 16)
-        return [p.denoise(x, sigma, coordinates=mm, contrast="T1w", **measured) for p in priors]
-
-    plain, first, together = answers(5.0, measured=stack)
-    assert not torch.equal(plain, first)
-    assert torch.equal(together, first)
-    for sigma, measured in ((5.0, {}), (2.9, {"measured": stack})):
-        plain, first, together = answers(sigma, **measured)
-        assert not torch.equal(plain, first)
-        assert torch.equal(together, plain)
-    assert priors[2].metadata["first"]["steps"] == 2
-    assert priors[2].metadata["steps"] == 3
+    assert begun.metadata["recipe"]["told_sigma"] == [3, 100]
+    train(tmp_path, "--steps", 3, "--decay", 1, "--learning-rate", 0.01, *own)
+    moved = load_prior(two).model.state_dict()
+    assert any(not torch.equal(tensor, state[name]) for name, tensor in moved.items())
     with pytest.raises(WeightsError, match="its network is"):
-        tiny(tmp_path, 1).start_from(FOLDER / "prior.safetensors")
+        tiny(tmp_path / "other", 1).start_from(FOLDER / "prior.safetensors")
 
 
 def test_export_without_a_checkpoint_is_a_usage_error(tmp_path):

@@ -246,24 +246,12 @@ def fast_dtype(device: torch.device) -> torch.dtype | None:
     return None
 
 
-def _ready(model: Precondition, device: torch.device) -> Precondition:
-    """On its device and in the layout in which convolutions are fast."""
-    for parameter in model.to(device).eval().parameters():
-        if parameter.ndim == 5:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
-    return model
-
-
 class Prior:
     """A trained denoiser with what is known about it.
 
     Parameters
     ----------
     model : Precondition
-    first : Precondition, optional
-        A second network, for slices beside an image so noisy that it says next to nothing: it
-        need know no more than ``E[x | y]``. ``metadata["first"]["told_sigma"]`` has the noise
-        from which on it answers.
     spectra : mapping
         Contrast to the measured ``ErrorSpectrum``; "unknown" must be there.
     metadata : mapping
@@ -291,7 +279,6 @@ class Prior:
         self,
         model: Precondition,
         *,
-        first: Precondition | None = None,
         spectra: Mapping[str, ErrorSpectrum],
         metadata: Mapping[str, Any],
         device: str | torch.device = "cpu",
@@ -304,8 +291,10 @@ class Prior:
         self.warnings: list[str] = []
         self.device = usable_device(device)
         self.dtype = dtype or fast_dtype(self.device) or torch.float32
-        self.model = _ready(model, self.device)
-        self.first = None if first is None else _ready(first, self.device)
+        self.model = model.to(self.device).eval()
+        for parameter in self.model.parameters():
+            if parameter.ndim == 5:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
         self.metadata = dict(metadata)
         self.sigma_data = float(model.band_sd.square().mean().sqrt())
         self._spectra = dict(spectra)
@@ -409,11 +398,6 @@ class Prior:
             # outside of the handler, which would keep the failed call's tensors alive
             self._fall_back(message, tuple(x.shape[2:]))
 
-    def _network_for(self, sigma: float, measured: Measured | None) -> Precondition:
-        if self.first is None or not isinstance(measured, Stack):
-            return self.model
-        return self.first if sigma >= self.metadata["first"]["told_sigma"][0] else self.model
-
     def _run(
         self,
         x: Tensor,
@@ -427,8 +411,7 @@ class Prior:
             axis, measured = measured.axis, measured.turned()
         x = x.movedim(2 + axis, -1)
         shape, sigma = x.shape[2:], float(level[0])
-        model = self._network_for(sigma, measured)
-        multiple = 2 * model.network.multiple
+        multiple = 2 * self.model.network.multiple
         padding = [(-size) % multiple for size in shape]
         noisy = mirrored(x.to(self.device, torch.float32), padding)
         precision = (
@@ -439,15 +422,15 @@ class Prior:
         levels = None
         if measured is not None:
             known = measured.padded(padding)
-            levels = [known.level(model.band_sd, sigma, self.device)] * len(x)
+            levels = [known.level(self.model.band_sd, sigma, self.device)] * len(x)
         with precision:
             if self.tile_mm is None:
                 place = self._place_features(coordinates, axis, padding)
-                clean = from_bands(model(to_bands(noisy), level, place, kind, levels))
+                clean = from_bands(self.model(to_bands(noisy), level, place, kind, levels))
             else:
                 mm = coordinates.to(self.device, torch.float32).movedim(1 + axis, -1)
                 mm = mirrored(mm[None], padding)
-                clean = model.in_slabs(noisy, level, mm, kind, self.tile_mm, levels)
+                clean = self.model.in_slabs(noisy, level, mm, kind, self.tile_mm, levels)
         clean = clean[:, :, : shape[0], : shape[1], : shape[2]].movedim(-1, 2 + axis)
         return clean.contiguous().to(x.device)
 

@@ -165,16 +165,9 @@ def read_weights(path: Path, *, kind: str) -> tuple[dict[str, Tensor], dict[str,
     return state, {**metadata, "file": path.name, "sha256": sha256_file(path)}
 
 
-def prior_state(
-    model: Precondition,
-    spectra: Mapping[str, ErrorSpectrum],
-    first: Precondition | None = None,
-) -> dict[str, Tensor]:
-    """What a prior's file holds: networks in float16, spreads and error spectra in float32."""
+def prior_state(model: Precondition, spectra: Mapping[str, ErrorSpectrum]) -> dict[str, Tensor]:
+    """What a prior's file holds: the network in float16, spreads and error spectra in float32."""
     state = {f"network.{k}": v.detach().half() for k, v in model.network.state_dict().items()}
-    if first is not None:
-        state |= {f"first.{k}": v.detach().half() for k, v in first.network.state_dict().items()}
-        state["first_band_sd"] = first.band_sd.float()
     state["band_sd"] = model.band_sd.float()
     for contrast, spectrum in spectra.items():
         for part in ("sigmas", "frequencies", "variances"):
@@ -201,10 +194,8 @@ def load_prior(
     path = path or FOLDER / "prior.safetensors"
     state, metadata = read_weights(path, kind="prior")
     network = _fill(UNet, state, metadata, path)
-    first = _fill(UNet, state, metadata, path, "first") if "first" in metadata else None
     try:
         model = Precondition(network, state["band_sd"])
-        answering = None if first is None else Precondition(first, state["first_band_sd"])
         contrasts = {name.split(".")[1] for name in state if name.startswith(f"{SPECTRUM}.")}
         spectra = {
             contrast: ErrorSpectrum(
@@ -218,13 +209,7 @@ def load_prior(
     except KeyError as error:
         raise WeightsError(f"{path}: tensor {error} is missing.") from error
     return Prior(
-        model,
-        first=answering,
-        spectra=spectra,
-        metadata=metadata,
-        device=device,
-        dtype=dtype,
-        tile_mm=tile_mm,
+        model, spectra=spectra, metadata=metadata, device=device, dtype=dtype, tile_mm=tile_mm
     )
 
 
@@ -246,16 +231,10 @@ def load_parcellation(
 
 
 def _fill(
-    make: type[Network],
-    state: Mapping[str, Tensor],
-    metadata: Mapping[str, Any],
-    path: Path,
-    name: str = "network",
+    make: type[Network], state: Mapping[str, Tensor], metadata: Mapping[str, Any], path: Path
 ) -> Network:
-    """A network built from the metadata's config, with the tensors named ``name.*``."""
-    own = {
-        k.removeprefix(f"{name}."): v.float() for k, v in state.items() if k.startswith(f"{name}.")
-    }
+    """A network built from the metadata's config, with the tensors named ``network.*``."""
+    own = {k.removeprefix("network."): v.float() for k, v in state.items() if "network." in k}
     try:
         with torch.random.fork_rng(devices=[]):  # the first values, drawn at random, are not kept
             network = make(**metadata["config"])

@@ -431,15 +431,13 @@ def export(
     name: str,
     limit: int,
     inflation: float,
-    first: Path | None = None,
 ) -> dict[str, Any]:
     """Measure the error spectra on the validation brains and write the weights.
 
-    ``limit`` brains a contrast are measured; ``inflation`` is that of ``sample_eps``; ``first``
-    are the weights of the network that shall give the first answer. Returns the metadata.
+    ``limit`` brains a contrast are measured; ``inflation`` is that of ``sample_eps``. Returns the
+    metadata.
     """
     prior = trainer.prior()
-    answering = None if first is None else load_prior(first)
     held_out = [brain for brain in brains if brain.split == "validation"]
     spectra = measure_spectra(prior, held_out, limit=limit)
     scans = [b for b in brains if b.split == "train" and not b.synthetic]
@@ -463,15 +461,7 @@ def export(
         "gain": gains(prior, held_out),
         "inflation": inflation,
     }
-    if answering is not None:
-        known = answering.metadata
-        metadata["first"] = {
-            "config": known["config"],
-            "told_sigma": known["recipe"]["told_sigma"],
-            **{key: known[key] for key in ("recipe", "steps", "processes", "hours", "device")},
-        }
-    own = None if answering is None else answering.model
-    write_weights(path, prior_state(prior.model, spectra, own), metadata)
+    write_weights(path, prior_state(prior.model, spectra), metadata)
     return metadata
 
 
@@ -538,13 +528,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=1.0,
         help="factor on the noise of the sampler eps, calibrated on validation people",
-    )
-    out.add_argument(
-        "--first",
-        type=Path,
-        metavar="WEIGHTS",
-        help="weights of a training with --stacks 1 --holes 0 --told-sigma 3 100: written into "
-        "--out as the network that gives the first answer of a chain, E[x | y]",
     )
     out.add_argument(
         "--export-only", action="store_true", help="write --out from the checkpoint, no training"
@@ -679,7 +662,6 @@ def _train(args: argparse.Namespace, processes: Processes) -> int:
             name=args.name,
             limit=args.spectrum_brains,
             inflation=args.inflation,
-            first=args.first,
         )
         log.info("%s", json.dumps(metadata, indent=1))
     processes.wait()

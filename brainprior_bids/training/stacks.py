@@ -23,17 +23,18 @@ from brainprior_bids.engine.voxels import Voxels
 AXES = (0.25, 0.25, 0.5)
 """How often the slices are sagittal, coronal, axial."""
 SPACING_MM = (1.6, 8.0)
+"""Uniform: most clinical slices are 3 to 6 mm."""
 STATED = ((0.7, trapezoid_profile), (0.85, gaussian_profile), (1.0, boxcar_profile))
 """What a scan's profile is taken for, by cumulative share: mostly ``Acquisition``'s default."""
 WIDTH = (0.75, 1.1)
 """Thickness over spacing."""
 MISMATCH = 0.1
 """The true thickness differs from the stated one by up to this share."""
-NOISE_SD = (0.003, 0.05)
-COARSE = 0.4
+NOISE_SD = (0.004, 0.04)
+COARSE = 0.2
 """Share of the stacks with voxels above 1 mm in their plane, and how far above."""
 IN_PLANE_MM = (1.05, 2.2)
-THREE_D = 0.15
+THREE_D = 0.1
 """Share of the stacks that are 3-D scans, whose slices are sinc-shaped, and their spacing."""
 THREE_D_MM = (1.0, 1.7)
 SLAB = 0.15
@@ -74,7 +75,8 @@ def draw_stack(image: Tensor, generator: torch.Generator) -> Stack:
     """
     u = torch.rand(7, generator=generator).tolist()
     axis = 0 if u[0] < AXES[0] else 1 if u[0] < AXES[0] + AXES[1] else 2
-    spacing = log_uniform(*SPACING_MM, generator)
+    low, high = SPACING_MM
+    spacing = low + (high - low) * float(torch.rand((), generator=generator))
     stated = spacing * (WIDTH[0] + u[1] * (WIDTH[1] - WIDTH[0]))
     true = stated * (1 + MISMATCH * (2 * u[2] - 1))
     size = image.shape[axis]
