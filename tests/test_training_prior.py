@@ -13,7 +13,7 @@ import torch
 from brainprior_bids.engine.denoiser import ErrorSpectrum
 from brainprior_bids.engine.errors import InputError, UsageError, WeightsError
 from brainprior_bids.engine.grids import Grid
-from brainprior_bids.engine.weights import FOLDER, load_prior
+from brainprior_bids.engine.weights import FOLDER, load_prior, sha256_file
 from brainprior_bids.training import crops, preprocess, prior, spectra
 
 AFFINE = np.array([[1.1, 0.05, 0, -30], [0, 1.0, 0.1, -40], [0.02, 0, 1.2, -35], [0, 0, 0, 1.0]])
@@ -254,6 +254,7 @@ def test_a_training_may_begin_with_the_weights_of_another(tmp_path):
     for name, tensor in begun.model.state_dict().items():
         assert torch.equal(tensor, state[name]), name
     assert begun.metadata["recipe"]["told_sigma"] == [3, 100]
+    assert begun.metadata["begun_with"] == {"sha256": sha256_file(one), "steps": 3}
     train(tmp_path, "--steps", 3, "--decay", 1, "--learning-rate", 0.01, *own)
     moved = load_prior(two).model.state_dict()
     assert any(not torch.equal(tensor, state[name]) for name, tensor in moved.items())

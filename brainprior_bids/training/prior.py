@@ -169,6 +169,7 @@ class Trainer:
         self.processes = processes or Processes(0, 1, device)
         self.crops = Crops(brains, size=recipe.size, seed=recipe.seed)
         self.step, self.seconds = 0, 0.0
+        self.begun_with: dict[str, Any] = {}
         self.recent = torch.zeros(3, LEVELS, 9)
         torch.manual_seed(recipe.seed)  # initial weights only
         network = UNet(recipe.channels, recipe.blocks, stacks=recipe.stacks + recipe.holes > 0)
@@ -211,6 +212,7 @@ class Trainer:
             optimiser.load_state_dict(state)
         self.step, self.seconds = saved["step"], saved["seconds"]
         self.recent = saved["recent"].cpu()
+        self.begun_with = saved.get("begun_with", {})
         return True
 
     def start_from(self, path: Path) -> None:
@@ -221,11 +223,13 @@ class Trainer:
         WeightsError
             If it is not a prior's, or its network is another one.
         """
-        own, theirs = self.average.network.config, load_prior(path).model
-        if theirs.network.config != own:
-            raise WeightsError(f"{path}: its network is {theirs.network.config}, not {own}.")
+        own, theirs = self.average.network.config, load_prior(path)
+        if theirs.model.network.config != own:
+            raise WeightsError(f"{path}: its network is {theirs.model.network.config}, not {own}.")
         for model in (self.model, self.average):
-            model.load_state_dict(theirs.state_dict())
+            model.load_state_dict(theirs.model.state_dict())
+        known = {key: theirs.metadata.get(key) for key in ("sha256", "steps", "begun_with")}
+        self.begun_with = {key: value for key, value in known.items() if value is not None}
 
     def save(self) -> None:
         """Write the checkpoint, replacing the last one only when complete."""
@@ -241,6 +245,7 @@ class Trainer:
                 "seconds": self.seconds,
                 "recent": self.recent,
                 "recipe": asdict(self.recipe),
+                "begun_with": self.begun_with,
             },
             partial,
         )
@@ -461,6 +466,8 @@ def export(
         "gain": gains(prior, held_out),
         "inflation": inflation,
     }
+    if trainer.begun_with:
+        metadata["begun_with"] = trainer.begun_with
     write_weights(path, prior_state(prior.model, spectra), metadata)
     return metadata
 
