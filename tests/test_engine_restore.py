@@ -674,22 +674,35 @@ def test_another_tools_image_beside_slices_under_eps():
     np.testing.assert_allclose(ignored.mean, alone.mean, atol=0.02 * GAIN)
 
 
-@pytest.mark.parametrize(("n_samples", "first"), [(1, 2 / 3), (2, 1 / 2), (8, 1 / 5)])
-def test_the_first_answer_of_a_chain_counts_more_the_fewer_there_are(n_samples, first):
+@pytest.mark.parametrize(
+    ("scan", "n_samples", "first"),
+    [
+        ("slices", 1, 2 / 3),
+        ("slices", 2, 1 / 2),
+        ("slices", 8, 1 / 5),
+        ("3-D", 1, 1 / 6),
+        ("hole", 1, 1 / 6),
+    ],
+)
+def test_between_slices_the_first_answer_counts_more_the_fewer_there_are(scan, n_samples, first):
     """The first answer of each chain is 0, the others are 1: the mean tells the weights."""
-    case, prior = phantom(), told_prior()
-    prior.answered = 0
+    case, prior = phantom(thick=4 if scan == "slices" else 1), told_prior(0.1)
+    prior.answered, calls, options = 0, 6, {}
 
     def denoise(x, sigma, **_):
         prior.answered += 1
-        return torch.full_like(x, float((prior.answered - 1) % 5 > 0))
+        return torch.full_like(x, float((prior.answered - 1) % calls > 0))
 
     prior.denoise = denoise
-    found = run(case, prior=prior, sampler="eps", n_samples=n_samples, n_steps=5)
-    assert prior.answered == 5 * n_samples
-    np.testing.assert_allclose(found.mean[case["mask"]] / found.unit, 1 - first, rtol=1e-5)
-    assert found.samples[:, case["mask"]] / found.unit == pytest.approx(1)
-    assert answer_weights(3, 1) == (1.0, 0.0)
+    judged = case["mask"].copy()
+    if scan == "hole":
+        options["hidden"] = ball(case["arguments"]["grid"], (4, -5, 3), 7)
+        judged &= options["hidden"]
+    found = run(case, prior=prior, sampler="eps", n_samples=n_samples, n_steps=calls, **options)
+    assert prior.answered == calls * n_samples
+    np.testing.assert_allclose(found.mean[judged] / found.unit, 1 - first, rtol=1e-5)
+    assert found.samples[:, judged] / found.unit == pytest.approx(1)
+    assert answer_weights(3, 1) == (1.0, 1.0)
     assert answer_weights(1000, 5) == pytest.approx((0.2, 0.2))  # never less than a later one
 
 

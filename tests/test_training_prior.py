@@ -178,6 +178,17 @@ def test_a_resumed_training_is_the_same_training(tmp_path):
         assert torch.equal(a, b)
 
 
+def test_a_training_that_saw_slices_another_way_does_not_go_on(tmp_path):
+    before = tiny(tmp_path, 1)
+    run(before)
+    path = tmp_path / prior.CHECKPOINT
+    saved = torch.load(path, weights_only=True)
+    del saved["recipe"]["slices_last"]
+    torch.save(saved, path)
+    with pytest.raises(UsageError, match="Begin a new one"):
+        tiny(tmp_path, 2).resume()
+
+
 def test_a_crop_too_small_for_the_network_is_refused(tmp_path):
     recipe = prior.Recipe(size=8, channels=(8, 8), blocks=(1, 1))
     with pytest.raises(UsageError, match="multiple of 4 of at least 12"):

@@ -177,16 +177,17 @@ def sample_seed(seed: int, index: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def answer_weights(n_samples: int, n_calls: int) -> tuple[float, float]:
+def answer_weights(n_samples: int | None, n_calls: int) -> tuple[float, float]:
     """Of a chain's first answer under "eps", and of each later one, in the mean; they sum to 1.
 
     All estimate ``E[x | y]``. The first (``EPS_BLIND``) owes nothing to the chain's noise but is
-    one call's work; the later ones are better and scatter with their sample. So the first counts
-    ``2 / (2 + n_samples)``: chosen on persons 04, 05 and 56 (docs/engine.md), where equal weights
-    lose 0.8 dB with one sample, 0.1 dB with four, and nothing with eight.
+    one call's work; the later ones are better and scatter with their sample. So between 2-D slices
+    the first counts ``2 / (2 + n_samples)``: chosen on persons 04, 05 and 56 (docs/engine.md),
+    where equal weights lose 0.8 dB with one sample, 0.1 dB with four, and nothing with eight.
+    ``None``, beside a hole and in 3-D scans: all alike. In a hole one call knows too little.
     """
-    if n_calls == 1:
-        return 1.0, 0.0
+    if n_samples is None or n_calls == 1:
+        return 1 / n_calls, 1 / n_calls
     first = max(2 / (2 + n_samples), 1 / n_calls)
     return first, (1 - first) / (n_calls - 1)
 
@@ -500,11 +501,11 @@ def restore(
         return (unit * part).numpy()
 
     left_over = torch.zeros(box.data_shape)
-    answers = answer_weights(n_samples, len(sigmas))
+    three_d = _encoded(grid, acquisition)
+    few = n_samples if hidden is None and not three_d else None
+    answers = answer_weights(few, len(sigmas))
     noises, seeds = [], []
-    doubt = width_doubt if sampler in ("exact", "eps") else 0.0
-    if _encoded(grid, acquisition):
-        doubt = 0.0
+    doubt = width_doubt if sampler in ("exact", "eps") and not three_d else 0.0
     widths = [slice_width(index, doubt) for index in range(n_samples)]
     everywhere = bias_field.basis(
         _positions(

@@ -94,7 +94,7 @@ class Recipe:
     weight_decay: float = 1e-3
     ema: float = 0.999
     seed: int = 1
-    stacks: float = 0.6
+    stacks: float = 0.8
     holes: float = 0.1
     told_sigma: tuple[float, float] = (0.02, 100.0)
     slices_last: bool = True
@@ -201,11 +201,22 @@ class Trainer:
         ]
 
     def resume(self) -> bool:
-        """Take up the checkpoint of the work folder; False if there is none."""
+        """Take up the checkpoint of the work folder; False if there is none.
+
+        Raises
+        ------
+        UsageError
+            If it saw slices another way: the engine would show it slices as it never did.
+        """
         path = self.work / CHECKPOINT
         if not path.exists():
             return False
         saved = torch.load(path, map_location=self.device, weights_only=True)
+        if saved["recipe"].get("slices_last", False) != self.recipe.slices_last:
+            raise UsageError(
+                f"{path}: this training did not see slices along the last axis; it cannot go on. "
+                "Begin a new one in another folder: --begin-with and the weights it wrote."
+            )
         self.model.load_state_dict(saved["model"])
         self.average.load_state_dict(saved["average"])
         for optimiser, state in zip(self.optimisers, saved["optimisers"], strict=True):
