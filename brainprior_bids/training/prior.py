@@ -78,6 +78,8 @@ class Recipe:
         Share of the crops of which a stack of slices, or all but a hole, is known.
     told_sigma : (float, float)
         Lowest and highest noise of those crops; at 100 the answer is E[x | y].
+    blind : float
+        Share of those crops whose noise is the highest: the network learns E[x | y].
     slices_last : bool
         The network sees slices along its last axis, whichever axis of the brain that is: it has
         no more to learn than through-plane and in-plane. (Weights of before did not.)
@@ -97,6 +99,7 @@ class Recipe:
     stacks: float = 0.8
     holes: float = 0.1
     told_sigma: tuple[float, float] = (0.02, 100.0)
+    blind: float = 0.0
     slices_last: bool = True
     channels: tuple[int, ...] = (48, 96, 128)
     blocks: tuple[int, ...] = (2, 2, 2)
@@ -291,6 +294,8 @@ class Trainer:
                     else draw_voxels(crop[0], generator)
                 )
                 sigma[n] = log_uniform(*self.recipe.told_sigma, generator)
+                if float(torch.rand((), generator=generator)) < self.recipe.blind:
+                    sigma[n] = self.recipe.told_sigma[1]
                 if isinstance(known, Stack) and self.recipe.slices_last:
                     turned, place[n], known = slices_last(crop, place[n], known)
                     image[n] = turned
@@ -524,6 +529,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="noise of the crops of which something is known",
     )
     train.add_argument(
+        "--blind",
+        type=float,
+        default=recipe.blind,
+        help="share of those crops that have the highest noise: the network learns E[x | y]",
+    )
+    train.add_argument(
         "--begin-with",
         type=Path,
         metavar="WEIGHTS",
@@ -649,6 +660,7 @@ def _train(args: argparse.Namespace, processes: Processes) -> int:
         stacks=args.stacks,
         holes=args.holes,
         told_sigma=tuple(args.told_sigma),
+        blind=args.blind,
         channels=tuple(args.channels),
         blocks=tuple(args.blocks),
     )
