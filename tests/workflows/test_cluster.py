@@ -23,7 +23,7 @@ from brainprior_bids.cli.run import main
 from brainprior_bids.engine.errors import UsageError
 
 pytestmark = pytest.mark.timeout(120)
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 SBATCH = """\
 #!/bin/bash

@@ -16,7 +16,7 @@ from brainprior_bids.engine import weights
 from brainprior_bids.engine.device import choose_device
 from brainprior_bids.engine.errors import UsageError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import pytest
 import torch
 from gaussian import gaussian_prior
 from pretend import FAR, second_device
-from test_engine_fusion import MOTION, make_run, together
-from test_engine_mni305 import run as run_on_mni305
-from test_engine_restore import ball, phantom, run
+from test_fusion import MOTION, make_run, together
+from test_mni305 import run as run_on_mni305
+from test_restore import ball, phantom, run
 
 from brainprior_bids.engine.denoiser import fast_dtype
 from brainprior_bids.engine.grids import MNI305

@@ -16,7 +16,7 @@ import yaml
 from brainprior_bids.cli.boutiques import FILES, descriptor
 from brainprior_bids.cli.parser import build_parser
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 STORED = ROOT / "docs" / "boutiques" / "brainprior.json"
 
 

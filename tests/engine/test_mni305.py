@@ -8,10 +8,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_engine_operators import NAMES, operators
-from test_engine_solve import SPACING, dense_operator, make
-from test_engine_solve import Spectrum as Steep
-from test_engine_solve import weights as thick
+from test_operators import NAMES, operators
+from test_solve import SPACING, dense_operator, make
+from test_solve import Spectrum as Steep
+from test_solve import weights as thick
 
 from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.engine.errors import (
