@@ -22,7 +22,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "noise said 0.02": {"assumed_noise": 0.02},
     "field ignored": BIASED,
     "field by N4": {**BIASED, "field": "n4"},
-    "field by N4, moved": {**BIASED, "field": "n4", "refine_bias": True},
-    "field moved from 0": {**BIASED, "refine_bias": True},
+    "field by N4, moved": {**BIASED, "field": "n4", "move_bias": True},
+    "field moved from 0": {**BIASED, "move_bias": True},
 }
 DAPS = {"sampler daps": {"sampler": "daps", "n_samples": 1}}

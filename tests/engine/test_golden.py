@@ -23,7 +23,7 @@ if __name__ == "__main__":
 
 from test_fusion import MOTION, make_run, together  # noqa: E402
 from test_mni305 import run as run_on_mni305  # noqa: E402
-from test_restore import GAIN, ball, phantom, run, told_prior  # noqa: E402
+from test_restore import GAIN, ball, given_prior, phantom, run  # noqa: E402
 
 from brainprior_bids.engine.acquisition import Acquisition  # noqa: E402
 from brainprior_bids.engine.samplers.daps import DapsSettings  # noqa: E402
@@ -73,18 +73,18 @@ def noise_map(case):
     return np.linspace(0.02, 0.1, grid.shape[0])[:, None, None] * np.ones(grid.shape)
 
 
-TOLD = {"prior": lambda _: told_prior(0.1, inflation=1.1), "sampler": "eps", "n_steps": 5}
-TRUST = {"anchor": other_image, "anchor_sd": 0.03}
+TOLD = {"prior": lambda _: given_prior(0.1, inflation=1.1), "sampler": "conditional", "n_steps": 5}
+TRUST = {"image": other_image, "trust": 0.03}
 PROBLEMS = {
-    "conditional, sagittal": lambda: single(axis=0, width_doubt=0.1, **TOLD),
+    "conditional, sagittal": lambda: single(axis=0, thickness_sd=0.1, **TOLD),
     "conditional, axial, bias": lambda: single(
         bias=0.2, log_bias=lambda c: c["field"], rim_mm=1.5, **TOLD
     ),
     "conditional, 3-D": lambda: single(1, **TOLD),
     "conditional, 3-D, hole": lambda: single(1, hidden=hole, **TOLD),
     "conditional, another image": lambda: single(**TRUST, **TOLD),
-    "exact, coronal": lambda: single(axis=1, width_doubt=0.1),
-    "exact, bias moved": lambda: single(bias=0.2, refine_bias=True, bias_scale_mm=25.0),
+    "exact, coronal": lambda: single(axis=1, thickness_sd=0.1),
+    "exact, bias moved": lambda: single(bias=0.2, move_bias=True, bias_scale_mm=25.0),
     "exact, hole": lambda: single(hidden=hole),
     "exact, another image": lambda: single(**TRUST),
     "exact, map of the noise": lambda: single(1, noise_sd=noise_map),
