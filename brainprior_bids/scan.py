@@ -3,24 +3,16 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
-import numpy as np
 
-from brainprior_bids.anatomy.affine import fit_affine
-from brainprior_bids.anatomy.bias import n4
-from brainprior_bids.anatomy.brain import with_own_edge
-from brainprior_bids.anatomy.conform import conform
-from brainprior_bids.anatomy.hull import surface
-from brainprior_bids.anatomy.parcellation import parcellate
-from brainprior_bids.engine.grids import Grid
+from brainprior_bids.anatomy.prepare import Prepared, prepare
 from brainprior_bids.engine.restore import RIM_MM, PriorLike, Restoration, restore
-from brainprior_bids.engine.weights import load_parcellation, load_prior
+from brainprior_bids.engine.weights import load_prior
 
 
 def restore_scan(
@@ -28,13 +20,14 @@ def restore_scan(
     *,
     contrast: str,
     metadata: Mapping[str, Any] | None = None,
+    lesion: Path | None = None,
     prior: PriorLike | None = None,
     **options: Any,
 ) -> Restoration:
     """Conform, parcellate, N4, affine to MNI305 and restore one scan.
 
-    The command does the same and besides it checks the result, reports, and falls back where a
-    step fails; here a failure is an exception.
+    These are the steps of the command (``anatomy.prepare``), with its fallbacks and warnings;
+    sidecars, reports and quality metrics are the command's alone.
 
     Parameters
     ----------
@@ -43,12 +36,14 @@ def restore_scan(
     contrast : str
         "T1w", "T2w", "FLAIR" or "unknown".
     metadata : mapping, optional
-        BIDS fields that say how it was made, above all "SliceThickness" in mm; without them the
-        header counts.
+        BIDS fields that describe the acquisition, above all "SliceThickness" in mm; without them
+        the header is used.
+    lesion : path, optional
+        Mask on the scan's grid, above 0 in the lesion; the scan is treated as missing there.
     prior : Prior, optional
         Default: the embedded one.
     **options
-        Further ones of ``engine.restore.restore``: ``n_samples``, ``seed``, ``device`` and others.
+        Further options of ``engine.restore.restore``: ``n_samples``, ``seed``, ``device`` …
 
     Returns
     -------
@@ -58,34 +53,27 @@ def restore_scan(
     Raises
     ------
     BrainpriorError
-        As ``conform``, ``parcellate``, ``fit_affine`` and ``restore`` do.
+        As ``prepare`` and ``restore`` do.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "scan.nii.gz"
-        if isinstance(scan, (str, Path)):
-            path = Path(scan)
-        else:
-            nib.save(scan, path)
-        conformed = conform(path, metadata=metadata or {})
-        image = nib.Nifti1Image(
-            conformed.image.get_fdata(dtype=np.float32), conformed.image.affine
-        )
-    grid = Grid(image.shape, image.affine)
-    restored_grid = grid.one_millimetre()
-    found = parcellate(image, network=load_parcellation(), restored_grid=restored_grid)
-    brain, stripped = with_own_edge(image, found, restored_grid)
-    fit = fit_affine(brain.table, surface=surface(brain.mask > 0, restored_grid))
-    done = restore(
-        image.get_fdata(dtype=np.float32),
-        grid=grid,
-        acquisition=conformed.acquisition,
-        mask=brain.mask_scan,
-        mask_1mm=brain.mask,
-        to_mni305=fit.matrix,
+    prepared = prepare(scan, metadata=metadata, lesion=lesion, threads=2)
+    result = _restore(prepared, contrast, prior or load_prior(), {"rim_mm": RIM_MM, **options})
+    return replace(result, warnings=[*prepared.warnings, *result.warnings])
+
+
+def _restore(
+    scan: Prepared, contrast: str, prior: PriorLike, options: Mapping[str, Any]
+) -> Restoration:
+    assert scan.to_mni305 is not None
+    return restore(
+        scan.values,
+        grid=scan.grid,
+        acquisition=scan.acquisition,
+        mask=scan.mask,
+        mask_1mm=scan.mask_1mm,
+        to_mni305=scan.to_mni305,
         contrast=contrast,
-        prior=prior or load_prior(),
-        log_bias=n4(image, brain.mask_scan),
-        **{"rim_mm": RIM_MM, **options},
+        prior=prior,
+        log_bias=scan.log_bias,
+        hidden=scan.hidden,
+        **options,
     )
-    before = [*conformed.warnings, *found.warnings, *stripped, *fit.warnings]
-    return replace(done, warnings=[*before, *done.warnings])

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from brainprior_bids import scan
+from brainprior_bids.anatomy import prepare
 from brainprior_bids.engine.errors import AnatomyError, InputError
 
 FIRST, SECOND = re.findall(
@@ -43,12 +44,12 @@ def test_the_five_lines_of_the_page_restore_a_scan(demo_head, tmp_path, monkeypa
 def test_an_image_is_read_as_its_file_would_be(monkeypatch):
     image = nib.Nifti1Image(np.arange(24, dtype=np.float32).reshape(2, 3, 4), np.eye(4))
 
-    def nothing_found(path, *, metadata):
+    def nothing_found(path, *, metadata, **_):
         np.testing.assert_array_equal(nib.load(path).get_fdata(), image.get_fdata())
         assert metadata == {}
         raise AnatomyError("no brain")
 
-    monkeypatch.setattr(scan, "conform", nothing_found)
+    monkeypatch.setattr(prepare, "conform", nothing_found)
     with pytest.raises(AnatomyError, match="no brain"):
         scan.restore_scan(image, contrast="T1w")
 

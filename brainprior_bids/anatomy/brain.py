@@ -1,146 +1,340 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The steps before a restoration, in one call: a scan in, its brain at 1 mm without bias out.
+"""Brain mask and structures of one scan, from whichever source is asked for.
 
-Training and evaluation need what the workflow's nodes conform, parcellate, n4 and affine find,
-and nothing of a restoration.
+The embedded network is always run: even where a mask and labels are supplied, its mask is compared
+with the supplied one. The mask may instead be the scan's own edge (always, where the scan is
+already skull-stripped), SynthStrip's, or a file; the structures may be SynthSeg's, or a file. All
+of them end on the scan's 1 mm grid and pass the same checks (``anatomy.external``).
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import nibabel as nib
-import numpy as np
 from numpy.typing import NDArray
 
-from brainprior_bids.anatomy.bias import n4
-from brainprior_bids.anatomy.conform import conform
-from brainprior_bids.anatomy.external import assemble, checked_mask, stripped_edge
-from brainprior_bids.anatomy.hull import surface
+from brainprior_bids.anatomy import external
+from brainprior_bids.anatomy.external import Mask
 from brainprior_bids.anatomy.parcellation import Parcellation, parcellate
-from brainprior_bids.anatomy.rescue import find_affine, template_folder
+from brainprior_bids.anatomy.slices import check_slices
 from brainprior_bids.anatomy.spaces import resample
-from brainprior_bids.engine.errors import InputError
+from brainprior_bids.engine.errors import AnatomyError, InputError
 from brainprior_bids.engine.grids import Grid
 from brainprior_bids.engine.parcellation_network import ParcellationNetwork
+from brainprior_bids.engine.weights import sha256_file
 
-THICKEST_MM = 1.5
-"""A voxel above this is no 1 mm scan."""
+EMPTY_BACKGROUND = 0.9
+"""Share of exactly empty voxels outside the head; with less, a scan is not skull-stripped."""
+
+
+@dataclass(frozen=True)
+class SuppliedFile:
+    """A file that was made elsewhere, and the name under which the records list it."""
+
+    path: Path
+    uri: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The URI, or the file's name where there is none."""
+        return self.uri or self.path.name
+
+    def facts(self) -> dict[str, str]:
+        """Name and SHA-256 of the contents."""
+        return {"uri": self.name, "sha256": sha256_file(self.path)}
+
+
+@dataclass(frozen=True)
+class BrainSources:
+    """Where mask and structures come from.
+
+    Parameters
+    ----------
+    skull_strip : {"embedded", "skip", "mask", "synthstrip"}
+        The embedded network, the scan's own edge, the file ``mask``, or SynthStrip.
+    parcellation : {"embedded", "derivatives", "synthseg"}
+        The embedded network, the file ``dseg``, or SynthSeg.
+    mask, dseg : SuppliedFile, optional
+        A brain mask, and labels with FreeSurfer's values, in the scan's space, on any grid.
+    synthstrip_model : Path, optional
+        Weights for ``nipreps-synthstrip``.
+    """
+
+    skull_strip: Literal["embedded", "skip", "mask", "synthstrip"] = "embedded"
+    parcellation: Literal["embedded", "derivatives", "synthseg"] = "embedded"
+    mask: SuppliedFile | None = None
+    dseg: SuppliedFile | None = None
+    synthstrip_model: Path | None = None
+
+    @property
+    def need_network(self) -> bool:
+        """Whether the embedded network's result is used, not only compared with."""
+        return "embedded" in (self.skull_strip, self.parcellation)
+
+    def file(self, role: Literal["mask", "dseg"]) -> SuppliedFile:
+        """The supplied file for ``role``; InputError where it is missing."""
+        file = self.mask if role == "mask" else self.dseg
+        if file is None:
+            raise InputError(f"Parcellate: expected {role}_file for this setting, got none.")
+        return file
+
+
+@dataclass(frozen=True)
+class _Programs:
+    """How external programs are run: their files, threads, and whether they use the GPU."""
+
+    folder: Path
+    threads: int
+    cuda: bool
+
+    def scan_file(self, image: nib.Nifti1Image) -> Path:
+        """The file the image was loaded from; one in memory is written into ``folder``."""
+        name = image.get_filename()
+        if name is not None:
+            return Path(name)
+        path = self.folder / "scan.nii.gz"
+        nib.save(image, path)
+        return path
 
 
 @dataclass(frozen=True, eq=False)
-class ExtractedBrain:
-    """A brain as the prior sees it.
+class _Replacement:
+    """A mask (bool) or labels (int16) on the 1 mm grid that replace the network's."""
 
-    Attributes
-    ----------
-    data : (i, j, k) float32 array
-        Bias-free, 99th percentile = 1, 0 outside the mask.
-    mask : (i, j, k) bool array
-    structures : (i, j, k) int16 array
-        FreeSurfer values.
-    grid : Grid
-        Of all three: about 1 mm, the scan's axes and edges, RAS.
-    to_mni305 : (4, 4) array
-        Scanner RAS mm to MNI305 RAS mm.
-    warnings : list of str
-    """
-
-    data: NDArray[np.float32]
-    mask: NDArray[np.bool_]
-    structures: NDArray[np.int16]
-    grid: Grid
-    to_mni305: NDArray[np.float64]
+    values: NDArray[Any]
+    source: str  # as the records name it
+    given: dict[str, dict[str, str]] = field(default_factory=dict)  # role -> supplied file
+    program: dict[str, Any] = field(default_factory=dict)  # name -> what was run
     warnings: list[str] = field(default_factory=list)
 
 
-def with_own_edge(
-    image: nib.Nifti1Image, found: Parcellation, grid: Grid
-) -> tuple[Parcellation, list[str]]:
-    """The parcellation inside the scan's own edge where it is skull-stripped; else as it is.
+def find_brain(
+    image: nib.Nifti1Image,
+    *,
+    network: ParcellationNetwork,
+    sources: BrainSources | None = None,
+    slice_axis: int | None = None,
+    threads: int = 1,
+    folder: Path | None = None,
+) -> Parcellation:
+    """Brain mask and structures of a conformed scan.
 
     Parameters
     ----------
     image : Nifti1Image
-        The conformed scan.
-    found : Parcellation
-        Of the network, on ``grid``.
-    grid : Grid
-        The scan's 1 mm grid.
+        (i, j, k), closest-canonical axes, scanner units.
+    network : ParcellationNetwork
+        From ``engine.weights.load_parcellation``.
+    sources : BrainSources, optional
+        Default: the embedded network for both.
+    slice_axis : {0, 1, 2}, optional
+        Where given, every slice is compared with its neighbours (``anatomy.slices``).
+    threads : int
+        For external programs.
+    folder : Path, optional
+        Where external programs write; default: a temporary folder.
 
     Returns
     -------
-    parcellation, warnings
+    Parcellation
+        On ``Grid.one_millimetre`` of the scan; ``facts`` and ``warnings`` of all sources.
 
     Raises
     ------
     AnatomyError
-        As ``checked_mask`` and ``assemble``.
+        If no brain is found, a mask is implausible, or an external program fails.
+    InputError, GeometryError
+        If a supplied file is missing, unreadable, or not in the scan's space.
     """
-    edge = stripped_edge(image, found.mask_scan)
+    if folder is None:
+        with tempfile.TemporaryDirectory() as scratch:
+            return find_brain(
+                image, network=network, sources=sources, slice_axis=slice_axis,
+                threads=threads, folder=Path(scratch),
+            )  # fmt: skip
+    sources = sources or BrainSources()
+    programs = _Programs(folder, threads, next(network.parameters()).device.type == "cuda")
+    grid = Grid(image.shape, image.affine).one_millimetre()
+    own, warnings = _network_brain(image, network, grid, required=sources.need_network)
+    mask = _find_mask(image, grid, own, sources, programs)
+    labels = _find_labels(image, grid, sources, programs)
+    brain = _combine(image, grid, own, mask, labels)
+    facts = _facts(network, own, mask, labels)
+    warnings += [] if mask is None else mask.warnings
+    if slice_axis is not None:
+        fit, doubts = check_slices(image, brain.mask_scan, axis=slice_axis)
+        facts |= {} if fit is None else {"slices": asdict(fit)}
+        warnings += doubts
+    return replace(brain, facts=facts, warnings=warnings)
+
+
+def _network_brain(
+    image: nib.Nifti1Image, network: ParcellationNetwork, grid: Grid, *, required: bool
+) -> tuple[Parcellation | None, list[str]]:
+    """The embedded network's result and its warnings; None where it fails and is not required."""
+    try:
+        brain = parcellate(image, network=network, restored_grid=grid)
+    except AnatomyError as error:
+        if required:
+            raise
+        return None, [
+            "The given mask could not be compared with the embedded network's, which found "
+            f"no brain: {error}"
+        ]
+    return brain, list(brain.warnings)
+
+
+def _find_mask(
+    image: nib.Nifti1Image,
+    grid: Grid,
+    own: Parcellation | None,
+    sources: BrainSources,
+    programs: _Programs,
+) -> _Replacement | None:
+    """The checked mask where it is not the network's."""
+    if sources.skull_strip == "embedded":
+        assert own is not None
+        mask = _stripped_mask(image, grid, own)
+    elif sources.skull_strip == "skip":
+        mask = _edge_mask(image, grid)
+    elif sources.skull_strip == "mask":
+        file = sources.file("mask")
+        values = external.mask_from_file(file.path, grid, name="Skull-strip")
+        mask = _Replacement(values, file.name, given={"mask": file.facts()})
+    else:
+        mask = _synthstrip_mask(image, grid, sources.synthstrip_model, programs)
+    if mask is None:
+        return None
+    values, warnings = external.checked_mask(
+        mask.values, grid, source=mask.source, network_mask=None if own is None else own.mask > 0
+    )
+    return replace(mask, values=values, warnings=[*mask.warnings, *warnings])
+
+
+def _stripped_mask(image: nib.Nifti1Image, grid: Grid, own: Parcellation) -> _Replacement | None:
+    """The scan's own edge if it is already skull-stripped."""
+    edge = external.stripped_edge(image, own.mask_scan)
     if edge is None:
-        return found, []
-    scan_grid = Grid(image.shape, image.affine)
-    own = resample(edge, scan_grid, grid, order=1) >= 0.5
-    own, warnings = checked_mask(own, grid, source="the scan's own edge")
-    known = {row["index"]: row["confidence"] for row in found.table}
-    made = assemble(found.structures, own, known, scan_grid=scan_grid, restored_grid=grid)
-    return made, warnings
+        return None
+    return _Replacement(
+        _on_grid(edge, image, grid),
+        "the scan's own edge: it is already skull-stripped",
+        warnings=["The scan is already skull-stripped: its own edge is the mask."],
+    )
 
 
-def extract_brain(
-    path: Path,
-    *,
-    network: ParcellationNetwork,
-    metadata: Mapping[str, Any] | None = None,
-    unbias: bool = True,
-) -> ExtractedBrain:
-    """Skull-strip, correct, scale and align one scan of about 1 mm.
-
-    Parameters
-    ----------
-    path : Path
-        NIfTI with or without scalp; a stripped scan keeps its own edge.
-    network : ParcellationNetwork
-    metadata : Mapping, optional
-        The scan's BIDS metadata.
-    unbias : bool
-        Divide by the field that N4 finds.
-
-    Raises
-    ------
-    InputError
-        If a voxel is thicker than ``THICKEST_MM``, and as ``conform``.
-    AnatomyError
-        If no brain is found, or no affine fits it.
-    """
-    conformed = conform(path, metadata=metadata or {})
-    image = conformed.image
-    scan_grid = Grid(image.shape, image.affine)
-    if scan_grid.spacing_mm.max() > THICKEST_MM:
-        raise InputError(
-            "Expected voxels of about 1 mm, got "
-            f"{np.round(scan_grid.spacing_mm, 2).tolist()} mm. Leave the scan out."
+def _edge_mask(image: nib.Nifti1Image, grid: Grid) -> _Replacement:
+    """The scan's own edge, because the user says that it is skull-stripped."""
+    edge, empty = external.own_edge(image)
+    warnings = []
+    if empty < EMPTY_BACKGROUND:
+        warnings.append(
+            "--skull-strip skip, but the background is not empty: the scan does not look "
+            "skull-stripped, and all of the head is taken for brain."
         )
-    grid = scan_grid.one_millimetre()
-    found = parcellate(image, network=network, restored_grid=grid)
-    warnings = [*conformed.warnings, *found.warnings]
-    found, more = with_own_edge(image, found, grid)
-    warnings += more
-    mask = found.mask > 0
-    data = image.get_fdata(dtype=np.float32)
-    if unbias:
-        data = data / np.exp(n4(image, found.mask_scan, threads=1))
-    brain = resample(data, scan_grid, grid) if grid != scan_grid else data
-    brain = np.where(mask, np.maximum(brain, 0), 0).astype(np.float32)
-    brain /= np.float32(np.percentile(brain[mask], 99))
-    stored = nib.Nifti1Image(mask.astype(np.uint8), np.array(grid.affine))
-    fit = find_affine(
-        found.table, surface(mask, grid), image=image, mask=stored, templates=template_folder()
+    source = "the scan's own edge (--skull-strip skip)"
+    return _Replacement(_on_grid(edge, image, grid), source, warnings=warnings)
+
+
+def _on_grid(edge: Mask, image: nib.Nifti1Image, grid: Grid) -> Mask:
+    """A mask on the image's grid, moved to the 1 mm grid."""
+    moved: Mask = resample(edge, Grid(image.shape, image.affine), grid, order=1) >= 0.5
+    return moved
+
+
+def _synthstrip_mask(
+    image: nib.Nifti1Image, grid: Grid, model: Path | None, programs: _Programs
+) -> _Replacement:
+    """SynthStrip's mask."""
+    output = programs.folder / "synthstrip_mask.nii.gz"
+    command = external.synthstrip_command(
+        programs.scan_file(image),
+        output,
+        model=model,
+        threads=programs.threads,
+        cuda=programs.cuda,
     )
-    return ExtractedBrain(
-        brain, mask, found.structures, grid, np.asarray(fit.matrix), [*warnings, *fit.warnings]
+    program = external.run_program(command, output)
+    values = external.mask_from_file(output, grid, name="SynthStrip")
+    return _Replacement(values, "SynthStrip", program={"synthstrip": program})
+
+
+def _find_labels(
+    image: nib.Nifti1Image, grid: Grid, sources: BrainSources, programs: _Programs
+) -> _Replacement | None:
+    """The labels where they are not the network's."""
+    if sources.parcellation == "embedded":
+        return None
+    if sources.parcellation == "derivatives":
+        file = sources.file("dseg")
+        labels = external.labels_from_file(file.path, grid, name="Parcellation")
+        return _Replacement(labels, file.name, given={"dseg": file.facts()})
+    output = programs.folder / "synthseg.nii.gz"
+    command = external.synthseg_command(
+        programs.scan_file(image), output, threads=programs.threads, cuda=programs.cuda
     )
+    program = external.run_program(command, output)
+    labels = external.labels_from_file(output, grid, name="Parcellation")
+    return _Replacement(labels, "SynthSeg", program={"synthseg": program})
+
+
+def _combine(
+    image: nib.Nifti1Image,
+    grid: Grid,
+    own: Parcellation | None,
+    mask: _Replacement | None,
+    labels: _Replacement | None,
+) -> Parcellation:
+    """The network's result with what replaces a part of it."""
+    if mask is None and labels is None:
+        assert own is not None
+        return own
+    confidence: Mapping[int, float] = {}
+    if labels is not None:
+        structures = labels.values
+    else:
+        assert own is not None
+        structures = own.structures
+        confidence = {row["index"]: row["confidence"] for row in own.table}
+    if mask is not None:
+        inside = mask.values
+    else:
+        assert own is not None
+        inside = own.mask > 0
+    return external.assemble(
+        structures,
+        inside,
+        confidence,
+        scan_grid=Grid(image.shape, image.affine),
+        restored_grid=grid,
+    )
+
+
+def _facts(
+    network: ParcellationNetwork,
+    own: Parcellation | None,
+    mask: _Replacement | None,
+    labels: _Replacement | None,
+) -> dict[str, Any]:
+    """What made mask and structures, for the records; JSON-able."""
+    card = ("name", "licence", "training_data", "sha256")
+    facts: dict[str, Any] = {
+        "mask_source": "embedded" if mask is None else mask.source,
+        "structures_source": "embedded" if labels is None else labels.source,
+        "weights": {key: network.metadata.get(key) for key in card},
+    }
+    given: dict[str, dict[str, str]] = {}
+    for part in (mask, labels):
+        if part is not None:
+            given |= part.given
+            facts |= part.program
+    if given:
+        facts["given"] = given
+    if mask is not None and own is not None:
+        facts["mask_agreement"] = external.dice(mask.values, own.mask > 0)
+    return facts

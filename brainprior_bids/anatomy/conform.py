@@ -83,6 +83,11 @@ class Conformed:
     facts: dict[str, Any]
     warnings: list[str] = field(default_factory=list)
 
+    @property
+    def grid(self) -> Grid:
+        """Of ``image``."""
+        return Grid(self.image.shape, self.image.affine)
+
 
 def conform(
     path: Path,
@@ -207,9 +212,9 @@ def _geometry(
     turned = [0, 0, 0]
     for axis, (to, _) in enumerate(orientation):
         turned[int(to)] = shape[axis]
-    grid = Grid(
-        (turned[0], turned[1], turned[2]), affine @ inv_ornt_aff(orientation, original.shape)
-    )
+    # as a NIfTI file stores it: the scan in memory and its file have the same grid
+    canonical = np.float32(affine @ inv_ornt_aff(orientation, original.shape))
+    grid = Grid((turned[0], turned[1], turned[2]), canonical.astype(np.float64))
     acquisition, facts = _acquisition(
         grid,
         orientation,

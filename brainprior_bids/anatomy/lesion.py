@@ -26,7 +26,7 @@ DEEP_MM = 15.0
 class Lesion:
     """What the engine needs of a lesion."""
 
-    hidden: NDArray[np.uint8]  # on the scan's grid: 1 where the scan is not believed
+    hidden: NDArray[np.uint8]  # on the scan's grid: 1 where the scan is treated as missing
     mask_1mm: NDArray[np.uint8]  # brain and lesion, 1 mm grid
     mask_scan: NDArray[np.float32]  # brain and lesion, on the scan's grid
     measured: NDArray[np.float32]  # the same without what is hidden: for N4
@@ -68,6 +68,20 @@ def read_lesion(path: Path, grid: Grid) -> NDArray[np.bool_]:
     if not (values > 0).any():
         raise InputError(f"{path.name}: the mask is empty. Remove it, or draw the lesion.")
     return np.asarray(values > 0, np.bool_)
+
+
+def find_lesion(
+    path: Path,
+    grid: Grid,
+    *,
+    mask_1mm: NDArray[Any],
+    mask_scan: NDArray[Any],
+    dilate_mm: float = 0.0,
+) -> Lesion:
+    """``read_lesion``, then ``prepare_lesion``; parameters and errors are theirs."""
+    return prepare_lesion(
+        read_lesion(path, grid), grid, mask_1mm=mask_1mm, mask_scan=mask_scan, dilate_mm=dilate_mm
+    )
 
 
 def prepare_lesion(

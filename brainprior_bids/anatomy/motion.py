@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rigid motion between two scans of one brain, and whether they show one brain at all.
 
-Two stacks of thick slices in different directions are blurred in different directions, which
+Two scans of thick slices in different directions are blurred in different directions, which
 would pull a registration. So each is first blurred across its slices as the other one is: then
 both show the same image, and their correlation is at its best where they lie on each other.
 Symbols: millimetres are scanner RAS+ of each scan.
@@ -39,7 +39,7 @@ Matrix = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
-class Stack:
+class PlacedScan:
     """One scan, divided by its bias field.
 
     Parameters
@@ -65,7 +65,23 @@ class Stack:
         column = self.grid.affine[:3, self.acquisition.slice_axis]
         return np.asarray(column / np.linalg.norm(column), np.float64)
 
-    def fine(self, other: Stack) -> Image:
+    @classmethod
+    def from_scan(
+        cls,
+        name: str,
+        values: NDArray[Any],
+        log_bias: NDArray[Any],
+        *,
+        grid: Grid,
+        acquisition: Acquisition,
+        mask: NDArray[Any],
+    ) -> PlacedScan:
+        """A scan as measured, divided by ``exp(log_bias)``; non-finite values become 0."""
+        finite = np.nan_to_num(np.asarray(values, np.float32), nan=0, posinf=0, neginf=0)
+        unbiased = (finite / np.exp(log_bias)).astype(np.float32)
+        return cls(name, unbiased, grid, acquisition, mask)
+
+    def fine(self, other: PlacedScan) -> Image:
         """On its 1 mm grid, blurred across the other's slices as these are."""
         grid = self.grid.one_millimetre()
         data = resample(self.data, self.grid, grid, order=1)
@@ -111,7 +127,7 @@ class Motion:
         return float(np.linalg.norm(moved - at))
 
 
-def find_motion(reference: Stack, scan: Stack) -> Motion:
+def find_motion(reference: PlacedScan, scan: PlacedScan) -> Motion:
     """Rigid registration of a scan to the reference.
 
     Raises
@@ -149,7 +165,9 @@ def find_motion(reference: Stack, scan: Stack) -> Motion:
     return Motion(to_reference, gain, correlation, shared)
 
 
-def common_mask(reference: Stack, others: Sequence[tuple[Stack, Motion]]) -> NDArray[np.uint8]:
+def common_mask(
+    reference: PlacedScan, others: Sequence[tuple[PlacedScan, Motion]]
+) -> NDArray[np.uint8]:
     """Where most of the scans that see a voxel call it brain; on the reference's 1 mm grid.
 
     A thick slice does not know where within it the brain ends; a scan in another direction does.
@@ -157,10 +175,10 @@ def common_mask(reference: Stack, others: Sequence[tuple[Stack, Motion]]) -> NDA
     grid = reference.grid.one_millimetre()
     votes = (np.asarray(reference.mask) > 0.5).astype(np.float32)
     seen = np.ones(grid.shape, np.float32)
-    for stack, motion in others:
-        there = stack.grid.one_millimetre()
+    for scan, motion in others:
+        there = scan.grid.one_millimetre()
         votes += resample(
-            np.asarray(stack.mask) > 0.5, there, grid, matrix=motion.to_reference, order=1
+            np.asarray(scan.mask) > 0.5, there, grid, matrix=motion.to_reference, order=1
         )
         whole = np.ones(there.shape, np.float32)
         seen += resample(whole, there, grid, matrix=motion.to_reference, order=1)

@@ -57,6 +57,9 @@ class Parcellation:
         largest class probability), ``centroid_mm`` (scanner RAS), ``cut_share`` (area on the
         faces of the field of view over volume^(2/3)).
     warnings : list of str
+    facts : dict
+        JSON-able: the sources of mask and structures, the weights, the fit of the slices
+        (``anatomy.brain.find_brain``); empty from ``parcellate``.
     """
 
     structures: NDArray[np.int16]
@@ -64,6 +67,7 @@ class Parcellation:
     mask_scan: NDArray[np.float32]
     table: list[dict[str, Any]]
     warnings: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 @cache

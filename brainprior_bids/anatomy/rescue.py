@@ -14,9 +14,8 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import ants
 import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +28,9 @@ from brainprior_bids.anatomy.affine import (
     judge_affine,
 )
 from brainprior_bids.engine.errors import AnatomyError
+
+if TYPE_CHECKING:  # antspyx takes seconds to import and is needed only where the structures fail
+    import ants
 
 Matrix = NDArray[np.float64]
 
@@ -124,6 +126,8 @@ def register_to_template(
     image: nib.Nifti1Image, mask: nib.Nifti1Image, templates: Path, *, start: Matrix | None
 ) -> Matrix:
     """(4, 4) scanner RAS mm to MNI305 RAS mm: rigid, then affine, mutual information, at 3 mm."""
+    import ants
+
     target = nib.load(templates / TEMPLATE)
     brain = np.asarray(nib.load(templates / TEMPLATE_MASK).dataobj) > 0
     fixed = to_ants(np.where(brain, target.get_fdata(dtype=np.float32), 0), target.affine)
@@ -159,6 +163,8 @@ def register_to_template(
 
 def to_ants(data: NDArray[np.floating], affine: NDArray[np.float64]) -> ants.ANTsImage:
     """An ants image of an array with a RAS affine."""
+    import ants
+
     lps = FLIP @ affine
     spacing = np.linalg.norm(lps[:3, :3], axis=0)
     return ants.from_numpy(
@@ -171,6 +177,8 @@ def to_ants(data: NDArray[np.floating], affine: NDArray[np.float64]) -> ants.ANT
 
 def transform_matrix(path: str) -> Matrix:
     """(4, 4) moving RAS mm to fixed RAS mm of an ants affine file (which maps fixed to moving)."""
+    import ants
+
     transform = ants.read_transform(path)
     numbers = np.array(transform.parameters)
     centre = np.array(transform.fixed_parameters)
@@ -182,6 +190,8 @@ def transform_matrix(path: str) -> Matrix:
 
 def write_transform(path: Path, matrix: Matrix) -> None:
     """An ants affine file from (4, 4) moving RAS mm to fixed RAS mm."""
+    import ants
+
     lps = FLIP @ np.linalg.inv(matrix) @ FLIP
     transform = ants.create_ants_transform(
         transform_type="AffineTransform", dimension=3, matrix=lps[:3, :3], translation=lps[:3, 3]

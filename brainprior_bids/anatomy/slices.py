@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import ndimage
 
+from brainprior_bids.engine.acquisition import PLANES
 from brainprior_bids.engine.errors import ShapeMismatchError
 from brainprior_bids.engine.grids import Grid
 
@@ -32,6 +33,12 @@ INSIDE = 0.9
 LEAST_CM2 = 30.0
 """Of brain, in a slice and in its neighbours; less is too near the border to be judged."""
 FEWEST = 3
+FAINTEST = 0.6
+"""Brightness of a slice over its neighbours' below which its signal is taken to be lost."""
+LARGEST_MISMATCH = 0.7
+"""Mismatch above which the slices do not show one still brain."""
+ENDS = ("left", "back", "bottom")
+"""Where each closest-canonical axis begins."""
 
 
 @dataclass(frozen=True)
@@ -107,3 +114,35 @@ def slice_fit(image: nib.Nifti1Image, mask: ArrayLike, *, axis: int) -> SliceFit
         faintest=round(ratios[faintest], 4),
         faintest_slice=judged[faintest],
     )
+
+
+def check_slices(
+    image: nib.Nifti1Image, mask: ArrayLike, *, axis: int
+) -> tuple[SliceFit | None, list[str]]:
+    """``slice_fit`` and a warning for each of its limits that is exceeded.
+
+    Parameters and errors are those of ``slice_fit``.
+
+    Returns
+    -------
+    fit : SliceFit or None
+    warnings : list of str
+        Empty if the slices fit together, or too few can be compared.
+    """
+    fit = slice_fit(image, mask, axis=axis)
+    warnings: list[str] = []
+    if fit is None:
+        return fit, warnings
+    if fit.faintest < FAINTEST:
+        warnings.append(
+            f"Slice {fit.faintest_slice + 1} of {image.shape[axis]} ({PLANES[axis]}, counted "
+            f"from the {ENDS[axis]}) has {100 * fit.faintest:.0f} % of its neighbours' "
+            "brightness: lost signal is restored as if it were the brain's."
+        )
+    if fit.mismatch > LARGEST_MISMATCH:
+        warnings.append(
+            f"Neighbouring slices do not fit together (mismatch {fit.mismatch:.2f}, usual is "
+            "0.4 to 0.6): motion between slices, another brightness of every second one, or a "
+            "lost slice. The result keeps what they show."
+        )
+    return fit, warnings

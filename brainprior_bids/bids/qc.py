@@ -23,6 +23,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from brainprior_bids.anatomy.slices import FAINTEST, LARGEST_MISMATCH
 from brainprior_bids.bids.files import write_text
 from brainprior_bids.bids.status import FINISHED, read_summaries
 
@@ -93,11 +94,11 @@ METRICS = {
     "structures": Metric("structures found", "1", low=28, fail_low=12),
     "slice_mismatch": Metric(
         "how far slices are from the mean of their neighbours, over how far these are apart: "
-        "motion or gain between slices", "1", high=0.7,
+        "motion or gain between slices", "1", high=LARGEST_MISMATCH,
     ),
     "faintest_slice": Metric(
         "brightness of the faintest slice's brain over its neighbours': a lost slice", "1",
-        low=0.6,
+        low=FAINTEST,
     ),
     "asymmetry_percent": Metric(
         "difference of the hemispheres' volumes over their mean", "percent", high=15.0

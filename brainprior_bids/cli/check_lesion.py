@@ -4,27 +4,19 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import nibabel as nib
 import numpy as np
-from numpy.typing import NDArray
-from scipy import ndimage
 
+from brainprior_bids.anatomy.prepare import prepare
 from brainprior_bids.bids.files import read_json
 from brainprior_bids.cli import resources
 from brainprior_bids.cli.checks import named_prior
 from brainprior_bids.cli.logs import LOG
-from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.engine.errors import UsageError
-from brainprior_bids.engine.weights import FOLDER, load_prior
-from brainprior_bids.evaluation.lesions import Prepared, contrast_kept
-from brainprior_bids.interfaces.anatomy import N4, CentroidAffine, Conform, Parcellate, grid_of
-
-WHITE_MATTER = (2, 41)
+from brainprior_bids.engine.weights import load_prior
+from brainprior_bids.evaluation.lesions import LesionCase, contrast_kept
 
 
 def check_lesion(argv: Sequence[str]) -> int:
@@ -73,11 +65,9 @@ def check_lesion(argv: Sequence[str]) -> int:
         raise UsageError(f"check-lesion: --n-samples must be at least 1, got {options.n_samples}.")
     prior = named_prior(options.prior)
     device = resources.resolve_device(options.device)
-    with tempfile.TemporaryDirectory() as folder:
-        case = prepare(
-            options.image.absolute(), Path(folder), contrast=options.modality,
-            thickness_mm=options.slice_thickness,
-        )  # fmt: skip
+    case = prepare_case(
+        options.image.absolute(), contrast=options.modality, thickness_mm=options.slice_thickness
+    )
     if options.at is not None:
         centre = np.array(options.at)
     else:
@@ -105,57 +95,22 @@ def check_lesion(argv: Sequence[str]) -> int:
     return 0
 
 
-def prepare(path: Path, folder: Path, *, contrast: str, thickness_mm: float | None) -> Prepared:
-    """Run the steps before the restoration on one image; files go into ``folder``.
+def prepare_case(path: Path, *, contrast: str, thickness_mm: float | None) -> LesionCase:
+    """Prepare one image as the command does; the JSON next to it is read as its sidecar.
 
-    The JSON beside the image is read as its sidecar.
+    Raises
+    ------
+    UsageError
+        If that JSON cannot be read.
+    BrainpriorError
+        As ``anatomy.prepare.prepare``.
     """
     sidecar = path.with_name(f"{path.name.removesuffix('.gz').removesuffix('.nii')}.json")
     try:
         metadata = read_json(sidecar) if sidecar.is_file() else {}
     except ValueError as error:
         raise UsageError(f"check-lesion: {sidecar} is no sidecar ({error}). Repair it.") from error
-    conformed = _run(
-        Conform(in_file=str(path), metadata=metadata),
-        folder / "conform",
-        slice_thickness=thickness_mm,
-    )
-    parcellated = _run(
-        Parcellate(in_file=conformed.out_file, weights=str(FOLDER / "parcellation.safetensors")),
-        folder / "parcellate",
-    )
-    n4 = _run(N4(in_file=conformed.out_file, mask_scan=parcellated.mask_scan), folder / "n4")
-    affine = _run(
-        CentroidAffine(
-            in_file=conformed.out_file,
-            structures_json=parcellated.structures_json,
-            mask=parcellated.mask,
-        ),
-        folder / "affine",
-    )
-    image = nib.load(conformed.out_file)
-    white = np.isin(_array(parcellated.structures), WHITE_MATTER)
-    return Prepared(
-        _array(conformed.out_file),
-        grid_of(image),
-        Acquisition.from_dict(read_json(Path(conformed.conform_json))["acquisition"]),
-        _array(parcellated.mask_scan),
-        _array(parcellated.mask),
-        _array(n4.log_bias),
-        np.array(read_json(Path(affine.affine_json))["matrix"], np.float64),
-        contrast,
-        ndimage.distance_transform_edt(white),
-    )
-
-
-def _run(interface: Any, folder: Path, **options: Any) -> Any:
-    folder.mkdir()
-    interface.inputs.trait_set(**{k: v for k, v in options.items() if v is not None})
-    outputs = interface.run(cwd=str(folder)).outputs
-    for warning in read_json(Path(outputs.record))["warnings"]:
+    scan = prepare(path, metadata=metadata, slice_thickness_mm=thickness_mm)
+    for warning in scan.warnings:
         LOG.warning("%s", warning)
-    return outputs
-
-
-def _array(path: str) -> NDArray[np.float32]:
-    return np.asarray(nib.load(path).dataobj, np.float32)
+    return LesionCase.from_scan(scan, contrast)

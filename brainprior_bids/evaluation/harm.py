@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,11 +26,11 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from brainprior_bids.anatomy.affine import corner_distance, fit_affine
+from brainprior_bids.anatomy.affine import corner_distance
+from brainprior_bids.anatomy.brain import find_brain
 from brainprior_bids.anatomy.conform import conform
-from brainprior_bids.anatomy.hull import surface
-from brainprior_bids.anatomy.parcellation import Parcellation, parcellate
-from brainprior_bids.anatomy.slices import slice_fit
+from brainprior_bids.anatomy.external import dice
+from brainprior_bids.anatomy.prepare import align_to_mni305
 from brainprior_bids.anatomy.spaces import resample
 from brainprior_bids.bids.qc import VERDICTS, concerns, metrics, verdict
 from brainprior_bids.engine import weights
@@ -221,12 +220,6 @@ def _noise(image: nib.Nifti1Image, mask_scan: Volume) -> float | None:
     return None if sd is None else sd / float(np.percentile(data[inside], 99))
 
 
-def _slices(image: nib.Nifti1Image, mask_scan: Volume) -> dict[str, Any]:
-    axis = int(np.argmax(Grid(image.shape, image.affine).spacing_mm))
-    fit = slice_fit(image, mask_scan, axis=axis)
-    return {} if fit is None else asdict(fit)
-
-
 def compare(
     image: nib.Nifti1Image,
     network: ParcellationNetwork,
@@ -242,29 +235,29 @@ def compare(
     result : dict
         ``parcellation``, ``fit``, ``grid``, empty after an error.
     """
-    grid = Grid(image.shape, image.affine).one_millimetre()
+    scan_grid = Grid(image.shape, image.affine)
+    grid, axis = scan_grid.one_millimetre(), int(np.argmax(scan_grid.spacing_mm))
+    facts: dict[str, Any] = {}
     try:
-        found: Parcellation = parcellate(image, network=network, restored_grid=grid)
-        facts: dict[str, Any] = {
-            "volume_ml": round(float(found.mask.sum() * np.prod(grid.spacing_mm)) / 1000, 1),
-            "warnings": list(found.warnings),
-        }
+        brain = find_brain(image, network=network, slice_axis=axis)
+        facts["volume_ml"] = round(float(brain.mask.sum() * np.prod(grid.spacing_mm)) / 1000, 1)
+        facts["warnings"] = list(brain.warnings)
         if reference:
             same = nib.Nifti1Image(np.zeros(1), reference["grid"].affine)
             before = _on(grid, same, reference["parcellation"].mask > 0)
-            after = found.mask > 0
-            facts["dice"] = round(
-                float(2 * (before & after).sum() / (before.sum() + after.sum())), 4
-            )
-        fit = fit_affine(found.table, surface=surface(found.mask > 0, grid))
+            facts["dice"] = round(dice(before, brain.mask > 0), 4)
+        fit = align_to_mni305(image, brain.mask, brain.table)
     except BrainpriorError as error:
-        failed = facts if "facts" in locals() else {}
-        return {**failed, "error": str(error), "verdict": "fail"}, {}
+        return {**facts, "error": str(error), "verdict": "fail"}, {}
     summary = {
         "facts": {
-            "parcellation": {"table": found.table, "slices": _slices(image, found.mask_scan)},
-            "affine": {"median_residual_mm": fit.median_residual_mm, "dof": fit.dof},
-            "restore": {"noise_sd": _noise(image, found.mask_scan)},
+            "parcellation": {"table": brain.table, "slices": brain.facts.get("slices", {})},
+            "affine": {
+                "median_residual_mm": fit.median_residual_mm,
+                "dof": fit.dof,
+                "method": fit.method,
+            },
+            "restore": {"noise_sd": _noise(image, brain.mask_scan)},
         }
     }
     values = metrics(summary)
@@ -278,7 +271,7 @@ def compare(
     facts["warnings"] += fit.warnings
     if reference:
         facts["corner_mm"] = round(corner_distance(fit.matrix, reference["fit"].matrix), 2)
-    return facts, {"parcellation": found, "fit": fit, "grid": grid}
+    return facts, {"parcellation": brain, "fit": fit, "grid": grid}
 
 
 def summarise(rows: list[dict[str, Any]]) -> str:

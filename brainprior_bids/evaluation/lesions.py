@@ -19,7 +19,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from scipy import ndimage
 
+from brainprior_bids.anatomy.prepare import Prepared
 from brainprior_bids.anatomy.spaces import resample
 from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.engine.errors import InputError
@@ -27,10 +29,12 @@ from brainprior_bids.engine.grids import Grid
 from brainprior_bids.engine.observation import Observation
 from brainprior_bids.engine.restore import Restoration, restore
 
+WHITE_MATTER = (2, 41)
+
 
 @dataclass(frozen=True, eq=False)
-class Prepared:
-    """A scan with what ``restore`` asks for, and where a lesion may be put."""
+class LesionCase:
+    """A scan with what ``restore`` needs, and where a lesion may be put."""
 
     scan: NDArray[np.float32]
     grid: Grid
@@ -42,7 +46,25 @@ class Prepared:
     contrast: str
     depth_mm: NDArray[np.float64]  # 1 mm grid: how deep in the white matter, 0 elsewhere
 
-    def crop(self, centre_mm: NDArray[np.float64], size_mm: float) -> Prepared:
+    @classmethod
+    def from_scan(cls, scan: Prepared, contrast: str) -> LesionCase:
+        """The whole field of view of a scan that was prepared with bias field and affine."""
+        assert scan.log_bias is not None
+        assert scan.to_mni305 is not None
+        white = np.isin(scan.brain.structures, WHITE_MATTER)
+        return cls(
+            scan.values,
+            scan.grid,
+            scan.acquisition,
+            scan.mask,
+            scan.mask_1mm.astype(np.float32),
+            scan.log_bias,
+            scan.to_mni305,
+            contrast,
+            ndimage.distance_transform_edt(white),
+        )
+
+    def crop(self, centre_mm: NDArray[np.float64], size_mm: float) -> LesionCase:
         """The part of the field of view within half of ``size_mm`` along each axis."""
         at = np.linalg.inv(self.grid.affine) @ np.append(centre_mm, 1)
         half = size_mm / 2 / self.grid.spacing_mm
@@ -51,7 +73,7 @@ class Prepared:
         part = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
         grid = self.grid.crop(tuple(start), tuple(stop))
         old, new = self.grid.one_millimetre(), grid.one_millimetre()
-        return Prepared(
+        return LesionCase(
             self.scan[part],
             grid,
             self.acquisition,
@@ -76,7 +98,7 @@ class Kept:
 
 
 def contrast_kept(
-    case: Prepared,
+    case: LesionCase,
     prior: Any,
     *,
     centre_mm: NDArray[np.float64],
@@ -129,7 +151,7 @@ def contrast_kept(
 
 
 def _restored(
-    case: Prepared, scan: NDArray[np.float32], prior: Any, options: dict[str, Any]
+    case: LesionCase, scan: NDArray[np.float32], prior: Any, options: dict[str, Any]
 ) -> Restoration:
     observation = Observation(
         scan.astype(np.float32),

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from scipy.stats import norm, wasserstein_distance
 
 from brainprior_bids.anatomy.bias import n4
-from brainprior_bids.anatomy.brain import ExtractedBrain, extract_brain
+from brainprior_bids.anatomy.extract import ExtractedBrain, extract_brain
 from brainprior_bids.anatomy.parcellation import parcellate, structure_names
 from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.engine.denoiser import Prior

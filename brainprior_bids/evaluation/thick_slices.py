@@ -38,8 +38,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from brainprior_bids.anatomy.bias import n4
+from brainprior_bids.anatomy.brain import find_brain
 from brainprior_bids.anatomy.conform import conform
-from brainprior_bids.anatomy.parcellation import parcellate
 from brainprior_bids.anatomy.spaces import resample
 from brainprior_bids.engine.errors import BrainpriorError, UsageError
 from brainprior_bids.engine.grids import Grid
@@ -161,9 +161,7 @@ def evaluate(
     grid = grid.crop((0, 0, 0), (stop[0], stop[1], stop[2]))
     original = original[: stop[0], : stop[1], : stop[2]]
     scan = _image(original, grid)
-    mask = parcellate(
-        scan, network=load_parcellation(), restored_grid=grid.one_millimetre()
-    ).mask_scan
+    mask = find_brain(scan, network=load_parcellation()).mask_scan
     inside = mask > 0.5
     field = np.exp(n4(scan, mask))
     reference = original / field

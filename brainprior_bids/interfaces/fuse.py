@@ -1,25 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The other runs of a scan: each made ready as the reference was, and laid on it."""
+"""The other runs of a scan: each is prepared like the reference and registered to it."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import nibabel as nib
 import numpy as np
 from nipype.interfaces.base import File, traits
 
-from brainprior_bids.bids.files import read_json, write_json
-from brainprior_bids.engine.acquisition import Acquisition
-from brainprior_bids.engine.errors import BrainpriorError
+from brainprior_bids.bids.files import write_json
 from brainprior_bids.engine.weights import sha256_file
-from brainprior_bids.interfaces.anatomy import N4, Conform, Parcellate, grid_of, save
+from brainprior_bids.interfaces import files
+from brainprior_bids.interfaces.anatomy import brain_sources, conform_options
 from brainprior_bids.interfaces.base import (
     MeasuredInputSpec,
     MeasuredInterface,
     MeasuredOutputSpec,
 )
+
+if TYPE_CHECKING:
+    from brainprior_bids.anatomy.motion import PlacedScan
+    from brainprior_bids.anatomy.prepare import Prepared
+    from brainprior_bids.anatomy.runs import AlignedRun
 
 
 class _AlignInputSpec(MeasuredInputSpec):
@@ -47,101 +51,73 @@ class Align(MeasuredInterface):
     output_spec = _AlignOutputSpec
 
     def _work(self, folder: Path) -> list[str]:
-        from brainprior_bids.anatomy.motion import common_mask, find_motion
+        from brainprior_bids.anatomy.motion import common_mask
 
-        reference = _stack(
-            self.inputs.name,
-            self.inputs.in_file,
-            self.inputs.conform_json,
-            self.inputs.mask,
-            self.inputs.log_bias,
-        )
-        warnings, facts, laid = [], [], []
-        for run in self.inputs.runs:
-            name, place = run["name"], folder / run["name"]
-            try:
-                files, said, acquisition = self._ready(run, place)
-                stack = _stack(name, files["scan"], files["conform"], files["mask"], files["bias"])
-                motion = find_motion(reference, stack)
-            except BrainpriorError as error:
-                if name in str(error):
-                    raise
-                raise type(error)(f"{name}: {error}") from error
-            warnings += [text if name in text else f"{name}: {text}" for text in said]
-            laid.append((stack, motion))
-            middle = grid_of(nib.load(files["scan"])).points_mm().reshape(3, -1).mean(1)
-            facts.append(
-                {
-                    "name": name,
-                    "files": files,
-                    # the next node looks at this table, not into the files that it names
-                    "hashes": {role: sha256_file(Path(file)) for role, file in files.items()},
-                    "acquisition": acquisition,
-                    "to_reference": motion.to_reference.tolist(),
-                    "angle_deg": round(motion.angle_deg, 3),
-                    "shift_mm": round(motion.shift_mm(middle.astype(np.float64)), 3),
-                    "gain": motion.gain,
-                    "correlation": round(motion.correlation, 4),
-                    "shared": round(motion.shared, 4),
-                }
+        reference = self._reference()
+        warnings, records, motions = [], [], []
+        for request in self.inputs.runs:
+            run, paths = self._align(request, reference, folder / request["name"])
+            warnings += run.warnings
+            motions.append((run.placed, run.motion))
+            # the next node hashes this table, not the files that it names
+            hashes = {role: sha256_file(Path(path)) for role, path in paths.items()}
+            records.append(
+                {"name": request["name"], "files": paths, "hashes": hashes, **run.facts()}
             )
+        report = {"reference": self.inputs.name, "runs": records}
+        mask = common_mask(reference, motions)
+        grid = reference.grid.one_millimetre()
         self._results.update(
-            mask=save(
-                common_mask(reference, laid),
-                reference.grid.one_millimetre(),
-                folder / "mask.nii.gz",
-            ),
-            runs_json=str(
-                write_json(folder / "runs.json", {"reference": self.inputs.name, "runs": facts})
-            ),
+            mask=files.save(mask, grid, folder / "mask.nii.gz"),
+            runs_json=str(write_json(folder / "runs.json", report)),
         )
         return warnings
 
-    def _ready(
-        self, run: dict[str, Any], place: Path
-    ) -> tuple[dict[str, str], list[str], dict[str, Any]]:
-        """Files of a run after the steps that its reference went through, and their warnings."""
-        threads = int(self.inputs.num_threads)
-        results = {}
-        inputs: dict[str, Any] = {}
-        for step, interface in (("conform", Conform), ("parcellate", Parcellate), ("n4", N4)):
-            folder = place / step
-            folder.mkdir(parents=True, exist_ok=True)
-            if step == "parcellate":
-                inputs = {"in_file": results["conform"].out_file}
-            elif step == "n4":
-                inputs = {
-                    "in_file": results["conform"].out_file,
-                    "mask_scan": results["parcellate"].mask_scan,
-                }
-            made = interface(num_threads=threads, **inputs, **run.get(step, {}))
-            results[step] = made.run(cwd=str(folder)).outputs
-        files = {
-            "scan": results["conform"].out_file,
-            "conform": results["conform"].conform_json,
-            "mask": results["parcellate"].mask,
-            "mask_scan": results["parcellate"].mask_scan,
-            "bias": results["n4"].log_bias,
-        }
-        warnings = [
-            text
-            for found in results.values()
-            for text in read_json(Path(found.record))["warnings"]
-        ]
-        acquisition = read_json(Path(files["conform"]))["acquisition"]
-        return files, warnings, acquisition
+    def _reference(self) -> PlacedScan:
+        from brainprior_bids.anatomy.motion import PlacedScan
+
+        return PlacedScan.from_scan(
+            self.inputs.name,
+            files.read_array(self.inputs.in_file),
+            files.read_array(self.inputs.log_bias),
+            grid=files.grid_of(nib.load(self.inputs.in_file)),
+            acquisition=files.read_acquisition(self.inputs.conform_json),
+            mask=np.asarray(nib.load(self.inputs.mask).dataobj),
+        )
+
+    def _align(
+        self, request: dict[str, Any], reference: PlacedScan, folder: Path
+    ) -> tuple[AlignedRun, dict[str, str]]:
+        """One other run, and its files by role; errors name the run."""
+        from brainprior_bids.anatomy.prepare import prepare
+        from brainprior_bids.anatomy.runs import align_run, errors_name
+        from brainprior_bids.engine.weights import load_parcellation
+
+        folder.mkdir(parents=True, exist_ok=True)
+        conform, parcellate = request["conform"], request["parcellate"]
+        with errors_name(request["name"]):
+            scan = prepare(
+                conform["in_file"],
+                **conform_options(conform),
+                network=load_parcellation(Path(parcellate["weights"])),
+                sources=brain_sources(parcellate),
+                align=False,
+                threads=self.inputs.num_threads,
+                folder=folder,
+            )
+            paths = _write(scan, folder)
+            return align_run(request["name"], scan, reference), paths
 
 
-def _stack(name: str, scan: str, conform_json: str, mask: str, log_bias: str) -> Any:
-    from brainprior_bids.anatomy.motion import Stack
-
-    image = nib.load(scan)
-    bias = np.asarray(nib.load(log_bias).dataobj, np.float32)
-    data = np.nan_to_num(np.asarray(image.dataobj, np.float32), nan=0, posinf=0, neginf=0)
-    return Stack(
-        name,
-        (data / np.exp(bias)).astype(np.float32),
-        grid_of(image),
-        Acquisition.from_dict(read_json(Path(conform_json))["acquisition"]),
-        np.asarray(nib.load(mask).dataobj),
-    )
+def _write(scan: Prepared, folder: Path) -> dict[str, str]:
+    """What Restore reads of a run, by role."""
+    assert scan.log_bias is not None
+    conformed = files.write_conformed(scan.conformed, folder)
+    brain = files.write_brain(scan.brain, scan.grid, folder)
+    return {
+        "scan": conformed["out_file"],
+        "conform": conformed["conform_json"],
+        "mask": brain["mask"],
+        "mask_scan": brain["mask_scan"],
+        "bias": files.write_bias(scan.log_bias, scan.grid, folder)["log_bias"],
+    }

@@ -9,13 +9,12 @@ import nibabel as nib
 import numpy as np
 from nipype.interfaces.base import File, traits
 
-from brainprior_bids.bids.files import write_json
-from brainprior_bids.interfaces.anatomy import grid_of, save
 from brainprior_bids.interfaces.base import (
     MeasuredInputSpec,
     MeasuredInterface,
     MeasuredOutputSpec,
 )
+from brainprior_bids.interfaces.files import grid_of, read_array, write_lesion
 
 
 class _LesionInputSpec(MeasuredInputSpec):
@@ -27,7 +26,7 @@ class _LesionInputSpec(MeasuredInputSpec):
 
 
 class _LesionOutputSpec(MeasuredOutputSpec):
-    hidden = File(desc="on the scan's grid: 1 where the scan is not believed, uint8")
+    hidden = File(desc="on the scan's grid: 1 where the scan is treated as missing, uint8")
     mask = File(desc="brain and lesion on the 1 mm grid, uint8")
     mask_scan = File(desc="brain and lesion on the scan's grid, float32")
     measured = File(desc="brain without lesion on the scan's grid, float32: for N4")
@@ -41,23 +40,15 @@ class Lesion(MeasuredInterface):
     output_spec = _LesionOutputSpec
 
     def _work(self, folder: Path) -> list[str]:
-        from brainprior_bids.anatomy.lesion import prepare_lesion, read_lesion
+        from brainprior_bids.anatomy.lesion import find_lesion
 
         grid = grid_of(nib.load(self.inputs.in_file))
-        done = prepare_lesion(
-            read_lesion(Path(self.inputs.lesion), grid),
+        lesion = find_lesion(
+            Path(self.inputs.lesion),
             grid,
             mask_1mm=np.asarray(nib.load(self.inputs.mask).dataobj),
-            mask_scan=np.asarray(nib.load(self.inputs.mask_scan).dataobj, np.float32),
+            mask_scan=read_array(self.inputs.mask_scan),
             dilate_mm=float(self.inputs.dilate_mm),
         )
-        self._results.update(
-            hidden=save(done.hidden, grid, folder / "hidden.nii.gz"),
-            mask=save(done.mask_1mm, grid.one_millimetre(), folder / "mask.nii.gz"),
-            mask_scan=save(done.mask_scan, grid, folder / "mask_scan.nii.gz"),
-            measured=save(done.measured, grid, folder / "measured.nii.gz"),
-            lesion_json=str(
-                write_json(folder / "lesion.json", {**done.facts, "warnings": done.warnings})
-            ),
-        )
-        return done.warnings
+        self._results.update(write_lesion(lesion, grid, folder))
+        return lesion.warnings

@@ -275,7 +275,7 @@ def prepare_head(name: str, contrast: str, split: str, path: Path) -> Brain | No
     """
     import torch
 
-    from brainprior_bids.anatomy.brain import extract_brain
+    from brainprior_bids.anatomy.extract import extract_brain
     from brainprior_bids.engine.weights import load_parcellation
 
     torch.set_num_threads(1)

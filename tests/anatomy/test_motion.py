@@ -8,7 +8,7 @@ import pytest
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from brainprior_bids.anatomy.motion import Stack, common_mask, find_motion
+from brainprior_bids.anatomy.motion import PlacedScan, common_mask, find_motion
 from brainprior_bids.anatomy.spaces import resample
 from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.engine.errors import InputError
@@ -42,7 +42,7 @@ def stack(name, image, axis, matrix=None, gain=1.0):
     data, own = degrade(
         moved.astype(np.float32), grid, recipe, np.random.default_rng(axis), unit=1.0
     )
-    return Stack(name, data * gain, own, Acquisition(axis, 5.0, 5.0), moved > 0.3)
+    return PlacedScan(name, data * gain, own, Acquisition(axis, 5.0, 5.0), moved > 0.3)
 
 
 TRUE = motion((4, -3, 5), (4, -3, 2))
@@ -74,7 +74,7 @@ def test_another_person_is_refused_by_name():
 
 def test_scans_without_a_brain_in_common_are_refused():
     one = stack("one", brain(1), 2)
-    empty = Stack("two", one.data, one.grid, one.acquisition, np.zeros(SHAPE))
+    empty = PlacedScan("two", one.data, one.grid, one.acquisition, np.zeros(SHAPE))
     with pytest.raises(InputError, match="two: the brain mask is empty"):
         find_motion(one, empty)
 
@@ -85,7 +85,7 @@ def test_the_common_mask_is_that_of_most_runs():
     grid = reference.grid.one_millimetre()
     ragged = np.array(reference.mask)
     ragged[:, :, :24] = False  # the reference's mask lost the lower part
-    reference = Stack("one", reference.data, reference.grid, reference.acquisition, ragged)
+    reference = PlacedScan("one", reference.data, reference.grid, reference.acquisition, ragged)
     others = []
     for name, axis in (("two", 0), ("three", 1)):
         other = stack(name, image, axis, TRUE)

@@ -11,7 +11,7 @@ from brainprior_bids.cli.run import main
 from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.engine.errors import InputError
 from brainprior_bids.engine.grids import Grid
-from brainprior_bids.evaluation.lesions import Prepared, contrast_kept
+from brainprior_bids.evaluation.lesions import LesionCase, contrast_kept
 
 LEVEL = 80 / (80 + 2.326)
 """The tissue in the engine's unit: 80 with noise of SD 1, whose 99th percentile is 1."""
@@ -42,7 +42,7 @@ def case(thick=1):
     grid = Grid(shape, affine)
     rng = np.random.default_rng(0)
     scan = (100 * (0.8 + 0.01 * rng.standard_normal(shape))).astype(np.float32)
-    return Prepared(
+    return LesionCase(
         scan, grid, Acquisition(2, float(thick), float(thick), "boxcar"),
         np.ones(shape, np.float32), np.ones((24, 24, 24), np.float32),
         np.zeros(shape, np.float32), np.eye(4), "T1w", np.ones((24, 24, 24)),

@@ -82,7 +82,7 @@ def test_a_perfect_restoration_is_found_perfect(head, tmp_path, monkeypatch, cap
     monkeypatch.setattr(thick_slices, "load_parcellation", lambda: None)
     monkeypatch.setattr(
         thick_slices,
-        "parcellate",
+        "find_brain",
         lambda *_, **__: Parcellation(inside, inside, inside[kept].astype(np.float32), []),
     )
     out = tmp_path / "out"

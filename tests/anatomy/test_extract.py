@@ -5,7 +5,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from brainprior_bids.anatomy.brain import extract_brain
+from brainprior_bids.anatomy.extract import extract_brain
 from brainprior_bids.anatomy.spaces import resample
 from brainprior_bids.engine.errors import InputError
 from brainprior_bids.engine.grids import Grid

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the nodes read and write: images, and the files of each anatomical step.
+
+Each ``write_*`` puts one step's results into a folder and returns the node's outputs, name to
+path.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import nibabel as nib
+import numpy as np
+from nipype.interfaces.base import BaseInterfaceInputSpec, isdefined
+from numpy.typing import NDArray
+
+from brainprior_bids.bids.files import read_json, write_json
+from brainprior_bids.engine.acquisition import Acquisition
+from brainprior_bids.engine.errors import InputError
+from brainprior_bids.engine.grids import Grid
+
+if TYPE_CHECKING:
+    from brainprior_bids.anatomy.affine import AffineFit
+    from brainprior_bids.anatomy.conform import Conformed
+    from brainprior_bids.anatomy.lesion import Lesion
+    from brainprior_bids.anatomy.parcellation import Parcellation
+
+Matrix = NDArray[np.float64]
+
+
+def given(inputs: BaseInterfaceInputSpec) -> dict[str, Any]:
+    """The inputs that are set, name to value."""
+    return {name: value for name, value in inputs.get().items() if isdefined(value)}
+
+
+def grid_of(image: nib.Nifti1Image) -> Grid:
+    """The grid of a conformed image."""
+    return Grid(image.shape[:3], image.affine)
+
+
+def save(array: np.ndarray, grid: Grid, path: Path) -> str:
+    """Write an array on a grid as NIfTI: its own dtype, slope 1, sform and qform alike."""
+    image = nib.Nifti1Image(array, np.array(grid.affine))
+    image.set_sform(grid.affine, 1)
+    image.set_qform(grid.affine, 1)
+    image.header.set_slope_inter(1, 0)
+    image.header.set_xyzt_units("mm", "sec")
+    nib.save(image, path)
+    return str(path)
+
+
+def read_array(path: str | Path) -> NDArray[np.float32]:
+    """The values of an image, float32."""
+    return np.asarray(nib.load(path).dataobj, np.float32)
+
+
+def read_acquisition(conform_json: str | Path) -> Acquisition:
+    """The slice geometry that ``write_conformed`` wrote."""
+    return Acquisition.from_dict(read_json(Path(conform_json))["acquisition"])
+
+
+def read_table(structures_json: str | Path) -> list[dict[str, Any]]:
+    """The table of structures that ``write_brain`` wrote."""
+    table: list[dict[str, Any]] = read_json(Path(structures_json))["table"]
+    return table
+
+
+def read_matrix(affine_json: str | Path) -> Matrix:
+    """The (4, 4) matrix, scanner to MNI305 RAS mm, that ``write_affine`` wrote.
+
+    Raises
+    ------
+    InputError
+        If it is not 4 x 4.
+    """
+    matrix = np.array(read_json(Path(affine_json))["matrix"], np.float64)
+    if matrix.shape != (4, 4):
+        raise InputError(
+            f"ToMNI305: expected a 4 x 4 matrix in {affine_json}, got "
+            f"{matrix.shape}. Remove the work folder and run again."
+        )
+    return matrix
+
+
+def write_conformed(conformed: Conformed, folder: Path) -> dict[str, str]:
+    """Outputs of Conform."""
+    out_file = folder / "scan.nii.gz"
+    nib.save(conformed.image, out_file)
+    report = {
+        "acquisition": conformed.acquisition.to_dict(),
+        "facts": conformed.facts,
+        "warnings": conformed.warnings,
+    }
+    conform_json = write_json(folder / "conform.json", report)
+    return {"out_file": str(out_file), "conform_json": str(conform_json)}
+
+
+def write_brain(brain: Parcellation, scan_grid: Grid, folder: Path) -> dict[str, str]:
+    """Outputs of Parcellate."""
+    grid = scan_grid.one_millimetre()
+    structures = np.asarray(brain.structures, np.int16)
+    mask = np.asarray(brain.mask, np.uint8)
+    mask_scan = np.asarray(brain.mask_scan, np.float32)
+    report = {"table": brain.table, "warnings": brain.warnings, **brain.facts}
+    return {
+        "structures": save(structures, grid, folder / "structures.nii.gz"),
+        "mask": save(mask, grid, folder / "mask.nii.gz"),
+        "mask_scan": save(mask_scan, scan_grid, folder / "mask_scan.nii.gz"),
+        "structures_json": str(write_json(folder / "structures.json", report)),
+    }
+
+
+def write_lesion(lesion: Lesion, scan_grid: Grid, folder: Path) -> dict[str, str]:
+    """Outputs of Lesion."""
+    report = {**lesion.facts, "warnings": lesion.warnings}
+    return {
+        "hidden": save(lesion.hidden, scan_grid, folder / "hidden.nii.gz"),
+        "mask": save(lesion.mask_1mm, scan_grid.one_millimetre(), folder / "mask.nii.gz"),
+        "mask_scan": save(lesion.mask_scan, scan_grid, folder / "mask_scan.nii.gz"),
+        "measured": save(lesion.measured, scan_grid, folder / "measured.nii.gz"),
+        "lesion_json": str(write_json(folder / "lesion.json", report)),
+    }
+
+
+def write_bias(log_bias: NDArray[np.float32], scan_grid: Grid, folder: Path) -> dict[str, str]:
+    """Outputs of N4."""
+    values = np.asarray(log_bias, np.float32)
+    return {"log_bias": save(values, scan_grid, folder / "log_bias.nii.gz")}
+
+
+def write_affine(fit: AffineFit, folder: Path) -> dict[str, str]:
+    """Outputs of CentroidAffine."""
+    from brainprior_bids.anatomy.spaces import write_itk_affine
+
+    matrix = np.asarray(fit.matrix, np.float64)
+    report = {
+        "matrix": matrix,
+        "method": fit.method,
+        "dof": fit.dof,
+        "residuals_mm": fit.residuals_mm,
+        "median_residual_mm": fit.median_residual_mm,
+        "hull_residual_mm": fit.hull_residual_mm,
+        "used": fit.used,
+        "warnings": fit.warnings,
+    }
+    forward, inverse = folder / "to_mni305.txt", folder / "from_mni305.txt"
+    return {
+        "affine_json": str(write_json(folder / "affine.json", report)),
+        "to_mni305": str(write_itk_affine(forward, matrix)),
+        "from_mni305": str(write_itk_affine(inverse, np.linalg.inv(matrix))),
+    }
