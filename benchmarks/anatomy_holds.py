@@ -60,7 +60,8 @@ from brainprior_bids.anatomy.spaces import resample, to_mni305
 from brainprior_bids.engine import weights
 from brainprior_bids.engine.grids import MNI305, Grid
 from brainprior_bids.engine.observation import Observation
-from brainprior_bids.engine.restore import Restoration, restore
+from brainprior_bids.engine.restore import restore
+from brainprior_bids.engine.result import Restoration
 
 MARKER_MM = 8.0
 CUBE_MM, SLICE_MM = 60, 5

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`conditional` and `exact` at 20 calls beside DAPS at 1000 (200 x 5, 50 x 20): same prior, brains, run.
+"""`conditional` and `exact` at 20 calls beside DAPS at 1000 (200 x 5, 50 x 20), in the same run.
 
     python benchmarks/compare_samplers.py --average avg305T1.nii sub-01_desc-brain_T1w.nii.gz
         [--crop 50] [--n-samples 8] [--threads 1]

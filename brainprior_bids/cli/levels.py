@@ -28,6 +28,7 @@ from brainprior_bids.cli.outcome import write_failure
 from brainprior_bids.cli.plugin_file import read_plugin_file, require_scheduler
 from brainprior_bids.cli.resources import fit_memory, memory_limit_gb
 from brainprior_bids.engine.errors import UsageError
+from brainprior_bids.engine.samplers import registry
 from brainprior_bids.settings import Settings
 
 MASKS = {
@@ -229,9 +230,9 @@ def _boilerplate_only(
         Method(
             suffix=scan.name.suffix,
             task=settings.task,
-            sampler="exact" if scan.runs else settings.sampler,
+            sampler=settings.sampler,
             n_samples=settings.n_samples,
-            calls=settings.n_steps * (5 if settings.sampler == "daps" else 1),
+            calls=registry.find(settings.sampler).calls(settings.n_steps),
             version=__version__,
             mask_source=MASKS.get(settings.skull_strip, "embedded"),
             structures_source=STRUCTURES.get(settings.parcellation, "embedded"),

@@ -27,7 +27,8 @@ from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.engine.errors import InputError
 from brainprior_bids.engine.grids import Grid
 from brainprior_bids.engine.observation import Observation
-from brainprior_bids.engine.restore import Restoration, restore
+from brainprior_bids.engine.restore import restore
+from brainprior_bids.engine.result import Restoration
 
 WHITE_MATTER = (2, 41)
 

@@ -38,7 +38,8 @@ from brainprior_bids.engine.grids import Grid
 from brainprior_bids.engine.nuisance import Nuisances
 from brainprior_bids.engine.observation import Observation
 from brainprior_bids.engine.parcellation_network import ParcellationNetwork
-from brainprior_bids.engine.restore import Restoration, restore
+from brainprior_bids.engine.restore import restore
+from brainprior_bids.engine.result import Restoration
 from brainprior_bids.evaluation.baselines import interpolate, tikhonov, total_variation
 from brainprior_bids.evaluation.degrade import (
     Recipe,
@@ -496,7 +497,8 @@ def measure(
     classical = _classical(case, penalties)
     found = restored(case, condition, person.contrast, prior=prior, device=device)
     truth = case.truth.data
-    images = {**classical, "sample": found.samples[0], "restored": found.mean}
+    samples = {"sample": found.samples[0]} if len(found.samples) else {}
+    images = {**classical, **samples, "restored": found.mean}
     images = {
         method: (image * matching_gain(image, truth, case.judged)).astype(np.float32)
         for method, image in images.items()
@@ -553,7 +555,7 @@ def _spread(case: Case, found: Restoration, penalties: Mapping[str, float]) -> d
     image = tikhonov(in_slices(case), case.weights, axis=AXIS, penalty=penalties["tikhonov"])
     sd = tikhonov_sd(case.weights, penalties["tikhonov"], penalties["spread"])
     facts: dict[str, Any] = {
-        "crps": crps(found.samples, truth, judged),
+        "crps": crps(found.samples, truth, judged) if len(found.samples) else None,
         "crps_tikhonov": gaussian_crps(image, sd, truth, judged),
     }
     if found.sd is not None:

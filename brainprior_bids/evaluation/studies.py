@@ -13,7 +13,7 @@ BIASED = {"bias_sd": 0.1, "sampler": "exact"}
 ABLATIONS: dict[str, dict[str, Any]] = {
     "as it comes": {},
     "sampler exact": {"sampler": "exact"},
-    "sampler map": {"sampler": "map", "n_samples": 1},
+    "sampler mean": {"sampler": "mean"},
     "5 calls": {"n_steps": 5},
     "10 calls": {"n_steps": 10},
     "40 calls": {"n_steps": 40},

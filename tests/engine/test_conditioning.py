@@ -180,7 +180,7 @@ def test_the_prior_of_the_phantom_is_called_without_measurements():
     assert isinstance(case["arguments"]["prior"], GaussianPrior)
     result = restore(
         [problem(case).scans[0]],
-        **{k: v for k, v in case["arguments"].items() if k in ("mask_1mm", "to_mni305", "contrast")},
+        **{name: case["arguments"][name] for name in ("mask_1mm", "to_mni305", "contrast")},
         prior=case["arguments"]["prior"],
         n_samples=1,
         n_steps=2,
