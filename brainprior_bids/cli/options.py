@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from brainprior_bids import __version__
-from brainprior_bids.cli.resources import MAIN_GB
 from brainprior_bids.cli.values import (
     derivative_root,
     device_name,
@@ -22,6 +21,7 @@ from brainprior_bids.cli.values import (
 )
 from brainprior_bids.engine.acquisition import PLANES
 from brainprior_bids.engine.samplers import registry
+from brainprior_bids.run.resources import MAIN_GB
 from brainprior_bids.settings import (
     EXPORT_PER,
     FUSE,

@@ -11,7 +11,6 @@ from typing import Any
 from brainprior_bids.bids.provenance import new_run_uuid
 from brainprior_bids.bids.query import read_filters
 from brainprior_bids.cli import options as groups
-from brainprior_bids.cli import resources
 from brainprior_bids.cli.checks import (
     bare_labels,
     check_anatomy,
@@ -24,9 +23,10 @@ from brainprior_bids.cli.checks import (
 )
 from brainprior_bids.cli.config_file import as_tokens, read_config
 from brainprior_bids.cli.options import SLOPPY, WORDS, WORK_DIR
-from brainprior_bids.cli.plugin_file import read_plugin_file
 from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.engine.samplers import registry
+from brainprior_bids.run import resources
+from brainprior_bids.run.plugin_file import read_plugin_file
 from brainprior_bids.settings import LEVELS, SPACES, Settings
 
 DESCRIPTION = """\

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 from brainprior_bids import __version__
 from brainprior_bids.bids.validate import find_validator
-from brainprior_bids.cli.resources import resolve_device
 from brainprior_bids.engine.errors import BrainpriorError
+from brainprior_bids.run.resources import resolve_device
 
 LIBRARIES = (
     "torch",

@@ -10,11 +10,11 @@ import sys
 import pytest
 
 from brainprior_bids import __version__
-from brainprior_bids.cli import resources
-from brainprior_bids.cli.before import clean_work_dir
 from brainprior_bids.cli.parser import WORK_DIR, parse_settings
 from brainprior_bids.cli.run import main
 from brainprior_bids.engine.errors import UsageError
+from brainprior_bids.run import resources
+from brainprior_bids.run.preflight import clean_work_dir
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from brainprior_bids.workflows.plugin import KILLED, SurvivingPool
 from nipype.interfaces.base import (
     BaseInterfaceInputSpec,
     SimpleInterface,
@@ -15,6 +14,8 @@ from nipype.interfaces.base import (
 )
 from nipype.interfaces.utility import Function, Merge
 from nipype.pipeline import engine as pe
+
+from brainprior_bids.run.pool import KILLED, SurvivingPool
 
 pytestmark = pytest.mark.timeout(120)
 

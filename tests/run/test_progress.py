@@ -16,11 +16,11 @@ from types import SimpleNamespace
 import pytest
 
 from brainprior_bids.bids.files import write_json
-from brainprior_bids.cli.logs import log_to_stderr
-from brainprior_bids.cli.monitor import ResourceMonitor
-from brainprior_bids.cli.progress import Progress
 from brainprior_bids.interfaces.restoration import progress_writer
 from brainprior_bids.interfaces.restore import PROGRESS
+from brainprior_bids.run.logs import log_to_stderr
+from brainprior_bids.run.monitor import ResourceMonitor
+from brainprior_bids.run.progress import Progress
 
 
 @pytest.fixture

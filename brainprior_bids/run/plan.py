@@ -12,11 +12,11 @@ from brainprior_bids.anatomy.conform import read_geometry
 from brainprior_bids.bids import export
 from brainprior_bids.bids.names import output_names, scan_seed
 from brainprior_bids.bids.query import Scan
-from brainprior_bids.cli.before import checked_weights
-from brainprior_bids.cli.jobs import Found, export_roots_of, exported_t1w, look_up, why_again
 from brainprior_bids.engine.acquisition import PLANES
 from brainprior_bids.engine.errors import GeometryError, InputError
 from brainprior_bids.engine.samplers import registry
+from brainprior_bids.run.jobs import Found, export_roots_of, exported_t1w, look_up, why_again
+from brainprior_bids.run.preflight import checked_weights
 from brainprior_bids.settings import Settings
 
 TIMED = 64
