@@ -17,11 +17,21 @@ from brainprior_bids.bids.names import sample_role
 from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.engine.errors import GeometryError, InputError
 from brainprior_bids.engine.grids import Grid
-from brainprior_bids.interfaces.anatomy import grid_of, save
 from brainprior_bids.interfaces.base import (
     MeasuredInputSpec,
     MeasuredInterface,
     MeasuredOutputSpec,
+)
+from brainprior_bids.interfaces.files import grid_of, save, write_record
+from brainprior_bids.records import (
+    AcquisitionRecord,
+    BoxRecord,
+    ChangedRecord,
+    EnvironmentRecord,
+    RefinedRecord,
+    RestoreRecord,
+    RunRecord,
+    WeightsRecord,
 )
 
 if TYPE_CHECKING:
@@ -177,48 +187,15 @@ class Restore(MeasuredInterface):
                 f"Sampled in {self.inputs.n_steps} steps, as with --sloppy: this result is for "
                 "testing the program, not for use."
             )
-        facts: dict[str, Any] = {
-            "sampler": done.sampler,
-            "not_eps": done.not_eps,
-            "contrast": self.inputs.contrast,
-            "n_samples": self.inputs.n_samples,
-            "seed": self.inputs.seed,
-            "schedule": list(done.schedule),
-            "calls": done.calls,
-            "tile_mm": prior.tile_mm,
-            "sample_seeds": list(done.seeds),
-            "slice_widths": list(done.widths),
-            "inner_iterations": done.inner_iterations,
-            "rim_mm": RIM_MM,
-            "box": {"start": list(done.box.start), "stop": list(done.box.stop)},
-            "noise_sd_initial": done.noise_sd_initial,
-            "noise_sd": done.noise_sd,
-            "residual_ratios": list(done.residual_ratios),
-            "residual_ratios_final": [r.ratio_final for r in done.residuals],
-            "residual_correlation": [list(r.correlation) for r in done.residuals],
-            **_shares(done.log_bias, done.residual_map, _array(self.inputs.mask_scan)),
-            "unit": done.unit,
-            "seconds": done.seconds,
-            "acquisition": acquisition.to_dict(),
-            "environment": {
-                **environment(device, self.inputs.num_threads),
-                "network_dtype": str(prior.dtype).removeprefix("torch."),
-            },
-            "prior": {**_card(prior.metadata), "sha256": sha256_file(prior_path)},
-            "warnings": [*warnings, *done.warnings],
-        }
-        if runs:
-            facts["runs"] = runs
+        refined = changed = None
         if done.anchor is not None:
             gain, correlation = done.anchor
-            facts["refined"] = {"gain": gain * done.unit, "correlation": correlation}
+            refined = RefinedRecord(gain=gain * done.unit, correlation=correlation)
             if correlation < ALIKE:
-                found = (
+                warnings.append(
                     f"The image to refine and the scan correlate by {correlation:.2f} only: is it "
                     "of this person, in this space, and of this contrast?"
                 )
-                facts["warnings"].append(found)
-                warnings.append(found)
         self._results.update(
             restored=save(
                 np.asarray(done.mean, np.float32), done.grid, folder / "restored.nii.gz"
@@ -233,7 +210,7 @@ class Restore(MeasuredInterface):
             here = _array(self.inputs.hidden) > 0
             scan = _array(self.inputs.in_file)
             image, *filled = np.where(here, done.predictions, scan).astype(np.float32)
-            facts["changed_share"] = _changed(image, scan, here)
+            changed = _changed(image, scan, here)
             samples, target = np.stack(filled), grid
             sd = samples.std(0, ddof=1) if len(samples) > 1 else None
         if self.inputs.native:
@@ -242,9 +219,42 @@ class Restore(MeasuredInterface):
             whole = _array(self.inputs.mask_scan) > WHOLLY
             scan = _array(self.inputs.in_file)
             native = np.where(whole, done.predictions[0], scan)
-            facts["changed_share"] = _changed(native, scan, whole)
+            changed = _changed(native, scan, whole)
             self._results["restored_native"] = save(native, grid, folder / "native.nii.gz")
-        self._results["restore_json"] = str(write_json(folder / "restore.json", facts))
+        record = RestoreRecord(
+            sampler=done.sampler,
+            sampler_reason=done.not_eps,
+            contrast=self.inputs.contrast,
+            n_samples=self.inputs.n_samples,
+            seed=self.inputs.seed,
+            schedule=tuple(done.schedule),
+            calls=done.calls,
+            tile_mm=prior.tile_mm,
+            sample_seeds=tuple(done.seeds),
+            slice_widths=tuple(done.widths),
+            inner_iterations=done.inner_iterations,
+            rim_mm=RIM_MM,
+            box=BoxRecord(start=done.box.start, stop=done.box.stop),
+            noise_sd_initial=done.noise_sd_initial,
+            noise_sd=done.noise_sd,
+            residual_ratios=tuple(done.residual_ratios),
+            residual_ratios_final=tuple(r.ratio_final for r in done.residuals),
+            residual_correlation=tuple(r.correlation for r in done.residuals),
+            **_shares(done.log_bias, done.residual_map, _array(self.inputs.mask_scan)),
+            unit=done.unit,
+            seconds=done.seconds,
+            acquisition=AcquisitionRecord.from_json(acquisition.to_dict()),
+            environment=EnvironmentRecord(
+                **environment(device, self.inputs.num_threads),
+                network_dtype=str(prior.dtype).removeprefix("torch."),
+            ),
+            prior=WeightsRecord(**_card(prior.metadata), sha256=sha256_file(prior_path)),
+            warnings=(*warnings, *done.warnings),
+            runs=tuple(RunRecord.from_json(run) for run in runs) or None,
+            refined=refined,
+            changed_share=changed,
+        )
+        self._results["restore_json"] = write_record(record, folder / "restore.json")
         if self.inputs.save_samples:
             self._results["samples"] = [
                 save(sample, target, folder / f"{sample_role(index)}.nii.gz")
@@ -382,13 +392,14 @@ def environment(device: str, threads: int) -> dict[str, Any]:
     return facts
 
 
-def _changed(image: np.ndarray, scan: np.ndarray, inside: np.ndarray) -> dict[str, float | None]:
+def _changed(image: np.ndarray, scan: np.ndarray, inside: np.ndarray) -> ChangedRecord:
     """Share of the voxels of a scan that are not as they were, inside and outside of a mask."""
     changed = image != scan
-    return {
+    shares = {
         where: round(float(changed[part].mean()), 6) if part.any() else None
         for where, part in (("inside", inside), ("outside", ~inside))
     }
+    return ChangedRecord(**shares)
 
 
 def _shares(
