@@ -80,11 +80,11 @@ def execute(jobs: Sequence[Any], settings: Settings, weights: dict[str, Path]) -
         summary = status.read_summary(
             settings.output_dir, result_name(job.scan.name, settings.image)
         )
-        if summary is None or summary["status"] == "running":
+        if summary is None or summary.running:
             error = why_not_ended(job.scan, folder, settings, crashed)
             inside = f"{folder.name}."
             steps = [name.removeprefix(inside) for name in every_step if name.startswith(inside)]
-            records = step_records(folder, steps, error.get("node"))
+            records = step_records(folder, steps, error.node)
             write_failure(job.scan, settings, error, nodes=records)
     if isinstance(crashed, KeyboardInterrupt):
         status.rebuild_status(settings.output_dir)

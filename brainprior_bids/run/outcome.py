@@ -7,14 +7,23 @@ import os
 import platform
 import re
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from brainprior_bids import __version__
 from brainprior_bids.bids import status
 from brainprior_bids.bids.names import result_name
 from brainprior_bids.bids.query import Scan
+from brainprior_bids.records import (
+    ErrorRecord,
+    FailureRecord,
+    NodeRecord,
+    ScanRecord,
+    ScanStatus,
+    named,
+    total_seconds,
+)
 from brainprior_bids.settings import Settings
 
 
@@ -24,99 +33,86 @@ def write_running(scan: Scan, settings: Settings) -> None:
     task = os.environ.get("SLURM_ARRAY_TASK_ID")
     job = settings.job_id or (f"{number}_{task}" if task else number)
     result = result_name(scan.name, settings.image)
-    previous = status.read_summary(settings.output_dir, result) or {}
-    kept = {key: previous.get(key, []) for key in ("outputs", "figures", "left")}
+    previous = status.read_summary(settings.output_dir, result) or _summary(scan, settings)
     status.write_summary(
         settings.output_dir,
-        {
-            **_summary(scan, settings),
-            **kept,  # the last step removes those that it does not replace
-            "status": "running",
-            "job": job,
-            "message": f"began {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC on {platform.node()}"
+        replace(
+            _summary(scan, settings),
+            # the last step removes those that it does not replace
+            outputs=previous.outputs,
+            figures=previous.figures,
+            left=previous.left,
+            status=ScanStatus.RUNNING,
+            job=job,
+            message=f"began {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC on {platform.node()}"
             f"{f', job {job}' if job else ''}; not ended: it is at work, or was killed",
-        },
+        ),
     )
 
 
 def write_failure(
     scan: Scan,
     settings: Settings,
-    error: dict[str, Any],
+    error: ErrorRecord,
     *,
-    nodes: Sequence[dict[str, Any]] = (),
+    nodes: Sequence[NodeRecord] = (),
 ) -> None:
     """Write the summary of a failed scan: why, and the steps that it got through.
 
     ``left`` are files of an earlier run that are still in place: the message says so, and the next
     run that succeeds removes those that it does not replace.
     """
-    message = str(error["message"])
-    if not message.startswith(scan.name.stem):
-        message = f"{scan.name.stem}: {message}"
+    message = named(str(error.message), scan.name.stem)
     previous = status.read_summary(settings.output_dir, result_name(scan.name, settings.image))
-    made = {
-        path for key in ("outputs", "figures", "left") for path in (previous or {}).get(key, ())
-    }
-    left = sorted(path for path in made if (settings.output_dir / path).is_file())
+    earlier = () if previous is None else previous.files
+    left = sorted(path for path in {*earlier} if (settings.output_dir / path).is_file())
     if left:
         message = f"{message.rstrip('.')}. What an earlier run made of it is still in place."
     status.write_summary(
         settings.output_dir,
-        {
-            **_summary(scan, settings),
-            "seconds": round(sum(node["seconds"] for node in nodes), 3) if nodes else None,
-            "message": message,
-            "left": left,
-            "warnings": [text for node in nodes for text in node["warnings"]],
-            "nodes": list(nodes),
-            "error": {"node": None, "crash_file": None, **error},
-        },
+        replace(
+            _summary(scan, settings),
+            seconds=total_seconds(nodes) if nodes else None,
+            message=message,
+            left=tuple(left),
+            warnings=tuple(text for node in nodes for text in node.warnings),
+            nodes=tuple(nodes),
+            error=error,
+        ),
     )
 
 
-def _summary(scan: Scan, settings: Settings) -> dict[str, Any]:
-    """Of a scan of which nothing was made."""
-    return {
-        "scan": result_name(scan.name, settings.image),
-        "subject": scan.subject,
-        "source": str(scan.relative),
-        "task": settings.task,
-        "status": "failed",
-        "seconds": None,
-        "message": "",
-        "run_uuid": settings.run_uuid,
-        "version": __version__,
-        "fingerprint": None,
-        "outputs": [],
-        "figures": [],
-        "warnings": [],
-        "facts": {},
-        "nodes": [],
-        "error": None,
-    }
+def _summary(scan: Scan, settings: Settings) -> ScanRecord:
+    """The summary of a scan without a result."""
+    return ScanRecord(
+        scan=result_name(scan.name, settings.image),
+        subject=scan.subject,
+        source=str(scan.relative),
+        task=settings.task,
+        status=ScanStatus.FAILED,
+        run_uuid=settings.run_uuid,
+        version=__version__,
+    )
 
 
-def step_records(folder: Path, steps: Collection[str], last: str | None) -> list[dict[str, Any]]:
+def step_records(folder: Path, steps: Collection[str], last: str | None) -> list[NodeRecord]:
     """Time and memory of the steps that a scan got through, in their order.
 
     Another task may have worked in the folder: what is not of this one's ``steps``, and what comes
     after ``last``, the step that failed, is its record.
     """
-    from brainprior_bids.bids.files import read_json
     from brainprior_bids.interfaces.base import RECORD
     from brainprior_bids.workflows.scan import NODES
 
     reached = NODES[: NODES.index(last)] if last in NODES else NODES
     paths = (folder / name / RECORD for name in reached if name in steps)
-    return [read_json(path) for path in paths if path.exists()]
+    return [NodeRecord.read(path) for path in paths if path.exists()]
 
 
 def why_not_ended(
     scan: Scan, folder: Path, settings: Settings, crashed: BaseException | None
-) -> dict[str, Any]:
+) -> ErrorRecord:
     """Why a scan did not end: what its node said, or what the graph ended with."""
-    from brainprior_bids.bids.files import read_json
     from brainprior_bids.interfaces.base import FAILURE, RECORD
     from brainprior_bids.run.cluster import LOST, REFUSED
     from brainprior_bids.run.pool import KILLED
@@ -125,49 +121,40 @@ def why_not_ended(
     crash_files = sorted(log_dir(settings, scan.subject).glob("crash-*.txt"))
     own = [path for path in crash_files if f"{scan.name.node_name}_wf" in _read(path)]
     crash_file = str(own[-1].relative_to(settings.output_dir)) if own else None
-    for failure in sorted(folder.glob(f"*/{FAILURE}")):
-        found = read_json(failure)
-        message = found["message"]
-        if not found["expected"]:
-            message = f"{found['type']} in {failure.parent.name}: {message}"
-        return {
-            "node": failure.parent.name,
-            "type": found["type"],
-            "message": message,
-            "crash_file": crash_file,
-        }
+    for path in sorted(folder.glob(f"*/{FAILURE}")):
+        failure, node = FailureRecord.read(path), path.parent.name
+        message = failure.message
+        if not failure.expected:
+            message = f"{failure.type} in {node}: {message}"
+        return ErrorRecord(node=node, type=failure.type, message=message, crash_file=crash_file)
     lines = _read(own[-1]).splitlines() if own else []
     killed = [line for line in lines if line.startswith((KILLED, LOST, REFUSED))]
     if killed:
         step = re.search(r"^Node: \S+\.(\w+)$", "\n".join(lines), re.MULTILINE)
         node = step[1] if step else None
         message = f"{node}: {killed[0]}" if node else killed[0]
-        return {
-            "node": node,
-            "type": "KilledWorker",
-            "message": message,
-            "crash_file": crash_file,
-        }
+        return ErrorRecord(node=node, type="KilledWorker", message=message, crash_file=crash_file)
     if own:
-        said = [line.strip() for line in lines if line.strip()]
-        return {"type": "Crash", "message": said[-1], "crash_file": crash_file}
+        *_, last = (line.strip() for line in lines if line.strip())
+        return ErrorRecord(type="Crash", message=last, crash_file=crash_file)
     if isinstance(crashed, KeyboardInterrupt):
-        return {"type": "Interrupted", "message": "interrupted; the same command goes on"}
+        return ErrorRecord(type="Interrupted", message="interrupted; the same command goes on")
     if crashed is not None and settings.stop_on_first_crash:
-        return {
-            "type": "Stopped",
-            "message": "not finished: the run was stopped because another scan failed",
-        }
+        return ErrorRecord(
+            type="Stopped",
+            message="not finished: the run was stopped because another scan failed",
+        )
     if crashed is not None:
-        last = [line for line in str(crashed).splitlines() if line.strip()][-1:]
-        reason = last[0].strip() if last else type(crashed).__name__
-        return {"type": type(crashed).__name__, "message": f"not finished: {reason}"}
+        kind = type(crashed).__name__
+        reasons = [line.strip() for line in str(crashed).splitlines() if line.strip()]
+        reason = reasons[-1] if reasons else kind
+        return ErrorRecord(type=kind, message=f"not finished: {reason}")
     step = next((name for name in NODES if not (folder / name / RECORD).exists()), None)
-    return {
-        "node": step,
-        "type": "Unknown",
-        "message": f"not finished, stopped in {step}; run again with -vv to see why",
-    }
+    return ErrorRecord(
+        node=step,
+        type="Unknown",
+        message=f"not finished, stopped in {step}; run again with -vv to see why",
+    )
 
 
 def _read(path: Path) -> str:

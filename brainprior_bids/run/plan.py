@@ -15,6 +15,7 @@ from brainprior_bids.bids.query import Scan
 from brainprior_bids.engine.acquisition import PLANES
 from brainprior_bids.engine.errors import GeometryError, InputError
 from brainprior_bids.engine.samplers import registry
+from brainprior_bids.records import ConformFacts
 from brainprior_bids.run.jobs import Found, export_roots_of, exported_t1w, look_up, why_again
 from brainprior_bids.run.preflight import checked_weights
 from brainprior_bids.settings import Settings
@@ -126,7 +127,8 @@ def _told(scan: Scan, settings: Settings, found: Found) -> float:
             slice_thickness_mm=None if alone else settings.slice_thickness_mm,
             slice_axis=PLANES.index(plane) if plane is not None and not alone else None,
         )
-        acquisition, source = taken.acquisition, taken.facts["acquisition"]["thickness_source"]
+        acquisition = taken.acquisition
+        source = ConformFacts.from_json(taken.facts).acquisition.thickness_source
         print(
             f"  {' × '.join(str(n) for n in taken.grid.shape)} voxels of "
             f"{' × '.join(f'{size:.3g}' for size in taken.grid.spacing_mm)} mm; "

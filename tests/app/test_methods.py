@@ -9,6 +9,7 @@ from dataclasses import replace
 from lxml import html
 
 from brainprior_bids.engine.samplers import registry
+from brainprior_bids.records import AffineMethod
 from brainprior_bids.reports.methods import (
     CITATION,
     Method,
@@ -84,7 +85,7 @@ def test_four_files(tmp_path):
 def test_steps_that_did_not_run_are_not_described():
     alone = " ".join(methods_text([replace(ONE, task="refine")]).split())
     assert "N4" not in alone
-    moved = replace(ONE, aligned_by="registration to the template")
+    moved = replace(ONE, aligned_by=AffineMethod.TEMPLATE)
     text = " ".join(methods_text([moved]).split())
     assert "least squares" not in text
     assert "MNI305 was found by registration to the template (ANTsPy" in text
