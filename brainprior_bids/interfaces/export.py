@@ -15,12 +15,12 @@ from brainprior_bids.bids.export import remove_others, stage_fmriprep, stage_raw
 from brainprior_bids.bids.files import publish, read_json, write_json
 from brainprior_bids.bids.names import BIDSName
 from brainprior_bids.bids.query import Scan
-from brainprior_bids.interfaces.anatomy import grid_of, save
 from brainprior_bids.interfaces.base import (
     MeasuredInputSpec,
     MeasuredInterface,
     MeasuredOutputSpec,
 )
+from brainprior_bids.interfaces.files import grid_of, read_array, save
 from brainprior_bids.settings import EXPORT_PER
 
 
@@ -60,25 +60,25 @@ class Export(MeasuredInterface):
         inputs = self.inputs
         scan, restored = nib.load(inputs.scan), nib.load(inputs.restored)
         grid = grid_of(restored)
-        brain, mask = restored.get_fdata(dtype=np.float32), _array(inputs.mask) > 0
+        brain, mask = restored.get_fdata(dtype=np.float32), read_array(inputs.mask) > 0
         pasted = paste_back(
             scan.get_fdata(dtype=np.float32),
             brain,
             scan_grid=grid_of(scan),
             grid=grid,
             mask=mask,
-            mask_scan=_array(inputs.mask_scan),
-            log_bias=_array(inputs.log_bias),
+            mask_scan=read_array(inputs.mask_scan),
+            log_bias=read_array(inputs.log_bias),
         )
         self._results["head"] = save(pasted.head, grid, folder / "head.nii.gz")
         if inputs.tissues:
-            found = tissue_probabilities(
-                brain, _array(inputs.structures), mask, spacing_mm=grid.spacing_mm
+            shares = tissue_probabilities(
+                brain, read_array(inputs.structures), mask, spacing_mm=grid.spacing_mm
             )
-            self._results["dseg"] = save(tissue_labels(found, mask), grid, folder / "dseg.nii.gz")
+            self._results["dseg"] = save(tissue_labels(shares, mask), grid, folder / "dseg.nii.gz")
             for tissue in TISSUES:
                 path = folder / f"{tissue.lower()}.nii.gz"
-                self._results[tissue.lower()] = save(found[tissue], grid, path)
+                self._results[tissue.lower()] = save(shares[tissue], grid, path)
         self._results["export_json"] = str(
             write_json(
                 folder / "export.json",
@@ -86,10 +86,6 @@ class Export(MeasuredInterface):
             )
         )
         return pasted.warnings
-
-
-def _array(path: str) -> np.ndarray:
-    return np.asarray(nib.load(path).dataobj)
 
 
 class _DeliverInputSpec(MeasuredInputSpec):
