@@ -19,13 +19,13 @@ ROOT = Path(__file__).resolve().parents[1]
 # command line uses.
 ALLOWED = {
     "engine": set(),
-    "anatomy": {"engine"},
-    "reports": {"engine", "anatomy", "bids"},
-    "bids": {"engine", "anatomy", "settings"},
-    "interfaces": {"engine", "anatomy", "reports", "bids", "settings"},
+    "anatomy": {"engine", "records"},
+    "reports": {"engine", "anatomy", "bids", "records"},
+    "bids": {"engine", "anatomy", "records", "settings"},
+    "interfaces": {"engine", "anatomy", "reports", "bids", "records", "settings"},
     "workflows": {"engine", "anatomy", "reports", "bids", "interfaces", "settings"},
     "training": {"engine", "anatomy"},
-    "evaluation": {"engine", "anatomy", "bids", "training"},
+    "evaluation": {"engine", "anatomy", "bids", "records", "training"},
 }
 
 

@@ -33,6 +33,10 @@ class WeightsError(BrainpriorError):
     """A weights file is missing, of another version, or not what its hash says."""
 
 
+class RecordError(BrainpriorError):
+    """The report of a step cannot be read: no JSON, or a value of the wrong type."""
+
+
 class DivergenceError(BrainpriorError):
     """An iteration produced non-finite values."""
 

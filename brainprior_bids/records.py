@@ -1,0 +1,640 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each step of a scan reports, as frozen dataclasses.
+
+A node writes its record as JSON into its folder. The last node gathers the records into the scan's
+summary (``ScanRecord``, ``logs/scans/<scan>.json``), from which tables, reports, the methods text
+and the provenance are made.
+
+A record is constructed with all of its fields and read leniently (``typed_json``): a key that
+another version did not write reads as "not recorded". What older versions wrote in another form is
+translated in ``_upgraded``, and nowhere else.
+
+Units are in the names; coordinates are scanner RAS mm. Axes are closest-canonical (RAS).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from brainprior_bids.typed_json import OMIT, Record
+
+Triple = tuple[float, float, float]
+Voxel = tuple[int, int, int]
+Row = tuple[float, float, float, float]
+Matrix = tuple[Row, Row, Row, Row]
+"""4 × 4: voxels or mm to mm."""
+Pairs = tuple[tuple[float, float], ...]
+
+EMBEDDED = "the embedded parcellation network"
+OTHER_DATA = "another data set (--derivatives)"
+
+
+class MaskSource(StrEnum):
+    """Where a brain mask came from; those that can be asked for are ``--skull-strip``'s words."""
+
+    EMBEDDED = "embedded"
+    OWN_EDGE = "own-edge"
+    SKIP = "skip"
+    SYNTHSTRIP = "synthstrip"
+    FILE = "mask"
+
+    @property
+    def words(self) -> str:
+        """For people."""
+        return {
+            MaskSource.EMBEDDED: EMBEDDED,
+            MaskSource.OWN_EDGE: "the scan's own edge: it is already skull-stripped",
+            MaskSource.SKIP: "the scan's own edge (--skull-strip skip)",
+            MaskSource.SYNTHSTRIP: "SynthStrip",
+            MaskSource.FILE: OTHER_DATA,
+        }[self]
+
+    @property
+    def scan_is_stripped(self) -> bool:
+        """Whether the scan had no skull to begin with."""
+        return self in (MaskSource.OWN_EDGE, MaskSource.SKIP)
+
+
+class StructuresSource(StrEnum):
+    """Where the labels of structures came from: the words of ``--parcellation``."""
+
+    EMBEDDED = "embedded"
+    SYNTHSEG = "synthseg"
+    FILE = "derivatives"
+
+    @property
+    def words(self) -> str:
+        """For people."""
+        return {
+            StructuresSource.EMBEDDED: EMBEDDED,
+            StructuresSource.SYNTHSEG: "SynthSeg",
+            StructuresSource.FILE: OTHER_DATA,
+        }[self]
+
+
+class AffineMethod(StrEnum):
+    """What the affine to MNI305 was found from."""
+
+    STRUCTURES = "structures"
+    TEMPLATE = "template"
+
+    @property
+    def words(self) -> str:
+        """For people."""
+        return {
+            AffineMethod.STRUCTURES: "structures",
+            AffineMethod.TEMPLATE: "registration to the template",
+        }[self]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A source, and where it is a file, its name.
+
+    Parameters
+    ----------
+    source : MaskSource or StructuresSource
+    uri : str, optional
+        ``bids:<data set>:<path>`` or a file name.
+    """
+
+    source: MaskSource | StructuresSource
+    uri: str | None = None
+
+    @property
+    def embedded(self) -> bool:
+        """Whether it is our own network's."""
+        return self.source in (MaskSource.EMBEDDED, StructuresSource.EMBEDDED)
+
+    @property
+    def words(self) -> str:
+        """For sidecars, reports and messages: the file, or the source in words."""
+        return self.uri or self.source.words
+
+    @property
+    def data_set(self) -> str:
+        """For the methods text: a file by its data set's name, others in words."""
+        scheme, _, rest = (self.uri or "").partition(":")
+        return f"the data set {rest.partition(':')[0]}" if scheme == "bids" else self.words
+
+
+class ScanStatus(StrEnum):
+    """How far a scan is."""
+
+    DONE = "done"
+    SKIPPED = "skipped"
+    FAILED = "failed"
+    RUNNING = "running"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRecord(Record):
+    """A file of another data set that was used."""
+
+    uri: str
+    sha256: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsRecord(Record):
+    """What identifies a network's weights, and what their header says of them."""
+
+    name: str | None = None
+    licence: str | None = field(default=None, metadata=OMIT)
+    training_data: Any = field(default=None, metadata=OMIT)
+    format: Any = field(default=None, metadata=OMIT)
+    version: Any = field(default=None, metadata=OMIT)
+    coverage: str | None = field(default=None, metadata=OMIT)
+    sha256: str | None = None
+
+    @property
+    def label(self) -> str:
+        """``name, SHA-256 abcdef…``."""
+        return f"{self.name or 'unnamed'}, SHA-256 {str(self.sha256)[:12]}…"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AcquisitionRecord(Record):
+    """The slice geometry that was used; see ``engine.acquisition.Acquisition``."""
+
+    slice_axis: int | None
+    thickness_mm: float | None
+    spacing_mm: float | None
+    profile: str | Pairs | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeaderRecord(Record):
+    """The header as it came."""
+
+    format: str | None
+    shape: tuple[int, ...]
+    zooms: tuple[float, ...]
+    axis_codes: str | None
+    axes_to_canonical: tuple[tuple[int, int], ...]
+    sform_code: int | None
+    qform_code: int | None
+    datatype: str | None
+    scl_slope: float | None
+    scl_inter: float | None
+    descrip: str | None
+    xyzt_units: tuple[str, ...]
+    header_base64: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeaderAffineRecord(Record):
+    """Sform and qform, and which of them was used."""
+
+    sform_code: int | None
+    qform_code: int | None
+    sform_qform_mirrored: bool | None
+    sform_qform_distance_mm: float | None = field(default=None, metadata=OMIT)
+    matrix: Matrix | None
+    used: str | None
+    code: int | None
+    largest_cosine_between_axes: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValuesRecord(Record):
+    """The voxels' values, scanner units."""
+
+    min: float | None
+    max: float | None
+    non_finite_voxels_set_to_0: int | None
+    negative_voxels: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatedAcquisitionRecord(AcquisitionRecord):
+    """The slice geometry, where each value came from, and what the sidecars state."""
+
+    gap_mm: float | None
+    in_plane_mm: tuple[float, ...]
+    slice_axis_source: str | None
+    thickness_source: str | None
+    spacing_source: str | None
+    profile_source: str | None
+    metadata: Mapping[str, Any]
+
+    @property
+    def field_strength_t(self) -> float | None:
+        """As the sidecars state it."""
+        value = self.metadata.get("MagneticFieldStrength")
+        return float(value) if isinstance(value, int | float) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridRecord(Record):
+    """The scan's grid on closest-canonical axes."""
+
+    shape: tuple[int, ...]
+    spacing_mm: tuple[float, ...]
+    affine: Matrix | None
+    rotation_from_axes_deg: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConformFacts(Record):
+    """Header, values and grid of the scan."""
+
+    source: str | None
+    original: HeaderRecord
+    affine: HeaderAffineRecord
+    values: ValuesRecord
+    acquisition: StatedAcquisitionRecord
+    grid: GridRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConformRecord(Record):
+    """``conform.json``."""
+
+    acquisition: AcquisitionRecord
+    facts: ConformFacts
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StructureRecord(Record):
+    """One structure of the parcellation."""
+
+    index: int | None
+    name: str
+    volume_mm3: float | None
+    confidence: float | None
+    centroid_mm: Triple | None
+    cut_share: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SliceFitRecord(Record):
+    """How the slices fit together; see ``anatomy.slices``."""
+
+    mismatch: float | None
+    faintest: float | None
+    faintest_slice: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgramRecord(Record):
+    """An external program as it was run."""
+
+    command: tuple[str, ...]
+    program: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParcellationRecord(Record):
+    """``structures.json``: mask and structures, and what made them."""
+
+    table: tuple[StructureRecord, ...]
+    warnings: tuple[str, ...]
+    mask_source: MaskSource = MaskSource.EMBEDDED
+    structures_source: StructuresSource = StructuresSource.EMBEDDED
+    weights: WeightsRecord
+    given: Mapping[str, FileRecord] = field(default_factory=dict, metadata=OMIT)
+    mask_agreement: float | None = field(default=None, metadata=OMIT)
+    synthstrip: ProgramRecord | None = field(default=None, metadata=OMIT)
+    synthseg: ProgramRecord | None = field(default=None, metadata=OMIT)
+    slices: SliceFitRecord | None = field(default=None, metadata=OMIT)
+
+    @property
+    def mask_origin(self) -> Origin:
+        """Where the mask came from."""
+        return Origin(self.mask_source, self._uri("mask"))
+
+    @property
+    def structures_origin(self) -> Origin:
+        """Where the labels came from."""
+        return Origin(self.structures_source, self._uri("dseg"))
+
+    def _uri(self, role: str) -> str | None:
+        return self.given[role].uri if role in self.given else None
+
+    @classmethod
+    def _upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The source used to be its words, or the file's address."""
+        roles: tuple[tuple[str, str, type[MaskSource] | type[StructuresSource]], ...] = (
+            ("mask_source", "mask", MaskSource),
+            ("structures_source", "dseg", StructuresSource),
+        )
+        for key, role, kind in roles:
+            source = values.get(key)
+            if not isinstance(source, str) or source in list(kind):
+                continue
+            known = {member.words: member for member in kind}
+            values[key] = known.get(source, kind("mask" if kind is MaskSource else "derivatives"))
+            if source not in known:
+                values["given"] = {role: {"uri": source}, **(values.get("given") or {})}
+        return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class LesionRecord(Record):
+    """``lesion.json``: the lesion mask as it was used."""
+
+    volume_ml: float | None
+    hidden_ml: float | None
+    share_inside_brain: float | None
+    share_of_brain: float | None
+    depth_mm: float | None
+    dilate_mm: float | None
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AffineRecord(Record):
+    """``affine.json``: scanner RAS mm to MNI305 RAS mm, and how well it fits."""
+
+    matrix: Matrix | None
+    method: AffineMethod = AffineMethod.STRUCTURES
+    dof: int | None
+    residuals_mm: Mapping[str, float]
+    median_residual_mm: float | None
+    hull_residual_mm: float | None
+    used: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @classmethod
+    def _upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The method used to be its words."""
+        known = {member.words: member for member in AffineMethod}
+        if values.get("method") in known:
+            values["method"] = known[values["method"]]
+        return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord(Record):
+    """One run of a fused image, the reference included.
+
+    Motion and agreement are those with the reference, which has none; files and hashes are only in
+    ``runs.json``, noise and residuals only in ``restore.json``.
+    """
+
+    name: str
+    files: Mapping[str, str] | None = field(default=None, metadata=OMIT)
+    hashes: Mapping[str, str] | None = field(default=None, metadata=OMIT)
+    acquisition: AcquisitionRecord
+    to_reference: Matrix | None
+    angle_deg: float | None = field(default=None, metadata=OMIT)
+    shift_mm: float | None = field(default=None, metadata=OMIT)
+    gain: float | None
+    correlation: float | None = field(default=None, metadata=OMIT)
+    shared: float | None = field(default=None, metadata=OMIT)
+    noise_sd: float | None = field(default=None, metadata=OMIT)
+    residual_ratios: tuple[float, ...] = field(default=(), metadata=OMIT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignRecord(Record):
+    """``runs.json``: the reference's name, and the other runs."""
+
+    reference: str
+    runs: tuple[RunRecord, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoxRecord(Record):
+    """The part of the 1 mm grid that was computed: first voxel, and one past the last."""
+
+    start: Voxel
+    stop: Voxel
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvironmentRecord(Record):
+    """What else the bytes of a result depend on."""
+
+    device: str | None
+    threads: int | None
+    processor: str | None
+    torch: str | None
+    cpu_capability: str | None
+    deterministic_algorithms: bool | None
+    gpu: str | None = field(default=None, metadata=OMIT)
+    gpu_memory_gb: float | None = field(default=None, metadata=OMIT)
+    cuda: str | None = field(default=None, metadata=OMIT)
+    cudnn: int | None = field(default=None, metadata=OMIT)
+    cudnn_deterministic: bool | None = field(default=None, metadata=OMIT)
+    tf32: bool | None = field(default=None, metadata=OMIT)
+    network_dtype: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefinedRecord(Record):
+    """Another tool's image beside the scan: its gain to scanner units, and their correlation."""
+
+    gain: float
+    correlation: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChangedRecord(Record):
+    """Share of the scan's voxels that are not as they were, inside and outside of the mask."""
+
+    inside: float | None
+    outside: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestoreRecord(Record):
+    """``restore.json``: sampler, noise, and how the result agrees with the scan.
+
+    Noise levels are in ``unit``, the brain's 99th percentile in scanner units.
+    """
+
+    sampler: str | None
+    sampler_reason: str | None
+    """Why another sampler than the default was taken."""
+    contrast: str | None
+    n_samples: int | None
+    seed: int | None
+    schedule: tuple[float, ...]
+    calls: int | None
+    tile_mm: float | None
+    sample_seeds: tuple[int, ...]
+    slice_widths: tuple[float, ...]
+    """Assumed slice thickness over the stated one, per sample."""
+    inner_iterations: float | None
+    rim_mm: float | None
+    box: BoxRecord | None
+    noise_sd_initial: float | None
+    noise_sd: float | None
+    residual_ratios: tuple[float, ...]
+    """RMS of scan minus prediction over the noise before sampling, per sample."""
+    residual_ratios_final: tuple[float, ...]
+    residual_correlation: tuple[Triple, ...]
+    """Lag-one autocorrelation of the residual along i, j, k, per sample."""
+    bias_range: float | None
+    share_beyond_3_sd: float | None
+    unit: float | None
+    seconds: float | None
+    acquisition: AcquisitionRecord
+    environment: EnvironmentRecord
+    prior: WeightsRecord
+    warnings: tuple[str, ...]
+    runs: tuple[RunRecord, ...] | None = field(default=None, metadata=OMIT)
+    refined: RefinedRecord | None = field(default=None, metadata=OMIT)
+    changed_share: ChangedRecord | None = field(default=None, metadata=OMIT)
+
+    def scanner_units(self, value: float | None) -> float | None:
+        """A value in ``unit`` as scanner units; None where either is not recorded."""
+        return None if value is None or self.unit is None else value * self.unit
+
+    @property
+    def outside_training(self) -> bool:
+        """Whether the prior was not trained on this contrast."""
+        return self.contrast == "unknown"
+
+    @classmethod
+    def _upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """``sampler_reason`` used to be ``not_eps``."""
+        values.setdefault("sampler_reason", values.pop("not_eps", None))
+        return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRecord(Record):
+    """``export.json``: how the brain was put back into its head."""
+
+    gain: float
+    feather_mm: float
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UsageRecord(Record):
+    """Time and memory of a node; ``started`` is UTC, memory in GiB."""
+
+    started: str | None
+    seconds: float | None
+    cpu_seconds: float | None
+    peak_memory_gb: float | None
+    added_memory_gb: float | None
+    gpu_memory_gb: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeRecord(UsageRecord):
+    """``node.json``: what a node took, and its warnings."""
+
+    node: str | None
+    threads: int | None
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FailureRecord(UsageRecord):
+    """``failure.json``: why a node failed; an error that is expected explains itself."""
+
+    node: str
+    type: str
+    message: str
+    expected: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ErrorRecord(Record):
+    """Why a scan failed."""
+
+    node: str | None = None
+    type: str | None
+    message: str | None
+    crash_file: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecords(Record):
+    """The records of a scan's steps, and the files of other data sets, by role."""
+
+    conform: ConformRecord = field(default_factory=ConformRecord.empty, metadata=OMIT)
+    parcellation: ParcellationRecord = field(
+        default_factory=ParcellationRecord.empty, metadata=OMIT
+    )
+    affine: AffineRecord = field(default_factory=AffineRecord.empty, metadata=OMIT)
+    restore: RestoreRecord = field(default_factory=RestoreRecord.empty, metadata=OMIT)
+    lesion: LesionRecord | None = field(default=None, metadata=OMIT)
+    given: Mapping[str, FileRecord] = field(default_factory=dict, metadata=OMIT)
+    seed: int | None = field(default=None, metadata=OMIT)
+
+    @property
+    def every_file(self) -> dict[str, FileRecord]:
+        """Role -> file of another data set, those of the parcellation included."""
+        return {**self.parcellation.given, **self.given}
+
+    @property
+    def networks(self) -> dict[str, WeightsRecord]:
+        """``parcellation``, ``prior`` -> weights, where recorded."""
+        cards = {"parcellation": self.parcellation.weights, "prior": self.restore.prior}
+        return {kind: card for kind, card in cards.items() if card.sha256 is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanRecord(Record):
+    """``logs/scans/<scan>.json``: the summary of one scan."""
+
+    scan: str
+    subject: str | None
+    source: str | None = None
+    source_sha256: str | None = field(default=None, metadata=OMIT)
+    task: str | None = None
+    status: ScanStatus | None = None
+    seconds: float | None = None
+    """Sum of the nodes' times."""
+    message: str = ""
+    job: str | None = field(default=None, metadata=OMIT)
+    """Of the scheduler, while the scan runs."""
+    run_uuid: str | None = None
+    version: str | None = None
+    fingerprint: str | None = None
+    """Of everything that decides the result."""
+    parts: Mapping[str, str] = field(default_factory=dict, metadata=OMIT)
+    """What the fingerprint was made from: name -> value or SHA-256."""
+    seed: int | None = field(default=None, metadata=OMIT)
+    outputs: tuple[str, ...] = ()
+    """Paths from the output folder, as ``figures`` and ``left``."""
+    figures: tuple[str, ...] = ()
+    left: tuple[str, ...] = field(default=(), metadata=OMIT)
+    """Files that an earlier run made and that are still in place."""
+    warnings: tuple[str, ...] = ()
+    facts: StepRecords = field(default_factory=StepRecords)
+    nodes: tuple[NodeRecord, ...] = ()
+    error: ErrorRecord | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether its result is in place."""
+        return self.status in (ScanStatus.DONE, ScanStatus.SKIPPED)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Every path that this scan put into the output folder."""
+        return (*self.outputs, *self.figures, *self.left)
+
+    @property
+    def peak_memory_gb(self) -> float | None:
+        """Largest peak memory of its nodes."""
+        peaks = (node.peak_memory_gb for node in self.nodes)
+        return max((peak for peak in peaks if peak is not None), default=None)
+
+
+def total_seconds(nodes: Iterable[NodeRecord]) -> float:
+    """Time of all nodes."""
+    return round(sum(node.seconds or 0.0 for node in nodes), 3)
+
+
+def named(text: str, scan: str) -> str:
+    """A message that begins with the scan's name; one that names a scan of the subject stays."""
+    subject = scan.partition("_")[0]
+    return text if text.startswith(f"{subject}_") else f"{scan}: {text}"
+
+
+def unnamed(text: str, scan: str) -> str:
+    """A message without the scan's name in front."""
+    return text.removeprefix(f"{scan}: ")
