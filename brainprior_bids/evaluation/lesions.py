@@ -136,16 +136,16 @@ def contrast_kept(
             torch.from_numpy(sphere)[None, None].float(), case.grid.shape
         )[0, 0].numpy()
         scan = case.scan * (1 + contrast * share)
-        found = _restored(case, scan, prior, options)
+        with_lesion = _restored(case, scan, prior, options)
         put_in = contrast * plain.mean[sphere].mean()
         flat = resample((scan - case.scan) * np.exp(-case.log_bias), case.grid, fine, order=1)
         kept.append(
             Kept(
                 float(size),
                 float(contrast),
-                float((found.mean - plain.mean)[sphere].mean() / put_in),
+                float((with_lesion.mean - plain.mean)[sphere].mean() / put_in),
                 float(flat[sphere].mean() / put_in),
-                found.sampler,
+                with_lesion.sampler,
             )
         )
     return kept
