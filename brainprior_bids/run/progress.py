@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import threading
@@ -17,8 +16,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from brainprior_bids.bids.files import read_json
 from brainprior_bids.interfaces.restore import PROGRESS
+from brainprior_bids.run.logs import LOG
 
-LOG = logging.getLogger("brainprior")
 INTERVAL_S = 1.0
 
 
