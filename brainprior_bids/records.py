@@ -17,8 +17,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, cast
 
+from brainprior_bids.engine.errors import ShapeMismatchError
 from brainprior_bids.typed_json import OMIT, Record
 
 Triple = tuple[float, float, float]
@@ -27,6 +28,15 @@ Row = tuple[float, float, float, float]
 Matrix = tuple[Row, Row, Row, Row]
 """4 × 4: voxels or mm to mm."""
 Pairs = tuple[tuple[float, float], ...]
+
+
+def matrix_rows(matrix: Any) -> Matrix:
+    """A (4, 4) array as a record holds it."""
+    rows = tuple(tuple(float(value) for value in row) for row in matrix)
+    if [len(row) for row in rows] != [4, 4, 4, 4]:
+        raise ShapeMismatchError(f"matrix_rows: expected a 4 x 4 matrix, got {matrix!r}.")
+    return cast(Matrix, rows)
+
 
 EMBEDDED = "the embedded parcellation network"
 OTHER_DATA = "another data set (--derivatives)"
@@ -452,6 +462,8 @@ class RestoreRecord(Record):
     sampler: str | None
     sampler_reason: str | None
     """Why another sampler than the default was taken."""
+    solve: str | None = field(default=None, metadata=OMIT)
+    """Strategy of the linear-Gaussian solve."""
     contrast: str | None
     n_samples: int | None
     seed: int | None
@@ -611,6 +623,11 @@ class ScanRecord(Record):
     def finished(self) -> bool:
         """Whether its result is in place."""
         return self.status in (ScanStatus.DONE, ScanStatus.SKIPPED)
+
+    @property
+    def running(self) -> bool:
+        """Whether it is being processed, or was when its process was killed."""
+        return self.status is ScanStatus.RUNNING
 
     @property
     def files(self) -> tuple[str, ...]:

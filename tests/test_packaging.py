@@ -19,13 +19,13 @@ ROOT = Path(__file__).resolve().parents[1]
 # command line uses.
 ALLOWED = {
     "engine": set(),
-    "anatomy": {"engine", "records"},
-    "reports": {"engine", "anatomy", "bids", "records"},
-    "bids": {"engine", "anatomy", "records", "settings"},
-    "interfaces": {"engine", "anatomy", "reports", "bids", "records", "settings"},
+    "anatomy": {"engine", "records", "typed_json"},
+    "reports": {"engine", "anatomy", "bids", "records", "typed_json"},
+    "bids": {"engine", "anatomy", "records", "typed_json", "settings"},
+    "interfaces": {"engine", "anatomy", "reports", "bids", "records", "typed_json", "settings"},
     "workflows": {"engine", "anatomy", "reports", "bids", "interfaces", "settings"},
     "training": {"engine", "anatomy"},
-    "evaluation": {"engine", "anatomy", "bids", "records", "training"},
+    "evaluation": {"engine", "anatomy", "bids", "records", "typed_json", "training"},
 }
 
 

@@ -37,6 +37,7 @@ from numpy.typing import NDArray
 
 from brainprior_bids.anatomy.hull import supports
 from brainprior_bids.engine.errors import AnatomyError
+from brainprior_bids.records import AffineMethod
 
 Matrix = NDArray[np.float64]
 
@@ -88,8 +89,8 @@ class AffineFit:
         Structures that entered, by name.
     hull_residual_mm : float or None
         Median distance of the brain's reach from the reference's; None where it did not enter.
-    method : str
-        ``structures``, or ``registration to the template`` (``anatomy/rescue.py``).
+    method : AffineMethod
+        ``STRUCTURES``, or ``TEMPLATE`` (``anatomy/rescue.py``).
     warnings : list of str
     """
 
@@ -99,7 +100,7 @@ class AffineFit:
     median_residual_mm: float
     used: list[str]
     hull_residual_mm: float | None = None
-    method: str = "structures"
+    method: AffineMethod = AffineMethod.STRUCTURES
     warnings: list[str] = field(default_factory=list)
 
 

@@ -27,6 +27,7 @@ from brainprior_bids.engine.errors import AnatomyError, InputError
 from brainprior_bids.engine.grids import Grid
 from brainprior_bids.engine.parcellation_network import ParcellationNetwork
 from brainprior_bids.engine.weights import sha256_file
+from brainprior_bids.records import MaskSource, Origin, StructuresSource
 
 EMPTY_BACKGROUND = 0.9
 """Share of exactly empty voxels outside the head; with less, a scan is not skull-stripped."""
@@ -107,7 +108,7 @@ class _Replacement:
     """A mask (bool) or labels (int16) on the 1 mm grid that replace the network's."""
 
     values: NDArray[Any]
-    source: str  # as the records name it
+    origin: Origin
     given: dict[str, dict[str, str]] = field(default_factory=dict)  # role -> supplied file
     program: dict[str, Any] = field(default_factory=dict)  # name -> what was run
     warnings: list[str] = field(default_factory=list)
@@ -205,13 +206,17 @@ def _find_mask(
     elif sources.skull_strip == "mask":
         file = sources.file("mask")
         values = external.mask_from_file(file.path, grid, name="Skull-strip")
-        mask = _Replacement(values, file.name, given={"mask": file.facts()})
+        origin = Origin(MaskSource.FILE, file.name)
+        mask = _Replacement(values, origin, given={"mask": file.facts()})
     else:
         mask = _synthstrip_mask(image, grid, sources.synthstrip_model, programs)
     if mask is None:
         return None
     values, warnings = external.checked_mask(
-        mask.values, grid, source=mask.source, network_mask=None if own is None else own.mask > 0
+        mask.values,
+        grid,
+        source=mask.origin.words,
+        network_mask=None if own is None else own.mask > 0,
     )
     return replace(mask, values=values, warnings=[*mask.warnings, *warnings])
 
@@ -223,7 +228,7 @@ def _stripped_mask(image: nib.Nifti1Image, grid: Grid, own: Parcellation) -> _Re
         return None
     return _Replacement(
         _on_grid(edge, image, grid),
-        "the scan's own edge: it is already skull-stripped",
+        Origin(MaskSource.OWN_EDGE),
         warnings=["The scan is already skull-stripped: its own edge is the mask."],
     )
 
@@ -237,8 +242,8 @@ def _edge_mask(image: nib.Nifti1Image, grid: Grid) -> _Replacement:
             "--skull-strip skip, but the background is not empty: the scan does not look "
             "skull-stripped, and all of the head is taken for brain."
         )
-    source = "the scan's own edge (--skull-strip skip)"
-    return _Replacement(_on_grid(edge, image, grid), source, warnings=warnings)
+    origin = Origin(MaskSource.SKIP)
+    return _Replacement(_on_grid(edge, image, grid), origin, warnings=warnings)
 
 
 def _on_grid(edge: Mask, image: nib.Nifti1Image, grid: Grid) -> Mask:
@@ -261,7 +266,7 @@ def _synthstrip_mask(
     )
     program = external.run_program(command, output)
     values = external.mask_from_file(output, grid, name="SynthStrip")
-    return _Replacement(values, "SynthStrip", program={"synthstrip": program})
+    return _Replacement(values, Origin(MaskSource.SYNTHSTRIP), program={"synthstrip": program})
 
 
 def _find_labels(
@@ -273,14 +278,15 @@ def _find_labels(
     if sources.parcellation == "derivatives":
         file = sources.file("dseg")
         labels = external.labels_from_file(file.path, grid, name="Parcellation")
-        return _Replacement(labels, file.name, given={"dseg": file.facts()})
+        origin = Origin(StructuresSource.FILE, file.name)
+        return _Replacement(labels, origin, given={"dseg": file.facts()})
     output = programs.folder / "synthseg.nii.gz"
     command = external.synthseg_command(
         programs.scan_file(image), output, threads=programs.threads, cuda=programs.cuda
     )
     program = external.run_program(command, output)
     labels = external.labels_from_file(output, grid, name="Parcellation")
-    return _Replacement(labels, "SynthSeg", program={"synthseg": program})
+    return _Replacement(labels, Origin(StructuresSource.SYNTHSEG), program={"synthseg": program})
 
 
 def _combine(
@@ -324,8 +330,10 @@ def _facts(
     """What made mask and structures, for the records; JSON-able."""
     card = ("name", "licence", "training_data", "sha256")
     facts: dict[str, Any] = {
-        "mask_source": "embedded" if mask is None else mask.source,
-        "structures_source": "embedded" if labels is None else labels.source,
+        "mask_source": MaskSource.EMBEDDED if mask is None else mask.origin.source,
+        "structures_source": (
+            StructuresSource.EMBEDDED if labels is None else labels.origin.source
+        ),
         "weights": {key: network.metadata.get(key) for key in card},
     }
     given: dict[str, dict[str, str]] = {}

@@ -28,6 +28,7 @@ from brainprior_bids.anatomy.affine import (
     judge_affine,
 )
 from brainprior_bids.engine.errors import AnatomyError
+from brainprior_bids.records import AffineMethod
 
 if TYPE_CHECKING:  # antspyx takes seconds to import and is needed only where the structures fail
     import ants
@@ -113,7 +114,7 @@ def find_affine(
         )
     return replace(
         rescued,
-        method="registration to the template",
+        method=AffineMethod.TEMPLATE,
         warnings=[
             "The structures did not lead to MNI305; the brain was registered to the template "
             f"instead (antspyx). The reason: {problem}",

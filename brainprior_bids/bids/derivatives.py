@@ -18,6 +18,13 @@ from brainprior_bids.bids.files import read_json, write_json, write_text
 from brainprior_bids.bids.names import named, residual_role, sample_role
 from brainprior_bids.bids.query import Scan
 from brainprior_bids.engine.errors import UsageError
+from brainprior_bids.engine.samplers import registry
+from brainprior_bids.records import (
+    ParcellationRecord,
+    RestoreRecord,
+    StepRecords,
+    WeightsRecord,
+)
 
 BIDS_VERSION = "1.10.0"
 
@@ -71,16 +78,6 @@ def descriptions() -> dict[str, str]:
     }
 
 
-ESTIMATORS = {
-    "eps": "average, over all samples' chains and noise levels, of the network's expectation of "
-    "the image given the chain's state and the scan",
-    "exact": "average, over all samples' chains and every second noise level, of the conditional "
-    "expectation of the image given the chain's state and the scan",
-    "daps": "mean of the samples",
-    "map": "point estimate of the last noise level; no posterior mean",
-}
-"""Sampler -> what ``desc-restored`` is an average of (see docs/engine.md)."""
-
 INHERITED = (
     "Manufacturer",
     "ManufacturersModelName",
@@ -127,7 +124,7 @@ def write_dataset_files(
                 "Name": "brainprior",
                 "Version": __version__,
                 "Description": "Posterior sampling of 1 mm brain images under a diffusion prior",
-                **({"Container": found} if (found := container()) else {}),
+                **({"Container": image} if (image := container()) else {}),
             }
         ],
         "DatasetLinks": links,
@@ -163,12 +160,12 @@ def container() -> dict[str, str] | None:
     inside = apptainer or any(Path(p).exists() for p in ("/.dockerenv", "/run/.containerenv"))
     if not (inside or tag or digest):
         return None
-    found = {"Type": "apptainer" if apptainer else "docker"}
+    image = {"Type": "apptainer" if apptainer else "docker"}
     if tag:
-        found["Tag"] = tag
+        image["Tag"] = tag
     if digest:
-        found["Digest"] = digest
-    return found
+        image["Digest"] = digest
+    return image
 
 
 def check_output(output_dir: Path) -> None:
@@ -207,14 +204,10 @@ def bids_uri(path: str, *, dataset: str = "") -> str:
     return f"bids:{dataset}:{path}"
 
 
-def _came_stripped(facts: Mapping[str, Any]) -> bool:
-    return str(facts["parcellation"].get("mask_source")).startswith("the scan's own edge")
-
-
 def sidecars(
     scan: Scan,
     outputs: Mapping[str, str],
-    facts: Mapping[str, Any],
+    steps: StepRecords,
     *,
     image_desc: str = "restored",
 ) -> dict[str, dict[str, Any]]:
@@ -226,8 +219,8 @@ def sidecars(
         The source.
     outputs : role -> path
         Relative to the output folder.
-    facts : mapping
-        ``restore`` (of the Restore node), ``parcellation``, and ``lesion`` where there was one.
+    steps : StepRecords
+        At least ``restore`` and ``parcellation``, and ``lesion`` where there was one.
     image_desc : str
         ``desc-`` of the image.
     """
@@ -235,145 +228,137 @@ def sidecars(
     mask = bids_uri(outputs["mask"])
     structures = bids_uri(outputs["structures"])
     restored = bids_uri(outputs["restored"])
-    restore = facts["restore"]
-    prior = restore["prior"]
-    used = [file["uri"] for file in (facts.get("given") or {}).values()]
+    restore, parcellation = steps.restore, steps.parcellation
+    used = [file.uri for file in steps.given.values()]
     hidden = [bids_uri(outputs["hidden"])] if "hidden" in outputs else []
     alone = image_desc == "refined"
     if alone:  # another tool's image stands for the scan: nothing of this is the scan's
-        raw = facts["given"]["refined"]["uri"]
+        raw = steps.given["refined"].uri
     sources = [*([] if alone else [raw]), *used, mask, *hidden]
     image: dict[str, Any] = {
         **{key: scan.metadata[key] for key in INHERITED if key in scan.metadata and not alone},
-        "SkullStripped": image_desc != "inpainted" or _came_stripped(facts),
+        "SkullStripped": image_desc != "inpainted" or parcellation.mask_source.scan_is_stripped,
         "Sources": sources,
-        "Sampler": restore["sampler"],
-        "NumberOfSamples": restore["n_samples"],
-        "NetworkCallsPerSample": restore["calls"],
-        "RandomSeed": restore["seed"],
-        "Prior": {key: prior.get(key) for key in ("name", "sha256")},
-        "NoiseStandardDeviation": restore["noise_sd"] * restore["unit"],
+        "Sampler": restore.sampler,
+        "NumberOfSamples": restore.n_samples,
+        "NetworkCallsPerSample": restore.calls,
+        "RandomSeed": restore.seed,
+        "Prior": _card(restore.prior),
+        "NoiseStandardDeviation": restore.scanner_units(restore.noise_sd),
         "Units": "arbitrary",
-        **({"OutsideTrainingContrasts": True} if restore.get("contrast") == "unknown" else {}),
-        **({"FusedRuns": _fused(restore)} if restore.get("runs") else {}),
+        **({"OutsideTrainingContrasts": True} if restore.outside_training else {}),
+        **({"FusedRuns": _fused(restore)} if restore.runs else {}),
     }
-    parcellation = facts["parcellation"]
-    weights = parcellation.get("weights", {})
-    given = parcellation.get("given") or {}
-    mask_source = parcellation.get("mask_source", "embedded")
-    structures_source = parcellation.get("structures_source", "embedded")
+    given = parcellation.given
+    mask_origin, structures_origin = parcellation.mask_origin, parcellation.structures_origin
     reference = {} if scan.name.suffix == "T1w" else {"SpatialReference": raw}
-    estimator = {"Estimator": ESTIMATORS[restore["sampler"]]}
+    estimator = {"Estimator": registry.find(restore.sampler or "auto").estimate}
     description = DESCRIPTIONS[image_desc]
-    if restore.get("runs"):
-        description += f"; of {len(restore['runs'])} runs in one likelihood"
+    if restore.runs:
+        description += f"; of {len(restore.runs)} runs in one likelihood"
     template = {"Sources": [restored, bids_uri(outputs["to_mni305"])]}
-    made: dict[str, dict[str, Any]] = {
+    contents: dict[str, dict[str, Any]] = {
         "restored": {"Description": description, **image, **estimator},
         "residual": {
             "Description": DESCRIPTIONS["refinedResidual" if alone else "residual"],
             "SkullStripped": True,
             "Sources": [raw, restored],
-            "NoiseStandardDeviation": restore["noise_sd_initial"] * restore["unit"],
+            "NoiseStandardDeviation": restore.scanner_units(restore.noise_sd_initial),
             "Units": "noise standard deviations",
         },
         "mask": {
-            "Description": f"brain mask from {_made_by(mask_source)}",
+            "Description": f"brain mask from {mask_origin.words}",
             "Type": "Brain",
             "Sources": (
-                [given["mask"]["uri"]]
+                [given["mask"].uri]
                 if "mask" in given
-                else [structures if mask_source == "embedded" else raw]
+                else [structures if mask_origin.embedded else raw]
             ),
             **reference,
         },
         "structures": {
-            "Description": f"brain structures from {_made_by(structures_source)}, FreeSurfer's "
+            "Description": f"brain structures from {structures_origin.words}, FreeSurfer's "
             "label values",
-            "Sources": [given["dseg"]["uri"], mask] if "dseg" in given else [raw],
+            "Sources": [given["dseg"].uri, mask] if "dseg" in given else [raw],
             "volume_mm3": {"Description": "volume of the structure", "Units": "mm^3"},
             "confidence": {
                 "Description": "the network's mean probability inside the structure, 0 to 1; "
                 "n/a where the labels are not its own"
             },
-            **(
-                {"Weights": {key: weights.get(key) for key in ("name", "sha256")}}
-                if structures_source == "embedded"
-                else {}
-            ),
+            **({"Weights": _card(parcellation.weights)} if structures_origin.embedded else {}),
             **reference,
         },
     }
     if "restored_mni305" in outputs:
         text = description + "; resampled once to MNI305"
-        made["restored_mni305"] = {"Description": text, **image, **estimator, **template}
+        contents["restored_mni305"] = {"Description": text, **image, **estimator, **template}
     if "restored_native" in outputs:
-        made["restored_native"] = {
+        contents["restored_native"] = {
             "Description": "the whole head on the scan's own voxels, bias field and skull "
             "included: voxels that lie wholly in the brain are what the result predicts for "
             "them, every other voxel is the scan's",
             **image,
             **estimator,
-            "SkullStripped": _came_stripped(facts),
+            "SkullStripped": parcellation.mask_source.scan_is_stripped,
             "Resolution": "the voxels of the scan",
             "Sources": [raw, restored, mask],
-            "ChangedShare": restore.get("changed_share"),
+            "ChangedShare": restore.changed_share and restore.changed_share.to_json(),
         }
-    if "hidden" in outputs:
-        made["hidden"] = {
+    if "hidden" in outputs and steps.lesion is not None:
+        contents["hidden"] = {
             "Description": "where the scan was not believed: the lesion mask, as dilated",
             "Type": "Lesion",
             "Sources": [raw, *used],
-            "Lesion": dict(facts["lesion"]),
+            "Lesion": steps.lesion.to_json(),
             **reference,
         }
     if "uncertainty" in outputs:
-        made["uncertainty"] = {
+        contents["uncertainty"] = {
             "Description": DESCRIPTIONS["uncertainty"],
             **image,
-            "IntervalHalfWidths": interval_half_widths(restore["n_samples"]),
+            "IntervalHalfWidths": interval_half_widths(restore.n_samples),
         }
-    for run in restore.get("runs") or ():
-        role = residual_role(run["name"])
+    for run in restore.runs or ():
+        role = residual_role(run.name)
         if role in outputs:
-            made[role] = {
-                **made["residual"],
+            contents[role] = {
+                **contents["residual"],
                 "Description": DESCRIPTIONS["fusedResidual"],
-                "Sources": [facts["given"][run["name"]]["uri"], restored],
-                "NoiseStandardDeviation": run["noise_sd"] * restore["unit"] / run["gain"],
+                "Sources": [steps.given[run.name].uri, restored],
+                "NoiseStandardDeviation": restore.scanner_units(run.noise_sd) / run.gain,
             }
-    for index, seed in enumerate(restore["sample_seeds"]):
+    for index, seed in enumerate(restore.sample_seeds):
         role = sample_role(index)
         if role in outputs:
-            made[role] = {
+            contents[role] = {
                 "Description": "one sample of the posterior: as plausible as any other, and "
                 "less accurate than their mean",
                 **image,
                 "SampleSeed": seed,
-                "AssumedSliceThickness": restore["acquisition"]["thickness_mm"]
-                * restore["slice_widths"][index],
-                "ResidualRatio": restore["residual_ratios"][index],
+                "AssumedSliceThickness": restore.acquisition.thickness_mm
+                * restore.slice_widths[index],
+                "ResidualRatio": restore.residual_ratios[index],
             }
-    return made
+    return contents
 
 
-def _fused(restore: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _card(weights: WeightsRecord) -> dict[str, str | None]:
+    return {"name": weights.name, "sha256": weights.sha256}
+
+
+def _fused(restore: RestoreRecord) -> list[dict[str, Any]]:
     """The runs of a fused image, the reference first."""
     return [
         {
-            "Name": run["name"],
-            "SliceThickness": run["acquisition"]["thickness_mm"],
-            "ToReference": run["to_reference"],
-            "Gain": run["gain"],
-            "NoiseStandardDeviation": run["noise_sd"] * restore["unit"],
-            "ResidualRatios": run["residual_ratios"],
+            "Name": run.name,
+            "SliceThickness": run.acquisition.thickness_mm,
+            "ToReference": run.to_reference,
+            "Gain": run.gain,
+            "NoiseStandardDeviation": restore.scanner_units(run.noise_sd),
+            "ResidualRatios": run.residual_ratios,
         }
-        for run in restore["runs"]
+        for run in restore.runs or ()
     ]
-
-
-def _made_by(source: str) -> str:
-    return "the embedded parcellation network" if source == "embedded" else source
 
 
 def interval_half_widths(n_samples: int) -> dict[str, float]:
@@ -396,21 +381,21 @@ def interval_half_widths(n_samples: int) -> dict[str, float]:
     }
 
 
-def structures_table(parcellation: Mapping[str, Any]) -> str:
+def structures_table(parcellation: ParcellationRecord) -> str:
     """The ``dseg.tsv``: label value, name, colour, volume and the network's confidence.
 
     Labels that are not the network's have none.
     """
-    own = parcellation.get("structures_source", "embedded") == "embedded"
+    own = parcellation.structures_origin.embedded
     colours = _colours()
     lines = ["index\tname\tcolor\tvolume_mm3\tconfidence"]
-    for row in sorted(parcellation["table"], key=lambda item: item["index"]):
+    for row in sorted(parcellation.table, key=lambda item: item.index):
         cells = (
-            str(row["index"]),
-            str(row["name"]),
-            colours.get(int(row["index"]), "n/a"),
-            f"{row['volume_mm3']:.0f}",
-            f"{row['confidence']:.3f}" if own else "n/a",
+            str(row.index),
+            row.name,
+            colours.get(row.index, "n/a"),
+            f"{row.volume_mm3:.0f}",
+            f"{row.confidence:.3f}" if own else "n/a",
         )
         lines.append("\t".join(cells))
     return "\n".join(lines) + "\n"

@@ -28,6 +28,7 @@ from brainprior_bids.bids.names import BIDSName, output_names
 from brainprior_bids.bids.provenance import CHECKSUM, sha256_file
 from brainprior_bids.bids.query import Scan
 from brainprior_bids.engine.errors import InputError
+from brainprior_bids.records import ExportRecord
 from brainprior_bids.settings import MODALITIES, OTHER_MODALITIES
 
 EXPORTS = ("fmriprep", "raw")
@@ -151,7 +152,8 @@ def stage_fmriprep(
     scan: Scan,
     images: Mapping[str, Path],
     *,
-    facts: Mapping[str, Any],
+    export: ExportRecord,
+    fingerprint: str,
     made_from: Mapping[str, str],
 ) -> list[str]:
     """Write a subject's files below ``staging``; their paths from there.
@@ -160,8 +162,9 @@ def stage_fmriprep(
     ----------
     images : role -> Path
         ``head, mask, dseg, gm, wm, csf``.
-    facts : mapping
-        Of the Export node, and the result's fingerprint.
+    export : ExportRecord
+    fingerprint : str
+        The result's.
     made_from : role -> path in the output folder
         See ``parents``.
     """
@@ -177,9 +180,9 @@ def stage_fmriprep(
             "Description": HEAD,
             "SkullStripped": False,
             "Sources": [source, *(ours[role] for role in ("restored", "mask") if role in ours)],
-            "OutsideGain": facts["gain"],
-            "FeatherMillimetres": facts["feather_mm"],
-            "Fingerprint": facts["fingerprint"],
+            "OutsideGain": export.gain,
+            "FeatherMillimetres": export.feather_mm,
+            "Fingerprint": fingerprint,
         },
         "mask": {"Type": "Brain", "Sources": [ours["mask"]]},
         "dseg": {"Description": "likeliest tissue", **tissue},
@@ -202,7 +205,9 @@ def stage_fmriprep(
     return staged
 
 
-def stage_raw(staging: Path, scan: Scan, head: Path, *, facts: Mapping[str, Any]) -> list[str]:
+def stage_raw(
+    staging: Path, scan: Scan, head: Path, *, export: ExportRecord, fingerprint: str
+) -> list[str]:
     """Write a scan's restored head and its sidecar below ``staging``; their paths from there."""
     path = raw_name(scan.name)
     target = staging / path
@@ -214,8 +219,8 @@ def stage_raw(staging: Path, scan: Scan, head: Path, *, facts: Mapping[str, Any]
         "SliceThickness": 1.0,
         "Description": HEAD,
         "OriginalFile": str(scan.relative),
-        "OutsideGain": facts["gain"],
-        "Fingerprint": facts["fingerprint"],
+        "OutsideGain": export.gain,
+        "Fingerprint": fingerprint,
         CHECKSUM: sha256_file(target),
     }
     side = path.removesuffix(".nii.gz") + ".json"

@@ -15,7 +15,7 @@ import platform
 import re
 import shlex
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -29,6 +29,7 @@ from brainprior_bids.bids.files import read_json, to_json, write_json
 from brainprior_bids.bids.fingerprint import code_version
 from brainprior_bids.bids.names import result_name
 from brainprior_bids.bids.query import Scan
+from brainprior_bids.records import NodeRecord, StepRecords, WeightsRecord
 from brainprior_bids.settings import TASKS, Settings
 
 PACKAGES = (
@@ -209,38 +210,27 @@ def scan_records(
     seed: int,
     input_sha256: str,
     outputs: Iterable[tuple[str, str, str]],
-    facts: Mapping[str, Any],
-    nodes: list[Mapping[str, Any]],
-    warnings: list[str],
+    steps: StepRecords,
+    nodes: Sequence[NodeRecord],
+    warnings: Sequence[str],
 ) -> dict[str, str]:
     """File name -> text of one scan's activity and entity records.
 
     Parameters
     ----------
     outputs : (label, path from the output folder, SHA-256)
-    facts : mapping
-        ``conform``, ``parcellation``, ``affine``, ``restore``: what each node recorded.
-    nodes : list of mapping
+    steps : StepRecords
+        What each node recorded.
+    nodes : sequence of NodeRecord
         Time and memory of every node.
     """
     run = label(run_uuid)
     name = label(result_name(scan.name, TASKS[settings["task"]]))
     activity = f"bids::prov#restore-{run}{name}"
     source = bids_uri(str(scan.relative), dataset="raw")
-    given = {
-        **((facts.get("parcellation") or {}).get("given") or {}),
-        **(facts.get("given") or {}),
-    }
-    networks = {
-        kind: card
-        for kind, card in (
-            ("parcellation", (facts.get("parcellation") or {}).get("weights")),
-            ("prior", (facts.get("restore") or {}).get("prior")),
-        )
-        if card
-    }
-    unit = (facts.get("restore") or {}).get("unit")
-    starts = sorted(str(node["started"]) for node in nodes if "started" in node)
+    given, networks = steps.every_file, steps.networks
+    unit = steps.restore.unit
+    starts = sorted(node.started for node in nodes if node.started is not None)
     act = {
         "Activities": [
             {
@@ -250,7 +240,7 @@ def scan_records(
                 "AssociatedWith": f"bids::prov#software-{run}",
                 "Used": [
                     source,
-                    *(file["uri"] for file in given.values()),
+                    *(file.uri for file in given.values()),
                     *(_weights_id(kind, card) for kind, card in networks.items()),
                     f"bids::prov#environment-{run}",
                 ],
@@ -263,13 +253,13 @@ def scan_records(
                 "ScanSeed": seed,
                 # the engine's unit and back: no offset
                 "IntensityMap": {"Scale": 1 / unit, "InverseScale": unit} if unit else None,
-                "Conform": facts.get("conform"),
-                "Parcellation": facts.get("parcellation"),
-                "Affine": facts.get("affine"),
-                "Lesion": facts.get("lesion"),
-                "Restore": facts.get("restore"),
-                "Nodes": list(nodes),
-                "Warnings": warnings,
+                "Conform": steps.conform.to_json(),
+                "Parcellation": steps.parcellation.to_json(),
+                "Affine": steps.affine.to_json(),
+                "Lesion": None if steps.lesion is None else steps.lesion.to_json(),
+                "Restore": steps.restore.to_json(),
+                "Nodes": [node.to_json() for node in nodes],
+                "Warnings": list(warnings),
             }
         ]
     }
@@ -283,16 +273,16 @@ def scan_records(
     ]
     for role, file in given.items():
         entities.append(
-            {"Id": file["uri"], "Label": role, "Digest": {"sha256": file["sha256"]}},
+            {"Id": file.uri, "Label": role, "Digest": {"sha256": file.sha256}},
         )
     for kind, card in networks.items():
         entities.append(
             {
                 "Id": _weights_id(kind, card),
-                "Label": f"weights: {card.get('name')}",
-                "License": card.get("licence"),
-                "TrainingData": card.get("training_data"),
-                "Digest": {"sha256": card["sha256"]},
+                "Label": f"weights: {card.name}",
+                "License": card.licence,
+                "TrainingData": card.training_data,
+                "Digest": {"sha256": card.sha256},
             }
         )
     for role, path, digest in outputs:
@@ -311,8 +301,8 @@ def scan_records(
     }
 
 
-def _weights_id(kind: str, card: Mapping[str, Any]) -> str:
-    return f"bids::prov#weights-{kind}-{card['sha256'][:12]}"
+def _weights_id(kind: str, card: WeightsRecord) -> str:
+    return f"bids::prov#weights-{kind}-{str(card.sha256)[:12]}"
 
 
 def _version(package: str) -> str:

@@ -21,11 +21,17 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from brainprior_bids.anatomy.slices import FAINTEST, LARGEST_MISMATCH
 from brainprior_bids.bids.files import write_text
-from brainprior_bids.bids.status import FINISHED, read_summaries
+from brainprior_bids.bids.status import read_summaries
+from brainprior_bids.records import (
+    AffineMethod,
+    AffineRecord,
+    ParcellationRecord,
+    ScanRecord,
+    StructureRecord,
+)
 
 UNCERTAIN = ("CSF", "Left-Inf-Lat-Vent", "Right-Inf-Lat-Vent")
 """Thin parts that a network at 2 mm does not measure: no figure of theirs counts."""
@@ -114,86 +120,79 @@ METRICS = {
 }  # fmt: skip
 
 
-def metrics(summary: Mapping[str, Any]) -> dict[str, float | None]:
+def metrics(summary: ScanRecord) -> dict[str, float | None]:
     """Every figure in ``METRICS`` from a finished scan's summary; None where not recorded."""
-    facts = summary.get("facts") or {}
-    restore = facts.get("restore") or {}
-    conform = facts.get("conform") or {}
-    affine = facts.get("affine") or {}
-    acquisition = conform.get("acquisition") or {}
-    told = conform.get("facts") or {}
-    in_plane = (told.get("acquisition") or {}).get("in_plane_mm")
-    mirrored = (told.get("affine") or {}).get("sform_qform_mirrored")
-    ratios = restore.get("residual_ratios") or []
-    noise = restore.get("noise_sd")
-    beyond = restore.get("share_beyond_3_sd")
-    peaks = [node["peak_memory_gb"] for node in summary.get("nodes") or []]
+    steps = summary.facts
+    restore, conform = steps.restore, steps.conform
+    in_plane = conform.facts.acquisition.in_plane_mm
+    mirrored = conform.facts.affine.sform_qform_mirrored
+    ratios, noise, beyond = restore.residual_ratios, restore.noise_sd, restore.share_beyond_3_sd
     return {
         "misfit": statistics.mean(ratios) if ratios else None,
-        "inconsistent_percent": 100 * beyond if beyond is not None else None,
-        "noise_percent": 100 * noise if noise is not None else None,
-        "mni305_residual_mm": affine.get("median_residual_mm"),
-        "affine_fallbacks": _fallbacks(affine),
+        "inconsistent_percent": None if beyond is None else 100 * beyond,
+        "noise_percent": None if noise is None else 100 * noise,
+        "mni305_residual_mm": steps.affine.median_residual_mm,
+        "affine_fallbacks": _fallbacks(steps.affine),
         "mirrored_forms": None if mirrored is None else float(mirrored),
-        **_anatomy(facts.get("parcellation") or {}),
-        "bias_range": restore.get("bias_range"),
-        "thickness_mm": acquisition.get("thickness_mm"),
-        "in_plane_mm": max(in_plane) if in_plane else None,
-        "warnings": len(summary.get("warnings") or []),
-        "seconds": summary.get("seconds"),
-        "peak_memory_gb": max(peaks, default=None),
+        **_anatomy(steps.parcellation),
+        "bias_range": restore.bias_range,
+        "thickness_mm": conform.acquisition.thickness_mm,
+        "in_plane_mm": max(in_plane, default=None),
+        "warnings": len(summary.warnings),
+        "seconds": summary.seconds,
+        "peak_memory_gb": summary.peak_memory_gb,
     }
 
 
-def _fallbacks(affine: Mapping[str, Any]) -> int | None:
+def _fallbacks(affine: AffineRecord) -> int | None:
     """How far the affine is from the usual one: 12 degrees of freedom, from structures."""
-    if affine.get("dof") is None:
+    if affine.dof is None:
         return None
-    template = affine.get("method", "structures") != "structures"
-    return {12: 0, 7: 1, 6: 2}[affine["dof"]] + template
+    return {12: 0, 7: 1, 6: 2}[affine.dof] + (affine.method is not AffineMethod.STRUCTURES)
 
 
-def _anatomy(parcellation: Mapping[str, Any]) -> dict[str, float | None]:
+def _anatomy(parcellation: ParcellationRecord) -> dict[str, float | None]:
     """Figures of mask and structures."""
-    found = dict.fromkeys(
+    figures = dict.fromkeys(
         ("brain_ml", "brain_z", "structure_z", "cut_cm2", "mask_agreement", "confidence",
          "lowest_confidence", "structures", "slice_mismatch", "faintest_slice",
          "asymmetry_percent"), None,
     )  # type: dict[str, float | None] # fmt: skip
-    found["mask_agreement"] = parcellation.get("mask_agreement")
-    slices = parcellation.get("slices") or {}
-    found.update(slice_mismatch=slices.get("mismatch"), faintest_slice=slices.get("faintest"))
-    table = parcellation.get("table") or []
-    volumes = [row.get("volume_mm3") or 0.0 for row in table]
+    figures["mask_agreement"] = parcellation.mask_agreement
+    if parcellation.slices is not None:
+        figures["slice_mismatch"] = parcellation.slices.mismatch
+        figures["faintest_slice"] = parcellation.slices.faintest
+    table = parcellation.table
+    volumes = [row.volume_mm3 or 0.0 for row in table]
     total = sum(volumes)
     if total <= 0:
-        return found
+        return figures
     # cut_share is the area on the border over volume^(2/3)
     cut_mm2 = sum(
-        (row.get("cut_share") or 0.0) * volume ** (2 / 3)
+        (row.cut_share or 0.0) * volume ** (2 / 3)
         for row, volume in zip(table, volumes, strict=True)
     )
-    found.update(brain_ml=total / 1000, cut_cm2=cut_mm2 / 100, structures=len(table))
+    figures.update(brain_ml=total / 1000, cut_cm2=cut_mm2 / 100, structures=len(table))
     limit = METRICS["cut_cm2"].high
     if limit is None or cut_mm2 / 100 <= limit:
-        found["brain_z"] = z_score("Brain", total)
-        found["structure_z"] = max(relative_scores(table).values(), key=abs, default=None)
+        figures["brain_z"] = z_score("Brain", total)
+        figures["structure_z"] = max(relative_scores(table).values(), key=abs, default=None)
     sides = [
-        sum(v for row, v in zip(table, volumes, strict=True) if row["name"].startswith(side))
+        sum(v for row, v in zip(table, volumes, strict=True) if row.name.startswith(side))
         for side in ("Left-", "Right-")
     ]
     if sum(sides):
-        found["asymmetry_percent"] = 200 * abs(sides[0] - sides[1]) / sum(sides)
-    if parcellation.get("structures_source", "embedded") == "embedded":
-        sure = [row.get("confidence") or 0.0 for row in table]
-        found["confidence"] = (
+        figures["asymmetry_percent"] = 200 * abs(sides[0] - sides[1]) / sum(sides)
+    if parcellation.structures_origin.embedded:
+        sure = [row.confidence or 0.0 for row in table]
+        figures["confidence"] = (
             sum(v * share for v, share in zip(volumes, sure, strict=True)) / total
         )
-        found["lowest_confidence"] = min(
-            (c for row, c in zip(table, sure, strict=True) if row["name"] not in UNCERTAIN),
+        figures["lowest_confidence"] = min(
+            (c for row, c in zip(table, sure, strict=True) if row.name not in UNCERTAIN),
             default=None,
         )
-    return found
+    return figures
 
 
 @cache
@@ -203,8 +202,8 @@ def reference() -> dict[str, dict[str, float]]:
     ``Brain`` is the whole mask. Made by ``brainprior_bids.training.volumes``.
     """
     text = (files("brainprior_bids") / "data" / "volumes.json").read_text("utf-8")
-    found: dict[str, dict[str, float]] = json.loads(text)["volumes"]
-    return found
+    volumes: dict[str, dict[str, float]] = json.loads(text)["volumes"]
+    return volumes
 
 
 def z_score(name: str, volume_mm3: float) -> float | None:
@@ -215,20 +214,20 @@ def z_score(name: str, volume_mm3: float) -> float | None:
     return (math.log(volume_mm3) - known["log_mean"]) / known["log_sd"]
 
 
-def relative_scores(table: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def relative_scores(table: Sequence[StructureRecord]) -> dict[str, float]:
     """Structure -> how unusual its share of the brain is, in SDs of its volume; thin parts not.
 
     A large brain has large structures: the brain's own departure is taken away first.
     """
-    total = sum(row.get("volume_mm3") or 0.0 for row in table)
+    total = sum(row.volume_mm3 or 0.0 for row in table)
     if total <= 0:
         return {}
     away = math.log(total) - reference()["Brain"]["log_mean"]
     scores = {}
     for row in table:
-        score = z_score(row["name"], (row.get("volume_mm3") or 0.0) / math.exp(away))
-        if score is not None and row["name"] not in UNCERTAIN:
-            scores[str(row["name"])] = score
+        score = z_score(row.name, (row.volume_mm3 or 0.0) / math.exp(away))
+        if score is not None and row.name not in UNCERTAIN:
+            scores[row.name] = score
     return scores
 
 
@@ -244,7 +243,7 @@ def verdict(values: Mapping[str, float | None]) -> str:
 
 def _passed(values: Mapping[str, float | None]) -> list[tuple[int, str]]:
     """1 (look) or 2 (fail) and the limit, for every figure that passes one."""
-    found = []
+    limits = []
     for name, metric in METRICS.items():
         value = values.get(name)
         if value is None:
@@ -254,12 +253,12 @@ def _passed(values: Mapping[str, float | None]) -> list[tuple[int, str]]:
             (1, metric.low, metric.high),
         ):
             if low is not None and value < low:
-                found.append((level, f"{name} {value:.3g} is below {low:g}"))
+                limits.append((level, f"{name} {value:.3g} is below {low:g}"))
                 break
             if high is not None and value > high:
-                found.append((level, f"{name} {value:.3g} is above {high:g}"))
+                limits.append((level, f"{name} {value:.3g} is above {high:g}"))
                 break
-    return found
+    return limits
 
 
 def rebuild_qc(output_dir: Path) -> Path:
@@ -271,16 +270,15 @@ def rebuild_qc(output_dir: Path) -> Path:
         ["bids_name", "source", "verdict", "reasons", *METRICS, *(f"{name}_mm3" for name in names)]
     )
     for summary in read_summaries(output_dir):
-        if summary.get("status") not in FINISHED:
+        if not summary.finished:
             continue
         values = metrics(summary)
-        table = ((summary.get("facts") or {}).get("parcellation") or {}).get("table") or []
-        volumes = {row["name"]: row.get("volume_mm3") for row in table}
+        volumes = {row.name: row.volume_mm3 for row in summary.facts.parcellation.table}
         figures = [*(values[name] for name in METRICS), *(volumes.get(name) for name in names)]
         writer.writerow(
             [
-                summary["scan"],
-                summary.get("source", "n/a"),
+                summary.scan,
+                summary.source or "n/a",
                 verdict(values),
                 "; ".join(concerns(values)) or "n/a",
                 *("n/a" if value is None else f"{value:.6g}" for value in figures),

@@ -3,30 +3,26 @@
 
 ``logs/scans/<scan>.json`` is put in place by rename, by whichever process finished the scan;
 ``logs/status.tsv`` is made from those files alone, so several processes may share an output
-folder (appending to one table is not atomic on NFS). Fields of a summary:
-
-``scan, subject, source, task, run_uuid, version`` (str); ``status`` (``done``, ``failed``,
-``skipped``, or ``running``: at work in the scheduler's ``job``, or killed before it could say so);
-``seconds`` (sum of the nodes' times); ``message``; ``fingerprint`` (of everything that decides
-the result) and ``parts`` (what that is: name -> value or SHA-256); ``seed``;
-``outputs`` and ``figures`` (paths from the output folder); ``left`` (of a failed scan: what an
-earlier run made and is still there);
-``warnings`` (list of str); ``facts`` (``conform``, ``parcellation``, ``affine``, ``restore``,
-``seed``: what each node recorded); ``nodes`` (list of ``node, seconds, peak_memory_gb,
-gpu_memory_gb, started, threads``); ``error`` (None, or ``node, type, message, crash_file``).
+folder (appending to one table is not atomic on NFS). A summary is a ``records.ScanRecord``.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import logging
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from brainprior_bids.bids.files import read_json, write_json, write_text
+from brainprior_bids.bids.files import write_json, write_text
+from brainprior_bids.engine.errors import RecordError
+from brainprior_bids.records import ErrorRecord, ScanRecord, ScanStatus
 
+KILLED_JOB = "KilledJob"
+"""``ErrorRecord.type`` of a scan whose job ended before it did."""
 COLUMNS = ("source", "task", "status", "seconds", "message")
-FINISHED = ("done", "skipped")
 
 
 def summary_path(output_dir: Path, scan: str) -> Path:
@@ -34,24 +30,33 @@ def summary_path(output_dir: Path, scan: str) -> Path:
     return output_dir / "logs" / "scans" / f"{scan}.json"
 
 
-def write_summary(output_dir: Path, summary: dict[str, Any]) -> Path:
+def write_summary(output_dir: Path, summary: ScanRecord) -> Path:
     """Put one scan's summary in place."""
-    return write_json(summary_path(output_dir, summary["scan"]), summary)
+    return write_json(summary_path(output_dir, summary.scan), summary.to_json())
 
 
-def read_summary(output_dir: Path, scan: str) -> dict[str, Any] | None:
-    """A scan's summary; None where there is none, or where it cannot be read."""
+def read_summary(output_dir: Path, scan: str) -> ScanRecord | None:
+    """A scan's summary; None where there is none, or where it cannot be read (with a warning)."""
     try:
-        return read_json(summary_path(output_dir, scan))
-    except (OSError, ValueError):
+        return ScanRecord.read(summary_path(output_dir, scan))
+    except OSError:
+        return None
+    except RecordError as error:
+        _warn(str(error))
         return None
 
 
-def read_summaries(output_dir: Path) -> list[dict[str, Any]]:
+@cache
+def _warn(text: str) -> None:
+    """Once for each text: the tables are rebuilt as scans finish."""
+    logging.getLogger("brainprior").warning("%s", text)
+
+
+def read_summaries(output_dir: Path) -> list[ScanRecord]:
     """Every readable summary, sorted by scan."""
     folder = output_dir / "logs" / "scans"
-    found = (read_summary(output_dir, path.stem) for path in sorted(folder.glob("*.json")))
-    return [summary for summary in found if summary is not None]
+    summaries = (read_summary(output_dir, path.stem) for path in sorted(folder.glob("*.json")))
+    return [summary for summary in summaries if summary is not None]
 
 
 def rebuild_status(output_dir: Path) -> Path:
@@ -61,7 +66,7 @@ def rebuild_status(output_dir: Path) -> Path:
                         escapechar=None, quotechar=None)  # fmt: skip
     writer.writerow(COLUMNS)
     for summary in read_summaries(output_dir):
-        writer.writerow([_cell(summary.get(column)) for column in COLUMNS])
+        writer.writerow([_cell(getattr(summary, column)) for column in COLUMNS])
     return write_text(output_dir / "logs" / "status.tsv", stream.getvalue())
 
 
@@ -74,18 +79,17 @@ def settle(output_dir: Path, job: str) -> list[str]:
     """
     killed = []
     for summary in read_summaries(output_dir):
-        own = str(summary.get("job"))
-        if summary["status"] != "running" or job not in (own, own.partition("_")[0]):
+        own = summary.job or ""
+        if not summary.running or job not in (own, own.partition("_")[0]):
             continue
         message = (
-            f"{summary['scan']}: job {own} ended before this scan was done: it was killed "
+            f"{summary.scan}: job {own} ended before this scan was done: it was killed "
             "(memory, time) or cancelled. Submit it again; what is done is not repeated."
         )
-        error = {"node": None, "type": "KilledJob", "message": message, "crash_file": None}
-        write_summary(
-            output_dir, {**summary, "status": "failed", "message": message, "error": error}
-        )
-        killed.append(summary["scan"])
+        error = ErrorRecord(type=KILLED_JOB, message=message)
+        failed = replace(summary, status=ScanStatus.FAILED, message=message, error=error)
+        write_summary(output_dir, failed)
+        killed.append(summary.scan)
     return killed
 
 

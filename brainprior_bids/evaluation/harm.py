@@ -38,6 +38,7 @@ from brainprior_bids.engine.errors import BrainpriorError
 from brainprior_bids.engine.grids import Grid
 from brainprior_bids.engine.noise import estimate_noise_sd
 from brainprior_bids.engine.parcellation_network import ParcellationNetwork
+from brainprior_bids.records import ScanRecord
 
 Volume = NDArray[np.float32]
 Mask = NDArray[np.bool_]
@@ -249,18 +250,16 @@ def compare(
         fit = align_to_mni305(image, brain.mask, brain.table)
     except BrainpriorError as error:
         return {**facts, "error": str(error), "verdict": "fail"}, {}
-    summary = {
-        "facts": {
-            "parcellation": {"table": brain.table, "slices": brain.facts.get("slices", {})},
-            "affine": {
-                "median_residual_mm": fit.median_residual_mm,
-                "dof": fit.dof,
-                "method": fit.method,
-            },
-            "restore": {"noise_sd": _noise(image, brain.mask_scan)},
-        }
+    steps = {
+        "parcellation": {"table": brain.table, **brain.facts},
+        "affine": {
+            "median_residual_mm": fit.median_residual_mm,
+            "dof": fit.dof,
+            "method": fit.method,
+        },
+        "restore": {"noise_sd": _noise(image, brain.mask_scan)},
     }
-    values = metrics(summary)
+    values = metrics(ScanRecord.from_json({"scan": "", "facts": steps}))
     facts |= {"verdict": verdict(values), "reasons": concerns(values)}
     kept = (
         "brain_z", "structure_z", "noise_percent", "confidence", "lowest_confidence",

@@ -29,6 +29,7 @@ from nipype.interfaces.base import (
 from brainprior_bids.bids.files import write_json
 from brainprior_bids.bids.fingerprint import code_version
 from brainprior_bids.engine.errors import BrainpriorError
+from brainprior_bids.records import FailureRecord, NodeRecord
 
 RECORD = "node.json"
 FAILURE = "failure.json"
@@ -71,30 +72,24 @@ class MeasuredInterface(SimpleInterface):
             with meter:
                 warnings = self._work(folder)
         except Exception as error:
-            write_json(
-                folder / FAILURE,
-                {
-                    "node": type(self).__name__,
-                    "type": type(error).__name__,
-                    "message": str(error) or type(error).__name__,
-                    "expected": isinstance(error, BrainpriorError),
-                    **meter.facts(),
-                },
+            failure = FailureRecord(
+                node=type(self).__name__,
+                type=type(error).__name__,
+                message=str(error) or type(error).__name__,
+                expected=isinstance(error, BrainpriorError),
+                **meter.facts(),
             )
+            write_json(folder / FAILURE, failure.to_json())
             raise
         finally:
             release_memory()
-        self._results["record"] = str(
-            write_json(
-                folder / RECORD,
-                {
-                    "node": type(self).__name__,
-                    "threads": int(self.inputs.num_threads),
-                    "warnings": warnings,
-                    **meter.facts(),
-                },
-            )
+        record = NodeRecord(
+            node=type(self).__name__,
+            threads=int(self.inputs.num_threads),
+            warnings=tuple(warnings),
+            **meter.facts(),
         )
+        self._results["record"] = str(write_json(folder / RECORD, record.to_json()))
         return runtime
 
 

@@ -8,7 +8,6 @@ import tempfile
 from base64 import b64decode
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -17,7 +16,7 @@ from nipype.interfaces.base import File, InputMultiPath, OutputMultiPath, isdefi
 
 from brainprior_bids import __version__
 from brainprior_bids.bids.derivatives import sidecars, structures_table
-from brainprior_bids.bids.files import publish, read_json, to_json
+from brainprior_bids.bids.files import publish, to_json
 from brainprior_bids.bids.names import (
     BIDSName,
     named,
@@ -33,6 +32,21 @@ from brainprior_bids.interfaces.base import (
     MeasuredInputSpec,
     MeasuredInterface,
     MeasuredOutputSpec,
+)
+from brainprior_bids.records import (
+    AffineRecord,
+    AlignRecord,
+    ConformRecord,
+    FileRecord,
+    HeaderRecord,
+    LesionRecord,
+    NodeRecord,
+    ParcellationRecord,
+    RestoreRecord,
+    ScanRecord,
+    ScanStatus,
+    StepRecords,
+    total_seconds,
 )
 from brainprior_bids.settings import TASKS
 
@@ -165,27 +179,25 @@ class Write(MeasuredInterface):
             BIDSName.parse(inputs.name),  # without run and acquisition where runs were fused
             inputs.metadata,
         )
-        facts = {
-            "conform": read_json(Path(inputs.conform_json)),
-            "parcellation": read_json(Path(inputs.structures_json)),
-            "affine": read_json(Path(inputs.affine_json)),
-            "restore": read_json(Path(inputs.restore_json)),
-            **(
-                {"lesion": read_json(Path(inputs.lesion_json))}
-                if isdefined(inputs.lesion_json)
-                else {}
+        steps = StepRecords(
+            conform=ConformRecord.read(inputs.conform_json),
+            parcellation=ParcellationRecord.read(inputs.structures_json),
+            affine=AffineRecord.read(inputs.affine_json),
+            restore=RestoreRecord.read(inputs.restore_json),
+            lesion=(
+                LesionRecord.read(inputs.lesion_json) if isdefined(inputs.lesion_json) else None
             ),
-            "given": {
-                role: {"uri": file["uri"], "sha256": sha256_file(Path(file["path"]))}
+            given={
+                role: FileRecord(uri=file["uri"], sha256=sha256_file(Path(file["path"])))
                 for role, file in inputs.given.items()
             },
-            "seed": inputs.seed,
-        }
-        nodes = [read_json(Path(record)) for record in inputs.records]
-        warnings = [text for node in nodes for text in node["warnings"]]
+            seed=inputs.seed,
+        )
+        nodes = [NodeRecord.read(record) for record in inputs.records]
+        warnings = [text for node in nodes for text in node.warnings]
         staging = Path(tempfile.mkdtemp(prefix=".brainprior-staging-", dir=output_dir))
         try:
-            staged, outputs = self._stage(staging, scan, facts)
+            staged, outputs = self._stage(staging, scan, steps)
             roles = {path: role for role, path in outputs.items()}
             digests = [
                 (roles.get(path, "sidecar"), path, sha256_file(staging / path)) for path in staged
@@ -200,7 +212,7 @@ class Write(MeasuredInterface):
                 seed=inputs.seed,
                 input_sha256=input_sha256,
                 outputs=digests,
-                facts=facts,
+                steps=steps,
                 nodes=nodes,
                 warnings=warnings,
             )
@@ -210,40 +222,40 @@ class Write(MeasuredInterface):
             figures = self._stage_figures(staging, scan)
             staged += figures
             result = result_name(scan.name, inputs.image_desc)
-            previous = read_summary(output_dir, result) or {}
+            previous = read_summary(output_dir, result)
             publish({staging / path: output_dir / path for path in staged})
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-        self._remove_stale(output_dir, previous, set(staged))
+        if previous is not None:
+            self._remove_stale(output_dir, previous, set(staged))
         write_summary(
             output_dir,
-            {
-                "scan": result,
-                "subject": scan.subject,
-                "source": str(scan.relative),
-                "source_sha256": input_sha256,
-                "task": inputs.settings["task"],
-                "status": "done",
-                "seconds": round(sum(node["seconds"] for node in nodes), 3),
-                "message": f"{len(warnings)} warning(s)" if warnings else "",
-                "run_uuid": inputs.run_uuid,
-                "version": __version__,
-                "fingerprint": inputs.fingerprint,
-                "parts": dict(inputs.parts),
-                "seed": inputs.seed,
-                "outputs": sorted(path for path in staged if path not in figures),
-                "figures": figures,
-                "warnings": warnings,
-                "facts": facts,
-                "nodes": nodes,
-                "error": None,
-            },
+            ScanRecord(
+                scan=result,
+                subject=scan.subject,
+                source=str(scan.relative),
+                source_sha256=input_sha256,
+                task=inputs.settings["task"],
+                status=ScanStatus.DONE,
+                seconds=total_seconds(nodes),
+                message=f"{len(warnings)} warning(s)" if warnings else "",
+                run_uuid=inputs.run_uuid,
+                version=__version__,
+                fingerprint=inputs.fingerprint,
+                parts=dict(inputs.parts),
+                seed=inputs.seed,
+                outputs=tuple(sorted(path for path in staged if path not in figures)),
+                figures=tuple(figures),
+                warnings=tuple(warnings),
+                facts=steps,
+                nodes=tuple(nodes),
+            ),
         )
         self._results["summary"] = str(summary_path(output_dir, result))
         return []
 
     def _stage(
-        self, staging: Path, scan: Scan, facts: dict[str, Any]
+        self, staging: Path, scan: Scan, steps: StepRecords
     ) -> tuple[list[str], dict[str, str]]:
         """Write images, transforms, tables and sidecars below ``staging``.
 
@@ -253,20 +265,20 @@ class Write(MeasuredInterface):
         """
         inputs = self.inputs
         samples = list(inputs.samples) if isdefined(inputs.samples) else []
-        runs = read_json(Path(inputs.runs_json))["runs"] if isdefined(inputs.runs_json) else []
+        runs = AlignRecord.read(inputs.runs_json).runs if isdefined(inputs.runs_json) else ()
         names = output_names(
             scan.name,
-            n_samples=facts["restore"]["n_samples"] if isdefined(inputs.uncertainty) else 1,
+            n_samples=steps.restore.n_samples if isdefined(inputs.uncertainty) else 1,
             spaces=inputs.settings["output_spaces"],
             save_samples=bool(samples),
             image=inputs.image_desc,
             native=isdefined(inputs.restored_native),
-            runs=[BIDSName.parse(run["name"]) for run in runs],
+            runs=[BIDSName.parse(run.name) for run in runs],
         )
         anat = PurePosixPath(scan.name.folder) / "anat"
         outputs = {role: str(anat / name) for role, name in names.items()}
         (staging / anat).mkdir(parents=True)
-        code, original = _header(facts["conform"])
+        code, original = _header(steps.conform)
         own_grid = {"residual", "hidden", "restored_native"}
         if inputs.image_desc == "inpainted":
             own_grid |= {role for role in outputs if role.startswith("sample")}
@@ -276,19 +288,19 @@ class Write(MeasuredInterface):
         for role, file in files.items():
             if role in outputs:
                 header = original if role in own_grid else None
-                _copy_image(Path(file), staging / outputs[role], role, code, header)
+                copy_image(Path(file), staging / outputs[role], role, code, header)
         for run, file in zip(runs, inputs.run_residuals if runs else (), strict=True):
-            role = residual_role(run["name"])
-            header = _header(read_json(Path(run["files"]["conform"])))
-            _copy_image(Path(file), staging / outputs[role], role, *header)
+            role = residual_role(run.name)
+            header = _header(ConformRecord.read(run.files["conform"]))
+            copy_image(Path(file), staging / outputs[role], role, *header)
         for role in TEXTS:
             shutil.copyfile(getattr(inputs, role), staging / outputs[role])
         _write(
             staging / outputs["structures_table"],
-            structures_table(facts["parcellation"]),
+            structures_table(steps.parcellation),
         )
         staged = list(outputs.values())
-        for role, content in sidecars(scan, outputs, facts, image_desc=inputs.image_desc).items():
+        for role, content in sidecars(scan, outputs, steps, image_desc=inputs.image_desc).items():
             path = outputs[role].removesuffix(".nii.gz") + ".json"
             _write(staging / path, to_json(content))
             staged.append(path)
@@ -308,13 +320,10 @@ class Write(MeasuredInterface):
         return figures
 
     @staticmethod
-    def _remove_stale(output_dir: Path, previous: dict[str, Any], staged: set[str]) -> None:
+    def _remove_stale(output_dir: Path, previous: ScanRecord, staged: set[str]) -> None:
         """Remove what an earlier run of this scan left and this one did not replace."""
-        for path in {
-            path for key in ("outputs", "figures", "left") for path in previous.get(key, ())
-        }:
-            if path not in staged:
-                (output_dir / path).unlink(missing_ok=True)
+        for path in set(previous.files) - staged:
+            (output_dir / path).unlink(missing_ok=True)
 
 
 def _replaced(
@@ -325,18 +334,18 @@ def _replaced(
     results = []
     for other in TASKS.values():
         result = result_name(scan, other)
-        previous = (read_summary(output_dir, result) if other != image else None) or {}
-        held = set(previous.get("outputs", ()))
-        found = [
+        previous = read_summary(output_dir, result) if other != image else None
+        replaced = [
             PurePosixPath(path).name
             for _, path, digest in digests
             if path.endswith((".nii.gz", ".txt"))
-            and path in held
+            and previous is not None
+            and path in previous.outputs
             and (output_dir / path).is_file()
             and sha256_file(output_dir / path) != digest
         ]
-        if found:
-            changed |= dict.fromkeys(found)
+        if replaced:
+            changed |= dict.fromkeys(replaced)
             results.append(result)
     if not changed:
         return []
@@ -347,9 +356,9 @@ def _replaced(
     ]
 
 
-def _header(conformed: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    """A scan's sform code and what ``conform`` noted of its header."""
-    return conformed["facts"]["affine"]["code"], conformed["facts"]["original"]
+def _header(conform: ConformRecord) -> tuple[int, HeaderRecord]:
+    """A scan's sform code, and its header as it came."""
+    return conform.facts.affine.code, conform.facts.original
 
 
 def _rename(path: Path, image: str) -> Path:
@@ -360,17 +369,17 @@ def _rename(path: Path, image: str) -> Path:
     )
 
 
-def _copy_image(
-    source: Path, target: Path, role: str, code: int, original: dict[str, Any] | None = None
+def copy_image(
+    source: Path, target: Path, role: str, code: int, original: HeaderRecord | None = None
 ) -> None:
     """Copy an image; those in the scan's own space carry the scan's own sform code.
 
-    With ``original``, what ``conform`` noted of the scan's header, the voxels are stored in the
-    scan's order under that header; only what describes their values is new.
+    With ``original``, the scan's header as it came, the voxels are stored in the scan's order
+    under that header; only what describes their values is new.
     """
     image = nib.load(source)
     if original is not None:
-        axes = axcodes2ornt(tuple(original["axis_codes"]))  # such as "LPS"
+        axes = axcodes2ornt(tuple(original.axis_codes))  # such as "LPS"
         image = image.as_reoriented(ornt_transform(axcodes2ornt("RAS"), axes))
     if role != "restored_mni305":
         image.set_sform(image.affine, code)
@@ -379,8 +388,8 @@ def _copy_image(
     if original is None:
         copy = nib.Nifti1Image(array, image.affine, image.header)
     else:
-        kind = nib.Nifti2Image if original["format"] == "NIfTI-2" else nib.Nifti1Image
-        header = kind.header_class(b64decode(original["header_base64"])).as_byteswapped("<")
+        kind = nib.Nifti2Image if original.format == "NIfTI-2" else nib.Nifti1Image
+        header = kind.header_class(b64decode(original.header_base64)).as_byteswapped("<")
         header.set_data_dtype(array.dtype)
         pixdim = header["pixdim"].copy()
         header.set_data_shape(array.shape)  # forgets the repetition time

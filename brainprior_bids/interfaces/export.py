@@ -12,7 +12,7 @@ import numpy as np
 from nipype.interfaces.base import File, traits
 
 from brainprior_bids.bids.export import remove_others, stage_fmriprep, stage_raw
-from brainprior_bids.bids.files import publish, read_json, write_json
+from brainprior_bids.bids.files import publish
 from brainprior_bids.bids.names import BIDSName
 from brainprior_bids.bids.query import Scan
 from brainprior_bids.interfaces.base import (
@@ -20,7 +20,8 @@ from brainprior_bids.interfaces.base import (
     MeasuredInterface,
     MeasuredOutputSpec,
 )
-from brainprior_bids.interfaces.files import grid_of, read_array, save
+from brainprior_bids.interfaces.files import grid_of, read_array, save, write_record
+from brainprior_bids.records import ExportRecord
 from brainprior_bids.settings import EXPORT_PER
 
 
@@ -72,19 +73,18 @@ class Export(MeasuredInterface):
         )
         self._results["head"] = save(pasted.head, grid, folder / "head.nii.gz")
         if inputs.tissues:
-            shares = tissue_probabilities(
+            tissues = tissue_probabilities(
                 brain, read_array(inputs.structures), mask, spacing_mm=grid.spacing_mm
             )
-            self._results["dseg"] = save(tissue_labels(shares, mask), grid, folder / "dseg.nii.gz")
+            labels = tissue_labels(tissues, mask)
+            self._results["dseg"] = save(labels, grid, folder / "dseg.nii.gz")
             for tissue in TISSUES:
                 path = folder / f"{tissue.lower()}.nii.gz"
-                self._results[tissue.lower()] = save(shares[tissue], grid, path)
-        self._results["export_json"] = str(
-            write_json(
-                folder / "export.json",
-                {"gain": pasted.gain, "feather_mm": FEATHER_MM, "warnings": pasted.warnings},
-            )
+                self._results[tissue.lower()] = save(tissues[tissue], grid, path)
+        record = ExportRecord(
+            gain=pasted.gain, feather_mm=FEATHER_MM, warnings=tuple(pasted.warnings)
         )
+        self._results["export_json"] = write_record(record, folder / "export.json")
         return pasted.warnings
 
 
@@ -116,7 +116,10 @@ class Deliver(MeasuredInterface):
         inputs = self.inputs
         relative = PurePosixPath(inputs.relative)
         scan = Scan(Path(inputs.source_file), relative, BIDSName.parse(relative), inputs.metadata)
-        facts = {**read_json(Path(inputs.export_json)), "fingerprint": inputs.fingerprint}
+        facts = {
+            "export": ExportRecord.read(inputs.export_json),
+            "fingerprint": inputs.fingerprint,
+        }
         for kind, name in inputs.exports.items():
             root = Path(name)
             staging = Path(tempfile.mkdtemp(prefix=".brainprior-staging-", dir=root))
@@ -125,12 +128,12 @@ class Deliver(MeasuredInterface):
                     roles = ("head", "mask", "dseg", "gm", "wm", "csf")
                     images = {role: Path(getattr(inputs, role)) for role in roles}
                     staged = stage_fmriprep(
-                        staging, scan, images, facts=facts, made_from=inputs.made_from
+                        staging, scan, images, made_from=inputs.made_from, **facts
                     )
                     # before, so that at no time two of them are there
                     remove_others(root, scan.subject, staged, per=inputs.per)
                 else:
-                    staged = stage_raw(staging, scan, Path(inputs.head), facts=facts)
+                    staged = stage_raw(staging, scan, Path(inputs.head), **facts)
                 publish({staging / path: root / path for path in staged})
             finally:
                 shutil.rmtree(staging, ignore_errors=True)

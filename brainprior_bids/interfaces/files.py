@@ -15,10 +15,19 @@ import numpy as np
 from nipype.interfaces.base import BaseInterfaceInputSpec, isdefined
 from numpy.typing import DTypeLike, NDArray
 
-from brainprior_bids.bids.files import read_json, write_json
+from brainprior_bids.bids.files import write_json
 from brainprior_bids.engine.acquisition import Acquisition
-from brainprior_bids.engine.errors import InputError
 from brainprior_bids.engine.grids import Grid
+from brainprior_bids.records import (
+    AcquisitionRecord,
+    AffineRecord,
+    ConformFacts,
+    ConformRecord,
+    LesionRecord,
+    ParcellationRecord,
+    matrix_rows,
+)
+from brainprior_bids.typed_json import Record
 
 if TYPE_CHECKING:
     from brainprior_bids.anatomy.affine import AffineFit
@@ -57,43 +66,37 @@ def read_array(path: str | Path, dtype: DTypeLike | None = None) -> NDArray[Any]
 
 def read_acquisition(conform_json: str | Path) -> Acquisition:
     """The slice geometry that ``write_conformed`` wrote."""
-    return Acquisition.from_dict(read_json(Path(conform_json))["acquisition"])
+    return Acquisition.from_dict(ConformRecord.read(conform_json).acquisition.to_json())
 
 
 def read_table(structures_json: str | Path) -> list[dict[str, Any]]:
     """The table of structures that ``write_brain`` wrote."""
-    table: list[dict[str, Any]] = read_json(Path(structures_json))["table"]
-    return table
+    return [row.to_json() for row in ParcellationRecord.read(structures_json).table]
 
 
 def read_matrix(affine_json: str | Path) -> Matrix:
-    """The (4, 4) matrix, scanner to MNI305 RAS mm, that ``write_affine`` wrote.
+    """The (4, 4) matrix, scanner to MNI305 RAS mm, that ``write_affine`` wrote."""
+    return np.array(AffineRecord.read(affine_json).matrix, np.float64)
 
-    Raises
-    ------
-    InputError
-        If it is not 4 x 4.
-    """
-    matrix = np.array(read_json(Path(affine_json))["matrix"], np.float64)
-    if matrix.shape != (4, 4):
-        raise InputError(
-            f"ToMNI305: expected a 4 x 4 matrix in {affine_json}, got "
-            f"{matrix.shape}. Remove the work folder and run again."
-        )
-    return matrix
+
+def write_record(record: Record, path: Path) -> str:
+    """Write a step's record."""
+    return str(write_json(path, record.to_json()))
 
 
 def write_conformed(conformed: Conformed, folder: Path) -> dict[str, str]:
     """Outputs of Conform."""
     out_file = folder / "scan.nii.gz"
     nib.save(conformed.image, out_file)
-    report = {
-        "acquisition": conformed.acquisition.to_dict(),
-        "facts": conformed.facts,
-        "warnings": conformed.warnings,
+    record = ConformRecord(
+        acquisition=AcquisitionRecord.from_json(conformed.acquisition.to_dict()),
+        facts=ConformFacts.from_json(conformed.facts),
+        warnings=tuple(conformed.warnings),
+    )
+    return {
+        "out_file": str(out_file),
+        "conform_json": write_record(record, folder / "conform.json"),
     }
-    conform_json = write_json(folder / "conform.json", report)
-    return {"out_file": str(out_file), "conform_json": str(conform_json)}
 
 
 def write_brain(brain: Parcellation, scan_grid: Grid, folder: Path) -> dict[str, str]:
@@ -102,24 +105,26 @@ def write_brain(brain: Parcellation, scan_grid: Grid, folder: Path) -> dict[str,
     structures = np.asarray(brain.structures, np.int16)
     mask = np.asarray(brain.mask, np.uint8)
     mask_scan = np.asarray(brain.mask_scan, np.float32)
-    report = {"table": brain.table, "warnings": brain.warnings, **brain.facts}
+    record = ParcellationRecord.from_json(
+        {"table": brain.table, "warnings": brain.warnings, **brain.facts}
+    )
     return {
         "structures": save(structures, grid, folder / "structures.nii.gz"),
         "mask": save(mask, grid, folder / "mask.nii.gz"),
         "mask_scan": save(mask_scan, scan_grid, folder / "mask_scan.nii.gz"),
-        "structures_json": str(write_json(folder / "structures.json", report)),
+        "structures_json": write_record(record, folder / "structures.json"),
     }
 
 
 def write_lesion(lesion: Lesion, scan_grid: Grid, folder: Path) -> dict[str, str]:
     """Outputs of Lesion."""
-    report = {**lesion.facts, "warnings": lesion.warnings}
+    record = LesionRecord.from_json({**lesion.facts, "warnings": lesion.warnings})
     return {
         "hidden": save(lesion.hidden, scan_grid, folder / "hidden.nii.gz"),
         "mask": save(lesion.mask_1mm, scan_grid.one_millimetre(), folder / "mask.nii.gz"),
         "mask_scan": save(lesion.mask_scan, scan_grid, folder / "mask_scan.nii.gz"),
         "measured": save(lesion.measured, scan_grid, folder / "measured.nii.gz"),
-        "lesion_json": str(write_json(folder / "lesion.json", report)),
+        "lesion_json": write_record(record, folder / "lesion.json"),
     }
 
 
@@ -134,19 +139,19 @@ def write_affine(fit: AffineFit, folder: Path) -> dict[str, str]:
     from brainprior_bids.anatomy.spaces import write_itk_affine
 
     matrix = np.asarray(fit.matrix, np.float64)
-    report = {
-        "matrix": matrix,
-        "method": fit.method,
-        "dof": fit.dof,
-        "residuals_mm": fit.residuals_mm,
-        "median_residual_mm": fit.median_residual_mm,
-        "hull_residual_mm": fit.hull_residual_mm,
-        "used": fit.used,
-        "warnings": fit.warnings,
-    }
+    record = AffineRecord(
+        matrix=matrix_rows(matrix),
+        method=fit.method,
+        dof=fit.dof,
+        residuals_mm=fit.residuals_mm,
+        median_residual_mm=fit.median_residual_mm,
+        hull_residual_mm=fit.hull_residual_mm,
+        used=tuple(fit.used),
+        warnings=tuple(fit.warnings),
+    )
     forward, inverse = folder / "to_mni305.txt", folder / "from_mni305.txt"
     return {
-        "affine_json": str(write_json(folder / "affine.json", report)),
+        "affine_json": write_record(record, folder / "affine.json"),
         "to_mni305": str(write_itk_affine(forward, matrix)),
         "from_mni305": str(write_itk_affine(inverse, np.linalg.inv(matrix))),
     }

@@ -10,7 +10,6 @@ import nibabel as nib
 import numpy as np
 from nipype.interfaces.base import File, traits
 
-from brainprior_bids.bids.files import write_json
 from brainprior_bids.engine.weights import sha256_file
 from brainprior_bids.interfaces import files
 from brainprior_bids.interfaces.anatomy import brain_sources, conform_options
@@ -19,6 +18,7 @@ from brainprior_bids.interfaces.base import (
     MeasuredInterface,
     MeasuredOutputSpec,
 )
+from brainprior_bids.records import AlignRecord, RunRecord
 
 if TYPE_CHECKING:
     from brainprior_bids.anatomy.motion import PlacedScan
@@ -61,15 +61,14 @@ class Align(MeasuredInterface):
             motions.append((run.placed, run.motion))
             # the next node hashes this table, not the files that it names
             hashes = {role: sha256_file(Path(path)) for role, path in paths.items()}
-            records.append(
-                {"name": request["name"], "files": paths, "hashes": hashes, **run.facts()}
-            )
-        report = {"reference": self.inputs.name, "runs": records}
+            report = {"name": request["name"], "files": paths, "hashes": hashes, **run.facts()}
+            records.append(RunRecord.from_json(report))
+        record = AlignRecord(reference=self.inputs.name, runs=tuple(records))
         mask = common_mask(reference, motions)
         grid = reference.grid.one_millimetre()
         self._results.update(
             mask=files.save(mask, grid, folder / "mask.nii.gz"),
-            runs_json=str(write_json(folder / "runs.json", report)),
+            runs_json=files.write_record(record, folder / "runs.json"),
         )
         return warnings
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from brainprior_bids.anatomy.affine import mni305_centroids
+from brainprior_bids.records import StructureRecord
 
 RGB = tuple[int, int, int]
 UNKNOWN: RGB = (160, 160, 160)
@@ -64,22 +65,21 @@ def outlines() -> list[dict[str, Any]]:
 
 
 def centroid_pairs(
-    table: Sequence[Mapping[str, Any]], to_mni305: NDArray[np.float64]
+    table: Sequence[StructureRecord], to_mni305: NDArray[np.float64]
 ) -> list[tuple[str, NDArray[np.float64], NDArray[np.float64]]]:
-    """For each structure found in a scan: its name, where MNI305 has it, where it came to lie.
+    """Name, MNI305 centroid and mapped centroid of each structure of a scan.
 
     Parameters
     ----------
-    table : rows with ``name`` and ``centroid_mm``
-        As the parcellation wrote it; scanner RAS mm.
+    table : sequence of StructureRecord
     to_mni305 : (4, 4) array
         Scanner RAS mm to MNI305 RAS mm.
     """
     expected = mni305_centroids()["structures"]
     pairs = []
     for row in table:
-        known, centre = expected.get(row.get("name")), row.get("centroid_mm")
-        if known is not None and centre is not None:
-            found = (to_mni305 @ np.append(np.asarray(centre, float), 1.0))[:3]
-            pairs.append((str(row["name"]), np.asarray(known["centroid_mm"], float), found))
+        known = expected.get(row.name)
+        if known is not None and row.centroid_mm is not None:
+            mapped = (to_mni305 @ np.append(np.asarray(row.centroid_mm, float), 1.0))[:3]
+            pairs.append((row.name, np.asarray(known["centroid_mm"], float), mapped))
     return pairs

@@ -20,7 +20,8 @@ from brainprior_bids import __version__
 from brainprior_bids.bids.files import write_json, write_text
 from brainprior_bids.bids.names import BIDSName
 from brainprior_bids.bids.qc import METRICS, concerns, metrics, verdict
-from brainprior_bids.bids.status import FINISHED, read_summaries
+from brainprior_bids.bids.status import read_summaries
+from brainprior_bids.records import unnamed
 
 OUTLIER = 3.5
 """Robust z-score from which a scan stands apart from the others of its contrast."""
@@ -42,14 +43,14 @@ def build_group(output_dir: Path) -> list[Path]:
     rows: dict[str, list[dict[str, Any]]] = {}
     failed = []
     for summary in read_summaries(output_dir):
-        if summary.get("status") not in FINISHED:
-            scan, message = summary["scan"], summary.get("message", "")
-            failed.append({"scan": scan, "message": message.removeprefix(f"{scan}: ")})
+        if not summary.finished:
+            message = unnamed(summary.message, summary.scan)
+            failed.append({"scan": summary.scan, "message": message})
             continue
         values = metrics(summary)
-        name = BIDSName.parse(f"{summary['scan']}.nii.gz")
+        name = BIDSName.parse(f"{summary.scan}.nii.gz")
         suffix = f"desc-{name.get('desc')}_{name.suffix}" if name.get("desc") else name.suffix
-        row = {"bids_name": summary["scan"], "subject": summary["subject"], **values}
+        row = {"bids_name": summary.scan, "subject": summary.subject, **values}
         row |= {"verdict": verdict(values), "concerns": concerns(values)}
         rows.setdefault(suffix, []).append(row)
     if not rows:

@@ -10,38 +10,24 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from brainprior_bids import __version__
 from brainprior_bids.bids.files import write_text
+from brainprior_bids.engine.samplers import registry
+from brainprior_bids.records import (
+    AffineMethod,
+    MaskSource,
+    Origin,
+    ScanRecord,
+    StructuresSource,
+)
 
 CITATION = re.compile(r"\[@([A-Za-z0-9]+)\]")
-ESTIMATES = {
-    "eps": "The restored image estimates the posterior mean: it is a weighted average of the "
-    "network's expectations of the image, given the scan, over the levels of the samples' chains.",
-    "exact": "The restored image estimates the posterior mean: it is the average of the "
-    "conditional expectations of the image that the samples' chains passed through.",
-    "daps": "The restored image is the mean of the samples.",
-    "map": "The restored image is a point estimate, without an uncertainty.",
-}
-DAPS = "in the manner of decoupled annealing posterior sampling [@daps], "
-WAYS = {
-    "eps": "by exact posterior scores [@eps]: the denoiser is told of what was measured, so "
-    "that the reverse diffusion ends in a sample of the posterior",
-    "exact": f"{DAPS}with the inner Langevin walk replaced by the exact draw that it approximates",
-    "daps": f"{DAPS}with its inner Langevin walk",
-    "map": f"{DAPS}followed from high to low noise without drawing",
-}
-
-# before a run it is not known which of the two a scan will get
-WAYS["auto"] = f"{WAYS['eps']} (thick slices and 3-D scans), or {WAYS['exact']} (all others)"
-ESTIMATES["auto"] = f"{ESTIMATES['eps']} For scans of other kinds: {ESTIMATES['exact']}"
-
 DONE = {
     "restore": "restored",
     "inpaint": "inpainted",
@@ -50,6 +36,9 @@ DONE = {
     "restore+refine": "restored together with another tool's image",
 }
 """Task -> what was done to the scan."""
+
+OWN_MASK = Origin(MaskSource.EMBEDDED)
+OWN_STRUCTURES = Origin(StructuresSource.EMBEDDED)
 
 
 @dataclass(frozen=True)
@@ -64,38 +53,31 @@ class Method:
     version: str
     prior: str
     parcellation: str
-    mask_source: str = "embedded"
-    structures_source: str = "embedded"
+    mask: Origin = OWN_MASK
+    structures: Origin = OWN_STRUCTURES
     runs: int = 1
-    aligned_by: str = "structures"
+    aligned_by: AffineMethod = AffineMethod.STRUCTURES
     widths: tuple[float, ...] = ()
 
 
-def of_summary(summary: Mapping[str, Any]) -> Method:
+def of_summary(summary: ScanRecord) -> Method:
     """From a finished scan's summary."""
-    facts = summary.get("facts") or {}
-    restore = facts.get("restore") or {}
-    anatomy = facts.get("parcellation") or {}
+    restore, parcellation = summary.facts.restore, summary.facts.parcellation
     return Method(
-        suffix=str(summary["scan"]).rpartition("_")[2],
-        task=str(summary.get("task", "restore")),
-        sampler=str(restore.get("sampler", "exact")),
-        n_samples=int(restore.get("n_samples", 0)),
-        calls=int(restore.get("calls", 0)),
-        version=str(summary.get("version", __version__)),
-        prior=card(restore.get("prior") or {}),
-        parcellation=card(anatomy.get("weights") or {}),
-        mask_source=str(anatomy.get("mask_source", "embedded")),
-        structures_source=str(anatomy.get("structures_source", "embedded")),
-        runs=len(restore.get("runs") or (None,)),
-        aligned_by=str((facts.get("affine") or {}).get("method", "structures")),
-        widths=tuple(sorted(set(restore.get("slice_widths") or ()))),
+        suffix=summary.scan.rpartition("_")[2],
+        task=summary.task or "restore",
+        sampler=restore.sampler or "exact",
+        n_samples=restore.n_samples or 0,
+        calls=restore.calls or 0,
+        version=summary.version or __version__,
+        prior=restore.prior.label,
+        parcellation=parcellation.weights.label,
+        mask=parcellation.mask_origin,
+        structures=parcellation.structures_origin,
+        runs=len(restore.runs or (None,)),
+        aligned_by=summary.facts.affine.method,
+        widths=tuple(sorted(set(restore.slice_widths))),
     )
-
-
-def card(weights: Mapping[str, Any]) -> str:
-    """``name, SHA-256 abcdef…`` of a weights file's metadata."""
-    return f"{weights.get('name', 'unnamed')}, SHA-256 {str(weights.get('sha256'))[:12]}…"
 
 
 def methods_text(methods: Sequence[Method]) -> str:
@@ -136,8 +118,8 @@ def methods_text(methods: Sequence[Method]) -> str:
     spread = " The voxelwise standard deviation of the samples is the uncertainty map."
     if all(method.n_samples < 2 for method in methods):
         spread = ""
-    point = all(method.sampler == "map" for method in methods)
-    start = "Images were estimated from" if point else "Images were drawn from"
+    drawing = any(registry.find(method.sampler).yields_samples for method in methods)
+    start = "Images were drawn from" if drawing else "Images are estimates of the mean of"
     widths = sorted({width for method in methods for width in method.widths})
     if len(widths) > 1:
         spread += (
@@ -175,16 +157,28 @@ def _drawn(methods: Sequence[Method]) -> str:
         ways.setdefault((method.sampler, method.n_samples, method.calls), []).append(method.suffix)
     sentences = [
         (
-            f"{WAYS[sampler]} ({n} {'sample' if n == 1 else 'samples'}, {calls} network calls "
-            f"each). {ESTIMATES[sampler]}",
-            f"{_listed([f'{found.count(s)} {s}' for s in dict.fromkeys(found)])} "
-            f"{'scan' if len(found) == 1 else 'scans'}",
+            _sampling(sampler, n, calls),
+            f"{_listed([f'{suffixes.count(s)} {s}' for s in dict.fromkeys(suffixes)])} "
+            f"{'scan' if len(suffixes) == 1 else 'scans'}",
         )
-        for (sampler, n, calls), found in ways.items()
+        for (sampler, n, calls), suffixes in ways.items()
     ]
     if len(sentences) == 1:
         return sentences[0][0]
     return f"in {len(sentences)} ways. " + " ".join(f"For {who}, {how}" for how, who in sentences)
+
+
+def _sampling(name: str, n_samples: int, calls: int) -> str:
+    """How one sampler samples and what the image is; before a run, both that "auto" may take."""
+    facts, other = registry.find(name), registry.FALLBACK
+    method, estimate = facts.method, facts.estimate_method
+    if name == "auto":
+        method += f" (thick slices and 3-D scans), or {other.method} (all others)"
+        estimate += f" For scans of other kinds: {other.estimate_method}"
+    if not facts.yields_samples:
+        return f"{method}. {estimate}"
+    samples = "1 sample" if n_samples == 1 else f"{n_samples} samples"
+    return f"{method} ({samples}, {calls} network calls each). {estimate}"
 
 
 def _bias(methods: Sequence[Method]) -> str:
@@ -199,51 +193,45 @@ def _bias(methods: Sequence[Method]) -> str:
 
 def _aligned(methods: Sequence[Method]) -> str:
     """How the transforms to MNI305 were found."""
-    fitted = [method.aligned_by == "structures" for method in methods]
-    found = []
+    fitted = [method.aligned_by is AffineMethod.STRUCTURES for method in methods]
+    sentences = []
     if any(fitted):
-        found.append(
+        sentences.append(
             "An affine transform to MNI305 was fitted by weighted least squares to the centres "
             "of the\nstructures and to the reach of the brain."
         )
     if not all(fitted):
         which = "For the others" if any(fitted) else "An affine transform to MNI305 was found"
         which += " it was found" if any(fitted) else ""
-        found.append(f"{which} by registration to the template (ANTsPy {_version('antspyx')}).")
-    return "\n".join(found)
+        way = AffineMethod.TEMPLATE.words
+        sentences.append(f"{which} by {way} (ANTsPy {_version('antspyx')}).")
+    return "\n".join(sentences)
 
 
 def _anatomy(methods: Sequence[Method]) -> str:
     """Where brain masks and structures came from."""
     sources = {
-        "labelled the brain's structures": {m.structures_source for m in methods},
-        "gave the brain mask": {m.mask_source for m in methods},
+        "labelled the brain's structures": [m.structures for m in methods],
+        "gave the brain mask": [m.mask for m in methods],
     }
-    done = [what for what, found in sources.items() if "embedded" in found]
+    own = [what for what, origins in sources.items() if any(o.embedded for o in origins)]
     sentences = []
-    if done:
+    if own:
         networks = "; ".join(
             dict.fromkeys(
-                m.parcellation
-                for m in methods
-                if "embedded" in (m.structures_source, m.mask_source)
+                m.parcellation for m in methods if m.structures.embedded or m.mask.embedded
             )
         )
         sentences.append(
             "A convolutional network trained on synthetic images of label maps, after the recipe "
-            f"of SynthSeg [@synthseg], {' and '.join(done)} (weights {networks})."
+            f"of SynthSeg [@synthseg], {' and '.join(own)} (weights {networks})."
         )
-    for what, found in zip(("Structures", "Brain masks"), sources.values(), strict=True):
-        others = sorted({_named(source) for source in found - {"embedded"}})
+    for what, origins in zip(("Structures", "Brain masks"), sources.values(), strict=True):
+        others = sorted({origin.data_set for origin in origins if not origin.embedded})
         if others:
-            some = " of some scans" if "embedded" in found else ""
+            some = " of some scans" if any(origin.embedded for origin in origins) else ""
             sentences.append(f"{what}{some} came from {'; '.join(others)}.")
     return "\n".join(sentences)
-
-
-def _named(source: str) -> str:
-    """``bids:fs:sub-01/…`` -> the data set's name; others as they are."""
-    return f"the data set {source.split(':')[1]}" if source.startswith("bids:") else source
 
 
 def write_citation(folder: Path, methods: Sequence[Method]) -> list[Path]:

@@ -7,14 +7,13 @@ what to look for is said in the report (``data/reports/subject.yml``).
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from matplotlib import rc_context
@@ -22,6 +21,12 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from brainprior_bids.bids.files import write_text
+from brainprior_bids.records import (
+    AffineRecord,
+    ConformRecord,
+    ParcellationRecord,
+    RestoreRecord,
+)
 from brainprior_bids.reports import atlas
 from brainprior_bids.reports.sheet import (
     FAINT,
@@ -46,7 +51,9 @@ from brainprior_bids.reports.volumes import (
     section,
     spread,
 )
+from brainprior_bids.typed_json import Record
 
+R = TypeVar("R", bound=Record)
 DISPLAY = "Neurological display: the left of the picture is the left of the person."
 MARGIN_MM = 12.0
 MASK_COLOUR = "#00d5ff"
@@ -80,12 +87,9 @@ class ScanImages:
         """The image of a role."""
         return load_volume(Path(self.files[role]))
 
-    def facts(self, role: str) -> Mapping[str, Any]:
-        """The JSON object of a role; empty where there is none."""
-        if role not in self.files:
-            return {}
-        value = json.loads(Path(self.files[role]).read_text(encoding="utf-8"))
-        return value if isinstance(value, dict) else {"table": value}
+    def record(self, role: str, kind: type[R]) -> R:
+        """The record of a role; an empty one where there is none."""
+        return kind.read(self.files[role]) if role in self.files else kind.empty()
 
     @cached_property
     def scan(self) -> Volume:
@@ -131,9 +135,7 @@ class ScanImages:
     @cached_property
     def slice_axis(self) -> int:
         """The axis across the slices: from ``conform``, else that of the largest voxel size."""
-        facts = self.facts("conform")
-        acquisition = facts.get("acquisition", facts)
-        axis = acquisition.get("slice_axis") if isinstance(acquisition, Mapping) else None
+        axis = self.record("conform", ConformRecord).acquisition.slice_axis
         return axis if axis in (0, 1, 2) else int(np.argmax(self.scan.spacing_mm))
 
     @cached_property
@@ -198,13 +200,13 @@ def make_reportlets(
         if role not in files:
             raise KeyError(f"make_reportlets: '{role}' is required, got {sorted(files)}.")
     images = ScanImages({role: Path(path) for role, path in files.items() if path is not None})
-    made = []
+    paths = []
     for what, (needs, draw) in REPORTLETS.items():
         if all(role in images for role in needs):
             space = "_space-MNI305" if what == "mni305" else ""
             path = Path(out_dir) / f"{prefix}{space}_desc-{what}_{suffix}.svg"
-            made.append(draw(images, path))
-    return made
+            paths.append(draw(images, path))
+    return paths
 
 
 def draw_flicker(images: ScanImages, path: Path) -> Path:
@@ -213,11 +215,11 @@ def draw_flicker(images: ScanImages, path: Path) -> Path:
     With a lesion mask the sections go through its middle, and its border is drawn.
     """
     sheet = Sheet(images.footer)
-    n_samples = images.facts("restore").get("n_samples")
-    made = "Scan, filled under the lesion mask" if "filled" in images else "Restored"
+    n_samples = images.record("restore", RestoreRecord).n_samples
+    result = "Scan, filled under the lesion mask" if "filled" in images else "Restored"
     lesion = images.lesion
     sheet.title(
-        f"{made} (mean of {n_samples} samples)" if (n_samples or 1) > 1 else made,
+        f"{result} (mean of {n_samples} samples)" if (n_samples or 1) > 1 else result,
         note="Hold the pointer over the picture to change between input and result"
         + ("; orange: the lesion mask" if lesion is not None else ""),
         before="Input, interpolated linearly to the same grid",
@@ -280,7 +282,7 @@ def draw_uncertainty(images: ScanImages, path: Path) -> Path:
     where = "under the lesion mask" if "filled" in images else "inside the mask"
     floor = 0.1 * images.window[1]
     relative = sd.like(np.where(inside, 100 * sd.data / np.maximum(images.result.data, floor), 0))
-    n_samples = images.facts("restore").get("n_samples")
+    n_samples = images.record("restore", RestoreRecord).n_samples
     of = f" of {n_samples} samples" if n_samples else ""
     sheet = Sheet(images.footer)
     for volume, title, unit in (
@@ -373,8 +375,10 @@ def draw_mni305(images: ScanImages, path: Path) -> Path:
         for n, (a, b) in enumerate(zip(low, high, strict=True))
     )
     limits = (0.0, float(np.percentile(volume.data[volume.data > 0], 99.5)))
-    matrix = np.asarray(images.facts("affine").get("matrix", np.eye(4)), float)
-    pairs = atlas.centroid_pairs(images.facts("structures_table").get("table", []), matrix)
+    matrix = images.record("affine", AffineRecord).matrix
+    to_mni305 = np.eye(4) if matrix is None else np.array(matrix)
+    table = images.record("structures_table", ParcellationRecord).table
+    pairs = atlas.centroid_pairs(table, to_mni305)
     sheet = Sheet(f"{DISPLAY} MNI305 mm, RAS; grid lines every 20 mm.")
     sheet.title(
         "Restored image in MNI305 space",
@@ -398,11 +402,11 @@ def draw_mni305(images: ScanImages, path: Path) -> Path:
 
         layers: list[Picture | Outline | Mark] = [Picture(cut, limits)]
         layers += [Outline(place(line), EXPECTED) for line in entry["lines"]]
-        for name, expected, found in pairs:
+        for name, expected, mapped in pairs:
             if abs(expected[axis] - mm) > 6:
                 continue
             x, y = place(expected[[horizontal, vertical]])
-            x2, y2 = place(found[[horizontal, vertical]])
+            x2, y2 = place(mapped[[horizontal, vertical]])
             layers += [
                 Mark(x, y, "line", FOUND, x2, y2),
                 Mark(x, y, "ring", EXPECTED, hint=f"{name}, expected"),

@@ -15,6 +15,7 @@ from nibabel.orientations import apply_orientation, inv_ornt_aff
 from brainprior_bids.anatomy.conform import conform
 from brainprior_bids.bids.qc import concerns, metrics, verdict
 from brainprior_bids.engine.errors import GeometryError, InputError
+from brainprior_bids.records import ScanRecord
 
 ORDERS = [
     np.array([[a, f] for a, f in zip(order, flips, strict=True)], dtype=float)
@@ -137,7 +138,8 @@ def test_mirrored_qform_is_called_so(tmp_path):
     nib.save(image, tmp_path / "sub-01_T1w.nii")
     done = conform(tmp_path / "sub-01_T1w.nii", metadata={"SliceThickness": 5})
     assert any("left may be right" in w for w in done.warnings)
-    values = metrics({"facts": {"conform": {"facts": done.facts}}})
+    steps = {"conform": {"facts": done.facts}}
+    values = metrics(ScanRecord.from_json({"scan": "x", "facts": steps}))
     assert verdict(values) == "look"
     assert concerns(values) == ["mirrored_forms 1 is above 0"]
 

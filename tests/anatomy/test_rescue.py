@@ -10,6 +10,7 @@ from brainprior_bids.anatomy import rescue
 from brainprior_bids.anatomy.affine import corner_distance, judge_affine, mni305_centroids
 from brainprior_bids.anatomy.rescue import find_affine, template_folder
 from brainprior_bids.engine.errors import AnatomyError
+from brainprior_bids.records import AffineMethod
 
 STRUCTURES = mni305_centroids()["structures"]
 POSE = np.array([[1.05, 0.06, 0, 4], [-0.05, 1.02, 0.04, -6], [0, -0.05, 1.0, 3], [0, 0, 0, 1.0]])
@@ -71,7 +72,7 @@ def test_good_structures_need_no_template(brain, monkeypatch):
     monkeypatch.setattr(rescue, "register_to_template", lambda *_, **__: pytest.fail("called"))
     *_, scan, mask = brain
     fit = find_affine(table_in_scan(), None, image=scan, mask=mask, templates=None)
-    assert fit.method == "structures"
+    assert fit.method is AffineMethod.STRUCTURES
     assert not fit.warnings
 
 
@@ -84,7 +85,7 @@ def test_a_rescue_is_said_and_recorded(brain, templates, monkeypatch):
     monkeypatch.setattr(rescue, "fit_affine", fails)
     monkeypatch.setattr(rescue, "WORK_MM", 5.0)
     fit = find_affine(table_in_scan(), None, image=scan, mask=mask, templates=templates)
-    assert fit.method == "registration to the template"
+    assert fit.method is AffineMethod.TEMPLATE
     assert corner_distance(fit.matrix, POSE) < 3
     assert "structures make no sense" in fit.warnings[0]
 

@@ -7,8 +7,8 @@ up, and what a second command would do is asked.
 
 from __future__ import annotations
 
-import json
 import shutil
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -21,12 +21,13 @@ from brainprior_bids.bids.fingerprint import changes
 from brainprior_bids.bids.fuse import fuse_runs
 from brainprior_bids.bids.query import find_scans
 from brainprior_bids.bids.status import read_summary, write_summary
-from brainprior_bids.cli.before import checked_weights
-from brainprior_bids.cli.jobs import look_up, plan_jobs
 from brainprior_bids.cli.parser import parse_settings
 from brainprior_bids.cli.run import main
 from brainprior_bids.engine import weights as embedded
 from brainprior_bids.engine.weights import write_weights
+from brainprior_bids.records import ScanRecord, ScanStatus
+from brainprior_bids.run.jobs import look_up, plan_jobs
+from brainprior_bids.run.preflight import checked_weights
 
 SCAN = "sub-01/anat/sub-01_run-1_T1w"
 
@@ -71,9 +72,15 @@ def finish(raw, *extra):
         (settings.output_dir / output).touch()
         write_summary(
             settings.output_dir,
-            {"scan": scan.name.stem, "subject": "01", "status": "done", "parts": found.parts,
-             "fingerprint": found.fingerprint, "outputs": [output], "figures": []},
-        )  # fmt: skip
+            ScanRecord(
+                scan=scan.name.stem,
+                subject="01",
+                status=ScanStatus.DONE,
+                parts=found.parts,
+                fingerprint=found.fingerprint,
+                outputs=(output,),
+            ),
+        )
 
 
 def again(raw, told, *extra):
@@ -93,8 +100,8 @@ def test_what_did_not_change_is_skipped_however_it_is_computed(raw, told):
     same = ("--nprocs", "3", "--omp-nthreads", "1", "--low-mem", "-v", "--mem", "5G")
     assert again(raw, told, *same, "--random-seed", "0", "--sampler", "auto") == {}
     summary = read_summary(raw.parent / "out", "sub-01_run-1_T1w")
-    assert summary["status"] == "skipped"
-    assert summary["parts"]["setting n_samples"] == "4"
+    assert summary.status == "skipped"
+    assert summary.parts["setting n_samples"] == "4"
 
 
 OPTIONS = (
@@ -210,8 +217,7 @@ def test_what_an_older_version_left_is_done_again(raw, told):
     out = raw.parent / "out"
     for stem in ("sub-01_run-1_T1w", "sub-01_run-2_T1w"):
         summary = read_summary(out, stem)
-        del summary["parts"]
-        write_summary(out, {**summary, "fingerprint": "0"})
+        write_summary(out, replace(summary, parts={}, fingerprint="0"))
     found = again(raw, told)
     assert len(found) == 2
     assert all("not known" in text for text in found.values())
@@ -223,15 +229,15 @@ def test_a_failure_says_that_an_earlier_result_is_still_there(raw, told):
     for _ in range(2):  # a second failure forgets nothing
         again(raw, told, "--task", "restore", "--skull-strip", "mask", "-d", f"x={given(raw)}")
         summary = read_summary(raw.parent / "out", "sub-01_run-1_T1w")
-        assert summary["status"] == "failed"
-        assert summary["message"].endswith("What an earlier run made of it is still in place.")
-        assert summary["outputs"] == []
-        assert summary["left"] == ["sub-01_run-1_T1w.nii.gz"]
+        assert summary.status == "failed"
+        assert summary.message.endswith("What an earlier run made of it is still in place.")
+        assert summary.outputs == ()
+        assert summary.left == ("sub-01_run-1_T1w.nii.gz",)
     (raw.parent / "out" / "sub-01_run-1_T1w.nii.gz").unlink()
     again(raw, told, "--skull-strip", "mask", "-d", f"x={given(raw)}")
     summary = read_summary(raw.parent / "out", "sub-01_run-1_T1w")
-    assert summary["left"] == []
-    assert "earlier run" not in summary["message"]
+    assert summary.left == ()
+    assert "earlier run" not in summary.message
 
 
 def given(raw):
@@ -243,10 +249,10 @@ def given(raw):
 def test_a_dry_run_says_which_scans_are_done(raw, capsys):
     finish(raw)
     image(raw / f"{SCAN}.nii.gz", value=1)
-    before = json.dumps(read_summary(raw.parent / "out", "sub-01_run-1_T1w"))
+    before = read_summary(raw.parent / "out", "sub-01_run-1_T1w")
     assert main(command(raw, "--dry-run")) == 0
     said = capsys.readouterr().out
     assert said.count("it would be skipped") == 1
     assert said.count("again, as this changed: image") == 1
     assert "2 scan(s), of which 1 would be skipped, 80 network calls" in said
-    assert json.dumps(read_summary(raw.parent / "out", "sub-01_run-1_T1w")) == before
+    assert read_summary(raw.parent / "out", "sub-01_run-1_T1w") == before

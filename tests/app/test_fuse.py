@@ -19,10 +19,11 @@ from brainprior_bids.bids.given import Given
 from brainprior_bids.bids.names import BIDSName, output_names, residual_role
 from brainprior_bids.bids.query import Scan, find_scans
 from brainprior_bids.cli.parser import parse_settings
-from brainprior_bids.cli.plan import print_plan
 from brainprior_bids.engine.errors import UsageError
+from brainprior_bids.records import ScanRecord, StepRecords
 from brainprior_bids.reports.methods import methods_text, of_summary
-from brainprior_bids.reports.subject import _restore_rows
+from brainprior_bids.reports.subject import restore_rows
+from brainprior_bids.run.plan import print_plan
 from brainprior_bids.settings import Settings
 
 STEMS = (
@@ -148,8 +149,14 @@ FACTS = {
 }  # fmt: skip
 
 
+def scan_record(restore):
+    return ScanRecord.from_json(
+        {"scan": "sub-01_ses-a_T2w", "task": "restore", "facts": {"restore": restore}}
+    )
+
+
 def test_report_methods_and_sidecar_say_what_was_fused():
-    rows = dict(_restore_rows({"facts": {"restore": FACTS}}))
+    rows = dict(restore_rows(scan_record(FACTS)))
     assert (
         rows[f"Run {STEMS[1]}"]
         == "slices of 3 mm inferior-superior, noise 0.0100, misfit 1.01, 0.99"
@@ -160,14 +167,11 @@ def test_report_methods_and_sidecar_say_what_was_fused():
     )
     assert rows["Coverage of its intervals"] == "not measured for these weights"
     measured = {**FACTS, "prior": {"coverage": "50 % in 44 %"}}
-    assert ("Coverage of its intervals", "50 % in 44 %") in _restore_rows(
-        {"facts": {"restore": measured}}
-    )
-    summary = {"scan": "sub-01_ses-a_T2w", "task": "restore", "facts": {"restore": FACTS}}
-    text = " ".join(methods_text([of_summary(summary)]).split())
+    assert ("Coverage of its intervals", "50 % in 44 %") in restore_rows(scan_record(measured))
+    text = " ".join(methods_text([of_summary(scan_record(FACTS))]).split())
     assert "1 of these images is of 2 runs of one contrast each" in text
     alone = {**FACTS, "runs": None}
-    text = methods_text([of_summary({**summary, "facts": {"restore": alone}})])
+    text = methods_text([of_summary(scan_record(alone))])
     assert "of one contrast" not in text
 
     name = BIDSName.parse("sub-01_ses-a_T2w")
@@ -177,7 +181,9 @@ def test_report_methods_and_sidecar_say_what_was_fused():
     every = sidecars(
         Scan(path, path, name),
         names,
-        {"restore": FACTS, "parcellation": {}, "given": {STEMS[0]: {"uri": uri, "sha256": "0"}}},
+        StepRecords.from_json(
+            {"restore": FACTS, "given": {STEMS[0]: {"uri": uri, "sha256": "0"}}}
+        ),
     )
     residual = every[residual_role(STEMS[0])]
     assert names[residual_role(STEMS[0])] == f"{STEMS[0][:-4]}_desc-fusedResidual_T2w.nii.gz"
@@ -200,7 +206,7 @@ def test_a_contrast_outside_of_the_training_is_marked(raw, tmp_path):
     assert scan.contrast == "unknown"
     facts = {**FACTS, "contrast": "unknown", "runs": None}
     names = output_names(scan.name, n_samples=2)
-    side = sidecars(scan, names, {"restore": facts, "parcellation": {}})
+    side = sidecars(scan, names, scan_record(facts).facts)
     assert side["restored"]["OutsideTrainingContrasts"] is True
-    rows = dict(_restore_rows({"facts": {"restore": facts}}))
+    rows = dict(restore_rows(scan_record(facts)))
     assert rows["Taken for"].startswith("unknown: outside of the contrasts")

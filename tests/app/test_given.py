@@ -24,6 +24,13 @@ from brainprior_bids.cli.run import main
 from brainprior_bids.engine import weights
 from brainprior_bids.engine.errors import InputError
 from brainprior_bids.interfaces.anatomy import Parcellate
+from brainprior_bids.records import (
+    MaskSource,
+    Origin,
+    ParcellationRecord,
+    StepRecords,
+    StructuresSource,
+)
 from brainprior_bids.reports.methods import Method, methods_text
 from brainprior_bids.settings import Settings
 
@@ -170,13 +177,14 @@ def test_a_given_mask_and_labels_are_used_and_recorded(settings, tmp_path):
     # the network is asked as well, whether the mask may be the brain
     assert 0.5 < facts["mask_agreement"] < 1, facts["mask_agreement"]
     uri = "bids:fs:sub-01/anat/sub-01_desc-brain_mask.nii.gz"
-    assert facts["mask_source"] == uri
+    assert facts["mask_source"] == "mask"
     assert facts["given"]["mask"] == {"uri": uri, "sha256": sha256_file(given["mask"].path)}
     assert {row["index"] for row in facts["table"]} >= {10, 49, 16, 12, 51}
 
     records = scan_records(
         scan(), run_uuid="r", command=[], settings={"task": "restore"}, seed=0,
-        input_sha256="0", outputs={}, facts={"parcellation": facts}, nodes=[], warnings=[],
+        input_sha256="0", outputs={}, steps=StepRecords.from_json({"parcellation": facts}),
+        nodes=[], warnings=[],
     )  # fmt: skip
     (entities,) = (json.loads(t)["Entities"] for n, t in records.items() if "_ent" in n)
     assert {e["Id"]: e["Digest"]["sha256"] for e in entities}[uri] == sha256_file(
@@ -190,13 +198,16 @@ def test_a_given_mask_and_labels_are_used_and_recorded(settings, tmp_path):
     side = sidecars(
         scan(),
         output_names(scan().name, n_samples=1),
-        {"restore": restore, "parcellation": facts},
+        StepRecords.from_json({"restore": restore, "parcellation": facts}),
         image_desc="restored",
     )
     assert side["mask"]["Sources"] == [uri]
     assert uri in side["mask"]["Description"]
     assert "Weights" not in side["structures"]
-    rows = [line.split("\t") for line in structures_table(facts).splitlines()]
+    rows = [
+        line.split("\t")
+        for line in structures_table(ParcellationRecord.from_json(facts)).splitlines()
+    ]
     assert {row[-1] for row in rows} == {"confidence", "n/a"}  # the network's, not of these
 
 
@@ -275,14 +286,18 @@ def test_an_image_of_another_contrast_is_found_and_gives_its_name(settings, tmp_
 
 
 def test_the_methods_text_says_whose_masks_they_are():
-    def method(mask, structures="embedded"):
+    own = Origin(MaskSource.EMBEDDED)
+
+    def method(mask, structures=Origin(StructuresSource.EMBEDDED)):  # noqa: B008
         return Method("T1w", "restore", "exact", 4, 20, "1", "p", "little-net", mask, structures)
 
-    assert "structures and gave the brain mask (weights" in methods_text([method("embedded")])
-    text = methods_text([method("bids:fs:sub-01/a"), method("bids:fs:sub-02/b")])
+    assert "structures and gave the brain mask (weights" in methods_text([method(own)])
+    given = [Origin(MaskSource.FILE, f"bids:fs:sub-{n}/a") for n in (1, 2)]
+    text = methods_text([method(mask) for mask in given])
     assert text.count("Brain masks came from the data set fs.") == 1
     assert "gave the brain mask" not in text
-    text = methods_text([method("embedded"), method("SynthStrip", "SynthSeg")])
+    programs = method(Origin(MaskSource.SYNTHSTRIP), Origin(StructuresSource.SYNTHSEG))
+    text = methods_text([method(own), programs])
     assert "Brain masks of some scans came from SynthStrip." in text
-    only = methods_text([method("SynthStrip", "SynthSeg")])
+    only = methods_text([programs])
     assert "little-net" not in only

@@ -22,6 +22,7 @@ from brainprior_bids.bids.qc import (
 )
 from brainprior_bids.bids.status import write_summary
 from brainprior_bids.cli.run import main
+from brainprior_bids.records import ScanRecord, StructureRecord
 from brainprior_bids.reports.group import build_group, robust_scores
 
 
@@ -53,8 +54,12 @@ def summary(number: int, suffix: str = "T1w", **values):
     }
 
 
+def store(output_dir, value):
+    write_summary(output_dir, ScanRecord.from_json(value))
+
+
 def test_figures_come_from_the_summary():
-    values = metrics(summary(3))
+    values = metrics(ScanRecord.from_json(summary(3)))
     assert set(values) == set(METRICS)
     assert values["misfit"] == pytest.approx(1.0)
     assert values["noise_percent"] == pytest.approx(2.0)
@@ -65,7 +70,7 @@ def test_figures_come_from_the_summary():
     assert values["peak_memory_gb"] == 2.5
     assert concerns(values) == ["structures 2 is below 12", "asymmetry_percent 40 is above 15"]
     assert verdict(values) == "fail"
-    empty = metrics({"scan": "x"})
+    empty = metrics(ScanRecord.from_json({"scan": "x"}))
     assert all(v is None for name, v in empty.items() if name != "warnings")
     assert concerns(empty) == []
 
@@ -85,7 +90,8 @@ def brain(scale: float = 1.0, **factors: float):
 
 
 def judged(table, **parcellation):
-    values = metrics({"scan": "x", "facts": {"parcellation": {"table": table, **parcellation}}})
+    steps = {"parcellation": {"table": table, **parcellation}}
+    values = metrics(ScanRecord.from_json({"scan": "x", "facts": steps}))
     return values, verdict(values)
 
 
@@ -107,7 +113,8 @@ def test_volumes_are_compared_with_those_of_54_people():
     known = reference()["Left-Putamen"]
     table = brain(**{"Left-Putamen": math.exp(-9 * known["log_sd"]), "CSF": 1.5})
     values, said = judged(table)
-    assert relative_scores(table)["Left-Putamen"] == values["structure_z"]
+    rows = [StructureRecord.from_json(row) for row in table]
+    assert relative_scores(rows)["Left-Putamen"] == values["structure_z"]
     assert values["structure_z"] == pytest.approx(-9, abs=1)
     assert said == "look"
 
@@ -124,7 +131,7 @@ def test_a_brain_that_is_cut_is_not_called_small():
 
 
 def test_labels_from_elsewhere_have_no_confidence_and_a_mask_is_compared():
-    values, said = judged(brain(), structures_source="SynthSeg", mask_agreement=0.8)
+    values, said = judged(brain(), structures_source="synthseg", mask_agreement=0.8)
     assert values["confidence"] is None
     assert said == "look"
     assert judged(brain(), mask_agreement=0.4)[1] == "fail"
@@ -135,13 +142,14 @@ def test_labels_from_elsewhere_have_no_confidence_and_a_mask_is_compared():
     [
         ({"dof": 12, "method": "structures"}, 0, "pass"),
         ({"dof": 7, "method": "structures"}, 1, "look"),
-        ({"dof": 12, "method": "registration to the template"}, 1, "look"),
+        ({"dof": 12, "method": "template"}, 1, "look"),
         ({"dof": 6, "method": "structures"}, 2, "fail"),
     ],
 )
 def test_a_fallback_of_the_affine_never_passes(affine, fallbacks, expected):
     """However close the structures lie: three of them fit anywhere."""
-    values = metrics({"facts": {"affine": {**affine, "median_residual_mm": 0.8}}})
+    steps = {"affine": {**affine, "median_residual_mm": 0.8}}
+    values = metrics(ScanRecord.from_json({"scan": "x", "facts": steps}))
     assert values["affine_fallbacks"] == fallbacks
     assert verdict(values) == expected
 
@@ -151,8 +159,8 @@ def test_the_quality_table_has_a_row_for_every_scan_that_is_done(tmp_path):
     done["source"] = "sub-01/anat/sub-01_T1w.nii.gz"
     done["facts"]["parcellation"]["table"] = brain()
     done["facts"]["restore"] |= {"bias_range": 1.5, "share_beyond_3_sd": 0.2}
-    write_summary(tmp_path, done)
-    write_summary(tmp_path, summary(2, status="failed", source="x"))
+    store(tmp_path, done)
+    store(tmp_path, summary(2, status="failed", source="x"))
     with rebuild_qc(tmp_path).open(newline="") as stream:
         (row,) = csv.DictReader(stream, delimiter="\t")
     assert row["source"] == done["source"]
@@ -176,12 +184,12 @@ def test_one_scan_apart_is_found_and_too_few_are_not_judged():
 
 def test_a_table_a_contrast_and_one_page(tmp_path):
     for number in range(1, 13):
-        write_summary(tmp_path, summary(number))
-    write_summary(tmp_path, summary(1, "T2w"))
-    write_summary(tmp_path, summary(20, status="failed", message="sub-20_T1w: <no> brain"))
+        store(tmp_path, summary(number))
+    store(tmp_path, summary(1, "T2w"))
+    store(tmp_path, summary(20, status="failed", message="sub-20_T1w: <no> brain"))
     odd = summary(13)
     odd["facts"]["affine"]["median_residual_mm"] = 9.5
-    write_summary(tmp_path, odd)
+    store(tmp_path, odd)
     written = [path.name for path in build_group(tmp_path)]
     assert written == [
         "group_T1w.tsv", "group_T1w.json", "group_T2w.tsv", "group_T2w.json", "group.html",
@@ -211,15 +219,15 @@ def test_the_group_level_of_nothing_says_what_to_do(tmp_path, capsys):
     (raw / "dataset_description.json").write_text('{"Name": "a", "BIDSVersion": "1.10.0"}')
     assert main([str(raw), str(tmp_path / "out"), "group", "--device", "cpu"]) == 2
     assert "Run the participant level first" in capsys.readouterr().err
-    write_summary(tmp_path / "out", summary(1))
+    store(tmp_path / "out", summary(1))
     assert main([str(raw), str(tmp_path / "out"), "group", "--device", "cpu"]) == 0
     assert (tmp_path / "out" / "group.html").exists()
 
 
 def test_what_another_task_made_is_no_outlier_of_the_restored(tmp_path):
     for number in range(3):
-        write_summary(tmp_path, summary(number))
-    write_summary(tmp_path, {**summary(1), "scan": "sub-01_desc-inpainted_T1w"})
+        store(tmp_path, summary(number))
+    store(tmp_path, {**summary(1), "scan": "sub-01_desc-inpainted_T1w"})
     build_group(tmp_path)
     assert len((tmp_path / "group_T1w.tsv").read_text().splitlines()) == 1 + 3
     own = (tmp_path / "group_desc-inpainted_T1w.tsv").read_text().splitlines()

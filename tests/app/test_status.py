@@ -21,11 +21,14 @@ from brainprior_bids.bids.files import publish, read_json, to_json, write_json, 
 from brainprior_bids.bids.provenance import verify_records
 from brainprior_bids.bids.status import read_summaries, rebuild_status, settle, write_summary
 from brainprior_bids.cli.run import main
+from brainprior_bids.records import ScanRecord
 
 
 def summary(scan: str, **values):
-    return {"scan": scan, "source": f"{scan}.nii.gz", "task": "restore", "status": "done",
-            "seconds": 12.34, "message": "", **values}  # fmt: skip
+    return ScanRecord.from_json(
+        {"scan": scan, "source": f"{scan}.nii.gz", "task": "restore", "status": "done",
+         "seconds": 12.34, "message": "", **values}
+    )  # fmt: skip
 
 
 def test_one_row_a_scan_with_messages_on_one_line(tmp_path):
@@ -46,20 +49,29 @@ def test_scans_of_a_job_that_has_ended_have_failed(tmp_path):
         write_summary(tmp_path, summary(scan, status="running", job=job))
     write_summary(tmp_path, summary("sub-04_T1w", job="7_1"))  # done before its task was killed
     assert settle(tmp_path, "7") == ["sub-01_T1w"]
-    states = {s["scan"]: s["status"] for s in read_summaries(tmp_path)}
+    states = {s.scan: s.status for s in read_summaries(tmp_path)}
     assert states == {
         "sub-01_T1w": "failed",
         "sub-02_T1w": "running",
         "sub-03_T1w": "running",
         "sub-04_T1w": "done",
     }
-    assert "job 7_0 ended before" in read_summaries(tmp_path)[0]["message"]
+    assert "job 7_0 ended before" in read_summaries(tmp_path)[0].message
 
 
-def test_a_damaged_summary_does_not_take_the_others_with_it(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [("{", "not JSON"), ('{"scan": "sub-01_T1w", "seconds": "long"}', "seconds must be a number")],
+)
+def test_a_damaged_summary_does_not_take_the_others_with_it(tmp_path, told, content, problem):
     write_summary(tmp_path, summary("sub-02_T1w"))
-    (tmp_path / "logs" / "scans" / "sub-01_T1w.json").write_text("{")
-    assert [s["scan"] for s in read_summaries(tmp_path)] == ["sub-02_T1w"]
+    path = tmp_path / "logs" / "scans" / "sub-01_T1w.json"
+    path.write_text(content)
+    for _ in range(2):
+        assert [s.scan for s in read_summaries(tmp_path)] == ["sub-02_T1w"]
+    (warning,) = (record.getMessage() for record in told.records)  # once
+    assert str(path) in warning
+    assert problem in warning
 
 
 def _write_many(folder: str, worker: int) -> None:

@@ -25,10 +25,11 @@ from brainprior_bids.engine.restore import sample_seed
 from brainprior_bids.engine.unet import UNet
 from brainprior_bids.interfaces.anatomy import Conform, ToMNI305
 from brainprior_bids.interfaces.base import FAILURE, RECORD, Meter
-from brainprior_bids.interfaces.derivatives import Write, _copy_image
+from brainprior_bids.interfaces.derivatives import Write, copy_image
 from brainprior_bids.interfaces.files import save
 from brainprior_bids.interfaces.lesion import Lesion
 from brainprior_bids.interfaces.restore import Restore
+from brainprior_bids.records import HeaderRecord
 
 SHAPE = (40, 44, 10)
 SPACING = (1.0, 1.0, 4.0)
@@ -334,16 +335,16 @@ def test_an_inpainted_scan_is_the_scan_outside_the_mask(files, raw, output_dir, 
     for path, digest in before.items():
         if not any(word in path for word in shared):
             assert sha256_file(output_dir / path) == digest
-    assert read_summary(output_dir, "sub-01_ses-a_FLAIR")["task"] == "restore"
+    assert read_summary(output_dir, "sub-01_ses-a_FLAIR").task == "restore"
     summary = read_summary(output_dir, "sub-01_ses-a_desc-inpainted_FLAIR")
-    assert summary["task"] == "inpaint"
-    assert not any("replaced" in said for said in summary["warnings"])
+    assert summary.task == "inpaint"
+    assert not any("replaced" in said for said in summary.warnings)
     # but with another mask than the one of the restored image
     half = np.asarray(nib.load(files["mask"]).dataobj).copy()
     half[20:] = 0
     asked["mask"] = save(half, grid.one_millimetre(), tmp_path / "half.nii.gz")
     run(writer(asked, raw, output_dir), tmp_path / "w2")
-    *_, said = read_summary(output_dir, "sub-01_ses-a_desc-inpainted_FLAIR")["warnings"]
+    *_, said = read_summary(output_dir, "sub-01_ses-a_desc-inpainted_FLAIR").warnings
     assert "_space-FLAIR_desc-brain_mask.nii.gz replaced those of sub-01_ses-a_FLAIR" in said
 
 
@@ -510,7 +511,7 @@ def test_one_sample_has_no_uncertainty_and_removes_an_older_one(files, raw, outp
     assert not any("uncertainty" in name for name in tree(output_dir))
     assert len(list((output_dir / "prov").glob("*_act.json"))) == 1
     summary = read_summary(output_dir, "sub-01_ses-a_FLAIR")
-    assert summary["run_uuid"].endswith("def")
+    assert summary.run_uuid.endswith("def")
 
 
 def test_a_failure_while_writing_leaves_nothing(files, raw, output_dir, tmp_path):
@@ -612,12 +613,12 @@ def test_images_on_the_scans_voxels_carry_its_header(tmp_path, kind, sform):
     nib.save(image, tmp_path / "scan.nii.gz")
     done = conform(tmp_path / "scan.nii.gz", metadata={})
     nib.save(done.image, tmp_path / "canonical.nii.gz")
-    _copy_image(
+    copy_image(
         tmp_path / "canonical.nii.gz",
         tmp_path / "made.nii.gz",
         "restored_native",
         done.facts["affine"]["code"],
-        done.facts["original"],
+        HeaderRecord.from_json(done.facts["original"]),
     )
     made, scan = nib.load(tmp_path / "made.nii.gz"), nib.load(tmp_path / "scan.nii.gz")
     assert type(made) is kind

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import re
+from dataclasses import replace
 from urllib.parse import unquote
 
 import pytest
@@ -14,6 +15,7 @@ from brainprior_bids.bids.files import write_json
 from brainprior_bids.bids.qc import reference
 from brainprior_bids.bids.status import write_summary
 from brainprior_bids.engine.weights import find_weights, sha256_file
+from brainprior_bids.records import RestoreRecord, ScanRecord, WeightsRecord
 from brainprior_bids.reports.assembler import SubjectReport
 from brainprior_bids.reports.measured import coverage, lesions
 from brainprior_bids.reports.sheet import XML
@@ -78,7 +80,7 @@ def summary(scan, **values):
             "affine": {
                 "residuals_mm": {"Left-Thalamus": 1.26},
                 "dof": 12,
-                "used": [10],
+                "used": ["Left-Thalamus"],
                 "median_residual_mm": 2.5,
             },
             "restore": {
@@ -99,6 +101,10 @@ def summary(scan, **values):
         "error": None,
         **values,
     }
+
+
+def store(output_dir, value):
+    write_summary(output_dir, ScanRecord.from_json(value))
 
 
 def pictures(output_dir, scan, whats=PICTURES):
@@ -125,9 +131,9 @@ def linked(page):
 def output_dir(tmp_path):
     """Two scans done, one failed, and another subject's scan."""
     for scan in ("sub-01_ses-a_T1w", "sub-01_ses-a_acq-x_T1w"):
-        write_summary(tmp_path, summary(scan))
+        store(tmp_path, summary(scan))
         pictures(tmp_path, scan)
-    write_summary(
+    store(
         tmp_path,
         summary(
             "sub-01_ses-a_FLAIR",
@@ -143,7 +149,7 @@ def output_dir(tmp_path):
             },
         ),
     )
-    write_summary(tmp_path, summary("sub-011_T1w"))
+    store(tmp_path, summary("sub-011_T1w"))
     pictures(tmp_path, "sub-011_T1w")
     return tmp_path
 
@@ -264,7 +270,7 @@ def test_a_failed_scan_is_told_with_its_message(output_dir):
 
 
 def test_no_error_says_so(tmp_path):
-    write_summary(tmp_path, summary("sub-2_T1w"))
+    store(tmp_path, summary("sub-2_T1w"))
     page = read(build_subject_report(tmp_path, "2"))
     (errors,) = page.xpath("//section[@id='Errors']")
     assert "No errors to report." in errors.text_content()
@@ -280,22 +286,23 @@ def test_the_caution_about_lesions_is_in_the_summary(output_dir):
 def test_what_was_measured_of_the_prior_is_said_of_it_alone(tmp_path):
     """The embedded weights have the figures; a contrast, sampler or task beyond them is named."""
     embedded = sha256_file(find_weights(None, kind="prior"))
-    restore = {"prior": {"sha256": embedded}, "contrast": "T1w", "sampler": "eps"}
-    write_summary(tmp_path, summary("sub-2_T1w", facts={"restore": restore}))
+    restore = {"prior": {"sha256": embedded}, "contrast": "T1w", "sampler": "conditional"}
+    record = RestoreRecord.from_json(restore)
+    store(tmp_path, summary("sub-2_T1w", facts={"restore": restore}))
     text = build_subject_report(tmp_path, "2").read_text()
     for said in ("50 and 90 % intervals of a mean held", "keeps of a lesion&#39;s contrast"):
         assert said in text
     assert "Not measured for" not in text
-    assert coverage({**restore, "sampler": "exact"}, task="inpaint").endswith(
+    assert coverage(replace(record, sampler="exact"), task="inpaint").endswith(
         "Not measured for the sampler exact, the task inpaint."
     )
-    other = {**restore, "prior": {"sha256": "0" * 64}}
+    other = replace(record, prior=WeightsRecord(sha256="0" * 64))
     assert coverage(other, task="restore") == "not measured for these weights"
     assert lesions([other]) == ""
 
 
 def test_warnings_stand_above_the_pictures(tmp_path):
-    write_summary(tmp_path, summary("sub-2_T1w", warnings=["5 mm assumed <from> the header."]))
+    store(tmp_path, summary("sub-2_T1w", warnings=["5 mm assumed <from> the header."]))
     pictures(tmp_path, "sub-2_T1w")
     path = build_subject_report(tmp_path, "2")
     text = path.read_text()
@@ -311,7 +318,7 @@ def test_warnings_stand_above_the_pictures(tmp_path):
     ],
 )
 def test_a_summary_with_little_in_it(tmp_path, bare):
-    write_summary(tmp_path, bare)
+    store(tmp_path, bare)
     text = build_subject_report(tmp_path, "3").read_text()
     assert "not recorded" in text
 
@@ -333,7 +340,7 @@ def test_provenance_is_read_from_the_records(tmp_path):
     write_json(
         tmp_path / soft, {"Software": [{"Python": "3.11.7", "Packages": {"torch": "2.13.0"}}]}
     )
-    write_summary(tmp_path, summary(scan, outputs=[act]))
+    store(tmp_path, summary(scan, outputs=[act]))
     page = read(build_subject_report(tmp_path, "01"))
     (section,) = page.xpath("//section[@id='Provenance']")
     text = section.text_content()
@@ -344,10 +351,10 @@ def test_provenance_is_read_from_the_records(tmp_path):
 
 
 def test_methods_name_what_ran(tmp_path):
-    write_summary(tmp_path, summary("sub-01_T1w"))
+    store(tmp_path, summary("sub-01_T1w"))
     daps = summary("sub-01_T2w")
     daps["facts"]["restore"] |= {"sampler": "daps", "n_samples": 2, "calls": 50}
-    write_summary(tmp_path, daps)
+    store(tmp_path, daps)
     (section,) = read(build_subject_report(tmp_path, "01")).xpath("//section[@id='Methods']")
     text = " ".join(section.text_content().split())
     for expected in (

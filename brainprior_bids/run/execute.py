@@ -13,11 +13,11 @@ from brainprior_bids.bids import status
 from brainprior_bids.bids.files import write_text
 from brainprior_bids.bids.names import result_name
 from brainprior_bids.bids.qc import rebuild_qc
-from brainprior_bids.cli.logs import LOG
-from brainprior_bids.cli.monitor import ResourceMonitor
-from brainprior_bids.cli.outcome import step_records, why_not_ended, write_failure, write_running
-from brainprior_bids.cli.plugin_file import read_plugin_file
-from brainprior_bids.cli.progress import Progress
+from brainprior_bids.run.logs import LOG
+from brainprior_bids.run.monitor import ResourceMonitor
+from brainprior_bids.run.outcome import step_records, why_not_ended, write_failure, write_running
+from brainprior_bids.run.plugin_file import read_plugin_file
+from brainprior_bids.run.progress import Progress
 from brainprior_bids.settings import Settings
 
 
@@ -80,11 +80,11 @@ def execute(jobs: Sequence[Any], settings: Settings, weights: dict[str, Path]) -
         summary = status.read_summary(
             settings.output_dir, result_name(job.scan.name, settings.image)
         )
-        if summary is None or summary["status"] == "running":
+        if summary is None or summary.running:
             error = why_not_ended(job.scan, folder, settings, crashed)
             inside = f"{folder.name}."
             steps = [name.removeprefix(inside) for name in every_step if name.startswith(inside)]
-            records = step_records(folder, steps, error.get("node"))
+            records = step_records(folder, steps, error.node)
             write_failure(job.scan, settings, error, nodes=records)
     if isinstance(crashed, KeyboardInterrupt):
         status.rebuild_status(settings.output_dir)
@@ -96,8 +96,8 @@ def make_plugin(workflow: Any, settings: Settings, progress: Progress) -> Any:
     """Our own pool, or the scheduler that ``--nipype-plugin-file`` names."""
     from nipype.pipeline.plugins import LinearPlugin
 
-    from brainprior_bids.workflows.cluster import make_batch_plugin
-    from brainprior_bids.workflows.plugin import SurvivingPool
+    from brainprior_bids.run.cluster import make_batch_plugin
+    from brainprior_bids.run.pool import SurvivingPool
     from brainprior_bids.workflows.scan import NODES, claims_gb
 
     if settings.debug:

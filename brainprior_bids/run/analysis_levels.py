@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,25 +19,27 @@ from brainprior_bids.bids.provenance import write_run
 from brainprior_bids.bids.qc import rebuild_qc
 from brainprior_bids.bids.query import Scan, check_dataset, find_scans
 from brainprior_bids.bids.refined import name_after_images
-from brainprior_bids.cli.before import checked_weights, clean_work_dir, validate_request
-from brainprior_bids.cli.environment import prepare_environment
-from brainprior_bids.cli.execution import execute
-from brainprior_bids.cli.jobs import plan_jobs
-from brainprior_bids.cli.logs import LOG, log_to_file
-from brainprior_bids.cli.outcome import write_failure
-from brainprior_bids.cli.plugin_file import read_plugin_file, require_scheduler
-from brainprior_bids.cli.resources import fit_memory, memory_limit_gb
 from brainprior_bids.engine.errors import UsageError
+from brainprior_bids.engine.samplers import registry
+from brainprior_bids.records import (
+    ErrorRecord,
+    MaskSource,
+    Origin,
+    ScanRecord,
+    ScanStatus,
+    StructuresSource,
+    WeightsRecord,
+    named,
+)
+from brainprior_bids.run.environment import prepare_environment
+from brainprior_bids.run.execute import execute
+from brainprior_bids.run.jobs import plan_jobs
+from brainprior_bids.run.logs import LOG, log_to_file
+from brainprior_bids.run.outcome import write_failure
+from brainprior_bids.run.plugin_file import read_plugin_file, require_scheduler
+from brainprior_bids.run.preflight import checked_weights, clean_work_dir, validate_request
+from brainprior_bids.run.resources import fit_memory, memory_limit_gb
 from brainprior_bids.settings import Settings
-
-MASKS = {
-    "synthstrip": "SynthStrip",
-    "skip": "the scan's own edge (--skull-strip skip)",
-    "mask": "another data set (--derivatives)",
-}
-
-STRUCTURES = {"synthseg": "SynthSeg", "derivatives": "another data set (--derivatives)"}
-"""What the methods text calls a source that is not embedded, before it was used."""
 
 
 def run(settings: Settings) -> int:
@@ -50,7 +52,7 @@ def run(settings: Settings) -> int:
     if "participant" in settings.analysis_level:
         scans = _requested(settings)
         if settings.dry_run:
-            from brainprior_bids.cli.plan import print_plan
+            from brainprior_bids.run.plan import print_plan
 
             print_plan(scans, settings)
             try:
@@ -156,9 +158,9 @@ def _participants(scans: Sequence[Scan], settings: Settings, raw: dict[str, Any]
 def _reports_only(settings: Settings) -> int:
     """Write table, reports and methods text again, from what is in the output folder."""
     subjects = {
-        str(summary["subject"])
+        str(summary.subject)
         for summary in status.read_summaries(settings.output_dir)
-        if not settings.participant_label or summary["subject"] in settings.participant_label
+        if not settings.participant_label or summary.subject in settings.participant_label
     }
     if not subjects:
         raise UsageError(
@@ -205,14 +207,14 @@ def _settle(settings: Settings, job: str) -> None:
                 f"job {job} ended before this scan was begun: its task was refused, killed or "
                 "cancelled. The task's own output (logs/slurm) says why. Submit it again."
             )
-            write_failure(scan, settings, {"message": message, "type": "KilledJob"})
+            write_failure(scan, settings, ErrorRecord(type=status.KILLED_JOB, message=message))
             LOG.error("FAILED %s: its task never began it", result)
     status.rebuild_status(settings.output_dir)
     rebuild_qc(settings.output_dir)
     unreported = {
-        str(summary["subject"])
+        str(summary.subject)
         for summary in status.read_summaries(settings.output_dir)
-        if (summary.get("error") or {}).get("type") == "KilledJob"
+        if summary.error is not None and summary.error.type == status.KILLED_JOB
     }
     _reports(unreported, settings)
 
@@ -222,19 +224,22 @@ def _boilerplate_only(
 ) -> int:
     """Write the methods text of what these settings would do."""
     from brainprior_bids.engine.weights import read_weights
-    from brainprior_bids.reports.methods import Method, card, write_citation
+    from brainprior_bids.reports.methods import Method, write_citation
 
-    cards = {role: card(read_weights(path, kind=role)[1]) for role, (path, _) in weights.items()}
+    cards = {
+        role: WeightsRecord.from_json(read_weights(path, kind=role)[1]).label
+        for role, (path, _) in weights.items()
+    }
     methods = [
         Method(
             suffix=scan.name.suffix,
             task=settings.task,
-            sampler="exact" if scan.runs else settings.sampler,
+            sampler=settings.sampler,
             n_samples=settings.n_samples,
-            calls=settings.n_steps * (5 if settings.sampler == "daps" else 1),
+            calls=registry.find(settings.sampler).calls(settings.n_steps),
             version=__version__,
-            mask_source=MASKS.get(settings.skull_strip, "embedded"),
-            structures_source=STRUCTURES.get(settings.parcellation, "embedded"),
+            mask=Origin(MaskSource(settings.skull_strip)),
+            structures=Origin(StructuresSource(settings.parcellation)),
             runs=max(1, len(scan.runs)),
             **cards,
         )
@@ -259,20 +264,16 @@ def _reports(subjects: Iterable[str], settings: Settings) -> bool:
             LOG.error("sub-%s: the report could not be made: %s", subject, error)
             LOG.debug("traceback", exc_info=True)
             made = False
-    done = [
-        summary
-        for summary in status.read_summaries(settings.output_dir)
-        if summary.get("status") in status.FINISHED
-    ]
-    write_citation(settings.output_dir / "logs", [of_summary(summary) for summary in done])
+    summaries = status.read_summaries(settings.output_dir)
+    methods = [of_summary(summary) for summary in summaries if summary.finished]
+    write_citation(settings.output_dir / "logs", methods)
     return made
 
 
-def _say_warnings(summary: Mapping[str, Any]) -> None:
-    """Log what the steps of a scan warned of: their fallbacks among it."""
-    for text in summary["warnings"]:
-        named = text.startswith(f"sub-{summary['subject']}_")
-        LOG.warning("%s", text if named else f"{summary['scan']}: {text}")
+def _log_warnings(summary: ScanRecord) -> None:
+    """Log the warnings of a scan's steps, their fallbacks among them."""
+    for text in summary.warnings:
+        LOG.warning("%s", named(text, summary.scan))
 
 
 def _conclude(scans: Sequence[Scan], settings: Settings, elsewhere: Sequence[str]) -> int:
@@ -282,19 +283,19 @@ def _conclude(scans: Sequence[Scan], settings: Settings, elsewhere: Sequence[str
         for scan in scans
         if scan.name.stem not in elsewhere
     ]
-    states = [summary["status"] if summary else "failed" for summary in summaries]
+    states = [summary.status if summary else ScanStatus.FAILED for summary in summaries]
     for summary in summaries:
-        if summary and summary["status"] != "skipped":
-            _say_warnings(summary)
-        if summary and summary["status"] == "failed":
-            LOG.error("FAILED %s", summary["message"])
-            if summary["error"].get("crash_file"):
-                LOG.error("  see %s", settings.output_dir / summary["error"]["crash_file"])
+        if summary and summary.status is not ScanStatus.SKIPPED:
+            _log_warnings(summary)
+        if summary and summary.status is ScanStatus.FAILED:
+            LOG.error("FAILED %s", summary.message)
+            if summary.error is not None and summary.error.crash_file:
+                LOG.error("  see %s", settings.output_dir / summary.error.crash_file)
     LOG.info(
         "%d done, %d already done, %d failed%s. Status: %s",
-        states.count("done"),
-        states.count("skipped"),
-        states.count("failed"),
+        states.count(ScanStatus.DONE),
+        states.count(ScanStatus.SKIPPED),
+        states.count(ScanStatus.FAILED),
         f", {len(elsewhere)} left to another process" if elsewhere else "",
         settings.output_dir / "logs" / "status.tsv",
     )
@@ -302,4 +303,5 @@ def _conclude(scans: Sequence[Scan], settings: Settings, elsewhere: Sequence[str
         report = settings.output_dir / f"sub-{subject}.html"
         if report.exists():
             LOG.info("report: %s", report)
-    return 0 if not elsewhere and all(state in status.FINISHED for state in states) else 1
+    finished = all(summary is not None and summary.finished for summary in summaries)
+    return 0 if finished and not elsewhere else 1

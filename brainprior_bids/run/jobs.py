@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from brainprior_bids.bids.given import Given, find_given
 from brainprior_bids.bids.names import result_name, scan_seed
 from brainprior_bids.bids.provenance import sha256_file
 from brainprior_bids.bids.query import Scan
-from brainprior_bids.cli.logs import LOG
-from brainprior_bids.cli.outcome import write_failure
 from brainprior_bids.engine.errors import InputError
+from brainprior_bids.records import ErrorRecord, ScanStatus
+from brainprior_bids.run.logs import LOG
+from brainprior_bids.run.outcome import write_failure
 from brainprior_bids.settings import Settings
 
 
@@ -34,7 +35,7 @@ def plan_jobs(
         try:
             found = look_up(scan, settings, weights)
         except InputError as error:
-            write_failure(scan, settings, {"message": str(error), "type": "InputError"})
+            write_failure(scan, settings, ErrorRecord(type="InputError", message=str(error)))
             continue
         if not claims.take(scan.name.stem):
             LOG.error(
@@ -52,11 +53,12 @@ def plan_jobs(
                 settings.output_dir, result_name(scan.name, settings.image)
             )
             assert previous is not None
-            previous.update(
-                status="skipped",
+            skipped = replace(
+                previous,
+                status=ScanStatus.SKIPPED,
                 message="already done with the same input, settings and version",
             )
-            status.write_summary(settings.output_dir, previous)
+            status.write_summary(settings.output_dir, skipped)
             if "fmriprep" in roots:  # an earlier export may have been one a session
                 export.remove_others(
                     Path(roots["fmriprep"]),
@@ -151,12 +153,12 @@ def why_again(
         Where the scan's exports are to lie.
     """
     previous = status.read_summary(settings.output_dir, result_name(scan.name, settings.image))
-    if previous is None or previous.get("status") not in status.FINISHED:
+    if previous is None or not previous.finished:
         return ""
-    if previous.get("fingerprint") != found.fingerprint:
-        what = changes(previous.get("parts"), found.parts)
+    if previous.fingerprint != found.fingerprint:
+        what = changes(previous.parts, found.parts)
         return f"done before; again, as this changed: {what}"
-    files = (*previous["outputs"], *previous["figures"])
+    files = (*previous.outputs, *previous.figures)
     missing = [path for path in files if not (settings.output_dir / path).is_file()]
     if missing:
         return f"done before; again, as {len(missing)} file(s) are gone, such as {missing[0]}"
