@@ -31,7 +31,13 @@ Pairs = tuple[tuple[float, float], ...]
 
 
 def matrix_rows(matrix: Any) -> Matrix:
-    """A (4, 4) array as a record holds it."""
+    """A (4, 4) array as a record holds it.
+
+    Raises
+    ------
+    ShapeMismatchError
+        If it is not 4 x 4.
+    """
     rows = tuple(tuple(float(value) for value in row) for row in matrix)
     if [len(row) for row in rows] != [4, 4, 4, 4]:
         raise ShapeMismatchError(f"matrix_rows: expected a 4 x 4 matrix, got {matrix!r}.")
@@ -328,18 +334,22 @@ class ParcellationRecord(Record):
 
     @classmethod
     def _upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """The source used to be its words, or the file's address."""
-        roles: tuple[tuple[str, str, type[MaskSource] | type[StructuresSource]], ...] = (
-            ("mask_source", "mask", MaskSource),
-            ("structures_source", "dseg", StructuresSource),
-        )
-        for key, role, kind in roles:
+        """The source used to be a sentence, or the file's address."""
+        sentences = {
+            "the scan's own edge: it is already skull-stripped": MaskSource.OWN_EDGE,
+            "the scan's own edge (--skull-strip skip)": MaskSource.SKIP,
+            "SynthStrip": MaskSource.SYNTHSTRIP,
+            "SynthSeg": StructuresSource.SYNTHSEG,
+        }
+        for key, role, file in (
+            ("mask_source", "mask", MaskSource.FILE),
+            ("structures_source", "dseg", StructuresSource.FILE),
+        ):
             source = values.get(key)
-            if not isinstance(source, str) or source in list(kind):
+            if not isinstance(source, str) or source in list(type(file)):
                 continue
-            known = {member.words: member for member in kind}
-            values[key] = known.get(source, kind("mask" if kind is MaskSource else "derivatives"))
-            if source not in known:
+            values[key] = sentences.get(source, file)
+            if source not in sentences:
                 values["given"] = {role: {"uri": source}, **(values.get("given") or {})}
         return values
 
@@ -372,10 +382,9 @@ class AffineRecord(Record):
 
     @classmethod
     def _upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """The method used to be its words."""
-        known = {member.words: member for member in AffineMethod}
-        if values.get("method") in known:
-            values["method"] = known[values["method"]]
+        """The method used to be a sentence."""
+        if values.get("method") == "registration to the template":
+            values["method"] = AffineMethod.TEMPLATE
         return values
 
 
