@@ -59,7 +59,9 @@ from brainprior_bids.anatomy.parcellation import (
 from brainprior_bids.anatomy.spaces import resample, to_mni305
 from brainprior_bids.engine import weights
 from brainprior_bids.engine.grids import MNI305, Grid
-from brainprior_bids.engine.restore import Restoration, restore
+from brainprior_bids.engine.observation import Observation
+from brainprior_bids.engine.restore import restore
+from brainprior_bids.engine.result import Restoration
 
 MARKER_MM = 8.0
 CUBE_MM, SLICE_MM = 60, 5
@@ -252,11 +254,9 @@ class Scene:
             grid = Grid(done.image.shape, done.image.affine)
             inside = mask_from_file(paths[1], grid.one_millimetre(), name="cube")
         share = resample(inside.astype(np.float32), grid.one_millimetre(), grid, order=1)
+        scan = np.asarray(done.image.dataobj, np.float32)
         return restore(
-            np.asarray(done.image.dataobj, np.float32),
-            grid=grid,
-            acquisition=done.acquisition,
-            mask=share,
+            Observation(scan, grid, done.acquisition, share),
             mask_1mm=inside,
             to_mni305=self.fit.matrix,
             contrast="T1w",

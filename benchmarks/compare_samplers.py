@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`eps` and `exact` at 20 calls beside DAPS at 1000 (200 x 5, 50 x 20): same prior, brains, run.
+"""`conditional` and `exact` at 20 calls beside DAPS at 1000 (200 x 5, 50 x 20), in the same run.
 
     python benchmarks/compare_samplers.py --average avg305T1.nii sub-01_desc-brain_T1w.nii.gz
         [--crop 50] [--n-samples 8] [--threads 1]
@@ -26,6 +26,8 @@ from scipy import ndimage
 
 from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.engine.grids import Grid
+from brainprior_bids.engine.nuisance import Nuisances
+from brainprior_bids.engine.observation import Observation
 from brainprior_bids.engine.operators.slices import gaussian_profile, slice_weights
 from brainprior_bids.engine.restore import restore
 from brainprior_bids.engine.samplers.daps import DAPS_1K, DAPS_50, DapsSettings
@@ -34,7 +36,7 @@ from brainprior_bids.evaluation.metrics import compare, crps
 from brainprior_bids.training.preprocess import UNIT, mni305_brain, prepare
 
 SETTINGS: dict[str, tuple[str, DapsSettings]] = {
-    "eps, 20 calls": ("eps", DAPS_1K),
+    "conditional, 20 calls": ("conditional", DAPS_1K),
     "exact, 20 calls": ("exact", DAPS_1K),
     "DAPS 50 x 20": ("daps", DAPS_50),
     "DAPS-1k (200 x 5)": ("daps", DAPS_1K),
@@ -75,17 +77,19 @@ def thick_scan(
     affine[2, 3] = (args.spacing - 1) / 2
     unit = float(np.quantile(scan[share > 0.5], 0.99))
     call = {
-        "scan": scan,
-        "grid": Grid(scan.shape, affine),
-        "acquisition": Acquisition(2, float(args.spacing), float(args.spacing), "gaussian"),
-        "mask": share,
+        "observation": Observation(
+            scan,
+            Grid(scan.shape, affine),
+            Acquisition(2, float(args.spacing), float(args.spacing), "gaussian"),
+            share,
+            noise_sd=args.noise / unit,
+        ),
         "mask_1mm": inside,
         "to_mni305": to_mni305,
         "contrast": "T1w",
-        "noise_sd": args.noise / unit,
         "n_samples": args.n_samples,
         "seed": args.seed,
-        "width_doubt": 0.0,  # the profile is known here, to DAPS as well
+        "nuisances": Nuisances(thickness_sd=0.0),  # the profile is known here, to DAPS as well
     }
     return call, truth, inside, weights
 
@@ -128,8 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     table: dict[str, list[list[float]]] = {}
     for path in args.brains:
         call, truth, inside, weights = thick_scan(path, args)
-        scan = call.pop("scan")
-        core = call["mask"] > 0.95
+        observation = call.pop("observation")
+        scan, core = observation.scan.numpy(), observation.mask.numpy() > 0.95
         print(
             f"{path.name}: {truth.shape} mm, {args.n_samples} samples, noise {args.noise}, "
             f"{args.threads} threads, {args.clock} clock, load average {os.getloadavg()[0]:.1f}"
@@ -140,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sampler, daps = SETTINGS[name]
             began = clock()
             found = restore(
-                scan, prior=prior, sampler=sampler, daps=daps, device=args.device, **call
+                observation, prior=prior, sampler=sampler, daps=daps, device=args.device, **call
             )
             seconds = (clock() - began) / args.n_samples
             base = base or seconds
@@ -157,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ]
             table.setdefault(f"{name} | {found.calls}", []).append(row)
             show(f"{name} | {found.calls}", row)
-            if sampler in ("eps", "exact"):
+            if sampler in ("conditional", "exact"):
                 reported = compare(found.mean, truth, inside)["psnr_db"]
                 table.setdefault("its reported mean | ", []).append([reported])
                 print(f"| its reported mean | | | | {reported:.2f} | | |", flush=True)

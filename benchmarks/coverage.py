@@ -38,7 +38,7 @@ from scipy.stats import t as student_t
 from brainprior_bids.anatomy.parcellation import parcellate
 from brainprior_bids.bids.derivatives import interval_half_widths
 from brainprior_bids.bids.files import read_json, write_json
-from brainprior_bids.engine.restore import WIDTH_DOUBT
+from brainprior_bids.engine.nuisance import THICKNESS_SD
 from brainprior_bids.engine.weights import FOLDER, load_parcellation, load_prior, sha256_file
 from brainprior_bids.evaluation.protocol import (
     Case,
@@ -131,7 +131,7 @@ def one(path: Path, condition: Condition, args: argparse.Namespace) -> dict[str,
         "region_mm": args.region,
         "structures": "of the scan",
         "record": "errors",
-        "width_doubt": WIDTH_DOUBT,
+        "thickness_sd": THICKNESS_SD,
         **json.loads(json.dumps(asdict(condition))),
     }
     if record.exists() and (found := read_json(record)).get("made_by") == made_by:

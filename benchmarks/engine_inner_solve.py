@@ -5,7 +5,7 @@ A 1 x 1 x 5 mm scan of a 176 x 208 x 176 mm head with bias, partial voxels and n
 of the default schedule is timed: denoiser call, refinement of bias and noise, exact draw, the
 rest. Prints a table and the ratio, with the peak memory of the process.
 
-    python benchmarks/engine_inner_solve.py [--threads 2] [--sampler eps] [--spacing 1 1 5]
+    python benchmarks/engine_inner_solve.py [--threads 2] [--sampler conditional] [--spacing 1 1 5]
 """
 
 from __future__ import annotations
@@ -23,9 +23,13 @@ import torch
 
 from brainprior_bids.engine import restore as entry
 from brainprior_bids.engine.acquisition import Acquisition
+from brainprior_bids.engine.gaussian.spectral import SpectralSolver
 from brainprior_bids.engine.grids import Grid
-from brainprior_bids.engine.likelihood import SliceLikelihood
+from brainprior_bids.engine.likelihood import Likelihood
+from brainprior_bids.engine.nuisance import Nuisances
+from brainprior_bids.engine.observation import Observation
 from brainprior_bids.engine.operators.slices import SliceProfile
+from brainprior_bids.engine.sensing import brain_share, sensitivity
 from brainprior_bids.engine.weights import load_prior
 
 SPENT: dict[str, list[float]] = defaultdict(list)
@@ -55,7 +59,7 @@ def head(extent: tuple[int, int, int], spacing: tuple[float, float, float]) -> d
     x = mask * (0.6 + 0.3 * torch.cos(40 * a) * torch.cos(30 * b) * torch.cos(35 * c))
     axis = int(np.argmax(spacing))
     acquisition = Acquisition(axis, spacing[axis], spacing[axis])
-    profile, sensed = entry._profiles(grid, fine, grid.shape, acquisition)
+    profile, sensed = sensitivity(grid, acquisition, grid.shape)
     y = x
     for i, weights in enumerate([*sensed[:axis], profile, *sensed[axis + 1 :]]):
         y = SliceProfile(weights, tuple(y.shape), i)(y)
@@ -64,10 +68,9 @@ def head(extent: tuple[int, int, int], spacing: tuple[float, float, float]) -> d
     centre = np.eye(4)
     centre[:3, 3] = -np.array(extent) / 2
     return {
-        "scan": y * ramp.exp() + 0.01 * noise,
-        "grid": grid,
-        "acquisition": acquisition,
-        "mask": entry._share(mask, sensed),
+        "observation": Observation(
+            y * ramp.exp() + 0.01 * noise, grid, acquisition, brain_share(mask, sensed)
+        ),
         "mask_1mm": mask,
         "to_mni305": centre,
     }
@@ -82,28 +85,29 @@ def main() -> None:
     parser.add_argument("--prior", type=Path)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--samples", type=int, default=1)
-    parser.add_argument("--sampler", choices=("eps", "exact"), default="exact")
-    parser.add_argument("--refine-bias", action="store_true", help="the field inside the loop")
+    parser.add_argument("--sampler", choices=("conditional", "exact"), default="exact")
+    parser.add_argument("--move-bias", action="store_true", help="the field inside the loop")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     case = head(tuple(args.extent), tuple(args.spacing))
     prior = load_prior(args.prior)
     prior.denoise = timed("network", prior.denoise)  # type: ignore[method-assign]
-    for name in ("refine", "draw", "expect", "prepare"):
-        setattr(SliceLikelihood, name, timed(name, getattr(SliceLikelihood, name)))
+    for name in ("refine", "draw", "expect"):
+        setattr(Likelihood, name, timed(name, getattr(Likelihood, name)))
+    SpectralSolver.factors = timed("matrices", SpectralSolver.factors)  # type: ignore[method-assign]
     start = time.perf_counter()
     found = entry.restore(
-        case.pop("scan"),
+        case.pop("observation"),
         contrast="T1w",
         prior=prior,
         n_samples=args.samples,
         n_steps=args.steps,
         sampler=args.sampler,
-        refine_bias=args.refine_bias,
+        nuisances=Nuisances(move_bias=args.move_bias),
         **case,
     )
     total = time.perf_counter() - start
-    inner = sum(sum(SPENT[name]) for name in ("refine", "draw", "expect"))  # with ``prepare``
+    inner = sum(sum(SPENT[name]) for name in ("refine", "draw", "expect"))  # with ``matrices``
     network = sum(SPENT["network"])
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(
@@ -112,10 +116,12 @@ def main() -> None:
     )
     print("| part | s per level (median) | s in all |\n|---|---|---|")
     for name in ("network", "refine", "draw", "expect"):
-        if not SPENT[name]:  # eps takes the data into the network and solves once, at the end
+        if not SPENT[
+            name
+        ]:  # "conditional" takes the data into the network and solves once, at the end
             continue
         print(f"| {name} | {np.median(SPENT[name]):.3f} | {sum(SPENT[name]):.1f} |")
-    small = SPENT["prepare"]
+    small = SPENT["matrices"]
     print(f"| of these, small matrices | {np.median(small):.3f} | {sum(small):.1f} |")
     print(f"| everything | | {total:.1f} |")
     print(

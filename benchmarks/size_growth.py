@@ -31,7 +31,8 @@ import torch
 from brainprior_bids.engine import restore as entry
 from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.engine.grids import Grid
-from brainprior_bids.engine.likelihood import SliceLikelihood
+from brainprior_bids.engine.likelihood import Likelihood
+from brainprior_bids.engine.observation import Observation
 from brainprior_bids.engine.weights import load_prior
 
 SIZES = ((176, 208, 176), (192, 192, 192), (256, 256, 256), (320, 320, 320))
@@ -69,13 +70,11 @@ def measure(
     prior = load_prior(tile_mm=tile)
     prior.denoise = timed("network", prior.denoise)  # type: ignore[method-assign]
     for name in ("refine", "draw", "expect"):
-        setattr(SliceLikelihood, name, timed(name, getattr(SliceLikelihood, name)))
+        setattr(Likelihood, name, timed(name, getattr(Likelihood, name)))
     start = clock()
+    grid = Grid(shape, np.diag([*spacing, 1.0]))
     found = entry.restore(
-        scan,
-        grid=Grid(shape, np.diag([*spacing, 1.0])),
-        acquisition=Acquisition(2, spacing[2], spacing[2]),
-        mask=ball(shape),
+        Observation(scan, grid, Acquisition(2, spacing[2], spacing[2]), ball(shape)),
         mask_1mm=ball(extent),
         to_mni305=centre,
         contrast="T1w",

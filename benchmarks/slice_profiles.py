@@ -24,6 +24,7 @@ from brainprior_bids.anatomy.bias import n4
 from brainprior_bids.anatomy.hull import surface
 from brainprior_bids.anatomy.parcellation import parcellate
 from brainprior_bids.engine.acquisition import PROFILES, Acquisition
+from brainprior_bids.engine.observation import Observation
 from brainprior_bids.engine.restore import RIM_MM, restore
 from brainprior_bids.engine.weights import load_parcellation, load_prior
 from brainprior_bids.evaluation.baselines import interpolate
@@ -73,11 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     def judge(recipe: Recipe, told: str, mask: np.ndarray, rim_mm: float, name: str) -> None:
         scan, thick = degrade(truth, grid, recipe, np.random.default_rng(1), unit=unit)
         share = mask.reshape(*mask.shape[:2], thick.shape[2], -1).mean(-1)
+        acquisition = Acquisition(2, recipe.spacing_mm, recipe.spacing_mm, told)
         done = restore(
-            scan,
-            grid=thick,
-            acquisition=Acquisition(2, recipe.spacing_mm, recipe.spacing_mm, told),
-            mask=share,
+            Observation(scan, thick, acquisition, share),
             mask_1mm=mask,
             rim_mm=rim_mm,
             to_mni305=to_mni305,

@@ -471,6 +471,8 @@ class RestoreRecord(Record):
     sampler: str | None
     sampler_reason: str | None
     """Why another sampler than the default was taken."""
+    solve: str | None = field(default=None, metadata=OMIT)
+    """Strategy of the linear-Gaussian solve."""
     contrast: str | None
     n_samples: int | None
     seed: int | None

@@ -11,7 +11,10 @@ from typing import Any
 import nibabel as nib
 
 from brainprior_bids.anatomy.prepare import Prepared, prepare
-from brainprior_bids.engine.restore import RIM_MM, PriorLike, Restoration, restore
+from brainprior_bids.engine.conditioning import PriorLike
+from brainprior_bids.engine.observation import Observation
+from brainprior_bids.engine.restore import RIM_MM, restore
+from brainprior_bids.engine.result import Restoration
 from brainprior_bids.engine.weights import load_prior
 
 
@@ -64,16 +67,19 @@ def _restore(
     scan: Prepared, contrast: str, prior: PriorLike, options: Mapping[str, Any]
 ) -> Restoration:
     assert scan.to_mni305 is not None
-    return restore(
+    observation = Observation(
         scan.values,
-        grid=scan.grid,
-        acquisition=scan.acquisition,
-        mask=scan.mask,
+        scan.grid,
+        scan.acquisition,
+        scan.mask,
+        log_bias=scan.log_bias,
+        hidden=scan.hidden,
+    )
+    return restore(
+        observation,
         mask_1mm=scan.mask_1mm,
         to_mni305=scan.to_mni305,
         contrast=contrast,
         prior=prior,
-        log_bias=scan.log_bias,
-        hidden=scan.hidden,
         **options,
     )

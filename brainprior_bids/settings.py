@@ -20,7 +20,6 @@ TASKS = {
     "restore+refine": "restoredRefined",
 }
 """What may be asked for -> the ``desc-`` of its image."""
-SAMPLERS = ("auto", "eps", "exact", "daps", "map")
 SKULL_STRIPS = ("embedded", "synthstrip", "skip", "mask")
 PARCELLATIONS = ("embedded", "synthseg", "derivatives")
 MODALITIES = ("T1w", "T2w", "FLAIR")

@@ -77,7 +77,7 @@ def test_the_engine_as_the_page_calls_it():
     }
     exec(SECOND, names)
     found = names["result"]
-    assert found.sampler == "eps"
+    assert found.sampler == "conditional"
     assert found.samples.shape == (4, 24, 28, 25)
     assert np.isfinite(found.samples).all()
     assert found.mean[inside].mean() == pytest.approx(500, rel=0.1)

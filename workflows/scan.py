@@ -20,6 +20,7 @@ from brainprior_bids.bids.derivatives import bids_uri
 from brainprior_bids.bids.export import parents
 from brainprior_bids.bids.given import Given
 from brainprior_bids.bids.query import Scan
+from brainprior_bids.engine.samplers import registry
 from brainprior_bids.interfaces.anatomy import N4, CentroidAffine, Conform, Parcellate, ToMNI305
 from brainprior_bids.interfaces.derivatives import Reportlets, Write
 from brainprior_bids.interfaces.export import Deliver, Export
@@ -108,7 +109,7 @@ def field_of_view_l(path: Path) -> float:
 
 def expected_work(settings: Settings) -> dict[str, float]:
     """Node -> share of a scan's time, for showing progress: seconds of a thin T1w on one core."""
-    calls = settings.n_samples * settings.n_steps * (5 if settings.sampler == "daps" else 1)
+    calls = settings.n_samples * registry.find(settings.sampler).calls(settings.n_steps)
     return {
         "conform": 1.0,
         "parcellate": 8.0,

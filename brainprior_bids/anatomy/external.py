@@ -278,15 +278,15 @@ def run_program(command: Sequence[str], output: Path) -> dict[str, Any]:
         If it fails or leaves no output; with its last lines.
     """
     try:
-        done = subprocess.run(
+        result = subprocess.run(
             list(command), capture_output=True, text=True, errors="replace", check=False
         )
     except OSError as error:
         raise AnatomyError(f"{command[0]} cannot be run: {error.strerror}.") from error
-    if done.returncode != 0 or not output.exists():
-        said = " / ".join((done.stderr or done.stdout).strip().splitlines()[-3:])
+    if result.returncode != 0 or not output.exists():
+        output_tail = " / ".join((result.stderr or result.stdout).strip().splitlines()[-3:])
         raise AnatomyError(
-            f"{command[0]} ended with {done.returncode} and "
-            f"{'an' if output.exists() else 'no'} output; it said: {said or 'nothing'}."
+            f"{command[0]} ended with {result.returncode} and "
+            f"{'an' if output.exists() else 'no'} output; it said: {output_tail or 'nothing'}."
         )
     return {"command": list(command), "program": shutil.which(command[0])}

@@ -145,14 +145,14 @@ def find_motion(reference: PlacedScan, scan: PlacedScan) -> Motion:
             raise InputError(f"{name}: the brain mask is empty; it cannot be aligned.")
     points = _register(fixed, fine, inside, moving, moving_grid, there)
     to_reference = np.linalg.inv(points)
-    found = resample(moving, moving_grid, fine, matrix=to_reference, order=1)
+    registered = resample(moving, moving_grid, fine, matrix=to_reference, order=1)
     moved = resample(there, moving_grid, fine, matrix=to_reference, order=1) > 0.5
     both = inside & moved
     shared = float(both.sum() / max(1, min(inside.sum(), there.sum())))
     if both.sum() < 100:
         correlation, gain = 0.0, 1.0
     else:
-        a, b = fixed[both].astype(np.float64), found[both].astype(np.float64)
+        a, b = fixed[both].astype(np.float64), registered[both].astype(np.float64)
         correlation = float(np.corrcoef(a, b)[0, 1])
         gain = float(a @ b / max(float(b @ b), 1e-30))
     if not (correlation >= ALIKE and shared >= SHARED and gain > 0):
@@ -227,13 +227,13 @@ def _register(
         gradientMagnitudeTolerance=1e-8,
     )  # fmt: skip
     method.SetOptimizerScalesFromPhysicalShift()
-    found = method.Execute(a, b)
-    found = sitk.Euler3DTransform(sitk.CompositeTransform(found).GetBackTransform())
-    rotation = np.array(found.GetMatrix()).reshape(3, 3)
-    about = np.array(found.GetCenter())
+    composite = sitk.CompositeTransform(method.Execute(a, b))
+    rigid = sitk.Euler3DTransform(composite.GetBackTransform())
+    rotation = np.array(rigid.GetMatrix()).reshape(3, 3)
+    about = np.array(rigid.GetCenter())
     matrix = np.eye(4)
     matrix[:3, :3] = rotation
-    matrix[:3, 3] = np.array(found.GetTranslation()) + about - rotation @ about
+    matrix[:3, 3] = np.array(rigid.GetTranslation()) + about - rotation @ about
     flip = np.diag([-1.0, -1.0, 1.0, 1.0])
     return np.asarray(flip @ matrix @ flip, np.float64)
 

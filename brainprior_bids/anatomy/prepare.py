@@ -173,19 +173,19 @@ def prepare(
         threads=threads,
         folder=folder,
     )
-    found_lesion = None
+    hole = None
     if lesion is not None:
-        found_lesion = find_lesion(
+        hole = find_lesion(
             lesion,
             conformed.grid,
             mask_1mm=brain.mask,
             mask_scan=brain.mask_scan,
             dilate_mm=dilate_mm,
         )
-    measured = brain.mask_scan if found_lesion is None else found_lesion.measured
+    measured = brain.mask_scan if hole is None else hole.measured
     log_bias = n4(image, measured, threads=threads) if unbias else None
     affine = align_to_mni305(image, brain.mask, brain.table) if align else None
-    return Prepared(conformed, brain, found_lesion, log_bias, affine)
+    return Prepared(conformed, brain, hole, log_bias, affine)
 
 
 def conform_scan(

@@ -18,6 +18,7 @@ from brainprior_bids.bids.files import read_json, write_json, write_text
 from brainprior_bids.bids.names import named, residual_role, sample_role
 from brainprior_bids.bids.query import Scan
 from brainprior_bids.engine.errors import UsageError
+from brainprior_bids.engine.samplers import registry
 from brainprior_bids.records import (
     ParcellationRecord,
     RestoreRecord,
@@ -76,16 +77,6 @@ def descriptions() -> dict[str, str]:
         if named(image, part) not in DESCRIPTIONS
     }
 
-
-ESTIMATORS = {
-    "eps": "average, over all samples' chains and noise levels, of the network's expectation of "
-    "the image given the chain's state and the scan",
-    "exact": "average, over all samples' chains and every second noise level, of the conditional "
-    "expectation of the image given the chain's state and the scan",
-    "daps": "mean of the samples",
-    "map": "point estimate of the last noise level; no posterior mean",
-}
-"""Sampler -> what ``desc-restored`` is an average of (see docs/engine.md)."""
 
 INHERITED = (
     "Manufacturer",
@@ -261,7 +252,7 @@ def sidecars(
     given = parcellation.given
     mask_origin, structures_origin = parcellation.mask_origin, parcellation.structures_origin
     reference = {} if scan.name.suffix == "T1w" else {"SpatialReference": raw}
-    estimator = {"Estimator": ESTIMATORS[restore.sampler]}
+    estimator = {"Estimator": registry.find(restore.sampler or "auto").estimate}
     description = DESCRIPTIONS[image_desc]
     if restore.runs:
         description += f"; of {len(restore.runs)} runs in one likelihood"

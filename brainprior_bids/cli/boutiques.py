@@ -16,7 +16,7 @@ from typing import Any
 
 from brainprior_bids import __version__
 from brainprior_bids.cli.parser import build_parser
-from brainprior_bids.cli.resources import MAIN_GB
+from brainprior_bids.run.resources import MAIN_GB
 from brainprior_bids.settings import LEVELS
 
 FILES = ("bids_filter_file", "synthstrip_model", "prior", "plugin_file", "config_file")

@@ -11,12 +11,12 @@ import numpy as np
 
 from brainprior_bids.anatomy.prepare import prepare
 from brainprior_bids.bids.files import read_json
-from brainprior_bids.cli import resources
 from brainprior_bids.cli.checks import named_prior
-from brainprior_bids.cli.logs import LOG
 from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.engine.weights import load_prior
 from brainprior_bids.evaluation.lesions import LesionCase, contrast_kept
+from brainprior_bids.run import resources
+from brainprior_bids.run.logs import LOG
 
 
 def check_lesion(argv: Sequence[str]) -> int:

@@ -22,9 +22,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from brainprior_bids.cli import resources
 from brainprior_bids.engine.errors import BrainpriorError, UsageError
 from brainprior_bids.evaluation.studies import ABLATIONS, DAPS, LOW_FIELD, REFERENCE, STUDIES
+from brainprior_bids.run import resources
 
 log = logging.getLogger(__name__)
 

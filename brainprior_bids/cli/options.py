@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from brainprior_bids import __version__
-from brainprior_bids.cli.resources import MAIN_GB
 from brainprior_bids.cli.values import (
     derivative_root,
     device_name,
@@ -21,6 +20,8 @@ from brainprior_bids.cli.values import (
     space_name,
 )
 from brainprior_bids.engine.acquisition import PLANES
+from brainprior_bids.engine.samplers import registry
+from brainprior_bids.run.resources import MAIN_GB
 from brainprior_bids.settings import (
     EXPORT_PER,
     FUSE,
@@ -29,7 +30,6 @@ from brainprior_bids.settings import (
     OTHER_MODALITIES,
     OUTPUT_GRIDS,
     PARCELLATIONS,
-    SAMPLERS,
     SKULL_STRIPS,
 )
 
@@ -171,12 +171,11 @@ def task_options(group: Group) -> None:
     )
     group.add_argument(
         "--sampler",
-        choices=SAMPLERS,
+        choices=registry.NAMES,
         default="auto",
-        help="auto (default): eps where it can, else exact; eps: the network is told of what was "
-        "measured and gives the posterior's own mean at every noise level; exact: DAPS with its "
-        "inner step solved exactly; daps: as published, 50 times the work; map: one estimate "
-        "without an uncertainty",
+        help=f"auto (default): {registry.DEFAULT.name} where applicable, otherwise "
+        f"{registry.FALLBACK.name}; "
+        + "; ".join(f"{name}: {facts.help}" for name, facts in registry.SAMPLERS.items()),
     )
     group.add_argument(
         "--n-samples",

@@ -11,7 +11,6 @@ from typing import Any
 from brainprior_bids.bids.provenance import new_run_uuid
 from brainprior_bids.bids.query import read_filters
 from brainprior_bids.cli import options as groups
-from brainprior_bids.cli import resources
 from brainprior_bids.cli.checks import (
     bare_labels,
     check_anatomy,
@@ -24,12 +23,11 @@ from brainprior_bids.cli.checks import (
 )
 from brainprior_bids.cli.config_file import as_tokens, read_config
 from brainprior_bids.cli.options import SLOPPY, WORDS, WORK_DIR
-from brainprior_bids.cli.plugin_file import read_plugin_file
 from brainprior_bids.engine.errors import UsageError
+from brainprior_bids.engine.samplers import registry
+from brainprior_bids.run import resources
+from brainprior_bids.run.plugin_file import read_plugin_file
 from brainprior_bids.settings import LEVELS, SPACES, Settings
-
-STEPS = {"auto": 20, "eps": 20, "exact": 20, "daps": 200, "map": 20}
-"""Noise levels of each sampler; DAPS calls the network five times at each."""
 
 DESCRIPTION = """\
 brainprior restores brain MRI: thick slices, bias field and noise in; 1 mm, skull-stripped,
@@ -143,16 +141,17 @@ def parse_settings(argv: Sequence[str]) -> Settings:
 
     plugin = read_plugin_file(options.plugin_file)
     nprocs = options.nprocs or resources.available_processors()
-    defaults = {"n_samples": 4, "n_steps": STEPS[options.sampler]}
+    sampler = registry.find(options.sampler)
+    defaults = {"n_samples": 4, "n_steps": sampler.steps}
     if options.sloppy:
         defaults = SLOPPY
-    if options.sampler == "map":
-        if (options.n_samples or 1) > 1:
+    if not sampler.yields_samples:
+        if (options.n_samples or 1) > 1 or options.save_samples:
             raise UsageError(
-                f"--sampler map is a point estimate, its spread is no uncertainty: --n-samples "
-                f"{options.n_samples} makes no sense. Leave it out, or use --sampler exact."
+                f"--sampler {sampler.name} draws no samples: leave out --n-samples and "
+                "--save-samples, or use --sampler conditional."
             )
-        defaults = {**defaults, "n_samples": 1}
+        defaults = {"n_samples": 1, "n_steps": sampler.steps}
     filters = (
         read_filters(options.bids_filter_file, modalities)
         if options.bids_filter_file

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from brainprior_bids.bids.provenance import verify_export, verify_records
-from brainprior_bids.cli.levels import run
-from brainprior_bids.cli.logs import log_to_stderr
 from brainprior_bids.cli.parser import parse_settings
 from brainprior_bids.engine.errors import BrainpriorError, UsageError
+from brainprior_bids.run.analysis_levels import run
+from brainprior_bids.run.logs import log_to_stderr
 
 TRAINERS = ("prior", "parcellation")
 

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 from brainprior_bids import __version__
 from brainprior_bids.bids.validate import find_validator
-from brainprior_bids.cli.resources import resolve_device
 from brainprior_bids.engine.errors import BrainpriorError
+from brainprior_bids.run.resources import resolve_device
 
 LIBRARIES = (
     "torch",
@@ -94,6 +94,7 @@ def _restoration(device: str) -> None:
 
     from brainprior_bids.engine.acquisition import Acquisition
     from brainprior_bids.engine.grids import Grid
+    from brainprior_bids.engine.observation import Observation
     from brainprior_bids.engine.restore import restore
     from brainprior_bids.engine.weights import load_prior
 
@@ -111,10 +112,7 @@ def _restoration(device: str) -> None:
     )
     scan = mask * (100 + np.random.default_rng(0).normal(0, 2, shape)).astype(np.float32)
     done = restore(
-        scan,
-        grid=grid,
-        acquisition=Acquisition(2, thickness_mm=5.0, spacing_mm=5.0),
-        mask=mask,
+        Observation(scan, grid, Acquisition(2, thickness_mm=5.0, spacing_mm=5.0), mask),
         mask_1mm=mask_1mm,
         to_mni305=np.eye(4),
         contrast="T1w",

@@ -4,17 +4,15 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from brainprior_bids import __version__
 from brainprior_bids.bids.files import write_text
 from brainprior_bids.bids.query import check_dataset, find_scans
 from brainprior_bids.cli.parser import build_parser, parse_settings
-from brainprior_bids.cli.resources import MAIN_GB
 from brainprior_bids.engine.errors import UsageError
+from brainprior_bids.run.slurm import array_script
 
 PROCESSORS = 4
 MEMORY_GB = 5.0
@@ -90,56 +88,27 @@ def slurm_script(argv: Sequence[str]) -> int:
     return 0
 
 
-def _script(own: argparse.Namespace, rest, settings, participants, command) -> str:  # noqa: ANN001
-    logs = settings.output_dir / "logs" / "slurm"
-    limit = f"%{own.max_running}" if own.max_running else ""
+def _script(own, rest, settings, participants, command) -> str:  # noqa: ANN001
     cpus = (
         settings.nprocs
         if _given(rest, "--nprocs", "--nthreads", "--n-cpus", "--n_cpus")
         else PROCESSORS
     )
     memory_gb = settings.mem_gb if _given(rest, "--mem", "--mem-mb", "--mem_mb") else MEMORY_GB
-    task = " ".join([own.launcher, shlex.join(rest)])
     # the same selection, so that it knows of scans that no task began; on whatever machine
-    level = [*_as_group(rest), "--device", "cpu", "--participant-label", *participants]
-    group = f"{own.launcher} {shlex.join(level)}"
-    head = f"#SBATCH --chdir={shlex.quote(os.getcwd())}\n"
-    return f"""\
-#!/bin/bash
-# Made by brainprior {__version__}: {shlex.join(command)}
-# Run it with bash: it submits an array job of {len(participants)} task(s), one participant each,
-# and a group job after it. A task that is run again goes on where it stopped.
-set -euo pipefail
-mkdir -p {shlex.quote(str(logs))}
-
-array=$(sbatch --parsable <<'TASK'
-#!/bin/bash
-#SBATCH --job-name=brainprior
-#SBATCH --array=0-{len(participants) - 1}{limit}
-#SBATCH --cpus-per-task={cpus}
-#SBATCH --mem={(memory_gb + MAIN_GB) * 1024:.0f}M
-#SBATCH --output={shlex.quote(f"{logs}/%A_%a.out")}
-{head}{_lines(own.sbatch)}\
-participants=({shlex.join(participants)})
-{task} --participant-label "${{participants[$SLURM_ARRAY_TASK_ID]}}" \\
-    --nprocs {cpus} --mem {memory_gb:g}G --job-id "${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID"
-TASK
-)
-array=${{array%%;*}}
-echo "array job $array"
-
-group=$(sbatch --parsable --dependency="afterany:$array" --export="ALL,ARRAY=$array" <<'GROUP'
-#!/bin/bash
-#SBATCH --job-name=brainprior-group
-#SBATCH --cpus-per-task=1
-#SBATCH --mem=2G
-#SBATCH --output={shlex.quote(f"{logs}/%j_group.out")}
-{head}{_lines(own.group_sbatch)}\
-{group} --job-id "$ARRAY"
-GROUP
-)
-echo "group job ${{group%%;*}}, when all tasks have ended"
-"""
+    group = [*_as_group(rest), "--device", "cpu", "--participant-label", *participants]
+    return array_script(
+        command=command,
+        participants=participants,
+        task=f"{own.launcher} {shlex.join(rest)}",
+        group=f"{own.launcher} {shlex.join(group)}",
+        logs=settings.output_dir / "logs" / "slurm",
+        cpus=cpus,
+        memory_gb=memory_gb,
+        max_running=own.max_running,
+        sbatch=own.sbatch,
+        group_sbatch=own.group_sbatch,
+    )
 
 
 def _as_group(rest: Sequence[str]) -> list[str]:
@@ -166,7 +135,3 @@ def _joined(argv: Sequence[str]) -> list[str]:
 
 def _given(rest: Sequence[str], *names: str) -> bool:
     return any(word.partition("=")[0] in names for word in rest)
-
-
-def _lines(arguments: Sequence[str]) -> str:
-    return "".join(f"#SBATCH {line}\n" for line in arguments)

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from brainprior_bids.bids.export import EXPORTS
-from brainprior_bids.cli import resources
+from brainprior_bids.run import resources
 from brainprior_bids.settings import MODALITIES, OTHER_MODALITIES, SPACES
 
 

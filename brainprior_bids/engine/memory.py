@@ -24,7 +24,7 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in text for word in words)
 
 
-def tells_of_memory(function: Callable[P, R]) -> Callable[P, R]:
+def explains_memory(function: Callable[P, R]) -> Callable[P, R]:
     """Raise MemoryShortageError where memory runs out beside the network.
 
     The network falls back to tiles by itself (``denoiser.Prior``); the volumes of the solver and
@@ -32,7 +32,7 @@ def tells_of_memory(function: Callable[P, R]) -> Callable[P, R]:
     """
 
     @functools.wraps(function)
-    def told(*args: P.args, **kwargs: P.kwargs) -> R:
+    def explained(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return function(*args, **kwargs)
         except (MemoryError, RuntimeError) as error:
@@ -45,4 +45,4 @@ def tells_of_memory(function: Callable[P, R]) -> Callable[P, R]:
                 "CPU in place of a GPU)."
             ) from error
 
-    return told
+    return explained

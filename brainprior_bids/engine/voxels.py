@@ -114,11 +114,13 @@ class VoxelLevel:
         spread = torch.diag(square.flatten())
         noise = torch.where(blocks[:, self.border].T, alone, both)  # (m, 8)
         total = spread + haar @ (noise[..., None] * haar.T)
-        self.border_skip = torch.linalg.solve(total, spread.expand_as(total)).mT  # S total^-1
-        k = spread - self.border_skip @ spread
+        border_skip = torch.linalg.solve(total, spread.expand_as(total)).mT  # S total^-1
+        k = spread - border_skip @ spread
         values, vectors = torch.linalg.eigh(0.5 * (k + k.mT))
         root = (vectors * values.clamp_min(0).sqrt()[:, None, :]) @ vectors.mT
-        self.border_skip, self.border_root = self.border_skip.float(), root.float()
+        # On voxels, not on bands: a band of a block at the border holds the scan and x_t, whose
+        # noise may be ten thousand times the scan's, and float32 would lose the scan's digits.
+        self.border_gain, self.border_root = (border_skip @ haar).float(), root.float()
         self.root = variance.sqrt().float()
         variance[:, self.border] = k.diagonal(dim1=1, dim2=2).T
         self.c_out = variance.mean((1, 2, 3)).sqrt().float()
@@ -136,19 +138,19 @@ class VoxelLevel:
         with torch.autocast(noisy.device.type, enabled=False):
             image = from_bands(noisy.float()[None])[0, 0]
             together = torch.where(self.hidden, image, torch.lerp(image, self.y, self.trust))
-            bands = to_bands(together[None, None])[0]
-            return self._apply(self.skip, self.border_skip, bands)
+            estimate = self.skip * to_bands(together[None, None])[0]
+            voxels = _blocks(together)[:, self.border].T[..., None]  # (m, 8, 1)
+            estimate[:, self.border] = (self.border_gain @ voxels)[..., 0].T
+            return estimate
 
     def spread_out(self, unit: Tensor) -> Tensor:
         """(8, i, j, k) -> K^1/2 of it."""
         with torch.autocast(unit.device.type, enabled=False):
-            return self._apply(self.root, self.border_root, unit.float())
-
-    def _apply(self, diagonal: Tensor, border: Tensor, bands: Tensor) -> Tensor:
-        result = diagonal * bands
-        own = bands[:, self.border].T[..., None]  # (m, 8, 1)
-        result[:, self.border] = (border @ own)[..., 0].T
-        return result
+            unit = unit.float()
+            result = self.root * unit
+            own = unit[:, self.border].T[..., None]  # (m, 8, 1)
+            result[:, self.border] = (self.border_root @ own)[..., 0].T
+            return result
 
     def unknown_map(self, shape: tuple[int, ...]) -> Tensor:
         """(1, 1, i, j, k): sqrt(C) / sigma."""

@@ -26,7 +26,9 @@ from brainprior_bids.anatomy.spaces import resample
 from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.engine.errors import InputError
 from brainprior_bids.engine.grids import Grid
-from brainprior_bids.engine.restore import Restoration, restore
+from brainprior_bids.engine.observation import Observation
+from brainprior_bids.engine.restore import restore
+from brainprior_bids.engine.result import Restoration
 
 WHITE_MATTER = (2, 41)
 
@@ -134,16 +136,16 @@ def contrast_kept(
             torch.from_numpy(sphere)[None, None].float(), case.grid.shape
         )[0, 0].numpy()
         scan = case.scan * (1 + contrast * share)
-        found = _restored(case, scan, prior, options)
+        with_lesion = _restored(case, scan, prior, options)
         put_in = contrast * plain.mean[sphere].mean()
         flat = resample((scan - case.scan) * np.exp(-case.log_bias), case.grid, fine, order=1)
         kept.append(
             Kept(
                 float(size),
                 float(contrast),
-                float((found.mean - plain.mean)[sphere].mean() / put_in),
+                float((with_lesion.mean - plain.mean)[sphere].mean() / put_in),
                 float(flat[sphere].mean() / put_in),
-                found.sampler,
+                with_lesion.sampler,
             )
         )
     return kept
@@ -152,15 +154,18 @@ def contrast_kept(
 def _restored(
     case: LesionCase, scan: NDArray[np.float32], prior: Any, options: dict[str, Any]
 ) -> Restoration:
-    return restore(
+    observation = Observation(
         scan.astype(np.float32),
         grid=case.grid,
         acquisition=case.acquisition,
         mask=case.mask,
+        log_bias=case.log_bias,
+    )
+    return restore(
+        observation,
         mask_1mm=case.mask_1mm,
         to_mni305=case.to_mni305,
         contrast=case.contrast,
         prior=prior,
-        log_bias=case.log_bias,
         **options,
     )

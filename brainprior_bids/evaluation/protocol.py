@@ -35,8 +35,11 @@ from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.engine.denoiser import Prior
 from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.engine.grids import Grid
+from brainprior_bids.engine.nuisance import Nuisances
+from brainprior_bids.engine.observation import Observation
 from brainprior_bids.engine.parcellation_network import ParcellationNetwork
-from brainprior_bids.engine.restore import Restoration, restore
+from brainprior_bids.engine.restore import restore
+from brainprior_bids.engine.result import Restoration
 from brainprior_bids.evaluation.baselines import interpolate, tikhonov, total_variation
 from brainprior_bids.evaluation.degrade import (
     Recipe,
@@ -180,7 +183,7 @@ class Condition:
         As ``degrade.Recipe``; ``width`` is the true over the stated thickness.
     field : {"none", "n4"}
         Of a scan with a bias field: what every method is given of it.
-    refine_bias : bool
+    move_bias : bool
         Whether the engine moves it further.
     assumed_noise : float or None
         Told to the engine; None: it estimates.
@@ -203,7 +206,7 @@ class Condition:
     rician: bool = False
     bias_sd: float = 0.0
     field: str = "none"
-    refine_bias: bool = False
+    move_bias: bool = False
     assumed_noise: float | None = None
     sampler: str = "auto"
     n_samples: int = 8
@@ -442,21 +445,24 @@ def restored(
     case: Case, condition: Condition, contrast: str, *, prior: Prior, device: str = "cpu"
 ) -> Restoration:
     """What the engine makes of a case under its condition."""
-    return restore(
+    observation = Observation(
         case.scan.data,
         grid=case.scan.grid,
         acquisition=Acquisition(AXIS, condition.spacing_mm, condition.spacing_mm),
         mask=case.mask,
+        log_bias=case.log_bias,
+        noise_sd=condition.assumed_noise,
+    )
+    return restore(
+        observation,
         mask_1mm=case.inside,
         to_mni305=case.to_mni305,
         contrast=contrast,
         prior=prior,
-        log_bias=case.log_bias,
-        noise_sd=condition.assumed_noise,
+        nuisances=Nuisances(move_bias=condition.move_bias),
         sampler=condition.sampler,
         n_samples=condition.n_samples,
         n_steps=condition.n_steps,
-        refine_bias=condition.refine_bias,
         seed=condition.seed,
         device=device,
     )
@@ -491,7 +497,8 @@ def measure(
     classical = _classical(case, penalties)
     found = restored(case, condition, person.contrast, prior=prior, device=device)
     truth = case.truth.data
-    images = {**classical, "sample": found.samples[0], "restored": found.mean}
+    samples = {"sample": found.samples[0]} if len(found.samples) else {}
+    images = {**classical, **samples, "restored": found.mean}
     images = {
         method: (image * matching_gain(image, truth, case.judged)).astype(np.float32)
         for method, image in images.items()
@@ -548,7 +555,7 @@ def _spread(case: Case, found: Restoration, penalties: Mapping[str, float]) -> d
     image = tikhonov(in_slices(case), case.weights, axis=AXIS, penalty=penalties["tikhonov"])
     sd = tikhonov_sd(case.weights, penalties["tikhonov"], penalties["spread"])
     facts: dict[str, Any] = {
-        "crps": crps(found.samples, truth, judged),
+        "crps": crps(found.samples, truth, judged) if len(found.samples) else None,
         "crps_tikhonov": gaussian_crps(image, sd, truth, judged),
     }
     if found.sd is not None:

@@ -13,7 +13,7 @@ BIASED = {"bias_sd": 0.1, "sampler": "exact"}
 ABLATIONS: dict[str, dict[str, Any]] = {
     "as it comes": {},
     "sampler exact": {"sampler": "exact"},
-    "sampler map": {"sampler": "map", "n_samples": 1},
+    "sampler mean": {"sampler": "mean"},
     "5 calls": {"n_steps": 5},
     "10 calls": {"n_steps": 10},
     "40 calls": {"n_steps": 40},
@@ -22,7 +22,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "noise said 0.02": {"assumed_noise": 0.02},
     "field ignored": BIASED,
     "field by N4": {**BIASED, "field": "n4"},
-    "field by N4, moved": {**BIASED, "field": "n4", "refine_bias": True},
-    "field moved from 0": {**BIASED, "refine_bias": True},
+    "field by N4, moved": {**BIASED, "field": "n4", "move_bias": True},
+    "field moved from 0": {**BIASED, "move_bias": True},
 }
 DAPS = {"sampler daps": {"sampler": "daps", "n_samples": 1}}

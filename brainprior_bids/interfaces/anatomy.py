@@ -148,7 +148,8 @@ class N4(MeasuredInterface):
         from brainprior_bids.anatomy.bias import n4
 
         image = nib.load(self.inputs.in_file)
-        log_bias = n4(image, read_array(self.inputs.mask_scan), threads=self.inputs.num_threads)
+        mask = read_array(self.inputs.mask_scan, np.float32)
+        log_bias = n4(image, mask, threads=self.inputs.num_threads)
         self._results.update(files.write_bias(log_bias, grid_of(image), folder))
         return []
 
@@ -176,7 +177,7 @@ class CentroidAffine(MeasuredInterface):
 
         fit = align_to_mni305(
             nib.load(self.inputs.in_file),
-            np.asarray(nib.load(self.inputs.mask).dataobj),
+            read_array(self.inputs.mask),
             files.read_table(self.inputs.structures_json),
         )
         self._results.update(files.write_affine(fit, folder))

@@ -20,7 +20,7 @@ from brainprior_bids.interfaces.base import (
     MeasuredInterface,
     MeasuredOutputSpec,
 )
-from brainprior_bids.interfaces.files import grid_of, save, write_record
+from brainprior_bids.interfaces.files import grid_of, read_array, save, write_record
 from brainprior_bids.records import ExportRecord
 from brainprior_bids.settings import EXPORT_PER
 
@@ -61,20 +61,20 @@ class Export(MeasuredInterface):
         inputs = self.inputs
         scan, restored = nib.load(inputs.scan), nib.load(inputs.restored)
         grid = grid_of(restored)
-        brain, mask = restored.get_fdata(dtype=np.float32), _array(inputs.mask) > 0
+        brain, mask = restored.get_fdata(dtype=np.float32), read_array(inputs.mask) > 0
         pasted = paste_back(
             scan.get_fdata(dtype=np.float32),
             brain,
             scan_grid=grid_of(scan),
             grid=grid,
             mask=mask,
-            mask_scan=_array(inputs.mask_scan),
-            log_bias=_array(inputs.log_bias),
+            mask_scan=read_array(inputs.mask_scan),
+            log_bias=read_array(inputs.log_bias),
         )
         self._results["head"] = save(pasted.head, grid, folder / "head.nii.gz")
         if inputs.tissues:
             tissues = tissue_probabilities(
-                brain, _array(inputs.structures), mask, spacing_mm=grid.spacing_mm
+                brain, read_array(inputs.structures), mask, spacing_mm=grid.spacing_mm
             )
             labels = tissue_labels(tissues, mask)
             self._results["dseg"] = save(labels, grid, folder / "dseg.nii.gz")
@@ -86,10 +86,6 @@ class Export(MeasuredInterface):
         )
         self._results["export_json"] = write_record(record, folder / "export.json")
         return pasted.warnings
-
-
-def _array(path: str) -> np.ndarray:
-    return np.asarray(nib.load(path).dataobj)
 
 
 class _DeliverInputSpec(MeasuredInputSpec):

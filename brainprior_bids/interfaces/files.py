@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import nibabel as nib
 import numpy as np
 from nipype.interfaces.base import BaseInterfaceInputSpec, isdefined
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from brainprior_bids.bids.files import write_json
 from brainprior_bids.engine.acquisition import Acquisition
@@ -59,9 +59,9 @@ def save(array: np.ndarray, grid: Grid, path: Path) -> str:
     return str(path)
 
 
-def read_array(path: str | Path) -> NDArray[np.float32]:
-    """The values of an image, float32."""
-    return np.asarray(nib.load(path).dataobj, np.float32)
+def read_array(path: str | Path, dtype: DTypeLike | None = None) -> NDArray[Any]:
+    """The values of an image, in its own dtype or the one asked for."""
+    return np.asarray(nib.load(path).dataobj, dtype)
 
 
 def read_acquisition(conform_json: str | Path) -> Acquisition:

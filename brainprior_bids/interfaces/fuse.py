@@ -77,11 +77,11 @@ class Align(MeasuredInterface):
 
         return PlacedScan.from_scan(
             self.inputs.name,
-            files.read_array(self.inputs.in_file),
-            files.read_array(self.inputs.log_bias),
+            files.read_array(self.inputs.in_file, np.float32),
+            files.read_array(self.inputs.log_bias, np.float32),
             grid=files.grid_of(nib.load(self.inputs.in_file)),
             acquisition=files.read_acquisition(self.inputs.conform_json),
-            mask=np.asarray(nib.load(self.inputs.mask).dataobj),
+            mask=files.read_array(self.inputs.mask),
         )
 
     def _align(

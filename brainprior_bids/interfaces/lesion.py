@@ -46,8 +46,8 @@ class Lesion(MeasuredInterface):
         lesion = find_lesion(
             Path(self.inputs.lesion),
             grid,
-            mask_1mm=np.asarray(nib.load(self.inputs.mask).dataobj),
-            mask_scan=read_array(self.inputs.mask_scan),
+            mask_1mm=read_array(self.inputs.mask),
+            mask_scan=read_array(self.inputs.mask_scan, np.float32),
             dilate_mm=float(self.inputs.dilate_mm),
         )
         self._results.update(write_lesion(lesion, grid, folder))

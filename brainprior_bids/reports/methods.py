@@ -18,6 +18,7 @@ from pathlib import Path
 
 from brainprior_bids import __version__
 from brainprior_bids.bids.files import write_text
+from brainprior_bids.engine.samplers import registry
 from brainprior_bids.records import (
     AffineMethod,
     MaskSource,
@@ -27,27 +28,6 @@ from brainprior_bids.records import (
 )
 
 CITATION = re.compile(r"\[@([A-Za-z0-9]+)\]")
-ESTIMATES = {
-    "eps": "The restored image estimates the posterior mean: it is a weighted average of the "
-    "network's expectations of the image, given the scan, over the levels of the samples' chains.",
-    "exact": "The restored image estimates the posterior mean: it is the average of the "
-    "conditional expectations of the image that the samples' chains passed through.",
-    "daps": "The restored image is the mean of the samples.",
-    "map": "The restored image is a point estimate, without an uncertainty.",
-}
-DAPS = "in the manner of decoupled annealing posterior sampling [@daps], "
-WAYS = {
-    "eps": "by exact posterior scores [@eps]: the denoiser is told of what was measured, so "
-    "that the reverse diffusion ends in a sample of the posterior",
-    "exact": f"{DAPS}with the inner Langevin walk replaced by the exact draw that it approximates",
-    "daps": f"{DAPS}with its inner Langevin walk",
-    "map": f"{DAPS}followed from high to low noise without drawing",
-}
-
-# before a run it is not known which of the two a scan will get
-WAYS["auto"] = f"{WAYS['eps']} (thick slices and 3-D scans), or {WAYS['exact']} (all others)"
-ESTIMATES["auto"] = f"{ESTIMATES['eps']} For scans of other kinds: {ESTIMATES['exact']}"
-
 DONE = {
     "restore": "restored",
     "inpaint": "inpainted",
@@ -138,8 +118,8 @@ def methods_text(methods: Sequence[Method]) -> str:
     spread = " The voxelwise standard deviation of the samples is the uncertainty map."
     if all(method.n_samples < 2 for method in methods):
         spread = ""
-    point = all(method.sampler == "map" for method in methods)
-    start = "Images were estimated from" if point else "Images were drawn from"
+    drawing = any(registry.find(method.sampler).yields_samples for method in methods)
+    start = "Images were drawn from" if drawing else "Images are estimates of the mean of"
     widths = sorted({width for method in methods for width in method.widths})
     if len(widths) > 1:
         spread += (
@@ -177,16 +157,28 @@ def _drawn(methods: Sequence[Method]) -> str:
         ways.setdefault((method.sampler, method.n_samples, method.calls), []).append(method.suffix)
     sentences = [
         (
-            f"{WAYS[sampler]} ({n} {'sample' if n == 1 else 'samples'}, {calls} network calls "
-            f"each). {ESTIMATES[sampler]}",
-            f"{_listed([f'{scans.count(s)} {s}' for s in dict.fromkeys(scans)])} "
-            f"{'scan' if len(scans) == 1 else 'scans'}",
+            _sampling(sampler, n, calls),
+            f"{_listed([f'{suffixes.count(s)} {s}' for s in dict.fromkeys(suffixes)])} "
+            f"{'scan' if len(suffixes) == 1 else 'scans'}",
         )
-        for (sampler, n, calls), scans in ways.items()
+        for (sampler, n, calls), suffixes in ways.items()
     ]
     if len(sentences) == 1:
         return sentences[0][0]
     return f"in {len(sentences)} ways. " + " ".join(f"For {who}, {how}" for how, who in sentences)
+
+
+def _sampling(name: str, n_samples: int, calls: int) -> str:
+    """How one sampler samples and what the image is; before a run, both that "auto" may take."""
+    facts, other = registry.find(name), registry.FALLBACK
+    method, estimate = facts.method, facts.estimate_method
+    if name == "auto":
+        method += f" (thick slices and 3-D scans), or {other.method} (all others)"
+        estimate += f" For scans of other kinds: {other.estimate_method}"
+    if not facts.yields_samples:
+        return f"{method}. {estimate}"
+    samples = "1 sample" if n_samples == 1 else f"{n_samples} samples"
+    return f"{method} ({samples}, {calls} network calls each). {estimate}"
 
 
 def _bias(methods: Sequence[Method]) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from brainprior_bids.anatomy.slices import slice_fit
+from brainprior_bids.anatomy.slices import check_slices, slice_fit
 from brainprior_bids.bids.qc import concerns, metrics, verdict
 from brainprior_bids.engine.errors import ShapeMismatchError
 
@@ -76,3 +76,16 @@ def test_little_brain_is_not_judged_and_a_foreign_mask_refused():
     assert slice_fit(image, np.indices(SHAPE)[2] < 4, axis=2) is None
     with pytest.raises(ShapeMismatchError, match="on the image's grid"):
         slice_fit(image, BRAIN[1:], axis=2)
+
+
+def test_slices_that_do_not_fit_are_warned_about():
+    def warnings(values):
+        return check_slices(nib.Nifti1Image(values, AFFINE), BRAIN, axis=2)[1]
+
+    assert warnings(still()) == []
+    assert [text.split()[0] for text in warnings(moved())] == ["Neighbouring"]
+    faint, mismatch = warnings(lost())
+    assert faint.startswith("Slice 10 of 20 (axial, counted from the bottom) has 0 % of")
+    assert mismatch.startswith("Neighbouring slices do not fit together (mismatch")
+    image = nib.Nifti1Image(still(), AFFINE)
+    assert check_slices(image, np.indices(SHAPE)[2] < 4, axis=2) == (None, [])

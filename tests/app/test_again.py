@@ -21,13 +21,13 @@ from brainprior_bids.bids.fingerprint import changes
 from brainprior_bids.bids.fuse import fuse_runs
 from brainprior_bids.bids.query import find_scans
 from brainprior_bids.bids.status import read_summary, write_summary
-from brainprior_bids.cli.before import checked_weights
-from brainprior_bids.cli.jobs import look_up, plan_jobs
 from brainprior_bids.cli.parser import parse_settings
 from brainprior_bids.cli.run import main
 from brainprior_bids.engine import weights as embedded
 from brainprior_bids.engine.weights import write_weights
 from brainprior_bids.records import ScanRecord, ScanStatus
+from brainprior_bids.run.jobs import look_up, plan_jobs
+from brainprior_bids.run.preflight import checked_weights
 
 SCAN = "sub-01/anat/sub-01_run-1_T1w"
 

@@ -20,8 +20,8 @@ from brainprior_bids.cli.parser import parse_settings
 from brainprior_bids.cli.run import main
 from brainprior_bids.engine.errors import AnatomyError, UsageError
 from brainprior_bids.engine.grids import Grid
-from brainprior_bids.interfaces.anatomy import save
 from brainprior_bids.interfaces.export import Deliver
+from brainprior_bids.interfaces.files import save
 from brainprior_bids.settings import Settings
 
 IMAGES = {

@@ -19,11 +19,11 @@ from brainprior_bids.bids.given import Given
 from brainprior_bids.bids.names import BIDSName, output_names, residual_role
 from brainprior_bids.bids.query import Scan, find_scans
 from brainprior_bids.cli.parser import parse_settings
-from brainprior_bids.cli.plan import print_plan
 from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.records import ScanRecord, StepRecords
 from brainprior_bids.reports.methods import methods_text, of_summary
 from brainprior_bids.reports.subject import restore_rows
+from brainprior_bids.run.plan import print_plan
 from brainprior_bids.settings import Settings
 
 STEMS = (

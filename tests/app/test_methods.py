@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from lxml import html
 
+from brainprior_bids.engine.samplers import registry
 from brainprior_bids.records import AffineMethod
 from brainprior_bids.reports.methods import (
     CITATION,
@@ -17,10 +18,9 @@ from brainprior_bids.reports.methods import (
     to_html,
     write_citation,
 )
-from brainprior_bids.settings import SAMPLERS
 
 ONE = Method("T1w", "restore", "exact", 4, 20, "9.8.7", "p_1, SHA-256 ab…", "n, SHA-256 cd…")
-MAP = Method("T2w", "restore", "map", 1, 20, "9.8.7", "p_1, SHA-256 ab…", "n, SHA-256 cd…")
+MEAN = Method("T2w", "restore", "mean", 0, 1, "9.8.7", "p_1, SHA-256 ab…", "n, SHA-256 cd…")
 
 
 def test_what_ran_and_nothing_else():
@@ -32,28 +32,28 @@ def test_what_ran_and_nothing_else():
     assert "times as thick" not in text
     doubted = " ".join(methods_text([replace(ONE, widths=(0.83, 1.0, 1.17))]).split())
     assert "taken to be 0.83, 1.00, 1.17 times as thick as stated, in different" in doubted
-    point = " ".join(methods_text([MAP]).split())
+    point = " ".join(methods_text([MEAN]).split())
     assert "without an uncertainty" in point
     assert "standard deviation" not in point
     assert "Langevin" not in point
     assert "Images were drawn" not in point
-    both = " ".join(methods_text([ONE, MAP]).split())
+    both = " ".join(methods_text([ONE, MEAN]).split())
     assert "1 T1w and 1 T2w scans were restored with" in both
     assert "lesion" not in both
     # which scans were drawn in which way
     third = replace(ONE, suffix="FLAIR")
-    assert methods_text([ONE, MAP, third]).startswith("1 T1w, 1 T2w and 1 FLAIR scans were")
+    assert methods_text([ONE, MEAN, third]).startswith("1 T1w, 1 T2w and 1 FLAIR scans were")
     assert "2 ways. For 1 T1w scan, in the manner of decoupled annealing" in both
-    assert "without an uncertainty." in both.split("For 1 T2w scan, ")[1]
-    assert "without an uncertainty" not in both.split("For 1 T2w scan, ")[0]
-    filled = " ".join(methods_text([ONE, MAP, replace(ONE, task="inpaint")]).split())
+    assert "no uncertainty was estimated" in both.split("For 1 T2w scan, ")[1]
+    assert "no uncertainty was estimated" not in both.split("For 1 T2w scan, ")[0]
+    filled = " ".join(methods_text([ONE, MEAN, replace(ONE, task="inpaint")]).split())
     assert "scans were restored; 1 T1w scan was inpainted with *brainprior*" in filled
     assert "Voxels under a lesion mask were no measurements" in filled
 
 
 def test_every_citation_has_its_reference():
     known = references()
-    both = [ONE, replace(ONE, sampler="eps")]
+    both = [ONE, replace(ONE, sampler="conditional")]
     assert set(CITATION.findall(methods_text(both))) == set(known)
     for entry in known.values():
         assert {"title", "year"} <= set(entry)
@@ -95,5 +95,5 @@ def test_steps_that_did_not_run_are_not_described():
 
 
 def test_every_sampler_of_the_command_line_can_be_described():
-    for sampler in SAMPLERS:
+    for sampler in registry.NAMES:
         assert "weights p_1" in methods_text([replace(ONE, sampler=sampler)])

@@ -10,11 +10,11 @@ import sys
 import pytest
 
 from brainprior_bids import __version__
-from brainprior_bids.cli import resources
-from brainprior_bids.cli.before import clean_work_dir
 from brainprior_bids.cli.parser import WORK_DIR, parse_settings
 from brainprior_bids.cli.run import main
 from brainprior_bids.engine.errors import UsageError
+from brainprior_bids.run import resources
+from brainprior_bids.run.preflight import clean_work_dir
 
 
 @pytest.fixture
@@ -36,12 +36,13 @@ def test_the_defaults_are_the_documented_ones(folders, tmp_path):
 def test_samplers_have_their_own_defaults(folders):
     chosen = {
         sampler: parse_settings([*folders, "--sampler", sampler])
-        for sampler in ("exact", "daps", "map")
+        for sampler in ("conditional", "mean", "exact", "daps")
     }
     assert {name: (s.n_samples, s.n_steps) for name, s in chosen.items()} == {
+        "conditional": (4, 20),
+        "mean": (1, 1),
         "exact": (4, 20),
         "daps": (4, 200),
-        "map": (1, 20),
     }
 
 
@@ -84,7 +85,8 @@ def test_prefixes_are_stripped_and_aliases_taken(folders):
         (["--n-samples", "0"], "at least 1"),
         (["--nprocs", "two"], "whole number of at least 1, got two"),
         (["--slice-thickness", "thin"], "number above 0, got thin"),
-        (["--sampler", "map", "--n-samples", "4"], "point estimate"),
+        (["--sampler", "mean", "--n-samples", "4"], "draws no samples"),
+        (["--sampler", "mean", "--save-samples"], "draws no samples"),
         (["--random-seed", "-1"], "from 0"),
         (["--slice-thickness", "0"], "above 0"),
         (["--mem", "lots"], "8G"),

@@ -13,10 +13,11 @@ from scipy import ndimage
 
 from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.engine.errors import GeometryError, InputError, UsageError
-from brainprior_bids.engine.fusion import NOT_EPS, Run, fuse
 from brainprior_bids.engine.grids import Grid
+from brainprior_bids.engine.nuisance import THICKNESS_SD, Nuisances
+from brainprior_bids.engine.observation import Observation
 from brainprior_bids.engine.operators.resample import AffineResample, SparseResample
-from brainprior_bids.engine.restore import WIDTH_DOUBT, restore
+from brainprior_bids.engine.restore import restore
 
 SHAPE, THICK, NOISE, UNIT = (36, 40, 32), 4, 0.02, 500.0
 TO_MNI = np.array([[1, 0, 0, 2.0], [0, 1, 0, -1.0], [0, 0, 1, 0.5], [0, 0, 0, 1]])
@@ -85,15 +86,14 @@ def make_run(axis, motion, noise=NOISE, seed=0, gain=1.0):
     affine = fine_affine @ np.diag([*factor, 1.0])
     affine[:3, 3] = fine_affine[:3, 3] + (np.array(factor) - 1) / 2
     y = mean(moved) + noise * np.random.default_rng(seed).normal(size=shape)
-    return Run(
-        f"run-{axis}",
+    return Observation(
         (UNIT * y / gain).astype(np.float32),
         Grid(tuple(shape), affine),
         Acquisition(axis, THICK, THICK, "boxcar"),
         mean((moved > 0).astype(np.float32)).astype(np.float32),
-        None,
-        back,
-        gain,
+        to_reference=back,
+        gain=gain,
+        name=f"run-{axis}",
     ), moved
 
 
@@ -108,7 +108,10 @@ def together(*runs, **changes):
         "n_steps": 8,
         "sigma_max": 1.0,
     }
-    return fuse(runs, **{**options, **changes})
+    options |= changes
+    nuisances = Nuisances(options.pop("thickness_sd", THICKNESS_SD))
+    result = restore(runs, nuisances=nuisances, **options)
+    return result, result.scans
 
 
 @pytest.fixture(scope="module")
@@ -130,14 +133,11 @@ def test_two_crossed_stacks_of_a_moved_brain_show_more_than_each(crossed):
     assert done.grid == fine
     assert done.samples.shape == (2, *fine.shape)
     assert done.unit == pytest.approx(np.quantile(first.scan[first.mask > 0.5], 0.99), rel=0.01)
-    alone = restore(
-        first.scan, grid=first.grid, acquisition=first.acquisition, mask=first.mask,
-        mask_1mm=truth > 0, to_mni305=TO_MNI, contrast="T1w", prior=Prior(), n_samples=2,
-        n_steps=8, sigma_max=1.0,
-    )  # fmt: skip
+    alone, _ = together(first)
     fused, single = error(done.mean, truth), error(alone.mean, truth)
     assert fused < 0.75 * single, (fused, single)  # seeded
-    assert done.not_eps == NOT_EPS
+    assert (done.sampler, done.solve, alone.solve) == ("exact", "image space", "spectral")
+    assert "conditioned on measurements" in done.sampler_reason
     assert [e.name for e in explained] == ["run-2", "run-0"]
     for run, found in zip((first, second), explained, strict=True):
         assert found.residual_map.shape == run.scan.shape
@@ -150,18 +150,18 @@ def test_two_crossed_stacks_of_a_moved_brain_show_more_than_each(crossed):
 def test_the_second_sample_takes_wider_slices_in_all_runs(crossed):
     first, second, _ = crossed
     done, _ = together(first, second)
-    assert done.widths == [1, pytest.approx(1 + WIDTH_DOUBT * 1.5**0.5)]
+    assert done.thickness_factors == [1, pytest.approx(1 + THICKNESS_SD * 1.5**0.5)]
     wider = [
-        replace(r, acquisition=replace(r.acquisition, thickness_mm=t * done.widths[1]))
+        replace(r, acquisition=replace(r.acquisition, thickness_mm=t * done.thickness_factors[1]))
         for r, t in (
             (first, first.acquisition.thickness_mm),
             (second, second.acquisition.thickness_mm),
         )
     ]
-    stated, _ = together(*wider, width_doubt=0.0)
+    stated, _ = together(*wider, thickness_sd=0.0)
     # the noise found before sampling depends on the thickness by a little
     np.testing.assert_allclose(done.samples[1], stated.samples[1], atol=1e-3 * UNIT)
-    plain, _ = together(first, second, width_doubt=0.0)
+    plain, _ = together(first, second, thickness_sd=0.0)
     assert np.abs(done.samples[1] - plain.samples[1]).max() > 0.02 * UNIT
 
 
@@ -170,17 +170,14 @@ def test_repeated_3d_scans_have_no_doubt_about_slices(crossed):
     fine = crossed[0].grid.one_millimetre()
     rng = np.random.default_rng(0)
     scans = [
-        Run(
-            name, (UNIT * (truth + NOISE * rng.standard_normal(truth.shape))).astype(np.float32),
-            fine, Acquisition(2, 1.0, 1.0), (truth > 0).astype(np.float32), None, np.eye(4),
+        Observation(
+            (UNIT * (truth + NOISE * rng.standard_normal(truth.shape))).astype(np.float32),
+            fine, Acquisition(2, 1.0, 1.0), (truth > 0).astype(np.float32), name=name,
         )
         for name in ("one", "two")
     ]  # fmt: skip
-    done, _ = fuse(
-        scans, mask_1mm=truth > 0, to_mni305=TO_MNI, contrast="T1w", prior=Prior(), n_samples=2,
-        n_steps=2,
-    )  # fmt: skip
-    assert done.widths == [1, 1]
+    done, _ = together(*scans, n_steps=2)
+    assert done.thickness_factors == [1, 1]
 
 
 def test_without_the_motion_the_runs_contradict_each_other(crossed):
@@ -212,7 +209,7 @@ def test_repeated_runs_average_their_noise():
 @pytest.mark.parametrize(
     ("change", "wrong", "kind", "text"),
     [
-        ({"sampler": "eps"}, {}, UsageError, "auto or exact"),
+        ({"sampler": "conditional"}, {}, UsageError, "conditioned on measurements"),
         ({"n_samples": 0}, {}, UsageError, "n_samples"),
         ({"mask_1mm": np.zeros(SHAPE)}, {}, InputError, "mask is empty"),
         ({"mask_1mm": np.zeros((2, 2, 2))}, {}, Exception, "mask_1mm must have shape"),
@@ -231,10 +228,12 @@ def test_bad_runs_are_named(crossed, change, wrong, kind, text):
         together(first, replace(second, **wrong), **change)
 
 
-def test_one_run_or_a_dark_one_is_refused(crossed):
+def test_no_scan_a_moved_reference_or_a_dark_one_is_refused(crossed):
     first, second, _ = crossed
-    with pytest.raises(UsageError, match="at least two"):
-        together(first)
+    with pytest.raises(UsageError, match="at least one Observation"):
+        restore([], mask_1mm=first.mask, to_mni305=TO_MNI, contrast="T1w", prior=Prior())
+    with pytest.raises(UsageError, match="run-0 comes first and is the reference"):
+        together(second, first)
     with pytest.raises(InputError, match="run-2: the 99th percentile"):
         together(replace(first, scan=0 * first.scan), second)
 

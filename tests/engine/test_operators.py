@@ -15,9 +15,9 @@ from scipy import integrate, ndimage, stats
 
 from brainprior_bids.engine.box import Box
 from brainprior_bids.engine.errors import GeometryError, InputError, ShapeMismatchError
-from brainprior_bids.engine.general import sliced
+from brainprior_bids.engine.gaussian.image_space import sliced
 from brainprior_bids.engine.grids import Grid
-from brainprior_bids.engine.operators.base import Composition, Stack, squared_norm
+from brainprior_bids.engine.operators.base import Composition, VStack, squared_norm
 from brainprior_bids.engine.operators.blur import GaussianBlur
 from brainprior_bids.engine.operators.diagonal import Identity, Multiply, Selection
 from brainprior_bids.engine.operators.fourier import (
@@ -88,11 +88,10 @@ def operators():
         "affine, cubic": AffineResample(grid, target, OBLIQUE, order=3),
         "affine, sparse": SparseResample(grid, target, OBLIQUE, within=brain),
         "composition": bias @ profile,
-        "scan in its box": sliced(
-            AffineResample(grid, grid, OBLIQUE), box, 2, weights(), random(4, 5, 3).exp()
-        ),
+        "scan in its box": Multiply(random(4, 5, 3).exp())
+        @ sliced(AffineResample(grid, grid, OBLIQUE), box, 2, weights()),
         "precision": Multiply(random(*profile.out_shape).exp()) @ profile,
-        "stack": Stack([bias @ profile, AffineResample(grid, target)]),
+        "stack": VStack([bias @ profile, AffineResample(grid, target)]),
     }
 
 
@@ -152,9 +151,9 @@ def test_stack_gives_each_scan_back():
     for part, operator in zip(a.split(a(x)), a.operators, strict=True):
         torch.testing.assert_close(part, operator(x))
     with pytest.raises(ShapeMismatchError, match="at least one"):
-        Stack([])
+        VStack([])
     with pytest.raises(ShapeMismatchError, match="one image grid"):
-        Stack([Identity((2, 2)), Identity((2, 3))])
+        VStack([Identity((2, 2)), Identity((2, 3))])
 
 
 @pytest.mark.parametrize("name", ["slices axis 1", "composition", "blur", "affine, linear"])

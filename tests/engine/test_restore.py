@@ -15,6 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from calls import restore_one
 from gaussian import gaussian_prior
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
@@ -28,16 +29,13 @@ from brainprior_bids.engine.errors import (
     UsageError,
 )
 from brainprior_bids.engine.grids import Grid
-from brainprior_bids.engine.likelihood import SliceLikelihood
+from brainprior_bids.engine.likelihood import Likelihood
 from brainprior_bids.engine.operators.slices import slice_weights
-from brainprior_bids.engine.restore import (
-    _noise_given,
-    _reduce,
-    answer_weights,
-    restore,
-    sample_seed,
-)
+from brainprior_bids.engine.problem import given_noise
+from brainprior_bids.engine.restore import sample_seed
+from brainprior_bids.engine.samplers.conditional import answer_weights
 from brainprior_bids.engine.samplers.daps import DapsSettings
+from brainprior_bids.engine.sensing import reduce_to
 
 GAIN = 700.0  # scanner units per unit of the phantom
 NOISE = 0.02
@@ -149,14 +147,14 @@ def phantom(axis=2, thick=4, bias=0.0, seed=0):
             "prior": GaussianPrior(scale_of(y / np.exp(field), share)),
             "n_steps": 8,
             "n_samples": 2,
-            "width_doubt": 0.0,  # the phantom's slices are as thick as stated
+            "thickness_sd": 0.0,  # the phantom's slices are as thick as stated
         },
     }
 
 
 def run(case, **changes):
     arguments = {**case["arguments"], **changes}
-    return restore(arguments.pop("scan"), **arguments)
+    return restore_one(arguments.pop("scan"), **arguments)
 
 
 def rmse(image, case):
@@ -290,9 +288,9 @@ def test_the_same_seed_gives_the_same_bytes():
     assert (other.samples[0] != first.samples[0]).any()
 
 
-@pytest.mark.parametrize("sampler", ["eps", "exact", "daps", "map"])
+@pytest.mark.parametrize("sampler", ["conditional", "mean", "exact", "daps"])
 def test_no_global_randomness_is_read_or_moved(sampler):
-    case, prior, found = phantom(), told_prior(), []
+    case, prior, found = phantom(), given_prior(), []
     for seed in (1, 2):
         torch.manual_seed(seed)
         np.random.seed(seed)
@@ -305,11 +303,12 @@ def test_no_global_randomness_is_read_or_moved(sampler):
                 n_samples=1,
                 n_steps=3,
                 daps=DapsSettings(n_levels=2, n_ode=1, n_langevin=3),
-                refine_bias=sampler != "eps",
+                move_bias=sampler in ("exact", "daps"),
             )
         )
         assert torch.equal(before[0], torch.get_rng_state())
         assert before[1] == np.random.get_state()[1].tobytes()
+    assert found[0].mean.tobytes() == found[1].mean.tobytes()
     assert found[0].samples.tobytes() == found[1].samples.tobytes()
 
 
@@ -339,16 +338,16 @@ def test_bias_is_found_from_nothing():
     case = phantom(bias=0.2)
     brain = case["arguments"]["mask"] > 0.5
     start = float(case["field"][brain].std())
-    found = run(case, n_samples=1, n_steps=20, refine_bias=True, bias_scale_mm=25)
+    found = run(case, n_samples=1, n_steps=20, move_bias=True, bias_scale_mm=25)
     error = float((found.log_bias - case["field"])[brain].std())
     assert error < 0.3 * start
     # the gain that was found is the image's: field times image is as bright as the scan
     core, scan = case["arguments"]["mask"] > 0.99, case["arguments"]["scan"]
     again = np.exp(found.log_bias) * block_mean(found.samples[0], [1, 1, 4])
     assert again[core].sum() == pytest.approx(scan[core].sum(), rel=0.005)
-    kept = run(case, n_samples=1, log_bias=case["field"], refine_bias=False)
+    kept = run(case, n_samples=1, log_bias=case["field"], move_bias=False)
     np.testing.assert_allclose(kept.log_bias[brain], case["field"][brain], atol=1e-6)
-    without = run(case, n_samples=1, n_steps=20, refine_bias=False)
+    without = run(case, n_samples=1, n_steps=20, move_bias=False)
     assert rmse(found.mean, case) < rmse(without.mean, case)
 
 
@@ -368,31 +367,27 @@ def test_another_tools_image_beside_the_scan():
     other = 3.0 * (case["truth"] + error * rng.standard_normal(case["truth"].shape))
     tau = error * case["arguments"]["prior"].scale
     alone = run(case, n_samples=3)
-    both = run(case, n_samples=3, anchor=other, anchor_sd=tau)
-    gain, correlation = both.anchor
+    both = run(case, n_samples=3, image=other, trust=tau)
+    gain, correlation = both.images[0]
     # by least squares, against a scan with noise of its own: a little below the factor
     assert gain * both.unit == pytest.approx(GAIN / 3, rel=0.03)
     assert correlation > 0.95
-    assert alone.anchor is None
+    assert alone.images == []
     assert rmse(both.mean, case) < 0.85 * rmse(alone.mean, case)
     assert rmse(both.mean, case) < 0.85 * error
     assert told(case, both) == pytest.approx(1, rel=0.15)
     assert both.residual_ratios == pytest.approx([1, 1, 1], abs=0.1)
     # not trusted, it has no say
-    ignored = run(case, n_samples=1, anchor=other, anchor_sd=1e3)
+    ignored = run(case, n_samples=1, image=other, trust=1e3)
     np.testing.assert_allclose(ignored.mean, run(case, n_samples=1).mean, atol=1e-2 * GAIN)
     for options, said in (
-        ({"anchor_sd": 0.0}, "above 0"),
-        ({"anchor_sd": 0.1, "anchor": 0 * other}, "same space"),
+        ({"trust": 0.0}, "above 0"),
+        ({"trust": 0.1, "image": 0 * other}, "same space"),
     ):
         with pytest.raises(InputError, match=said):
-            run(case, **{"anchor": other, **options})
-    with pytest.raises(UsageError, match="without a lesion"):
-        run(case, anchor=other, anchor_sd=0.1, hidden=case["arguments"]["mask"])
-    best = run(case, anchor=other, anchor_sd=tau, sampler="map", n_samples=1)
-    assert rmse(best.mean, case) < 0.9 * error
+            run(case, **{"image": other, **options})
     settings = DapsSettings(n_levels=12, n_ode=2, n_langevin=40)
-    walked = run(case, anchor=other, anchor_sd=tau, sampler="daps", daps=settings, n_samples=1)
+    walked = run(case, image=other, trust=tau, sampler="daps", daps=settings, n_samples=1)
     assert rmse(walked.mean, case) < 0.9 * rmse(
         run(case, sampler="daps", daps=settings, n_samples=1).mean, case
     )
@@ -477,7 +472,7 @@ def test_daps_runs_the_same_task():
         daps=settings,
         n_samples=1,
         prior=prior,
-        refine_bias=True,
+        move_bias=True,
         bias_scale_mm=25,
     )
     assert found.calls == prior.calls == 12
@@ -487,15 +482,6 @@ def test_daps_runs_the_same_task():
     brain = case["arguments"]["mask"] > 0.5
     assert float((found.log_bias - case["field"])[brain].std()) < case["field"][brain].std()
     assert rmse(found.mean, case) < 0.2
-
-
-def test_map_is_one_image_without_an_uncertainty():
-    case = phantom()
-    found = run(case, sampler="map", n_samples=1)
-    assert found.sd is None
-    assert rmse(found.mean, case) < rmse(run(case, n_samples=1).samples[0], case)
-    with pytest.raises(UsageError, match="no uncertainty"):
-        run(case, sampler="map", n_samples=2)
 
 
 NAN = np.full((48, 56, 12), np.nan, np.float32)
@@ -538,7 +524,7 @@ def test_bad_input_is_refused(change, error, text):
 
 def test_a_spacing_that_contradicts_the_image_is_told():
     found = run(phantom(), acquisition=Acquisition(2, 4.0, 6.0, "boxcar"), n_samples=1, n_steps=1)
-    assert "the image is believed" in found.warnings[0]
+    assert "the image header is used" in found.warnings[0]
 
 
 def test_fallbacks_of_the_prior_are_told():
@@ -571,10 +557,10 @@ def test_a_measured_profile_is_believed():
     [MemoryError("no more"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 B\nat")],
 )
 def test_memory_that_runs_out_beside_the_network_is_said(monkeypatch, error):
-    def hungry(*_):
+    def hungry(*_, **__):
         raise error
 
-    monkeypatch.setattr(SliceLikelihood, "draw", hungry)
+    monkeypatch.setattr(Likelihood, "draw", hungry)
     with pytest.raises(MemoryShortageError, match=r"restore: out of memory beside .*Draw fewer"):
         run(phantom(), n_samples=1)
     error = RuntimeError("mat1 and mat2")
@@ -599,7 +585,7 @@ def test_a_scan_turned_further_than_training_is_warned_of(angles, warned):
     assert any("turned by 61 degrees" in text for text in found.warnings) == warned
 
 
-def told_prior(holes=0.0, **metadata):
+def given_prior(holes=0.0, **metadata):
     """A prior that takes measurements, as wide as the phantom."""
     sd = torch.tensor([1.0, 0.2, 0.2, 0.06, 0.2, 0.06, 0.06, 0.04])
     return gaussian_prior(sd, recipe={"holes": holes}, **metadata)
@@ -610,13 +596,13 @@ def test_auto_tells_the_network_of_thick_slices(axis):
     seen = []
     found = run(
         phantom(axis=axis),
-        prior=told_prior(),
+        prior=given_prior(),
         sampler="auto",
         n_samples=2,
         n_steps=10,
         observe=lambda step, total, sigma, index: seen.append((step, total)),
     )
-    assert found.sampler == "eps"
+    assert found.sampler == "conditional"
     assert found.calls == 10
     assert seen == [(step, 10) for step in range(10)] * 2
     noise = found.noise_sd_initial * found.unit / GAIN / NOISE  # the estimate over the truth
@@ -630,12 +616,12 @@ def test_auto_tells_the_network_of_the_voxels_of_a_3d_scan(lesion):
     case = phantom(thick=1)
     scan, grid = case["arguments"]["scan"], case["arguments"]["grid"]
     hidden = ball(grid, (4, -5, 3), 7)
-    options = {"prior": told_prior(0.1), "sampler": "auto", "n_steps": 10, "n_samples": 3}
+    options = {"prior": given_prior(0.1), "sampler": "auto", "n_steps": 10, "n_samples": 3}
     options["noise_sd"] = NOISE * case["arguments"]["prior"].scale
     if lesion:
         options["hidden"] = hidden
     found = run(case, **options)
-    assert found.sampler == "eps"
+    assert found.sampler == "conditional"
     assert found.residual_ratios == pytest.approx([1] * 3, abs=0.15)
     brain = case["mask"] & ~hidden
     assert rmse(found.mean, {**case, "mask": brain}) < 1.1 * NOISE
@@ -648,7 +634,7 @@ def test_auto_tells_the_network_of_the_voxels_of_a_3d_scan(lesion):
 
 def test_the_weights_factor_on_the_noise_counts_for_slices_and_not_beside_a_hole():
     options = {"sampler": "auto", "n_steps": 8, "n_samples": 2}
-    plain, wider = (told_prior(0.1, **extra) for extra in ({}, {"inflation": 1.3}))
+    plain, wider = (given_prior(0.1, **extra) for extra in ({}, {"inflation": 1.3}))
     case = phantom()
     one, other = (run(case, prior=prior, **options) for prior in (plain, wider))
     assert other.sd.mean() == pytest.approx(1.3 * one.sd.mean(), rel=0.02)
@@ -658,19 +644,19 @@ def test_the_weights_factor_on_the_noise_counts_for_slices_and_not_beside_a_hole
     np.testing.assert_array_equal(one.samples, other.samples)
 
 
-def test_another_tools_image_beside_slices_under_eps():
+def test_another_tools_image_beside_slices_under_conditional():
     """As with "exact": better than the scan alone, and not trusted it has no say."""
     case = phantom()
     rng = np.random.default_rng(0)
     other = 3.0 * (case["truth"] + 0.02 * rng.standard_normal(case["truth"].shape))
     tau = 0.02 * case["arguments"]["prior"].scale
-    options = {"prior": told_prior(), "sampler": "eps", "n_steps": 10}
+    options = {"prior": given_prior(), "sampler": "conditional", "n_steps": 10}
     alone = run(case, **options)
-    both = run(case, anchor=other, anchor_sd=tau, **options)
+    both = run(case, image=other, trust=tau, **options)
     assert rmse(both.mean, case) < 0.5 * rmse(alone.mean, case)
     assert rmse(both.mean, case) < 0.021
-    assert both.anchor[1] > 0.95
-    ignored = run(case, anchor=other, anchor_sd=1e4, **options)
+    assert both.images[0][1] > 0.95
+    ignored = run(case, image=other, trust=1e4, **options)
     np.testing.assert_allclose(ignored.mean, alone.mean, atol=0.02 * GAIN)
 
 
@@ -686,7 +672,7 @@ def test_another_tools_image_beside_slices_under_eps():
 )
 def test_between_slices_the_first_answer_counts_more_the_fewer_there_are(scan, n_samples, first):
     """The first answer of each chain is 0, the others are 1: the mean tells the weights."""
-    case, prior = phantom(thick=4 if scan == "slices" else 1), told_prior(0.1)
+    case, prior = phantom(thick=4 if scan == "slices" else 1), given_prior(0.1)
     prior.answered, calls, options = 0, 6, {}
 
     def denoise(x, sigma, **_):
@@ -698,7 +684,9 @@ def test_between_slices_the_first_answer_counts_more_the_fewer_there_are(scan, n
     if scan == "hole":
         options["hidden"] = ball(case["arguments"]["grid"], (4, -5, 3), 7)
         judged &= options["hidden"]
-    found = run(case, prior=prior, sampler="eps", n_samples=n_samples, n_steps=calls, **options)
+    found = run(
+        case, prior=prior, sampler="conditional", n_samples=n_samples, n_steps=calls, **options
+    )
     assert prior.answered == calls * n_samples
     np.testing.assert_allclose(found.mean[judged] / found.unit, 1 - first, rtol=1e-5)
     assert found.samples[:, judged] / found.unit == pytest.approx(1)
@@ -707,36 +695,45 @@ def test_between_slices_the_first_answer_counts_more_the_fewer_there_are(scan, n
 
 
 def test_auto_falls_back_where_the_slices_are_not_of_that_kind():
-    thin = run(phantom(thick=1), prior=told_prior(), sampler="auto", n_samples=1, n_steps=4)
+    thin = run(phantom(thick=1), prior=given_prior(), sampler="auto", n_samples=1, n_steps=4)
     assert thin.sampler == "exact"
-    assert thin.not_eps == "the prior was not trained on scans with holes"
+    assert thin.sampler_reason == "the prior was not trained on scans with holes"
     case = phantom()
     hidden = ball(case["arguments"]["grid"], (4, -5, 3), 7)
-    thick = run(case, prior=told_prior(0.1), sampler="auto", hidden=hidden, n_steps=4)
+    thick = run(case, prior=given_prior(0.1), sampler="auto", hidden=hidden, n_steps=4)
     assert thick.sampler == "exact"
-    assert thick.not_eps.startswith("voxels are hidden of a scan that is coarser")
-    with pytest.raises(UsageError, match="not trained to be told of measurements"):
-        run(case, sampler="eps", n_samples=1, n_steps=4)
+    assert thick.sampler_reason.startswith("voxels are hidden of a scan that is coarser")
+    with pytest.raises(UsageError, match="not trained to be conditioned on measurements"):
+        run(case, sampler="conditional", n_samples=1, n_steps=4)
     with pytest.raises(UsageError, match="does not move the bias field"):
-        run(case, prior=told_prior(), sampler="eps", refine_bias=True, n_samples=1, n_steps=4)
+        run(
+            case,
+            prior=given_prior(),
+            sampler="conditional",
+            move_bias=True,
+            n_samples=1,
+            n_steps=4,
+        )
 
 
-@pytest.mark.parametrize("sampler", ["exact", "eps"])
+@pytest.mark.parametrize("sampler", ["exact", "conditional"])
 def test_each_sample_takes_slices_of_a_thickness_of_its_own(sampler):
     """Sample k is what a scan gives that is stated to be as thick as sample k assumes."""
     case = phantom()
-    options = {"sampler": sampler, "n_samples": 3, "n_steps": 4, "prior": told_prior()}
+    options = {"sampler": sampler, "n_samples": 3, "n_steps": 4, "prior": given_prior()}
     if sampler == "exact":
         options["prior"] = case["arguments"]["prior"]
     options["noise_sd"] = NOISE * case["arguments"]["prior"].scale
-    found = run(case, width_doubt=0.1, **options)
-    assert found.widths == pytest.approx([1, 1 + 0.1 * math.sqrt(1.5), 1 - 0.1 * math.sqrt(1.5)])
-    assert np.mean(found.widths) == pytest.approx(1)
-    assert np.std(found.widths) == pytest.approx(0.1)
-    for k, width in enumerate(found.widths):
+    found = run(case, thickness_sd=0.1, **options)
+    assert found.thickness_factors == pytest.approx(
+        [1, 1 + 0.1 * math.sqrt(1.5), 1 - 0.1 * math.sqrt(1.5)]
+    )
+    assert np.mean(found.thickness_factors) == pytest.approx(1)
+    assert np.std(found.thickness_factors) == pytest.approx(0.1)
+    for k, width in enumerate(found.thickness_factors):
         stated = Acquisition(2, 4.0 * width, 4.0, "boxcar")
         alone = run(case, acquisition=stated, **options)
-        assert alone.widths == [1, 1, 1]
+        assert alone.thickness_factors == [1, 1, 1]
         np.testing.assert_allclose(found.samples[k], alone.samples[k], atol=1e-6 * GAIN)
     plain = run(case, **options)
     np.testing.assert_array_equal(found.samples[0], plain.samples[0])
@@ -746,18 +743,18 @@ def test_each_sample_takes_slices_of_a_thickness_of_its_own(sampler):
 
 def test_the_bias_field_is_found_under_every_thickness():
     case = phantom(bias=0.2)
-    options = {"n_samples": 3, "n_steps": 20, "refine_bias": True, "bias_scale_mm": 25}
-    found = run(case, width_doubt=0.1, **options)
+    options = {"n_samples": 3, "n_steps": 20, "move_bias": True, "bias_scale_mm": 25}
+    found = run(case, thickness_sd=0.1, **options)
     assert found.residual_ratios == pytest.approx([1, 1, 1], abs=0.1)
     brain = case["arguments"]["mask"] > 0.5
     assert (found.log_bias - case["field"])[brain].std() < 0.3 * case["field"][brain].std()
 
 
 def test_a_3d_scan_has_no_doubt_about_slices():
-    found = run(phantom(thick=1), n_steps=3, width_doubt=0.1)
-    assert found.widths == [1, 1]
-    with pytest.raises(UsageError, match="width_doubt must be between"):
-        run(phantom(), width_doubt=-0.1)
+    found = run(phantom(thick=1), n_steps=3, thickness_sd=0.1)
+    assert found.thickness_factors == [1, 1]
+    with pytest.raises(UsageError, match="thickness_sd must be between"):
+        run(phantom(), thickness_sd=-0.1)
 
 
 def test_a_mask_that_is_a_voxel_too_narrow_costs_nothing_with_a_rim():
@@ -789,14 +786,14 @@ def test_a_rim_below_zero_is_refused():
 def test_a_map_of_the_noise_is_its_smallest_sd_and_the_variance_beyond():
     sd = torch.rand(4, 5, 6, generator=torch.Generator().manual_seed(0)) + 0.1
     brain = sd < 0.9
-    lowest, extra = _noise_given(sd, brain, 0.5, (4, 5, 6))
+    lowest, extra = given_noise(sd, brain, 0.5, (4, 5, 6))
     assert lowest == pytest.approx(0.5 * float(sd.min()))
     torch.testing.assert_close((lowest**2 + extra)[brain], (0.5 * sd[brain]) ** 2)
 
 
 def test_white_noise_loses_what_the_crop_to_the_image_says():
     noise = torch.randn(60, 50, 40, generator=torch.Generator().manual_seed(0))
-    less, factor = _reduce(noise, (40, 50, 30))
+    less, factor = reduce_to(noise, (40, 50, 30))
     assert less.shape == (40, 50, 30)
     assert factor == pytest.approx(math.sqrt(40 / 60 * 30 / 40))
     assert float(less.std()) == pytest.approx(factor, rel=0.05)  # and the Nyquist frequency

@@ -16,19 +16,17 @@ from itertools import pairwise
 
 import pytest
 import torch
+from build import sliced_likelihood
 
 from brainprior_bids.engine.denoiser import ErrorSpectrum
 from brainprior_bids.engine.errors import DivergenceError, UsageError
-from brainprior_bids.engine.likelihood import SliceLikelihood
+from brainprior_bids.engine.gaussian.spectral import SpectralSolver
 from brainprior_bids.engine.operators.fourier import resampling_matrix
 from brainprior_bids.engine.operators.slices import boxcar_profile, slice_weights
-from brainprior_bids.engine.restore import EPS_BLIND, EPS_SIGMA_MAX
+from brainprior_bids.engine.samplers.conditional import SIGMA_MAX, sample_conditional
 from brainprior_bids.engine.samplers.daps import DapsSettings, langevin, sample_daps
-from brainprior_bids.engine.samplers.eps import sample_eps
 from brainprior_bids.engine.samplers.exact import sample_exact
-from brainprior_bids.engine.samplers.map import estimate_map
 from brainprior_bids.engine.schedules import edm_schedule
-from brainprior_bids.engine.spectral import SpectralSolver
 
 CHAINS = 400
 NOISE = 0.01
@@ -109,7 +107,7 @@ class World:
         data = (self.slices, *self.plane, *self.repeats)
         spacing = (1.0,) * len(self.image) + (FAR,) * len(self.repeats)
         y = y.float().reshape(self.slices, *self.plane, *(1 for _ in self.repeats))
-        return SliceLikelihood(
+        return sliced_likelihood(
             y.expand(data),
             share=torch.ones(data),
             solver=SpectralSolver(self.weights, self.shape, data, spacing),
@@ -196,7 +194,9 @@ def test_exact_reaches_the_gaussian_posterior(calls, world):
     assert 0.9 < seen < 1.1
     assert 0.9 < unseen < 1.1
     assert 0.95 < data.residual_ratio(x) < 1.05
-    assert max(data.iterations) <= 1  # nothing but white noise: the closed form is the answer
+    assert (
+        max(data.solve.iterations) <= 1
+    )  # nothing but white noise: the closed form is the answer
 
 
 def test_exact_reaches_the_gaussian_posterior_in_3d():
@@ -215,44 +215,6 @@ def test_exact_reaches_the_gaussian_posterior_in_3d():
     assert 0.9 < unseen < 1.1
     residuals = torch.tensor([data.residual_ratio(one) for one in samples])
     assert 0.95 < float(residuals.square().mean().sqrt()) < 1.05
-
-
-@WORLDS
-def test_map_finds_the_posterior_mean_of_a_gaussian(world):
-    """For a Gaussian the most probable image is the mean; nothing of the spread is left."""
-    generator = torch.Generator().manual_seed(1)
-    y = world.measurement(draw_truth(world, generator), generator)
-    x = estimate_map(
-        world.wiener,
-        world.likelihood(y),
-        edm_schedule(20, 10.0, 0.01),
-        shape=world.shape,
-        generator=generator,
-    )
-    mean, covariance, _ = world.posterior(torch.zeros(world.size).double(), y)
-    sd = covariance.diagonal().sqrt()
-    samples = x.reshape(world.size, -1).double()
-    assert float(((samples.mean(1) - mean) / sd).square().mean().sqrt()) < 0.15
-
-
-def test_map_carries_its_noise_on():
-    """DDIM: between two levels the noise shrinks as they do."""
-    seen, found = [], torch.full((2, 2, 2), 0.3)
-
-    class Data:
-        def refine(self, mean, sigma, *, bias, noise):
-            pass
-
-        def expect(self, mean, sigma):
-            return found
-
-    def denoise(x, sigma):
-        seen.append(x)
-        return 0 * x
-
-    generator = torch.Generator().manual_seed(0)
-    estimate_map(denoise, Data(), [2.0, 0.5, 0.0], shape=(2, 2, 2), generator=generator)
-    torch.testing.assert_close(seen[1] - found, 0.25 * (seen[0] - found))
 
 
 # ---- a mixture of four ------------------------------------------------------------------------
@@ -332,7 +294,7 @@ def test_exact_finds_the_weights_of_a_mixture(world):
 
 
 @WORLDS
-def test_eps_finds_the_weights_of_a_mixture_and_its_spread(world):
+def test_conditional_finds_the_weights_of_a_mixture_and_its_spread(world):
     """Under the exact E[x | x_t, y], which the network has to learn.
 
     The levels end at 0.003. The last call leaves out what is open below the last level: at 0.01,
@@ -354,12 +316,11 @@ def test_eps_finds_the_weights_of_a_mixture_and_its_spread(world):
         answers = means[:, :, None] + covariance @ pulled
         return (share[:, None] * answers).sum(0).float().reshape(x.shape)
 
-    x = sample_eps(
+    x = sample_conditional(
         denoise,
-        edm_schedule(19, EPS_SIGMA_MAX, 0.003),
+        edm_schedule(19, SIGMA_MAX, 0.003),
         shape=world.shape,
         generator=generator,
-        blind=EPS_BLIND,
     )
     found = found_weights(world, x)
     assert (found - expected).abs().max() < 0.05
@@ -488,23 +449,20 @@ def test_langevin_raises_when_it_diverges():
         )
 
 
-@pytest.mark.parametrize("sampler", [sample_exact, estimate_map, sample_daps, sample_eps])
+@pytest.mark.parametrize("sampler", [sample_exact, sample_daps, sample_conditional])
 def test_a_broken_denoiser_raises(sampler):
     data, levels = LINE.likelihood(torch.ones(LINE.slices)), [1.0, 0.0]
     arguments = {
         sample_exact: (data, levels),
-        estimate_map: (data, levels),
         sample_daps: (data, SETTINGS),
-        sample_eps: (levels,),
+        sample_conditional: (levels,),
     }
-    blind = {"blind": EPS_BLIND} if sampler is sample_eps else {}
     with pytest.raises(DivergenceError, match=r"denoiser gave non-finite values at sigma"):
         sampler(
             lambda x, sigma: x * float("nan"),
             *arguments[sampler],
             shape=LINE.shape,
             generator=torch.Generator().manual_seed(0),
-            **blind,
         )
 
 

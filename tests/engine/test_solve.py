@@ -7,8 +7,8 @@ import math
 
 import pytest
 import torch
+from build import sliced_likelihood
 
-from brainprior_bids.engine.anchor import AnchoredLikelihood
 from brainprior_bids.engine.bias import CosineField, gauss_newton_step
 from brainprior_bids.engine.errors import (
     ConvergenceError,
@@ -17,8 +17,12 @@ from brainprior_bids.engine.errors import (
     InputError,
     ShapeMismatchError,
 )
-from brainprior_bids.engine.inpaint import MaskedLikelihood
-from brainprior_bids.engine.likelihood import WIDE, SliceLikelihood, SolveLimits
+from brainprior_bids.engine.gaussian.conjugate_gradients import (
+    conjugate_gradients,
+    split_conjugate_gradients,
+)
+from brainprior_bids.engine.gaussian.slices import WIDE, SolveLimits
+from brainprior_bids.engine.gaussian.spectral import SpectralSolver
 from brainprior_bids.engine.noise import estimate_noise_sd
 from brainprior_bids.engine.operators.fourier import resampling_matrix
 from brainprior_bids.engine.operators.slices import (
@@ -26,8 +30,6 @@ from brainprior_bids.engine.operators.slices import (
     gaussian_profile,
     slice_weights,
 )
-from brainprior_bids.engine.solve import conjugate_gradients, split_conjugate_gradients
-from brainprior_bids.engine.spectral import SpectralSolver
 
 IMAGE, SPACING = (12, 8, 9), (1.0, 0.98, 1.02)
 
@@ -155,7 +157,7 @@ def test_solver_checks_its_shapes():
         SpectralSolver(weights(), IMAGE, (4, 10, 9), SPACING)
 
 
-def likelihood(y, kind=SliceLikelihood, **options):
+def likelihood(y, **options):
     """A brain in the middle, a bias field, shares between 0 and 1."""
     share = torch.zeros(4, 8, 9)
     share[:, 1:7, 1:8] = 0.6
@@ -170,37 +172,24 @@ def likelihood(y, kind=SliceLikelihood, **options):
         "log_bias": 0.4 * torch.linspace(-1, 1, 9).expand(4, 8, 9),
         **options,
     }
-    return kind(y, **settings)
+    return sliced_likelihood(y, **settings)
 
 
 HIDDEN = torch.zeros(4, 8, 9)
 HIDDEN[1:3, 3:6, 2:6] = 1.0
-TAU = 0.08
 
 
 def masked(y, **options):
-    return likelihood(y, MaskedLikelihood, hidden=HIDDEN, **options)
-
-
-def anchored(y, **options):
-    image = torch.linspace(0.5, 1.5, 12)[:, None, None] + 0.1 * random(*IMAGE, seed=8)
-    y = y - y.mean() + make().forward(image)  # of the same anatomy
-    return likelihood(y, AnchoredLikelihood, anchor=image, tau=TAU, spacing_mm=SPACING, **options)
+    return likelihood(y, hidden=HIDDEN, **options)
 
 
 def dense_data(data):
-    """All that was measured of x: matrix, values and variances, dense."""
-    a = data.bias.flatten()[:, None].double() * dense_operator((8, 9))
-    y, variance = data.y.flatten().double(), data.variance(data.noise_sd).flatten().double()
-    if isinstance(data, MaskedLikelihood):
-        seen = HIDDEN.flatten() == 0
-        return a[seen], y[seen], variance[seen]
-    if isinstance(data, AnchoredLikelihood):
-        n = math.prod(IMAGE)
-        a = torch.cat([a, torch.eye(n, dtype=torch.float64)])
-        y = torch.cat([y, data.anchor.flatten().double()])
-        variance = torch.cat([variance, torch.full((n,), TAU**2, dtype=torch.float64)])
-    return a, y, variance
+    """All measurements of x: matrix, values and variances, dense."""
+    term = data.reference
+    a = term.bias.flatten()[:, None].double() * dense_operator((8, 9))
+    seen = term.measured.flatten()
+    y, variance = term.y.flatten().double(), term.variance().flatten().double()
+    return a[seen], y[seen], variance[seen]
 
 
 @pytest.mark.parametrize(("sigma", "noise"), [(3.0, 0.01), (0.02, 0.05)], ids=["wide", "narrow"])
@@ -211,17 +200,18 @@ def test_conditional_draw_against_the_dense_posterior(sigma, noise):
     """
     limits = SolveLimits(tolerance=1e-4)
     data = likelihood(1 + 0.1 * random(4, 8, 9), limits=limits, noise_sd=noise)
-    wide = data.solver.mean_variance(data._level(sigma)) > WIDE * noise**2
+    solver = make()
+    wide = solver.mean_variance(solver.factors(Spectrum(), sigma, noise**2)) > WIDE * noise**2
     assert wide == (sigma == 3.0)
     mean = 0.5 + 0.1 * random(*IMAGE, seed=1)
     generator = torch.Generator().manual_seed(2)
     n = 300
     draws = torch.stack([data.draw(mean, sigma, generator).flatten() for _ in range(n)]).double()
-    a = data.bias.flatten()[:, None].double() * dense_operator((8, 9))
+    a = data.reference.bias.flatten()[:, None].double() * dense_operator((8, 9))
     v = dense_covariance(sigma)
-    precision = 1 / data.variance(noise).flatten().double()
+    precision = 1 / data.reference.variance(noise).flatten().double()
     covariance = torch.linalg.inv(torch.linalg.inv(v) + a.T @ (precision[:, None] * a))
-    e = data.y.flatten().double() - a @ mean.flatten().double()
+    e = data.reference.y.flatten().double() - a @ mean.flatten().double()
     expected = mean.flatten().double() + covariance @ (a.T @ (precision * e))
     z = (draws.mean(0) - expected) / (covariance.diagonal() / n).sqrt()
     assert float(z.abs().max()) < 5  # 864 voxels
@@ -233,22 +223,22 @@ def test_conditional_draw_against_the_dense_posterior(sigma, noise):
 
 def test_what_is_outside_the_brain_is_uncertain_by_its_share():
     """foreign = 0.05: s^2 inside and far outside, more where a voxel shows both."""
-    data, noise = likelihood(random(4, 8, 9), foreign=0.05), 0.02
+    data, noise = likelihood(random(4, 8, 9), foreign=0.05).reference, 0.02
     for where, expected in (((0, 4, 4), 0.0), ((0, 1, 4), (0.4 * 0.05) ** 2), ((0, 0, 0), 0.0)):
         assert float(data.variance(noise)[where]) == pytest.approx(noise**2 + expected)
-    extra = torch.full((4, 8, 9), 0.01)
-    more = likelihood(random(4, 8, 9), extra=extra)
+    excess = torch.full((4, 8, 9), 0.01)
+    more = likelihood(random(4, 8, 9), excess=excess).reference
     assert float(more.variance(noise)[0, 4, 4]) == pytest.approx(noise**2 + 0.01)
     assert not data.y[0, 0].any()  # far outside, 0 was measured
 
 
-KINDS = pytest.mark.parametrize("kind", [likelihood, masked, anchored])
+KINDS = pytest.mark.parametrize("kind", [likelihood, masked])
 
 
 @KINDS
 @pytest.mark.parametrize("sigma", [3.0, 0.05])
 def test_conditional_mean_against_the_dense_posterior(kind, sigma):
-    """With hidden voxels, and beside another tool's image, as well."""
+    """With hidden voxels as well."""
     data = kind(1 + 0.1 * random(4, 8, 9), limits=SolveLimits(tolerance=1e-4))
     mean = 0.5 + 0.1 * random(*IMAGE, seed=1)
     a, y, variance = dense_data(data)
@@ -274,33 +264,23 @@ def test_nothing_is_drawn_beyond_the_support(kind):
 @KINDS
 def test_the_residual_is_that_of_the_biased_scan(kind):
     data, x = kind(1 + 0.1 * random(4, 8, 9)), 0.5 + 0.1 * random(*IMAGE, seed=3)
-    a = data.bias.flatten()[:, None].double() * dense_operator((8, 9))
-    assert float(data.bias.std()) > 0.1
-    r = data.y.double() - (a @ x.flatten().double()).reshape(4, 8, 9)
-    z, where = data.standardised_residual(x, 0.03)
-    expected = r / data.variance(0.03).sqrt()
+    term = data.reference
+    a = term.bias.flatten()[:, None].double() * dense_operator((8, 9))
+    assert float(term.bias.std()) > 0.1
+    r = term.y.double() - (a @ x.flatten().double()).reshape(4, 8, 9)
+    z = term.standardised_residual(x, 0.03)
+    expected = r / term.variance(0.03).sqrt()
     torch.testing.assert_close(z.double(), expected.double(), rtol=1e-4, atol=1e-4)
     core = torch.zeros(4, 8, 9, dtype=torch.bool)
     core[:, 2:6, 2:7] = True
     if kind is masked:
         core &= HIDDEN == 0
-    assert torch.equal(where, core)
+    assert torch.equal(term.core, core)
     ratio = float((r[core] / 0.05).square().mean().sqrt())
     assert data.residual_ratio(x) == pytest.approx(ratio, rel=1e-5)
-    found, left = data.explain(x)
+    found, left = term.explain(x)
     assert found.ratio == pytest.approx(ratio, rel=1e-5)
     assert not left[~core].any()
-
-
-def test_two_noisy_images_are_one_of_less_noise():
-    """Inverse variances add, and weigh the two."""
-    data, sigma = anchored(1 + 0.1 * random(4, 8, 9)), 0.05
-    x_t = random(*IMAGE, seed=3)
-    found, sd = data.with_anchor(x_t, sigma)
-    precision = sigma**-2 + TAU**-2
-    assert sd == pytest.approx(precision**-0.5)
-    expected = (x_t / sigma**2 + data.anchor / TAU**2) / precision
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @KINDS
@@ -320,16 +300,16 @@ def test_the_slice_axis_may_be_any(axis):
     """The same problem with its axes moved gives the same answer, moved."""
     y, x = random(4, 8, 9), random(*IMAGE, seed=1)
     plain = likelihood(y)
-    share = plain.share
+    share = plain.reference.share
     moved = likelihood(
         y.movedim(0, axis),
         slice_axis=axis,
         share=share.movedim(0, axis),
         support=torch.ones(IMAGE).movedim(0, axis),
-        log_bias=plain.start_log_bias.movedim(0, axis),
+        log_bias=plain.reference.nuisance.initial_log_bias.movedim(0, axis),
     )
     torch.testing.assert_close(
-        moved.forward(x.movedim(0, axis)).movedim(axis, 0), plain.forward(x)
+        moved.reference.predict(x.movedim(0, axis)).movedim(axis, 0), plain.reference.predict(x)
     )
     torch.testing.assert_close(
         moved.misfit_gradient(x.movedim(0, axis)).movedim(axis, 0), plain.misfit_gradient(x)
@@ -356,7 +336,7 @@ def test_likelihood_refuses_bad_input(change, error, text):
 def test_nan_inside_the_brain_is_refused_and_outside_is_ignored():
     y = random(4, 8, 9)
     y[0, 0, 0] = float("nan")
-    assert bool(likelihood(y).y.isfinite().all())
+    assert bool(likelihood(y).reference.y.isfinite().all())
     y[0, 4, 4] = float("nan")
     with pytest.raises(InputError, match="NaN"):
         likelihood(y)
@@ -528,17 +508,19 @@ def test_noise_level_moves_to_the_truth_in_the_loop():
         torch.zeros(4, 8, 9), noise_sd=0.08, share=torch.ones(4, 8, 9), log_bias=None
     )
     truth = random(*IMAGE, seed=1)
-    data.y = data.forward(truth) + 0.05 * random(4, 8, 9, seed=2)
+    data.reference.y = data.reference.predict(truth) + 0.05 * random(4, 8, 9, seed=2)
     for _ in range(5):
         data.refine(truth, 0.01, bias=False, noise=True)
-    expected = float((data.y - data.forward(truth)).square().mean().sqrt())
-    assert data.noise_sd == pytest.approx(expected, rel=0.05)
+    expected = float((data.reference.y - data.reference.predict(truth)).square().mean().sqrt())
+    assert data.reference.noise_sd == pytest.approx(expected, rel=0.05)
     data.reset()
-    assert data.noise_sd == 0.08
-    data.y = data.forward(truth)  # no noise at all: held at half the value known beforehand
+    assert data.reference.noise_sd == 0.08
+    data.reference.y = data.reference.predict(
+        truth
+    )  # no noise at all: held at half the value known beforehand
     for _ in range(5):
         data.refine(truth, 0.01, bias=False, noise=True)
-    assert data.noise_sd == pytest.approx(0.04)
+    assert data.reference.noise_sd == pytest.approx(0.04)
 
 
 @pytest.mark.parametrize("sigma", [3.0, 0.1, 0.02])
@@ -548,8 +530,11 @@ def test_the_step_of_the_noise_is_fishers_weighted_by_what_the_data_tell(sigma):
         torch.zeros(4, 8, 9), noise_sd=0.08, share=torch.ones(4, 8, 9), log_bias=None
     )
     truth = random(*IMAGE, seed=1)
-    data.y = data.forward(truth) + 0.07 * random(4, 8, 9, seed=2)
-    a, e = dense_operator((8, 9)), (data.y - data.forward(truth)).flatten().double()
+    data.reference.y = data.reference.predict(truth) + 0.07 * random(4, 8, 9, seed=2)
+    a, e = (
+        dense_operator((8, 9)),
+        (data.reference.y - data.reference.predict(truth)).flatten().double(),
+    )
     inverse = torch.linalg.inv(a @ dense_covariance(sigma) @ a.T + 0.08**2 * torch.eye(len(e)))
     squared = (inverse @ inverse).trace()
     step = ((inverse @ e).square().sum() - inverse.trace()) / squared
@@ -557,8 +542,8 @@ def test_the_step_of_the_noise_is_fishers_weighted_by_what_the_data_tell(sigma):
     data.refine(truth, sigma, bias=False, noise=True)
     low, high = 0.04, 0.08
     expected = math.sqrt(0.08**2 + float(told * step))
-    assert data.noise_sd == pytest.approx(min(max(expected, low), high), rel=1e-4)
-    assert low < data.noise_sd < high
+    assert data.reference.noise_sd == pytest.approx(min(max(expected, low), high), rel=1e-4)
+    assert low < data.reference.noise_sd < high
 
 
 def test_finer_slices_than_profile_reduce():

@@ -10,7 +10,7 @@ from gaussian import BAND_SD, gaussian_prior, told
 from brainprior_bids.engine.denoiser import ErrorSpectrum, Precondition, Prior
 from brainprior_bids.engine.errors import InputError, ShapeMismatchError, UsageError
 from brainprior_bids.engine.operators.slices import gaussian_profile, slice_weights
-from brainprior_bids.engine.samplers.eps import sample_eps
+from brainprior_bids.engine.samplers.conditional import sample_conditional
 from brainprior_bids.engine.schedules import edm_schedule
 from brainprior_bids.engine.stacks import Stack, StackLevel, columns, from_columns, keep
 from brainprior_bids.engine.unet import UNet, from_bands, to_bands
@@ -122,7 +122,7 @@ def test_samples_have_the_posteriors_mean_and_spread():
     levels = edm_schedule(19, 3.0, 0.001)
     draws = torch.stack(
         [
-            sample_eps(denoise, levels, shape=shape, generator=generator, blind=100.0)
+            sample_conditional(denoise, levels, shape=shape, generator=generator, blind=100.0)
             for _ in range(count)
         ]
     )
@@ -150,7 +150,7 @@ def test_eps_says_the_same_for_the_same_seed_and_refuses_a_prior_without_stacks(
 
     def run(seed):
         generator = torch.Generator().manual_seed(seed)
-        return sample_eps(
+        return sample_conditional(
             denoise, [1.0, 0.1, 0.0], shape=(8, 8, 12), generator=generator, blind=100.0
         )
 
@@ -176,7 +176,7 @@ def test_a_factor_on_the_noise_widens_the_samples_about_the_same_mean():
     denoise = told(gaussian_prior(), stack, shape)
 
     def run(factor):
-        return sample_eps(
+        return sample_conditional(
             denoise,
             edm_schedule(19, 3.0, 0.001),
             shape=shape,

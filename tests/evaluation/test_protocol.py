@@ -128,7 +128,7 @@ def test_a_record_holds_every_method(tmp_path):
     for row in figures.values():
         assert 0 < row["ssim"] < 1
         assert row["lpips"] is None
-    assert record["sampler_used"] == "eps"
+    assert record["sampler_used"] == "conditional"
     assert record["truth"]["white"] == pytest.approx(0.95, abs=0.002)
     assert record["truth"]["cnr"] == pytest.approx(0.35 / 0.02, rel=0.05)
     assert sum(record["histograms"]["truth"]) == record["voxels"]

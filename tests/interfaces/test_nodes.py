@@ -23,9 +23,10 @@ from brainprior_bids.engine.errors import GeometryError, InputError, UsageError
 from brainprior_bids.engine.grids import Grid
 from brainprior_bids.engine.restore import sample_seed
 from brainprior_bids.engine.unet import UNet
-from brainprior_bids.interfaces.anatomy import Conform, ToMNI305, save
+from brainprior_bids.interfaces.anatomy import Conform, ToMNI305
 from brainprior_bids.interfaces.base import FAILURE, RECORD, Meter
 from brainprior_bids.interfaces.derivatives import Write, copy_image
+from brainprior_bids.interfaces.files import save
 from brainprior_bids.interfaces.lesion import Lesion
 from brainprior_bids.interfaces.restore import Restore
 from brainprior_bids.records import HeaderRecord

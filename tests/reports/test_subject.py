@@ -286,7 +286,7 @@ def test_the_caution_about_lesions_is_in_the_summary(output_dir):
 def test_what_was_measured_of_the_prior_is_said_of_it_alone(tmp_path):
     """The embedded weights have the figures; a contrast, sampler or task beyond them is named."""
     embedded = sha256_file(find_weights(None, kind="prior"))
-    restore = {"prior": {"sha256": embedded}, "contrast": "T1w", "sampler": "eps"}
+    restore = {"prior": {"sha256": embedded}, "contrast": "T1w", "sampler": "conditional"}
     record = RestoreRecord.from_json(restore)
     store(tmp_path, summary("sub-2_T1w", facts={"restore": restore}))
     text = build_subject_report(tmp_path, "2").read_text()

@@ -64,6 +64,13 @@ class LinearOperator(ABC):
         """``A^T A x``."""
         return self._adjoint(self.forward(x))
 
+    def squared_norm_bound(self) -> float:
+        """An upper bound of ``||A||^2``, the largest eigenvalue of ``A^T A``.
+
+        By default 1.2 times an estimate by power iteration, which approaches from below.
+        """
+        return 1.2 * squared_norm(self, torch.Generator().manual_seed(0))
+
     def __call__(self, x: Tensor) -> Tensor:
         return self.forward(x)
 
@@ -90,7 +97,7 @@ class Composition(LinearOperator):
         return self.inner._adjoint(self.outer._adjoint(y))
 
 
-class Stack(LinearOperator):
+class VStack(LinearOperator):
     """Several scans of one image: ``y = (A_1 x, A_2 x, ...)``, each flattened and joined.
 
     ``split`` gives the scans back in their own shapes.
@@ -98,13 +105,13 @@ class Stack(LinearOperator):
 
     def __init__(self, operators: Sequence[LinearOperator]) -> None:
         if not operators:
-            raise ShapeMismatchError("Stack: expected at least one operator, got none.")
+            raise ShapeMismatchError("VStack: expected at least one operator, got none.")
         self.operators = tuple(operators)
         self.in_shape = self.operators[0].in_shape
         for operator in self.operators:
             if operator.in_shape != self.in_shape:
                 raise ShapeMismatchError(
-                    f"Stack: all operators must take {self.in_shape}, "
+                    f"VStack: all operators must take {self.in_shape}, "
                     f"{type(operator).__name__} takes {operator.in_shape}. Use one image grid."
                 )
         self.sizes = [int(torch.Size(op.out_shape).numel()) for op in self.operators]

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Posterior samplers: daps (faithful), exact (default)."""
+"""Posterior samplers; ``registry`` has the facts of each."""

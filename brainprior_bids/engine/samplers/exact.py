@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The default sampler: DAPS (arXiv 2407.01521) with its inner Langevin solved exactly.
+"""DAPS (arXiv 2407.01521) with its inner Langevin solved exactly.
 
 ``m = D(x_t; sigma)`` is the Tweedie mean, V_sigma the calibrated covariance of its error. Where
 the measurement is linear and its noise Gaussian, ``N(m, V_sigma) N(y; A x, Sigma)`` can be drawn
@@ -27,7 +27,9 @@ class Conditional(Protocol):
     def refine(self, mean: Tensor, sigma: float, *, bias: bool, noise: bool) -> None:
         """Update nuisance parameters from the denoiser's mean."""
 
-    def draw(self, mean: Tensor, sigma: float, generator: torch.Generator) -> Tensor:
+    def draw(
+        self, mean: Tensor, sigma: float, generator: torch.Generator, *, given: bool = False
+    ) -> Tensor:
         """A draw from ``N(m, V_sigma)`` times the likelihood."""
         ...
 
@@ -51,6 +53,7 @@ def sample_exact(
     generator: torch.Generator,
     device: torch.device | str = "cpu",
     start: Tensor | None = None,
+    given: bool = False,
     refine_bias: bool = False,
     refine_noise: bool = False,
     observe: Observe | None = None,
@@ -67,6 +70,8 @@ def sample_exact(
         On the CPU; the only source of randomness.
     start : tensor, optional
         A first guess of the sample, to which the first level's noise is added; 0 without.
+    given : bool
+        ``denoise`` was given the measurements of the first scan; see ``Likelihood.draw``.
     observe : function, optional
         Called as ``observe(step, sigma, mean, x0)`` after each level.
 
@@ -82,7 +87,7 @@ def sample_exact(
     for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         mean = finite(denoise(x_t, sigma), sigma)
         data.refine(mean, sigma, bias=refine_bias, noise=refine_noise)
-        x0 = data.draw(mean, sigma, generator)
+        x0 = data.draw(mean, sigma, generator, given=given)
         if sigma_next > 0:
             x_t = x0 + sigma_next * torch.randn(shape, generator=generator).to(device)
         if observe is not None:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from brainprior_bids.cli import resources
 from brainprior_bids.cli.run import main
 from brainprior_bids.engine.errors import UsageError
+from brainprior_bids.run import resources
 from brainprior_bids.settings import Settings
 
 GIB = 2**30

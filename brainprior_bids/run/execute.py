@@ -13,11 +13,11 @@ from brainprior_bids.bids import status
 from brainprior_bids.bids.files import write_text
 from brainprior_bids.bids.names import result_name
 from brainprior_bids.bids.qc import rebuild_qc
-from brainprior_bids.cli.logs import LOG
-from brainprior_bids.cli.monitor import ResourceMonitor
-from brainprior_bids.cli.outcome import step_records, why_not_ended, write_failure, write_running
-from brainprior_bids.cli.plugin_file import read_plugin_file
-from brainprior_bids.cli.progress import Progress
+from brainprior_bids.run.logs import LOG
+from brainprior_bids.run.monitor import ResourceMonitor
+from brainprior_bids.run.outcome import step_records, why_not_ended, write_failure, write_running
+from brainprior_bids.run.plugin_file import read_plugin_file
+from brainprior_bids.run.progress import Progress
 from brainprior_bids.settings import Settings
 
 
@@ -96,8 +96,8 @@ def make_plugin(workflow: Any, settings: Settings, progress: Progress) -> Any:
     """Our own pool, or the scheduler that ``--nipype-plugin-file`` names."""
     from nipype.pipeline.plugins import LinearPlugin
 
-    from brainprior_bids.workflows.cluster import make_batch_plugin
-    from brainprior_bids.workflows.plugin import SurvivingPool
+    from brainprior_bids.run.cluster import make_batch_plugin
+    from brainprior_bids.run.pool import SurvivingPool
     from brainprior_bids.workflows.scan import NODES, claims_gb
 
     if settings.debug:

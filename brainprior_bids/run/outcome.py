@@ -114,8 +114,8 @@ def why_not_ended(
 ) -> ErrorRecord:
     """Why a scan did not end: what its node said, or what the graph ended with."""
     from brainprior_bids.interfaces.base import FAILURE, RECORD
-    from brainprior_bids.workflows.cluster import LOST, REFUSED
-    from brainprior_bids.workflows.plugin import KILLED
+    from brainprior_bids.run.cluster import LOST, REFUSED
+    from brainprior_bids.run.pool import KILLED
     from brainprior_bids.workflows.scan import NODES, log_dir
 
     crash_files = sorted(log_dir(settings, scan.subject).glob("crash-*.txt"))

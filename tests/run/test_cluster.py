@@ -13,14 +13,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from brainprior_bids.workflows.cluster import LOST, REFUSED, _last_words, make_batch_plugin
 from brainprior_bids.workflows.scan import NODES
 from nipype.interfaces.utility import Function
 from nipype.pipeline import engine as pe
 
-from brainprior_bids.cli.plugin_file import BATCH, STEPS, read_plugin_file
 from brainprior_bids.cli.run import main
 from brainprior_bids.engine.errors import UsageError
+from brainprior_bids.run.cluster import LOST, REFUSED, _last_words, make_batch_plugin
+from brainprior_bids.run.plugin_file import BATCH, STEPS, read_plugin_file
 
 pytestmark = pytest.mark.timeout(120)
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,7 +6,6 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from brainprior_bids.workflows.plugin import KILLED, SurvivingPool
 from nipype.interfaces.base import (
     BaseInterfaceInputSpec,
     SimpleInterface,
@@ -15,6 +14,8 @@ from nipype.interfaces.base import (
 )
 from nipype.interfaces.utility import Function, Merge
 from nipype.pipeline import engine as pe
+
+from brainprior_bids.run.pool import KILLED, SurvivingPool
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -128,43 +129,41 @@ def test_a_node_killed_twice_fails_alone(tmp_path):
     assert KILLED in crash.read_text()
 
 
-class _TimesSpec(BaseInterfaceInputSpec):
+class _GpuSpec(BaseInterfaceInputSpec):
     use_gpu = traits.Bool(True, usedefault=True)
 
 
-class _TimesOutput(TraitedSpec):
-    began = traits.Float()
-    ended = traits.Float()
+class Gpu(SimpleInterface):
+    """As ``Restore`` for the scheduler: a GPU node by its trait."""
 
-
-class Times(SimpleInterface):
-    """As ``Restore`` for the scheduler: a GPU node by its trait; it says when it ran."""
-
-    input_spec = _TimesSpec
-    output_spec = _TimesOutput
+    input_spec = _GpuSpec
+    output_spec = TraitedSpec
 
     def _run_interface(self, runtime):
-        import time
-
-        self._results["began"] = time.time()
-        time.sleep(0.5)
-        self._results["ended"] = time.time()
         return runtime
+
+
+def most_at_once(events):
+    """The largest number of nodes that were started and had not ended, in the order of events."""
+    running = itertools.accumulate(1 if event == "start" else -1 for event in events)
+    return max(running)
 
 
 @pytest.mark.parametrize("slots", [1, 3])
 def test_so_many_restorations_at_once_as_the_gpu_has_slots(tmp_path, slots):
-    nodes = [pe.Node(Times(), name=f"restore{number}") for number in range(3)]
+    """By what the scheduler starts and sees end, not by the clock."""
+    nodes = [pe.Node(Gpu(), name=f"restore{number}") for number in range(3)]
     workflow = pe.Workflow(name="wf", base_dir=str(tmp_path))
     workflow.add_nodes(nodes)
     workflow.config["execution"] = {"poll_sleep_duration": "0.1"}
+    events = []
     plugin = SurvivingPool(
         plugin_args={
             "n_procs": 4, "memory_gb": 9, "n_gpu_procs": slots, "raise_insufficient": False,
             "mp_context": "forkserver", "order": [n.name for n in nodes],
+            "status_callback": lambda node, event: events.append(event),
         }
     )  # fmt: skip
-    ran = workflow.run(plugin=plugin)
-    spans = sorted((n.result.outputs.began, n.result.outputs.ended) for n in ran.nodes())
-    overlaps = sum(later[0] < earlier[1] for earlier, later in itertools.pairwise(spans))
-    assert overlaps == (0 if slots == 1 else 2)
+    workflow.run(plugin=plugin)
+    assert sorted(events) == ["end"] * 3 + ["start"] * 3
+    assert most_at_once(events) == slots

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Posterior samples by the reverse diffusion, under a prior that is told of the measurement.
+"""Posterior samples by the reverse diffusion, with a network that is given the measurements.
 
-The network itself gives ``D(x_t, y; sigma) = E[x | x_t, y]`` (see ``stacks`` and ``voxels``; EPS,
-arXiv 2606.17048), so nothing has to be mended by the data afterwards: the reverse diffusion,
-started from noise, ends in a sample of p(x | y). Solver: DPM-Solver++(2M), arXiv 2211.01095, with
-one network call a level: its stochastic form at high noise, where fresh noise undoes the errors of
-earlier calls, the deterministic one below ``QUIET``, where noise would have to be taken out of
-what was measured.
+The network itself answers ``D(x_t, y; sigma) = E[x | x_t, y]`` (see ``stacks`` and ``voxels``; the
+idea of exact posterior scores, EPS, arXiv 2606.17048), so no likelihood has to be approximated
+afterwards: the reverse diffusion, started from noise, ends in a sample of p(x | y). Solver:
+DPM-Solver++(2M), arXiv 2211.01095, with one network call per noise level: its stochastic form at
+high noise, where fresh noise undoes the errors of earlier calls, the deterministic one below
+``QUIET``, where noise would have to be removed from what the scan determines.
 """
 
 from __future__ import annotations
@@ -20,17 +20,40 @@ from torch import Tensor
 
 from brainprior_bids.engine.samplers.exact import Denoise, Observe, finite
 
+BLIND = 100.0
+"""Noise level of the first call: x_t says nothing, the answer is E[x | y]."""
+SIGMA_MAX = 1.5
+"""Where the levels start from E[x | y]: several times what slices of 8 mm leave open."""
+HOLE_SIGMA_MAX = 20.0
+"""The same beside a hole: there the local mean is open as well, over many voxels."""
+
 QUIET = 0.1
 """Noise level up to which no fresh noise is added, engine unit."""
 
 
-def sample_eps(
+def answer_weights(n_samples: int | None, n_calls: int) -> tuple[float, float]:
+    """Weights of a chain's first answer, and of each later one, in the mean; they sum to 1.
+
+    All estimate ``E[x | y]``. The first (``BLIND``) is independent of the chain's noise but is one
+    call's work; the later ones are more accurate and vary from sample to sample. So between 2-D
+    slices the first counts ``2 / (2 + n_samples)``: chosen on participants 04, 05 and 56
+    (``docs/models/log.md``), where equal weights lose 0.8 dB with one sample, 0.1 dB with four,
+    and nothing with eight. ``None``, beside a hole and in 3-D scans: all alike. In a hole one call
+    knows too little.
+    """
+    if n_samples is None or n_calls == 1:
+        return 1 / n_calls, 1 / n_calls
+    first = max(2 / (2 + n_samples), 1 / n_calls)
+    return first, (1 - first) / (n_calls - 1)
+
+
+def sample_conditional(
     denoise: Denoise,
     sigmas: Sequence[float],
     *,
     shape: tuple[int, ...],
     generator: torch.Generator,
-    blind: float,
+    blind: float = BLIND,
     inflation: float = 1.0,
     device: torch.device | str = "cpu",
     observe: Observe | None = None,

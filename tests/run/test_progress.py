@@ -16,10 +16,11 @@ from types import SimpleNamespace
 import pytest
 
 from brainprior_bids.bids.files import write_json
-from brainprior_bids.cli.logs import log_to_stderr
-from brainprior_bids.cli.monitor import ResourceMonitor
-from brainprior_bids.cli.progress import Progress
-from brainprior_bids.interfaces.restore import PROGRESS, progress
+from brainprior_bids.interfaces.restoration import progress_writer
+from brainprior_bids.interfaces.restore import PROGRESS
+from brainprior_bids.run.logs import log_to_stderr
+from brainprior_bids.run.monitor import ResourceMonitor
+from brainprior_bids.run.progress import Progress
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path, lines):
     said(node("conform"), "start")
     said(node("conform"), "end")
     said(node("restore"), "start")
-    observe = progress(tmp_path / "restore" / PROGRESS, 2)
+    observe = progress_writer(tmp_path / "restore" / PROGRESS, 2)
     (tmp_path / "restore").mkdir()
     for step in range(4):
         observe(step, 4, 1.0, 0)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from brainprior_bids.bids.query import Scan
 from brainprior_bids.bids.validate import find_validator, validate_scans
-from brainprior_bids.cli.logs import LOG
 from brainprior_bids.engine.errors import UsageError, WeightsError
+from brainprior_bids.run.logs import LOG
 from brainprior_bids.settings import Settings
 
 

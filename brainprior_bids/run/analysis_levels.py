@@ -19,15 +19,8 @@ from brainprior_bids.bids.provenance import write_run
 from brainprior_bids.bids.qc import rebuild_qc
 from brainprior_bids.bids.query import Scan, check_dataset, find_scans
 from brainprior_bids.bids.refined import name_after_images
-from brainprior_bids.cli.before import checked_weights, clean_work_dir, validate_request
-from brainprior_bids.cli.environment import prepare_environment
-from brainprior_bids.cli.execution import execute
-from brainprior_bids.cli.jobs import plan_jobs
-from brainprior_bids.cli.logs import LOG, log_to_file
-from brainprior_bids.cli.outcome import write_failure
-from brainprior_bids.cli.plugin_file import read_plugin_file, require_scheduler
-from brainprior_bids.cli.resources import fit_memory, memory_limit_gb
 from brainprior_bids.engine.errors import UsageError
+from brainprior_bids.engine.samplers import registry
 from brainprior_bids.records import (
     ErrorRecord,
     MaskSource,
@@ -38,6 +31,14 @@ from brainprior_bids.records import (
     WeightsRecord,
     named,
 )
+from brainprior_bids.run.environment import prepare_environment
+from brainprior_bids.run.execute import execute
+from brainprior_bids.run.jobs import plan_jobs
+from brainprior_bids.run.logs import LOG, log_to_file
+from brainprior_bids.run.outcome import write_failure
+from brainprior_bids.run.plugin_file import read_plugin_file, require_scheduler
+from brainprior_bids.run.preflight import checked_weights, clean_work_dir, validate_request
+from brainprior_bids.run.resources import fit_memory, memory_limit_gb
 from brainprior_bids.settings import Settings
 
 
@@ -51,7 +52,7 @@ def run(settings: Settings) -> int:
     if "participant" in settings.analysis_level:
         scans = _requested(settings)
         if settings.dry_run:
-            from brainprior_bids.cli.plan import print_plan
+            from brainprior_bids.run.plan import print_plan
 
             print_plan(scans, settings)
             try:
@@ -233,9 +234,9 @@ def _boilerplate_only(
         Method(
             suffix=scan.name.suffix,
             task=settings.task,
-            sampler="exact" if scan.runs else settings.sampler,
+            sampler=settings.sampler,
             n_samples=settings.n_samples,
-            calls=settings.n_steps * (5 if settings.sampler == "daps" else 1),
+            calls=registry.find(settings.sampler).calls(settings.n_steps),
             version=__version__,
             mask=Origin(MaskSource(settings.skull_strip)),
             structures=Origin(StructuresSource(settings.parcellation)),

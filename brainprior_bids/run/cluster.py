@@ -104,7 +104,7 @@ def make_batch_plugin(
     if name == "SLURMGraph":
         return WaitingGraph(plugin_args=own, tag=tag)
     base = getattr(plugins, f"{name}Plugin")
-    made = PatientSlurm if name == "SLURM" else type(f"Patient{name}", (_Patient, base), {})
+    made = FaultTolerantSlurm if name == "SLURM" else type(f"Patient{name}", (_Patient, base), {})
     return made(plugin_args={**own, "name": name, "status_callback": status_callback})
 
 
@@ -183,7 +183,7 @@ class _Patient:
             _quiet([command, *map(str, self._pending)])
 
 
-class PatientSlurm(_Patient, plugins.SLURMPlugin):
+class FaultTolerantSlurm(_Patient, plugins.SLURMPlugin):
     """SLURM that notices when sbatch or squeue fails."""
 
     def __init__(self, plugin_args: dict[str, Any]) -> None:

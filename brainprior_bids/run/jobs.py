@@ -15,10 +15,10 @@ from brainprior_bids.bids.given import Given, find_given
 from brainprior_bids.bids.names import result_name, scan_seed
 from brainprior_bids.bids.provenance import sha256_file
 from brainprior_bids.bids.query import Scan
-from brainprior_bids.cli.logs import LOG
-from brainprior_bids.cli.outcome import write_failure
 from brainprior_bids.engine.errors import InputError
 from brainprior_bids.records import ErrorRecord, ScanStatus
+from brainprior_bids.run.logs import LOG
+from brainprior_bids.run.outcome import write_failure
 from brainprior_bids.settings import Settings
 
 

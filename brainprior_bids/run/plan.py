@@ -12,19 +12,18 @@ from brainprior_bids.anatomy.conform import read_geometry
 from brainprior_bids.bids import export
 from brainprior_bids.bids.names import output_names, scan_seed
 from brainprior_bids.bids.query import Scan
-from brainprior_bids.cli.before import checked_weights
-from brainprior_bids.cli.jobs import Found, export_roots_of, exported_t1w, look_up, why_again
 from brainprior_bids.engine.acquisition import PLANES
 from brainprior_bids.engine.errors import GeometryError, InputError
+from brainprior_bids.engine.samplers import registry
 from brainprior_bids.records import ConformFacts
+from brainprior_bids.run.jobs import Found, export_roots_of, exported_t1w, look_up, why_again
+from brainprior_bids.run.preflight import checked_weights
 from brainprior_bids.settings import Settings
 
 TIMED = 64
 """Edge of the block, in voxels, whose network call is timed."""
 BOX_MM = (192, 224, 192)
 """Largest box around a brain, its margins included, along right, anterior and superior."""
-INNER_SHARE = {"auto": 0.27, "eps": 0.0, "exact": 0.27, "map": 0.27, "daps": 0.0}
-"""Inner solve over network, measured: docs/performance.md. DAPS's own walk is not counted."""
 FUSED_SHARE = 0.5
 """The same for each run that is fused: 0.02 an iteration, 15 iterations, 3 solves in 2 levels
 (measured with two and three runs)."""
@@ -38,7 +37,8 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
     """Print every scan's outputs, seed, time and memory; nothing is written."""
     from brainprior_bids.workflows.scan import claims_gb
 
-    calls = settings.n_samples * settings.n_steps * (5 if settings.sampler == "daps" else 1)
+    sampler = registry.find(settings.sampler)
+    calls = settings.n_samples * sampler.calls(settings.n_steps)
     a_voxel = seconds_a_voxel(settings)
     total = 0.0
     refused = skipped = 0
@@ -61,7 +61,7 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
             print(f"  would fail: {error}")
             refused += 1
             continue
-        share = FUSED_SHARE * len(scan.runs) if scan.runs else INNER_SHARE[settings.sampler]
+        share = FUSED_SHARE * len(scan.runs) if scan.runs else sampler.solve_share
         seconds = OTHER_S + calls * voxels * a_voxel * (1 + share)
         seconds += RUN_S * len(scan.runs[1:])
         total += seconds

@@ -10,7 +10,7 @@ import tempfile
 
 import pytest
 
-from brainprior_bids.cli.environment import prepare_environment
+from brainprior_bids.run.environment import prepare_environment
 from brainprior_bids.settings import Settings
 
 
@@ -72,7 +72,7 @@ def test_without_a_temporary_folder_there_is_one_in_the_work_folder(settings, mo
 
 def test_lines_of_training_and_evaluation_are_shown():
     code = (
-        "import logging; from brainprior_bids.cli.logs import log_to_stderr; log_to_stderr();"
+        "import logging; from brainprior_bids.run.logs import log_to_stderr; log_to_stderr();"
         "logging.getLogger('brainprior_bids.training.prior').info('step 50')"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the network is given beside x_t: another tool's image, and measurements.
+
+Another tool's image z, ``z = x + N(0, tau^2)``, and x_t, ``x_t = x + N(0, sigma^2)``, are two
+images of one brain with white noise, and together one with less noise:
+
+    E[x | x_t, z] = D((x_t / sigma^2 + z / tau^2) s^2; s),   1 / s^2 = 1 / sigma^2 + 1 / tau^2.
+
+So an image turns the prior p(x) into p(x | z), whose denoiser and error spectrum V_s are known;
+likelihood, solve and samplers need not know of it.
+
+Measurements y (``Measured``: a stack of slices, or voxels on the image's grid) can be given to a
+network that was trained for it; it then answers E[x | x_t, y].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from brainprior_bids.engine.errors import InputError, ShapeMismatchError
+from brainprior_bids.engine.gaussian.spectral import Spectrum
+from brainprior_bids.engine.likelihood import Likelihood
+from brainprior_bids.engine.measured import Measured
+from brainprior_bids.engine.observation import ImageObservation
+from brainprior_bids.engine.operators.fourier import resampling_matrix
+from brainprior_bids.engine.operators.slices import SliceProfile
+from brainprior_bids.engine.problem import Problem
+from brainprior_bids.engine.stacks import Stack
+from brainprior_bids.engine.voxels import Voxels
+
+SIGMA_BLIND = 30.0
+"""A level at which a denoiser sees next to nothing: V there is the power of the images
+themselves. A chain starts from a draw given the data under that Gaussian alone, which costs no
+network call and lets the levels begin where the network has something to say."""
+UNLIKE = 0.2
+"""Below this correlation with the scan an image shows something else."""
+IN_PLANE = 2.2
+"""Largest in-plane voxel size, in restored voxels, for which networks that take stacks were
+trained."""
+SPACING = 1.4
+"""Smallest slice spacing, in restored voxels, of the 2-D slices they were trained on."""
+
+Denoise = Callable[[Tensor, float], Tensor]
+
+
+class PriorLike(Protocol):
+    """What ``restore`` asks of a prior (``denoiser.Prior`` is one)."""
+
+    def denoise(
+        self,
+        x: Tensor,
+        sigma: float,
+        *,
+        coordinates: Tensor,
+        contrast: str,
+        measured: Measured | None = None,
+    ) -> Tensor:
+        """(n, 1, i, j, k) noisy -> Tweedie mean; ``measured`` only where ``takes_stacks``."""
+        ...
+
+    def spectrum(self, contrast: str) -> Spectrum:
+        """The calibrated error spectrum of that contrast."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class WhiteImage:
+    """Other tools' images of the brain as one with white noise.
+
+    Parameters
+    ----------
+    z : (i, j, k) tensor
+        On the home grid, engine unit.
+    tau : float
+        SD of its error.
+    fits : tuple of (gain, correlation)
+        Of each image with the scan, in voxels wholly inside the brain.
+    """
+
+    z: Tensor
+    tau: float
+    fits: tuple[tuple[float, float], ...]
+
+    def sd(self, sigma: float) -> float:
+        """s: noise of x_t and z together."""
+        return sigma * self.tau / math.hypot(sigma, self.tau)
+
+    def merge(self, x_t: Tensor, sigma: float) -> tuple[Tensor, float]:
+        """x_t and z as one image with white noise, and the SD of that noise."""
+        share = sigma**2 / (sigma**2 + self.tau**2)
+        return torch.lerp(x_t, self.z, share), self.sd(sigma)
+
+
+@dataclass(frozen=True)
+class GivenSpectrum:
+    """V of ``spectrum`` where the denoiser is given a white image too."""
+
+    spectrum: Spectrum
+    image: WhiteImage
+
+    def variance(self, sigma: float, frequency: Tensor) -> Tensor:
+        """Same shape as ``frequency`` (cycles per mm)."""
+        return self.spectrum.variance(self.image.sd(sigma), frequency)
+
+
+def fit_images(images: Sequence[ImageObservation], problem: Problem) -> WhiteImage | None:
+    """Bring other tools' images to the scan's unit and join them; None if there is none.
+
+    Raises
+    ------
+    InputError
+        If an image is 0 where the scan shows brain, or correlates with it by less than
+        ``UNLIKE``.
+    ShapeMismatchError
+        If it does not lie on the reference's 1 mm grid.
+    """
+    if not images:
+        return None
+    term = problem.measurement_of_reference()
+    scan = (term.y / term.bias)[term.core]
+    total, precision, fits = torch.zeros_like(problem.support), 0.0, []
+    for one in images:
+        assert isinstance(one.image, Tensor)
+        if tuple(one.image.shape) != problem.grid.shape:
+            raise ShapeMismatchError(
+                f"image to refine: expected shape {problem.grid.shape} on the reference's 1 mm "
+                f"grid, got {tuple(one.image.shape)}. Resample it."
+            )
+        z = (one.image[problem.box.image_slices] * problem.support).to(problem.device)
+        gain, correlation = _fit(term.operator(z)[term.core], scan)
+        fits.append((gain, correlation))
+        total = total.to(z) + gain * z / one.sd**2
+        precision += one.sd**-2
+    return WhiteImage(total / precision, precision**-0.5, tuple(fits))
+
+
+def _fit(seen: Tensor, scan: Tensor) -> tuple[float, float]:
+    if not bool((seen > 0).any()):
+        raise InputError(
+            "the image to refine is 0 where the scan shows brain. Do they lie in the same space?"
+        )
+    gain = float((seen @ scan) / (seen @ seen))
+    correlation = float(torch.corrcoef(torch.stack((seen, scan)))[0, 1])
+    if not correlation > UNLIKE:
+        raise InputError(
+            f"the image to refine and the scan correlate by {correlation:.2f} inside the "
+            f"brain, at least {UNLIKE} is needed. Do they show the same person, in the same "
+            "space and contrast?"
+        )
+    return gain, correlation
+
+
+class Conditioning:
+    """A prior for one problem: its place in MNI305, its contrast, another tool's image.
+
+    Parameters
+    ----------
+    prior : PriorLike
+    problem : Problem
+    contrast : str
+    images : sequence of ImageObservation
+    """
+
+    def __init__(
+        self,
+        prior: PriorLike,
+        problem: Problem,
+        contrast: str,
+        images: Sequence[ImageObservation] = (),
+    ) -> None:
+        self.prior, self.problem, self.contrast = prior, problem, contrast
+        self.image = fit_images(images, problem)
+        own = prior.spectrum(contrast)
+        self.spectrum = own if self.image is None else GivenSpectrum(own, self.image)
+
+    @cached_property
+    def guess(self) -> Tensor:
+        """(i, j, k) the home image before any network call: 0, or the other tool's as far as it
+        is trusted against V at ``SIGMA_BLIND``."""
+        shape, device = self.problem.box.shape, self.problem.device
+        if self.image is None:
+            return torch.zeros(shape, device=device)
+        spacing = [float(s) for s in self.problem.home.spacing_mm]
+        i, j = (torch.fft.fftfreq(n, d=d) for n, d in zip(shape[:2], spacing[:2], strict=True))
+        k = torch.fft.rfftfreq(shape[2], d=spacing[2])
+        frequency = (i[:, None, None] ** 2 + j[:, None] ** 2 + k**2).sqrt()
+        power = self.prior.spectrum(self.contrast).variance(SIGMA_BLIND, frequency)
+        weight = (power / (power + self.image.tau**2)).to(device, torch.float32)
+        guess: Tensor = torch.fft.irfftn(torch.fft.rfftn(self.image.z) * weight, s=shape)
+        return guess
+
+    def denoiser(self) -> Denoise:
+        """``E[x | x_t]``, or ``E[x | x_t, z]``: (i, j, k) -> (i, j, k)."""
+        return lambda x_t, sigma: self._ask(x_t, sigma)
+
+    def denoiser_given(self, likelihood: Likelihood, weights: Tensor) -> Denoise:
+        """The same with the reference's measurements."""
+        measured = self._measurements(likelihood, weights)
+        return lambda x_t, sigma: likelihood.constrain(self._ask(x_t, sigma, measured=measured))
+
+    def _ask(self, x_t: Tensor, sigma: float, **measured: Measured) -> Tensor:
+        if self.image is not None:
+            x_t, sigma = self.image.merge(x_t, sigma)
+        answer = self.prior.denoise(
+            x_t[None, None],
+            sigma,
+            coordinates=self.problem.coordinates,
+            contrast=self.contrast,
+            **measured,
+        )
+        return answer[0, 0]
+
+    def _measurements(self, likelihood: Likelihood, weights: Tensor) -> Measured:
+        """The reference divided by its bias field, 0 outside the brain.
+
+        On the restored grid, voxels that are partly outside the brain are hidden. Of a slice, a
+        voxel that is partly outside holds the Gaussian estimate of what the brain alone would
+        have given.
+        """
+        term, box = likelihood.reference, self.problem.reference.box
+        if box.shape == box.data_shape:
+            alone = term.brain_alone(torch.zeros_like(likelihood.support))
+            return Voxels(alone.cpu(), term.partly_seen().cpu(), term.noise_sd)
+        alone = term.brain_alone(likelihood.expect(self.guess, SIGMA_BLIND)).cpu()
+        axis, kept = self.problem.scans[0].acquisition.slice_axis, []
+        for a in range(3):
+            n, m = alone.shape[a], box.shape[a]
+            if a != axis:
+                kept.append(n / m)
+                alone = SliceProfile(resampling_matrix(n, m), tuple(alone.shape), a)(alone)
+        noise_sd = term.noise_sd / math.sqrt(kept[0] * kept[1])
+        return Stack(alone, weights.double().cpu(), axis, noise_sd, (kept[0], kept[1]))
+
+    def obstacle(self) -> str | None:
+        """Why the network cannot be given the reference's measurements, or None."""
+        problem, prior = self.problem, self.prior
+        box, axis = problem.reference.box, problem.scans[0].acquisition.slice_axis
+        takes_holes = getattr(prior, "takes_holes", False)
+        if not getattr(prior, "takes_stacks", False):
+            return "the prior was not trained to be conditioned on measurements"
+        if problem.nuisances.move_bias:
+            return "it does not move the bias field"
+        if problem.reference.excess is not None:
+            return "the noise differs between voxels"
+        if problem.box.shape != box.shape or problem.box.start != box.start:
+            return "the unknown does not lie on the scan's axes"
+        if box.shape == box.data_shape:
+            return None if takes_holes else "the prior was not trained on scans with holes"
+        if problem.any_hidden:
+            return "voxels are hidden of a scan that is coarser than the restored image"
+        if any(a != axis and box.shape[a] > IN_PLANE * box.data_shape[a] for a in range(3)):
+            return f"voxels in the plane of the slices are above {IN_PLANE} restored ones"
+        thin = box.shape[axis] < SPACING * box.data_shape[axis]
+        sinc_shaped = bool((problem.slice_weights() < -0.01).any())
+        if thin and not (sinc_shaped and takes_holes):
+            return "the slices are as thin as the restored voxels"
+        return None

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The result of a restoration, and how it is gathered from the samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from brainprior_bids.engine.box import Box
+from brainprior_bids.engine.consistency import Residual, judge
+from brainprior_bids.engine.grids import Grid
+from brainprior_bids.engine.likelihood import Likelihood
+from brainprior_bids.engine.problem import Problem
+
+
+@dataclass(frozen=True, eq=False)
+class ScanFit:
+    """How the result explains one scan."""
+
+    name: str
+    noise_sd: float  # engine unit, a voxel of the scan, before sampling
+    residuals: list[Residual]  # of each sample
+    residual_map: NDArray[np.float32]  # on the scan's grid, in SDs of the noise; mean over samples
+
+
+@dataclass(frozen=True, eq=False)
+class Restoration:
+    """What ``restore`` returns; images are float32 on ``grid``, in scanner units, without bias."""
+
+    grid: Grid  # 1 mm: the reference's axes and whole field of view, or MNI305
+    samples: NDArray[np.float32]  # (n, i, j, k) posterior samples, 0 beyond mask and rim
+    mean: NDArray[np.float32]  # (i, j, k) estimate of the posterior mean, see ``restore``
+    sd: NDArray[np.float32] | None  # (i, j, k) posterior SD; None with fewer than two samples
+    log_bias: NDArray[np.float32]  # on the reference's grid; mean 0 inside the mask
+    noise_sd_initial: float  # engine unit, a voxel of the reference, before sampling
+    noise_sd: float  # after sampling, mean over samples
+    residuals: list[Residual]  # of each sample, over all scans
+    residual_map: NDArray[np.float32]  # of the reference, see ``ScanFit``
+    scans: list[ScanFit]  # of every scan, the reference first
+    unit: float  # scanner units per engine unit
+    calls: int  # network calls per sample
+    sampler: str
+    solve: str  # strategy of the linear-Gaussian solve
+    schedule: list[float]
+    seeds: list[int]
+    inner_iterations: float  # of the solve, mean per call
+    box: Box
+    seconds: float
+    warnings: list[str] = field(default_factory=list)
+    sampler_reason: str | None = None  # why "auto" did not take the default sampler
+    images: list[tuple[float, float]] = field(
+        default_factory=list
+    )  # gain to the scan, correlation
+    predictions: NDArray[np.float32] | None = None  # (1 + n) of the reference, mean first
+    thickness_factors: list[float] = field(default_factory=list)  # assumed over stated
+
+    @property
+    def residual_ratios(self) -> list[float]:
+        """RMS of each sample's residual over the SD expected before sampling."""
+        return [r.ratio for r in self.residuals]
+
+
+class Gathering:
+    """Samples, mean, residuals and predictions of a restoration while it runs.
+
+    Parameters
+    ----------
+    problem : Problem
+    n_samples : int
+        0 where only a mean is made.
+    predicting : bool
+        Whether the reference is predicted on its own grid.
+    """
+
+    def __init__(self, problem: Problem, n_samples: int, *, predicting: bool) -> None:
+        self.problem, self.n = problem, n_samples
+        self.chains = max(n_samples, 1)
+        self.samples = np.zeros((n_samples, *problem.grid.shape), np.float32)
+        self.expected = np.zeros(problem.grid.shape, np.float32)
+        self.residuals: list[Residual] = []
+        self.each: list[list[Residual]] = [[] for _ in problem.parts]
+        self.left_over = [torch.zeros(part.box.data_shape) for part in problem.parts]
+        self.noises: list[float] = []
+        reference = problem.scans[0]
+        self.log_bias = reference.log_bias.clone()
+        shape = (predicting * (1 + n_samples), *reference.grid.shape)
+        self.predictions = np.zeros(shape, np.float32)
+        self.predicting = predicting
+
+    def add(self, likelihood: Likelihood, x0: Tensor, conditional: Tensor | None) -> None:
+        """One chain has ended.
+
+        Parameters
+        ----------
+        x0 : (i, j, k)
+            Its sample, or the mean where nothing is drawn.
+        conditional : (i, j, k), optional
+            Its estimate of the posterior mean; the sample's own without.
+        """
+        problem, index = self.problem, len(self.noises)
+        x0 = x0 * problem.final
+        self._explain(likelihood, x0)
+        reference = likelihood.reference
+        self.noises.append(reference.noise_sd / problem.reference.thinned)
+        gain = 1.0
+        if problem.nuisances.move_bias and problem.is_spectral:
+            moved = problem.bias_on_scan(reference.nuisance.coefficients)
+            gain = float(moved[problem.scans[0].mask > 0.5].mean().exp())
+            self.log_bias += moved / self.chains
+        scale, where = problem.unit * gain, problem.box.image_slices
+        estimate = x0 if conditional is None else conditional * problem.final
+        self.expected[where] += estimate.cpu().numpy() * (scale / self.chains)
+        if self.n:
+            self.samples[(index, *where)] = x0.cpu().numpy() * scale
+        if self.predicting:
+            self.predictions[0] += self._predict(likelihood, estimate) / self.chains
+            if self.n:
+                self.predictions[1 + index] = self._predict(likelihood, x0)
+
+    def _explain(self, likelihood: Likelihood, x0: Tensor) -> None:
+        for k, term in enumerate(likelihood.terms):
+            residual, z = term.explain(x0)
+            self.each[k].append(residual)
+            self.left_over[k] += z.cpu() / self.chains
+        single = [residuals[-1] for residuals in self.each]
+        if len(single) == 1:
+            self.residuals.append(single[0])
+            return
+        ratio = likelihood.residual_ratio(x0)
+        worst = max(single, key=lambda r: max(r.correlation))
+        self.residuals.append(Residual(ratio, ratio, worst.correlation, worst.standard_error))
+
+    def _predict(self, likelihood: Likelihood, x: Tensor) -> NDArray[np.float32]:
+        part = self.problem.reference.on_scan_grid(likelihood.reference.predict(x))
+        return (self.problem.unit * part).numpy()
+
+    def warnings(self) -> list[str]:
+        """Where the samples do not explain a scan."""
+        if len(self.each) == 1:
+            return judge(self.residuals)
+        names = [scan.name for scan in self.problem.scans]
+        return [
+            f"{name}: {text}"
+            for name, residuals in zip(names, self.each, strict=True)
+            for text in judge(residuals)
+        ]
+
+    def scan_fits(self) -> list[ScanFit]:
+        """How the result explains each scan."""
+        return [
+            ScanFit(
+                part.observation.name,
+                part.noise_sd / part.thinned,
+                residuals,
+                part.on_scan_grid(left).numpy(),
+            )
+            for part, residuals, left in zip(
+                self.problem.parts, self.each, self.left_over, strict=True
+            )
+        ]

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The facts about each sampler: parser, plan, provenance, report and methods text read them here.
+
+A sampler is what the network is given, and what is done with the rest of the measurements.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """One sampler.
+
+    Parameters
+    ----------
+    name : str
+        On the command line and in the provenance.
+    steps : int
+        Noise levels by default (``--sloppy`` takes fewer).
+    calls_per_step : int
+        Network calls at each of them.
+    yields_samples : bool
+        Whether it draws samples, and with them an uncertainty.
+    own_thickness : bool
+        Whether samples differ in the slice thickness that they assume (``nuisance``).
+    solve_share : float
+        Time of the inner solve over that of the network, as measured (docs/performance.md).
+    help : str
+        For ``--help``.
+    estimate : str
+        What ``desc-restored`` is, for its sidecar.
+    method, estimate_method : str
+        How it samples, and what the image is, for the methods text; citations as ``[@key]``.
+    """
+
+    name: str
+    steps: int
+    calls_per_step: int
+    yields_samples: bool
+    own_thickness: bool
+    solve_share: float
+    help: str
+    estimate: str
+    method: str
+    estimate_method: str
+
+    def calls(self, n_steps: int) -> int:
+        """Network calls for one sample."""
+        return n_steps * self.calls_per_step
+
+
+_DAPS = "in the manner of decoupled annealing posterior sampling [@daps], "
+
+SAMPLERS = {
+    sampler.name: sampler
+    for sampler in (
+        Sampler(
+            "conditional",
+            steps=20,
+            calls_per_step=1,
+            yields_samples=True,
+            own_thickness=True,
+            solve_share=0.0,
+            help="the network is conditioned on the measurements and returns the posterior mean "
+            "at every noise level",
+            estimate="average, over all samples' chains and noise levels, of the network's "
+            "expectation of the image given the chain's state and the scan",
+            method="by exact posterior scores [@eps]: the denoiser is conditioned on the measured "
+            "data, so that the reverse diffusion yields a posterior sample",
+            estimate_method="The restored image estimates the posterior mean: it is a weighted "
+            "average of the network's expectations of the image, given the scan, over the noise "
+            "levels of the samples' chains.",
+        ),
+        Sampler(
+            "mean",
+            steps=1,
+            calls_per_step=1,
+            yields_samples=False,
+            own_thickness=False,
+            solve_share=0.0,
+            help="the posterior mean in one network call: fast, no samples, no uncertainty",
+            estimate="the network's expectation of the image given the scan, in one call",
+            method="in a single step: the denoiser is conditioned on the measured data alone and "
+            "returns the posterior mean [@eps]",
+            estimate_method="The restored image is the network's estimate of the posterior mean; "
+            "no samples were drawn, and no uncertainty was estimated.",
+        ),
+        Sampler(
+            "exact",
+            steps=20,
+            calls_per_step=1,
+            yields_samples=True,
+            own_thickness=True,
+            solve_share=0.27,
+            help="the network sees the noisy image alone; the measurements enter by exact draws "
+            "from the linear-Gaussian conditional",
+            estimate="average, over all samples' chains and every second noise level, of the "
+            "conditional expectation of the image given the chain's state and the scan",
+            method=f"{_DAPS}with the inner Langevin walk replaced by the exact draw that it "
+            "approximates",
+            estimate_method="The restored image estimates the posterior mean: it is the average "
+            "of the conditional expectations of the image along the samples' chains.",
+        ),
+        Sampler(
+            "daps",
+            steps=200,
+            calls_per_step=5,
+            yields_samples=True,
+            own_thickness=False,
+            solve_share=0.0,
+            help="DAPS as published, with its Langevin walk: 50 times the work",
+            estimate="mean of the samples",
+            method=f"{_DAPS}with its inner Langevin walk",
+            estimate_method="The restored image is the mean of the samples.",
+        ),
+    )
+}
+"""Name -> facts; the default (``auto``) takes the first, and ``exact`` where it does not apply."""
+NAMES = ("auto", *SAMPLERS)
+"""What ``sampler`` may be."""
+DEFAULT, FALLBACK = SAMPLERS["conditional"], SAMPLERS["exact"]
+EARLIER_NAMES = {"eps": "conditional"}
+"""Names in the outputs of earlier versions."""
+
+
+def find(name: str) -> Sampler:
+    """The sampler of that name, an earlier one included; ``auto`` is the default.
+
+    Raises
+    ------
+    KeyError
+        If there is none.
+    """
+    return DEFAULT if name == "auto" else SAMPLERS[EARLIER_NAMES.get(name, name)]

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Another tool's image in front of the denoiser, against the product of Gaussians."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from test_restore import GAIN, TO_MNI, GaussianPrior, ball, given_prior, phantom, power, run
+
+from brainprior_bids.engine.conditioning import Conditioning, GivenSpectrum, WhiteImage
+from brainprior_bids.engine.errors import InputError, ShapeMismatchError, UsageError
+from brainprior_bids.engine.nuisance import Nuisances
+from brainprior_bids.engine.observation import ImageObservation, Observation
+from brainprior_bids.engine.problem import Problem
+from brainprior_bids.engine.restore import restore
+
+SHAPE, TAU = (10, 8, 12), 0.08
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Prior:
+    """Gaussian about 0 with ``power``."""
+
+    def variance(self, sigma, frequency):
+        p = power(frequency)
+        return sigma**2 * p / (sigma**2 + p)
+
+
+def frequency():
+    axes = [torch.fft.fftfreq(n) for n in SHAPE]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij")).norm(dim=0)
+
+
+def wiener(x, sigma):
+    p = power(frequency())
+    return torch.fft.ifftn(torch.fft.fftn(x) * p / (p + sigma**2)).real
+
+
+def test_two_noisy_images_are_one_of_less_noise():
+    """Inverse variances add, and weigh the two."""
+    x_t, z, sigma = random(*SHAPE, seed=3), random(*SHAPE, seed=4), 0.05
+    merged, sd = WhiteImage(z, TAU, ()).merge(x_t, sigma)
+    precision = sigma**-2 + TAU**-2
+    assert sd == pytest.approx(precision**-0.5)
+    expected = (x_t / sigma**2 + z / TAU**2) / precision
+    torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sigma", [3.0, 0.1, 0.02])
+def test_for_a_gaussian_prior_it_is_the_product_formula(sigma):
+    """Merged with x_t it gives the mean and the V of N(m, V) N(z; x, tau^2)."""
+    x_t, z = random(*SHAPE, seed=3), random(*SHAPE, seed=4)
+    image, v = WhiteImage(z, TAU, ()), Prior().variance(sigma, frequency())
+    mean = wiener(*image.merge(x_t, sigma))
+    m = wiener(x_t, sigma)
+    pull = torch.fft.ifftn(torch.fft.fftn(z - m) * v / (v + TAU**2)).real
+    torch.testing.assert_close(mean, m + pull, rtol=1e-4, atol=1e-5)
+    given = GivenSpectrum(Prior(), image).variance(sigma, frequency())
+    torch.testing.assert_close(given, v * TAU**2 / (v + TAU**2), rtol=1e-5, atol=0)
+
+
+def problem(case, hidden=None, home="scan"):
+    a = case["arguments"]
+    observation = Observation(a["scan"], a["grid"], a["acquisition"], a["mask"], hidden=hidden)
+    return Problem(
+        [observation],
+        mask=torch.from_numpy(np.asarray(a["mask_1mm"])).float(),
+        rim_mm=0.0,
+        to_mni305=TO_MNI,
+        home=home,
+        nuisances=Nuisances(thickness_sd=0.0),
+        device=torch.device("cpu"),
+    )
+
+
+def test_several_images_count_by_their_trust():
+    case = phantom()
+    truth = torch.from_numpy(case["truth"])
+    one, two = 2.0 * truth, 5.0 * truth
+    view = Conditioning(
+        case["arguments"]["prior"],
+        problem(case),
+        "T1w",
+        [ImageObservation(one, 0.03), ImageObservation(two, 0.06)],
+    )
+    assert view.image.tau == pytest.approx((0.03**-2 + 0.06**-2) ** -0.5)
+    (gain_one, _), (gain_two, correlation) = view.image.fits
+    assert 2 * gain_one == pytest.approx(5 * gain_two, rel=1e-5)
+    assert correlation > 0.95
+    inside = view.problem.final
+    expected = 2 * gain_one * truth[view.problem.box.image_slices]
+    torch.testing.assert_close(view.image.z[inside], expected[inside], rtol=1e-4, atol=1e-5)
+
+
+def other_image(case, error=0.02):
+    rng = np.random.default_rng(0)
+    return 3.0 * (case["truth"] + error * rng.standard_normal(case["truth"].shape))
+
+
+@pytest.mark.parametrize("thick", [1, 4])
+def test_a_lesion_and_another_tools_image_together(thick):
+    """Where the scan is hidden the image speaks; what the scan shows there has no say."""
+    case = phantom(thick=thick)
+    scan, grid = case["arguments"]["scan"], case["arguments"]["grid"]
+    hidden, fine = ball(grid, (4, -5, 3), 7), ball(grid.one_millimetre(), (4, -5, 3), 7)
+    trust = 0.02 * case["arguments"]["prior"].scale
+    options = {"hidden": hidden, "n_samples": 2, "n_steps": 6}
+
+    def error(result):
+        return float(np.sqrt(((result.mean / GAIN - case["truth"])[fine] ** 2).mean()))
+
+    alone = run(case, **options)
+    both = run(case, image=other_image(case), trust=trust, **options)
+    assert error(both) < 0.6 * error(alone)
+    assert error(both) < 0.02
+    again = run(
+        case, scan=np.where(hidden, 3 * scan.max(), scan), image=other_image(case), trust=trust,
+        **options,
+    )  # fmt: skip
+    np.testing.assert_array_equal(again.samples, both.samples)
+
+
+def test_an_image_of_another_place_kind_or_trust_is_refused():
+    case = phantom()
+    image = other_image(case)
+    for change, error, text in (
+        ({"image": -image}, InputError, "0 where the scan"),
+        ({"image": random(*image.shape).abs()}, InputError, "correlate by"),
+        ({"image": image[:9]}, ShapeMismatchError, "on the reference's 1 mm grid"),
+        ({"image": np.full(image.shape, np.nan)}, InputError, "NaN"),
+        ({"trust": 0.0}, InputError, "above 0"),
+        ({"home": "MNI305"}, UsageError, "no longer be white"),
+    ):
+        with pytest.raises(error, match=text):
+            run(case, **{"image": image, "trust": 0.05, **change})
+
+
+def test_mean_is_one_call_and_draws_nothing():
+    """What a chain of the conditional sampler begins with, without its noise."""
+    case, prior, levels = phantom(), given_prior(), []
+    ask = prior.denoise
+    prior.denoise = lambda x, sigma, **more: (levels.append(sigma), ask(x, sigma, **more))[1]
+    result = run(case, prior=prior, sampler="mean", n_samples=4)
+    assert levels == [100.0]
+    assert (result.calls, result.sampler, len(result.samples)) == (1, "mean", 0)
+    assert result.sd is None
+    assert result.thickness_factors == [1.0]
+    chain = run(case, prior=prior, sampler="conditional", n_samples=1, n_steps=2)
+    difference = result.mean - (3 * chain.mean - chain.samples[0]) / 2  # weights 2/3 and 1/3
+    assert np.abs(difference).max() < 0.02 * GAIN
+    with pytest.raises(UsageError, match="conditioned on measurements"):
+        run(case, sampler="mean")
+
+
+def test_fused_scans_under_a_network_that_is_given_the_reference():
+    """A Gaussian world: as good as the exact sampler, which gives the network nothing."""
+    from test_fusion import MOTION, error, make_run, together
+
+    first, truth = make_run(2, np.eye(4), seed=1)
+    second, _ = make_run(0, MOTION, seed=2)
+    prior = given_prior(0.1)
+    exact, _ = together(first, second, prior=prior, sampler="exact", n_steps=8)
+    fused, _ = together(first, second, prior=prior, sampler="auto", n_steps=8)
+    alone, _ = together(first, prior=prior, sampler="auto", n_steps=8)
+    assert (fused.sampler, fused.solve) == ("conditional", "image space")
+    assert error(fused.mean, truth) < 0.9 * error(alone.mean, truth)
+    assert error(fused.mean, truth) < 1.1 * error(exact.mean, truth)
+    assert all(0.7 < ratio < 1.4 for ratio in fused.residual_ratios)
+    with pytest.raises(UsageError, match="several are fused"):
+        together(first, second, prior=prior, sampler="mean")
+
+
+def test_the_prior_of_the_phantom_is_called_without_measurements():
+    """``GaussianPrior.denoise`` takes none: the exact sampler must not pass any."""
+    case = phantom()
+    assert isinstance(case["arguments"]["prior"], GaussianPrior)
+    result = restore(
+        [problem(case).scans[0]],
+        **{name: case["arguments"][name] for name in ("mask_1mm", "to_mni305", "contrast")},
+        prior=case["arguments"]["prior"],
+        n_samples=1,
+        n_steps=2,
+    )  # fmt: skip
+    assert result.sampler == "exact"
