@@ -20,6 +20,7 @@ from enum import StrEnum
 from typing import Any, cast
 
 from brainprior_bids.engine.errors import ShapeMismatchError
+from brainprior_bids.engine.samplers.registry import EARLIER_NAMES
 from brainprior_bids.typed_json import OMIT, Record
 
 Triple = tuple[float, float, float]
@@ -397,8 +398,8 @@ class RunRecord(Record):
     """
 
     name: str
-    files: Mapping[str, str] | None = field(default=None, metadata=OMIT)
-    hashes: Mapping[str, str] | None = field(default=None, metadata=OMIT)
+    files: Mapping[str, str] = field(default_factory=dict, metadata=OMIT)
+    hashes: Mapping[str, str] = field(default_factory=dict, metadata=OMIT)
     acquisition: AcquisitionRecord
     to_reference: Matrix | None
     angle_deg: float | None = field(default=None, metadata=OMIT)
@@ -515,9 +516,27 @@ class RestoreRecord(Record):
 
     @classmethod
     def _upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """``sampler_reason`` used to be ``not_eps``."""
+        """``sampler_reason`` used to be ``not_eps``, and a sampler had another name."""
         values.setdefault("sampler_reason", values.pop("not_eps", None))
+        sampler = values.get("sampler")
+        if isinstance(sampler, str):
+            values["sampler"] = EARLIER_NAMES.get(sampler, sampler)
         return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgressRecord(Record):
+    """``progress.json``, while the restoration runs: sample and step, both from 1."""
+
+    sample: int
+    samples: int
+    step: int
+    steps: int
+
+    @property
+    def share(self) -> float:
+        """Of all steps of all samples."""
+        return ((self.sample - 1) * self.steps + self.step) / (self.samples * self.steps)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -92,7 +92,7 @@ def test_what_is_written_is_read_back(kind):
 
 
 FULL = RestoreRecord(
-    sampler="eps", sampler_reason=None, contrast="T1w", n_samples=2, seed=2**62 + 1,
+    sampler="conditional", sampler_reason=None, contrast="T1w", n_samples=2, seed=2**62 + 1,
     schedule=(3.0, 0.0), calls=20, tile_mm=None, sample_seeds=(1, 2), slice_widths=(1.0, 1.17),
     inner_iterations=0.0, rim_mm=1.5, box=None, noise_sd_initial=0.02, noise_sd=0.021,
     residual_ratios=(1.0, 1.1), residual_ratios_final=(1.0, 1.0),
@@ -145,6 +145,7 @@ def test_what_older_versions_wrote_is_read():
     del old["sampler_reason"]
     assert RestoreRecord.from_json(old).sampler_reason == "3-D scan with a hole"
     assert "not_eps" not in RestoreRecord.from_json(old).to_json()
+    assert RestoreRecord.from_json({**old, "sampler": "eps"}).sampler == "conditional"
     assert (
         AffineRecord.from_json({"method": "registration to the template"}).method
         is AffineMethod.TEMPLATE
@@ -255,7 +256,7 @@ def test_a_measured_profile_is_pairs():
 def test_a_run_has_files_before_and_residuals_after_the_restoration():
     run = RunRecord.from_json({"name": "a", "files": {"scan": "a.nii"}, "gain": 1})
     assert "noise_sd" not in run.to_json()
-    done = dataclasses.replace(run, files=None, noise_sd=0.1, residual_ratios=(1.0,))
+    done = dataclasses.replace(run, files={}, noise_sd=0.1, residual_ratios=(1.0,))
     assert {"noise_sd", "residual_ratios"} <= set(done.to_json())
     assert "files" not in done.to_json()
 
