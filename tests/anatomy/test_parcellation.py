@@ -10,10 +10,10 @@ from torch import nn
 
 from brainprior_bids.anatomy.parcellation import (
     CSF,
+    averaging_matrix,
     class_probabilities,
     mirrored,
     parcellate,
-    averaging_matrix,
     structure_names,
 )
 from brainprior_bids.engine.errors import AnatomyError, ShapeMismatchError
