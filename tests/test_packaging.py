@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is installed is what is in the tree, and imports go one way."""
+"""What is installed is what is in the tree."""
 
 from __future__ import annotations
 
-import ast
 import configparser
 import shutil
 import subprocess
@@ -15,42 +14,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# A package may import those listed after it, and itself; nobody imports what only the
-# command line uses.
-ALLOWED = {
-    "engine": set(),
-    "anatomy": {"engine", "records", "typed_json"},
-    "reports": {"engine", "anatomy", "bids", "records", "typed_json"},
-    "bids": {"engine", "anatomy", "records", "typed_json", "settings"},
-    "interfaces": {"engine", "anatomy", "reports", "bids", "records", "typed_json", "settings"},
-    "workflows": {"engine", "anatomy", "reports", "bids", "interfaces", "settings"},
-    "training": {"engine", "anatomy"},
-    "evaluation": {"engine", "anatomy", "bids", "records", "typed_json", "training"},
-}
-
-
-def modules(package: str) -> list[Path]:
-    folder = ROOT / "workflows" if package == "workflows" else ROOT / "brainprior_bids" / package
-    return sorted(folder.rglob("*.py"))
-
-
-def imported_parts(path: Path) -> set[str]:
-    """The first-level parts of brainprior_bids that a file imports, anywhere in it."""
-    parts = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        else:
-            continue
-        parts |= {
-            name.split(".")[1]
-            for name in names
-            if name.startswith("brainprior_bids.") and not name.split(".")[1].startswith("_")
-        }
-    return parts
-
 
 def test_every_package_is_listed():
     config = configparser.ConfigParser()
@@ -61,45 +24,6 @@ def test_every_package_is_listed():
         for path in (ROOT / "brainprior_bids").rglob("__init__.py")
     }
     assert listed == found
-
-
-@pytest.mark.parametrize("package", sorted(ALLOWED))
-def test_imports_go_one_way(package):
-    files = modules(package)
-    assert files
-    wrong = {
-        str(path.relative_to(ROOT)): sorted(extra)
-        for path in files
-        if (extra := imported_parts(path) - ALLOWED[package] - {package})
-    }
-    assert wrong == {}
-
-
-def test_the_engine_needs_torch_and_numpy_only():
-    outside = {
-        f"{path.name}: {name}"
-        for path in modules("engine")
-        for node in ast.walk(ast.parse(path.read_text()))
-        for name in (
-            [alias.name for alias in node.names]
-            if isinstance(node, ast.Import)
-            else [node.module or ""]
-            if isinstance(node, ast.ImportFrom)
-            else []
-        )
-        if name.split(".")[0]
-        in {
-            "nibabel",
-            "nipype",
-            "bids",
-            "SimpleITK",
-            "ants",
-            "nilearn",
-            "niworkflows",
-            "matplotlib",
-        }
-    }
-    assert outside == set()
 
 
 def test_every_file_names_its_licence():

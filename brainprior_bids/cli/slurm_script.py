@@ -12,7 +12,8 @@ from brainprior_bids.bids.files import write_text
 from brainprior_bids.bids.query import check_dataset, find_scans
 from brainprior_bids.cli.parser import build_parser, parse_settings
 from brainprior_bids.engine.errors import UsageError
-from brainprior_bids.run.slurm import array_script
+from brainprior_bids.run.slurm import ArrayJob
+from brainprior_bids.settings import Settings
 
 PROCESSORS = 4
 MEMORY_GB = 5.0
@@ -74,40 +75,39 @@ def slurm_script(argv: Sequence[str]) -> int:
     # the tasks' machine has its own devices: what is asked for is checked there
     settings = parse_settings([*rest, *labels, "--device", "cpu"])
     check_dataset(settings.bids_dir)
-    participants = sorted({scan.subject for scan in find_scans(settings)})
     if "group" in rest:
         raise UsageError("slurm-script adds the group job itself: give `participant` only.")
     if own.max_running is not None and own.max_running < 1:
         raise UsageError(f"--max-running must be at least 1, got {own.max_running}.")
-    text = _script(own, rest, settings, participants, ["slurm-script", *argv])
+    job = _array_job(own, rest, settings, made_by=shlex.join(["slurm-script", *argv]))
     if own.script is None:
-        print(text, end="")
+        print(job.script(), end="")
     else:
-        write_text(own.script, text)
-        print(f"{len(participants)} participant(s). Look at it, then: bash {own.script}")
+        write_text(own.script, job.script())
+        print(f"{len(job.participants)} participant(s). Look at it, then: bash {own.script}")
     return 0
 
 
-def _script(own, rest, settings, participants, command) -> str:  # noqa: ANN001
-    cpus = (
-        settings.nprocs
-        if _given(rest, "--nprocs", "--nthreads", "--n-cpus", "--n_cpus")
-        else PROCESSORS
-    )
-    memory_gb = settings.mem_gb if _given(rest, "--mem", "--mem-mb", "--mem_mb") else MEMORY_GB
+def _array_job(
+    own: argparse.Namespace, rest: Sequence[str], settings: Settings, *, made_by: str
+) -> ArrayJob:
+    """The job for this command line; processors and memory have defaults of their own."""
+    participants = sorted({scan.subject for scan in find_scans(settings)})
+    own_cpus = _given(rest, "--nprocs", "--nthreads", "--n-cpus", "--n_cpus")
+    own_memory = _given(rest, "--mem", "--mem-mb", "--mem_mb")
     # the same selection, so that it knows of scans that no task began; on whatever machine
-    group = [*_as_group(rest), "--device", "cpu", "--participant-label", *participants]
-    return array_script(
-        command=command,
+    level = [*_as_group(rest), "--device", "cpu", "--participant-label", *participants]
+    return ArrayJob(
         participants=participants,
         task=f"{own.launcher} {shlex.join(rest)}",
-        group=f"{own.launcher} {shlex.join(group)}",
+        group=f"{own.launcher} {shlex.join(level)}",
         logs=settings.output_dir / "logs" / "slurm",
-        cpus=cpus,
-        memory_gb=memory_gb,
-        max_running=own.max_running,
+        processors=settings.nprocs if own_cpus else PROCESSORS,
+        memory_gb=settings.mem_gb if own_memory else MEMORY_GB,
         sbatch=own.sbatch,
         group_sbatch=own.group_sbatch,
+        max_running=own.max_running,
+        made_by=made_by,
     )
 
 

@@ -8,8 +8,9 @@ import re
 from pathlib import Path
 
 from brainprior_bids.bids.export import EXPORTS
-from brainprior_bids.run import resources
 from brainprior_bids.settings import MODALITIES, OTHER_MODALITIES, SPACES
+
+UNITS_GB = {"K": 1 / 2**20, "M": 1 / 2**10, "G": 1.0, "T": 2.0**10}
 
 
 def derivative_root(text: str) -> tuple[str, str]:
@@ -89,11 +90,13 @@ def _number(text: str) -> float:
 
 
 def memory_gb(text: str) -> float:
-    """A size such as ``8G`` -> GiB."""
-    try:
-        return resources.parse_memory_gb(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+    """``8G``, ``8000M``, ``8000`` (MB, as in fMRIPrep) -> GiB."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text.upper())
+    if match is None or float(match[1]) <= 0:
+        raise argparse.ArgumentTypeError(
+            f"expected a size such as 8G, 8000M or 8000 (MB), got {text!r}"
+        )
+    return float(match[1]) * UNITS_GB[match[2] or "M"]
 
 
 def device_name(text: str) -> str:

@@ -18,7 +18,6 @@ Nipype 1.11, as it is:
 from __future__ import annotations
 
 import getpass
-import logging
 import os
 import re
 import shlex
@@ -32,8 +31,7 @@ from nipype.pipeline import engine as pe
 from nipype.pipeline import plugins
 
 from brainprior_bids.engine.errors import UsageError
-
-LOG = logging.getLogger("brainprior")
+from brainprior_bids.run.logs import LOG
 
 LOST = (
     "The job of this step ended without a result: the scheduler killed it (memory, time), "
@@ -104,8 +102,12 @@ def make_batch_plugin(
     if name == "SLURMGraph":
         return WaitingGraph(plugin_args=own, tag=tag)
     base = getattr(plugins, f"{name}Plugin")
-    made = FaultTolerantSlurm if name == "SLURM" else type(f"Patient{name}", (_Patient, base), {})
-    return made(plugin_args={**own, "name": name, "status_callback": status_callback})
+    plugin = (
+        FaultTolerantSlurm
+        if name == "SLURM"
+        else type(f"FaultTolerant{name}", (_FaultTolerant, base), {})
+    )
+    return plugin(plugin_args={**own, "name": name, "status_callback": status_callback})
 
 
 def _fill(line: str, node: pe.Node) -> str:
@@ -141,7 +143,7 @@ def _one_queue(line: str) -> str:
     return re.sub(r"(?<!\S)-q\s+\S+\s+(?=.*(?<!\S)-q\s)", "", line)
 
 
-class _Patient:
+class _FaultTolerant:
     """Before one of Nipype's scheduler plugins: a job that is lost fails its own scan only."""
 
     def __init__(self, plugin_args: dict[str, Any]) -> None:
@@ -183,7 +185,7 @@ class _Patient:
             _quiet([command, *map(str, self._pending)])
 
 
-class FaultTolerantSlurm(_Patient, plugins.SLURMPlugin):
+class FaultTolerantSlurm(_FaultTolerant, plugins.SLURMPlugin):
     """SLURM that notices when sbatch or squeue fails."""
 
     def __init__(self, plugin_args: dict[str, Any]) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which scans need work, which are done, and which cannot be begun."""
+"""The requested scans: which need work, which are done, and which cannot be begun."""
 
 from __future__ import annotations
 
@@ -11,15 +11,27 @@ from typing import Any
 from brainprior_bids.bids import export, status
 from brainprior_bids.bids.claims import Claims
 from brainprior_bids.bids.fingerprint import changes, decisive, fingerprint, short
+from brainprior_bids.bids.fuse import fuse_runs
 from brainprior_bids.bids.given import Given, find_given
 from brainprior_bids.bids.names import result_name, scan_seed
 from brainprior_bids.bids.provenance import sha256_file
-from brainprior_bids.bids.query import Scan
+from brainprior_bids.bids.query import Scan, find_scans
+from brainprior_bids.bids.refined import name_after_images
 from brainprior_bids.engine.errors import InputError
 from brainprior_bids.records import ErrorRecord, ScanStatus
 from brainprior_bids.run.logs import LOG
 from brainprior_bids.run.outcome import write_failure
 from brainprior_bids.settings import Settings
+
+
+def requested_scans(settings: Settings) -> Sequence[Scan]:
+    """The scans that were asked for, one for each result."""
+    scans = find_scans(settings)
+    if settings.fuse:
+        scans = fuse_runs(scans)
+    if settings.task == "refine":
+        scans = name_after_images(scans, settings)
+    return scans
 
 
 def plan_jobs(

@@ -15,7 +15,6 @@ Where memory runs out, the kernel is told to kill a worker, never the process th
 
 from __future__ import annotations
 
-import logging
 import multiprocessing as mp
 import os
 import threading
@@ -28,7 +27,7 @@ from typing import Any
 
 from nipype.pipeline.plugins.multiproc import MultiProcPlugin, process_initializer, run_node
 
-LOG = logging.getLogger("brainprior")
+from brainprior_bids.run.logs import LOG
 
 KILLED = (
     "The worker process of this step was killed, twice. Most often memory ran out: "

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import threading
@@ -18,8 +17,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from brainprior_bids.engine.errors import RecordError
 from brainprior_bids.interfaces.restore import PROGRESS
 from brainprior_bids.records import ProgressRecord
+from brainprior_bids.run.logs import LOG
 
-LOG = logging.getLogger("brainprior")
 INTERVAL_S = 1.0
 
 

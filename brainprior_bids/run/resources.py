@@ -5,22 +5,20 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from brainprior_bids.engine.errors import UsageError
+from brainprior_bids.run.logs import LOG
 from brainprior_bids.settings import Settings
 
-LOG = logging.getLogger("brainprior")
 CGROUP = Path("/sys/fs/cgroup")
 """Where control groups are mounted."""
 PROC = Path("/proc/self/cgroup")
 """Which groups this process is in."""
 MAIN_GB = 1.0
 """Memory of a run beside its steps: the command (0.35 GiB) and workers that wait (0.25 each)."""
-_UNITS_GB = {"K": 1 / 2**20, "M": 1 / 2**10, "G": 1.0, "T": 2.0**10}
 
 
 def available_processors(cgroup: Path | None = None, proc: Path | None = None) -> int:
@@ -148,19 +146,6 @@ def _lines(path: Path) -> list[str]:
 
 def _words(path: Path) -> list[str]:
     return " ".join(_lines(path)).split()
-
-
-def parse_memory_gb(text: str) -> float:
-    """``8G``, ``8000M``, ``8000`` (MB, as in fMRIPrep) -> GiB.
-
-    Raises
-    ------
-    ValueError
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text.upper())
-    if match is None or float(match[1]) <= 0:
-        raise ValueError(f"expected a size such as 8G, 8000M or 8000 (MB), got {text!r}")
-    return float(match[1]) * _UNITS_GB[match[2] or "M"]
 
 
 def resolve_device(asked: str) -> str:

@@ -1,52 +1,64 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The array job of ``brainprior slurm-script``: one task per participant, and a group job."""
+"""The script for Slurm: an array job, one task per participant, and a group job after it."""
 
 from __future__ import annotations
 
 import os
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from brainprior_bids import __version__
 from brainprior_bids.run.resources import MAIN_GB
 
 
-def array_script(
-    *,
-    command: Sequence[str],
-    participants: Sequence[str],
-    task: str,
-    group: str,
-    logs: Path,
-    cpus: int,
-    memory_gb: float,
-    max_running: int | None,
-    sbatch: Sequence[str],
-    group_sbatch: Sequence[str],
-) -> str:
-    """A bash script that submits both jobs.
+@dataclass(frozen=True, kw_only=True)
+class ArrayJob:
+    """What is submitted.
 
     Parameters
     ----------
-    command : sequence of str
-        That made the script, for its first line.
+    participants : sequence of str
+        Labels; one task each.
     task, group : str
-        Command lines of a task, without its participant, and of the group job.
+        Command lines of a task, but for participant and resources, and of the group job.
+    logs : Path
+        Folder for the jobs' own output.
+    processors : int
+        Of a task.
     memory_gb : float
-        What the steps of a task may claim together, GiB.
-    max_running : int, optional
-        Tasks that run at the same time.
+        What the steps of a task may claim together, in GiB.
     sbatch, group_sbatch : sequence of str
-        Further arguments of sbatch.
+        More arguments of sbatch for the tasks and for the group job.
+    max_running : int, optional
+        Tasks that run at the same time, at most.
+    made_by : str
+        The command line that this script comes from.
     """
-    limit = f"%{max_running}" if max_running else ""
-    head = f"#SBATCH --chdir={shlex.quote(os.getcwd())}\n"
-    return f"""\
+
+    participants: Sequence[str]
+    task: str
+    group: str
+    logs: Path
+    processors: int
+    memory_gb: float
+    sbatch: Sequence[str] = ()
+    group_sbatch: Sequence[str] = ()
+    max_running: int | None = None
+    made_by: str = ""
+
+    def script(self) -> str:
+        """Bash; it submits both jobs."""
+        participants, logs, cpus = self.participants, self.logs, self.processors
+        limit = f"%{self.max_running}" if self.max_running else ""
+        head = f"#SBATCH --chdir={shlex.quote(os.getcwd())}\n"
+        memory = f"{self.memory_gb:g}G"
+        return f"""\
 #!/bin/bash
-# Made by brainprior {__version__}: {shlex.join(command)}
+# Made by brainprior {__version__}: {self.made_by}
 # Run it with bash: it submits an array job of {len(participants)} task(s), one participant each,
-# and a group job after it. A task that is run again goes on where it stopped.
+# and a group job after it. A task that is run again resumes where it stopped.
 set -euo pipefail
 mkdir -p {shlex.quote(str(logs))}
 
@@ -55,12 +67,12 @@ array=$(sbatch --parsable <<'TASK'
 #SBATCH --job-name=brainprior
 #SBATCH --array=0-{len(participants) - 1}{limit}
 #SBATCH --cpus-per-task={cpus}
-#SBATCH --mem={(memory_gb + MAIN_GB) * 1024:.0f}M
+#SBATCH --mem={(self.memory_gb + MAIN_GB) * 1024:.0f}M
 #SBATCH --output={shlex.quote(f"{logs}/%A_%a.out")}
-{head}{_lines(sbatch)}\
+{head}{_lines(self.sbatch)}\
 participants=({shlex.join(participants)})
-{task} --participant-label "${{participants[$SLURM_ARRAY_TASK_ID]}}" \\
-    --nprocs {cpus} --mem {memory_gb:g}G --job-id "${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID"
+{self.task} --participant-label "${{participants[$SLURM_ARRAY_TASK_ID]}}" \\
+    --nprocs {cpus} --mem {memory} --job-id "${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID"
 TASK
 )
 array=${{array%%;*}}
@@ -72,8 +84,8 @@ group=$(sbatch --parsable --dependency="afterany:$array" --export="ALL,ARRAY=$ar
 #SBATCH --cpus-per-task=1
 #SBATCH --mem=2G
 #SBATCH --output={shlex.quote(f"{logs}/%j_group.out")}
-{head}{_lines(group_sbatch)}\
-{group} --job-id "$ARRAY"
+{head}{_lines(self.group_sbatch)}\
+{self.group} --job-id "$ARRAY"
 GROUP
 )
 echo "group job ${{group%%;*}}, when all tasks have ended"

@@ -12,9 +12,8 @@ import pytest
 from brainprior_bids import __version__
 from brainprior_bids.cli.parser import WORK_DIR, parse_settings
 from brainprior_bids.cli.run import main
+from brainprior_bids.cli.values import memory_gb
 from brainprior_bids.engine.errors import UsageError
-from brainprior_bids.run import resources
-from brainprior_bids.run.preflight import clean_work_dir
 
 
 @pytest.fixture
@@ -165,17 +164,7 @@ def test_training_explains_itself(network, capsys):
     ("text", "gib"), [("8G", 8), ("512M", 0.5), ("1024", 1), ("1T", 1024), ("2 gb", 2)]
 )
 def test_memory_sizes(text, gib):
-    assert resources.parse_memory_gb(text) == pytest.approx(gib)
-
-
-def test_a_containers_limits_count(tmp_path):
-    (tmp_path / "cpu.max").write_text("100000 100000\n")
-    (tmp_path / "memory.max").write_text(str(2**31))
-    assert resources.available_processors(tmp_path, tmp_path / "none") == 1
-    assert resources.memory_limit_gb(tmp_path, tmp_path / "none", {})[0] == pytest.approx(2)
-    (tmp_path / "cpu.max").write_text("max 100000\n")
-    (tmp_path / "memory.max").write_text("max\n")
-    assert resources.available_processors(tmp_path, tmp_path / "none") >= 1
+    assert memory_gb(text) == pytest.approx(gib)
 
 
 def test_the_settings_of_a_run_are_read_back(folders, tmp_path):
@@ -270,13 +259,6 @@ def test_names_as_fmriprep_has_them(folders, tmp_path):
 def test_more_that_cannot_be_used(folders, extra, said, capsys):
     assert main([*folders, *extra]) == 2
     assert said in capsys.readouterr().err
-
-
-def test_a_work_folder_is_cleaned_of_our_own_only(tmp_path):
-    for name in ("brainprior_wf/a", "home", "validate-x", "mine"):
-        (tmp_path / name).mkdir(parents=True)
-    clean_work_dir(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
 def test_a_reader_that_stops_reading_is_no_crash(monkeypatch, capfd):

@@ -123,3 +123,13 @@ def test_the_command_stops_at_the_start(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out").exists()
     assert main([*command, "--low-mem"]) == 2
     assert "Give it 3.5 GiB." in capsys.readouterr().err
+
+
+def test_a_containers_limits_count(tmp_path):
+    (tmp_path / "cpu.max").write_text("100000 100000\n")
+    (tmp_path / "memory.max").write_text(str(2**31))
+    assert resources.available_processors(tmp_path, tmp_path / "none") == 1
+    assert resources.memory_limit_gb(tmp_path, tmp_path / "none", {})[0] == pytest.approx(2)
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert resources.available_processors(tmp_path, tmp_path / "none") >= 1

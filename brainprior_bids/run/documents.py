@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run writes besides images: the participants' reports and the methods text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from brainprior_bids import __version__
+from brainprior_bids.bids import status
+from brainprior_bids.bids.query import Scan
+from brainprior_bids.engine.samplers import registry
+from brainprior_bids.records import MaskSource, Origin, StructuresSource, WeightsRecord
+from brainprior_bids.run.logs import LOG
+from brainprior_bids.settings import Settings
+
+
+def write_documents(subjects: Iterable[str], settings: Settings) -> bool:
+    """One HTML page a participant and the methods text; False if one could not be made."""
+    from brainprior_bids.reports.methods import of_summary, write_citation
+    from brainprior_bids.reports.subject import build_subject_report
+
+    made = True
+    for subject in sorted(subjects):
+        try:
+            build_subject_report(settings.output_dir, subject)
+        except Exception as error:  # the images are there: say it, and go on
+            LOG.error("sub-%s: the report could not be made: %s", subject, error)
+            LOG.debug("traceback", exc_info=True)
+            made = False
+    summaries = status.read_summaries(settings.output_dir)
+    methods = [of_summary(summary) for summary in summaries if summary.finished]
+    write_citation(settings.output_dir / "logs", methods)
+    return made
+
+
+def write_boilerplate(
+    scans: Sequence[Scan], settings: Settings, weights: dict[str, tuple[Path, str]]
+) -> int:
+    """Write the methods text of what these settings would do."""
+    from brainprior_bids.engine.weights import read_weights
+    from brainprior_bids.reports.methods import Method, write_citation
+
+    cards = {
+        role: WeightsRecord.from_json(read_weights(path, kind=role)[1]).label
+        for role, (path, _) in weights.items()
+    }
+    methods = [
+        Method(
+            suffix=scan.name.suffix,
+            task=settings.task,
+            sampler=settings.sampler,
+            n_samples=settings.n_samples,
+            calls=registry.find(settings.sampler).calls(settings.n_steps),
+            version=__version__,
+            mask=Origin(MaskSource(settings.skull_strip)),
+            structures=Origin(StructuresSource(settings.parcellation)),
+            runs=max(1, len(scan.runs)),
+            **cards,
+        )
+        for scan in scans
+        if scan.problem is None
+    ]
+    for path in write_citation(settings.output_dir / "logs", methods):
+        LOG.info("%s", path)
+    return 0

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The participant level, from the requested scans to an exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from brainprior_bids import __version__
+from brainprior_bids.bids import export, status
+from brainprior_bids.bids.claims import Claims
+from brainprior_bids.bids.derivatives import write_dataset_files
+from brainprior_bids.bids.names import result_name
+from brainprior_bids.bids.provenance import write_run
+from brainprior_bids.bids.qc import rebuild_qc
+from brainprior_bids.bids.query import Scan
+from brainprior_bids.records import ScanRecord, ScanStatus, named
+from brainprior_bids.run.documents import write_boilerplate, write_documents
+from brainprior_bids.run.environment import prepare_environment
+from brainprior_bids.run.execute import execute
+from brainprior_bids.run.jobs import plan_jobs
+from brainprior_bids.run.logs import LOG, log_to_file
+from brainprior_bids.run.preflight import checked_weights, clean_work_dir, validate_request
+from brainprior_bids.settings import Settings
+
+
+def run_participants(scans: Sequence[Scan], settings: Settings, raw: dict[str, Any]) -> int:
+    """The participant level; 0 if every requested scan is done."""
+    if settings.clean_workdir:
+        clean_work_dir(settings.work_dir)
+    prepare_environment(settings)
+    log_file = log_to_file(settings.output_dir / "logs" / f"{settings.run_uuid}.log")
+    try:
+        if not settings.skip_bids_validation and not settings.boilerplate_only:
+            validate_request(scans, settings)
+        weights = checked_weights(settings)
+        if settings.boilerplate_only:
+            return write_boilerplate(scans, settings, weights)
+        write_dataset_files(
+            settings.output_dir,
+            bids_dir=settings.bids_dir,
+            raw=raw,
+            derivatives=settings.derivatives,
+        )
+        LOG.info("brainprior %s, run %s", __version__, settings.run_uuid)
+        LOG.info(
+            "%d scan(s) of %d participant(s); %s, %d processor(s), %d thread(s) a step",
+            len(scans),
+            len({scan.subject for scan in scans}),
+            settings.device,
+            settings.nprocs,
+            settings.omp_nthreads,
+        )
+        export.prepare(
+            settings.exports,
+            bids_dir=settings.bids_dir,
+            output_dir=settings.output_dir,
+            raw=raw,
+        )
+        hashes = {role: digest for role, (_, digest) in weights.items()}
+        with Claims([settings.output_dir / "logs", settings.work_dir]) as claims:
+            jobs = plan_jobs(scans, settings, hashes, claims)
+            if jobs:
+                write_run(settings)
+                execute(jobs, settings, {role: path for role, (path, _) in weights.items()})
+        if "raw" in settings.exports:
+            root = Path(settings.exports["raw"])
+            links = export.link_rest(
+                root, settings.bids_dir, scans, sessions=settings.session_label
+            )
+            LOG.info("export raw: %d file(s) linked in %s", links, root)
+        status.rebuild_status(settings.output_dir)
+        rebuild_qc(settings.output_dir)
+        reports_made = write_documents({scan.subject for scan in scans}, settings)
+        return _conclude(scans, settings, claims.refused) or (0 if reports_made else 1)
+    finally:
+        LOG.removeHandler(log_file)
+        log_file.close()
+
+
+def _log_warnings(summary: ScanRecord) -> None:
+    """Log the warnings of a scan's steps, their fallbacks among them."""
+    for text in summary.warnings:
+        LOG.warning("%s", named(text, summary.scan))
+
+
+def _conclude(scans: Sequence[Scan], settings: Settings, elsewhere: Sequence[str]) -> int:
+    """Say how it ended; 0 if every scan is done, and none was left to another process."""
+    summaries = [
+        status.read_summary(settings.output_dir, result_name(scan.name, settings.image))
+        for scan in scans
+        if scan.name.stem not in elsewhere
+    ]
+    states = [summary.status if summary else ScanStatus.FAILED for summary in summaries]
+    for summary in summaries:
+        if summary and summary.status is not ScanStatus.SKIPPED:
+            _log_warnings(summary)
+        if summary and summary.status is ScanStatus.FAILED:
+            LOG.error("FAILED %s", summary.message)
+            if summary.error is not None and summary.error.crash_file:
+                LOG.error("  see %s", settings.output_dir / summary.error.crash_file)
+    LOG.info(
+        "%d done, %d already done, %d failed%s. Status: %s",
+        states.count(ScanStatus.DONE),
+        states.count(ScanStatus.SKIPPED),
+        states.count(ScanStatus.FAILED),
+        f", {len(elsewhere)} left to another process" if elsewhere else "",
+        settings.output_dir / "logs" / "status.tsv",
+    )
+    for subject in sorted({scan.subject for scan in scans}):
+        report = settings.output_dir / f"sub-{subject}.html"
+        if report.exists():
+            LOG.info("report: %s", report)
+    finished = all(summary is not None and summary.finished for summary in summaries)
+    return 0 if finished and not elsewhere else 1
