@@ -23,7 +23,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from people import PLANES, SCANNER_UNIT, Record, Runs, facts, parser, person, read, run
+from people import PLANES, SCANNER_UNIT, Record, Runs, parser, person, read, restore_record, run
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
@@ -103,14 +103,14 @@ def one_brain(path: Path, args: argparse.Namespace, record: Record, runs: Runs) 
     inside &= kept
     rows = figures(images, truth, inside, grid.spacing_mm)
     points = np.argwhere(inside)[:: max(1, inside.sum() // 1000)]
-    told = facts(fused, f"{runs.name}_T1w", "restored")["runs"]
+    fused_runs = restore_record(fused, f"{runs.name}_T1w", "restored").runs or ()
     worst = []
     for stem, motion in zip(stems, motions, strict=True):
-        (found,) = (run["to_reference"] for run in told if run["name"] == stem)
-        off = np.array(found) @ motion - np.eye(4)
+        (to_reference,) = (run.to_reference for run in fused_runs if run.name == stem)
+        off = np.array(to_reference) @ motion - np.eye(4)
         worst.append(np.linalg.norm(points @ off[:3, :3].T + off[:3, 3], axis=1).max())
     best = max(row["psnr_db"] for method, row in rows.items() if method != "fused")
-    ratios = [ratio for run in told for ratio in run["residual_ratios"]]
+    ratios = [ratio for run in fused_runs for ratio in run.residual_ratios]
     for method, row in rows.items():
         record.add(method, {name: row[key] for key, name in KEPT.items()})
     record.add("fused, motion found to mm at the worst voxel", {"value": float(max(worst))})

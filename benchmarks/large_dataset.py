@@ -20,6 +20,7 @@ from pathlib import Path
 
 from brainprior_bids.bids.query import find_scans
 from brainprior_bids.bids.status import write_summary
+from brainprior_bids.records import ScanRecord
 from brainprior_bids.reports.group import build_group
 from brainprior_bids.settings import Settings
 
@@ -48,7 +49,7 @@ def summaries(output_dir: Path, subjects: int) -> None:
         ]  # fmt: skip
         write_summary(
             output_dir,
-            {
+            ScanRecord.from_json({
                 "scan": f"sub-{n:04d}_T1w",
                 "subject": f"{n:04d}",
                 "status": "done",
@@ -61,7 +62,7 @@ def summaries(output_dir: Path, subjects: int) -> None:
                                 "noise_sd": draw.gauss(0.02, 0.004),
                                 "schedule": [draw.random() for _ in range(20)]},
                 },
-            },
+            }),
         )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.engine.weights import find_weights, load_parcellation, sha256_file
 from brainprior_bids.evaluation.protocol import Person, from_scan
 from brainprior_bids.evaluation.scans import Volume, read_image, run_command
+from brainprior_bids.records import RestoreRecord
 
 SCANNER_UNIT = 500.0
 """Of the brain's 99th percentile, in the scans that are made."""
@@ -107,13 +108,13 @@ def read(output_dir: Path, stem: str, image: str, role: str = "restored") -> Vol
     return read_image(output_dir / source.folder / "anat" / file)
 
 
-def facts(output_dir: Path, stem: str, image: str) -> dict[str, Any]:
+def restore_record(output_dir: Path, stem: str, image: str) -> RestoreRecord:
     """What the command keeps of a result's restoration (``logs/scans``)."""
     source = BIDSName.parse(f"{stem}.nii.gz")
-    held = read_summary(output_dir, result_name(source, image))
-    if held is None:
+    summary = read_summary(output_dir, result_name(source, image))
+    if summary is None:
         raise UsageError(f"{output_dir}: no summary of {stem}.")
-    return dict(held["facts"]["restore"])
+    return summary.facts.restore
 
 
 def person(path: Path, args: argparse.Namespace) -> Person:

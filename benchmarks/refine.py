@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from people import PLANES, SCANNER_UNIT, Record, Runs, facts, parser, person, read, run
+from people import PLANES, SCANNER_UNIT, Record, Runs, parser, person, read, restore_record, run
 from scipy import ndimage
 
 from brainprior_bids.anatomy.spaces import resample
@@ -92,7 +92,7 @@ def one_brain(path: Path, args: argparse.Namespace, record: Record, runs: Runs) 
         output = "-".join(word for word in label.replace("|", " ").split() if word != "-")
         output_dir = runs.command(bids_dir, output, *options)
         volume = read(output_dir, stem, image)
-        ratios = facts(output_dir, stem, image)["residual_ratios"]
+        ratios = restore_record(output_dir, stem, image).residual_ratios
         note(label, resample(volume.data, volume.grid, grid), ratios)
 
     made(f"- | {SCAN_ALONE.replace('-', ' ')} | -", "restored", "--task", "restore")

@@ -20,6 +20,7 @@ from enum import StrEnum
 from typing import Any, cast
 
 from brainprior_bids.engine.errors import ShapeMismatchError
+from brainprior_bids.engine.samplers.registry import EARLIER_NAMES
 from brainprior_bids.typed_json import OMIT, Record
 
 Triple = tuple[float, float, float]
@@ -31,7 +32,13 @@ Pairs = tuple[tuple[float, float], ...]
 
 
 def matrix_rows(matrix: Any) -> Matrix:
-    """A (4, 4) array as a record holds it."""
+    """A (4, 4) array as a record holds it.
+
+    Raises
+    ------
+    ShapeMismatchError
+        If it is not 4 x 4.
+    """
     rows = tuple(tuple(float(value) for value in row) for row in matrix)
     if [len(row) for row in rows] != [4, 4, 4, 4]:
         raise ShapeMismatchError(f"matrix_rows: expected a 4 x 4 matrix, got {matrix!r}.")
@@ -328,18 +335,22 @@ class ParcellationRecord(Record):
 
     @classmethod
     def _upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """The source used to be its words, or the file's address."""
-        roles: tuple[tuple[str, str, type[MaskSource] | type[StructuresSource]], ...] = (
-            ("mask_source", "mask", MaskSource),
-            ("structures_source", "dseg", StructuresSource),
-        )
-        for key, role, kind in roles:
+        """The source used to be a sentence, or the file's address."""
+        sentences = {
+            "the scan's own edge: it is already skull-stripped": MaskSource.OWN_EDGE,
+            "the scan's own edge (--skull-strip skip)": MaskSource.SKIP,
+            "SynthStrip": MaskSource.SYNTHSTRIP,
+            "SynthSeg": StructuresSource.SYNTHSEG,
+        }
+        for key, role, file in (
+            ("mask_source", "mask", MaskSource.FILE),
+            ("structures_source", "dseg", StructuresSource.FILE),
+        ):
             source = values.get(key)
-            if not isinstance(source, str) or source in list(kind):
+            if not isinstance(source, str) or source in list(type(file)):
                 continue
-            known = {member.words: member for member in kind}
-            values[key] = known.get(source, kind("mask" if kind is MaskSource else "derivatives"))
-            if source not in known:
+            values[key] = sentences.get(source, file)
+            if source not in sentences:
                 values["given"] = {role: {"uri": source}, **(values.get("given") or {})}
         return values
 
@@ -372,10 +383,9 @@ class AffineRecord(Record):
 
     @classmethod
     def _upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """The method used to be its words."""
-        known = {member.words: member for member in AffineMethod}
-        if values.get("method") in known:
-            values["method"] = known[values["method"]]
+        """The method used to be a sentence."""
+        if values.get("method") == "registration to the template":
+            values["method"] = AffineMethod.TEMPLATE
         return values
 
 
@@ -388,8 +398,8 @@ class RunRecord(Record):
     """
 
     name: str
-    files: Mapping[str, str] | None = field(default=None, metadata=OMIT)
-    hashes: Mapping[str, str] | None = field(default=None, metadata=OMIT)
+    files: Mapping[str, str] = field(default_factory=dict, metadata=OMIT)
+    hashes: Mapping[str, str] = field(default_factory=dict, metadata=OMIT)
     acquisition: AcquisitionRecord
     to_reference: Matrix | None
     angle_deg: float | None = field(default=None, metadata=OMIT)
@@ -442,8 +452,8 @@ class EnvironmentRecord(Record):
 class RefinedRecord(Record):
     """Another tool's image beside the scan: its gain to scanner units, and their correlation."""
 
-    gain: float
-    correlation: float
+    gain: float | None
+    correlation: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -508,9 +518,27 @@ class RestoreRecord(Record):
 
     @classmethod
     def _upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """``sampler_reason`` used to be ``not_eps``."""
+        """``sampler_reason`` used to be ``not_eps``, and a sampler had another name."""
         values.setdefault("sampler_reason", values.pop("not_eps", None))
+        sampler = values.get("sampler")
+        if isinstance(sampler, str):
+            values["sampler"] = EARLIER_NAMES.get(sampler, sampler)
         return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgressRecord(Record):
+    """``progress.json``, while the restoration runs: sample and step, both from 1."""
+
+    sample: int
+    samples: int
+    step: int
+    steps: int
+
+    @property
+    def share(self) -> float:
+        """Of all steps of all samples."""
+        return ((self.sample - 1) * self.steps + self.step) / (self.samples * self.steps)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import types
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from enum import StrEnum
 from functools import cache
 from numbers import Integral, Real
@@ -22,7 +22,7 @@ from typing import Any, Self, Union, get_args, get_origin, get_type_hints
 from brainprior_bids.engine.errors import RecordError
 
 OMIT: Mapping[str, bool] = {"omit": True}
-"""``field(metadata=OMIT)``: not written where it is None or empty."""
+"""``field(metadata=OMIT)``: not written where it is the field's default."""
 SCALARS: dict[type, tuple[type, str]] = {
     str: (str, "text"),
     int: (Integral, "a whole number"),
@@ -98,12 +98,12 @@ class Record:
         return cls.from_json({})
 
     def to_json(self) -> dict[str, Any]:
-        """A mapping that ``from_json`` reads back, without the ``OMIT`` fields that are empty."""
+        """A mapping that ``from_json`` reads back."""
         values = ((item, getattr(self, item.name)) for item in fields(self))
         return {
             item.name: _encode(value)
             for item, value in values
-            if not (item.metadata.get("omit") and _is_empty(value))
+            if not (item.metadata.get("omit") and value == _default(item))
         }
 
     @classmethod
@@ -112,10 +112,8 @@ class Record:
         return values
 
 
-def _is_empty(value: Any) -> bool:
-    if isinstance(value, Record):
-        return value == value.empty()
-    return value is None or (isinstance(value, Mapping | tuple) and not value)
+def _default(item: Field[Any]) -> Any:
+    return item.default if item.default_factory is MISSING else item.default_factory()
 
 
 def _encode(value: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +26,12 @@ from brainprior_bids.records import (
     BoxRecord,
     ChangedRecord,
     EnvironmentRecord,
+    ProgressRecord,
     RefinedRecord,
     RestoreRecord,
     RunRecord,
     WeightsRecord,
+    matrix_rows,
 )
 
 if TYPE_CHECKING:
@@ -95,7 +98,7 @@ def _read_runs(inputs: Inputs) -> list[Observation]:
         return []
     runs = []
     for run in AlignRecord.read(inputs["runs_json"]).runs:
-        files = run.files or {}
+        files = run.files
         try:
             observation = Observation(
                 read_array(files["scan"]),
@@ -226,17 +229,17 @@ def _run_records(
     reference = RunRecord(
         name=table.reference,
         acquisition=AcquisitionRecord.from_json(acquisition.to_dict()),
-        to_reference=tuple(tuple(row) for row in np.eye(4).tolist()),
+        to_reference=matrix_rows(np.eye(4)),
         gain=1.0,
     )
     fits = zip((reference, *table.runs), result.scans, strict=True)
     return tuple(
-        RunRecord.from_json(
-            {
-                **{k: v for k, v in run.to_json().items() if k not in ("files", "hashes")},
-                "noise_sd": fit.noise_sd,
-                "residual_ratios": [r.ratio for r in fit.residuals],
-            }
+        replace(
+            run,
+            files={},
+            hashes={},
+            noise_sd=fit.noise_sd,
+            residual_ratios=tuple(residual.ratio for residual in fit.residuals),
         )
         for run, fit in fits
     )
@@ -287,7 +290,7 @@ def write_images(
         outputs["run_residuals"] = [
             save(
                 fit.residual_map,
-                grid_of(nib.load((run.files or {})["scan"])),
+                grid_of(nib.load(run.files["scan"])),
                 folder / f"{run.name}_residual.nii.gz",
             )
             for run, fit in zip(
@@ -301,10 +304,8 @@ def progress_writer(path: Path, n_samples: int) -> Callable[[int, int, float, in
     """An observer that writes every step to ``path``, where the command reads it."""
 
     def observe(step: int, total: int, sigma: float, sample: int) -> None:
-        write_json(
-            path,
-            {"sample": sample + 1, "samples": n_samples, "step": step + 1, "steps": total},
-        )
+        record = ProgressRecord(sample=sample + 1, samples=n_samples, step=step + 1, steps=total)
+        write_json(path, record.to_json())
 
     return observe
 

@@ -14,8 +14,9 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from brainprior_bids.bids.files import read_json
+from brainprior_bids.engine.errors import RecordError
 from brainprior_bids.interfaces.restore import PROGRESS
+from brainprior_bids.records import ProgressRecord
 from brainprior_bids.run.logs import LOG
 
 INTERVAL_S = 1.0
@@ -123,11 +124,9 @@ class Progress:
             text = f"{self._scans[scan]} {step}"
             at = _sampling(self._folders[scan] / step / PROGRESS) if step == "restore" else None
             if at is not None:
-                text += f" sample {at['sample']}/{at['samples']} step {at['step']}/{at['steps']}"
-                steps = at["samples"] * at["steps"]
-                so_far = (at["sample"] - 1) * at["steps"] + at["step"]
-                done += self._work[step] * so_far / steps
-                self._say_quarters(scan, text, 4 * so_far // steps)
+                text += f" sample {at.sample}/{at.samples} step {at.step}/{at.steps}"
+                done += self._work[step] * at.share
+                self._say_quarters(scan, text, int(4 * at.share))
             shown.append(text)
         self._bar.n = done
         self._bar.set_postfix_str("; ".join(shown[:2]) + (" …" if len(shown) > 2 else ""))
@@ -146,8 +145,8 @@ def _unsized() -> bool:
         return False
 
 
-def _sampling(path: Path) -> dict[str, int] | None:
+def _sampling(path: Path) -> ProgressRecord | None:
     try:
-        return read_json(path)
-    except (OSError, ValueError):
+        return ProgressRecord.read(path)
+    except (OSError, RecordError):
         return None

@@ -94,6 +94,6 @@ def test_steps_that_did_not_run_are_not_described():
     assert "For the others it was found by registration" in both
 
 
-def test_every_sampler_of_the_command_line_can_be_described():
-    for sampler in registry.NAMES:
+def test_every_sampler_can_be_described_those_of_earlier_outputs_too():
+    for sampler in (*registry.NAMES, *registry.EARLIER_NAMES, *registry.RETIRED):
         assert "weights p_1" in methods_text([replace(ONE, sampler=sampler)])

@@ -123,14 +123,30 @@ NAMES = ("auto", *SAMPLERS)
 DEFAULT, FALLBACK = SAMPLERS["conditional"], SAMPLERS["exact"]
 EARLIER_NAMES = {"eps": "conditional"}
 """Names in the outputs of earlier versions."""
+RETIRED = {
+    "map": Sampler(
+        "map",
+        steps=20,
+        calls_per_step=1,
+        yields_samples=False,
+        own_thickness=False,
+        solve_share=0.27,
+        help="a point estimate; no longer available",
+        estimate="point estimate of the last noise level; no posterior mean",
+        method=f"{_DAPS}followed from high to low noise without drawing",
+        estimate_method="The restored image is a point estimate, without an uncertainty.",
+    )
+}
+"""Samplers that only outputs of earlier versions have: their reports still name them."""
 
 
 def find(name: str) -> Sampler:
-    """The sampler of that name, an earlier one included; ``auto`` is the default.
+    """The sampler of that name, an earlier or retired one included; ``auto`` is the default.
 
     Raises
     ------
     KeyError
         If there is none.
     """
-    return DEFAULT if name == "auto" else SAMPLERS[EARLIER_NAMES.get(name, name)]
+    known = SAMPLERS | RETIRED
+    return DEFAULT if name == "auto" else known[EARLIER_NAMES.get(name, name)]
