@@ -409,6 +409,8 @@ class RunRecord(Record):
     shared: float | None = field(default=None, metadata=OMIT)
     noise_sd: float | None = field(default=None, metadata=OMIT)
     residual_ratios: tuple[float, ...] = field(default=(), metadata=OMIT)
+    lesion: LesionRecord | None = field(default=None, metadata=OMIT)
+    """Of a run other than the reference that has a lesion mask."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,12 @@ TASKS = {
     "restore+inpaint": "restoredInpainted",
     "refine": "refined",
     "restore+refine": "restoredRefined",
+    "inpaint+refine": "inpaintedRefined",
+    "restore+inpaint+refine": "restoredInpaintedRefined",
 }
-"""What may be asked for -> the ``desc-`` of its image."""
+"""What may be asked for -> the ``desc-`` of its image (docs/tasks/combinations.md)."""
+FILLED = ("inpainted", "inpaintedRefined")
+"""Images that are the scan on its own grid, only the voxels under the lesion mask replaced."""
 SKULL_STRIPS = ("embedded", "synthstrip", "skip", "mask")
 PARCELLATIONS = ("embedded", "synthseg", "derivatives")
 MODALITIES = ("T1w", "T2w", "FLAIR")
@@ -184,6 +188,16 @@ class Settings:
     def refines(self) -> bool:
         """Whether the task needs another tool's image."""
         return "refine" in self.task
+
+    @property
+    def fills_scan(self) -> bool:
+        """Whether the image is the scan itself, only the voxels under the lesion mask replaced."""
+        return self.image in FILLED
+
+    @property
+    def uses_scan(self) -> bool:
+        """False where another tool's image stands in for the scan: ``refine`` alone."""
+        return self.task != "refine"
 
     @property
     def trust_sd(self) -> float | None:

@@ -114,7 +114,7 @@ def expected_work(settings: Settings) -> dict[str, float]:
         "conform": 1.0,
         "parcellate": 8.0,
         **({"lesion": 1.0} if settings.inpaints else {}),
-        **({} if settings.task == "refine" else {"n4": 10.0}),
+        **({"n4": 10.0} if settings.uses_scan else {}),
         **({"align": 60.0} if settings.fuse else {}),
         "affine": 1.0,
         "restore": 4.0 * calls,
@@ -135,9 +135,9 @@ def init_scan_wf(
 ) -> pe.Workflow:
     """conform → parcellate → n4 → affine → restore → mni305 → reportlets → write.
 
-    With other runs ``align`` comes after n4. With a lesion mask ``lesion`` comes before n4;
-    another tool's image alone needs no n4. Where the job has exports: restore → export → deliver,
-    before write.
+    With a lesion mask, ``lesion`` comes before n4: what it hides is excluded from n4, align and
+    restore. With other runs, ``align`` comes after n4. Another tool's image alone needs no n4.
+    Where the job has exports: restore → export → deliver, before write.
 
     Parameters
     ----------
@@ -175,7 +175,7 @@ def init_scan_wf(
         metadata["MagneticFieldStrength"] = settings.field_strength_t
     given = job.given
     # refined alone, the other tool's image is the scan: what its header says of slices holds
-    alone = settings.task == "refine"
+    alone = not settings.uses_scan
     conform = node(
         Conform(in_file=str(given["refined"].path), metadata={})
         if alone
@@ -214,7 +214,7 @@ def init_scan_wf(
             sampler=settings.sampler,
             n_samples=settings.n_samples,
             n_steps=settings.n_steps,
-            keep_scan=settings.task == "inpaint",
+            keep_scan=settings.fills_scan,
             native=settings.output_grid == "native",
             save_samples=settings.save_samples,
             seed=job.seed,
@@ -239,7 +239,7 @@ def init_scan_wf(
             Align(
                 name=scan.runs[0].name.stem,
                 runs=[
-                    _other(run, files, conform.inputs, parcellate.inputs, settings)
+                    _other(run, files, conform.inputs, parcellate.inputs, settings, job.parts)
                     for run, files in job.others
                 ],
             ),
@@ -260,13 +260,7 @@ def init_scan_wf(
                 for role, file in given.items()
                 if role not in ("mask", "dseg")  # recorded where they are used
             }
-            | {
-                run.name.stem: {
-                    "path": str(run.path),
-                    "uri": bids_uri(str(run.relative), dataset="raw"),
-                }
-                for run, _ in job.others
-            },
+            | _of_others(job.others),
             output_dir=str(settings.output_dir),
             settings=settings.scan_settings(),
             seed=job.seed,
@@ -321,26 +315,26 @@ def init_scan_wf(
             (n4, restore, [("log_bias", "log_bias")]),
             (n4, records, [("record", "in3")]),
         ])
-    if lesion is None:
-        workflow.connect([
-            *[link for user in (restore, reportlets) for link in (
-                (parcellate, user, [("mask_scan", "mask_scan")]),
-                (align or parcellate, user, [("mask", "mask")]),
-            )],
-        ])
-    else:
+    brain = lesion or parcellate
+    workflow.connect([
+        *[link for user in (restore, reportlets) for link in (
+            (brain, user, [("mask_scan", "mask_scan")]),
+            (align or brain, user, [("mask", "mask")]),
+        )],
+    ])
+    if lesion is not None:
         workflow.connect([
             (conform, lesion, [("out_file", "in_file")]),
             (parcellate, lesion, [("mask", "mask"), ("mask_scan", "mask_scan")]),
-            *[(lesion, user, [("mask", "mask"), ("mask_scan", "mask_scan"), ("hidden", "hidden")])
-              for user in (restore, reportlets)],
+            *[(lesion, user, [("hidden", "hidden")])
+              for user in (restore, reportlets, *([] if align is None else [align]))],
             (lesion, write, [("hidden", "hidden"), ("lesion_json", "lesion_json")]),
             (lesion, records, [("record", "in8")]),
         ])
     if align is not None:
         workflow.connect([
             (conform, align, [("out_file", "in_file"), ("conform_json", "conform_json")]),
-            (parcellate, align, [("mask", "mask")]),
+            (brain, align, [("mask", "mask")]),
             (n4, align, [("log_bias", "log_bias")]),
             *[(align, user, [("runs_json", "runs_json")]) for user in (restore, write)],
             (restore, write, [("run_residuals", "run_residuals")]),
@@ -366,9 +360,9 @@ def init_scan_wf(
     workflow.connect([
         (conform, export, [("out_file", "scan")]),
         (parcellate, export, [("structures", "structures")]),
-        (lesion or parcellate, export, [("mask", "mask"), ("mask_scan", "mask_scan")]),
+        (brain, export, [("mask", "mask"), ("mask_scan", "mask_scan")]),
         (restore, export, [("restored", "restored"), ("log_bias", "log_bias")]),
-        (lesion or parcellate, deliver, [("mask", "mask")]),
+        (brain, deliver, [("mask", "mask")]),
         (export, deliver, [("head", "head"), ("dseg", "dseg"), ("gm", "gm"), ("wm", "wm"),
                            ("csf", "csf"), ("export_json", "export_json")]),
         (export, records, [("record", "in9")]),
@@ -378,10 +372,31 @@ def init_scan_wf(
     return workflow
 
 
+def _of_others(others: Sequence[tuple[Scan, Mapping[str, Given]]]) -> dict[str, dict[str, str]]:
+    """The other runs and their lesion masks, for the records: name -> path and URI."""
+    files = {}
+    for run, given in others:
+        uri = bids_uri(str(run.relative), dataset="raw")
+        files[run.name.stem] = {"path": str(run.path), "uri": uri}
+        if "lesion" in given:
+            lesion = given["lesion"]
+            files[f"lesion of {run.name.stem}"] = {"path": str(lesion.path), "uri": lesion.uri}
+    return files
+
+
 def _other(
-    run: Scan, given: Mapping[str, Given], conform: Any, parcellate: Any, settings: Settings
+    run: Scan,
+    given: Mapping[str, Given],
+    conform: Any,
+    parcellate: Any,
+    settings: Settings,
+    parts: Mapping[str, str],
 ) -> dict[str, Any]:
-    """What Align is told of one run: the reference's settings, its own files."""
+    """One run for Align: the reference's settings, its own files.
+
+    Nipype hashes the table of runs, not the files that it names: their SHA-256, from the
+    fingerprint's ``parts``, are in it.
+    """
     metadata = dict(run.metadata)
     if settings.field_strength_t is not None:
         metadata["MagneticFieldStrength"] = settings.field_strength_t
@@ -392,6 +407,11 @@ def _other(
     same = ("weights", "skull_strip", "parcellation", "synthstrip_model")
     brain = {name: getattr(parcellate, name) for name in same}
     brain = {name: value for name, value in brain.items() if isdefined(value)}
-    for role, file in given.items():
-        brain |= {f"{role}_file": str(file.path), f"{role}_uri": file.uri}
-    return {"name": run.name.stem, "conform": own, "parcellate": brain}
+    for role in {"mask", "dseg"} & set(given):
+        brain |= {f"{role}_file": str(given[role].path), f"{role}_uri": given[role].uri}
+    request = {"name": run.name.stem, "conform": own, "parcellate": brain}
+    if "lesion" in given:
+        path = str(given["lesion"].path)
+        request["lesion"] = {"lesion": path, "dilate_mm": settings.dilate_mm}
+    hashes = {what: value for what, value in parts.items() if what.endswith(run.name.stem)}
+    return {**request, "hashes": hashes}

@@ -51,6 +51,8 @@ class PlacedScan:
     acquisition : Acquisition
     mask : array on ``grid.one_millimetre()``
         Above 0.5 in the brain.
+    hidden : (i, j, k), optional
+        Above 0 in a lesion, on ``grid``: brain, but not compared with other scans.
     """
 
     name: str
@@ -58,6 +60,16 @@ class PlacedScan:
     grid: Grid
     acquisition: Acquisition
     mask: NDArray[Any]
+    hidden: NDArray[Any] | None = None
+
+    @property
+    def lesion(self) -> NDArray[np.bool_]:
+        """The lesion on ``grid.one_millimetre()``."""
+        grid = self.grid.one_millimetre()
+        if self.hidden is None:
+            return np.zeros(grid.shape, np.bool_)
+        lesion = np.asarray(self.hidden) > 0
+        return np.asarray(resample(lesion, self.grid, grid, order=1) >= 0.5)
 
     @property
     def across(self) -> NDArray[np.float64]:
@@ -75,16 +87,28 @@ class PlacedScan:
         grid: Grid,
         acquisition: Acquisition,
         mask: NDArray[Any],
+        hidden: NDArray[Any] | None = None,
     ) -> PlacedScan:
         """A scan as measured, divided by ``exp(log_bias)``; non-finite values become 0."""
         finite = np.nan_to_num(np.asarray(values, np.float32), nan=0, posinf=0, neginf=0)
         unbiased = (finite / np.exp(log_bias)).astype(np.float32)
-        return cls(name, unbiased, grid, acquisition, mask)
+        return cls(name, unbiased, grid, acquisition, mask, hidden)
 
     def fine(self, other: PlacedScan) -> Image:
-        """On its 1 mm grid, blurred across the other's slices as these are."""
-        grid = self.grid.one_millimetre()
-        data = resample(self.data, self.grid, grid, order=1)
+        """On its 1 mm grid, blurred across the other's slices as these are.
+
+        A lesion holds the nearest voxels, so that it is not blurred into its surroundings.
+        """
+        grid, data = self.grid.one_millimetre(), self.data
+        if self.hidden is not None:
+            nearest = ndimage.distance_transform_edt(
+                np.asarray(self.hidden) > 0,
+                sampling=tuple(self.grid.spacing_mm),
+                return_distances=False,
+                return_indices=True,
+            )
+            data = data[tuple(nearest)]
+        data = resample(data, self.grid, grid, order=1)
         axes = grid.affine[:3, :3] / grid.spacing_mm
         thickness = other.acquisition.thickness_mm
         if thickness > THICK_MM and abs(float(self.across @ other.across)) < 0.7:
@@ -128,7 +152,7 @@ class Motion:
 
 
 def find_motion(reference: PlacedScan, scan: PlacedScan) -> Motion:
-    """Rigid registration of a scan to the reference.
+    """Rigid registration of a scan to the reference, by what neither has as a lesion.
 
     Raises
     ------
@@ -138,12 +162,13 @@ def find_motion(reference: PlacedScan, scan: PlacedScan) -> Motion:
     """
     fixed, moving = reference.fine(scan), scan.fine(reference)
     fine, moving_grid = reference.grid.one_millimetre(), scan.grid.one_millimetre()
-    inside = np.asarray(reference.mask) > 0.5
-    there = np.asarray(scan.mask) > 0.5
+    inside = (np.asarray(reference.mask) > 0.5) & ~reference.lesion
+    there = (np.asarray(scan.mask) > 0.5) & ~scan.lesion
     for name, brain in ((reference.name, inside), (scan.name, there)):
         if not brain.any():
             raise InputError(f"{name}: the brain mask is empty; it cannot be aligned.")
-    points = _register(fixed, fine, inside, moving, moving_grid, there)
+    around = ndimage.binary_dilation(inside, iterations=AROUND_MM) & ~reference.lesion
+    points = _register(fixed, fine, inside, around, moving, moving_grid, there)
     to_reference = np.linalg.inv(points)
     registered = resample(moving, moving_grid, fine, matrix=to_reference, order=1)
     moved = resample(there, moving_grid, fine, matrix=to_reference, order=1) > 0.5
@@ -171,18 +196,23 @@ def common_mask(
     """Where most of the scans that see a voxel call it brain; on the reference's 1 mm grid.
 
     A thick slice does not know where within it the brain ends; a scan in another direction does.
+    A lesion of any of them is brain.
     """
     grid = reference.grid.one_millimetre()
     votes = (np.asarray(reference.mask) > 0.5).astype(np.float32)
     seen = np.ones(grid.shape, np.float32)
+    lesion = reference.lesion
     for scan, motion in others:
         there = scan.grid.one_millimetre()
+        if scan.hidden is not None:
+            moved = resample(scan.lesion, there, grid, matrix=motion.to_reference, order=1)
+            lesion = lesion | (moved >= 0.5)
         votes += resample(
             np.asarray(scan.mask) > 0.5, there, grid, matrix=motion.to_reference, order=1
         )
         whole = np.ones(there.shape, np.float32)
         seen += resample(whole, there, grid, matrix=motion.to_reference, order=1)
-    brain = votes > 0.5 * seen
+    brain = (votes > 0.5 * seen) | lesion
     labels, n = ndimage.label(brain)
     if n > 1:
         sizes = np.bincount(labels.ravel())
@@ -195,18 +225,18 @@ def _register(
     fixed: Image,
     fixed_grid: Grid,
     inside: NDArray[np.bool_],
+    around: NDArray[np.bool_],
     moving: Image,
     moving_grid: Grid,
     there: NDArray[np.bool_],
 ) -> Matrix:
-    """(4, 4) mm of the fixed image -> mm of the moving one (RAS)."""
+    """(4, 4) mm of the fixed image -> mm of the moving one (RAS); compared is ``around``."""
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
-    region = ndimage.binary_dilation(inside, iterations=AROUND_MM)
     a, b = _to_itk(fixed, fixed_grid), _to_itk(moving, moving_grid)
     centre = _centre(inside, fixed_grid)
     method = sitk.ImageRegistrationMethod()
     method.SetMetricAsCorrelation()
-    method.SetMetricFixedMask(_to_itk(region.astype(np.uint8), fixed_grid))
+    method.SetMetricFixedMask(_to_itk(around.astype(np.uint8), fixed_grid))
     method.SetInterpolator(sitk.sitkLinear)
     start = sitk.Euler3DTransform()
     start.SetCenter(_LPS @ centre)

@@ -22,6 +22,7 @@ class AlignedRun:
     placed: PlacedScan
     motion: Motion
     warnings: list[str]  # each names the run
+    lesion: dict[str, Any] | None = None  # facts about its lesion mask
 
     def facts(self) -> dict[str, Any]:
         """JSON-able: slice geometry, motion (RAS mm, degrees), gain, agreement."""
@@ -34,6 +35,7 @@ class AlignedRun:
             "gain": self.motion.gain,
             "correlation": round(self.motion.correlation, 4),
             "shared": round(self.motion.shared, 4),
+            **({} if self.lesion is None else {"lesion": self.lesion}),
         }
 
 
@@ -61,9 +63,11 @@ def align_run(name: str, run: Prepared, reference: PlacedScan) -> AlignedRun:
         grid=run.grid,
         acquisition=run.acquisition,
         mask=run.mask_1mm,
+        hidden=run.hidden,
     )
     warnings = [text if name in text else f"{name}: {text}" for text in run.warnings]
-    return AlignedRun(placed, find_motion(reference, placed), warnings)
+    lesion = None if run.lesion is None else run.lesion.facts
+    return AlignedRun(placed, find_motion(reference, placed), warnings, lesion)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from brainprior_bids.records import (
     StepRecords,
     WeightsRecord,
 )
+from brainprior_bids.settings import FILLED, TASKS
 
 BIDS_VERSION = "1.10.0"
 
@@ -49,7 +50,10 @@ DESCRIPTIONS = {
     "refined": "1 mm skull-stripped image: what the prior makes of another tool's image that is "
     "trusted to within --trust",
     "restoredRefined": "as restored, from the scan and another tool's image together",
-    "restoredInpainted": "as restored, the voxels under the lesion mask not believed",
+    "restoredInpainted": "as restored, voxels under the lesion mask excluded from the likelihood",
+    "inpaintedRefined": "as inpainted; another tool's image informs what is filled in",
+    "restoredInpaintedRefined": "as restoredInpainted, from the scan and another tool's image: "
+    "under the lesion mask from that image alone",
     "residual": "scan minus what the samples predict for it (mean over samples), in units of the "
     "standard deviation of the noise as estimated before sampling",
     "refinedResidual": "the image to refine minus what the samples predict for it (mean over "
@@ -63,7 +67,7 @@ DESCRIPTIONS = {
 
 def descriptions() -> dict[str, str]:
     """``desc-`` value -> meaning, every one that any task writes, for ``descriptions.tsv``."""
-    images = ("inpainted", "refined", "restoredRefined", "restoredInpainted")
+    images = [image for image in TASKS.values() if image != "restored"]
     parts = {
         image: ("sample01", "uncertainty", "residual")
         + (("brain", "structures") if image == "refined" else ())
@@ -231,13 +235,14 @@ def sidecars(
     restore, parcellation = steps.restore, steps.parcellation
     used = [file.uri for file in steps.given.values()]
     hidden = [bids_uri(outputs["hidden"])] if "hidden" in outputs else []
+    lesion = [steps.given["lesion"].uri] if "lesion" in steps.given else []
     alone = image_desc == "refined"
     if alone:  # another tool's image stands for the scan: nothing of this is the scan's
         raw = steps.given["refined"].uri
     sources = [*([] if alone else [raw]), *used, mask, *hidden]
     image: dict[str, Any] = {
         **{key: scan.metadata[key] for key in INHERITED if key in scan.metadata and not alone},
-        "SkullStripped": image_desc != "inpainted" or parcellation.mask_source.scan_is_stripped,
+        "SkullStripped": image_desc not in FILLED or parcellation.mask_source.scan_is_stripped,
         "Sources": sources,
         "Sampler": restore.sampler,
         "NumberOfSamples": restore.n_samples,
@@ -306,9 +311,10 @@ def sidecars(
         }
     if "hidden" in outputs and steps.lesion is not None:
         contents["hidden"] = {
-            "Description": "where the scan was not believed: the lesion mask, as dilated",
+            "Description": "the lesion mask, as dilated: the scan is excluded from the likelihood "
+            "under it",
             "Type": "Lesion",
-            "Sources": [raw, *used],
+            "Sources": [raw, *lesion],
             "Lesion": steps.lesion.to_json(),
             **reference,
         }
@@ -356,6 +362,7 @@ def _fused(restore: RestoreRecord) -> list[dict[str, Any]]:
             "Gain": run.gain,
             "NoiseStandardDeviation": restore.scanner_units(run.noise_sd),
             "ResidualRatios": run.residual_ratios,
+            **({"Lesion": run.lesion.to_json()} if run.lesion is not None else {}),
         }
         for run in restore.runs or ()
     ]

@@ -29,7 +29,7 @@ from brainprior_bids.bids.provenance import CHECKSUM, sha256_file
 from brainprior_bids.bids.query import Scan
 from brainprior_bids.engine.errors import InputError
 from brainprior_bids.records import ExportRecord
-from brainprior_bids.settings import MODALITIES, OTHER_MODALITIES
+from brainprior_bids.settings import FILLED, MODALITIES, OTHER_MODALITIES
 
 EXPORTS = ("fmriprep", "raw")
 FILTER_FILE = PurePosixPath("code/bids_filter.json")
@@ -140,10 +140,10 @@ def prepare(
 def parents(source: BIDSName, image: str) -> dict[str, str]:
     """Role -> path of what an export is made from, in the output folder.
 
-    With ``--task inpaint`` alone, the 1 mm brain in the head is no output of its own.
+    Where the image is the scan filled in, the 1 mm brain in the head is no output of its own.
     """
     names = output_names(source, n_samples=1, image=image)
-    roles = ("mask", "structures") if image == "inpainted" else ("restored", "mask", "structures")
+    roles = ("mask", "structures") if image in FILLED else ("restored", "mask", "structures")
     return {role: f"{source.folder}/anat/{names[role]}" for role in roles}
 
 

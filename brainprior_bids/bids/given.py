@@ -10,10 +10,10 @@ taken.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from brainprior_bids.bids.lesions import by_pattern, find_lesion
+from brainprior_bids.bids.lesions import by_pattern, find_lesion, find_lesions_of_runs
 from brainprior_bids.bids.names import BIDSName, same_value
 from brainprior_bids.bids.query import Scan
 from brainprior_bids.bids.refined import ADDED, Given, find_refined
@@ -26,24 +26,55 @@ fMRIPrep is a map of three tissues."""
 OPTIONS = {"mask": "--skull-strip mask", "dseg": "--parcellation derivatives"}
 
 
-def find_given(scan: Scan, settings: Settings) -> dict[str, Given]:
-    """What a scan needs beside itself: role -> file.
+def find_given(scan: Scan, settings: Settings) -> list[dict[str, Given]]:
+    """What each run of a scan needs besides itself, the reference first: role -> file.
 
-    Roles: ``mask`` and ``dseg`` (anatomy), ``lesion``, ``refined`` (another tool's image) and
-    ``trust`` (a map of its SD).
+    Roles: ``mask`` and ``dseg`` (anatomy), ``lesion``, and of the reference alone ``refined``
+    (another tool's image, in its space) and ``trust`` (a map of its SD). A scan that is not fused
+    is its own reference.
 
     Raises
     ------
     InputError
-        If a file that is asked for is not there, or cannot be told from another.
+        If a file that is asked for is not there, or cannot be told from another; of fused runs, if
+        none has a lesion mask, or the one whose lesion is to be filled has none.
     """
-    found = {}
-    if settings.inpaints:
-        found["lesion"] = _as_given(find_lesion(scan, settings), settings)
+    runs = scan.runs or (scan,)
+    every = [_anatomy(run, settings) for run in runs]
     if settings.refines:
-        found["refined"] = find_refined(scan, settings)
-        if settings.trust is not None and settings.trust_sd is None:
-            found["trust"] = _as_given(_find_trust(scan, settings), settings)
+        every[0] = _refined(runs[0], settings) | every[0]
+    if settings.inpaints:
+        for given, path in zip(every, _lesions(runs, settings), strict=True):
+            if path is not None:
+                given["lesion"] = _as_given(path, settings)
+    return every
+
+
+def _lesions(runs: Sequence[Scan], settings: Settings) -> Sequence[Path | None]:
+    """The lesion mask of every run; None where a run that is fused has none."""
+    if len(runs) == 1:
+        return [find_lesion(runs[0], settings)]
+    masks = find_lesions_of_runs(runs, settings)
+    if settings.fills_scan and masks[0] is None:
+        raise InputError(
+            f"{runs[0].name.stem}: it is the reference of the fused runs (thinnest slices), whose "
+            "lesion --task inpaint fills, and has no lesion mask. Draw one on it, choose the runs "
+            "with --run-id, or use --task restore inpaint."
+        )
+    return masks
+
+
+def _refined(scan: Scan, settings: Settings) -> dict[str, Given]:
+    """Another tool's image, and the map of its error where there is one."""
+    found = {"refined": find_refined(scan, settings)}
+    if settings.trust is not None and settings.trust_sd is None:
+        found["trust"] = _as_given(_find_trust(scan, settings), settings)
+    return found
+
+
+def _anatomy(scan: Scan, settings: Settings) -> dict[str, Given]:
+    """Mask and labels, where they are to come from other data sets."""
+    found = {}
     asked = {
         "mask": settings.skull_strip == "mask",
         "dseg": settings.parcellation == "derivatives",

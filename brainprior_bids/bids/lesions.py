@@ -9,8 +9,11 @@ it is drawn on the T1w; ``space-<suffix>`` says another scan.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+import nibabel as nib
+import numpy as np
 
 from brainprior_bids.bids.names import BIDSName, same_value
 from brainprior_bids.bids.query import Scan
@@ -21,14 +24,19 @@ OWN = ("label", "desc", "space", "res", "den")
 """Entities of a mask that are not its scan's."""
 
 
+class NoLesionError(InputError):
+    """A scan has no lesion mask."""
+
+
 def find_lesion(scan: Scan, settings: Settings) -> Path:
     """The one mask that belongs to a scan.
 
     Raises
     ------
+    NoLesionError
+        If there is none (the message says where was looked, and which other sessions have one).
     InputError
-        If there is none (the message says where was looked, and which other sessions have one),
-        or more than one.
+        If there is more than one.
     """
     name = scan.name
     if settings.lesion_mask is not None:
@@ -47,6 +55,45 @@ def find_lesion(scan: Scan, settings: Settings) -> Path:
     hint = "".join(f" {path.name} is of another session." for path in others)
     hint += " A mask on a scan other than the T1w is named space-<suffix>, such as space-T2w."
     return _one([], scan, ", ".join(looked), hint)
+
+
+def find_lesions_of_runs(runs: Sequence[Scan], settings: Settings) -> list[Path | None]:
+    """The mask of every run that has one; a run without is used everywhere.
+
+    A mask that fits several runs by its name belongs to those on whose grid it lies, and to the
+    first of them by name if it lies on none (a later step says what is wrong with it).
+
+    Raises
+    ------
+    InputError
+        If no run has one, or a run has more than one.
+    """
+    found: list[Path | None] = []
+    missing = ""
+    for run in runs:
+        try:
+            found.append(find_lesion(run, settings))
+        except NoLesionError as error:
+            found.append(None)
+            missing = missing or str(error)
+    if not any(found):
+        raise InputError(f"{missing} None of the runs that are fused has one.")
+    for path in {path for path in found if path is not None and found.count(path) > 1}:
+        named = [index for index, mask in enumerate(found) if mask == path]
+        fitting = [index for index in named if _same_grid(path, runs[index].path)]
+        for index in set(named) - set(fitting or named[:1]):
+            found[index] = None
+    return found
+
+
+def _same_grid(one: Path, other: Path) -> bool:
+    """Whether two images lie on one grid, up to the order of their axes; by their headers."""
+    try:
+        images = [nib.as_closest_canonical(nib.load(path)) for path in (one, other)]
+    except Exception:  # whatever nibabel says of it: the step that opens the image will say it
+        return False
+    a, b = images
+    return a.shape[:3] == b.shape[:3] and bool(np.allclose(a.affine, b.affine, atol=0.05))
 
 
 def by_pattern(pattern: str, scan: Scan, settings: Settings) -> tuple[list[Path], str]:
@@ -88,4 +135,4 @@ def _one(found: list[Path], scan: Scan, looked: str, hint: str) -> Path:
             f"({', '.join(path.name for path in found)}); one is needed. Remove the others, or "
             "name one with --lesion-mask."
         )
-    raise InputError(f"{scan.name.stem}: no lesion mask; looked for {looked}.{hint}")
+    raise NoLesionError(f"{scan.name.stem}: no lesion mask; looked for {looked}.{hint}")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from brainprior_bids.engine.errors import InputError
+from brainprior_bids.settings import FILLED, TASKS
 
 ENTITY_ORDER = (
     "sub", "tpl", "ses", "cohort", "sample", "task", "tracksys", "acq", "nuc", "voi", "ce",
@@ -169,10 +170,12 @@ def output_names(
     image: str = "restored",
     native: bool = False,
     runs: Sequence[BIDSName] = (),
+    lesion: bool = True,
 ) -> dict[str, str]:
     """What one restored scan leaves in ``sub-XX/[ses-YY/]anat``: role -> file name.
 
     ``runs`` are those that were fused with the reference, whose residual is ``residual``.
+    ``lesion`` is False where only other runs have a lesion mask, not the reference.
 
     Masks and label images of a T1w carry no ``space-``; those of another contrast carry
     ``space-<suffix>``, because without it they would be read as the T1w's.
@@ -207,10 +210,10 @@ def output_names(
             names[role] = source.derivative(desc=f"{image}{role.capitalize()}")
     for run in runs:
         names[residual_role(run.stem)] = run.derivative(extension=".nii.gz", desc="fusedResidual")
-    if "npainted" in image:
+    if lesion and "inpainted" in image.lower():
         names["hidden"] = source.derivative("mask", space=space, label="lesion", desc=image)
     # the scan inpainted keeps its own grid, skull and bias; the transforms stay: they cost nothing
-    if image == "inpainted" or "MNI305" not in spaces:
+    if image in FILLED or "MNI305" not in spaces:
         del names["restored_mni305"]
     return names
 
@@ -222,8 +225,9 @@ def named(image: str, what: str) -> str:
 
 def split_desc(desc: str) -> tuple[str, str]:
     """The reverse of ``named``: (image, what)."""
-    for image in ("restoredInpainted", "restoredRefined", "inpainted", "refined"):
-        if desc.startswith(image) and len(desc) > len(image):
+    images = {*TASKS.values()} - {"restored"}
+    for image in sorted(images, key=len, reverse=True):  # "inpaintedRefined" before "inpainted"
+        if desc.startswith(image) and desc not in images:
             what = desc[len(image) :]
             return image, what[:1].lower() + what[1:]
     return "restored", desc

@@ -46,8 +46,8 @@ def find_refined(scan: Scan, settings: Settings) -> Given:
     Raises
     ------
     InputError
-        If there is none, or more than one, or it is of another contrast than the scan beside
-        which it is to be believed.
+        If there is none, or more than one, or it is of another contrast than the scan together
+        with which it is to be used.
     """
     raw = BIDSName.parse(scan.relative.name)
     for dataset, root in settings.derivatives.items():
@@ -75,10 +75,10 @@ def find_refined(scan: Scan, settings: Settings) -> Given:
             continue
         (path,) = fits
         suffix = BIDSName.parse(path.name).suffix
-        if suffix != raw.suffix and settings.task != "refine":
+        if suffix != raw.suffix and settings.uses_scan:
             raise InputError(
-                f"{raw.stem}: {path.name} is a {suffix}; beside the scan only an image of the "
-                f"scan's own contrast can be believed. Use --task refine, without restore."
+                f"{raw.stem}: {path.name} is a {suffix}; together with the scan only an image of "
+                "the scan's own contrast can be used. Use --task refine alone."
             )
         return Given(path, f"bids:{dataset}:{PurePosixPath(path.relative_to(root))}")
     raise InputError(

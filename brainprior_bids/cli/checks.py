@@ -10,7 +10,7 @@ from pathlib import Path
 
 from brainprior_bids.cli.options import WORK_DIR
 from brainprior_bids.engine.errors import UsageError, WeightsError
-from brainprior_bids.settings import MODALITIES, OTHER_MODALITIES, TASKS
+from brainprior_bids.settings import MODALITIES, OTHER_MODALITIES
 
 
 def chosen_modalities(asked: Sequence[str], ignored: Sequence[str]) -> tuple[str, ...]:
@@ -45,19 +45,16 @@ def run_labels(given: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_task(options: argparse.Namespace, task: str) -> None:
-    """Refuse words that are no task together, and options that this task does not take."""
-    if task not in TASKS:
-        raise UsageError(
-            f"--task {' '.join(options.task)} do not go together; possible are "
-            + ", ".join(name.replace("+", " ") for name in TASKS)
-            + "."
+    """Refuse options that this task does not take; every combination of its words is a task."""
+    if options.output_grid == "native" and "restore" not in task:
+        why = (
+            "it keeps the scan's own grid by itself"
+            if "inpaint" in task
+            else "another tool's image stands in for the scan, so there is no head to put it into"
         )
-    if options.output_grid == "native" and (task in ("inpaint", "refine") or options.fuse):
-        what = f"--fuse {options.fuse}" if options.fuse else f"--task {task}"
         raise UsageError(
-            f"--output-grid native is for one scan that is restored, not for {what}: "
-            "--task inpaint keeps the scan's grid by itself, the others have several grids, or "
-            "another tool's. Leave it out."
+            f"--output-grid native needs --task restore, not --task {task.replace('+', ' ')}: "
+            f"{why}. Leave it out."
         )
     if "refine" in task:
         _check_refine(options, task)
@@ -76,10 +73,16 @@ def check_task(options: argparse.Namespace, task: str) -> None:
 
 
 def _check_fuse(options: argparse.Namespace, task: str) -> None:
-    if task != "restore":
-        raise UsageError(f"--fuse goes with --task restore alone; the task is {task}.")
-    if options.sampler not in ("auto", "exact"):
-        raise UsageError(f"--fuse needs --sampler exact, got {options.sampler}.")
+    if task == "refine":
+        raise UsageError(
+            "--fuse combines several scans, and --task refine alone uses none: another tool's "
+            "image stands in for the scan. Use --task restore refine."
+        )
+    if options.sampler == "mean":
+        raise UsageError(
+            "--sampler mean is one call of the network, which can be given the measurements of "
+            "one scan; --fuse has several. Use --sampler conditional or exact."
+        )
     if options.exports:
         raise UsageError(
             "--export puts a brain back into its scan's head; a fused brain has several. Leave "
@@ -97,15 +100,17 @@ def _check_refine(options: argparse.Namespace, task: str) -> None:
         )
     if options.trust is None:
         raise UsageError(
-            "--task refine needs --trust: how far is the image to be believed? 0.05 means to 5 % "
-            "of the brain's 99th percentile."
+            "--task refine needs --trust, the SD of the image's error: 0.05 means 5 % of the "
+            "brain's 99th percentile."
         )
     try:
         trust = float(options.trust)
     except ValueError:
         if task != "refine":
             raise UsageError(
-                f"--task restore refine takes one SD for all voxels, got --trust {options.trust}."
+                f"--task {task.replace('+', ' ')} takes one SD for all voxels, got --trust "
+                f"{options.trust}: next to a scan, the error of the image must be white noise "
+                "(the same SD everywhere) to be merged with the noisy image that the network sees."
             ) from None
         _check_pattern("--trust", options.trust)
     else:

@@ -136,17 +136,17 @@ def task_options(group: Group) -> None:
         nargs="+",
         choices=WORDS,
         default=["restore"],
-        help="restore (default): 1 mm, free of bias; inpaint: fill the lesion mask, every other "
-        "voxel stays the scan's; refine: another tool's image in --derivatives, within --trust; "
-        "restore inpaint: restore without believing what lies under the mask; restore refine: "
-        "the scan and the other tool's image together",
+        help="one word, or any of them together. restore (default): a 1 mm brain without bias "
+        "field; inpaint: exclude the scan under its lesion mask; without restore, fill the hole "
+        "and keep every other voxel of the scan; refine: use another tool's image in "
+        "--derivatives, within --trust: together with the scan, or alone in place of it",
     )
     group.add_argument(
         "--fuse",
         choices=FUSE,
         help="runs: scans of one participant, session and contrast that differ in run- and acq- "
-        "alone (crossed stacks, repeated scans) are aligned and restored as one; the result "
-        "drops both entities",
+        "alone (crossed stacks, repeated scans) are aligned and enter one result, whose name "
+        "drops both entities; with every task but refine alone",
     )
     group.add_argument(
         "--lesion-mask",

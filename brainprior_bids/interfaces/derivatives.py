@@ -48,7 +48,7 @@ from brainprior_bids.records import (
     StepRecords,
     total_seconds,
 )
-from brainprior_bids.settings import TASKS
+from brainprior_bids.settings import FILLED, TASKS
 
 IMAGES = (
     "hidden", "uncertainty", "restored_mni305", "restored_native", "residual", "mask",
@@ -110,7 +110,7 @@ class Reportlets(MeasuredInterface):
         for role in ("uncertainty", "hidden"):
             if isdefined(getattr(inputs, role)):
                 files[role] = getattr(inputs, role)
-        if inputs.image_desc == "inpainted":
+        if inputs.image_desc in FILLED:
             files["filled"] = inputs.image
         name = BIDSName.parse(inputs.name)
         prefix = name.stem.removesuffix(f"_{name.suffix}")
@@ -274,13 +274,14 @@ class Write(MeasuredInterface):
             image=inputs.image_desc,
             native=isdefined(inputs.restored_native),
             runs=[BIDSName.parse(run.name) for run in runs],
+            lesion=isdefined(inputs.hidden),
         )
         anat = PurePosixPath(scan.name.folder) / "anat"
         outputs = {role: str(anat / name) for role, name in names.items()}
         (staging / anat).mkdir(parents=True)
         code, original = _header(steps.conform)
         own_grid = {"residual", "hidden", "restored_native"}
-        if inputs.image_desc == "inpainted":
+        if inputs.image_desc in FILLED:
             own_grid |= {role for role in outputs if role.startswith("sample")}
             own_grid |= {"restored", "uncertainty"}
         files = {role: getattr(inputs, role) for role in IMAGES} | {"restored": inputs.image}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import nibabel as nib
 import numpy as np
-from nipype.interfaces.base import File, traits
+from nipype.interfaces.base import File, isdefined, traits
 
 from brainprior_bids.engine.weights import sha256_file
 from brainprior_bids.interfaces import files
@@ -31,11 +31,13 @@ class _AlignInputSpec(MeasuredInputSpec):
     conform_json = File(exists=True, mandatory=True, desc="its slice geometry")
     mask = File(exists=True, mandatory=True, desc="its brain on its 1 mm grid")
     log_bias = File(exists=True, mandatory=True, desc="of N4")
+    hidden = File(exists=True, desc="its lesion on its own grid, of Lesion")
     name = traits.Str(mandatory=True, desc="of the reference, for messages")
     runs = traits.List(
         traits.Dict(),
         mandatory=True,
-        desc="the other runs: name, conform (inputs of Conform), parcellate (of Parcellate)",
+        desc="the other runs: name, conform (inputs of Conform), parcellate (of Parcellate), "
+        "where they have a mask lesion (of Lesion), and hashes of their files",
     )
 
 
@@ -63,6 +65,7 @@ class Align(MeasuredInterface):
             hashes = {role: sha256_file(Path(path)) for role, path in paths.items()}
             report = {"name": request["name"], "files": paths, "hashes": hashes, **run.facts()}
             records.append(RunRecord.from_json(report))
+        warnings += self._unmasked(reference, [placed for placed, _ in motions])
         record = AlignRecord(reference=self.inputs.name, runs=tuple(records))
         mask = common_mask(reference, motions)
         grid = reference.grid.one_millimetre()
@@ -71,6 +74,19 @@ class Align(MeasuredInterface):
             runs_json=files.write_record(record, folder / "runs.json"),
         )
         return warnings
+
+    @staticmethod
+    def _unmasked(reference: PlacedScan, others: list[PlacedScan]) -> list[str]:
+        """A warning of every run without a lesion mask, where another one has one."""
+        scans = [reference, *others]
+        if all(scan.hidden is None for scan in scans):
+            return []
+        return [
+            f"{scan.name} has no lesion mask of its own: it is used everywhere, and what it shows "
+            "in the other runs' lesions enters the result."
+            for scan in scans
+            if scan.hidden is None
+        ]
 
     def _reference(self) -> PlacedScan:
         from brainprior_bids.anatomy.motion import PlacedScan
@@ -82,6 +98,9 @@ class Align(MeasuredInterface):
             grid=files.grid_of(nib.load(self.inputs.in_file)),
             acquisition=files.read_acquisition(self.inputs.conform_json),
             mask=files.read_array(self.inputs.mask),
+            hidden=(
+                files.read_array(self.inputs.hidden) if isdefined(self.inputs.hidden) else None
+            ),
         )
 
     def _align(
@@ -94,12 +113,15 @@ class Align(MeasuredInterface):
 
         folder.mkdir(parents=True, exist_ok=True)
         conform, parcellate = request["conform"], request["parcellate"]
+        lesion = request.get("lesion", {})
         with errors_name(request["name"]):
             scan = prepare(
                 conform["in_file"],
                 **conform_options(conform),
                 network=load_parcellation(Path(parcellate["weights"])),
                 sources=brain_sources(parcellate),
+                lesion=Path(lesion["lesion"]) if lesion else None,
+                dilate_mm=lesion.get("dilate_mm", 0.0),
                 align=False,
                 threads=self.inputs.num_threads,
                 folder=folder,
@@ -113,10 +135,11 @@ def _write(scan: Prepared, folder: Path) -> dict[str, str]:
     assert scan.log_bias is not None
     conformed = files.write_conformed(scan.conformed, folder)
     brain = files.write_brain(scan.brain, scan.grid, folder)
+    if scan.lesion is not None:  # whose masks are of brain and lesion
+        brain |= files.write_lesion(scan.lesion, scan.grid, folder)
     return {
         "scan": conformed["out_file"],
         "conform": conformed["conform_json"],
-        "mask": brain["mask"],
-        "mask_scan": brain["mask_scan"],
         "bias": files.write_bias(scan.log_bias, scan.grid, folder)["log_bias"],
+        **{role: brain[role] for role in ("mask", "mask_scan", "hidden") if role in brain},
     }

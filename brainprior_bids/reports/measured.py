@@ -45,6 +45,8 @@ def coverage(restore: RestoreRecord, *, task: str) -> str:
     )
     kinds = {"contrast": restore.contrast, "sampler": restore.sampler, "task": task}
     other = [f"the {key} {kind}" for key, kind in kinds.items() if kind != study["of"][key]]
+    if restore.runs:
+        other.append("fused runs")
     if other:
         text += f" Not measured for {', '.join(other)}."
     return text

@@ -34,6 +34,8 @@ DONE = {
     "restore+inpaint": "restored and inpainted",
     "refine": "refined from another tool's image",
     "restore+refine": "restored together with another tool's image",
+    "inpaint+refine": "inpainted with the help of another tool's image",
+    "restore+inpaint+refine": "restored and inpainted together with another tool's image",
 }
 """Task -> what was done to the scan."""
 
@@ -90,19 +92,7 @@ def methods_text(methods: Sequence[Method]) -> str:
         + f" {'scan was' if sum(t == task for _, t in done) == 1 else 'scans were'} {DONE[task]}"
         for task in dict.fromkeys(task for _, task in done)
     )
-    hidden = ""
-    if any("inpaint" in task for _, task in done):
-        hidden = (
-            "\n\nVoxels under a lesion mask were no measurements: they entered neither the "
-            "estimate of the\nbias field nor the model below, and the brain there was drawn given "
-            "what surrounds it. Where a scan\nwas inpainted only, every voxel outside the mask "
-            "is the scan's own."
-        )
-    if any("refine" in task for _, task in done):
-        hidden += (
-            "\n\nAnother tool's image *z* entered as *z* = *x* + an error of known standard "
-            "deviation: alone, in\nplace of the scan and without a bias field, or beside the scan."
-        )
+    hidden = _missing(methods) + _refined(methods)
     fused = [method.runs for method in methods if method.runs > 1]
     if fused:
         several = str(fused[0]) if len(set(fused)) == 1 else f"{min(fused)} to {max(fused)}"
@@ -143,6 +133,40 @@ field. {start} the posterior of *x* under a three-dimensional diffusion prior
 [@edm] [@brain3d] (weights {priors}), {drawn}{spread}
 Every scan's random numbers follow from a seed recorded in the provenance.
 """
+
+
+def _missing(methods: Sequence[Method]) -> str:
+    """What was done about voxels under a lesion mask."""
+    masked = [method for method in methods if "inpaint" in method.task]
+    if not masked:
+        return ""
+    given = ["its surroundings"]
+    given += ["the other runs"] * any(method.runs > 1 for method in masked)
+    given += ["the other tool's image"] * any("refine" in method.task for method in masked)
+    text = (
+        "\n\nVoxels under a lesion mask were treated as missing data: they were excluded from the "
+        "estimate of the\nbias field and from the likelihood below, and the brain there was "
+        f"estimated conditional on {_listed(given)}."
+    )
+    if any("restore" not in method.task for method in masked):
+        text += (
+            "\nWhere a scan was inpainted without being restored, every voxel outside the mask is "
+            "the scan's own."
+        )
+    return text
+
+
+def _refined(methods: Sequence[Method]) -> str:
+    """How another tool's image entered."""
+    alone = {method.task == "refine" for method in methods if "refine" in method.task}
+    if not alone:
+        return ""
+    ways = ["in place of the scan, without a bias field"] * (True in alone)
+    ways += ["together with the scan"] * (False in alone)
+    return (
+        "\n\nAnother tool's image *z* entered the model as *z* = *x* + white noise of known "
+        f"standard deviation,\n{' or '.join(ways)}."
+    )
 
 
 def _listed(words: Sequence[str]) -> str:

@@ -29,7 +29,7 @@ def requested_scans(settings: Settings) -> Sequence[Scan]:
     scans = find_scans(settings)
     if settings.fuse:
         scans = fuse_runs(scans)
-    if settings.task == "refine":
+    if not settings.uses_scan:
         scans = name_after_images(scans, settings)
     return scans
 
@@ -132,8 +132,8 @@ def look_up(scan: Scan, settings: Settings, weights: Mapping[str, str]) -> Found
     """
     if scan.problem is not None:
         raise InputError(scan.problem)
-    given = find_given(scan.runs[0] if scan.runs else scan, settings)
-    others = [(run, find_given(run, settings)) for run in scan.runs[1:]]
+    given, *of_others = find_given(scan, settings)
+    others = list(zip(scan.runs[1:], of_others, strict=True))
     try:
         image = sha256_file(scan.path)
         hashes = {role: sha256_file(file.path) for role, file in given.items()}

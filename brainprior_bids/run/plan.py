@@ -74,6 +74,7 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
             native=settings.output_grid == "native",
             image=settings.image,
             runs=[run.name for run in scan.runs[1:]],
+            lesion="lesion" in found.given,
         )
         for name in names.values():
             print(f"  {scan.name.folder}/anat/{name}")
@@ -118,7 +119,7 @@ def _told(scan: Scan, settings: Settings, found: Found) -> float:
         for file in files.values():
             print(f"  uses {file.uri}")
     voxels = 0.0
-    alone = settings.task == "refine"  # then that image stands for the scan
+    alone = not settings.uses_scan  # then that image stands for the scan
     for run in scan.runs or (scan,):
         plane = settings.slice_plane
         taken = read_geometry(

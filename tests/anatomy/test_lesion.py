@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import PurePosixPath
 
 import nibabel as nib
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 
 from brainprior_bids.anatomy.lesion import prepare_lesion, read_lesion
-from brainprior_bids.bids.lesions import find_lesion
+from brainprior_bids.bids.given import find_given
+from brainprior_bids.bids.lesions import find_lesion, find_lesions_of_runs
 from brainprior_bids.bids.names import BIDSName
 from brainprior_bids.bids.query import Scan
 from brainprior_bids.engine.errors import GeometryError, InputError
@@ -128,3 +130,47 @@ def test_masks_are_found_by_their_names(tmp_path):
         lesion_mask="sub-{subject}/ses-{session}/anat/*_run-2_label-*_roi.nii.gz",
     )  # fmt: skip
     assert find_lesion(t1w, named).name == "sub-01_ses-a_run-2_label-lesion_roi.nii.gz"
+
+
+def image(path, spacing_mm=1.0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(np.ones((4, 4, 4), np.uint8), np.diag([spacing_mm] * 3 + [1])), path)
+    return path
+
+
+def test_fused_runs_have_the_masks_that_are_theirs(tmp_path):
+    """By name; a mask that names no run is of those on whose grid it lies."""
+    raw = tmp_path / "raw"
+    settings = Settings(raw, tmp_path / "o", tmp_path / "w", task="restore+inpaint", fuse="runs")
+    runs = [scan(tmp_path, f"sub-01/anat/sub-01_run-{k}_T1w.nii.gz") for k in (1, 2, 3)]
+    for run, spacing_mm in zip(runs, (1.0, 2.0, 1.0), strict=True):
+        image(run.path, spacing_mm)
+    with pytest.raises(InputError, match="None of the runs that are fused has one"):
+        find_lesions_of_runs(runs, settings)
+    second = image(raw / "sub-01/anat/sub-01_run-2_label-lesion_roi.nii.gz", 2.0)
+    assert find_lesions_of_runs(runs, settings) == [None, second, None]
+    given = find_given(replace(runs[0], runs=tuple(runs)), settings)
+    assert [set(files) for files in given] == [set(), {"lesion"}, set()]
+    with pytest.raises(InputError, match="run-1_T1w: it is the reference of the fused runs"):
+        find_given(replace(runs[0], runs=tuple(runs)), replace(settings, task="inpaint"))
+    second.unlink()
+    shared = image(raw / "sub-01/anat/sub-01_label-lesion_roi.nii.gz")
+    assert find_lesions_of_runs(runs, settings) == [shared, None, shared]
+    image(shared, 3.0)  # on no grid: the step that reads it says so, of the first
+    assert find_lesions_of_runs(runs, settings) == [shared, None, None]
+
+
+def test_another_tools_image_is_that_of_the_reference(tmp_path):
+    raw, tool = tmp_path / "raw", tmp_path / "tool"
+    settings = Settings(
+        raw, tmp_path / "o", tmp_path / "w", task="restore+refine", fuse="runs", trust="0.1",
+        derivatives={"tool": str(tool)},
+    )  # fmt: skip
+    runs = [scan(tmp_path, f"sub-01/anat/sub-01_run-{k}_T1w.nii.gz") for k in (1, 2)]
+    touch(tool / "sub-01/anat/sub-01_run-2_desc-x_T1w.nii.gz")
+    fused = replace(runs[0], runs=tuple(runs))
+    with pytest.raises(InputError, match="no image to refine"):
+        find_given(fused, settings)
+    own = touch(tool / "sub-01/anat/sub-01_run-1_desc-x_T1w.nii.gz")
+    assert [list(files) for files in find_given(fused, settings)] == [["refined"], []]
+    assert find_given(fused, settings)[0]["refined"].path == own

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import ndimage
@@ -94,3 +96,25 @@ def test_the_common_mask_is_that_of_most_runs():
     truth = image > 0.3
     assert made.shape == grid.shape
     assert 2 * (made & truth).sum() / (made.sum() + truth.sum()) > 0.97
+
+
+def test_a_lesion_is_not_compared_but_is_brain():
+    """A lesion that one run shows much brighter would make two runs of one brain unlike."""
+    image = brain(1)
+    reference, other = stack("one", image, 2), stack("two", image, 0, TRUE)
+    centre = CENTRE + np.array([8, 0, 0])
+    where = np.linalg.norm(reference.grid.points_mm().T - centre, axis=-1).T < 9
+    bright = np.where(where, 5.0, reference.data).astype(np.float32)
+    lost = np.array(reference.mask) & ~resample(
+        where, reference.grid, reference.grid.one_millimetre(), order=1
+    ).astype(bool)
+    damaged = replace(reference, data=bright, mask=lost)
+    with pytest.raises(InputError, match="do not show one brain"):
+        find_motion(damaged, other)
+    told = replace(damaged, hidden=where)
+    motion = find_motion(told, other)
+    assert motion.correlation > 0.9
+    assert motion.gain == pytest.approx(1.0, rel=0.05)
+    made = common_mask(told, [(other, motion)]) > 0
+    assert made[told.lesion].all()
+    assert told.lesion.sum() == pytest.approx(where.sum() * 5, rel=0.2)  # slices of 5 mm

@@ -122,13 +122,14 @@ def test_the_dry_run_says_what_is_fused(settings, capsys):
 @pytest.mark.parametrize(
     ("given", "text"),
     [
-        (["--task", "inpaint"], "--task restore alone"),
-        (["--sampler", "eps"], "needs --sampler exact"),
+        (["--task", "refine", "-d", "x=RAW", "--trust", "0.1"], "refine alone uses none"),
+        (["--sampler", "mean"], "can be given the measurements of one scan"),
         (["--export", "fmriprep"], "Leave out --export or --fuse"),
     ],
 )
 def test_what_does_not_go_with_fusing_is_a_usage_error(raw, tmp_path, given, text):
-    command = [str(raw), str(tmp_path / "out"), "participant", "--fuse", "runs", *given]
+    command = [str(raw), str(tmp_path / "out"), "participant", "--fuse", "runs"]
+    command += [word.replace("RAW", str(raw)) for word in given]
     with pytest.raises(UsageError, match=text):
         parse_settings(command)
     assert parse_settings(command[:5]).fuse == "runs"

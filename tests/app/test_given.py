@@ -35,6 +35,12 @@ from brainprior_bids.reports.methods import Method, methods_text
 from brainprior_bids.settings import Settings
 
 
+def given_of(scan, settings):
+    """What one scan that is not fused needs."""
+    (given,) = find_given(scan, settings)
+    return given
+
+
 def scan(stem="sub-01_T1w"):
     name = BIDSName.parse(f"{stem}.nii.gz")
     relative = PurePosixPath(name.folder) / "anat" / f"{stem}.nii.gz"
@@ -81,7 +87,7 @@ def test_the_files_of_a_scan_are_found(settings, tmp_path):
     both = replace(settings, derivatives={"prep": fmriprep, "other": other})
 
     def found(stem):
-        return {role: file.uri for role, file in find_given(scan(stem), both).items()}
+        return {role: file.uri for role, file in given_of(scan(stem), both).items()}
 
     assert found("sub-01_T1w") == {
         "mask": "bids:prep:sub-01/anat/sub-01_desc-brain_mask.nii.gz",
@@ -94,14 +100,14 @@ def test_the_files_of_a_scan_are_found(settings, tmp_path):
     }
     with pytest.raises(InputError, match=r"no data set of --derivatives \(prep, other\)"):
         found("sub-01_ses-a_run-3_T1w")
-    assert find_given(scan(), replace(both, skull_strip="skip", parcellation="embedded")) == {}
+    assert given_of(scan(), replace(both, skull_strip="skip", parcellation="embedded")) == {}
 
 
 def test_two_masks_that_cannot_be_told_apart_are_refused(settings, tmp_path):
     names = ("sub-01_desc-brain_mask.nii.gz", "sub-01_desc-brain_mask.nii")
     both = replace(settings, derivatives={"d": dataset(tmp_path / "d", *names)})
     with pytest.raises(InputError, match="expected one file"):
-        find_given(scan(), both)
+        given_of(scan(), both)
 
 
 def test_the_options_need_a_data_set_and_a_missing_file_fails_that_scan(tmp_path, capsys):
@@ -156,7 +162,7 @@ def test_a_given_mask_and_labels_are_used_and_recorded(settings, tmp_path):
     for name, array in zip(names, (brain.astype(np.uint8), labels), strict=True):
         nib.save(nib.Nifti1Image(array, affine), other / "sub-01" / "anat" / name)
     nib.save(nib.Nifti1Image(data, affine), tmp_path / "scan.nii")
-    given = find_given(scan(), asked)
+    given = given_of(scan(), asked)
     workflow = init_scan_wf(
         job=Job(replace(scan(), path=tmp_path / "scan.nii"), 0, "f", given),
         settings=asked,
@@ -220,24 +226,24 @@ def test_the_image_to_refine_and_its_trust(settings, tmp_path):
     )  # fmt: skip
     folder = Path(root) / "sub-01" / "anat"
     with pytest.raises(InputError, match="no image to refine"):
-        find_given(scan(), asked)
+        given_of(scan(), asked)
     for name in ("sub-02_T1w", "sub-01_run-2_T1w", "sub-01_space-MNI305_T1w"):
         (folder / f"{name}.nii.gz").touch()
     with pytest.raises(InputError, match="no image to refine"):
-        find_given(scan(), asked)
+        given_of(scan(), asked)
     (folder / "sub-01_desc-SynthSR_T1w.nii.gz").touch()
     (folder / "sub-01_T2w.nii.gz").touch()  # the scan's own contrast goes before
-    found = find_given(scan(), asked)
+    found = given_of(scan(), asked)
     assert found["refined"].uri == "bids:fs:sub-01/anat/sub-01_desc-SynthSR_T1w.nii.gz"
     assert set(found) == {"refined"}
     mapped = replace(asked, trust=str(folder / "{stem}_sd.nii.gz"))
     with pytest.raises(InputError, match="names 0 files"):
-        find_given(scan(), mapped)
+        given_of(scan(), mapped)
     (folder / "sub-01_T1w_sd.nii.gz").touch()
-    assert find_given(scan(), mapped)["trust"].uri == "bids:fs:sub-01/anat/sub-01_T1w_sd.nii.gz"
+    assert given_of(scan(), mapped)["trust"].uri == "bids:fs:sub-01/anat/sub-01_T1w_sd.nii.gz"
     (folder / "sub-01_desc-other_T1w.nii.gz").touch()
     with pytest.raises(InputError, match="expected one image"):
-        find_given(scan(), asked)
+        given_of(scan(), asked)
 
 
 def test_an_image_of_another_contrast_is_found_and_gives_its_name(settings, tmp_path):
@@ -258,9 +264,9 @@ def test_an_image_of_another_contrast_is_found_and_gives_its_name(settings, tmp_
     t2w = of("sub-01_T2w")
     (named,) = name_after_images([t2w], asked)
     assert (named.name.stem, named.contrast, named.path) == ("sub-01_T1w", "T1w", t2w.path)
-    assert find_given(named, asked) == find_given(t2w, asked)
-    with pytest.raises(InputError, match="Use --task refine, without restore"):
-        find_given(t2w, replace(asked, task="restore+refine"))
+    assert given_of(named, asked) == given_of(t2w, asked)
+    with pytest.raises(InputError, match="Use --task refine alone"):
+        given_of(t2w, replace(asked, task="restore+refine"))
     # two scans, one image: whose it is must be said
     flair = of("sub-01_FLAIR")
     problems = [s.problem for s in name_after_images([t2w, flair], asked)]
@@ -269,20 +275,20 @@ def test_an_image_of_another_contrast_is_found_and_gives_its_name(settings, tmp_
     (folder / "sub-01_desc-SynthSR_T1w.nii.gz").rename(folder / "sub-01_space-FLAIR_T1w.nii.gz")
     left, right = name_after_images([t2w, flair], asked)
     assert (left.name.stem, right.name.stem) == ("sub-01_T2w", "sub-01_T1w")
-    assert find_given(right, asked)["refined"].path.name == "sub-01_space-FLAIR_T1w.nii.gz"
+    assert given_of(right, asked)["refined"].path.name == "sub-01_space-FLAIR_T1w.nii.gz"
     with pytest.raises(InputError, match="no image to refine"):
-        find_given(left, asked)
+        given_of(left, asked)
     # with a T1w among the scans an image without space- is that one's
     (folder / "sub-01_space-FLAIR_T1w.nii.gz").rename(folder / "sub-01_T1w.nii.gz")
     of("sub-01_T1w")
     with pytest.raises(InputError, match="no image to refine"):
-        find_given(t2w, asked)
+        given_of(t2w, asked)
     (folder / "sub-01_space-T2w_T1w.nii.gz").touch()  # would be called as that one's result
     with pytest.raises(InputError, match="no image to refine"):
-        find_given(t2w, asked)
+        given_of(t2w, asked)
     (raw / "sub-01_T1w.nii.gz").unlink()
     with pytest.raises(InputError, match="expected one image"):
-        find_given(t2w, asked)
+        given_of(t2w, asked)
 
 
 def test_the_methods_text_says_whose_masks_they_are():

@@ -48,7 +48,7 @@ def test_what_ran_and_nothing_else():
     assert "no uncertainty was estimated" not in both.split("For 1 T2w scan, ")[0]
     filled = " ".join(methods_text([ONE, MEAN, replace(ONE, task="inpaint")]).split())
     assert "scans were restored; 1 T1w scan was inpainted with *brainprior*" in filled
-    assert "Voxels under a lesion mask were no measurements" in filled
+    assert "Voxels under a lesion mask were treated as missing data" in filled
 
 
 def test_every_citation_has_its_reference():

@@ -14,6 +14,7 @@ from brainprior_bids.cli.parser import WORK_DIR, parse_settings
 from brainprior_bids.cli.run import main
 from brainprior_bids.cli.values import memory_gb
 from brainprior_bids.engine.errors import UsageError
+from brainprior_bids.settings import TASKS
 
 
 @pytest.fixture
@@ -71,12 +72,15 @@ def test_prefixes_are_stripped_and_aliases_taken(folders):
         (["--task", "refine", "-d", "fs={fs}", "--trust", "nan"], "above 0"),
         (["--task", "refine", "-d", "fs={fs}", "--trust", "{who}"], "is not known"),
         (["--task", "restore", "refine", "-d", "fs={fs}", "--trust", "x.nii"], "one SD"),
-        (["--task", "refine", "inpaint", "-d", "fs={fs}"], "do not go together"),
-        (["--task", "restore", "inpaint", "refine", "-d", "fs={fs}"], "do not go together"),
-        (["--task", "refine", "--fuse", "runs", "-d", "fs={fs}", "--trust", "1"], "restore alone"),
+        (["--task", "refine", "inpaint", "-d", "fs={fs}"], "needs --trust"),
+        (["--task", "refine", "inpaint", "-d", "fs={fs}", "--trust", "x.nii"], "white noise"),
+        (["--task", "refine", "--fuse", "runs", "-d", "fs={fs}", "--trust", "1"], "uses none"),
         (["--trust", "0.1"], "needs --task refine"),
         (["--output-grid", "native", "--task", "inpaint"], "by itself"),
-        (["--output-grid", "native", "--fuse", "runs"], "not for --fuse runs"),
+        (
+            ["--output-grid", "native", "--task", "refine", "-d", "fs={fs}", "--trust", "1"],
+            "no head",
+        ),
         (["--dilate", "2"], "needs --task inpaint"),
         (["--lesion-mask", "x"], "needs --task inpaint"),
         (["--task", "inpaint", "--lesion-mask", "{who}"], "is not known"),
@@ -165,6 +169,26 @@ def test_training_explains_itself(network, capsys):
 )
 def test_memory_sizes(text, gib):
     assert memory_gb(text) == pytest.approx(gib)
+
+
+@pytest.mark.parametrize("fuse", [[], ["--fuse", "runs"]])
+@pytest.mark.parametrize("task", TASKS)
+def test_every_combination_of_tasks_is_taken_and_read_back(folders, tmp_path, task, fuse):
+    """In any order; written as settings, the same."""
+    if fuse and task == "refine":
+        return  # refused, as tested above
+    asked = ["--task", *reversed(task.split("+")), *fuse]
+    if "refine" in task:
+        asked += ["-d", f"fs={derivative(tmp_path)}", "--trust", "0.1"]
+    if "restore" in task:
+        asked += ["--output-grid", "native"]
+    settings = parse_settings([*folders, *asked])
+    assert (settings.task, settings.image) == (task, TASKS[task])
+    assert settings.fills_scan == ("restore" not in task and "inpaint" in task)
+    config = tmp_path / "brainprior.toml"
+    config.write_text(settings.to_toml())
+    again = parse_settings([*folders[:3], "--config-file", str(config)])
+    assert (again.task, again.fuse) == (task, settings.fuse)
 
 
 def test_the_settings_of_a_run_are_read_back(folders, tmp_path):

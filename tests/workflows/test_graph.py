@@ -14,10 +14,11 @@ import pytest
 from brainprior_bids.workflows.base import init_brainprior_wf
 from brainprior_bids.workflows.scan import EXPORT_NODES, NODES, Job, expected_work
 
+from brainprior_bids.bids.fuse import fuse_runs
 from brainprior_bids.bids.given import Given
 from brainprior_bids.bids.names import scan_seed
 from brainprior_bids.bids.query import find_scans
-from brainprior_bids.settings import Settings
+from brainprior_bids.settings import TASKS, Settings
 
 SKELETON = [
     "sub-01/anat/sub-01_T1w.nii.gz",
@@ -124,28 +125,81 @@ def test_a_dry_run_announces_the_golden_tree(raw, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_what_a_task_needs_is_in_its_graph(raw, tmp_path):
-    """Inpainting masks N4; another tool's image alone stands for the scan, without N4."""
+def sources_of(workflow, step):
+    """Input of a step -> (step, output) that it comes from."""
+    graph = workflow._create_flat_graph()
+    (target,) = (node for node in graph if node.name == step)
+    return {
+        name: (source.name, output)
+        for source, _, data in graph.in_edges(target, data=True)
+        for output, name in data["connect"]
+    }
+
+
+@pytest.mark.parametrize(
+    ("task", "fused"),
+    # refine alone is not fused: no scan takes part
+    [*((task, False) for task in TASKS), *((task, True) for task in TASKS if task != "refine")],
+)
+def test_every_combination_of_tasks_has_its_graph(raw, tmp_path, task, fused):
+    """Inpainting masks N4 and the alignment; another tool's image alone stands for the scan."""
     file = tmp_path / "file.nii"
     file.touch()
-    for task, role, trait in (
-        ("inpaint", "lesion", None),
-        ("refine", "refined", "trust"),
-        ("restore+refine", "refined", "trust"),
-    ):
-        settings = Settings(raw, tmp_path / "out", tmp_path / "work", task=task, trust="0.1")
-        job = Job(find_scans(settings)[0], 0, "f" * 64, {role: Given(file, "bids:x:file.nii")})
-        workflow = init_brainprior_wf(jobs=[job], settings=settings, prior=file, parcellation=file)
-        steps = by_step(workflow)
-        assert set(steps) - {"records"} == set(expected_work(settings))
-        restore, conform = steps["restore"][0].inputs, steps["conform"][0].inputs
-        assert (conform.in_file == str(file)) == (task == "refine")
-        assert (restore.refined == str(file)) == (task == "restore+refine")
-        assert restore.keep_scan == (task == "inpaint")
-        if trait:
-            assert restore.trust == 0.1
-            assert restore.sampler == settings.sampler
-        assert steps["write"][0].inputs.given[role]["uri"] == "bids:x:file.nii"
+    settings = Settings(
+        raw, tmp_path / "out", tmp_path / "work", task=task, trust="0.1", dilate_mm=2.0,
+        fuse="runs" if fused else None,
+    )  # fmt: skip
+    words = task.split("+")
+    role_of = {"inpaint": "lesion", "refine": "refined"}
+    given = {role_of[w]: Given(file, f"bids:x:{w}") for w in words if w in role_of}
+    t2w = [scan for scan in find_scans(settings) if scan.name.suffix == "T2w"]
+    scan = fuse_runs(t2w)[0] if fused else t2w[0]
+    lesion = {role: found for role, found in given.items() if role == "lesion"}
+    others = [(run, lesion) for run in scan.runs[1:]]
+    parts = {run.name.stem: "0" * 64 for run in scan.runs[1:]}
+    job = Job(scan, 0, "f" * 64, given, (), others, parts)
+    workflow = init_brainprior_wf(jobs=[job], settings=settings, prior=file, parcellation=file)
+    steps = by_step(workflow)
+    assert set(steps) - {"records"} == set(expected_work(settings))
+    restore, conform = steps["restore"][0].inputs, steps["conform"][0].inputs
+    assert (conform.in_file == str(file)) == (task == "refine")
+    assert restore.keep_scan == ("restore" not in words and "inpaint" in words)
+    assert (restore.refined == str(file)) == ("refine" in words and len(words) > 1)
+    assert (restore.trust == 0.1) == ("refine" in words)
+    recorded = steps["write"][0].inputs.given
+    assert {role: recorded[role]["uri"] for role in given} == {r: g.uri for r, g in given.items()}
+    if task != "refine":  # nothing hidden is measured, for the bias field as for the likelihood
+        masked = ("lesion", "measured") if "inpaint" in words else ("parcellate", "mask_scan")
+        assert sources_of(workflow, "n4")["mask_scan"] == masked
+    links = sources_of(workflow, "restore")
+    brain = "lesion" if "inpaint" in words else "parcellate"
+    assert links["mask_scan"] == (brain, "mask_scan")
+    assert links["mask"] == (("align" if fused else brain), "mask")
+    assert links.get("hidden") == (("lesion", "hidden") if "inpaint" in words else None)
+    assert ("runs_json" in links) == fused
+    if fused:
+        links, (run,) = sources_of(workflow, "align"), steps["align"][0].inputs.runs
+        assert links["mask"] == (brain, "mask")
+        assert ("hidden" in links) == ("lesion" in run) == ("inpaint" in words)
+        if "inpaint" in words:
+            assert run["lesion"] == {"lesion": str(file), "dilate_mm": 2.0}
+            assert recorded[f"lesion of {run['name']}"]["uri"] == "bids:x:inpaint"
+        assert run["hashes"] == parts
+
+
+def test_a_lesion_mask_of_another_run_alone_is_used(raw, tmp_path):
+    file = tmp_path / "file.nii"
+    file.touch()
+    settings = Settings(
+        raw, tmp_path / "out", tmp_path / "work", task="restore+inpaint", fuse="runs"
+    )
+    scan = fuse_runs([scan for scan in find_scans(settings) if scan.name.suffix == "T2w"])[0]
+    others = [(run, {"lesion": Given(file, "bids:x:lesion")}) for run in scan.runs[1:]]
+    job = Job(scan, 0, "f" * 64, {}, (), others)
+    workflow = init_brainprior_wf(jobs=[job], settings=settings, prior=file, parcellation=file)
+    assert "lesion" not in by_step(workflow)
+    assert "hidden" not in sources_of(workflow, "restore")
+    assert "lesion" in by_step(workflow)["align"][0].inputs.runs[0]
 
 
 def test_every_scan_goes_its_own_way_through_every_step(raw, tmp_path):
