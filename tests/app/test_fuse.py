@@ -123,7 +123,7 @@ def test_the_dry_run_says_what_is_fused(settings, capsys):
     ("given", "text"),
     [
         (["--task", "inpaint"], "--task restore alone"),
-        (["--sampler", "eps"], "needs --sampler exact"),
+        (["--sampler", "daps"], "needs --sampler exact"),
         (["--export", "fmriprep"], "Leave out --export or --fuse"),
     ],
 )
