@@ -450,8 +450,8 @@ class EnvironmentRecord(Record):
 class RefinedRecord(Record):
     """Another tool's image beside the scan: its gain to scanner units, and their correlation."""
 
-    gain: float
-    correlation: float
+    gain: float | None
+    correlation: float | None
 
 
 @dataclass(frozen=True, kw_only=True)

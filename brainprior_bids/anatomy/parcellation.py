@@ -89,7 +89,7 @@ def mirrored(value: int) -> int:
     return value
 
 
-def resampling_matrix(n_out: int, n_in: int) -> NDArray[np.float32]:
+def averaging_matrix(n_in: int, n_out: int) -> NDArray[np.float32]:
     """(n_out, n_in) weights between two grids with common edges; rows sum to 1.
 
     To larger voxels: the mean over the voxel, each input voxel weighted by its overlap. To
@@ -112,7 +112,7 @@ def resample_separable(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """(..., i, j, k) -> (..., *shape) between grids with common axes and edges."""
     for axis in (-1, -2, -3):
         if x.shape[axis] != shape[axis]:
-            x = _along(x, resampling_matrix(shape[axis], x.shape[axis]), axis)
+            x = _along(x, averaging_matrix(x.shape[axis], shape[axis]), axis)
     return x
 
 
@@ -188,7 +188,7 @@ def parcellate(
     inside, warnings = _clean_mask(
         probabilities[list(channels.values())].sum(0).numpy(), coarse_mm3
     )
-    matrices = [resampling_matrix(m, n) for m, n in zip(restored_grid.shape, coarse, strict=True)]
+    matrices = [averaging_matrix(n, m) for m, n in zip(restored_grid.shape, coarse, strict=True)]
     coarse_box, fine_box, matrices = _box(inside, matrices)
     within = inside[coarse_box]
     part = _interpolate(within, matrices) >= 0.5

@@ -18,13 +18,11 @@ from brainprior_bids.interfaces.base import (
     MeasuredInterface,
     MeasuredOutputSpec,
 )
-from brainprior_bids.interfaces.files import given, grid_of, read_array, save
+from brainprior_bids.interfaces.files import given, grid_of, read_array
 from brainprior_bids.settings import PARCELLATIONS, SKULL_STRIPS
 
 if TYPE_CHECKING:
     from brainprior_bids.anatomy.brain import BrainSources
-
-__all__ = ["N4", "CentroidAffine", "Conform", "Parcellate", "ToMNI305", "grid_of", "save"]
 
 
 def conform_options(inputs: Mapping[str, Any]) -> dict[str, Any]:

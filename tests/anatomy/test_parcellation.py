@@ -10,10 +10,10 @@ from torch import nn
 
 from brainprior_bids.anatomy.parcellation import (
     CSF,
+    averaging_matrix,
     class_probabilities,
     mirrored,
     parcellate,
-    resampling_matrix,
     structure_names,
 )
 from brainprior_bids.engine.errors import AnatomyError, ShapeMismatchError
@@ -170,11 +170,11 @@ def test_a_grid_with_other_edges_is_refused():
 def test_resampling_matrices():
     rng = np.random.default_rng(0)
     x = rng.normal(size=30)
-    down = resampling_matrix(20, 30)
+    down = averaging_matrix(30, 20)
     np.testing.assert_allclose(down.sum(1), 1, rtol=1e-6)
     assert (down @ x).mean() == pytest.approx(x.mean(), abs=1e-6)  # area is kept
-    np.testing.assert_allclose(resampling_matrix(10, 30) @ x, x.reshape(10, 3).mean(1), rtol=1e-5)
-    up = resampling_matrix(75, 30)
+    np.testing.assert_allclose(averaging_matrix(30, 10) @ x, x.reshape(10, 3).mean(1), rtol=1e-5)
+    up = averaging_matrix(30, 75)
     ramp = np.arange(30.0)
     expected = np.clip((np.arange(75) + 0.5) / 2.5 - 0.5, 0, 29)
     np.testing.assert_allclose(up @ ramp, expected, atol=1e-4)

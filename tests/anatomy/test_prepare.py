@@ -27,6 +27,7 @@ from brainprior_bids.engine.grids import Grid
 from brainprior_bids.interfaces.anatomy import N4, CentroidAffine, Conform, Parcellate
 from brainprior_bids.interfaces.fuse import Align
 from brainprior_bids.interfaces.lesion import Lesion
+from brainprior_bids.records import AffineMethod, MaskSource, StructuresSource
 
 METADATA = {"SliceThickness": 5.0}
 PARCELLATION = str(weights.FOLDER / "parcellation.safetensors")
@@ -230,8 +231,8 @@ def test_restore_scan_rescues_a_failed_affine(
     monkeypatch.setattr(prepare_module, "find_brain", lambda image, **_: doubtful)
     monkeypatch.setattr(prepare_module, "n4", lambda *_, **__: prepared.log_bias)
 
-    def restore(values, **options):
-        result.update(options, values=values)
+    def restore(observation, **options):
+        result.update(options, observation=observation)
         raise AnatomyError("far enough")
 
     monkeypatch.setattr(scan, "restore", restore)
@@ -245,9 +246,10 @@ def test_restore_scan_rescues_a_failed_affine(
             path, contrast="T1w", metadata=METADATA, prior=object(), lesion=files / "lesion.nii"
         )
     np.testing.assert_array_equal(result["to_mni305"], prepared.to_mni305)
-    np.testing.assert_array_equal(result["values"], prepared.values)
-    assert result["hidden"].any()
-    assert result["acquisition"] == prepared.acquisition
+    observation = result["observation"]
+    np.testing.assert_array_equal(np.asarray(observation.scan), prepared.values)
+    assert np.asarray(observation.hidden).any()
+    assert observation.acquisition == prepared.acquisition
 
 
 def test_the_rescue_is_a_warning_of_prepare(prepared, files, without_structures, monkeypatch):
@@ -255,7 +257,7 @@ def test_the_rescue_is_a_warning_of_prepare(prepared, files, without_structures,
     monkeypatch.setattr(prepare_module, "template_folder", lambda: files)
     monkeypatch.setattr(rescue, "register_to_template", lambda *_, **__: prepared.to_mni305)
     rescued = prepare(files / "sub-01_T1w.nii", metadata=METADATA, unbias=False)
-    assert rescued.affine.method == "registration to the template"
+    assert rescued.affine.method == AffineMethod.TEMPLATE
     assert any("The structures did not lead to MNI305" in text for text in rescued.warnings)
 
 
@@ -356,21 +358,21 @@ def test_the_embedded_networks_brain_is_the_default(network):
 
 def test_a_stripped_scan_keeps_its_own_edge(network):
     brain = find_brain(head(stripped=True), network=network)
-    assert brain.facts["mask_source"] == "the scan's own edge: it is already skull-stripped"
+    assert brain.facts["mask_source"] == MaskSource.OWN_EDGE
     assert brain.warnings == [
         "look", "The scan is already skull-stripped: its own edge is the mask."
     ]  # fmt: skip
     np.testing.assert_allclose(brain.mask_scan > 0.5, BRAIN)
     assert {row["index"]: row["confidence"] for row in brain.table}[10] == 0.5
     skipped = find_brain(head(), network=network, sources=BrainSources("skip"))
-    assert skipped.facts["mask_source"] == "the scan's own edge (--skull-strip skip)"
+    assert skipped.facts["mask_source"] == MaskSource.SKIP
     assert "the background is not empty" in skipped.warnings[1]
 
 
 def test_supplied_files_replace_the_network(network, supplied):
     brain = find_brain(head(), network=network, sources=supplied)
-    assert brain.facts["mask_source"] == "bids:d:mask"
-    assert brain.facts["structures_source"] == "dseg.nii"
+    assert brain.facts["mask_source"] == MaskSource.FILE
+    assert brain.facts["structures_source"] == StructuresSource.FILE
     assert brain.facts["given"] == {"mask": supplied.mask.facts(), "dseg": supplied.dseg.facts()}
     assert brain.facts["mask_agreement"] > 0.95
     assert {row["confidence"] for row in brain.table} == {1.0}
@@ -408,8 +410,8 @@ def test_programs_are_given_a_file_of_the_scan(network, supplied, tmp_path, monk
         script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     brain = find_brain(head(), network=network, sources=BrainSources("synthstrip", "synthseg"))
-    assert brain.facts["mask_source"] == "SynthStrip"
-    assert brain.facts["structures_source"] == "SynthSeg"
+    assert brain.facts["mask_source"] == MaskSource.SYNTHSTRIP
+    assert brain.facts["structures_source"] == StructuresSource.SYNTHSEG
     for name in ("synthstrip", "synthseg"):
         assert brain.facts[name]["program"] == str(programs / f"mri_{name}")
         assert brain.facts[name]["command"][2].endswith("scan.nii.gz")

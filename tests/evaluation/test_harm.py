@@ -5,6 +5,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from brainprior_bids.engine.weights import load_parcellation
 from brainprior_bids.evaluation import harm
 
 AFFINE = np.diag([2.0, 3.0, 4.0, 1.0])
@@ -49,3 +50,21 @@ def test_a_turned_head_stays_where_it_is(axis):
     np.testing.assert_allclose(made.affine @ [*centre, 1], AFFINE @ [12, 8, 14, 1], atol=0.1)
     cosine = (made.affine[:3, :3] / np.diag(AFFINE)[:3])[axis - 1, axis - 1]
     assert cosine == pytest.approx(np.cos(np.deg2rad(35)))
+
+
+def test_a_scan_agrees_with_itself(demo_head):
+    """Steps and limits of the command, on the demo's head; what moved is measured."""
+    image = nib.Nifti1Image(demo_head.scan.astype(np.float32), demo_head.scan_grid.affine)
+    network = load_parcellation()
+    facts, reference = harm.compare(image, network)
+    assert facts["verdict"] == "pass", facts["reasons"]
+    assert facts["dof"] == 12
+    assert 0 < facts["slice_mismatch"] < 0.7
+    again, _ = harm.compare(image, network, reference)
+    assert again["dice"] == 1
+    assert again["corner_mm"] == 0
+    empty = nib.Nifti1Image(np.ones_like(demo_head.scan), demo_head.scan_grid.affine)
+    refused, nothing = harm.compare(empty, network, reference)
+    assert (refused["verdict"], nothing) == ("fail", {})
+    assert "no plausible transform" in refused["error"]
+    assert refused["volume_ml"] > 0  # what was measured before it failed is kept

@@ -3,10 +3,16 @@
 
 from __future__ import annotations
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
 
+from brainprior_bids.anatomy.affine import AffineFit
+from brainprior_bids.anatomy.conform import Conformed
+from brainprior_bids.anatomy.parcellation import Parcellation
+from brainprior_bids.anatomy.prepare import Prepared
+from brainprior_bids.cli import check_lesion
 from brainprior_bids.cli.run import main
 from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.engine.errors import InputError
@@ -96,3 +102,28 @@ def test_weights_go_by_file_or_name_and_a_broken_sidecar_is_refused(tmp_path, ca
     assert "expected a weights file, or one of the names" in capsys.readouterr().err
     assert main([*command, "--prior", "embedded"]) == 2
     assert "scan.json is no sidecar" in capsys.readouterr().err
+
+
+def test_a_scan_is_prepared_as_by_the_command(tmp_path, monkeypatch, told):
+    """With the sidecar's metadata; its warnings are logged."""
+    part = case(4)
+    white = np.zeros((24, 24, 24), np.int16)
+    white[8:17, 8:17, 8:17] = 41
+    brain = Parcellation(white, part.mask_1mm.astype(np.uint8), part.mask, [], ["Look at it."])
+    conformed = Conformed(nib.Nifti1Image(part.scan, part.grid.affine), part.acquisition, {})
+    fit = AffineFit(np.eye(4), 12, {}, 0.0, [])
+
+    def prepare(path, *, metadata, slice_thickness_mm):
+        assert (path.name, metadata, slice_thickness_mm) == (
+            "scan.nii.gz", {"SliceThickness": 4}, 3.0
+        )  # fmt: skip
+        return Prepared(conformed, brain, None, part.log_bias, fit)
+
+    monkeypatch.setattr(check_lesion, "prepare", prepare)
+    (tmp_path / "scan.json").write_text('{"SliceThickness": 4}')
+    made = check_lesion.prepare_case(tmp_path / "scan.nii.gz", contrast="T2w", thickness_mm=3.0)
+    assert "Look at it." in told.text
+    assert made.depth_mm.max() == made.depth_mm[12, 12, 12] == 5
+    assert made.contrast == "T2w"
+    np.testing.assert_array_equal(made.scan, part.scan)
+    np.testing.assert_array_equal(made.to_mni305, np.eye(4))

@@ -1,25 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operators without neighbours: identity, bias field and precision, selection of voxels."""
+"""Multiplication voxel by voxel: a bias field, or the root of a precision."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from brainprior_bids.engine.errors import InputError
-from brainprior_bids.engine.operators.base import LinearOperator, Shape
-
-
-class Identity(LinearOperator):
-    """``y = x``: refinement of an image that is trusted up to its noise SD."""
-
-    def __init__(self, shape: Shape) -> None:
-        self.in_shape = self.out_shape = tuple(shape)
-
-    def _forward(self, x: Tensor) -> Tensor:
-        return x
-
-    def _adjoint(self, y: Tensor) -> Tensor:
-        return y
+from brainprior_bids.engine.operators.base import LinearOperator
 
 
 class Multiply(LinearOperator):
@@ -42,28 +29,3 @@ class Multiply(LinearOperator):
 
     def _adjoint(self, y: Tensor) -> Tensor:
         return self.factor.to(y) * y
-
-
-class Selection(LinearOperator):
-    """``y = S x``: the voxels where ``mask`` is true, as one list.
-
-    Raises
-    ------
-    InputError
-        If the mask selects nothing.
-    """
-
-    def __init__(self, mask: Tensor) -> None:
-        self.mask = mask.bool()
-        if not bool(self.mask.any()):
-            raise InputError("Selection: the mask selects no voxel.")
-        self.in_shape = tuple(mask.shape)
-        self.out_shape = (int(self.mask.sum()),)
-
-    def _forward(self, x: Tensor) -> Tensor:
-        return x[..., self.mask.to(x.device)]
-
-    def _adjoint(self, y: Tensor) -> Tensor:
-        x = y.new_zeros(*y.shape[:-1], *self.in_shape)
-        x[..., self.mask.to(y.device)] = y
-        return x
