@@ -283,7 +283,7 @@ def test_ablations_and_segmentation_have_tables(tmp_path):
     ):
         path = tmp_path / "results" / study / f"{more.get('variant', 'x')}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({**record, **facts, "study": study, **more}))
+        path.write_text(json.dumps({**record, **more, **facts, "study": study}))
     text = tables.write_tables(tmp_path).read_text()
     shown = record["methods"]["restored"]
     assert f"| as it comes | conditional | {shown['mae']:.4f} | {shown['psnr_db']:.2f} |" in text
