@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,10 @@ import pytest
 
 if TYPE_CHECKING:
     from brainprior_bids.evaluation.demo import Demo
+
+# Before torch is imported: on cores that others use as well, waiting threads cost far more than
+# they help (tests/engine/test_voxels.py: 308 s with two threads on a busy machine, 22 s with one).
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

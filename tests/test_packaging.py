@@ -32,7 +32,6 @@ def test_every_file_names_its_licence():
             assert "SPDX-License-Identifier: Apache-2.0" in path.read_text()[:200], path
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("kind", ["installed", "sdist"])
 def test_what_is_built_holds_the_whole_package(tmp_path, kind):
     """Every module, weight and data file; ``scripts/release.sh`` installs and runs it as well."""

@@ -26,8 +26,6 @@ from brainprior_bids.engine.grids import MNI305
 from brainprior_bids.engine.restore import RIM_MM
 from brainprior_bids.evaluation import demo
 
-pytestmark = pytest.mark.timeout(600)
-
 BAD = {
     "02": "truncated",
     "03": "four volumes",

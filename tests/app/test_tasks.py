@@ -21,8 +21,6 @@ from scipy import ndimage
 from brainprior_bids.cli.run import main
 from brainprior_bids.evaluation import demo
 
-pytestmark = pytest.mark.timeout(900)
-
 
 def brainprior(*arguments):
     """Run the command with few steps; exit code and status table."""

@@ -28,7 +28,6 @@ def bosh(*arguments):
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
     ).stdout
 
 

@@ -22,7 +22,6 @@ from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.run.cluster import LOST, REFUSED, _last_words, make_batch_plugin
 from brainprior_bids.run.plugin_file import BATCH, STEPS, read_plugin_file
 
-pytestmark = pytest.mark.timeout(120)
 ROOT = Path(__file__).resolve().parents[2]
 
 SBATCH = """\

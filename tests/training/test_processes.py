@@ -60,7 +60,6 @@ def in_two_processes(tmp_path, lines):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=100,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
