@@ -33,7 +33,7 @@ def test_what_ran_and_nothing_else():
     doubted = " ".join(methods_text([replace(ONE, widths=(0.83, 1.0, 1.17))]).split())
     assert "taken to be 0.83, 1.00, 1.17 times as thick as stated, in different" in doubted
     point = " ".join(methods_text([MEAN]).split())
-    assert "without an uncertainty" in point
+    assert "no uncertainty was estimated" in point
     assert "standard deviation" not in point
     assert "Langevin" not in point
     assert "Images were drawn" not in point

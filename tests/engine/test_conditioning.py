@@ -6,6 +6,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from gaussian import gaussian_prior
+from scipy import ndimage
+from test_fusion import MOTION, UNIT, error, make_run, together
 from test_restore import GAIN, TO_MNI, GaussianPrior, ball, given_prior, phantom, power, run
 
 from brainprior_bids.engine.conditioning import Conditioning, GivenSpectrum, WhiteImage
@@ -127,7 +130,7 @@ def test_a_lesion_and_another_tools_image_together(thick):
 def test_an_image_of_another_place_kind_or_trust_is_refused():
     case = phantom()
     image = other_image(case)
-    for change, error, text in (
+    for change, kind, text in (
         ({"image": -image}, InputError, "0 where the scan"),
         ({"image": random(*image.shape).abs()}, InputError, "correlate by"),
         ({"image": image[:9]}, ShapeMismatchError, "on the reference's 1 mm grid"),
@@ -135,7 +138,7 @@ def test_an_image_of_another_place_kind_or_trust_is_refused():
         ({"trust": 0.0}, InputError, "above 0"),
         ({"home": "MNI305"}, UsageError, "no longer be white"),
     ):
-        with pytest.raises(error, match=text):
+        with pytest.raises(kind, match=text):
             run(case, **{"image": image, "trust": 0.05, **change})
 
 
@@ -157,18 +160,21 @@ def test_mean_is_one_call_and_draws_nothing():
 
 
 def test_fused_scans_under_a_network_that_is_given_the_reference():
-    """A Gaussian world: as good as the exact sampler, which gives the network nothing."""
-    from test_fusion import MOTION, error, make_run, together
-
+    """Under a white Gaussian prior, whose V is exact, it is the posterior of ``exact``."""
     first, truth = make_run(2, np.eye(4), seed=1)
     second, _ = make_run(0, MOTION, seed=2)
-    prior = given_prior(0.1)
-    exact, _ = together(first, second, prior=prior, sampler="exact", n_steps=8)
-    fused, _ = together(first, second, prior=prior, sampler="auto", n_steps=8)
-    alone, _ = together(first, prior=prior, sampler="auto", n_steps=8)
+    prior = gaussian_prior(torch.full((8,), 0.2), recipe={"holes": 0.1})
+    options = {"prior": prior, "n_steps": 6, "n_samples": 1}
+    exact, _ = together(first, second, sampler="exact", **options)
+    fused, _ = together(first, second, sampler="auto", **options)
+    alone, _ = together(first, sampler="auto", **options)
     assert (fused.sampler, fused.solve) == ("conditional", "image space")
     assert error(fused.mean, truth) < 0.9 * error(alone.mean, truth)
-    assert error(fused.mean, truth) < 1.1 * error(exact.mean, truth)
+    # Where every voxel of the slices lies wholly in the brain; each is the average over three
+    # levels of one chain, whose randomness is left (measured: 0.18 of the error).
+    inside = ndimage.binary_erosion(truth > 0, iterations=5)
+    difference = (fused.mean - exact.mean)[inside] / UNIT
+    assert float(np.sqrt(np.square(difference).mean())) < 0.25 * error(exact.mean, truth)
     assert all(0.7 < ratio < 1.4 for ratio in fused.residual_ratios)
     with pytest.raises(UsageError, match="several are fused"):
         together(first, second, prior=prior, sampler="mean")
