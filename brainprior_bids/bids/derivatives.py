@@ -233,7 +233,7 @@ def sidecars(
     structures = bids_uri(outputs["structures"])
     restored = bids_uri(outputs["restored"])
     restore, parcellation = steps.restore, steps.parcellation
-    used = [file.uri for file in steps.given.values()]
+    used = list(dict.fromkeys(file.uri for file in steps.given.values()))
     hidden = [bids_uri(outputs["hidden"])] if "hidden" in outputs else []
     lesion = [steps.given["lesion"].uri] if "lesion" in steps.given else []
     alone = image_desc == "refined"

@@ -270,14 +270,11 @@ class Chain:
     ) -> None:
         self.facts, self.problem, self.view, self.daps = registry.find(name), problem, view, daps
         self.calls, self.total = n_steps, n_steps
-        alone = len(problem.scans) == 1
-        if name == "conditional" and alone:
+        if name == "conditional":
             widest = conditional.HOLE_SIGMA_MAX if problem.any_hidden else conditional.SIGMA_MAX
             self.sigmas = edm_schedule(n_steps - 1, widest, sigmas[1])
             few = None if problem.any_hidden or problem.thickness_is_known else n_samples
             self.answers = answer_weights(few, len(self.sigmas))
-        elif name == "conditional":
-            self.sigmas = edm_schedule(n_steps - 1, conditional.SIGMA_MAX, sigmas[1])
         elif name == "mean":
             self.sigmas, self.calls, self.total = [conditional.BLIND, 0.0], 1, 1
         elif name == "daps":
@@ -285,7 +282,7 @@ class Chain:
             self.calls, self.total = daps.calls, len(self.sigmas) - 1
         else:
             self.sigmas = edm_schedule(n_steps, *sigmas)
-        self._every_level = name == "conditional" and alone
+        self._every_level = name == "conditional" and len(problem.scans) == 1
         self.conditional: Tensor | None = None
 
     def run(

@@ -103,13 +103,15 @@ def _condition(r: Record) -> tuple[Any, ...]:
 
 
 def mean_sd(values: Sequence[float], digits: int, sign: bool = False) -> str:
-    """``mean ± SD`` over people (n - 1); without the SD for one of them."""
+    """``mean ± SD`` over participants (n - 1); without the SD for one, "n/a" for none."""
+    if not values:
+        return "n/a"
     shown = f"{np.mean(values):{'+' if sign else ''}.{digits}f}"
     return shown if len(values) < 2 else f"{shown} ± {np.std(values, ddof=1):.{digits}f}"
 
 
 def _values(records: Sequence[Record], method: str, figure: str) -> list[float]:
-    found = [r["methods"][method].get(figure) for r in records]
+    found = [r["methods"].get(method, {}).get(figure) for r in records]
     return [value for value in found if value is not None]
 
 
@@ -174,7 +176,8 @@ def _paired(group: Sequence[Record]) -> list[str]:
         f"{name} {group[0]['penalties'][key]:g}"
         for key, name in (("tikhonov", "Tikhonov"), ("tv", "TV"), ("spread", "spread"))
     )
-    crps, other = ([r[key] for r in group] for key in ("crps", "crps_tikhonov"))
+    sampled = [r for r in group if r["crps"] is not None]
+    crps, other = ([r[key] for r in sampled] for key in ("crps", "crps_tikhonov"))
     better = sum(a < b for a, b in zip(crps, other, strict=True))
     ratios = [r["error_over_sd"] for r in group if "error_over_sd" in r]
     residuals = [float(np.mean(r["residual_ratios"])) for r in group]
@@ -204,7 +207,7 @@ def _ablation(records: Sequence[Record]) -> list[str]:
             mean_sd(_values(group, "restored", "psnr_db"), 2),
             mean_sd(_values(group, "restored", "ssim"), 3),
             mean_sd(_values(group, "sample", "psnr_db"), 2),
-            mean_sd([r["crps"] for r in group], 4),
+            mean_sd([r["crps"] for r in group if r["crps"] is not None], 4),
             mean_sd([float(np.mean(r["residual_ratios"])) for r in group], 2),
             f"{np.mean([r['seconds'] for r in group]):.0f}",
         ]

@@ -211,6 +211,9 @@ def _fused_rows(restore: RestoreRecord) -> Rows:
                 f"{_number(run.shift_mm, '.1f', ' mm')} at its middle, correlation "
                 f"{run.correlation:.2f}"
             )
+        if run.lesion is not None:
+            hidden = _number(run.lesion.hidden_ml, ".1f", " ml")
+            text += f"; {hidden} under its own lesion mask excluded"
         rows.append((f"Run {run.name}", text))
     return rows
 

@@ -90,6 +90,7 @@ class SurvivingPool(MultiProcPlugin):
         except BrokenProcessPool:
             self._renew()
             future = self.pool.submit(run_node, node, updatehash, task)
+        self._watch_workers()
         self._task_obj[task] = future
         future.add_done_callback(lambda done: self._collect(done, task))
         return task
@@ -129,6 +130,17 @@ class SurvivingPool(MultiProcPlugin):
         self.pool.shutdown(wait=False, cancel_futures=True)
         for worker in workers:
             worker.terminate()
+
+    def _watch_workers(self) -> None:
+        """Have the pool watch the worker that it started last.
+
+        ``submit`` wakes the pool's thread, which then waits for the workers that it knows, and
+        only afterwards starts one more: the death of that one would be noticed no sooner than
+        the end of another task.
+        """
+        with self.pool._shutdown_lock:
+            if (wakeup := self.pool._executor_manager_thread_wakeup) is not None:
+                wakeup.wakeup()
 
     def _renew(self) -> None:
         self.pool.shutdown(wait=False)

@@ -145,7 +145,8 @@ FACTS = {
          "residual_ratios": [1.01, 0.99]},
         {"name": STEMS[0], "acquisition": {"thickness_mm": 5.0, "slice_axis": 1},
          "to_reference": np.eye(4).tolist(), "gain": 1.25, "noise_sd": 0.02,
-         "residual_ratios": [1.1, 1.2], "angle_deg": 3.21, "shift_mm": 4.5, "correlation": 0.97},
+         "residual_ratios": [1.1, 1.2], "angle_deg": 3.21, "shift_mm": 4.5, "correlation": 0.97,
+         "lesion": {"hidden_ml": 1.25}},
     ],
 }  # fmt: skip
 
@@ -166,6 +167,7 @@ def test_report_methods_and_sidecar_say_what_was_fused():
         "laid on the first by 3.2° and 4.5 mm at its middle, correlation 0.97"
         in rows[f"Run {STEMS[0]}"]
     )
+    assert rows[f"Run {STEMS[0]}"].endswith("; 1.2 ml under its own lesion mask excluded")
     assert rows["Coverage of its intervals"] == "not measured for these weights"
     measured = {**FACTS, "prior": {"coverage": "50 % in 44 %"}}
     assert ("Coverage of its intervals", "50 % in 44 %") in restore_rows(scan_record(measured))
@@ -194,6 +196,8 @@ def test_report_methods_and_sidecar_say_what_was_fused():
     assert side["Sources"][:2] == [f"bids:raw:{path}", uri]
     assert side["Description"].endswith("of 2 runs in one likelihood")
     assert side["FusedRuns"][1]["NoiseStandardDeviation"] == 10.0
+    assert side["FusedRuns"][1]["Lesion"]["hidden_ml"] == 1.25
+    assert "Lesion" not in side["FusedRuns"][0]
     assert "OutsideTrainingContrasts" not in side
 
 

@@ -261,7 +261,9 @@ def test_every_study_is_planned(ready):
 
 
 def test_ablations_and_segmentation_have_tables(tmp_path):
-    record = protocol.measure(toy_person(), SMALL, prior=load_prior(), penalties=protocol.UNTUNED)
+    options = {"prior": load_prior(), "penalties": protocol.UNTUNED}
+    record = protocol.measure(toy_person(), SMALL, **options)
+    mean = protocol.measure(toy_person(), dataclasses.replace(SMALL, sampler="mean"), **options)
     facts = {"synthetic": False, "prior_sha256": "ab" * 32, "tuned_on": []}
     parts = {
         method: {
@@ -274,16 +276,21 @@ def test_ablations_and_segmentation_have_tables(tmp_path):
     }
     parts |= {"restored": parts["tv"], "sample": parts["cubic"]}
     for study, more in (
+        ("ablation", {**mean, "variant": "sampler mean"}),
         ("ablation", {"variant": "as it comes"}),
         ("ablation", {"variant": "field by N4"}),
         ("segmentation", {"segmentation": parts}),
     ):
         path = tmp_path / "results" / study / f"{more.get('variant', 'x')}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({**record, **facts, "study": study, **more}))
+        path.write_text(json.dumps({**record, **more, **facts, "study": study}))
     text = tables.write_tables(tmp_path).read_text()
     shown = record["methods"]["restored"]
-    assert f"| as it comes | eps | {shown['mae']:.4f} | {shown['psnr_db']:.2f} |" in text
+    assert f"| as it comes | conditional | {shown['mae']:.4f} | {shown['psnr_db']:.2f} |" in text
+    shown = mean["methods"]["restored"]
+    row = f"| sampler mean | mean | {shown['mae']:.4f} | {shown['psnr_db']:.2f} |"
+    (row,) = (line for line in text.splitlines() if line.startswith(row))
+    assert row.split(" | ")[5:7] == ["n/a", "n/a"]  # no sample, no CRPS
     assert f"| cubic, field by N4 | | {record['methods']['cubic']['mae']:.4f} |" in text
     assert "| slices as they are | 0.700 | 0.550 | 0.900 | n/a | 6.7 |" in text
     assert (tmp_path / "segmentation.png").stat().st_size > 3000

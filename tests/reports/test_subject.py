@@ -15,7 +15,7 @@ from brainprior_bids.bids.files import write_json
 from brainprior_bids.bids.qc import reference
 from brainprior_bids.bids.status import write_summary
 from brainprior_bids.engine.weights import find_weights, sha256_file
-from brainprior_bids.records import RestoreRecord, ScanRecord, WeightsRecord
+from brainprior_bids.records import RestoreRecord, RunRecord, ScanRecord, WeightsRecord
 from brainprior_bids.reports.assembler import SubjectReport
 from brainprior_bids.reports.measured import coverage, lesions
 from brainprior_bids.reports.sheet import XML
@@ -296,6 +296,8 @@ def test_what_was_measured_of_the_prior_is_said_of_it_alone(tmp_path):
     assert coverage(replace(record, sampler="exact"), task="inpaint").endswith(
         "Not measured for the sampler exact, the task inpaint."
     )
+    fused = replace(record, runs=(RunRecord.from_json({"name": "sub-2_run-1_T1w"}),) * 2)
+    assert coverage(fused, task="restore").endswith("Not measured for fused runs.")
     other = replace(record, prior=WeightsRecord(sha256="0" * 64))
     assert coverage(other, task="restore") == "not measured for these weights"
     assert lesions([other]) == ""

@@ -20,28 +20,40 @@ from brainprior_bids.run.pool import KILLED, SurvivingPool
 pytestmark = pytest.mark.timeout(120)
 
 
-def die_once(marker, value):
+def die_once(folder, value):
+    """Killed in its first run, once the node beside it has begun."""
     import os
     import signal
+    import time
     from pathlib import Path
 
-    if not Path(marker).exists():
-        Path(marker).touch()
+    while not (Path(folder) / "began").exists():
+        time.sleep(0.01)
+    if not (Path(folder) / "died").exists():
+        (Path(folder) / "died").touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return value
 
 
-def die(value):
+def die(folder, value):
     import os
     import signal
+    import time
+    from pathlib import Path
 
+    while not (Path(folder) / "began").exists():
+        time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def slow(value):
-    import time
+def unfinished(folder, value):
+    """Ends only when it is run again: the loss of its pool must interrupt the first run."""
+    import threading
+    from pathlib import Path
 
-    time.sleep(1.0)
+    if not (Path(folder) / "began").exists():
+        (Path(folder) / "began").touch()
+        threading.Event().wait()
     return value
 
 
@@ -107,8 +119,8 @@ def test_a_scan_is_finished_before_another_is_begun(tmp_path):
 
 def test_a_node_killed_once_is_run_again(tmp_path):
     nodes = [
-        node(slow, "beside", ["value"], value=1),
-        node(die_once, "victim", ["marker", "value"], marker=str(tmp_path / "m"), value=2),
+        node(unfinished, "beside", ["folder", "value"], folder=str(tmp_path), value=1),
+        node(die_once, "victim", ["folder", "value"], folder=str(tmp_path), value=2),
     ]
     events = run(tmp_path, nodes)
     assert sorted(name for name, event in events if event == "end") == ["beside", "victim"]
@@ -117,9 +129,9 @@ def test_a_node_killed_once_is_run_again(tmp_path):
 
 def test_a_node_killed_twice_fails_alone(tmp_path):
     nodes = [
-        node(slow, "beside", ["value"], value=1),
-        node(die, "victim", ["value"], value=2),
-        node(slow, "later", ["value"], value=3),
+        node(unfinished, "beside", ["folder", "value"], folder=str(tmp_path), value=1),
+        node(die, "victim", ["folder", "value"], folder=str(tmp_path), value=2),
+        node(instant, "later", ["value"], value=3),
     ]
     with pytest.raises(RuntimeError, match="killed"):
         run(tmp_path, nodes)
