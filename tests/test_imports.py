@@ -36,10 +36,13 @@ OTHER_PROJECTS = {
     "brainprior_bids/cli/config_file.py": {"_actions"},
     "brainprior_bids/cli/parser.py": {"_actions"},
     "brainprior_bids/cli/options.py": {"_ArgumentGroup"},
-    "brainprior_bids/run/pool.py": {"_exit", "_processes"},  # os; the workers of a pool
+    "brainprior_bids/run/pool.py": {
+        "_exit",  # os
+        "_processes", "_executor_manager_thread_wakeup", "_shutdown_lock",  # a pool's workers
+    },
     "brainprior_bids/run/cluster.py": {"_get_all_nodes"},  # Nipype's own name for it
     "brainprior_bids/training/prior.py": {"_foreach_lerp_"},  # torch's optimisers call it
-}
+}  # fmt: skip
 """File -> private names of other projects that it cannot do without."""
 
 
