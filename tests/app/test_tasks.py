@@ -20,6 +20,7 @@ from scipy import ndimage
 
 from brainprior_bids.cli.run import main
 from brainprior_bids.evaluation import demo
+from brainprior_bids.settings import TASKS
 
 
 def brainprior(*arguments):
@@ -246,3 +247,108 @@ def test_runs_of_one_person_are_fused_and_of_two_refused(head, tmp_path):
     side = json.loads((output_dir / "sub-03/anat/sub-03_desc-restored_PDw.json").read_text())
     assert side["OutsideTrainingContrasts"] is True
     assert "outside of the contrasts" in (output_dir / "sub-03.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory, head):
+    """A participant with two runs, a lesion mask on each, and another tool's image of the first.
+
+    The person moved by 3 mm; the lesion is dark in both, the tool's image shows healthy tissue.
+    """
+    root = tmp_path_factory.mktemp("combinations")
+    raw, tool = root / "raw", root / "tool"
+    affine = np.array(head.scan_grid.affine)
+    moved = affine.copy()
+    moved[:3, 3] += (3.0, -2.0, 1.0)
+    middle = np.array(head.scan_grid.shape) // 2
+    hole = np.zeros(head.scan_grid.shape, np.uint8)
+    hole[
+        middle[0] + 18 : middle[0] + 30, middle[1] : middle[1] + 12, middle[2] : middle[2] + 2
+    ] = 1
+    rng = np.random.default_rng(0)
+    for run, at in ((1, affine), (2, moved)):
+        noisy = head.scan + (run - 1) * rng.normal(0, 10, head.scan.shape)
+        damaged = np.where(hole > 0, 0.1 * noisy, noisy).astype(np.float32)
+        anat = raw / "sub-01" / "anat"
+        put(anat / f"sub-01_run-{run}_T1w.nii.gz", damaged, at, **THICK)
+        put(anat / f"sub-01_run-{run}_label-lesion_roi.nii.gz", hole, at)
+    smooth = ndimage.gaussian_filter(head.truth * head.brain, 1.0).astype(np.float32)
+    name = "sub-01/anat/sub-01_run-1_desc-SynthSR_T1w.nii.gz"
+    put(tool / name, smooth, np.array(head.grid.affine))
+    for folder in (raw, tool):
+        description = '{"Name": "x", "BIDSVersion": "1.10.0"}'
+        (folder / "dataset_description.json").write_text(description)
+    return raw, tool
+
+
+def check_filled(raw, output_dir, name, image):
+    """Outside the mask the reference's voxels bit for bit, inside none of them."""
+    anat, own = output_dir / "sub-01" / "anat", raw / "sub-01" / "anat"
+    before = np.asarray(nib.load(own / "sub-01_run-1_T1w.nii.gz").dataobj)
+    hole = np.asarray(nib.load(own / "sub-01_run-1_label-lesion_roi.nii.gz").dataobj) > 0
+    after = nib.load(anat / f"{name}_desc-{image}_T1w.nii.gz")
+    filled = np.asarray(after.dataobj)
+    assert filled.shape == before.shape
+    np.testing.assert_array_equal(filled[~hole], before[~hole])
+    assert (filled[hole] > 2 * before[hole].mean()).mean() > 0.9  # the lesion was dark
+    used = np.asarray(nib.load(anat / f"{name}_label-lesion_desc-{image}_mask.nii.gz").dataobj)
+    np.testing.assert_array_equal(used > 0, hole)
+
+
+@pytest.mark.parametrize("task", ["inpaint+refine", "restore+inpaint+refine"])
+def test_another_tools_image_informs_what_is_filled_in(two_runs, tmp_path, task):
+    raw, tool = two_runs
+    done = brainprior(
+        raw, tmp_path, "participant", "--run-id", "1", "--task", *task.split("+"),
+        "-d", f"tool={tool}", "--trust", "0.05",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    image = TASKS[task]
+    anat = tmp_path / "sub-01" / "anat"
+    side = json.loads((anat / f"sub-01_run-1_desc-{image}_T1w.json").read_text())
+    assert "bids:tool:sub-01/anat/sub-01_run-1_desc-SynthSR_T1w.nii.gz" in side["Sources"]
+    assert "bids:raw:sub-01/anat/sub-01_run-1_label-lesion_roi.nii.gz" in side["Sources"]
+    lesion = json.loads((anat / f"sub-01_run-1_label-lesion_desc-{image}_mask.json").read_text())
+    assert lesion["Sources"][1:] == ["bids:raw:sub-01/anat/sub-01_run-1_label-lesion_roi.nii.gz"]
+    if task == "inpaint+refine":
+        check_filled(raw, tmp_path, "sub-01_run-1", image)
+        assert side["SkullStripped"] is False
+    else:
+        made = nib.load(anat / f"sub-01_run-1_desc-{image}_T1w.nii.gz")
+        np.testing.assert_allclose(made.header.get_zooms(), 1.0, atol=0.02)
+    assert f"desc-{image}" in (tmp_path / "sub-01.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "task", ["inpaint", "restore+inpaint", "restore+refine", "restore+inpaint+refine"]
+)
+def test_runs_are_fused_with_lesions_and_another_tools_image(two_runs, tmp_path, task):
+    raw, tool = two_runs
+    asked = ["-d", f"tool={tool}", "--trust", "0.05"] if "refine" in task else []
+    if "restore" in task:
+        asked += ["--output-grid", "native"]
+    done = brainprior(
+        raw, tmp_path, "participant", "--fuse", "runs", "--task", *task.split("+"), *asked
+    )
+    assert done.returncode == 0, done.stderr
+    image = TASKS[task]
+    anat = tmp_path / "sub-01" / "anat"
+    side = json.loads((anat / f"sub-01_desc-{image}_T1w.json").read_text())
+    _, other = side["FusedRuns"]
+    np.testing.assert_allclose(np.array(other["ToReference"])[:3, 3], (-3, 2, -1), atol=1.0)
+    of_run_2 = "bids:raw:sub-01/anat/sub-01_run-2_label-lesion_roi.nii.gz"
+    assert (of_run_2 in side["Sources"]) == ("inpaint" in task)
+    assert ("Lesion" in other) == ("inpaint" in task)
+    residual = np.asarray(nib.load(anat / "sub-01_run-2_desc-fusedResidual_T1w.nii.gz").dataobj)
+    if "inpaint" in task:  # what is hidden is compared with nothing
+        hole = raw / "sub-01" / "anat" / "sub-01_run-2_label-lesion_roi.nii.gz"
+        assert (residual[np.asarray(nib.load(hole).dataobj) > 0] == 0).all()
+    if task == "inpaint":
+        check_filled(raw, tmp_path, "sub-01", image)
+        return
+    made = nib.load(anat / f"sub-01_desc-{image}_T1w.nii.gz")
+    np.testing.assert_allclose(made.header.get_zooms(), 1.0, atol=0.02)
+    native = nib.load(anat / f"sub-01_res-native_desc-{image}_T1w.nii.gz")
+    scan = nib.load(raw / "sub-01/anat/sub-01_run-1_T1w.nii.gz")
+    np.testing.assert_allclose(native.affine, scan.affine, atol=1e-4)
+    assert native.shape == scan.shape
