@@ -105,6 +105,7 @@ def contrast_kept(
     centre_mm: NDArray[np.float64],
     sizes_mm: Sequence[float],
     contrasts: Sequence[float],
+    noise_sd: float | None = None,
     **options: Any,
 ) -> list[Kept]:
     """One restoration for every lesion, and one without any.
@@ -113,6 +114,8 @@ def contrast_kept(
     ----------
     sizes_mm : diameters
     contrasts : relative change of the tissue: -0.3 is darker by 30 %
+    noise_sd : float, optional
+        Of a scan voxel, engine unit; estimated without.
     options
         Of ``restore``: ``n_samples``, ``seed`` …
 
@@ -123,7 +126,7 @@ def contrast_kept(
     """
     fine = case.grid.one_millimetre()
     away = np.linalg.norm(fine.points_mm() - centre_mm[:, None, None, None], axis=0)
-    plain = _restored(case, case.scan, prior, options)
+    plain = _restored(case, case.scan, prior, noise_sd, options)
     kept = []
     for size, contrast in itertools.product(sizes_mm, contrasts):
         sphere = away <= size / 2
@@ -136,7 +139,7 @@ def contrast_kept(
             torch.from_numpy(sphere)[None, None].float(), case.grid.shape
         )[0, 0].numpy()
         scan = case.scan * (1 + contrast * share)
-        with_lesion = _restored(case, scan, prior, options)
+        with_lesion = _restored(case, scan, prior, noise_sd, options)
         put_in = contrast * plain.mean[sphere].mean()
         flat = resample((scan - case.scan) * np.exp(-case.log_bias), case.grid, fine, order=1)
         kept.append(
@@ -152,7 +155,11 @@ def contrast_kept(
 
 
 def _restored(
-    case: LesionCase, scan: NDArray[np.float32], prior: Any, options: dict[str, Any]
+    case: LesionCase,
+    scan: NDArray[np.float32],
+    prior: Any,
+    noise_sd: float | None,
+    options: dict[str, Any],
 ) -> Restoration:
     observation = Observation(
         scan.astype(np.float32),
@@ -160,6 +167,7 @@ def _restored(
         acquisition=case.acquisition,
         mask=case.mask,
         log_bias=case.log_bias,
+        noise_sd=noise_sd,
     )
     return restore(
         observation,

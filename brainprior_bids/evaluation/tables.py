@@ -104,7 +104,7 @@ def _condition(r: Record) -> tuple[Any, ...]:
 
 def mean_sd(values: Sequence[float], digits: int, sign: bool = False) -> str:
     """``mean ± SD`` over participants (n - 1); without the SD for one, "n/a" for none."""
-    if not values:
+    if len(values) == 0:
         return "n/a"
     shown = f"{np.mean(values):{'+' if sign else ''}.{digits}f}"
     return shown if len(values) < 2 else f"{shown} ± {np.std(values, ddof=1):.{digits}f}"

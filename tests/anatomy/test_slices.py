@@ -9,6 +9,7 @@ from scipy import ndimage
 from brainprior_bids.anatomy.slices import check_slices, slice_fit
 from brainprior_bids.bids.qc import concerns, metrics, verdict
 from brainprior_bids.engine.errors import ShapeMismatchError
+from brainprior_bids.records import ScanRecord
 
 SHAPE = (40, 48, 20)
 AFFINE = np.diag([4.0, 4.0, 5.0, 1.0])
@@ -57,7 +58,8 @@ def test_what_does_not_fit_is_found_along_any_axis(made, said, axis):
     data, brain = (np.transpose(v, np.roll(range(3), axis - 2)) for v in (made(), BRAIN))
     fit = slice_fit(nib.Nifti1Image(data, affine), brain, axis=axis)
     slices = {"mismatch": fit.mismatch, "faintest": fit.faintest}
-    values = metrics({"facts": {"parcellation": {"slices": slices}}})
+    facts = {"parcellation": {"slices": slices}}
+    values = metrics(ScanRecord.from_json({"scan": "sub-01_T2w", "facts": facts}))
     assert [text.split()[0] for text in concerns(values)] == said, fit
     assert verdict(values) == ("look" if said else "pass")
     if made is lost:
