@@ -101,8 +101,8 @@ def methods_text(methods: Sequence[Method]) -> str:
             f"{several} runs of one contrast each. Every run was registered rigidly\n"
             "(correlation, SimpleITK) to the run with the thinnest slices, after blurring "
             "each of the two images\nby the slice profile of the other. All runs entered a joint "
-            "likelihood, each with its own\nslice profile, bias field and noise level, and a gain relative "
-            "to the reference run."
+            "likelihood, each with its own\nslice profile, bias field and noise level, and a gain "
+            "relative to the reference run."
         )
     versions = ", ".join(dict.fromkeys(method.version for method in methods))
     drawn = _drawn(methods)
