@@ -41,7 +41,7 @@ Group = argparse._ArgumentGroup
 
 
 class _Append(argparse.Action):
-    """Values after an option, added to those of an earlier one of the same name."""
+    """Append the values of an option to those of an earlier occurrence."""
 
     def __call__(
         self, parser: Any, namespace: Any, values: Any, option: str | None = None
@@ -55,7 +55,7 @@ def query_options(group: Group) -> None:
         "--skip-bids-validation",
         "--skip_bids_validation",
         action="store_true",
-        help="do not run bids-validator-deno on the requested part of bids_dir",
+        help="skip validation of the requested part of bids_dir by bids-validator-deno",
     )
     group.add_argument(
         "--participant-label",
@@ -90,8 +90,8 @@ def query_options(group: Group) -> None:
         action=_Append,
         default=[],
         metavar="SUFFIX",
-        help=f"contrasts to process, of {', '.join(MODALITIES)} (default: all three), and, "
-        f"outside of what the prior was trained on, {', '.join(OTHER_MODALITIES)}",
+        help=f"contrasts to process: {', '.join(MODALITIES)} (default: all three), or "
+        f"{', '.join(OTHER_MODALITIES)}, on which the prior was not trained",
     )
     group.add_argument(
         "--ignore",
@@ -100,14 +100,14 @@ def query_options(group: Group) -> None:
         default=[],
         choices=[suffix.lower() for suffix in MODALITIES],
         metavar="{" + ",".join(suffix.lower() for suffix in MODALITIES) + "}",
-        help="contrasts to leave out, as fMRIPrep names them",
+        help="contrasts to exclude (names as in fMRIPrep)",
     )
     group.add_argument(
         "--bids-filter-file",
         type=Path,
         metavar="FILE",
-        help='JSON with a pybids query a contrast: {"t1w": {"acquisition": "mprage", '
-        '"session": null}}; null: the entity is absent, "*": it is present',
+        help='JSON with one pybids query per contrast: {"t1w": {"acquisition": "mprage", '
+        '"session": null}}; null: the entity must be absent, "*": it must be present',
     )
     group.add_argument(
         "-d",
@@ -117,15 +117,15 @@ def query_options(group: Group) -> None:
         type=derivative_root,
         default=[],
         metavar="NAME=PATH",
-        help="other derivative data sets, by name; linked in dataset_description.json. A path "
-        "alone is named after its folder",
+        help="other derivative data sets and their names; linked in dataset_description.json. "
+        "A path without a name takes the name of its folder",
     )
     group.add_argument(
         "--bids-database-dir",
         type=Path,
         metavar="DIR",
-        help="keep pybids' index of bids_dir here: made on first use, then read. It is not "
-        "brought up to date: remove it when the data set changed",
+        help="folder of pybids' index of bids_dir: created on first use, then reused. It is not "
+        "updated: remove it if the data set has changed",
     )
 
 
@@ -136,23 +136,23 @@ def task_options(group: Group) -> None:
         nargs="+",
         choices=WORDS,
         default=["restore"],
-        help="one word, or any of them together. restore (default): a 1 mm brain without bias "
-        "field; inpaint: exclude the scan under its lesion mask; without restore, fill the hole "
-        "and keep every other voxel of the scan; refine: use another tool's image in "
-        "--derivatives, within --trust: together with the scan, or alone in place of it",
+        help="one or several. restore (default): estimate a 1 mm brain without bias field; "
+        "inpaint: ignore the scan under its lesion mask (without restore: fill in the masked "
+        "region and keep every other voxel of the scan); refine: use another tool's image from "
+        "--derivatives, with an error of --trust, together with the scan or in place of it",
     )
     group.add_argument(
         "--fuse",
         choices=FUSE,
-        help="runs: scans of one participant, session and contrast that differ in run- and acq- "
-        "alone (crossed stacks, repeated scans) are aligned and enter one result, whose name "
-        "drops both entities; with every task but refine alone",
+        help="runs: align scans of one participant, session and contrast that differ only in run- "
+        "and acq- (crossed stacks, repeated scans) and estimate one result from all of them. Its "
+        "name drops both entities. Not with --task refine alone",
     )
     group.add_argument(
         "--lesion-mask",
         metavar="PATTERN",
-        help="path of the lesion masks, absolute or from bids_dir, with {subject}, {session}, "
-        "{suffix}, {stem} and * (default: label-lesion_mask in --derivatives, then "
+        help="path of the lesion masks, absolute or relative to bids_dir, with {subject}, "
+        "{session}, {suffix}, {stem} and * (default: label-lesion_mask in --derivatives, then "
         "label-lesion_roi in anat/)",
     )
     group.add_argument(
@@ -161,13 +161,13 @@ def task_options(group: Group) -> None:
         type=distance,
         default=0.0,
         metavar="MM",
-        help="widen the lesion mask by so much (default: not)",
+        help="dilate the lesion mask by MM (default: no dilation)",
     )
     group.add_argument(
         "--trust",
         metavar="SD|PATTERN",
-        help="for --task refine: SD of the error of the image to refine, as a share of the "
-        "brain's 99th percentile (0.05: to 5 %%), or the path of a map of it (as --lesion-mask)",
+        help="for --task refine: SD of the error of the other tool's image, as a fraction of the "
+        "brain's 99th percentile (0.05: 5 %%), or the path of an error map (as --lesion-mask)",
     )
     group.add_argument(
         "--sampler",
@@ -181,7 +181,7 @@ def task_options(group: Group) -> None:
         "--n-samples",
         type=positive_int,
         metavar="N",
-        help="posterior samples, from which the image and its uncertainty come "
+        help="number of posterior samples, from which the image and its uncertainty are computed "
         "(default: 4; with 1 there is no uncertainty map)",
     )
     group.add_argument(
@@ -189,26 +189,27 @@ def task_options(group: Group) -> None:
         dest="slice_thickness_mm",
         type=positive_float,
         metavar="MM",
-        help="slice thickness in mm, where the sidecars lack it or are wrong",
+        help="slice thickness in mm, if missing or wrong in the sidecars",
     )
     group.add_argument(
         "--slice-plane",
         choices=PLANES,
-        help="plane of the slices, where header and sidecars lack it or are wrong; voxel sizes "
-        "and the distance between slices are always the image's: repair its header instead",
+        help="plane of the slices, if missing or wrong in header and sidecars; voxel sizes and "
+        "slice spacing are always read from the image: correct its header instead",
     )
     group.add_argument(
         "--field-strength",
         dest="field_strength_t",
         type=positive_float,
         metavar="TESLA",
-        help="field strength, where the sidecars lack it or are wrong; recorded, no more",
+        help="field strength, if missing or wrong in the sidecars; recorded in the provenance "
+        "only",
     )
     group.add_argument(
         "--prior",
         type=Path,
         metavar="FILE|NAME",
-        help="weights of the prior: a file, or a name of `brainprior weights list` "
+        help="weights of the prior: a file, or a name from `brainprior weights list` "
         "(default: embedded)",
     )
     group.add_argument(
@@ -216,8 +217,8 @@ def task_options(group: Group) -> None:
         type=seed,
         default=0,
         metavar="N",
-        help="seed of the run; each scan's own is derived from it and from the scan's name, so "
-        "a scan's result does not depend on the others (default: 0)",
+        help="seed of the run; each scan's seed is derived from it and from the scan's name, so "
+        "that its result does not depend on the other scans (default: 0)",
     )
     group.add_argument(
         "--sloppy",
@@ -232,23 +233,23 @@ def anatomy_options(group: Group) -> None:
         "--skull-strip",
         choices=SKULL_STRIPS,
         default="embedded",
-        help="embedded (default): our network, and the scan's own edge where it is already "
-        "skull-stripped; synthstrip: SynthStrip, if installed; skip: every scan is "
-        "skull-stripped; mask: desc-brain_mask of a data set of --derivatives",
+        help="embedded (default): the embedded network, or the scan's own edge if it is already "
+        "skull-stripped; synthstrip: SynthStrip, if installed; skip: treat every scan as "
+        "skull-stripped; mask: use desc-brain_mask from a data set of --derivatives",
     )
     group.add_argument(
         "--synthstrip-model",
         type=Path,
         metavar="FILE",
-        help="weights for --skull-strip synthstrip; nipreps-synthstrip needs them",
+        help="weights for --skull-strip synthstrip; required by nipreps-synthstrip",
     )
     group.add_argument(
         "--parcellation",
         choices=PARCELLATIONS,
         default="embedded",
-        help="embedded (default): our network; synthseg: FreeSurfer's mri_synthseg, if "
-        "installed; derivatives: a dseg with FreeSurfer's values (desc-aseg …) of a data set of "
-        "--derivatives",
+        help="embedded (default): the embedded network; synthseg: FreeSurfer's mri_synthseg, if "
+        "installed; derivatives: a dseg with FreeSurfer's label values (desc-aseg …) from a "
+        "data set of --derivatives",
     )
 
 
@@ -257,7 +258,7 @@ def output_options(group: Group) -> None:
     group.add_argument(
         "--save-samples",
         action="store_true",
-        help="write each sample too (desc-restoredSample01 …), with its seed and its misfit",
+        help="also write each sample (desc-restoredSample01 …), with its seed and its residual",
     )
     group.add_argument(
         "--output-spaces",
@@ -267,14 +268,15 @@ def output_options(group: Group) -> None:
         default=[],
         metavar="SPACE",
         help="anat (the scan's own frame, always written) and MNI305 (default: both). Other "
-        "templates need a nonlinear registration: hand the result on to fMRIPrep",
+        "templates need a nonlinear registration: use fMRIPrep on the result",
     )
     group.add_argument(
         "--output-grid",
         choices=OUTPUT_GRIDS,
         default="1mm",
-        help="1mm (default), or native: beside the 1 mm brain the whole head on the scan's own "
-        "voxels (res-native), the brain as the result predicts it, every other voxel the scan's",
+        help="1mm (default), or native: in addition to the 1 mm brain, the whole head on the "
+        "scan's own voxels (res-native): inside the brain the result's prediction, elsewhere the "
+        "scan itself",
     )
     group.add_argument(
         "--export",
@@ -284,20 +286,22 @@ def output_options(group: Group) -> None:
         type=export_kind,
         default=[],
         metavar="{fmriprep,raw}[=DIR]",
-        help="data sets for other programs, each in a root of its own (default: output_dir with "
-        "-fmriprep or -raw behind it). fmriprep: derivatives for its --derivatives, whole heads "
-        "with the restored brain, masks and tissues; raw: the same heads as rec-brainprior, with "
-        "func and fmap linked",
+        help="data sets for other programs, each in its own folder (default: output_dir with "
+        "-fmriprep or -raw appended). fmriprep: whole heads with the restored brain, masks and "
+        "tissues, for fMRIPrep's --derivatives; raw: the same heads as rec-brainprior, with func "
+        "and fmap linked",
     )
     group.add_argument(
         "--export-per",
         choices=EXPORT_PER,
         default="subject",
-        help="--export fmriprep: one T1w a subject (default), or one a session, for fMRIPrep's "
-        "--subject-anatomical-reference sessionwise; the one with the thinnest slices is taken",
+        help="for --export fmriprep: one T1w per subject (default) or per session (for fMRIPrep's "
+        "--subject-anatomical-reference sessionwise); the one with the thinnest slices is used",
     )
     group.add_argument(
-        "--force", action="store_true", help="redo scans that are done, work folder included"
+        "--force",
+        action="store_true",
+        help="process finished scans again, without reusing the work folder",
     )
 
 
@@ -308,14 +312,14 @@ def performance_options(group: Group) -> None:
         type=device_name,
         default="auto",
         metavar="{auto,cpu,cuda[:N]}",
-        help="where the networks run (default: auto, a GPU if there is one)",
+        help="device of the networks (default: auto: a GPU if available)",
     )
     group.add_argument(
         "--n-gpu-procs",
         type=positive_int,
         default=1,
         metavar="N",
-        help="restorations at once on the GPU (default: 1)",
+        help="number of simultaneous restorations on the GPU (default: 1)",
     )
     group.add_argument(
         "--nprocs",
@@ -324,14 +328,14 @@ def performance_options(group: Group) -> None:
         "--n_cpus",
         type=positive_int,
         metavar="N",
-        help="processors for all steps together (default: all that this process may use)",
+        help="processors for all steps together (default: all available to this process)",
     )
     group.add_argument(
         "--omp-nthreads",
         type=positive_int,
         metavar="N",
-        help="threads of one step (default: --nprocs, at most 8); results are reproducible bit "
-        "by bit for one machine and one number of threads",
+        help="threads per step (default: --nprocs, at most 8); results are reproducible bit by "
+        "bit on the same machine with the same number of threads",
     )
     group.add_argument(
         "--mem",
@@ -340,14 +344,14 @@ def performance_options(group: Group) -> None:
         dest="mem_gb",
         type=memory_gb,
         metavar="SIZE",
-        help="memory that the steps may claim together: 8G, 8000M, 8000 (MB) "
-        "(default: nine tenths of what the machine, the container or the job has, and at least "
-        f"{MAIN_GB:g} GiB less than that)",
+        help="memory for all steps together: 8G, 8000M, 8000 (MB) "
+        "(default: nine tenths of the memory of the machine, container or job, leaving at least "
+        f"{MAIN_GB:g} GiB)",
     )
     group.add_argument(
         "--low-mem",
         action="store_true",
-        help="never claim more memory at once than the largest step needs, and run the prior in "
+        help="never use more memory at once than the largest step needs, and run the prior in "
         f"tiles of {LOW_MEMORY_TILE_MM} mm (same result up to rounding)",
     )
     group.add_argument(
@@ -356,19 +360,19 @@ def performance_options(group: Group) -> None:
         dest="plugin_file",
         type=Path,
         metavar="FILE",
-        help="YAML with one of Nipype's execution plugins and its plugin_args, and step_args for "
-        "single steps (default: a MultiProc that survives killed workers)",
+        help="YAML file with one of Nipype's execution plugins, its plugin_args, and step_args "
+        "for single steps (default: a fault-tolerant MultiProc)",
     )
 
 
 def subset_options(group: Group) -> None:
-    """Less than a whole run."""
+    """Partial runs."""
     only = group.add_mutually_exclusive_group()
     only.add_argument(
         "--dry-run",
         action="store_true",
-        help="say what would be done, scan by scan, with time and memory; write nothing. One "
-        "network call is timed for it",
+        help="show what would be done for each scan, with time and memory, and write nothing. One "
+        "network call is timed for this",
     )
     only.add_argument(
         "--boilerplate-only",
@@ -379,12 +383,12 @@ def subset_options(group: Group) -> None:
     only.add_argument(
         "--reports-only",
         action="store_true",
-        help="write the reports and tables of what is done again, and stop",
+        help="rebuild reports and tables from the existing results, and stop",
     )
 
 
 def other_options(group: Group) -> None:
-    """Folders, logs, and how a run ends."""
+    """Folders, logs, and the end of a run."""
     group.add_argument("--version", action="version", version=f"brainprior {__version__}")
     group.add_argument(
         "-v",
@@ -392,32 +396,32 @@ def other_options(group: Group) -> None:
         dest="verbose",
         action="count",
         default=0,
-        help="say more: -v tracebacks, -vv what Nipype does",
+        help="more output: -v tracebacks, -vv also Nipype's messages",
     )
     group.add_argument(
         "-w",
         "--work-dir",
         type=Path,
         metavar="DIR",
-        help="intermediate files; a later run goes on from them "
+        help="folder of intermediate files, from which a later run resumes "
         f"(default: {WORK_DIR}, hidden in output_dir)",
     )
     group.add_argument(
         "--clean-workdir",
         action="store_true",
-        help="remove what earlier runs left in the work folder first; nothing else in it",
+        help="first remove the files of earlier runs from the work folder, and no others",
     )
     group.add_argument(
         "--config-file",
         type=Path,
         metavar="FILE",
-        help="settings of an earlier run, sub-XX/log/RUN/brainprior.toml, or some of them; what "
-        "is on the command line comes first. Folders and level are not taken from it",
+        help="settings of an earlier run (sub-XX/log/RUN/brainprior.toml), or some of them; "
+        "command-line options take precedence. Folders and analysis level are not read from it",
     )
     group.add_argument(
         "--resource-monitor",
         action="store_true",
-        help="write processors and memory in use, second by second, to logs/RUN_resources.tsv "
+        help="write processor and memory usage to logs/RUN_resources.tsv every second "
         "(time and peak memory of every step are always recorded)",
     )
     group.add_argument(
@@ -428,18 +432,18 @@ def other_options(group: Group) -> None:
     group.add_argument(
         "--job-id",
         metavar="ID",
-        help="the scheduler's job, as slurm-script passes it. participant: what the status says "
-        "of a scan that is at work (default: what Slurm says); group: this job has ended, so that "
-        "scans that are still at work under it, and those of --participant-label that it never "
-        "began, failed",
+        help="the scheduler's job number, as passed by slurm-script. participant: recorded in the "
+        "status of running scans (default: Slurm's own); group: this job has ended, so mark scans "
+        "that are still running under it, and those of --participant-label that it never "
+        "started, as failed",
     )
     group.add_argument(
-        "--stop-on-first-crash", action="store_true", help="stop everything when one scan fails"
+        "--stop-on-first-crash", action="store_true", help="stop the run when a scan fails"
     )
     group.add_argument(
         "--debug",
         action="store_true",
-        help="one step after the other in this process, with tracebacks; stop at the first crash",
+        help="run the steps one by one in this process, with tracebacks; stop at the first crash",
     )
     group.add_argument(
         "--notrack",

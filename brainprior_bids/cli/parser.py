@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: what can be asked for, and from it the settings of a run."""
+"""The command line, and the settings of a run that follow from it."""
 
 from __future__ import annotations
 
@@ -30,43 +30,43 @@ from brainprior_bids.run.plugin_file import read_plugin_file
 from brainprior_bids.settings import LEVELS, SPACES, Settings
 
 DESCRIPTION = """\
-brainprior restores brain MRI: thick slices, bias field and noise in; 1 mm, skull-stripped,
-bias-free images with a map of their uncertainty out, as BIDS-Derivatives, in the scan's own
-space and in MNI305. T1w, T2w and FLAIR, each on its own; CPU or GPU.
+brainprior restores brain MRI. Input: T1w, T2w and FLAIR scans with thick slices, noise or a
+bias field. Output: skull-stripped, bias-corrected 1 mm images with uncertainty maps, as BIDS
+derivatives, in the scan's own space and in MNI305. It runs on a CPU or a GPU.
 """
 
 EPILOG = """\
 examples:
-  brainprior data out participant                               everything in ./data
-  brainprior data out participant --participant-label 01 -m T2w    one person's T2w
+  brainprior data out participant                               all scans in ./data
+  brainprior data out participant --participant-label 01 -m T2w    the T2w of sub-01
   brainprior data out participant --nprocs 8 --omp-nthreads 4 -w /tmp/work
-  brainprior data out participant --dry-run                     what that would take
-  brainprior data out group                                     tables and a page over all scans
+  brainprior data out participant --dry-run                     expected time and memory
+  brainprior data out group                                     tables and a page of all scans
 
 other commands (`brainprior COMMAND --help`):
   train prior|parcellation    train the networks
   selftest                    check this installation and its device
-  slurm-script                an array job for Slurm, one participant a task
+  slurm-script                an array job for Slurm, one task per participant
   check-lesion IMAGE          how much of a lesion's contrast a restoration keeps
-  evaluate DATA OUT           make brains worse, restore them, compare with the truth
-  weights list|verify|add     the networks' weights, and files of your own
-  verify OUT                  compare every file with the SHA-256 in the provenance
-A data set that is called like a command is written ./train.
+  evaluate DATA OUT           degrade 1 mm brains, restore them, compare with the originals
+  weights list|verify|add     list or check the networks' weights, add your own
+  verify OUT                  compare every file with its SHA-256 in the provenance
+If your dataset folder has the name of a command, write ./train.
 
-exit codes: 0 every requested scan is done; 1 a scan failed (logs/status.tsv says which and
-why), the others were done; 2 the command line or the data set cannot be used.
+exit codes: 0 every requested scan was processed; 1 a scan failed (logs/status.tsv lists which
+and why), the others were processed; 2 the command line or the data set cannot be used.
 """
 
 
 class _Parser(argparse.ArgumentParser):
-    """Usage errors as exceptions: the command decides how to end."""
+    """Raises usage errors as exceptions, so that the command decides how to exit."""
 
     def error(self, message: str) -> Any:
         raise UsageError(f"{message}\nRun `brainprior --help` for the options.")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the main command; what an option sets has the name of its setting."""
+    """The parser of the main command; each destination has the name of its setting."""
     parser = _Parser(
         prog="brainprior",
         description=DESCRIPTION,
@@ -74,27 +74,31 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("bids_dir", type=Path, help="root of a raw BIDS data set; only read")
-    parser.add_argument("output_dir", type=Path, help="where the derivatives go; made if absent")
+    parser.add_argument(
+        "bids_dir", type=Path, help="root folder of a raw BIDS data set; never modified"
+    )
+    parser.add_argument(
+        "output_dir", type=Path, help="folder for the derivatives; created if missing"
+    )
     parser.add_argument(
         "analysis_level",
         nargs="+",
         choices=LEVELS,
-        help="participant: restore every scan on its own; group: one table a contrast and one "
-        "page over all scans in output_dir; both may be given",
+        help="participant: process every scan; group: write one table per contrast and one page "
+        "of all scans in output_dir; both can be given",
     )
     groups.query_options(parser.add_argument_group("which scans"))
     groups.task_options(parser.add_argument_group("what to do"))
     groups.anatomy_options(parser.add_argument_group("brain mask and structures"))
     groups.output_options(parser.add_argument_group("what to write"))
     groups.performance_options(parser.add_argument_group("performance"))
-    groups.subset_options(parser.add_argument_group("less than a whole run"))
+    groups.subset_options(parser.add_argument_group("partial runs"))
     groups.other_options(parser.add_argument_group("other"))
     return parser
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The options of a command line, those it leaves out from ``--config-file``, then defaults."""
+    """Options from the command line, then from ``--config-file``, then the defaults."""
     parser = build_parser()
     options = parser.parse_args(list(argv))
     options.bids_filters = {}
@@ -118,7 +122,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def parse_settings(argv: Sequence[str]) -> Settings:
-    """The settings that a command line asks for, defaults filled in, paths checked.
+    """The settings of a command line, with defaults filled in and paths checked.
 
     Raises
     ------

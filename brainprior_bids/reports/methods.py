@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The methods text: what really ran, for a paper, as Markdown, HTML and LaTeX with references.
+"""The methods text for a paper, from the records of a run, as Markdown, HTML and LaTeX.
 
 It is made from the summaries of finished scans, so it names the samplers, weights and versions
 that were used. The Markdown has citations as pandoc reads them (``[@key]``); keys are those of
@@ -34,7 +34,7 @@ DONE = {
     "restore+inpaint": "restored and inpainted",
     "refine": "refined from another tool's image",
     "restore+refine": "restored together with another tool's image",
-    "inpaint+refine": "inpainted with the help of another tool's image",
+    "inpaint+refine": "inpainted using another tool's image",
     "restore+inpaint+refine": "restored and inpainted together with another tool's image",
 }
 """Task -> what was done to the scan."""
@@ -45,7 +45,7 @@ OWN_STRUCTURES = Origin(StructuresSource.EMBEDDED)
 
 @dataclass(frozen=True)
 class Method:
-    """What one scan's result depends on, as far as a methods section says it."""
+    """The properties of one scan's result that a methods section reports."""
 
     suffix: str
     task: str
@@ -97,15 +97,16 @@ def methods_text(methods: Sequence[Method]) -> str:
     if fused:
         several = str(fused[0]) if len(set(fused)) == 1 else f"{min(fused)} to {max(fused)}"
         hidden += (
-            f"\n\n{len(fused)} of these images {'is' if len(fused) == 1 else 'are'} of {several} "
-            "runs of one contrast each. Every run was registered rigidly\n(correlation, "
-            "SimpleITK) to the one with the thinnest slices, both blurred across their slices\n"
-            "as the other one is, and entered one likelihood with a slice profile, a bias field "
-            "and a noise\nlevel of its own, and the gain between the two."
+            f"\n\n{len(fused)} of these images {'combines' if len(fused) == 1 else 'combine'} "
+            f"{several} runs of one contrast each. Every run was registered rigidly\n"
+            "(correlation, SimpleITK) to the run with the thinnest slices, after blurring "
+            "each of the two images\nby the slice profile of the other. All runs entered a joint "
+            "likelihood, each with its own\nslice profile, bias field and noise level, and a gain "
+            "relative to the reference run."
         )
     versions = ", ".join(dict.fromkeys(method.version for method in methods))
     drawn = _drawn(methods)
-    spread = " The voxelwise standard deviation of the samples is the uncertainty map."
+    spread = " The uncertainty map is the voxelwise standard deviation of the samples."
     if all(method.n_samples < 2 for method in methods):
         spread = ""
     drawing = any(registry.find(method.sampler).yields_samples for method in methods)
@@ -113,9 +114,9 @@ def methods_text(methods: Sequence[Method]) -> str:
     widths = sorted({width for method in methods for width in method.widths})
     if len(widths) > 1:
         spread += (
-            "\nSince the slice profile is not known exactly, thick slices were taken to be "
-            f"{', '.join(f'{width:.2f}' for width in widths)} times as\nthick as stated, "
-            "in different samples."
+            "\nTo account for the uncertainty of the slice profile, the assumed thickness of "
+            f"thick slices was\n{', '.join(f'{width:.2f}' for width in widths)} times the stated "
+            "value in different samples."
         )
     priors = "; ".join(dict.fromkeys(method.prior for method in methods))
     return f"""\
@@ -123,20 +124,20 @@ def methods_text(methods: Sequence[Method]) -> str:
 a BIDS App [@bids] on Nipype {_version("nipype")} [@nipype], nibabel {_version("nibabel")} and
 PyTorch {_version("torch")}.
 
-Each scan was brought to the closest-canonical orientation without resampling.
+Each scan was reoriented to the closest-canonical axis order without resampling.
 {_anatomy(methods)}
 {_bias(methods)}{_aligned(methods)}{hidden}
 
 The scan was modelled as *y* = *b* (*A* *x*) + noise, where *x* is the unknown 1 mm image of the
-brain, *A* averages it over the slice profile and the voxels of the scan, and *b* is the bias
-field. {start} the posterior of *x* under a three-dimensional diffusion prior
+brain, *A* is the linear operator of the slice profile and the in-plane voxels of the scan, and
+*b* is the bias field. {start} the posterior of *x* under a three-dimensional diffusion prior
 [@edm] [@brain3d] (weights {priors}), {drawn}{spread}
-Every scan's random numbers follow from a seed recorded in the provenance.
+The random seed of every scan is recorded in the provenance.
 """
 
 
 def _missing(methods: Sequence[Method]) -> str:
-    """What was done about voxels under a lesion mask."""
+    """The sentences on voxels under a lesion mask."""
     masked = [method for method in methods if "inpaint" in method.task]
     if not masked:
         return ""
@@ -150,14 +151,14 @@ def _missing(methods: Sequence[Method]) -> str:
     )
     if any("restore" not in method.task for method in masked):
         text += (
-            "\nWhere a scan was inpainted without being restored, every voxel outside the mask is "
-            "the scan's own."
+            "\nIn scans that were inpainted but not restored, every voxel outside the mask was "
+            "left unchanged."
         )
     return text
 
 
 def _refined(methods: Sequence[Method]) -> str:
-    """How another tool's image entered."""
+    """The sentence on another tool's image."""
     alone = {method.task == "refine" for method in methods if "refine" in method.task}
     if not alone:
         return ""
@@ -175,7 +176,7 @@ def _listed(words: Sequence[str]) -> str:
 
 
 def _drawn(methods: Sequence[Method]) -> str:
-    """How samples and estimate were found; scan by scan where that was not the same for all."""
+    """The sentences on samples and estimate, per group of scans if they differ."""
     ways: dict[tuple[str, int, int], list[str]] = {}
     for method in methods:
         ways.setdefault((method.sampler, method.n_samples, method.calls), []).append(method.suffix)
@@ -193,12 +194,12 @@ def _drawn(methods: Sequence[Method]) -> str:
 
 
 def _sampling(name: str, n_samples: int, calls: int) -> str:
-    """How one sampler samples and what the image is; before a run, both that "auto" may take."""
+    """One sampler and its estimate; for "auto" (before a run), both possible samplers."""
     facts, other = registry.find(name), registry.FALLBACK
     method, estimate = facts.method, facts.estimate_method
     if name == "auto":
-        method += f" (thick slices and 3-D scans), or {other.method} (all others)"
-        estimate += f" For scans of other kinds: {other.estimate_method}"
+        method += f" (thick slices and 3-D scans), or {other.method} (all other scans)"
+        estimate += f" For all other scans: {other.estimate_method}"
     if not facts.yields_samples:
         return f"{method}. {estimate}"
     samples = "1 sample" if n_samples == 1 else f"{n_samples} samples"
@@ -206,7 +207,7 @@ def _sampling(name: str, n_samples: int, calls: int) -> str:
 
 
 def _bias(methods: Sequence[Method]) -> str:
-    """How the bias field was found; an image that is refined alone has none."""
+    """The sentence on the bias field; an image that is refined alone has none."""
     if all(method.task == "refine" for method in methods):
         return ""
     return (
@@ -216,27 +217,27 @@ def _bias(methods: Sequence[Method]) -> str:
 
 
 def _aligned(methods: Sequence[Method]) -> str:
-    """How the transforms to MNI305 were found."""
+    """The sentences on the transforms to MNI305."""
     fitted = [method.aligned_by is AffineMethod.STRUCTURES for method in methods]
     sentences = []
     if any(fitted):
         sentences.append(
             "An affine transform to MNI305 was fitted by weighted least squares to the centres "
-            "of the\nstructures and to the reach of the brain."
+            "of the\nstructures and to the extent of the brain mask."
         )
     if not all(fitted):
-        which = "For the others" if any(fitted) else "An affine transform to MNI305 was found"
-        which += " it was found" if any(fitted) else ""
+        which = "For the other scans" if any(fitted) else "An affine transform to MNI305"
+        which += " it was estimated" if any(fitted) else " was estimated"
         way = AffineMethod.TEMPLATE.words
         sentences.append(f"{which} by {way} (ANTsPy {_version('antspyx')}).")
     return "\n".join(sentences)
 
 
 def _anatomy(methods: Sequence[Method]) -> str:
-    """Where brain masks and structures came from."""
+    """The sentences on the sources of brain masks and structures."""
     sources = {
-        "labelled the brain's structures": [m.structures for m in methods],
-        "gave the brain mask": [m.mask for m in methods],
+        "segmented the brain structures": [m.structures for m in methods],
+        "provided the brain mask": [m.mask for m in methods],
     }
     own = [what for what, origins in sources.items() if any(o.embedded for o in origins)]
     sentences = []
@@ -247,14 +248,14 @@ def _anatomy(methods: Sequence[Method]) -> str:
             )
         )
         sentences.append(
-            "A convolutional network trained on synthetic images of label maps, after the recipe "
-            f"of SynthSeg [@synthseg], {' and '.join(own)} (weights {networks})."
+            "A convolutional network trained on synthetic images generated from label maps, "
+            f"following SynthSeg [@synthseg], {' and '.join(own)} (weights {networks})."
         )
     for what, origins in zip(("Structures", "Brain masks"), sources.values(), strict=True):
         others = sorted({origin.data_set for origin in origins if not origin.embedded})
         if others:
             some = " of some scans" if any(origin.embedded for origin in origins) else ""
-            sentences.append(f"{what}{some} came from {'; '.join(others)}.")
+            sentences.append(f"{what}{some} were taken from {'; '.join(others)}.")
     return "\n".join(sentences)
 
 

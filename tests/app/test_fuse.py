@@ -172,7 +172,7 @@ def test_report_methods_and_sidecar_say_what_was_fused():
     measured = {**FACTS, "prior": {"coverage": "50 % in 44 %"}}
     assert ("Coverage of its intervals", "50 % in 44 %") in restore_rows(scan_record(measured))
     text = " ".join(methods_text([of_summary(scan_record(FACTS))]).split())
-    assert "1 of these images is of 2 runs of one contrast each" in text
+    assert "1 of these images combines 2 runs of one contrast each" in text
     alone = {**FACTS, "runs": None}
     text = methods_text([of_summary(scan_record(alone))])
     assert "of one contrast" not in text

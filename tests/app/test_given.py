@@ -297,13 +297,13 @@ def test_the_methods_text_says_whose_masks_they_are():
     def method(mask, structures=Origin(StructuresSource.EMBEDDED)):  # noqa: B008
         return Method("T1w", "restore", "exact", 4, 20, "1", "p", "little-net", mask, structures)
 
-    assert "structures and gave the brain mask (weights" in methods_text([method(own)])
+    assert "structures and provided the brain mask (weights" in methods_text([method(own)])
     given = [Origin(MaskSource.FILE, f"bids:fs:sub-{n}/a") for n in (1, 2)]
     text = methods_text([method(mask) for mask in given])
-    assert text.count("Brain masks came from the data set fs.") == 1
-    assert "gave the brain mask" not in text
+    assert text.count("Brain masks were taken from the data set fs.") == 1
+    assert "provided the brain mask" not in text
     programs = method(Origin(MaskSource.SYNTHSTRIP), Origin(StructuresSource.SYNTHSEG))
     text = methods_text([method(own), programs])
-    assert "Brain masks of some scans came from SynthStrip." in text
+    assert "Brain masks of some scans were taken from SynthStrip." in text
     only = methods_text([programs])
     assert "little-net" not in only

@@ -29,9 +29,9 @@ def test_what_ran_and_nothing_else():
     assert "(4 samples, 20 network calls each)" in text
     assert "conditional expectations" in text
     assert "uncertainty map" in text
-    assert "times as thick" not in text
+    assert "times the stated value" not in text
     doubted = " ".join(methods_text([replace(ONE, widths=(0.83, 1.0, 1.17))]).split())
-    assert "taken to be 0.83, 1.00, 1.17 times as thick as stated, in different" in doubted
+    assert "slices was 0.83, 1.00, 1.17 times the stated value in different samples" in doubted
     point = " ".join(methods_text([MEAN]).split())
     assert "no uncertainty was estimated" in point
     assert "standard deviation" not in point
@@ -88,10 +88,10 @@ def test_steps_that_did_not_run_are_not_described():
     moved = replace(ONE, aligned_by=AffineMethod.TEMPLATE)
     text = " ".join(methods_text([moved]).split())
     assert "least squares" not in text
-    assert "MNI305 was found by registration to the template (ANTsPy" in text
+    assert "MNI305 was estimated by registration to the template (ANTsPy" in text
     both = " ".join(methods_text([ONE, moved]).split())
     assert "least squares" in both
-    assert "For the others it was found by registration" in both
+    assert "For the other scans it was estimated by registration" in both
 
 
 def test_every_sampler_can_be_described_those_of_earlier_outputs_too():
