@@ -100,7 +100,8 @@ class VoxelLevel:
         self.voxels, self.sigma = voxels, float(sigma)
         hidden = voxels.hidden.to(device)
         alone, both = self.sigma**2, 1 / (1 / self.sigma**2 + 1 / voxels.noise_sd**2)
-        self.hidden, self.trust = hidden, both / voxels.noise_sd**2
+        self.hidden = hidden
+        self.trust, self.rest = both / voxels.noise_sd**2, both / self.sigma**2  # sum 1
         self.y = voxels.y.float().to(device)
         blocks = _blocks(hidden)
         count = blocks.sum(0)
@@ -114,13 +115,13 @@ class VoxelLevel:
         spread = torch.diag(square.flatten())
         noise = torch.where(blocks[:, self.border].T, alone, both)  # (m, 8)
         total = spread + haar @ (noise[..., None] * haar.T)
-        border_skip = torch.linalg.solve(total, spread.expand_as(total)).mT  # S total^-1
-        k = spread - border_skip @ spread
+        skip = torch.linalg.solve(total, spread.expand_as(total)).mT  # S total^-1
+        k = spread - skip @ spread
         values, vectors = torch.linalg.eigh(0.5 * (k + k.mT))
         root = (vectors * values.clamp_min(0).sqrt()[:, None, :]) @ vectors.mT
-        # On voxels, not on bands: a band of a block at the border holds the scan and x_t, whose
-        # noise may be ten thousand times the scan's, and float32 would lose the scan's digits.
-        self.border_gain, self.border_root = (border_skip @ haar).float(), root.float()
+        # Voxels -> bands of w. A hidden voxel of x_t is of the order of sigma and counts little;
+        # bands of the block would mix it with the measured ones, whose digits float32 then loses.
+        self.border_skip, self.border_root = (skip @ haar).float(), root.float()
         self.root = variance.sqrt().float()
         variance[:, self.border] = k.diagonal(dim1=1, dim2=2).T
         self.c_out = variance.mean((1, 2, 3)).sqrt().float()
@@ -137,18 +138,18 @@ class VoxelLevel:
         """(8, i, j, k) bands of x_t -> those of w."""
         with torch.autocast(noisy.device.type, enabled=False):
             image = from_bands(noisy.float()[None])[0, 0]
-            together = torch.where(self.hidden, image, torch.lerp(image, self.y, self.trust))
-            estimate = self.skip * to_bands(together[None, None])[0]
-            voxels = _blocks(together)[:, self.border].T[..., None]  # (m, 8, 1)
-            estimate[:, self.border] = (self.border_gain @ voxels)[..., 0].T
-            return estimate
+            seen = self.rest * image + self.trust * self.y
+            together = torch.where(self.hidden, image, seen)
+            result = self.skip * to_bands(together[None, None])[0]
+            own = _blocks(together)[:, self.border].T[..., None]  # (m, 8, 1)
+            result[:, self.border] = (self.border_skip @ own)[..., 0].T
+            return result
 
     def spread_out(self, unit: Tensor) -> Tensor:
         """(8, i, j, k) -> K^1/2 of it."""
         with torch.autocast(unit.device.type, enabled=False):
-            unit = unit.float()
-            result = self.root * unit
-            own = unit[:, self.border].T[..., None]  # (m, 8, 1)
+            result = self.root * unit.float()
+            own = unit.float()[:, self.border].T[..., None]  # (m, 8, 1)
             result[:, self.border] = (self.border_root @ own)[..., 0].T
             return result
 
