@@ -27,7 +27,7 @@ FILLED = ("inpainted", "inpaintedRefined")
 SKULL_STRIPS = ("embedded", "synthstrip", "skip", "mask")
 PARCELLATIONS = ("embedded", "synthseg", "derivatives")
 MODALITIES = ("T1w", "T2w", "FLAIR")
-OTHER_MODALITIES = ("PDw", "T2starw", "PDT2")
+OTHER_MODALITIES = ("PDw", "T2starw")
 """Contrasts that the prior was not trained on; only where they are asked for."""
 FUSE = ("runs",)
 SPACES = ("anat", "MNI305")

@@ -18,6 +18,12 @@ def chosen_modalities(asked: Sequence[str], ignored: Sequence[str]) -> tuple[str
     modalities = tuple(dict.fromkeys(asked)) or MODALITIES
     known = (*MODALITIES, *OTHER_MODALITIES)
     unknown = [suffix for suffix in modalities if suffix not in known]
+    if "PDT2" in unknown:
+        raise UsageError(
+            "--modalities PDT2: such a file holds two contrasts, PD and T2, for the same voxels, "
+            "and a restoration is of one. Split it into a PDw and a T2w (fslsplit), and ask for "
+            "those."
+        )
     if unknown:
         raise UsageError(
             f"--modalities: no prior for {', '.join(unknown)}; known are {', '.join(known)}."
