@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import argparse
+import re
+import reprlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from brainprior_bids.bids import patterns
 from brainprior_bids.cli.options import WORK_DIR
 from brainprior_bids.engine.errors import UsageError, WeightsError
 from brainprior_bids.settings import MODALITIES, OTHER_MODALITIES
@@ -45,8 +48,11 @@ def run_labels(given: Sequence[str]) -> tuple[str, ...]:
     """Runs without ``run-``; each a whole number."""
     runs = bare_labels(given, "run-")
     for run in runs:
-        if not run.isdigit():
-            raise UsageError(f"--run-id: a run is a whole number such as 1 or 02, got {run!r}.")
+        if not re.fullmatch("[0-9]{1,9}", run):
+            raise UsageError(
+                "--run-id: a run is a whole number of up to 9 digits such as 1 or 02, got "
+                f"{reprlib.repr(run)}."
+            )
     return runs
 
 
@@ -128,11 +134,11 @@ def _check_pattern(option: str, pattern: str | None) -> None:
     if pattern is None:
         return
     try:
-        pattern.format(subject="", session="", suffix="", stem="")
-    except (KeyError, IndexError, ValueError) as error:
+        patterns.check(pattern)
+    except ValueError as error:
         raise UsageError(
-            f"{option} {pattern}: {error!r} is not known; use {{subject}}, {{session}}, "
-            "{suffix} or {stem}."
+            f"{option} {pattern}: {error}; use a path with {{subject}}, {{session}}, "
+            "{suffix} or {stem} in it, and * for any text."
         ) from error
 
 
