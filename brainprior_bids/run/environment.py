@@ -70,13 +70,13 @@ def prepare_environment(settings: Settings) -> None:
         os.environ["XDG_CACHE_HOME"] = str(home / ".cache")
         os.environ["MPLCONFIGDIR"] = str(home / "matplotlib")
     try:
-        tempfile.gettempdir()
+        temporary = tempfile.gettempdir()
     except FileNotFoundError:  # a read-only root
-        temporary = home / "tmp"
-        temporary.mkdir(exist_ok=True)
-        os.environ["TMPDIR"] = str(temporary)
+        temporary = str(home / "tmp")
+        os.makedirs(temporary, exist_ok=True)
+        os.environ["TMPDIR"] = temporary
         tempfile.tempdir = None
-    find_place_for_sockets()
+    find_place_for_sockets(temporary)
 
 
 def prepare_process() -> None:
@@ -105,9 +105,12 @@ def use_utf8() -> None:
             return
 
 
-def find_place_for_sockets() -> None:
-    """Have multiprocessing put its sockets where their paths are short enough for the system."""
-    asked = tempfile.gettempdir()
+def find_place_for_sockets(asked: str) -> None:
+    """Have multiprocessing put its sockets where their paths are short enough for the system.
+
+    All else that is temporary stays in the folder ``asked`` for.
+    """
+    before = tempfile.tempdir
     for folder in (asked, *SHORT_FOLDERS, os.environ.get("XDG_RUNTIME_DIR", asked)):
         if len(os.fsencode(folder)) + SOCKET_NAME <= LONGEST_SOCKET:
             tempfile.tempdir = folder
@@ -116,7 +119,7 @@ def find_place_for_sockets() -> None:
             except OSError:  # it cannot be written
                 continue
             finally:
-                tempfile.tempdir = asked
+                tempfile.tempdir = before
             return
 
 
