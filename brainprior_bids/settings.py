@@ -7,6 +7,7 @@ Nothing in the package reads a global setting: what a function needs, it is give
 from __future__ import annotations
 
 import json
+import reprlib
 import tomllib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -27,7 +28,7 @@ FILLED = ("inpainted", "inpaintedRefined")
 SKULL_STRIPS = ("embedded", "synthstrip", "skip", "mask")
 PARCELLATIONS = ("embedded", "synthseg", "derivatives")
 MODALITIES = ("T1w", "T2w", "FLAIR")
-OTHER_MODALITIES = ("PDw", "T2starw", "PDT2")
+OTHER_MODALITIES = ("PDw", "T2starw")
 """Contrasts that the prior was not trained on; only where they are asked for."""
 FUSE = ("runs",)
 SPACES = ("anat", "MNI305")
@@ -261,7 +262,10 @@ def read_table(text: str) -> dict[str, Any]:
         If the text is not TOML, lacks the table, names a setting that does not exist, or gives
         one a value of another type.
     """
-    table = tomllib.loads(text).get("brainprior")
+    try:
+        table = tomllib.loads(text).get("brainprior")
+    except RecursionError:
+        raise ValueError("Settings: the text is nested too deeply.") from None
     if not isinstance(table, dict):
         raise ValueError("Settings: expected a [brainprior] table, got none.")
     kinds = {item.name: str(item.type).removesuffix(" | None") for item in fields(Settings)}
@@ -283,12 +287,27 @@ def _typed(name: str, kind: str, value: Any) -> Any:
     if not fits or (kind.startswith("tuple") and not all(isinstance(v, str) for v in value)):
         what = {"Path": "a path in quotes", "dict[str, Any]": "JSON in quotes",
                 "tuple[str, ...]": "a list of strings"}.get(kind, kind)  # fmt: skip
-        raise ValueError(f"Settings: {name} must be {what}, got {value!r}.")
+        raise ValueError(f"Settings: {name} must be {what}, got {reprlib.repr(value)}.")
     if kind == "Path":
         return Path(value)
     if kind.startswith("dict"):
-        return json.loads(value)
+        return _object(name, value)
     return tuple(value) if kind.startswith("tuple") else value
+
+
+def _object(name: str, text: str) -> dict[str, Any]:
+    """The JSON object in a setting's text; all but filters map names to text."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"Settings: {name} must be JSON in quotes: {error}.") from None
+    item = dict if name == "bids_filters" else str
+    if not isinstance(value, dict) or not all(isinstance(v, item) for v in value.values()):
+        what = "objects" if item is dict else "text"
+        raise ValueError(
+            f"Settings: {name} must be a JSON object of {what} in quotes, got {text[:60]!r}."
+        )
+    return value
 
 
 def _toml(value: Any) -> str:

@@ -58,7 +58,7 @@ def configure_nipype(settings: Settings, *, crash_dir: Path) -> None:
     config.update_config(
         {
             "execution": {
-                "crashdump_dir": str(crash_dir),
+                "crashdump_dir": str(crash_dir).replace("%", "%%"),  # as configparser wants it
                 "crashfile_format": "txt",
                 "hash_method": "content",
                 "stop_on_first_crash": str(settings.stop_on_first_crash).lower(),
@@ -70,7 +70,7 @@ def configure_nipype(settings: Settings, *, crash_dir: Path) -> None:
                 "create_report": "false",
             },
             "logging": {
-                "log_directory": str(crash_dir),
+                "log_directory": str(crash_dir).replace("%", "%%"),
                 "log_to_file": "false",
                 "workflow_level": settings.nipype_level,
             },

@@ -10,8 +10,6 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
 from nipype.interfaces.base import isdefined
 from nipype.interfaces.utility import Merge
 from nipype.pipeline import engine as pe
@@ -103,7 +101,7 @@ def field_of_view_l(path: Path) -> float:
         header: Any = nib.load(path).header
         size_mm = np.multiply(header.get_data_shape()[:3], header.get_zooms()[:3])
         return float(np.prod(size_mm)) / 1e6
-    except (OSError, ImageFileError, HeaderDataError):
+    except Exception:  # whatever nibabel says of a quaternion, an offset, an extension
         return 0.0
 
 
@@ -182,6 +180,8 @@ def init_scan_wf(
         else Conform(in_file=str(scan.path), metadata=metadata),
         "conform",
     )
+    if scan.warnings and not alone:
+        conform.inputs.warnings = list(scan.warnings)
     if settings.slice_thickness_mm is not None and not alone:
         conform.inputs.slice_thickness = settings.slice_thickness_mm
     if settings.slice_plane is not None and not alone:

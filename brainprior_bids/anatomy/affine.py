@@ -108,7 +108,7 @@ class AffineFit:
 def mni305_centroids() -> dict[str, Any]:
     """The shipped reference; its ``structures`` map name to centroid, SD, volume and index."""
     path = files("brainprior_bids") / "data" / "mni305_centroids.json"
-    reference: dict[str, Any] = json.loads(path.read_text())
+    reference: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return reference
 
 

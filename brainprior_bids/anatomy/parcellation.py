@@ -73,7 +73,7 @@ class Parcellation:
 @cache
 def structure_names() -> dict[int, str]:
     """FreeSurfer value -> name of every structure, from ``data/structures.tsv``."""
-    text = (files("brainprior_bids") / "data" / "structures.tsv").read_text()
+    text = (files("brainprior_bids") / "data" / "structures.tsv").read_text(encoding="utf-8")
     rows = [line.split("\t") for line in text.splitlines()[1:]]
     return {int(row[0]): row[1] for row in rows}
 

@@ -45,7 +45,7 @@ WORK_MM = 3.0
 def template_folder() -> Path | None:
     """TemplateFlow's folder if it holds MNI305 with its brain mask, else None; no network."""
     home = os.environ.get("TEMPLATEFLOW_HOME")
-    folder = Path(home) if home else Path("~/.cache/templateflow").expanduser()
+    folder = Path(home) if home else Path(os.path.expanduser("~/.cache/templateflow"))
     # TemplateFlow's skeleton has empty files in place of what was not fetched
     there = all(
         (folder / name).is_file() and (folder / name).stat().st_size > 0

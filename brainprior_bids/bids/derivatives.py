@@ -185,7 +185,9 @@ def check_output(output_dir: Path) -> None:
             there = read_json(path)
         except (OSError, ValueError) as error:
             raise UsageError(f"{path} cannot be read ({error}). Repair or remove it.") from error
-        makers = [m.get("Name") for m in there.get("GeneratedBy", []) if isinstance(m, dict)]
+        made = there.get("GeneratedBy")
+        made = made if isinstance(made, list) else []
+        makers = [maker.get("Name") for maker in made if isinstance(maker, dict)]
         if "brainprior" not in makers:
             raise UsageError(
                 f"output_dir {output_dir} is a data set that brainprior did not make "
@@ -410,7 +412,9 @@ def structures_table(parcellation: ParcellationRecord) -> str:
 
 def _colours() -> dict[int, str]:
     """Label value -> ``#rrggbb``, from ``data/structures.tsv``."""
-    text = (resources.files("brainprior_bids") / "data" / "structures.tsv").read_text()
+    text = (resources.files("brainprior_bids") / "data" / "structures.tsv").read_text(
+        encoding="utf-8"
+    )
     rows = csv.DictReader(text.splitlines(), delimiter="\t")
     return {
         int(row["index"]): "#{:02x}{:02x}{:02x}".format(

@@ -23,7 +23,7 @@ import nibabel as nib
 
 from brainprior_bids import __version__
 from brainprior_bids.bids.derivatives import BIDS_VERSION, INHERITED, bids_uri, check_output
-from brainprior_bids.bids.files import read_json, to_json, write_json, write_text
+from brainprior_bids.bids.files import decoded, read_json, to_json, write_json, write_text
 from brainprior_bids.bids.names import BIDSName, output_names
 from brainprior_bids.bids.provenance import CHECKSUM, sha256_file
 from brainprior_bids.bids.query import Scan
@@ -102,7 +102,7 @@ def prepare(
         If one holds somebody else's data set, or cannot be written.
     """
     maker = {"Name": "brainprior", "Version": __version__}
-    name = raw.get("Name", "an unnamed data set")
+    name, made = raw.get("Name", "an unnamed data set"), raw.get("GeneratedBy")
     for kind, root in exports.items():
         folder = Path(root)
         check_output(folder)
@@ -126,7 +126,7 @@ def prepare(
                 "Name": f"{name}, with heads restored by brainprior",
                 "BIDSVersion": raw.get("BIDSVersion", BIDS_VERSION),
                 "DatasetType": "raw",
-                "GeneratedBy": [*raw.get("GeneratedBy", []), maker],
+                "GeneratedBy": [*(made if isinstance(made, list) else []), maker],
                 "SourceDatasets": [{"URL": bids_dir.as_uri()}],
             }
         write_json(folder / "dataset_description.json", described)
@@ -289,8 +289,9 @@ def link_rest(
         If something that is no link is in the way.
     """
     links = 0
-    folders = {scan.name.folder for scan in scans}
-    for subject in {scan.subject for scan in scans}:
+    usable = [scan for scan in scans if scan.problem is None]
+    folders = {scan.name.folder for scan in usable}
+    for subject in {scan.subject for scan in usable}:
         for path in (bids_dir / f"sub-{subject}").glob("ses-*"):
             if path.is_dir() and (not sessions or path.name[4:] in sessions):
                 folders.add(PurePosixPath(path.relative_to(bids_dir)))
@@ -344,8 +345,9 @@ def _write_participants(root: Path, bids_dir: Path) -> None:
     table = bids_dir / "participants.tsv"
     if not table.is_file():
         return
-    with table.open(newline="", encoding="utf-8-sig") as stream:
-        header, *rows = list(csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)) or [[]]
+    text, _ = decoded(table.read_bytes())
+    lines = text.splitlines()
+    header, *rows = list(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)) or [[]]
     if "participant_id" not in header:
         return
     column = header.index("participant_id")

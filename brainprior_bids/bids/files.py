@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files put in place whole or not at all."""
+"""Files put in place whole or not at all, and text as others write it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,18 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from pathlib import Path
+from contextlib import suppress
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
+
+MARKS = {
+    b"\xef\xbb\xbf": "utf-8",
+    b"\xff\xfe": "utf-16-le",
+    b"\xfe\xff": "utf-16-be",
+}
+"""Byte order marks of text files, and the encoding that each announces."""
 
 
 def to_json(value: Mapping[str, Any]) -> str:
@@ -40,9 +48,11 @@ def _plain(value: Any) -> Any:
 def write_text(path: Path, text: str) -> Path:
     """Write ``text`` beside ``path``, flush it to the disk and rename it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    # the random part has to fit into a name of 255 bytes, too
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:200]}.", dir=path.parent)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+        # half a surrogate pair (an undecodable file name) is written as \udcff, as in JSON
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
@@ -67,10 +77,47 @@ def read_json(path: Path) -> dict[str, Any]:
     ValueError
         If it is not JSON, or not an object.
     """
-    value = json.loads(path.read_text(encoding="utf-8"))
+    value = parse_json(decoded(path.read_bytes())[0])
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}.")
     return value
+
+
+def parse_json(text: str) -> Any:
+    """``json.loads``, for which nesting without end is one more way of not being JSON.
+
+    Raises
+    ------
+    ValueError
+        Saying where and why.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def decoded(data: bytes) -> tuple[str, str | None]:
+    """Text, and what it is where it is not the UTF-8 without a byte order mark of BIDS."""
+    for mark, encoding in MARKS.items():
+        if data.startswith(mark):
+            with suppress(UnicodeDecodeError):
+                return data[len(mark) :].decode(encoding), f"{encoding} with a byte order mark"
+    try:
+        return data.decode("utf-8"), None
+    except UnicodeDecodeError:
+        return data.decode("latin-1"), "not UTF-8 (read as Latin-1)"
+
+
+def readable(path: Path | PurePath | str) -> str:
+    """A path on one line that any terminal and file can hold.
+
+    Control characters and bytes that are no text are escaped.
+    """
+    text = str(path).encode("utf-8", "backslashreplace").decode("utf-8")
+    return "".join(
+        sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text
+    )
 
 
 def publish(staged: Mapping[Path, Path]) -> None:

@@ -28,7 +28,10 @@ def fuse_runs(scans: Sequence[Scan]) -> list[Scan]:
     """
     groups: dict[str, list[Scan]] = {}
     for scan in scans:
-        groups.setdefault(fused_name(scan.name).stem, []).append(scan)
+        usable = scan.name.stem == scan.path.name.partition(".")[0]
+        # a file whose name or place cannot be used is nobody's run, and fails alone
+        key = fused_name(scan.name).stem if usable else scan.name.stem
+        groups.setdefault(key, []).append(scan)
     return [_fused(group) if len(group) > 1 else group[0] for group in groups.values()]
 
 
@@ -43,7 +46,8 @@ def _fused(group: list[Scan]) -> Scan:
     runs = group if broken else sorted(group, key=lambda scan: _spacing(scan.path))
     name = fused_name(runs[0].name)
     problem = f"{name.stem}: cannot be fused. {' '.join(broken)}" if broken else None
-    return replace(runs[0], name=name, problem=problem, runs=tuple(runs))
+    warnings = dict.fromkeys(text for run in runs for text in run.warnings)
+    return replace(runs[0], name=name, problem=problem, runs=tuple(runs), warnings=tuple(warnings))
 
 
 def _spacing(path: Path) -> float:

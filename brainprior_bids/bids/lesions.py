@@ -15,6 +15,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from brainprior_bids.bids import patterns
 from brainprior_bids.bids.names import BIDSName, same_value
 from brainprior_bids.bids.query import Scan
 from brainprior_bids.engine.errors import InputError
@@ -99,10 +100,14 @@ def _same_grid(one: Path, other: Path) -> bool:
 def by_pattern(pattern: str, scan: Scan, settings: Settings) -> tuple[list[Path], str]:
     """The files that a pattern with ``{subject}`` … names, and the pattern filled in."""
     name = scan.name
-    pattern = pattern.format(
-        subject=scan.subject, session=name.get("ses") or "", suffix=name.suffix, stem=name.stem
-    )
-    root, text = (Path("/"), pattern[1:]) if pattern[:1] == "/" else (settings.bids_dir, pattern)
+    values = {
+        "subject": scan.subject,
+        "session": name.get("ses") or "",
+        "suffix": name.suffix,
+        "stem": name.stem,
+    }
+    pattern = patterns.fill(pattern, values)
+    root, text = patterns.place(pattern, settings.bids_dir)
     return sorted(root.glob(text)), pattern
 
 

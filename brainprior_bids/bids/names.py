@@ -14,6 +14,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from brainprior_bids.bids.files import readable
 from brainprior_bids.engine.errors import InputError
 from brainprior_bids.settings import FILLED, TASKS
 
@@ -25,7 +26,11 @@ ENTITY_ORDER = (
 )  # fmt: skip
 """Entities in the order of BIDS 1.11; ``from``, ``to`` and ``mode`` as fMRIPrep places them."""
 
-_PAIR = re.compile(r"^(?P<key>[a-zA-Z]+)-(?P<value>[a-zA-Z0-9+]+)$")
+_PAIR = re.compile(r"(?P<key>[a-zA-Z]+)-(?P<value>[a-zA-Z0-9+]+)")
+MAX_BYTES = 255
+"""Longest file name of nearly every file system."""
+SAFE_LABEL = 60
+"""Characters of a participant's label, of what cannot be used, that its report keeps."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +58,15 @@ class BIDSName:
         Raises
         ------
         InputError
-            If the name is not ``key-value_…_suffix.ext`` and does not begin with ``sub-``.
+            If the name is not ``key-value_…_suffix.ext``, does not begin with ``sub-``, or has
+            an entity twice.
         """
-        name = PurePosixPath(path).name
+        name = readable(PurePosixPath(path).name)
         stem, dot, extension = name.partition(".")
         *pairs, suffix = stem.split("_")
         entities = []
         for pair in pairs:
-            match = _PAIR.match(pair)
+            match = _PAIR.fullmatch(pair)
             if match is None:
                 raise InputError(
                     f"{name}: '{pair}' is not a BIDS key-value pair such as 'acq-highres'. "
@@ -69,24 +75,32 @@ class BIDSName:
             entities.append((match["key"], match["value"]))
         if not entities or entities[0][0] != "sub":
             raise InputError(f"{name}: a BIDS name begins with 'sub-<label>_'. Rename the file.")
+        keys = [key for key, _ in entities]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        if twice:
+            raise InputError(
+                f"{name}: a BIDS name has every entity once, this one has {twice[0]}- "
+                f"{keys.count(twice[0])} times. Rename the file."
+            )
         return cls(tuple(entities), suffix, dot + extension)
 
     @classmethod
-    def repaired(cls, path: PurePosixPath) -> BIDSName:
-        """A name under which a file that ``parse`` refuses can be spoken of: bad signs left out.
+    def stand_in(cls, relative: PurePosixPath, suffix: str) -> BIDSName:
+        """A name under which a file is reported whose own name or place cannot be used.
 
-        Raises
-        ------
-        InputError
-            If it does not begin with ``sub-<label>_``.
+        It belongs to the participant (and session) in whose folder the file lies, is no other
+        file's, and is short.
         """
-        stem, dot, extension = path.name.partition(".")
-        first, *pairs, suffix = stem.split("_")
-        known = []
-        for pair in pairs:
-            key, _, value = (re.sub(r"[^a-zA-Z0-9]", "", part) for part in pair.partition("-"))
-            known.append(f"{re.sub('[0-9]', '', key) or 'acq'}-{value or 'x'}")
-        return cls.parse("_".join([first, *known, suffix]) + dot + extension)
+        digest = hashlib.sha256(str(relative).encode("utf-8", "surrogateescape")).hexdigest()[:8]
+        entities = []
+        for key, part in zip(("sub", "ses"), relative.parts, strict=False):
+            if not part.startswith(f"{key}-"):
+                break
+            label = part.removeprefix(f"{key}-")
+            safe = re.sub(r"[^a-zA-Z0-9+]", "", label)[:SAFE_LABEL]
+            entities.append((key, label if label and safe == label else f"{safe}x{digest}"))
+        entities = entities or [("sub", f"x{digest}")]
+        return cls((*entities, ("acq", f"refused{digest}")), suffix, ".nii.gz")
 
     def get(self, key: str) -> str | None:
         """The value of an entity, or None."""
@@ -146,9 +160,12 @@ def _rank(key: str, given: list[str]) -> tuple[int, int]:
 
 def same_value(one: str | None, other: str) -> bool:
     """Whether two values of an entity are one; ``run-1`` is ``run-01``."""
-    if one is not None and one.isdigit() and other.isdigit():
-        return int(one) == int(other)
-    return one == other
+    return one is not None and bare_number(one) == bare_number(other)
+
+
+def bare_number(value: str) -> str:
+    """``01`` -> ``1``; what is no number stays as it is."""
+    return value.lstrip("0") or "0" if re.fullmatch("[0-9]+", value) else value
 
 
 def sample_role(index: int) -> str:

@@ -12,24 +12,44 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
+import reprlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from brainprior_bids.bids.files import read_json
-from brainprior_bids.bids.names import BIDSName
+from brainprior_bids.bids.files import decoded, parse_json, readable
+from brainprior_bids.bids.names import BIDSName, bare_number
 from brainprior_bids.engine.errors import InputError, UsageError
 from brainprior_bids.settings import MODALITIES, OTHER_MODALITIES, Settings
 
 LOG = logging.getLogger("brainprior")
 EXTENSIONS = (".nii", ".nii.gz")
-FOREIGN = {"bold", "sbref", "fmap", "roi", "dwi", "asl"}
+FOREIGN = {"bold", "sbref", "fmap", "roi", "dwi", "asl", "pdt2"}
 """Keys of ``--bids-filter-file`` that fMRIPrep and its kin know."""
+RESERVED = {
+    "return_type", "target", "scope", "regex_search", "absolute_paths", "invalid_filters",
+    "filters", "self",
+}  # fmt: skip
+"""Arguments of pybids that are no entities."""
+LARGEST_SIDECAR = 16 * 2**20
+"""Bytes; that of a scan has a few thousand."""
+NOT_TEXT = re.compile(r"[\ud800-\udfff]")
+"""Bytes of a file's name that are not UTF-8, as Python spells them."""
+LARGEST_NUMBER = 2**53
+"""From here on JSON numbers are not exact, and those of a database end."""
+LONGEST_STEM = 220
+"""Characters; with a longer name not even its failure could be written down."""
 DERIVED = ("space", "res", "desc")
 """Entities of derivatives: ours replace them, so that two results would have one name."""
+
+
+class NoScanError(UsageError):
+    """Nothing that was asked for is there."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +70,8 @@ class Scan:
         Why it cannot be processed, where that is known without opening it.
     runs : tuple of Scan
         With ``--fuse``: the scans that are fused, the reference first; empty otherwise.
+    warnings : tuple of str
+        What had to be put right to read its sidecars.
     """
 
     path: Path
@@ -58,6 +80,7 @@ class Scan:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     problem: str | None = None
     runs: tuple[Scan, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def subject(self) -> str:
@@ -86,7 +109,10 @@ def check_dataset(bids_dir: Path) -> dict[str, Any]:
         )
     path = bids_dir / "dataset_description.json"
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{path} must be a file of JSON text, it is none. Replace it.")
+        text, other = decoded(path.read_bytes())
+        description = parse_json(text)
     except FileNotFoundError:
         raise UsageError(
             f"{bids_dir} has no dataset_description.json, so it is not the root of a BIDS data "
@@ -100,6 +126,8 @@ def check_dataset(bids_dir: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is not valid JSON ({error}). Repair it.") from error
     if not isinstance(description, dict):
         raise UsageError(f"{path} must hold a JSON object, got {type(description).__name__}.")
+    if other is not None:
+        LOG.warning("%s is %s; BIDS asks for UTF-8. Save it as that.", path, other)
     makers = description.get("GeneratedBy")
     makers = makers if isinstance(makers, list) else []
     if any(isinstance(maker, dict) and maker.get("Name") == "brainprior" for maker in makers):
@@ -115,28 +143,47 @@ def list_subjects(bids_dir: Path) -> list[str]:
     return sorted(
         entry.name[4:]
         for entry in bids_dir.iterdir()
-        if entry.name.startswith("sub-") and entry.is_dir()
+        if entry.name.startswith("sub-") and os.path.isdir(entry)
     )
+
+
+def requested_subjects(settings: Settings) -> list[str]:
+    """Labels of the participants that were asked for, or of all, sorted.
+
+    Raises
+    ------
+    UsageError
+        An unknown label.
+    """
+    present = list_subjects(settings.bids_dir)
+    _require(settings.participant_label, present, "participant", settings.bids_dir)
+    return sorted(settings.participant_label or present)
+
+
+def subjects_without(scans: Iterable[Scan], settings: Settings) -> list[str]:
+    """The requested participants in whose folders not one scan of the request lies."""
+    having = {scan.relative.parts[0] for scan in scans}
+    return [label for label in requested_subjects(settings) if f"sub-{label}" not in having]
 
 
 def find_scans(settings: Settings) -> list[Scan]:
     """Every scan that was asked for, sorted by path.
 
+    What is wrong with one file is that scan's ``problem``, whatever it is.
+
     Raises
     ------
     UsageError
-        An unknown label, a filter that pybids does not know, a sidecar that is not JSON, or
-        nothing found; the message prints what is there, or the filters in force.
+        An unknown label, a filter that pybids does not know, or nothing found; the message prints
+        what is there, or the filters in force.
     """
-    present = list_subjects(settings.bids_dir)
-    _require(settings.participant_label, present, "participant", settings.bids_dir)
-    subjects = sorted(settings.participant_label or present)
+    subjects = requested_subjects(settings)
     sessions = sorted(
         {
             entry.name[4:]
             for subject in subjects
             for entry in (settings.bids_dir / f"sub-{subject}").glob("ses-*")
-            if entry.is_dir()
+            if os.path.isdir(entry)
         }
     )
     _require(settings.session_label, sessions, "session", settings.bids_dir)
@@ -146,65 +193,178 @@ def find_scans(settings: Settings) -> list[Scan]:
         settings.participant_label,
         settings.session_label,
         database_dir=settings.bids_database_dir,
-        metadata=_asks_metadata(settings),
     )
     sidecars = Sidecars(settings.bids_dir)
-    found: dict[Path, Mapping[str, Any]] = {}
+    files: dict[Path, _File] = {}
     for suffix in settings.modalities:
-        query = _query(settings, suffix)
+        query, fields = _query(settings, suffix)
         try:
-            files = layout.get(**query, invalid_filters="error")
-        except ValueError as error:
+            listed = [Path(file.path) for file in layout.get(**query, invalid_filters="error")]
+        except Exception as error:  # whatever pybids and its database say of a value
             raise UsageError(
                 f"--bids-filter-file: the filter for {suffix} cannot be used: "
                 f"{str(error).partition(' If you')[0]}"  # pybids goes on to its own arguments
             ) from error
-        for file in files:
-            found[Path(file.path)] = sidecars.metadata(Path(file.path))
-    scans = _scans(settings.bids_dir, found)
+        found = {path: _described(path, suffix, sidecars) for path in listed}
+        _require_fields(fields, found.values(), suffix)
+        files |= {path: file for path, file in found.items() if file.fits(fields)}
+        for path in _undecodable(settings, subjects, suffix):
+            problem = (
+                f"{readable(path.name).partition('.')[0]}: the file's name is not text (UTF-8). "
+                "Rename it: letters, digits, '-' and '_'."
+            )
+            files[path] = _File(suffix, problem=problem)
+    scans = _scans(settings.bids_dir, files)
     if not scans:
-        raise UsageError(
+        raise NoScanError(
             f"No scan in {settings.bids_dir} matches. Filters in force:\n{_describe(settings)}\n"
             "Widen one of them, or check the file names."
         )
     return scans
 
 
-def _scans(bids_dir: Path, found: Mapping[Path, Mapping[str, Any]]) -> list[Scan]:
+@dataclass(frozen=True)
+class _File:
+    """An image that was found: the suffix it was asked for by, and what its sidecars say."""
+
+    suffix: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    problem: str | None = None
+
+    def fits(self, fields: Mapping[str, Any]) -> bool:
+        """Whether the metadata is as asked; True where it cannot be read: that is reported."""
+        if self.problem is not None:
+            return True
+        return all(_fits(self.metadata.get(key), asked) for key, asked in fields.items())
+
+
+def _described(path: Path, suffix: str, sidecars: Sidecars) -> _File:
+    try:
+        metadata, warnings = sidecars.metadata(path)
+    except InputError as error:
+        stem = readable(path.name).partition(".")[0]
+        return _File(suffix, problem=f"{stem}: {error}")
+    return _File(suffix, metadata, tuple(warnings))
+
+
+def _fits(value: Any, asked: Any) -> bool:
+    """Whether a sidecar's value is one of those asked for; null: absent, "*": present."""
+    own = value if isinstance(value, list) else [value]
+    for item in asked if isinstance(asked, list) else [asked]:
+        if (value is None and item is None) or (item == "*" and value is not None):
+            return True
+        if item is not None and any(item == one or str(item) == str(one) for one in own):
+            return True
+    return False
+
+
+def _require_fields(fields: Mapping[str, Any], files: Iterable[_File], suffix: str) -> None:
+    """Refuse a filter by what is no entity and in no sidecar."""
+    files = list(files)
+    known = {key for file in files for key in file.metadata}
+    unknown = sorted(set(fields) - known)
+    if unknown and files and all(file.problem is None for file in files):
+        raise UsageError(
+            f"--bids-filter-file: the filter for {suffix} cannot be used: '{unknown[0]}' is not a "
+            f"recognized entity, and in no sidecar of a {suffix}. Correct or remove it."
+        )
+
+
+def _undecodable(settings: Settings, subjects: Sequence[str], suffix: str) -> list[Path]:
+    """Images of a contrast whose file names are not text: pybids cannot hold them."""
+    found = []
+    for subject in subjects:
+        folder = settings.bids_dir / f"sub-{subject}"
+        for anat in [folder / "anat", *sorted(folder.glob("ses-*/anat"))]:
+            session = anat.parent.name.removeprefix("ses-")
+            if settings.session_label and session not in settings.session_label:
+                continue
+            with suppress(OSError):
+                found += [
+                    path
+                    for path in sorted(anat.iterdir())
+                    if NOT_TEXT.search(str(path.relative_to(settings.bids_dir)))
+                    and path.name.endswith(tuple(f"_{suffix}{end}" for end in EXTENSIONS))
+                ]
+    return found
+
+
+def _scans(bids_dir: Path, files: Mapping[Path, _File]) -> list[Scan]:
     scans: dict[str, Scan] = {}
-    for path in sorted(found):
+    for path in sorted(files):
+        file = files[path]
         relative = PurePosixPath(path.relative_to(bids_dir))
-        problem = None
+        name, problem = _named(relative, file)
+        if problem is None:
+            if name.get("part") not in (None, "mag"):  # phase, real, imaginary: no brain picture
+                continue
+            problem = file.problem or _unusable(path, name)
+        result = name.derivative()  # entities in the order of BIDS: one for each set of results
+        if result in scans:
+            twin = scans[result]
+            both = f"two files are this scan ({twin.relative} and {readable(relative)})"
+            if twin.name.stem == name.stem:
+                problem = f"{name.stem}: {both}. Remove one of them."
+            else:  # the same entities in another order: the first one has the name
+                problem = f"{name.stem}: {both}. Rename or remove this one."
+                name = BIDSName.stand_in(relative, file.suffix)
+                result = name.derivative()
+        scans[result] = Scan(
+            path, PurePosixPath(readable(relative)), name, dict(file.metadata), problem,
+            warnings=file.warnings,
+        )  # fmt: skip
+    return list(scans.values())
+
+
+def _named(relative: PurePosixPath, file: _File) -> tuple[BIDSName, str | None]:
+    """A scan's name; where it or the file's place cannot be used, one to report it by, and why."""
+    stem = readable(relative.name).partition(".")[0]
+    problem = file.problem if NOT_TEXT.search(str(relative)) else None
+    if problem is None:
         try:
             name = BIDSName.parse(relative)
         except InputError as error:
-            name, problem = BIDSName.repaired(relative), str(error)
-        if name.get("part") not in (None, "mag"):  # phase, real, imaginary: no brain picture
-            continue
-        if not path.exists() and not path.is_symlink():
-            problem = (
-                f"{name.stem}: the file is gone since --bids-database-dir was made. "
-                "Remove that folder and run again."
-            )
-        elif not path.exists():
-            problem = (
-                f"{name.stem}: the file is a link whose content is not here. "
-                "Fetch it (datalad get, or git annex get) and run again."
-            )
-        added = [f"{key}-" for key in DERIVED if name.get(key) is not None]
-        if added:
-            problem = (
-                f"{name.stem}: a raw scan has no {', '.join(added)} in its name. Give raw data; "
-                "another tool's image goes with --task refine and --derivatives."
-            )
-        if name.stem in scans:
-            twin = scans[name.stem]
-            problem = (
-                f"{name.stem}: two files are this scan ({twin.relative} and {relative}). "
-                "Remove one of them."
-            )
-        scans[name.stem] = Scan(path, relative, name, dict(found[path]), problem)
-    return list(scans.values())
+            problem = str(error)
+        else:
+            wrong = relative.parent != name.folder / "anat"
+            if not wrong and len(name.stem) <= LONGEST_STEM:
+                return name, None
+            problem = f"{stem}: its name has {len(name.stem)} characters, too long. Shorten it."
+            if wrong:
+                problem = (
+                    f"{stem}: the file lies in {readable(relative.parent)}, but its name says "
+                    f"{name.folder / 'anat'}. Whose scan is it? Rename or move it."
+                )
+    return BIDSName.stand_in(relative, file.suffix), problem
+
+
+def _unusable(path: Path, name: BIDSName) -> str | None:
+    """Why an image cannot be begun, from its name and what lies there; None where it can."""
+    added = [f"{key}-" for key in DERIVED if name.get(key) is not None]
+    if added:
+        return (
+            f"{name.stem}: a raw scan has no {', '.join(added)} in its name. Give raw data; "
+            "another tool's image goes with --task refine and --derivatives."
+        )
+    if os.path.isfile(path):
+        return None
+    if os.path.exists(path):
+        return f"{name.stem}: expected an image file, {path} is none. Replace or remove it."
+    if os.path.islink(path):
+        return f"{name.stem}: {_without_content(path)}"
+    return (
+        f"{name.stem}: the file is gone since --bids-database-dir was made. "
+        "Remove that folder and run again."
+    )
+
+
+def _without_content(path: Path) -> str:
+    """What to do about a link that leads nowhere."""
+    return (
+        f"{path.name} is a link whose content is not here. Fetch it (datalad get, or "
+        "git annex get) and run again; if it is not of git-annex, correct the link."
+    )
 
 
 def _index(
@@ -213,58 +373,83 @@ def _index(
     sessions: Sequence[str],
     *,
     database_dir: Path | None = None,
-    metadata: bool = False,
 ) -> Any:
     """A pybids layout of the images in the ``anat`` folders of these subjects (empty: all).
 
-    With ``metadata`` a query may use the sidecars' fields. With ``database_dir`` the index of the
-    whole data set, metadata included, is kept there, or read from there.
+    With ``database_dir`` the index of the whole data set, metadata included, is kept there, or
+    read from there.
     """
-    from bids.layout import BIDSLayout, BIDSLayoutIndexer
-
     # pybids matches files too: the sidecars above an anat folder have to pass
     ignore = [
         r"^/(?!sub-)[^/]+(?<!\.json)$",
         r"^/sub-[^/]+/(?:ses-[^/]+/)?(?!ses-|anat(?:/|$))[^/]+(?<!\.json)$",
+        NOT_TEXT.pattern,  # its database cannot hold them
     ]
     if database_dir is not None:
-        subjects, sessions, metadata = (), (), True
-    if not metadata:
-        ignore.append(r"\.json$")
+        return _kept_index(bids_dir, ignore, database_dir)
+    ignore.append(r"\.json$")
     if subjects:
         ignore.append(rf"^/sub-(?!(?:{_any(subjects)})(?:/|$))")
     if sessions:
         ignore.append(rf"^/sub-[^/]+/ses-(?!(?:{_any(sessions)})(?:/|$))")
-    indexer = BIDSLayoutIndexer(
-        validate=False, ignore=[re.compile(patt) for patt in ignore], index_metadata=metadata
-    )
-    arguments: dict[str, Any] = {"validate": False}
-    if database_dir is not None and (database_dir / "layout_index.sqlite").exists():
-        arguments["database_path"] = str(database_dir)
-    elif database_dir is not None:
+    try:
+        return _layout(bids_dir, ignore, metadata=False)
+    except OSError as error:
+        raise UsageError(
+            f"{bids_dir} cannot be indexed: {error}. Check its permissions."
+        ) from error
+
+
+def _kept_index(bids_dir: Path, ignore: Sequence[str], database_dir: Path) -> Any:
+    """The layout in ``--bids-database-dir``, made where it is not there yet."""
+    where = f"--bids-database-dir {database_dir}"
+    made = database_dir / "layout_index.sqlite"
+    kept = {"database_path": str(database_dir)}
+    try:
         database_dir.mkdir(parents=True, exist_ok=True)
-        arguments.update(database_path=str(database_dir), indexer=indexer)
-    else:
-        arguments["indexer"] = indexer
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pybids' own deprecations; nothing a user can act on
-        try:
-            layout = BIDSLayout(str(bids_dir), **arguments)
-        except OSError as error:  # pybids wraps a JSON decoding error so, naming the file
-            raise UsageError(
-                f"{bids_dir} cannot be indexed: {error} Repair or remove the file."
-            ) from error
-        except ValueError as error:
-            raise UsageError(
-                f"--bids-database-dir {database_dir} cannot be used for {bids_dir}: {error} "
-                "Remove that folder, and it is made anew."
-            ) from error
+        exists = made.exists()
+    except OSError as error:
+        raise UsageError(
+            f"{where}: no folder can be there ({error.strerror}). Choose another."
+        ) from error
+    try:
+        if exists:
+            layout = _layout(bids_dir, None, metadata=False, **kept)
+        else:
+            try:
+                layout = _layout(bids_dir, ignore, metadata=True, **kept)
+            except (OSError, ValueError, RecursionError) as error:  # a sidecar of any participant
+                for path in database_dir.glob("layout_*"):
+                    path.unlink()
+                LOG.warning("%s: kept without metadata: %s", where, error)
+                ignore = [*ignore, r"\.json$"]
+                layout = _layout(bids_dir, ignore, metadata=False, **kept)
+    except Exception as error:  # whatever pybids and its database say of it
+        raise UsageError(
+            f"{where} cannot be used for {bids_dir}: {error} Remove that folder, and it is made "
+            "anew."
+        ) from error
     if Path(layout.root).resolve() != bids_dir.resolve():
         raise UsageError(
-            f"--bids-database-dir {database_dir} is the index of {layout.root}, not of "
-            f"{bids_dir}. Use another folder."
+            f"{where} is the index of {layout.root}, not of {bids_dir}. Use another folder."
         )
     return layout
+
+
+def _layout(
+    bids_dir: Path, ignore: Sequence[str] | None, *, metadata: bool, **arguments: str
+) -> Any:
+    """pybids' layout; its own deprecations are nothing that a user could act on."""
+    from bids.layout import BIDSLayout, BIDSLayoutIndexer
+
+    indexer = None
+    if ignore is not None:
+        indexer = BIDSLayoutIndexer(
+            validate=False, ignore=[re.compile(patt) for patt in ignore], index_metadata=metadata
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return BIDSLayout(str(bids_dir), validate=False, indexer=indexer, **arguments)
 
 
 class Sidecars:
@@ -277,23 +462,27 @@ class Sidecars:
     def __init__(self, bids_dir: Path) -> None:
         self._root = bids_dir
         self._folders: dict[Path, dict[str, list[tuple[Path, dict[str, str]]]]] = {}
-        self._contents: dict[Path, dict[str, Any]] = {}
+        self._contents: dict[Path, dict[str, Any] | InputError] = {}
+        self._warnings: dict[Path, str] = {}
 
-    def metadata(self, image: Path) -> dict[str, Any]:
-        """What all sidecars of an image say together.
+    def metadata(self, image: Path) -> tuple[dict[str, Any], list[str]]:
+        """What all sidecars of an image say together, and what is amiss with how they say it.
 
         Raises
         ------
-        UsageError
+        InputError
             If one of them cannot be read or does not hold a JSON object.
         """
         suffix, entities = _taken_apart(image)
         merged: dict[str, Any] = {}
+        warnings = []
         for folder in reversed(image.relative_to(self._root).parents):
             for path, needed in self._listed(self._root / folder).get(suffix, ()):
                 if needed.items() <= entities.items():
                     merged.update(self._read(path))
-        return merged
+                    if path in self._warnings:
+                        warnings.append(self._warnings[path])
+        return merged, warnings
 
     def _listed(self, folder: Path) -> dict[str, list[tuple[Path, dict[str, str]]]]:
         """Suffix -> sidecars in a folder, the most general first."""
@@ -310,35 +499,59 @@ class Sidecars:
     def _read(self, path: Path) -> dict[str, Any]:
         if path not in self._contents:
             try:
-                self._contents[path] = read_json(path)
-            except OSError as error:
-                raise UsageError(f"{path} cannot be read ({error.strerror}).") from error
-            except ValueError as error:
-                raise UsageError(
-                    f"{path} is not a sidecar ({error}). Repair or remove the file."
-                ) from error
-        return self._contents[path]
+                self._contents[path], other = _read_sidecar(path)
+            except InputError as error:  # the same for every image that it applies to
+                self._contents[path] = error
+            else:
+                if other is not None:
+                    self._warnings[path] = f"{path.name} is {other}; BIDS asks for UTF-8."
+        content = self._contents[path]
+        if isinstance(content, InputError):
+            raise content
+        return content
+
+
+def _read_sidecar(path: Path) -> tuple[dict[str, Any], str | None]:
+    """A sidecar's content, and its encoding where that is not what BIDS asks for."""
+    where = f"the sidecar {readable(path)}"
+    if os.path.islink(path) and not os.path.exists(path):
+        raise InputError(_without_content(path))
+    if not os.path.isfile(path):
+        raise InputError(f"{where} is no file. Replace or remove it.")
+    try:
+        if path.stat().st_size > LARGEST_SIDECAR:
+            size = path.stat().st_size / 2**20
+            raise InputError(
+                f"{where} has {size:.0f} MiB, expected less than {LARGEST_SIDECAR / 2**20:.0f}. "
+                "Is it one? Replace or remove it."
+            )
+        text, other = decoded(path.read_bytes())
+        content = parse_json(text)
+    except OSError as error:
+        raise InputError(
+            f"{where} cannot be read ({error.strerror}). Check its permissions."
+        ) from error
+    except ValueError as error:
+        raise InputError(f"{where} is not JSON ({error}). Repair or remove it.") from error
+    if not isinstance(content, dict):
+        raise InputError(
+            f"{where}: expected a JSON object, got {type(content).__name__}. Repair or remove it."
+        )
+    return content, other
 
 
 def _taken_apart(path: Path) -> tuple[str, dict[str, str]]:
     """Suffix and entities of a name; ``run-01`` is ``run-1``."""
     *pairs, suffix = path.name.partition(".")[0].split("_")
     entities = dict(pair.partition("-")[::2] for pair in pairs)
-    if entities.get("run", "").isdigit():
-        entities["run"] = str(int(entities["run"]))
+    if "run" in entities:
+        entities["run"] = bare_number(entities["run"])
     return suffix, entities
 
 
-def _asks_metadata(settings: Settings) -> bool:
-    """Whether a filter names something that does not stand in a file's name."""
-    from bids.layout import Config
-
-    asked = {key for query in settings.bids_filters.values() for key in query}
-    return not asked <= set(Config.load("bids").entities)
-
-
-def _query(settings: Settings, suffix: str) -> dict[str, Any]:
-    from bids.layout import Query
+def _query(settings: Settings, suffix: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What pybids is asked for, by the names of files, and what the sidecars have to say."""
+    from bids.layout import Config, Query
 
     words = {None: Query.NONE, "*": Query.ANY}
     query: dict[str, Any] = {
@@ -352,12 +565,16 @@ def _query(settings: Settings, suffix: str) -> dict[str, Any]:
         query["session"] = list(settings.session_label)
     if settings.run_id:
         query["run"] = [int(run) for run in settings.run_id]
-    for entity, value in settings.bids_filters.get(suffix, {}).items():
-        if isinstance(value, list):
-            query[entity] = [words.get(item, item) for item in value]
+    entities = set(Config.load("bids").entities)
+    fields = {}
+    for key, value in settings.bids_filters.get(suffix, {}).items():
+        if key not in entities:
+            fields[key] = value
+        elif isinstance(value, list):
+            query[key] = [words.get(item, item) for item in value]
         else:
-            query[entity] = words.get(value, value)
-    return query
+            query[key] = words.get(value, value)
+    return query, fields
 
 
 def read_filters(path: Path, modalities: Iterable[str]) -> dict[str, Any]:
@@ -374,17 +591,29 @@ def read_filters(path: Path, modalities: Iterable[str]) -> dict[str, Any]:
     UsageError
         If the file is missing, is not JSON, or has a key that none of them knows.
     """
+    who = f"--bids-filter-file {path}"
     try:
-        filters = json.loads(path.read_text(encoding="utf-8"))
+        filters = parse_json(decoded(path.read_bytes())[0])
     except OSError as error:
-        raise UsageError(f"--bids-filter-file {path} cannot be read: {error.strerror}.") from error
+        raise UsageError(f"{who} cannot be read: {error.strerror}.") from error
     except ValueError as error:
-        raise UsageError(f"--bids-filter-file {path} is not valid JSON ({error}).") from error
+        raise UsageError(f"{who} is not valid JSON ({error}).") from error
+    return checked_filters(filters, modalities, who)
+
+
+def checked_filters(filters: Any, modalities: Iterable[str], who: str) -> dict[str, Any]:
+    """Filters as ``read_filters`` returns them, from what a file holds; ``who`` is that file.
+
+    Raises
+    ------
+    UsageError
+        Naming the key or value that cannot be used.
+    """
     by_key = {suffix.lower(): suffix for suffix in modalities}
     others = {suffix.lower() for suffix in (*MODALITIES, *OTHER_MODALITIES)} - set(by_key)
     if not isinstance(filters, dict) or not all(isinstance(v, dict) for v in filters.values()):
         raise UsageError(
-            f"--bids-filter-file {path}: expected an object of objects, such as "
+            f"{who}: expected an object of objects, such as "
             '{"t1w": {"acquisition": "mprage"}}.'
         )
     idle = sorted(key for key in filters if key.lower() in others | FOREIGN)
@@ -394,10 +623,36 @@ def read_filters(path: Path, modalities: Iterable[str]) -> dict[str, Any]:
     unknown = sorted(key for key in filters if key.lower() not in by_key)
     if unknown:
         raise UsageError(
-            f"--bids-filter-file {path}: unknown key {', '.join(unknown)}; "
-            f"known are {', '.join(by_key)} (set by --modalities)."
+            f"{who}: unknown key {readable(', '.join(unknown))}; known are {', '.join(by_key)} "
+            "(set by --modalities)."
         )
+    for key, query in filters.items():
+        for entity, value in query.items():
+            _check_filter(f"{who}: {key}: {readable(entity)}", by_key[key.lower()], entity, value)
     return {by_key[key.lower()]: value for key, value in filters.items()}
+
+
+def _check_filter(who: str, suffix: str, entity: str, value: Any) -> None:
+    """Refuse what pybids would take for something else than an entity's value, or not take."""
+    if entity in RESERVED:
+        raise UsageError(f"{who} is an argument of pybids, not an entity of BIDS. Remove it.")
+    fixed = {"datatype": ("anat",), "suffix": (suffix,), "extension": EXTENSIONS}
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, dict | list):
+            raise UsageError(
+                f"{who}: expected a value or a list of values, got {type(item).__name__} "
+                f"{reprlib.repr(item)} in it."
+            )
+        number = isinstance(item, int | float)
+        if number and not abs(item) < LARGEST_NUMBER:
+            raise UsageError(f"{who}: expected a number below 2^53, got {reprlib.repr(item)}.")
+        if isinstance(item, str) and NOT_TEXT.search(item):
+            raise UsageError(f"{who}: expected text, got {item!r}.")
+        if entity in fixed and item not in fixed[entity]:
+            raise UsageError(
+                f"{who}: only {' or '.join(fixed[entity])} is read here, got "
+                f"{reprlib.repr(item)}. Remove it, or use --modalities."
+            )
 
 
 def _require(asked: Sequence[str], present: Sequence[str], what: str, where: Path) -> None:

@@ -4,6 +4,9 @@
 ``logs/scans/<scan>.json`` is put in place by rename, by whichever process finished the scan;
 ``logs/status.tsv`` is made from those files alone, so several processes may share an output
 folder (appending to one table is not atomic on NFS). A summary is a ``records.ScanRecord``.
+
+``logs/participants/sub-XX.json`` stands for a participant of whom there is no scan to restore:
+the table has a row for them, too.
 """
 
 from __future__ import annotations
@@ -11,17 +14,20 @@ from __future__ import annotations
 import csv
 import io
 import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from brainprior_bids.bids.files import write_json, write_text
+from brainprior_bids.bids.files import read_json, readable, write_json, write_text
 from brainprior_bids.engine.errors import RecordError
 from brainprior_bids.records import ErrorRecord, ScanRecord, ScanStatus
 
 KILLED_JOB = "KilledJob"
 """``ErrorRecord.type`` of a scan whose job ended before it did."""
+NO_SCAN = "no scan"
+"""Status of a participant without a scan."""
 COLUMNS = ("source", "task", "status", "seconds", "message")
 
 
@@ -59,14 +65,37 @@ def read_summaries(output_dir: Path) -> list[ScanRecord]:
     return [summary for summary in summaries if summary is not None]
 
 
+def write_absent(output_dir: Path, absent: Mapping[str, str], present: Iterable[str]) -> None:
+    """Write down the participants without a scan, and remove what was written of the others.
+
+    Parameters
+    ----------
+    absent : label -> message
+    present : labels
+        Participants who have one.
+    """
+    folder = output_dir / "logs" / "participants"
+    for label, message in absent.items():
+        row = {"source": readable(f"sub-{label}"), "status": NO_SCAN, "message": message}
+        write_json(folder / f"sub-{label}.json", row)
+    for label in present:
+        (folder / f"sub-{label}.json").unlink(missing_ok=True)
+
+
 def rebuild_status(output_dir: Path) -> Path:
-    """Write ``logs/status.tsv``: one row a scan, from the summaries."""
+    """Write ``logs/status.tsv``: one row per scan, and per participant without one."""
     stream = io.StringIO()
     writer = csv.writer(stream, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_NONE,
                         escapechar=None, quotechar=None)  # fmt: skip
     writer.writerow(COLUMNS)
     for summary in read_summaries(output_dir):
         writer.writerow([_cell(getattr(summary, column)) for column in COLUMNS])
+    for path in sorted((output_dir / "logs" / "participants").glob("sub-*.json")):
+        try:
+            row = read_json(path)
+        except (OSError, ValueError):  # removed meanwhile by the process that found a scan
+            continue
+        writer.writerow([_cell(row.get(column)) for column in COLUMNS])
     return write_text(output_dir / "logs" / "status.tsv", stream.getvalue())
 
 

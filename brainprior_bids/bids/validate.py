@@ -49,7 +49,8 @@ def validate(root: Path, *, command: str) -> list[Issue]:
     result = subprocess.run(
         [command, "--format", "json", "--ignoreWarnings", str(root)],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         check=False,
     )
     try:
@@ -89,6 +90,8 @@ def validate_scans(
             if entry.is_file() and (not other or entry.name == ".bidsignore"):
                 (view / entry.name).symlink_to(entry)
         for folder in folders:
+            if not (bids_dir / folder).is_dir():  # a name that is not text
+                continue
             target = view / folder
             target.parent.mkdir(parents=True, exist_ok=True)
             target.symlink_to(bids_dir / folder)

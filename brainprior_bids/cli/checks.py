@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import argparse
+import re
+import reprlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from brainprior_bids.bids import patterns
 from brainprior_bids.cli.options import WORK_DIR
 from brainprior_bids.engine.errors import UsageError, WeightsError
 from brainprior_bids.settings import MODALITIES, OTHER_MODALITIES
@@ -18,6 +21,12 @@ def chosen_modalities(asked: Sequence[str], ignored: Sequence[str]) -> tuple[str
     modalities = tuple(dict.fromkeys(asked)) or MODALITIES
     known = (*MODALITIES, *OTHER_MODALITIES)
     unknown = [suffix for suffix in modalities if suffix not in known]
+    if "PDT2" in unknown:
+        raise UsageError(
+            "--modalities PDT2: such a file holds two contrasts, PD and T2, for the same voxels, "
+            "and a restoration is of one. Split it into a PDw and a T2w (fslsplit), and ask for "
+            "those."
+        )
     if unknown:
         raise UsageError(
             f"--modalities: no prior for {', '.join(unknown)}; known are {', '.join(known)}."
@@ -39,8 +48,11 @@ def run_labels(given: Sequence[str]) -> tuple[str, ...]:
     """Runs without ``run-``; each a whole number."""
     runs = bare_labels(given, "run-")
     for run in runs:
-        if not run.isdigit():
-            raise UsageError(f"--run-id: a run is a whole number such as 1 or 02, got {run!r}.")
+        if not re.fullmatch("[0-9]{1,9}", run):
+            raise UsageError(
+                "--run-id: a run is a whole number of up to 9 digits such as 1 or 02, got "
+                f"{reprlib.repr(run)}."
+            )
     return runs
 
 
@@ -122,11 +134,11 @@ def _check_pattern(option: str, pattern: str | None) -> None:
     if pattern is None:
         return
     try:
-        pattern.format(subject="", session="", suffix="", stem="")
-    except (KeyError, IndexError, ValueError) as error:
+        patterns.check(pattern)
+    except ValueError as error:
         raise UsageError(
-            f"{option} {pattern}: {error!r} is not known; use {{subject}}, {{session}}, "
-            "{suffix} or {stem}."
+            f"{option} {pattern}: {error}; use a path with {{subject}}, {{session}}, "
+            "{suffix} or {stem} in it, and * for any text."
         ) from error
 
 

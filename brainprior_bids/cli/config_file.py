@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from brainprior_bids.bids.files import decoded
 from brainprior_bids.cli.options import WORK_DIR
 from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.settings import read_table
@@ -21,7 +23,9 @@ NOT_IN_CONFIG = (
 def read_config(path: Path) -> dict[str, Any]:
     """The settings in a file, without those of the one run that wrote it."""
     try:
-        config = read_table(path.read_text(encoding="utf-8"))
+        if "\\u0000" in (text := path.read_bytes().decode("latin-1")) or "\0" in text:
+            raise ValueError("a setting holds a zero byte. Remove it.")
+        config = read_table(decoded(path.read_bytes())[0])
     except OSError as error:
         raise UsageError(f"--config-file {path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
@@ -38,8 +42,14 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def as_tokens(parser: argparse.ArgumentParser, config: dict[str, Any]) -> list[str]:
-    """Settings as the command line would say them."""
-    tokens = []
+    """Settings as the command line would say them.
+
+    Raises
+    ------
+    UsageError
+        If a label or the like would be read as an option.
+    """
+    tokens: list[str] = []
     for action in parser._actions:
         if action.dest not in config or not action.option_strings:
             continue
@@ -47,15 +57,23 @@ def as_tokens(parser: argparse.ArgumentParser, config: dict[str, Any]) -> list[s
         if isinstance(value, bool):
             tokens += [option] * value
         elif action.dest == "task":
-            tokens += [option, *value.split("+")]
+            tokens += _several(option, value.split("+"))
         elif action.dest == "verbose":
-            tokens += [option] * int(value)
+            tokens += [option] * min(int(value), 3)
         elif action.dest == "mem_gb":
-            tokens += [option, f"{value}G"]
+            tokens.append(f"{option}={value}G")
         elif isinstance(value, dict):
-            tokens += [option, *(f"{name}={path}" for name, path in value.items())] * bool(value)
+            tokens += _several(option, [f"{name}={path}" for name, path in value.items()])
         elif isinstance(value, tuple):
-            tokens += [option, *value] * bool(value)
+            tokens += _several(option, value)
         else:
-            tokens += [option, str(value)]
+            tokens.append(f"{option}={value}")
     return tokens
+
+
+def _several(option: str, values: Sequence[str]) -> list[str]:
+    """An option and its values, if there are any."""
+    for value in values:
+        if value.startswith("-"):
+            raise UsageError(f"--config-file: {option}: {value!r} begins with a dash. Correct it.")
+    return [option, *values] if values else []

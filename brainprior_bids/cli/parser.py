@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from brainprior_bids.bids.provenance import new_run_uuid
-from brainprior_bids.bids.query import read_filters
+from brainprior_bids.bids.query import checked_filters, read_filters
 from brainprior_bids.cli import options as groups
 from brainprior_bids.cli.checks import (
     bare_labels,
@@ -159,7 +159,11 @@ def parse_settings(argv: Sequence[str]) -> Settings:
     filters = (
         read_filters(options.bids_filter_file, modalities)
         if options.bids_filter_file
-        else {key: value for key, value in options.bids_filters.items() if key in modalities}
+        else checked_filters(
+            {key: value for key, value in options.bids_filters.items() if key in modalities},
+            modalities,
+            f"--config-file {options.config_file}: bids_filters",
+        )
     )
     return Settings(
         bids_dir=bids_dir,

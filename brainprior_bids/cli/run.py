@@ -6,15 +6,21 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import shlex
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
+from brainprior_bids import __version__
+from brainprior_bids.bids.files import write_text
 from brainprior_bids.bids.provenance import verify_export, verify_records
 from brainprior_bids.cli.parser import parse_settings
 from brainprior_bids.engine.errors import BrainpriorError, UsageError
 from brainprior_bids.run.analysis_levels import run
+from brainprior_bids.run.environment import prepare_process
 from brainprior_bids.run.logs import log_to_stderr
 
 TRAINERS = ("prior", "parcellation")
@@ -27,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     -------
     0 every requested scan is done; 1 something failed; 2 the request cannot be carried out.
     """
+    prepare_process()
     try:
         code = _command(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
@@ -43,6 +50,7 @@ def _command(arguments: list[str]) -> int:
     """``main``, but for what is printed."""
     log_to_stderr()
     before = signal.signal(signal.SIGTERM, _interrupt)  # what a scheduler sends
+    logs = None
     try:
         if arguments[:1] == ["train"]:
             return train(arguments[1:])
@@ -68,18 +76,41 @@ def _command(arguments: list[str]) -> int:
             return weights(arguments[1:])
         if arguments[:1] == ["verify"]:
             return verify(arguments[1:])
-        return run(parse_settings(arguments))
+        settings = parse_settings(arguments)
+        logs = settings.output_dir / "logs"
+        return run(settings)
     except UsageError as error:
         print(f"brainprior: error: {error}", file=sys.stderr)
         return 2
     except BrainpriorError as error:
         print(f"brainprior: failed: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        raise
+    except Exception as error:  # one place for what nobody thought of
+        print(f"brainprior: failed: {_not_foreseen(error, logs, arguments)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("brainprior: interrupted; the same command goes on from here.", file=sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _not_foreseen(error: Exception, logs: Path | None, arguments: Sequence[str]) -> str:
+    """One line about an error that no message was written for; its traceback goes to a file."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    text = f"brainprior {__version__}: {shlex.join(arguments)}\n\n"
+    text += "".join(traceback.format_exception(error))
+    name = f"crash-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}.txt"
+    for folder in (logs, Path(os.environ.get("TMPDIR", "/tmp")), Path("/dev/shm")):
+        if folder is not None and folder.is_dir():
+            try:
+                path = write_text(folder / name, text)
+            except OSError:  # full or read-only: the next one
+                continue
+            return f"{said}. This was not foreseen: please report it, with {path}."
+    return f"{said}. This was not foreseen: please report it ({type(error).__name__})."
 
 
 def _interrupt(*_: object) -> None:

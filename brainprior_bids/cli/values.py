@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import reprlib
 from pathlib import Path
 
 from brainprior_bids.bids.export import EXPORTS
@@ -53,15 +54,17 @@ def space_name(text: str) -> str:
 
 def positive_int(text: str) -> int:
     """A whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text:.40}")
     return int(text)
 
 
 def seed(text: str) -> int:
     """A whole number from 0 to 2^63 - 1."""
-    if not text.isdecimal() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2^63 - 1, got {text}")
+    if not re.fullmatch("[0-9]{1,19}", text) or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number from 0 to 2^63 - 1, got {reprlib.repr(text)}"
+        )
     return int(text)
 
 
@@ -92,9 +95,9 @@ def _number(text: str) -> float:
 def memory_gb(text: str) -> float:
     """``8G``, ``8000M``, ``8000`` (MB, as in fMRIPrep) -> GiB."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text.upper())
-    if match is None or float(match[1]) <= 0:
+    if match is None or not 0 < float(match[1]) < float("inf"):
         raise argparse.ArgumentTypeError(
-            f"expected a size such as 8G, 8000M or 8000 (MB), got {text!r}"
+            f"expected a size such as 8G, 8000M or 8000 (MB), got {reprlib.repr(text)}"
         )
     return float(match[1]) * UNITS_GB[match[2] or "M"]
 
@@ -102,6 +105,10 @@ def memory_gb(text: str) -> float:
 def device_name(text: str) -> str:
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N``; whether it is there is asked later."""
     kind, colon, index = text.partition(":")
-    if text in ("auto", "cpu", "cuda") or (kind == "cuda" and colon and index.isdigit()):
+    if text in ("auto", "cpu", "cuda") or (
+        kind == "cuda" and colon and re.fullmatch("[0-9]{1,4}", index)
+    ):
         return text
-    raise argparse.ArgumentTypeError(f"expected auto, cpu, cuda or cuda:N, got {text!r}")
+    raise argparse.ArgumentTypeError(
+        f"expected auto, cpu, cuda or cuda:N, got {reprlib.repr(text)}"
+    )

@@ -123,7 +123,7 @@ def _note(path: Path) -> Path:
 def _add(options: argparse.Namespace) -> int:
     from brainprior_bids.engine.weights import SUFFIX, load_parcellation, load_prior, user_folder
 
-    source = options.file.expanduser()
+    source = Path(os.path.expanduser(options.file))
     facts = read_any(source)
     (load_prior if facts["kind"] == "prior" else load_parcellation)(source)  # they fit together
     if options.sha256 and options.sha256.lower() != facts["sha256"]:

@@ -38,9 +38,9 @@ def user_folder() -> Path:
     """Of `brainprior weights add`: ``$BRAINPRIOR_WEIGHTS``, or in the user's data folder."""
     own = os.environ.get("BRAINPRIOR_WEIGHTS")
     if own:
-        return Path(own).expanduser()
+        return Path(os.path.expanduser(own))
     data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
-    return Path(data).expanduser() / "brainprior" / "weights"
+    return Path(os.path.expanduser(data)) / "brainprior" / "weights"
 
 
 def find_weights(asked: str | Path | None, *, kind: str) -> Path:
@@ -56,7 +56,7 @@ def find_weights(asked: str | Path | None, *, kind: str) -> Path:
     embedded = FOLDER / f"{kind}.safetensors"
     if asked is None or str(asked) == "embedded":
         return embedded
-    path = Path(asked).expanduser()
+    path = Path(os.path.expanduser(asked))
     if path.is_file():
         return path.absolute()
     named = user_folder() / f"{asked}{SUFFIX}"

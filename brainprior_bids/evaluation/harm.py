@@ -307,7 +307,7 @@ def main() -> None:
     parser.add_argument("--subjects", type=int, default=9, help="at most this many")
     parser.add_argument("--kind", choices=KINDS, default="harms", help="in what ways")
     args = parser.parse_args()
-    rows = json.loads(args.table.read_text()) if args.table.exists() else []
+    rows = json.loads(args.table.read_text(encoding="utf-8")) if args.table.exists() else []
     done = {(row["scan"], row["harm"]) for row in rows}
     network = weights.load_parcellation(weights.FOLDER / "parcellation.safetensors", device="cpu")
     for subject in sorted(args.bids_dir.glob("sub-*"))[: args.subjects]:
@@ -328,8 +328,8 @@ def main() -> None:
                     facts, _ = compare(change(image, brain), network, beside)
                     rows.append({"scan": name, "harm": harm, **facts})
                     print(json.dumps(rows[-1]), flush=True)
-                    args.table.write_text(json.dumps(rows, indent=1) + "\n")
-    args.table.write_text(json.dumps(rows, indent=1) + "\n")
+                    args.table.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    args.table.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     print(summarise(rows))
 
 

@@ -56,6 +56,7 @@ def brain_sources(inputs: Mapping[str, Any]) -> BrainSources:
 class _ConformInputSpec(MeasuredInputSpec):
     in_file = File(mandatory=True, desc="a raw T1w, T2w or FLAIR")
     metadata = traits.Dict({}, usedefault=True, desc="of its sidecars, inheritance applied")
+    warnings = traits.List(traits.Str, desc="what had to be put right to read them")
     slice_thickness = traits.Range(
         low=0.0, exclude_low=True, desc="mm; overrides the sidecars' SliceThickness"
     )
@@ -78,7 +79,7 @@ class Conform(MeasuredInterface):
 
         conformed = conform_scan(self.inputs.in_file, **conform_options(given(self.inputs)))
         self._results.update(files.write_conformed(conformed, folder))
-        return conformed.warnings
+        return [*given(self.inputs).get("warnings", ()), *conformed.warnings]
 
 
 class _ParcellateInputSpec(MeasuredInputSpec):

@@ -4,18 +4,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 
 from brainprior_bids.bids import status
 from brainprior_bids.bids.derivatives import check_output
 from brainprior_bids.bids.qc import rebuild_qc
-from brainprior_bids.bids.query import check_dataset
+from brainprior_bids.bids.query import NoScanError, Scan, check_dataset
 from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.run.documents import write_documents
 from brainprior_bids.run.group import run_group
 from brainprior_bids.run.jobs import requested_scans
 from brainprior_bids.run.logs import LOG
-from brainprior_bids.run.participants import run_participants
+from brainprior_bids.run.participants import name_absent, run_participants
 from brainprior_bids.run.plugin_file import read_plugin_file, require_scheduler
 from brainprior_bids.run.resources import fit_memory, memory_limit_gb
 from brainprior_bids.settings import Settings
@@ -29,7 +30,7 @@ def run(settings: Settings) -> int:
         return _rewrite(settings)
     code = 0
     if "participant" in settings.analysis_level:
-        scans = requested_scans(settings)
+        scans = _requested(settings)
         if settings.dry_run:
             from brainprior_bids.run.plan import print_plan
 
@@ -54,6 +55,18 @@ def run(settings: Settings) -> int:
                 raise
             LOG.error("%s", error)  # the scans failed: that is how this call ended
     return code
+
+
+def _requested(settings: Settings) -> Sequence[Scan]:
+    """The requested scans; the status names who was asked for by name where there are none."""
+    try:
+        return requested_scans(settings)
+    except NoScanError:
+        if settings.participant_label and not (settings.dry_run or settings.boilerplate_only):
+            check_output(settings.output_dir)
+            name_absent((), settings)
+            status.rebuild_status(settings.output_dir)
+        raise
 
 
 def _rewrite(settings: Settings) -> int:

@@ -77,7 +77,7 @@ def make_batch_plugin(
         If the work folder's name cannot be passed to a scheduler.
     """
     folder = Path(workflow.base_dir) / workflow.name / "batch"
-    if set(str(folder)) & set(" \t\n'\"$&;()*?"):
+    if set(str(folder)) & set(" \t\n'\"$&;()*?%"):
         raise UsageError(
             f"--work-dir {workflow.base_dir}: Nipype's plugin {name} does not quote paths; "
             "choose a folder without spaces and special characters."
@@ -268,7 +268,7 @@ def _last_words(folder: str | None, taskid: int) -> str:
     for parent in Path(folder).parents:
         for pattern in (f"slurm-{taskid}.out", f"*.e{taskid}"):
             for output in (parent / "batch").glob(pattern):
-                lines = output.read_text(errors="replace").split("\n")
+                lines = output.read_text(encoding="utf-8", errors="replace").split("\n")
                 said = [line.strip() for line in lines if line.strip()]
                 return f"It last said: {said[-1]}" if said else ""
     return ""

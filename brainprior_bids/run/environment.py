@@ -3,22 +3,46 @@
 
 Libraries read these variables when they are imported, here and in the worker processes, so this
 runs before any of them is.
+
+``prepare_process`` is for every command, before its arguments are read: a terminal or a locale
+that is not UTF-8 and a user without a home folder are no reason to stop.
 """
 
 from __future__ import annotations
 
+import codecs
+import getpass
+import io
+import locale
+import multiprocessing
+import multiprocessing.util
 import os
+import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from brainprior_bids.bids.files import write_text
+from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.settings import Settings
+
+LONGEST_SOCKET = 107
+"""Bytes of a socket's path (AF_UNIX)."""
+SOCKET_NAME = len("/pymp-12345678/listener-12345678")
+SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
+UTF8_LOCALES = ("C.UTF-8", "en_US.UTF-8", "UTF-8")
 
 
 def prepare_environment(settings: Settings) -> None:
     """Set the environment variables of this run, and make the work folder."""
     home = settings.work_dir / "home"
-    home.mkdir(parents=True, exist_ok=True)
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"--work-dir {settings.work_dir} cannot be made or written ({error.strerror}). Check "
+            "its permissions, or choose another folder."
+        ) from error
     write_text(  # by rename: another process may share the work folder
         home / "nipype.cfg",
         f"[logging]\nworkflow_level = {settings.nipype_level}\ninterface_level = INFO\n"
@@ -36,7 +60,8 @@ def prepare_environment(settings: Settings) -> None:
         MKL_NUM_THREADS=threads,
         ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS=threads,
     )
-    templates = Path("~/.cache/templateflow").expanduser()  # TemplateFlow's own default
+    # TemplateFlow's own default
+    templates = Path(os.path.expanduser("~"), ".cache", "templateflow")
     if not templates.is_dir():
         templates = home / "templateflow"
     os.environ.setdefault("TEMPLATEFLOW_HOME", str(templates))
@@ -45,12 +70,69 @@ def prepare_environment(settings: Settings) -> None:
         os.environ["XDG_CACHE_HOME"] = str(home / ".cache")
         os.environ["MPLCONFIGDIR"] = str(home / "matplotlib")
     try:
-        tempfile.gettempdir()
+        temporary = tempfile.gettempdir()
     except FileNotFoundError:  # a read-only root
-        temporary = home / "tmp"
-        temporary.mkdir(exist_ok=True)
-        os.environ["TMPDIR"] = str(temporary)
+        temporary = str(home / "tmp")
+        os.makedirs(temporary, exist_ok=True)
+        os.environ["TMPDIR"] = temporary
         tempfile.tempdir = None
+    find_place_for_sockets(temporary)
+
+
+def prepare_process() -> None:
+    """UTF-8 for text files, output that any terminal takes, a home folder and a user's name."""
+    use_utf8()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not so in a notebook
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # a user id without a name, as containers have
+        os.environ["LOGNAME"] = f"uid{os.getuid()}"
+    try:
+        Path.home()
+    except (KeyError, RuntimeError):
+        os.environ["HOME"] = "/nonexistent"  # `prepare_environment` gives it one
+
+
+def use_utf8() -> None:
+    """Text files of other packages are UTF-8 here too, whatever the locale says."""
+    if codecs.lookup(locale.getpreferredencoding(False)).name == "utf-8":
+        return
+    for name in UTF8_LOCALES:
+        with suppress(locale.Error):
+            locale.setlocale(locale.LC_CTYPE, name)
+            return
+
+
+def find_place_for_sockets(asked: str) -> None:
+    """Have multiprocessing put its sockets where their paths are short enough for the system.
+
+    All else that is temporary stays in the folder ``asked`` for.
+    """
+    before = tempfile.tempdir
+    for folder in (asked, *SHORT_FOLDERS, os.environ.get("XDG_RUNTIME_DIR", asked)):
+        if len(os.fsencode(folder)) + SOCKET_NAME <= LONGEST_SOCKET:
+            tempfile.tempdir = folder
+            try:
+                multiprocessing.util.get_temp_dir()  # made now, and kept for this process
+            except OSError:  # it cannot be written
+                continue
+            finally:
+                tempfile.tempdir = before
+            return
+
+
+def why_no_workers() -> str | None:
+    """Why no worker process could be started here; None where they can."""
+    try:
+        multiprocessing.get_context("forkserver").Lock()
+    except (OSError, ImportError) as error:
+        return f"/dev/shm cannot be used ({getattr(error, 'strerror', None) or error})"
+    folder = multiprocessing.util.get_temp_dir()
+    if len(os.fsencode(folder)) + SOCKET_NAME - len("/pymp-12345678") > LONGEST_SOCKET:
+        return f"{folder} is too long a path for a socket; set TMPDIR to a shorter one"
+    return None
 
 
 def _writable(folder: Path) -> bool:

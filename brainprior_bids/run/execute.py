@@ -13,6 +13,8 @@ from brainprior_bids.bids import status
 from brainprior_bids.bids.files import write_text
 from brainprior_bids.bids.names import result_name
 from brainprior_bids.bids.qc import rebuild_qc
+from brainprior_bids.engine.errors import UsageError
+from brainprior_bids.run.environment import why_no_workers
 from brainprior_bids.run.logs import LOG
 from brainprior_bids.run.monitor import ResourceMonitor
 from brainprior_bids.run.outcome import step_records, why_not_ended, write_failure, write_running
@@ -73,8 +75,7 @@ def execute(jobs: Sequence[Any], settings: Settings, weights: dict[str, Path]) -
         except KeyboardInterrupt as interrupt:
             crashed = interrupt
         finally:  # after an interrupt, and with --stop-on-first-crash, nodes may still be running
-            if not settings.debug:
-                pool.stop()
+            pool.stop()
     every_step = workflow.list_node_names()
     for job, folder in zip(jobs, folders, strict=True):
         summary = status.read_summary(
@@ -94,16 +95,20 @@ def execute(jobs: Sequence[Any], settings: Settings, weights: dict[str, Path]) -
 
 def make_plugin(workflow: Any, settings: Settings, progress: Progress) -> Any:
     """Our own pool, or the scheduler that ``--nipype-plugin-file`` names."""
-    from nipype.pipeline.plugins import LinearPlugin
-
     from brainprior_bids.run.cluster import make_batch_plugin
+    from brainprior_bids.run.in_turn import InTurn
     from brainprior_bids.run.pool import SurvivingPool
     from brainprior_bids.workflows.scan import NODES, claims_gb
 
     if settings.debug:
-        return LinearPlugin(plugin_args={"status_callback": progress})
+        return InTurn(plugin_args={"status_callback": progress})
     file = read_plugin_file(settings.plugin_file)
     if file.is_batch:
+        if "%" in str(settings.output_dir):
+            raise UsageError(
+                f"output_dir {settings.output_dir}: Nipype's plugin {file.plugin} takes a per "
+                "cent sign in it for a placeholder; choose a folder without."
+            )
         return make_batch_plugin(
             file.plugin,
             plugin_args=file.plugin_args,
@@ -112,6 +117,9 @@ def make_plugin(workflow: Any, settings: Settings, progress: Progress) -> Any:
             status_callback=progress,
             tag=f"brainprior-{settings.run_uuid}",
         )
+    if (problem := why_no_workers()) is not None:
+        LOG.warning("No worker processes: %s. The steps run in this process, in turn.", problem)
+        return InTurn(plugin_args={"status_callback": progress})
     arguments = {
         "n_procs": settings.nprocs,
         "n_gpu_procs": settings.n_gpu_procs if settings.use_gpu else 0,

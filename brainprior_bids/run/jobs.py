@@ -13,8 +13,8 @@ from brainprior_bids.bids.claims import Claims
 from brainprior_bids.bids.fingerprint import changes, decisive, fingerprint, short
 from brainprior_bids.bids.fuse import fuse_runs
 from brainprior_bids.bids.given import Given, find_given
-from brainprior_bids.bids.names import result_name, scan_seed
-from brainprior_bids.bids.provenance import sha256_file
+from brainprior_bids.bids.names import MAX_BYTES, output_names, result_name, scan_seed
+from brainprior_bids.bids.provenance import label, sha256_file
 from brainprior_bids.bids.query import Scan, find_scans
 from brainprior_bids.bids.refined import name_after_images
 from brainprior_bids.engine.errors import InputError
@@ -49,6 +49,14 @@ def plan_jobs(
         except InputError as error:
             write_failure(scan, settings, ErrorRecord(type="InputError", message=str(error)))
             continue
+        except Exception as error:  # not foreseen: this scan's failure all the same
+            LOG.debug("%s", scan.name.stem, exc_info=True)
+            kind, said = type(error).__name__, " ".join(str(error).split())
+            message = f"it cannot be begun ({kind}: {said}). Please report this, with -vv."
+            write_failure(scan, settings, ErrorRecord(type=kind, message=message))
+            continue
+        for text in scan.warnings:
+            LOG.warning("%s: %s", scan.name.stem, text)
         if not claims.take(scan.name.stem):
             LOG.error(
                 "%s: another process is at work on it, in %s or in %s. It is left to that one.",
@@ -132,6 +140,7 @@ def look_up(scan: Scan, settings: Settings, weights: Mapping[str, str]) -> Found
     """
     if scan.problem is not None:
         raise InputError(scan.problem)
+    _check_lengths(scan, settings)
     given, *of_others = find_given(scan, settings)
     others = list(zip(scan.runs[1:], of_others, strict=True))
     try:
@@ -152,6 +161,30 @@ def look_up(scan: Scan, settings: Settings, weights: Mapping[str, str]) -> Found
         ) from error
     parts = decisive(scan, settings, input_sha256=image, weights=weights, given=hashes)
     return Found(parts, fingerprint(scan, parts), given, others)
+
+
+def _check_lengths(scan: Scan, settings: Settings) -> None:
+    """Refuse a scan with a name so long that a file system would not take those of its results."""
+    names = output_names(
+        scan.name,
+        n_samples=settings.n_samples,
+        save_samples=settings.save_samples,
+        image=settings.image,
+        native=settings.output_grid == "native",
+        runs=[run.name for run in scan.runs[1:]],
+    )
+    result = result_name(scan.name, settings.image)
+    longest = max(
+        max(map(len, names.values())) + len("rec-brainprior_"),
+        len(f"prov-{label(settings.run_uuid, result)}_ent.json"),
+        len(f"{scan.name.node_name}_wf"),
+    )
+    if longest > MAX_BYTES:
+        raise InputError(
+            f"{scan.name.stem}: its name is too long: the names of its results would have "
+            f"{longest} characters, and file systems take {MAX_BYTES}. Shorten it by "
+            f"{longest - MAX_BYTES} (a label such as that of acq-)."
+        )
 
 
 def why_again(

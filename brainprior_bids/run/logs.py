@@ -39,7 +39,7 @@ def log_to_stderr() -> None:
 def log_to_file(path: Path) -> logging.Handler:
     """Send every line to a file of this run as well, with its date."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     LOG.addHandler(handler)
     return handler

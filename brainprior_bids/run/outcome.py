@@ -62,7 +62,9 @@ def write_failure(
     ``left`` are files of an earlier run that are still in place: the message says so, and the next
     run that succeeds removes those that it does not replace.
     """
-    message = named(str(error.message), scan.name.stem)
+    message = str(error.message)
+    if message != scan.problem:  # which names the file, perhaps by a name that is not the scan's
+        message = named(message, scan.name.stem)
     previous = status.read_summary(settings.output_dir, result_name(scan.name, settings.image))
     earlier = () if previous is None else previous.files
     left = sorted(path for path in {*earlier} if (settings.output_dir / path).is_file())

@@ -11,10 +11,11 @@ from brainprior_bids import __version__
 from brainprior_bids.bids import export, status
 from brainprior_bids.bids.claims import Claims
 from brainprior_bids.bids.derivatives import write_dataset_files
+from brainprior_bids.bids.files import readable
 from brainprior_bids.bids.names import result_name
 from brainprior_bids.bids.provenance import write_run
 from brainprior_bids.bids.qc import rebuild_qc
-from brainprior_bids.bids.query import Scan
+from brainprior_bids.bids.query import Scan, subjects_without
 from brainprior_bids.records import ScanRecord, ScanStatus, named
 from brainprior_bids.run.documents import write_boilerplate, write_documents
 from brainprior_bids.run.environment import prepare_environment
@@ -33,7 +34,7 @@ def run_participants(scans: Sequence[Scan], settings: Settings, raw: dict[str, A
     log_file = log_to_file(settings.output_dir / "logs" / f"{settings.run_uuid}.log")
     try:
         if not settings.skip_bids_validation and not settings.boilerplate_only:
-            validate_request(scans, settings)
+            scans = validate_request(scans, settings)
         weights = checked_weights(settings)
         if settings.boilerplate_only:
             return write_boilerplate(scans, settings, weights)
@@ -58,6 +59,7 @@ def run_participants(scans: Sequence[Scan], settings: Settings, raw: dict[str, A
             output_dir=settings.output_dir,
             raw=raw,
         )
+        absent = name_absent(scans, settings)
         hashes = {role: digest for role, (_, digest) in weights.items()}
         with Claims([settings.output_dir / "logs", settings.work_dir]) as claims:
             jobs = plan_jobs(scans, settings, hashes, claims)
@@ -73,10 +75,29 @@ def run_participants(scans: Sequence[Scan], settings: Settings, raw: dict[str, A
         status.rebuild_status(settings.output_dir)
         rebuild_qc(settings.output_dir)
         reports_made = write_documents({scan.subject for scan in scans}, settings)
-        return _conclude(scans, settings, claims.refused) or (0 if reports_made else 1)
+        code = _conclude(scans, settings, claims.refused) or (0 if reports_made else 1)
+        return code or (1 if absent and settings.participant_label else 0)
     finally:
         LOG.removeHandler(log_file)
         log_file.close()
+
+
+def name_absent(scans: Sequence[Scan], settings: Settings) -> list[str]:
+    """Log the requested participants without a scan, and note them for the status; their labels.
+
+    It is no failure where all participants were asked for: not everyone has every contrast.
+    """
+    absent = {}
+    for subject in subjects_without(scans, settings):
+        absent[subject] = (
+            f"sub-{readable(subject)}: no scan matches the request (modalities "
+            f"{', '.join(settings.modalities)}, and the other filters). Check the names of its "
+            "files, or widen the request."
+        )
+        LOG.warning("%s", absent[subject])
+    present = {scan.relative.parts[0].removeprefix("sub-") for scan in scans}
+    status.write_absent(settings.output_dir, absent, present)
+    return list(absent)
 
 
 def _log_warnings(summary: ScanRecord) -> None:

@@ -10,10 +10,11 @@ import numpy as np
 
 from brainprior_bids.anatomy.conform import read_geometry
 from brainprior_bids.bids import export
+from brainprior_bids.bids.files import readable
 from brainprior_bids.bids.names import output_names, scan_seed
-from brainprior_bids.bids.query import Scan
+from brainprior_bids.bids.query import Scan, subjects_without
 from brainprior_bids.engine.acquisition import PLANES
-from brainprior_bids.engine.errors import GeometryError, InputError
+from brainprior_bids.engine.errors import BrainpriorError
 from brainprior_bids.engine.samplers import registry
 from brainprior_bids.records import ConformFacts
 from brainprior_bids.run.jobs import Found, export_roots_of, exported_t1w, look_up, why_again
@@ -57,8 +58,9 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
             if why:
                 print(f"  {why}")
             voxels = _told(scan, settings, found)
-        except (InputError, GeometryError) as error:
-            print(f"  would fail: {error}")
+        except Exception as error:  # as `plan_jobs`: whatever it is, the others go on
+            known = isinstance(error, BrainpriorError)
+            print(f"  would fail: {error if known else f'{type(error).__name__}: {error}'}")
             refused += 1
             continue
         share = FUSED_SHARE * len(scan.runs) if scan.runs else sampler.solve_share
@@ -84,6 +86,8 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
                 print(f"  {root}/{path}")
         if "raw" in settings.exports:
             print(f"  {settings.exports['raw']}/{export.raw_name(scan.name)}")
+    for subject in subjects_without(scans, settings):
+        print(f"sub-{readable(subject)}: no scan of it matches")
     to_do = len(scans) - refused - skipped
     memory = max(claims_gb(settings).values())
     at_once = (
@@ -136,7 +140,7 @@ def _told(scan: Scan, settings: Settings, found: Found) -> float:
             f"{PLANES[acquisition.slice_axis]} slices, {acquisition.thickness_mm:.3g} mm thick "
             f"({source})"
         )
-        for warning in taken.warnings:
+        for warning in (*run.warnings, *taken.warnings):
             print(f"  warning: {warning}")
         voxels = voxels or float(np.prod(np.minimum(taken.grid.extent_mm, BOX_MM)))
     return voxels

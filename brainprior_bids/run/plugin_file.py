@@ -8,6 +8,7 @@ needs. Examples: docs/cluster.
 
 from __future__ import annotations
 
+import reprlib
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +16,14 @@ from typing import Any
 
 import yaml
 
+from brainprior_bids.bids.files import decoded
 from brainprior_bids.engine.errors import UsageError
 
 LOCAL = ("MultiProc",)
 BATCH = ("SLURM", "SLURMGraph", "SGE", "PBS", "LSF", "OAR")
+COUNTS = ("n_procs", "n_gpu_procs", "maxtasksperchild", "max_jobs")
+AMOUNTS = ("memory_gb", "poll_sleep_duration", "retry_timeout")
+CONTEXTS = ("forkserver", "spawn", "fork")
 SUBMIT = {
     "SLURM": "sbatch", "SLURMGraph": "sbatch", "SGE": "qsub", "PBS": "qsub", "LSF": "bsub",
     "OAR": "oarsub",
@@ -71,12 +76,18 @@ def read_plugin_file(path: Path | None) -> PluginFile:
     if path is None:
         return PluginFile()
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = yaml.safe_load(decoded(path.read_bytes())[0])
+    except RecursionError:
+        raise UsageError(
+            f"--nipype-plugin-file {path} cannot be read: it is nested too deeply."
+        ) from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UsageError(f"--nipype-plugin-file {path} cannot be read: {error}") from error
     who = f"--nipype-plugin-file {path}"
-    if not isinstance(content, dict) or "plugin" not in content:
-        raise UsageError(f"{who}: expected `plugin:` and `plugin_args:`, got {content!r:.80}.")
+    if not isinstance(content, dict) or not isinstance(content.get("plugin"), str):
+        raise UsageError(
+            f"{who}: expected `plugin:` (a name) and `plugin_args:`, got {_shown(content)}."
+        )
     unknown = sorted(set(map(str, content)) - {"plugin", "plugin_args", "step_args"})
     if unknown:
         raise UsageError(
@@ -93,11 +104,11 @@ def read_plugin_file(path: Path | None) -> PluginFile:
         if step not in STEPS:
             raise UsageError(f"{who}: step_args: no step {step!r}; steps are {', '.join(STEPS)}.")
         steps[step] = {
-            key: str(value) for key, value in _mapping(who, f"step_args.{step}", extra).items()
+            key: _text(f"{who}: step_args.{step}.{key}", value)
+            for key, value in _mapping(who, f"step_args.{step}", extra).items()
         }
-    memory = arguments.get("memory_gb")
-    if memory is not None and (not isinstance(memory, int | float) or memory <= 0):
-        raise UsageError(f"{who}: memory_gb: expected a number above 0, got {memory!r}.")
+    for name, value in arguments.items():
+        _check_argument(f"{who}: {name}", name, value)
     if steps and plugin in LOCAL:
         raise UsageError(f"{who}: step_args mean nothing to {plugin}; they are for schedulers.")
     return PluginFile(plugin, arguments, steps)
@@ -120,9 +131,38 @@ def require_scheduler(file: PluginFile) -> None:
         )
 
 
+def _check_argument(who: str, name: str, value: Any) -> None:
+    """Refuse a value of ``plugin_args`` that Nipype would stumble over."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if name in COUNTS and value is not None:
+        if not number or isinstance(value, float) or not 1 <= value < 10**6:
+            raise UsageError(f"{who}: expected a whole number from 1, got {_shown(value)}.")
+    elif name in AMOUNTS and value is not None:
+        if not number or not 0 < value < float("inf"):
+            raise UsageError(f"{who}: expected a number above 0, got {_shown(value)}.")
+    elif name == "mp_context":
+        if value not in CONTEXTS:
+            raise UsageError(f"{who}: expected {', '.join(CONTEXTS)}, got {_shown(value)}.")
+    elif name.endswith("_args"):
+        _text(who, value)
+    elif isinstance(value, dict | list):
+        raise UsageError(f"{who}: expected one value, got {_shown(value)}.")
+
+
+def _shown(value: Any) -> str:
+    """A value in short, however often its parts refer to each other."""
+    return reprlib.repr(value)[:80]
+
+
+def _text(who: str, value: Any) -> str:
+    if not isinstance(value, str | int | float):
+        raise UsageError(f"{who}: expected text, got {_shown(value)}.")
+    return str(value)
+
+
 def _mapping(who: str, name: str, value: Any) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise UsageError(f"{who}: {name} must be a mapping, got {value!r:.80}.")
+        raise UsageError(f"{who}: {name} must be a mapping, got {_shown(value)}.")
     return {str(key): item for key, item in value.items()}

@@ -27,6 +27,7 @@ from typing import Any
 
 from nipype.pipeline.plugins.multiproc import MultiProcPlugin, process_initializer, run_node
 
+from brainprior_bids.run.environment import use_utf8
 from brainprior_bids.run.logs import LOG
 
 KILLED = (
@@ -42,6 +43,7 @@ EXPENDABLE = 500
 
 def start_worker(cwd: str, main_pid: int) -> None:
     """Nipype's own initializer, and a thread that ends this worker when the run is gone."""
+    use_utf8()
     process_initializer(cwd)
     with suppress(OSError):  # no Linux, or a sandbox: then the kernel takes the largest
         Path("/proc/self/oom_score_adj").write_text(str(EXPENDABLE))

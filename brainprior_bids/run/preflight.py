@@ -5,13 +5,17 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from brainprior_bids.bids.query import Scan
-from brainprior_bids.bids.validate import find_validator, validate_scans
+from brainprior_bids.bids.validate import Issue, find_validator, validate_scans
 from brainprior_bids.engine.errors import UsageError, WeightsError
 from brainprior_bids.run.logs import LOG
 from brainprior_bids.settings import Settings
+
+ENCODING = ("INVALID_JSON_ENCODING", "JSON_INVALID")
+"""What the validator says of a sidecar that is no UTF-8."""
 
 
 def clean_work_dir(work_dir: Path) -> None:
@@ -22,39 +26,81 @@ def clean_work_dir(work_dir: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def validate_request(scans: Sequence[Scan], settings: Settings) -> None:
+def validate_request(scans: Sequence[Scan], settings: Settings) -> Sequence[Scan]:
     """Run the BIDS validator on what was asked for, if it is installed.
+
+    Returns
+    -------
+    The scans; those that an error in a participant's folder concerns have a ``problem``.
 
     Raises
     ------
     UsageError
-        With its errors, except those of a single image: they are that scan's failure.
+        With its errors in what all participants share.
     """
     command = find_validator()
     if command is None:
         LOG.warning("bids-validator-deno is not installed: the data set was not validated.")
-        return
+        return scans
     try:
         issues = validate_scans(
             settings.bids_dir, scans, command=command, scratch=settings.work_dir
         )
     except RuntimeError as error:
         LOG.warning("%s The data set was not validated.", error)
-        return
-    # an image that is broken is that scan's own matter, and so is its sidecar without an image
-    broken = {issue.location for issue in issues} & {f"/{scan.relative}" for scan in scans}
-    stems = {location.removesuffix(".gz").removesuffix(".nii") for location in broken}
-    own = broken | {f"{stem}.json" for stem in stems}
+        return scans
+    return judged(scans, issues, settings.bids_dir)
+
+
+def judged(scans: Sequence[Scan], issues: Sequence[Issue], bids_dir: Path) -> Sequence[Scan]:
+    """The scans, with what the validator found wrong in their folders as their ``problem``.
+
+    Raises
+    ------
+    UsageError
+        With the errors that lie in no participant's folder.
+    """
+    runs = [(scan, run) for scan in scans for run in scan.runs or (scan,)]
+    images = {f"/{run.relative}": scan for scan, run in runs}
+    broken = {issue.location for issue in issues} & set(images)
+    by_sidecar = {f"{_stem(image)}.json": image for image in images}
+    fatal: list[Issue] = []
+    problems: dict[str, str] = {}
     for issue in issues:
-        if issue.location in own:
+        image = by_sidecar.get(issue.location, issue.location)
+        own = images.get(image)
+        if own is not None and (
+            # an image that is broken says so when it is opened, and its sidecar lacks an image
+            image in broken
+            or own.problem is not None
+            or (own.warnings and issue.code in ENCODING)  # it could be read all the same
+        ):
             LOG.warning("validator: %s", issue)
-    fatal = [issue for issue in issues if issue.location not in own]
+            continue
+        if not issue.location.startswith("/sub-"):
+            fatal.append(issue)
+            continue
+        folder = f"{issue.location.rpartition('/')[0]}/"
+        concerned = [own] if own else [s for i, s in images.items() if i.startswith(folder)]
+        for scan in concerned:
+            problems.setdefault(
+                scan.name.stem,
+                f"{scan.name.stem}: not valid BIDS: {issue}. Repair it, or pass "
+                "--skip-bids-validation.",
+            )
+        if not concerned:
+            LOG.warning("validator: %s", issue)
     if fatal:
         shown = "\n".join(f"  {issue}" for issue in fatal[:10])
         raise UsageError(
-            f"{settings.bids_dir} is not valid BIDS, {len(fatal)} error(s) in what was asked "
-            f"for:\n{shown}\nRepair them, or pass --skip-bids-validation."
+            f"{bids_dir} is not valid BIDS, {len(fatal)} error(s) in what all participants "
+            f"share:\n{shown}\nRepair them, or pass --skip-bids-validation."
         )
+    return [replace(scan, problem=scan.problem or problems.get(scan.name.stem)) for scan in scans]
+
+
+def _stem(path: str) -> str:
+    return path.removesuffix(".gz").removesuffix(".nii")
 
 
 def checked_weights(settings: Settings) -> dict[str, tuple[Path, str]]:

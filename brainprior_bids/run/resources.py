@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -58,13 +59,29 @@ def memory_limit_gb(
             if words and words[0] != "max":
                 limits.append((float(words[0]), f"the container or job has ({folder / name})"))
     environ = os.environ if environ is None else environ
-    job_mb = float(environ.get("SLURM_MEM_PER_NODE", 0)) or (
-        float(environ.get("SLURM_MEM_PER_CPU", 0)) * float(environ.get("SLURM_CPUS_ON_NODE", 0))
+    job_mb = _slurm_mb(environ, "SLURM_MEM_PER_NODE") or (
+        _slurm_mb(environ, "SLURM_MEM_PER_CPU") * _slurm_number(environ, "SLURM_CPUS_ON_NODE")
     )
     if job_mb:
         limits.append((job_mb * 2**20, "the Slurm job has"))
     bytes_, who = min(limits, key=lambda limit: limit[0])
     return bytes_ / 2**30, who
+
+
+def _slurm_mb(environ: Mapping[str, str], name: str) -> float:
+    """Megabytes, which Slurm writes without a unit; ``8G`` is what people write. 0 if unknown."""
+    text = environ.get(name, "0")
+    match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]+)?)\s*([KMGT]?)I?B?\s*", text.upper())
+    if match is None:
+        LOG.warning("%s is %.40r, no size such as 8000 (MB) or 8G: it is passed over", name, text)
+        return 0.0
+    return float(match[1]) * {"K": 2**-10, "": 1, "M": 1, "G": 2**10, "T": 2**20}[match[2]]
+
+
+def _slurm_number(environ: Mapping[str, str], name: str) -> int:
+    """The first number of ``4`` or ``4(x2)``; 0 if there is none."""
+    match = re.match(r"\s*([0-9]{1,6})", environ.get(name, ""))
+    return int(match[1]) if match else 0
 
 
 def memory_for_steps_gb(limit_gb: float) -> float:
@@ -139,7 +156,7 @@ def _groups(controller: str, cgroup: Path | None, proc: Path | None) -> list[Pat
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text().splitlines()
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:  # no such version of cgroups here, or no Linux
         return []
 

@@ -245,7 +245,7 @@ def main() -> None:
         "structures": structures,
         "hull": average_hull(surfaces[:n], matrices[:n]),
     }
-    args.output.write_text(json.dumps(facts, indent=1) + "\n")
+    args.output.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(facts["leave_one_out"]), "held out:", np.round(errors[n:], 2).tolist())
 
 

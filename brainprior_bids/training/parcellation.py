@@ -309,7 +309,7 @@ def train(
             scores = evaluate(state.average.eval(), choosing)
             entry |= {key: round(value, 4) for key, value in scores.items()}
         if entry:
-            with (work_dir / "log.jsonl").open("a") as log:
+            with (work_dir / "log.jsonl").open("a", encoding="utf-8") as log:
                 log.write(json.dumps(entry) + "\n")
             print(json.dumps(entry), flush=True)
         if state.step % save_every == 0 or state.step == steps:

@@ -99,7 +99,7 @@ def main() -> None:
             f"{np.mean(centroids):.2f} | {np.mean(seconds):.1f} |",
             flush=True,
         )
-        args.output.write_text(json.dumps(results, indent=1) + "\n")
+        args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print("\n| structure | " + " | ".join(results) + " |")
     for name in structure_names().values():
         row = [np.mean([r["dice"].get(name, np.nan) for r in runs]) for runs in results.values()]

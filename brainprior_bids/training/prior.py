@@ -436,7 +436,7 @@ class Trainer:
             return
         log.info("%s", facts)
         self.work.mkdir(parents=True, exist_ok=True)
-        with open(self.work / "log.jsonl", "a") as file:
+        with open(self.work / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"at": round(self.seconds), **facts}) + "\n")
 
 

@@ -65,7 +65,7 @@ def main() -> None:
         "network_sha256": weights.sha256_file(path),
         "volumes": reference(tables),
     }
-    args.output.write_text(json.dumps(facts, indent=1) + "\n")
+    args.output.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
