@@ -309,7 +309,8 @@ def test_sockets_have_short_paths(tmp_path):
     code = (
         "import tempfile, multiprocessing.connection as c\n"
         "from brainprior_bids.run.environment import find_place_for_sockets, why_no_workers\n"
-        "find_place_for_sockets(tempfile.gettempdir()); c.Listener(family='AF_UNIX'); print(tempfile.gettempdir())\n"
+        "find_place_for_sockets(tempfile.gettempdir()); c.Listener(family='AF_UNIX')\n"
+        "print(tempfile.gettempdir())\n"
         "assert why_no_workers() is None"
     )
     result = in_new_process(code, TMPDIR=str(long))
