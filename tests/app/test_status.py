@@ -146,12 +146,22 @@ def test_read_json_wants_an_object(tmp_path):
         read_json(tmp_path / "a.json")
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     path = write_text(tmp_path / "a.txt", "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_text(path, "\ud800")
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_text(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_name_that_is_not_text_comes_back_from_json(tmp_path):
+    value = {"source": "sub-\udcff", "long": "x"}
+    path = write_json(tmp_path / f"{'a' * 250}.json", value)  # the longest name that there can be
+    assert read_json(path) == value
 
 
 def test_files_are_published_all_or_none(tmp_path):
