@@ -42,7 +42,7 @@ def run(settings: Settings) -> int:
             return 0
         settings = _fit_memory(settings)
         if not settings.boilerplate_only:
-            require_scheduler(read_plugin_file(settings.plugin_file))
+            require_scheduler(read_plugin_file(settings.plugin_file), settings.output_dir)
         check_output(settings.output_dir)
         code = run_participants(scans, settings, raw)
     elif settings.dry_run or settings.boilerplate_only:

@@ -97,8 +97,9 @@ def prepare_process() -> None:
 
 def use_utf8() -> None:
     """Text files of other packages are UTF-8 here too, whatever the locale says."""
-    if codecs.lookup(locale.getpreferredencoding(False)).name == "utf-8":
-        return
+    with suppress(LookupError):  # a locale whose encoding Python does not know
+        if codecs.lookup(locale.getpreferredencoding(False)).name == "utf-8":
+            return
     for name in UTF8_LOCALES:
         with suppress(locale.Error):
             locale.setlocale(locale.LC_CTYPE, name)

@@ -13,7 +13,6 @@ from brainprior_bids.bids import status
 from brainprior_bids.bids.files import write_text
 from brainprior_bids.bids.names import result_name
 from brainprior_bids.bids.qc import rebuild_qc
-from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.run.environment import why_no_workers
 from brainprior_bids.run.logs import LOG
 from brainprior_bids.run.monitor import ResourceMonitor
@@ -104,11 +103,6 @@ def make_plugin(workflow: Any, settings: Settings, progress: Progress) -> Any:
         return InTurn(plugin_args={"status_callback": progress})
     file = read_plugin_file(settings.plugin_file)
     if file.is_batch:
-        if "%" in str(settings.output_dir):
-            raise UsageError(
-                f"output_dir {settings.output_dir}: Nipype's plugin {file.plugin} takes a per "
-                "cent sign in it for a placeholder; choose a folder without."
-            )
         return make_batch_plugin(
             file.plugin,
             plugin_args=file.plugin_args,

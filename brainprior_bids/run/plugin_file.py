@@ -114,14 +114,20 @@ def read_plugin_file(path: Path | None) -> PluginFile:
     return PluginFile(plugin, arguments, steps)
 
 
-def require_scheduler(file: PluginFile) -> None:
+def require_scheduler(file: PluginFile, output_dir: Path) -> None:
     """Whether jobs can be submitted from here.
 
     Raises
     ------
     UsageError
-        If the scheduler's command is not there: this is no submit host, or a container.
+        If the scheduler's command is not there: this is no submit host, or a container. If Nipype
+        could not hand the output folder's name to a job.
     """
+    if file.is_batch and "%" in str(output_dir):
+        raise UsageError(
+            f"output_dir {output_dir}: Nipype's plugin {file.plugin} takes a per cent sign in it "
+            "for a placeholder. Choose a folder without."
+        )
     command = SUBMIT.get(file.plugin)
     if command is not None and shutil.which(command) is None:
         raise UsageError(

@@ -378,3 +378,12 @@ def test_no_file_of_settings_ends_in_a_traceback(raw, tmp_path, content):
         with suppress(UsageError):
             folders = [str(raw), str(tmp_path / "o")]
             parse_settings([*folders, "participant", "--device", "cpu", option, str(path)])
+
+
+def test_a_per_cent_sign_is_refused_before_a_job_is_submitted(tmp_path):
+    """Nipype writes the folder into the script of the job, and reads it as a placeholder there."""
+    from brainprior_bids.run.plugin_file import PluginFile, require_scheduler
+
+    with pytest.raises(UsageError, match="per cent sign"):
+        require_scheduler(PluginFile("SLURM"), tmp_path / "My%20Study")
+    require_scheduler(PluginFile(), tmp_path / "My%20Study")
