@@ -369,6 +369,32 @@ class LesionRecord(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BiasRecord(Record):
+    """``bias.json``: the slice gains of a 2-D scan; see ``anatomy.slice_gains``.
+
+    Slices are counted along the closest-canonical axis, from the left, the back or the bottom.
+    Without gains, the scan is a 3-D one or they could not be estimated.
+    """
+
+    applied: bool | None
+    """Whether the scan was corrected: the gains are large and significant."""
+    gains: tuple[float, ...]
+    """Factor by which each slice is brighter than the smooth bias field says; 1 if not applied."""
+    compared: tuple[bool, ...]
+    """Whether the slice could be compared with its neighbours; others follow the alternation."""
+    alternation_percent: float | None
+    """Half of the difference in log gain between even and odd slices."""
+    alternation_se_percent: float | None
+    random_sd_percent: float | None
+    """SD of what else differs between slices; 0 if not significant."""
+    rms_percent: float | None
+    """Of the log gains that were applied."""
+    evidence: float | None
+    """Twice the log likelihood ratio of ``random_sd_percent`` against 0."""
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class AffineRecord(Record):
     """``affine.json``: scanner RAS mm to MNI305 RAS mm, and how well it fits."""
 
@@ -411,6 +437,8 @@ class RunRecord(Record):
     residual_ratios: tuple[float, ...] = field(default=(), metadata=OMIT)
     lesion: LesionRecord | None = field(default=None, metadata=OMIT)
     """Of a run other than the reference that has a lesion mask."""
+    bias: BiasRecord | None = field(default=None, metadata=OMIT)
+    """Of a run other than the reference."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -602,6 +630,8 @@ class StepRecords(Record):
     affine: AffineRecord = field(default_factory=AffineRecord.empty, metadata=OMIT)
     restore: RestoreRecord = field(default_factory=RestoreRecord.empty, metadata=OMIT)
     lesion: LesionRecord | None = field(default=None, metadata=OMIT)
+    bias: BiasRecord | None = field(default=None, metadata=OMIT)
+    """None for another tool's image that was refined alone."""
     given: Mapping[str, FileRecord] = field(default_factory=dict, metadata=OMIT)
     seed: int | None = field(default=None, metadata=OMIT)
 

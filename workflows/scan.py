@@ -310,9 +310,10 @@ def init_scan_wf(
     if n4 is not None:
         masked = (parcellate, "mask_scan") if lesion is None else (lesion, "measured")
         workflow.connect([
-            (conform, n4, [("out_file", "in_file")]),
+            (conform, n4, [("out_file", "in_file"), ("conform_json", "conform_json")]),
             (masked[0], n4, [(masked[1], "mask_scan")]),
             (n4, restore, [("log_bias", "log_bias")]),
+            *[(n4, last, [("bias_json", "bias_json")]) for last in (reportlets, write)],
             (n4, records, [("record", "in3")]),
         ])
     brain = lesion or parcellate
@@ -358,7 +359,8 @@ def init_scan_wf(
     )
     # fmt: off
     workflow.connect([
-        (conform, export, [("out_file", "scan")]),
+        (conform, export, [("out_file", "scan"), ("conform_json", "conform_json")]),
+        *([] if n4 is None else [(n4, export, [("bias_json", "bias_json")])]),
         (parcellate, export, [("structures", "structures")]),
         (brain, export, [("mask", "mask"), ("mask_scan", "mask_scan")]),
         (restore, export, [("restored", "restored"), ("log_bias", "log_bias")]),

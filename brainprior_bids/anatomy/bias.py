@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""N4 inside the mask, in log units, as the engine's starting point for the bias field.
+"""The bias field of a scan: N4 inside the mask, and one gain per slice of a 2-D scan; log units.
 
 The scan is averaged (not picked) to voxels of about 4 mm first; an axis whose voxels are already
 that thick is left alone, so thick slices lose nothing. The finest spline spacing is 50 mm: inside
@@ -10,12 +10,16 @@ Tustison et al., N4ITK: improved N3 bias correction, IEEE TMI 2010.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
 from numpy.typing import ArrayLike, NDArray
 from scipy.interpolate import make_interp_spline
 
+from brainprior_bids.anatomy.slice_gains import SliceGains, find_slice_gains
+from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.engine.errors import AnatomyError, DivergenceError, ShapeMismatchError
 from brainprior_bids.engine.grids import Grid
 
@@ -26,6 +30,47 @@ ITERATIONS = (50, 50, 50)
 CONVERGENCE = 1e-4
 MIN_VOLUME_MM3 = 50_000.0
 """Less brain than this (a twentieth of an adult's) says that the mask is wrong."""
+
+
+@dataclass(frozen=True, eq=False)
+class BiasField:
+    """Natural log of the factor by which a scan differs from the tissue's own signal.
+
+    Attributes
+    ----------
+    log_bias : (i, j, k) float32 array
+        Smooth field and slice gains together, on the scan's grid, mean 0 in the brain.
+    gains : SliceGains or None
+        None for a 3-D scan, and where they could not be estimated.
+    warnings : list of str
+    """
+
+    log_bias: NDArray[np.float32]
+    gains: SliceGains | None
+    warnings: list[str]
+
+
+def find_bias(
+    image: nib.Nifti1Image, mask: ArrayLike, acquisition: Acquisition, *, threads: int = 2
+) -> BiasField:
+    """``n4``, then the gains of the slices.
+
+    Parameters and errors are those of ``n4``; ``acquisition`` is the scan's slice geometry.
+    """
+    smooth = n4(image, mask, threads=threads)
+    share = np.asarray(mask, np.float32)
+    gains, warnings = find_slice_gains(
+        image.get_fdata(dtype=np.float32),
+        share,
+        smooth,
+        Grid(image.shape, image.affine),
+        acquisition,
+    )
+    if gains is None or not gains.applied:
+        return BiasField(smooth, gains, warnings)
+    log_bias = smooth + gains.along(acquisition.slice_axis)
+    log_bias -= np.average(log_bias, weights=share * (share > 0.5))
+    return BiasField(log_bias, gains, warnings)
 
 
 def n4(image: nib.Nifti1Image, mask: ArrayLike, *, threads: int = 2) -> NDArray[np.float32]:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The restored brain put back into its head, for programs that want a whole head.
 
-Outside the brain nothing is restored: the scan is divided by the bias field (held within the
-range that it has in the brain, where it was measured) and interpolated. Its brightness is matched
+Outside the brain nothing is restored: the scan is divided by the bias field (the smooth part held
+within the range that it has in the brain, where it was measured, and one gain per slice, which is
+never smoothed) and interpolated. Its brightness is matched
 to the restored brain, and the two are blended over the outermost millimetres *inside* the mask,
 so that outside of it there is only scan.
 """
@@ -50,6 +51,7 @@ def paste_back(
     mask: ArrayLike,
     mask_scan: ArrayLike,
     log_bias: ArrayLike,
+    log_gains: ArrayLike = 0.0,
 ) -> Pasted:
     """Blend the restored brain into the bias-corrected scan.
 
@@ -58,6 +60,8 @@ def paste_back(
     scan, mask_scan, log_bias : (a, b, c) arrays
         The scan, the share of brain in its voxels, and the natural log of its bias field, on
         ``scan_grid``.
+    log_gains : array that broadcasts to (a, b, c)
+        The part of ``log_bias`` that is constant within a slice and jumps between slices.
     restored, mask : (i, j, k) arrays
         The restored brain and its mask, on ``grid``.
 
@@ -67,12 +71,13 @@ def paste_back(
         If the brain is not brighter than 0 in both.
     """
     values = np.asarray(scan, np.float32)
-    field = np.asarray(log_bias, np.float32)
+    jumps = np.asarray(log_gains, np.float32)
+    field = np.asarray(log_bias, np.float32) - jumps
     brain = np.asarray(restored, np.float32)
     measured = field[np.asarray(mask_scan) > 0.5]
     if measured.size == 0:
         raise AnatomyError("Paste back: the brain mask is empty. Look at the mask.")
-    corrected = values / np.exp(np.clip(field, measured.min(), measured.max()))
+    corrected = values / np.exp(np.clip(field, measured.min(), measured.max()) + jumps)
     index = np.linalg.inv(scan_grid.affine) @ grid.affine
     head = affine_transform(  # "nearest": the head goes on to the edge of the outermost slices
         corrected,

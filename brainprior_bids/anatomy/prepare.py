@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a scan to a scan ready to restore: conform, parcellate, lesion, N4, affine to MNI305.
+"""From a scan to a scan ready to restore: conform, parcellate, lesion, bias, affine to MNI305.
 
 ``prepare`` runs all steps on one scan and holds the results in memory. Each node of the command
 runs one of them and writes files; both call the same functions:
@@ -10,7 +10,7 @@ step            function
 conform         ``conform_scan``
 parcellate      ``anatomy.brain.find_brain``
 lesion          ``anatomy.lesion.find_lesion``
-n4              ``anatomy.bias.n4``
+n4              ``anatomy.bias.find_bias``
 affine          ``align_to_mni305``
 ==============  ========================================
 """
@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from brainprior_bids.anatomy.affine import AffineFit
-from brainprior_bids.anatomy.bias import n4
+from brainprior_bids.anatomy.bias import BiasField, find_bias
 from brainprior_bids.anatomy.brain import BrainSources, find_brain
 from brainprior_bids.anatomy.conform import Conformed, conform
 from brainprior_bids.anatomy.hull import surface
@@ -55,8 +55,8 @@ class Prepared:
         Mask, structures and their table, without the lesion.
     lesion : Lesion or None
         Where a lesion mask was given.
-    log_bias : (i, j, k) float32 array or None
-        Natural log of N4's field on ``grid``, mean 0 in the brain; None if not asked for.
+    bias : BiasField or None
+        N4's field with the slice gains; None if not asked for.
     affine : AffineFit or None
         Scanner to MNI305 and its residuals; None if not asked for.
     """
@@ -64,7 +64,7 @@ class Prepared:
     conformed: Conformed
     brain: Parcellation
     lesion: Lesion | None
-    log_bias: NDArray[np.float32] | None
+    bias: BiasField | None
     affine: AffineFit | None
 
     @property
@@ -99,6 +99,11 @@ class Prepared:
         return None if self.lesion is None else self.lesion.hidden
 
     @property
+    def log_bias(self) -> NDArray[np.float32] | None:
+        """(i, j, k) natural log of the bias field on ``grid``, mean 0 in the brain, or None."""
+        return None if self.bias is None else self.bias.log_bias
+
+    @property
     def to_mni305(self) -> NDArray[np.float64] | None:
         """(4, 4) scanner RAS mm to MNI305 RAS mm; None if not asked for."""
         return None if self.affine is None else np.asarray(self.affine.matrix, np.float64)
@@ -106,7 +111,7 @@ class Prepared:
     @property
     def warnings(self) -> list[str]:
         """Of all steps, in their order."""
-        steps = (self.conformed, self.brain, self.lesion, self.affine)
+        steps = (self.conformed, self.brain, self.lesion, self.bias, self.affine)
         return [text for step in steps if step is not None for text in step.warnings]
 
 
@@ -125,7 +130,7 @@ def prepare(
     threads: int = 1,
     folder: Path | None = None,
 ) -> Prepared:
-    """Conform, parcellate, N4 and affine to MNI305 of one scan.
+    """Conform, parcellate, bias field and affine to MNI305 of one scan.
 
     Parameters
     ----------
@@ -146,7 +151,7 @@ def prepare(
     dilate_mm : float
         Dilation of the lesion mask.
     unbias, align : bool
-        False: without N4, without the affine.
+        False: without the bias field, without the affine.
     threads : int
         For N4 and external programs.
     folder : Path, optional
@@ -183,9 +188,9 @@ def prepare(
             dilate_mm=dilate_mm,
         )
     measured = brain.mask_scan if hole is None else hole.measured
-    log_bias = n4(image, measured, threads=threads) if unbias else None
+    bias = find_bias(image, measured, conformed.acquisition, threads=threads) if unbias else None
     affine = align_to_mni305(image, brain.mask, brain.table) if align else None
-    return Prepared(conformed, brain, hole, log_bias, affine)
+    return Prepared(conformed, brain, hole, bias, affine)
 
 
 def conform_scan(

@@ -20,6 +20,7 @@ from brainprior_bids.bids.query import Scan
 from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.engine.samplers import registry
 from brainprior_bids.records import (
+    BiasRecord,
     ParcellationRecord,
     RestoreRecord,
     StepRecords,
@@ -253,6 +254,7 @@ def sidecars(
         "Prior": _card(restore.prior),
         "NoiseStandardDeviation": restore.scanner_units(restore.noise_sd),
         "Units": "arbitrary",
+        **({} if steps.bias is None else _slice_gains(steps.bias)),
         **({"OutsideTrainingContrasts": True} if restore.outside_training else {}),
         **({"FusedRuns": _fused(restore)} if restore.runs else {}),
     }
@@ -352,6 +354,18 @@ def sidecars(
 
 def _card(weights: WeightsRecord) -> dict[str, str | None]:
     return {"name": weights.name, "sha256": weights.sha256}
+
+
+def _slice_gains(bias: BiasRecord) -> dict[str, Any]:
+    """The slice gains of a 2-D scan, where they were estimated."""
+    if not bias.gains:
+        return {}
+    return {
+        "SliceGainsApplied": bias.applied,
+        "SliceGains": bias.gains,
+        "SliceGainAlternationPercent": bias.alternation_percent,
+        "SliceGainAlternationErrorPercent": bias.alternation_se_percent,
+    }
 
 
 def _fused(restore: RestoreRecord) -> list[dict[str, Any]]:

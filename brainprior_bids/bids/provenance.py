@@ -255,6 +255,7 @@ def scan_records(
                 "IntensityMap": {"Scale": 1 / unit, "InverseScale": unit} if unit else None,
                 "Conform": steps.conform.to_json(),
                 "Parcellation": steps.parcellation.to_json(),
+                "Bias": None if steps.bias is None else steps.bias.to_json(),
                 "Affine": steps.affine.to_json(),
                 "Lesion": None if steps.lesion is None else steps.lesion.to_json(),
                 "Restore": steps.restore.to_json(),

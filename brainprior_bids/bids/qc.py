@@ -28,6 +28,7 @@ from brainprior_bids.bids.status import read_summaries
 from brainprior_bids.records import (
     AffineMethod,
     AffineRecord,
+    BiasRecord,
     ParcellationRecord,
     ScanRecord,
     StructureRecord,
@@ -106,6 +107,10 @@ METRICS = {
         "brightness of the faintest slice's brain over its neighbours': a lost slice", "1",
         low=FAINTEST,
     ),
+    "slice_gain_alternation": Metric(
+        "half of the difference in log brightness between even and odd slices of a 2-D scan, as "
+        "estimated before it was corrected", "percent", high=2.0,
+    ),
     "asymmetry_percent": Metric(
         "difference of the hemispheres' volumes over their mean", "percent", high=15.0
     ),
@@ -135,6 +140,7 @@ def metrics(summary: ScanRecord) -> dict[str, float | None]:
         "affine_fallbacks": _fallbacks(steps.affine),
         "mirrored_forms": None if mirrored is None else float(mirrored),
         **_anatomy(steps.parcellation),
+        "slice_gain_alternation": _alternation(steps.bias),
         "bias_range": restore.bias_range,
         "thickness_mm": conform.acquisition.thickness_mm,
         "in_plane_mm": max(in_plane, default=None),
@@ -142,6 +148,13 @@ def metrics(summary: ScanRecord) -> dict[str, float | None]:
         "seconds": summary.seconds,
         "peak_memory_gb": summary.peak_memory_gb,
     }
+
+
+def _alternation(bias: BiasRecord | None) -> float | None:
+    """Size of the alternation, in per cent; None where it was not estimated."""
+    if bias is None or bias.alternation_percent is None:
+        return None
+    return abs(bias.alternation_percent)
 
 
 def _fallbacks(affine: AffineRecord) -> int | None:

@@ -130,27 +130,36 @@ class Parcellate(MeasuredInterface):
 
 class _N4InputSpec(MeasuredInputSpec):
     in_file = File(exists=True, mandatory=True, desc="the conformed scan")
+    conform_json = File(exists=True, mandatory=True, desc="of Conform: its slice geometry")
     mask_scan = File(exists=True, mandatory=True, desc="brain on the scan's grid, in [0, 1]")
 
 
 class _N4OutputSpec(MeasuredOutputSpec):
-    log_bias = File(desc="natural log of the bias field on the scan's grid, mean 0 in the mask")
+    log_bias = File(
+        desc="natural log of the bias field, slice gains included, on the scan's grid; mean 0 in "
+        "the mask"
+    )
+    bias_json = File(desc="the slice gains")
 
 
 class N4(MeasuredInterface):
-    """Estimate the bias field inside the brain (N4); it only starts the engine's own."""
+    """Estimate the bias field inside the brain: N4, and the gains of a 2-D scan's slices."""
 
     input_spec = _N4InputSpec
     output_spec = _N4OutputSpec
 
     def _work(self, folder: Path) -> list[str]:
-        from brainprior_bids.anatomy.bias import n4
+        from brainprior_bids.anatomy.bias import find_bias
 
         image = nib.load(self.inputs.in_file)
-        mask = read_array(self.inputs.mask_scan, np.float32)
-        log_bias = n4(image, mask, threads=self.inputs.num_threads)
-        self._results.update(files.write_bias(log_bias, grid_of(image), folder))
-        return []
+        bias = find_bias(
+            image,
+            read_array(self.inputs.mask_scan, np.float32),
+            files.read_acquisition(self.inputs.conform_json),
+            threads=self.inputs.num_threads,
+        )
+        self._results.update(files.write_bias(bias, grid_of(image), folder))
+        return bias.warnings
 
 
 class _CentroidAffineInputSpec(MeasuredInputSpec):

@@ -36,6 +36,7 @@ from brainprior_bids.interfaces.base import (
 from brainprior_bids.records import (
     AffineRecord,
     AlignRecord,
+    BiasRecord,
     ConformRecord,
     FileRecord,
     HeaderRecord,
@@ -75,6 +76,7 @@ class _ScanFilesInputSpec(MeasuredInputSpec):
     restore_json = File(exists=True, mandatory=True)
     image = File(exists=True, mandatory=True, desc="the result")
     hidden = File(exists=True, desc="what was inpainted, on the scan's grid")
+    bias_json = File(exists=True, desc="of N4: the slice gains")
     name = traits.Str(mandatory=True, desc="BIDS name of the scan, without extension")
     image_desc = traits.Str("restored", usedefault=True, desc="desc- of the image")
 
@@ -110,6 +112,8 @@ class Reportlets(MeasuredInterface):
         for role in ("uncertainty", "hidden"):
             if isdefined(getattr(inputs, role)):
                 files[role] = getattr(inputs, role)
+        if isdefined(inputs.bias_json):
+            files["gains"] = inputs.bias_json
         if inputs.image_desc in FILLED:
             files["filled"] = inputs.image
         name = BIDSName.parse(inputs.name)
@@ -187,6 +191,7 @@ class Write(MeasuredInterface):
             lesion=(
                 LesionRecord.read(inputs.lesion_json) if isdefined(inputs.lesion_json) else None
             ),
+            bias=BiasRecord.read(inputs.bias_json) if isdefined(inputs.bias_json) else None,
             given={
                 role: FileRecord(uri=file["uri"], sha256=sha256_file(Path(file["path"])))
                 for role, file in inputs.given.items()

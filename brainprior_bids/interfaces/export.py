@@ -9,7 +9,8 @@ from pathlib import Path, PurePosixPath
 
 import nibabel as nib
 import numpy as np
-from nipype.interfaces.base import File, traits
+from nipype.interfaces.base import File, isdefined, traits
+from numpy.typing import NDArray
 
 from brainprior_bids.bids.export import remove_others, stage_fmriprep, stage_raw
 from brainprior_bids.bids.files import publish
@@ -20,8 +21,14 @@ from brainprior_bids.interfaces.base import (
     MeasuredInterface,
     MeasuredOutputSpec,
 )
-from brainprior_bids.interfaces.files import grid_of, read_array, save, write_record
-from brainprior_bids.records import ExportRecord
+from brainprior_bids.interfaces.files import (
+    grid_of,
+    read_acquisition,
+    read_array,
+    save,
+    write_record,
+)
+from brainprior_bids.records import BiasRecord, ExportRecord
 from brainprior_bids.settings import EXPORT_PER
 
 
@@ -29,6 +36,8 @@ class _ExportInputSpec(MeasuredInputSpec):
     scan = File(exists=True, mandatory=True, desc="the conformed scan")
     mask_scan = File(exists=True, mandatory=True, desc="brain on the scan's grid, in [0, 1]")
     log_bias = File(exists=True, mandatory=True, desc="natural log of the bias field found")
+    conform_json = File(exists=True, desc="the slice geometry, for the slice gains")
+    bias_json = File(exists=True, desc="of N4: the slice gains in log_bias")
     restored = File(exists=True, mandatory=True, desc="the restored brain, 1 mm")
     mask = File(exists=True, mandatory=True, desc="brain, 1 mm")
     structures = File(exists=True, mandatory=True, desc="FreeSurfer's labels, 1 mm")
@@ -70,6 +79,7 @@ class Export(MeasuredInterface):
             mask=mask,
             mask_scan=read_array(inputs.mask_scan),
             log_bias=read_array(inputs.log_bias),
+            log_gains=self._log_gains(),
         )
         self._results["head"] = save(pasted.head, grid, folder / "head.nii.gz")
         if inputs.tissues:
@@ -86,6 +96,16 @@ class Export(MeasuredInterface):
         )
         self._results["export_json"] = write_record(record, folder / "export.json")
         return pasted.warnings
+
+    def _log_gains(self) -> NDArray[np.float32]:
+        """The log slice gains, in a shape that broadcasts over the scan; 0 without any."""
+        inputs = self.inputs
+        if not (isdefined(inputs.bias_json) and isdefined(inputs.conform_json)):
+            return np.zeros((1, 1, 1), np.float32)
+        gains = BiasRecord.read(inputs.bias_json).gains or (1.0,)
+        shape = [1, 1, 1]
+        shape[read_acquisition(inputs.conform_json).slice_axis] = len(gains)
+        return np.log(np.array(gains, np.float32)).reshape(shape)
 
 
 class _DeliverInputSpec(MeasuredInputSpec):

@@ -21,6 +21,7 @@ from brainprior_bids.engine.grids import Grid
 from brainprior_bids.records import (
     AcquisitionRecord,
     AffineRecord,
+    BiasRecord,
     ConformFacts,
     ConformRecord,
     LesionRecord,
@@ -31,6 +32,7 @@ from brainprior_bids.typed_json import Record
 
 if TYPE_CHECKING:
     from brainprior_bids.anatomy.affine import AffineFit
+    from brainprior_bids.anatomy.bias import BiasField
     from brainprior_bids.anatomy.conform import Conformed
     from brainprior_bids.anatomy.lesion import Lesion
     from brainprior_bids.anatomy.parcellation import Parcellation
@@ -128,10 +130,31 @@ def write_lesion(lesion: Lesion, scan_grid: Grid, folder: Path) -> dict[str, str
     }
 
 
-def write_bias(log_bias: NDArray[np.float32], scan_grid: Grid, folder: Path) -> dict[str, str]:
+def write_bias(bias: BiasField, scan_grid: Grid, folder: Path) -> dict[str, str]:
     """Outputs of N4."""
-    values = np.asarray(log_bias, np.float32)
-    return {"log_bias": save(values, scan_grid, folder / "log_bias.nii.gz")}
+    values = np.asarray(bias.log_bias, np.float32)
+    return {
+        "log_bias": save(values, scan_grid, folder / "log_bias.nii.gz"),
+        "bias_json": write_record(bias_record(bias), folder / "bias.json"),
+    }
+
+
+def bias_record(bias: BiasField) -> BiasRecord:
+    """The slice gains of a bias field, in per cent and as factors."""
+    gains = bias.gains
+    if gains is None:
+        return BiasRecord.from_json({"warnings": bias.warnings})
+    return BiasRecord(
+        applied=gains.applied,
+        gains=tuple(round(float(gain), 5) for gain in np.exp(gains.log_gains)),
+        compared=tuple(bool(one) for one in gains.compared),
+        alternation_percent=round(100 * gains.alternation, 3),
+        alternation_se_percent=round(100 * gains.alternation_se, 3),
+        random_sd_percent=round(100 * gains.gain_sd, 3),
+        rms_percent=round(100 * gains.rms, 3),
+        evidence=round(gains.evidence, 2),
+        warnings=tuple(bias.warnings),
+    )
 
 
 def write_affine(fit: AffineFit, folder: Path) -> dict[str, str]:

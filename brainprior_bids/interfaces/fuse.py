@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from brainprior_bids.interfaces.base import (
     MeasuredInterface,
     MeasuredOutputSpec,
 )
-from brainprior_bids.records import AlignRecord, RunRecord
+from brainprior_bids.records import AlignRecord, BiasRecord, RunRecord
 
 if TYPE_CHECKING:
     from brainprior_bids.anatomy.motion import PlacedScan
@@ -64,7 +65,8 @@ class Align(MeasuredInterface):
             # the next node hashes this table, not the files that it names
             hashes = {role: sha256_file(Path(path)) for role, path in paths.items()}
             report = {"name": request["name"], "files": paths, "hashes": hashes, **run.facts()}
-            records.append(RunRecord.from_json(report))
+            bias = BiasRecord.read(folder / request["name"] / "bias.json")
+            records.append(replace(RunRecord.from_json(report), bias=bias))
         warnings += self._unmasked(reference, [placed for placed, _ in motions])
         record = AlignRecord(reference=self.inputs.name, runs=tuple(records))
         mask = common_mask(reference, motions)
@@ -132,7 +134,7 @@ class Align(MeasuredInterface):
 
 def _write(scan: Prepared, folder: Path) -> dict[str, str]:
     """What Restore reads of a run, by role."""
-    assert scan.log_bias is not None
+    assert scan.bias is not None
     conformed = files.write_conformed(scan.conformed, folder)
     brain = files.write_brain(scan.brain, scan.grid, folder)
     if scan.lesion is not None:  # whose masks are of brain and lesion
@@ -140,6 +142,6 @@ def _write(scan: Prepared, folder: Path) -> dict[str, str]:
     return {
         "scan": conformed["out_file"],
         "conform": conformed["conform_json"],
-        "bias": files.write_bias(scan.log_bias, scan.grid, folder)["log_bias"],
+        "bias": files.write_bias(scan.bias, scan.grid, folder)["log_bias"],
         **{role: brain[role] for role in ("mask", "mask_scan", "hidden") if role in brain},
     }

@@ -60,6 +60,7 @@ class Method:
     runs: int = 1
     aligned_by: AffineMethod = AffineMethod.STRUCTURES
     widths: tuple[float, ...] = ()
+    slice_gains: bool = False
 
 
 def of_summary(summary: ScanRecord) -> Method:
@@ -79,6 +80,7 @@ def of_summary(summary: ScanRecord) -> Method:
         runs=len(restore.runs or (None,)),
         aligned_by=summary.facts.affine.method,
         widths=tuple(sorted(set(restore.slice_widths))),
+        slice_gains=summary.facts.bias is not None and bool(summary.facts.bias.applied),
     )
 
 
@@ -212,7 +214,19 @@ def _bias(methods: Sequence[Method]) -> str:
         return ""
     return (
         f"The bias field was estimated by N4 [@n4] (SimpleITK {_version('SimpleITK')}) inside "
-        "the mask.\n"
+        "the mask.\n" + _slice_gains(methods)
+    )
+
+
+def _slice_gains(methods: Sequence[Method]) -> str:
+    """In which scans single slices had a gain."""
+    count = sum(method.slice_gains for method in methods)
+    if not count:
+        return ""
+    scans = "this scan" if len(methods) == 1 else f"{count} of the {len(methods)} scans"
+    return (
+        f"In {scans}, the brightness of single slices differed; one gain per slice was estimated "
+        "from matched tissue\nin neighbouring slices, and became part of the bias field.\n"
     )
 
 

@@ -17,12 +17,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from brainprior_bids.bids.files import write_text
 from brainprior_bids.records import (
     AffineRecord,
+    BiasRecord,
     ConformRecord,
     ParcellationRecord,
     RestoreRecord,
@@ -74,8 +76,8 @@ class ScanImages:
         ``scan``, ``mask_scan``, ``log_bias`` and ``residual`` on the scan's grid; ``mask``,
         ``structures``, ``restored`` and ``uncertainty`` on the restored 1 mm grid;
         ``filled`` (the scan inpainted) and ``hidden`` (the lesion mask) on the scan's grid;
-        ``restored_mni305``; the JSON files ``conform``, ``structures_table``, ``affine`` and
-        ``restore``. Roles that are absent leave out what needs them.
+        ``restored_mni305``; the JSON files ``conform``, ``structures_table``, ``affine``,
+        ``gains`` and ``restore``. Roles that are absent leave out what needs them.
     """
 
     files: Mapping[str, Path]
@@ -202,6 +204,8 @@ def make_reportlets(
     images = ScanImages({role: Path(path) for role, path in files.items() if path is not None})
     paths = []
     for what, (needs, draw) in REPORTLETS.items():
+        if what == "gains" and not images.record("gains", BiasRecord).gains:
+            continue  # a 3-D scan
         if all(role in images for role in needs):
             space = "_space-MNI305" if what == "mni305" else ""
             path = Path(out_dir) / f"{prefix}{space}_desc-{what}_{suffix}.svg"
@@ -463,6 +467,36 @@ def draw_bias(images: ScanImages, path: Path) -> Path:
     return sheet.save(path)
 
 
+def draw_gains(images: ScanImages, path: Path) -> Path:
+    """The gain of every slice, in per cent; those that could not be compared are hollow."""
+    bias = images.record("gains", BiasRecord)
+    percent = 100 * (np.array(bias.gains) - 1)
+    compared = np.array(bias.compared, bool)
+    at = np.arange(1, len(percent) + 1)
+    plane = PLANES[images.slice_axis]
+    figure, axes = _plot()
+    axes.axhline(0, color=FAINT, linewidth=0.8)
+    axes.plot(at, percent, color="#4fc3f7", linewidth=1)
+    axes.plot(at[compared], percent[compared], "o", color="#4fc3f7", markersize=4)
+    axes.plot(
+        at[~compared], percent[~compared], "o", color="#4fc3f7", markersize=4, fillstyle="none"
+    )
+    reach = max(1.0, 1.15 * float(np.abs(percent).max()))
+    axes.set_ylim(-reach, reach)
+    axes.set_xlim(0, len(at) + 1)
+    axes.set_xlabel(f"{plane.lower()} slice", color=INK)
+    axes.set_ylabel("gain corrected, %", color=INK)
+    axes.set_title(
+        f"Alternation {abs(bias.alternation_percent or 0):.2f} ± "
+        f"{bias.alternation_se_percent or 0:.2f} %, "
+        f"random gains SD {bias.random_sd_percent or 0:.1f} %: "
+        + ("corrected" if bias.applied else "not corrected"),
+        color=INK,
+        fontsize=10,
+    )
+    return _save_figure(figure, path)
+
+
 def draw_histogram(images: ScanImages, path: Path) -> Path:
     """Distribution of the values inside the mask, before and after."""
     inside = images.mask_scan.data > 0.5
@@ -475,9 +509,7 @@ def draw_histogram(images: ScanImages, path: Path) -> Path:
     if "log_bias" in images:
         flat = images.scan.data[inside] * np.exp(-images.load("log_bias").data[inside])
         curves.insert(1, (flat, "input without bias field", "#a1887f"))
-    figure = Figure(figsize=(11, 3.2), facecolor=GROUND, layout="constrained")
-    axes = figure.subplots()
-    axes.set_facecolor(GROUND)
+    figure, axes = _plot()
     for values, label, colour in curves:
         density, _ = np.histogram(values, bins=bins, density=True)
         axes.stairs(density / density.max(), bins, label=label, color=colour, linewidth=1.4)
@@ -486,9 +518,6 @@ def draw_histogram(images: ScanImages, path: Path) -> Path:
     axes.set_yticks([])
     axes.set_xlabel("value inside the brain mask, scanner units", color=INK)
     axes.set_ylabel("share of voxels, peak = 1", color=INK)
-    axes.tick_params(colors=FAINT)
-    for spine in axes.spines.values():
-        spine.set_color(FAINT)
     axes.legend(frameon=False, labelcolor=INK)
     return _save_figure(figure, path)
 
@@ -537,6 +566,7 @@ REPORTLETS: dict[str, tuple[tuple[str, ...], Callable[[ScanImages, Path], Path]]
     "structures": (("structures",), draw_structures),
     "mni305": (("restored_mni305",), draw_mni305),
     "bias": (("log_bias",), draw_bias),
+    "gains": (("gains",), draw_gains),
     "histogram": ((), draw_histogram),
 }
 """``desc`` -> roles needed beside scan, mask and restored, and the function that draws."""
@@ -575,6 +605,17 @@ def _twenties(low: float, high: float) -> list[float]:
 
 def _hex(colour: tuple[int, int, int]) -> str:
     return "#{:02x}{:02x}{:02x}".format(*colour)
+
+
+def _plot() -> tuple[Figure, Axes]:
+    """An empty plot in the colours of the report."""
+    figure = Figure(figsize=(11, 3.2), facecolor=GROUND, layout="constrained")
+    axes = figure.subplots()
+    axes.set_facecolor(GROUND)
+    axes.tick_params(colors=FAINT)
+    for spine in axes.spines.values():
+        spine.set_color(FAINT)
+    return figure, axes
 
 
 def _save_figure(figure: Figure, path: Path) -> Path:

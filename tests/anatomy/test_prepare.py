@@ -25,6 +25,7 @@ from brainprior_bids.engine import weights
 from brainprior_bids.engine.errors import AnatomyError, InputError
 from brainprior_bids.engine.grids import Grid
 from brainprior_bids.interfaces.anatomy import N4, CentroidAffine, Conform, Parcellate
+from brainprior_bids.interfaces.files import bias_record
 from brainprior_bids.interfaces.fuse import Align
 from brainprior_bids.interfaces.lesion import Lesion
 from brainprior_bids.records import AffineMethod, MaskSource, StructuresSource
@@ -84,7 +85,14 @@ def nodes(files, tmp_path_factory):
         ),
         out / "lesion",
     )
-    n4 = run(N4(in_file=conform.out_file, mask_scan=lesion.measured), out / "n4")
+    n4 = run(
+        N4(
+            in_file=conform.out_file,
+            conform_json=conform.conform_json,
+            mask_scan=lesion.measured,
+        ),
+        out / "n4",
+    )
     affine = run(
         CentroidAffine(
             in_file=conform.out_file,
@@ -141,6 +149,8 @@ def test_nodes_and_prepare_agree_bit_for_bit(prepared, nodes):
     assert read(nodes["lesion"].lesion_json) == plain(
         {**prepared.lesion.facts, "warnings": prepared.lesion.warnings}
     )
+    assert read(nodes["n4"].bias_json) == plain(bias_record(prepared.bias).to_json())
+    assert prepared.bias.gains is not None  # a scan of 5 mm slices
     affine = read(nodes["affine"].affine_json)
     assert affine == plain(vars(prepared.affine))
     assert affine["matrix"] == prepared.to_mni305.tolist()
@@ -172,7 +182,7 @@ def test_an_image_in_memory_is_prepared_like_its_file(prepared, files):
 def test_another_run_is_prepared_like_the_reference(prepared, files, nodes, tmp_path, monkeypatch):
     """The scan itself as its own second run: no motion, and the same files."""
     monkeypatch.setattr(prepare_module, "find_brain", lambda image, **_: prepared.brain)
-    monkeypatch.setattr(prepare_module, "n4", lambda *_, **__: prepared.log_bias)
+    monkeypatch.setattr(prepare_module, "find_bias", lambda *_, **__: prepared.bias)
     path = str(files / "sub-01_T1w.nii")
     request = {
         "name": "sub-01_run-2_T1w",
@@ -229,7 +239,7 @@ def test_restore_scan_rescues_a_failed_affine(
     path, result = files / "sub-01_T1w.nii", {}
     doubtful = replace(prepared.brain, warnings=["Neighbouring slices do not fit together"])
     monkeypatch.setattr(prepare_module, "find_brain", lambda image, **_: doubtful)
-    monkeypatch.setattr(prepare_module, "n4", lambda *_, **__: prepared.log_bias)
+    monkeypatch.setattr(prepare_module, "find_bias", lambda *_, **__: prepared.bias)
 
     def restore(observation, **options):
         result.update(options, observation=observation)

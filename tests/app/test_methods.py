@@ -51,6 +51,13 @@ def test_what_ran_and_nothing_else():
     assert "Voxels under a lesion mask were treated as missing data" in filled
 
 
+def test_slice_gains_are_named_where_they_were_corrected():
+    gains = replace(ONE, slice_gains=True)
+    assert "one gain per slice" not in methods_text([ONE])
+    assert "In this scan, the brightness of single slices" in methods_text([gains])
+    assert "In 1 of the 2 scans, the brightness" in methods_text([ONE, gains])
+
+
 def test_every_citation_has_its_reference():
     known = references()
     both = [ONE, replace(ONE, sampler="conditional")]

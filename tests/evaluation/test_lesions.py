@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from brainprior_bids.anatomy.affine import AffineFit
+from brainprior_bids.anatomy.bias import BiasField
 from brainprior_bids.anatomy.conform import Conformed
 from brainprior_bids.anatomy.parcellation import Parcellation
 from brainprior_bids.anatomy.prepare import Prepared
@@ -117,7 +118,7 @@ def test_a_scan_is_prepared_as_by_the_command(tmp_path, monkeypatch, told):
         assert (path.name, metadata, slice_thickness_mm) == (
             "scan.nii.gz", {"SliceThickness": 4}, 3.0
         )  # fmt: skip
-        return Prepared(conformed, brain, None, part.log_bias, fit)
+        return Prepared(conformed, brain, None, BiasField(part.log_bias, None, []), fit)
 
     monkeypatch.setattr(check_lesion, "prepare", prepare)
     (tmp_path / "scan.json").write_text('{"SliceThickness": 4}')

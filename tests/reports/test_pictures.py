@@ -89,6 +89,14 @@ def node_files(folder, *, codes="RAS", angles=(0, 0, 0), spacing=(2.0, 2.0, 5.0)
         },
         "affine": {"matrix": np.eye(4).tolist()},
         "restore": {"n_samples": 4},
+        "gains": {
+            "applied": True,
+            "gains": [1.02 if k % 2 else 0.98 for k in range(shape[2])],
+            "compared": [2 < k < shape[2] - 3 for k in range(shape[2])],
+            "alternation_percent": -2.0,
+            "alternation_se_percent": 0.1,
+            "random_sd_percent": 0.0,
+        },
     }
     for role, table in tables.items():
         files[role] = folder / f"{role}.json"
@@ -183,6 +191,17 @@ def test_left_is_left_and_front_is_front(tmp_path, codes, angles):
     assert all(a < b for a, b in zip(left, right, strict=True))
     assert "left of the picture is the left of the person" in flicker.read_text()
     assert ("Scan axes, tilted" in flicker.read_text()) == (angles != (0, 0, 0))
+
+
+def test_slice_gains_are_drawn_for_2d_scans_only(drawn, tmp_path):
+    text = drawn["gains"].read_text()
+    assert "Alternation 2.00 ± 0.10 %" in text
+    assert ": corrected" in text
+    files = node_files(tmp_path)
+    files = {role: files[role] for role in ("scan", "mask", "restored", "gains")}
+    files["gains"].write_text("{}")
+    paths = make_reportlets(files, tmp_path / "f", prefix="sub-1", suffix="T1w")
+    assert not any("gains" in path.name for path in paths)
 
 
 def test_mni305_left_is_left(drawn):

@@ -22,7 +22,7 @@ from brainprior_bids.reports.sheet import XML
 from brainprior_bids.reports.subject import build_subject_report
 
 SVG = f'{XML}<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 2 1"/>'
-PICTURES = ("flicker", "slices", "uncertainty", "mask", "structures", "bias", "histogram")
+PICTURES = ("flicker", "slices", "uncertainty", "mask", "structures", "bias", "gains", "histogram")
 
 
 def summary(scan, **values):
