@@ -202,7 +202,7 @@ def test_another_run_is_prepared_like_the_reference(prepared, files, nodes, tmp_
     (aligned,) = report["runs"]
     assert set(aligned) == {
         "name", "files", "hashes", "acquisition", "to_reference", "angle_deg", "shift_mm", "gain",
-        "correlation", "shared",
+        "correlation", "shared", "bias",
     }  # fmt: skip
     assert aligned["angle_deg"] < 0.1
     assert aligned["shift_mm"] < 0.1

@@ -356,6 +356,17 @@ def test_a_head_is_scan_outside_and_restored_brain_inside():
     np.testing.assert_allclose(rest, 100, rtol=2e-3)
 
 
+def test_slice_gains_are_divided_out_slice_by_slice_beyond_the_brain_too():
+    """Outside the brain the field is held to its range inside; the gain of a slice is not."""
+    mask, mask_scan = ball(FINE, 14), ball(SCAN_GRID, 14).astype(np.float32)
+    gains = np.where(np.arange(SCAN_GRID.shape[2]) % 2, 0.05, -0.05)[None, None, :]
+    log_bias = np.broadcast_to(gains, SCAN_GRID.shape) - 0.01  # of another mean
+    scan, restored = 100 * np.exp(log_bias), np.where(mask, 100.0, 0)
+    done = paste_back(scan, restored, scan_grid=SCAN_GRID, grid=FINE, mask=mask,
+                      mask_scan=mask_scan, log_bias=log_bias, log_gains=gains)  # fmt: skip
+    np.testing.assert_allclose(done.head, 100, rtol=2e-3)
+
+
 def test_blending_stays_inside_the_mask():
     mask, mask_scan = ball(FINE, 14), ball(SCAN_GRID, 14).astype(np.float32)
     rng = np.random.default_rng(0)

@@ -16,7 +16,8 @@ from scipy.spatial.transform import Rotation
 from brainprior_bids.anatomy.conform import conform
 from brainprior_bids.bids.derivatives import check_output, write_dataset_files
 from brainprior_bids.bids.provenance import sha256_file
-from brainprior_bids.bids.status import read_summary
+from brainprior_bids.bids.qc import concerns, metrics
+from brainprior_bids.bids.status import read_summaries, read_summary
 from brainprior_bids.bids.validate import find_validator, validate, validate_scans
 from brainprior_bids.engine import weights
 from brainprior_bids.engine.denoiser import ErrorSpectrum, Precondition
@@ -238,6 +239,24 @@ def test_a_finished_scan_leaves_the_documented_files(files, raw, output_dir, tmp
     assert restored.get_data_dtype() == np.float32
     assert restored.shape == (40, 44, 40)
     np.testing.assert_array_equal(restored.get_sform(), restored.get_qform())
+
+
+def test_slice_gains_are_in_sidecar_provenance_and_verdict(files, raw, output_dir, tmp_path):
+    gains = [0.98 if k % 2 else 1.02 for k in range(SHAPE[2])]
+    bias = {"applied": True, "gains": gains, "alternation_percent": -2.2, "random_sd_percent": 0.0}
+    (tmp_path / "bias.json").write_text(json.dumps(bias))
+    run(writer(files, raw, output_dir, bias_json=str(tmp_path / "bias.json")), tmp_path / "w")
+    anat = "sub-01/ses-a/anat/sub-01_ses-a"
+    side = json.loads((output_dir / f"{anat}_desc-restored_FLAIR.json").read_text())
+    assert side["SliceGainsApplied"] is True
+    assert side["SliceGains"] == gains
+    assert side["SliceGainAlternationPercent"] == -2.2
+    (record,) = (output_dir / "prov").glob("*_act.json")
+    assert json.loads(record.read_text())["Activities"][0]["Bias"]["gains"] == gains
+    (summary,) = read_summaries(output_dir)
+    values = metrics(summary)
+    assert values["slice_gain_alternation"] == 2.2
+    assert "slice_gain_alternation 2.2 is above 2" in concerns(values)
 
 
 def test_samples_and_residual_are_what_their_sidecars_say(files, raw, output_dir, tmp_path):
