@@ -43,7 +43,7 @@ SMALL_PARTS = {25: 2, 57: 41, 77: 0, 30: 12, 62: 51, 31: 4, 63: 43, 72: 14}
 0: the white matter of the nearer side, as the parts of the corpus callosum."""
 NEARER_SIDE = (77, 78, 79, 251, 252, 253, 254, 255)
 AGREEMENT = 0.85
-"""Dice with the network's own mask below which a given mask is doubted aloud."""
+"""Dice with the network's own mask below which a given mask is reported with a warning."""
 FEWEST_STRUCTURES = 4
 
 
