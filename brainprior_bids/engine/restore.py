@@ -325,8 +325,8 @@ class Chain:
         problem, view, name = self.problem, self.view, self.facts.name
         shape, device = problem.box.shape, problem.device
         if name in ("conditional", "mean"):
-            weights = problem.slice_weights(factor)
-            denoise = view.denoiser_given(likelihood, weights)
+            slice_weights = problem.slice_weights(factor)
+            denoise = view.denoiser_given(likelihood, slice_weights)
         else:
             denoise = view.denoiser()
         if name == "mean":

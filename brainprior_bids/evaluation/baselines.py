@@ -2,7 +2,7 @@
 """What a restoration has to beat: interpolation, Tikhonov and total variation.
 
 All of them give an image on the finer grid of the same field of view. Tikhonov and TV are told
-the exact slice weights ``W`` (see ``degrade.slice_weights``), which a real scan never tells.
+the exact slice weights ``W`` (see ``degrade.averaging_weights``), which a real scan never tells.
 """
 
 from __future__ import annotations

@@ -43,9 +43,9 @@ from brainprior_bids.engine.result import Restoration
 from brainprior_bids.evaluation.baselines import interpolate, tikhonov, total_variation
 from brainprior_bids.evaluation.degrade import (
     Recipe,
+    averaging_weights,
     coarse_in_plane,
     degrade,
-    slice_weights,
     thick_slices,
 )
 from brainprior_bids.evaluation.metrics import compare, crps, matching_gain
@@ -238,7 +238,7 @@ class Case:
 
     scan: Volume
     truth: Volume
-    weights: NDArray[np.float64]  # (slices, fine)
+    slice_weights: NDArray[np.float64]  # (slices, fine)
     inside: NDArray[np.bool_]  # brain, fine
     mask: NDArray[np.float32]  # share of every scan voxel in the brain
     judged: NDArray[np.bool_]  # where figures are taken, fine
@@ -312,7 +312,7 @@ def make_case(person: Person, condition: Condition) -> Case:
     log_bias = np.zeros(data.shape, np.float32)
     if condition.field == "n4":
         log_bias = n4(nib.Nifti1Image(data, np.array(thick.affine)), share, threads=1)
-    weights = slice_weights(
+    weights = averaging_weights(
         grid.shape[AXIS],
         1.0,
         condition.spacing_mm,
@@ -346,7 +346,7 @@ def make_case(person: Person, condition: Condition) -> Case:
     return Case(
         scan=Volume(data[coarse], thick.crop(_triple(first), _triple(last))),
         truth=Volume(truth[fine], grid.crop(_triple(start), _triple(stop))),
-        weights=part / part.sum(1, keepdims=True),
+        slice_weights=part / part.sum(1, keepdims=True),
         inside=inside[fine],
         mask=share[coarse].astype(np.float32),
         judged=judged[fine],
@@ -386,13 +386,13 @@ def tune(person: Person, condition: Condition) -> dict[str, dict[str, float]]:
         return float(np.mean((image - truth)[case.judged] ** 2))
 
     for penalty in TIKHONOV_PENALTIES:
-        image = tikhonov(data, case.weights, axis=AXIS, penalty=penalty)
+        image = tikhonov(data, case.slice_weights, axis=AXIS, penalty=penalty)
         found["tikhonov"][str(penalty)] = error(image)
         for spread in SPREADS:
-            sd = tikhonov_sd(case.weights, penalty, spread)
+            sd = tikhonov_sd(case.slice_weights, penalty, spread)
             found["spread"][f"{penalty} {spread}"] = gaussian_crps(image, sd, truth, case.judged)
     for penalty in TV_PENALTIES:
-        image = total_variation(data, case.weights, axis=AXIS, penalty=penalty)
+        image = total_variation(data, case.slice_weights, axis=AXIS, penalty=penalty)
         found["tv"][str(penalty)] = error(image)
     return found
 
@@ -412,15 +412,15 @@ def choose(found: list[dict[str, dict[str, float]]]) -> dict[str, float]:
 
 
 def tikhonov_sd(
-    weights: NDArray[np.float64], penalty: float, spread: float
+    slice_weights: NDArray[np.float64], penalty: float, spread: float
 ) -> NDArray[np.float64]:
     """(fine,) SD of the Gaussian posterior whose mean Tikhonov is.
 
     Prior precision ``DᵀD`` and noise of variance ``penalty`` times one amplitude: the covariance
     is ``a (WᵀW / penalty + DᵀD)^-1``, and ``a`` makes the mean SD ``spread``.
     """
-    difference = np.diff(np.eye(weights.shape[1]), axis=0)
-    precision = weights.T @ weights / penalty + difference.T @ difference
+    difference = np.diff(np.eye(slice_weights.shape[1]), axis=0)
+    precision = slice_weights.T @ slice_weights / penalty + difference.T @ difference
     sd = np.sqrt(np.diag(np.linalg.inv(precision)))
     return sd * spread / sd.mean()
 
@@ -544,16 +544,16 @@ def _classical(case: Case, penalties: Mapping[str, float]) -> dict[str, NDArray[
     return {
         "linear": interpolate(flat.data, flat.grid, grid, order=1),
         "cubic": interpolate(flat.data, flat.grid, grid, order=3),
-        "tikhonov": tikhonov(data, case.weights, axis=AXIS, penalty=penalties["tikhonov"]),
-        "tv": total_variation(data, case.weights, axis=AXIS, penalty=penalties["tv"]),
+        "tikhonov": tikhonov(data, case.slice_weights, axis=AXIS, penalty=penalties["tikhonov"]),
+        "tv": total_variation(data, case.slice_weights, axis=AXIS, penalty=penalties["tv"]),
     }
 
 
 def _spread(case: Case, found: Restoration, penalties: Mapping[str, float]) -> dict[str, Any]:
     """CRPS of the samples and of the tuned Tikhonov posterior; error over predicted SD."""
     truth, judged = case.truth.data, case.judged
-    image = tikhonov(in_slices(case), case.weights, axis=AXIS, penalty=penalties["tikhonov"])
-    sd = tikhonov_sd(case.weights, penalties["tikhonov"], penalties["spread"])
+    image = tikhonov(in_slices(case), case.slice_weights, axis=AXIS, penalty=penalties["tikhonov"])
+    sd = tikhonov_sd(case.slice_weights, penalties["tikhonov"], penalties["spread"])
     facts: dict[str, Any] = {
         "crps": crps(found.samples, truth, judged) if len(found.samples) else None,
         "crps_tikhonov": gaussian_crps(image, sd, truth, judged),

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from brainprior_bids.engine.denoiser import ErrorSpectrum, Precondition, Prior, fast_dtype
 from brainprior_bids.engine.errors import UsageError, WeightsError
-from brainprior_bids.engine.measured import Level
+from brainprior_bids.engine.measured import BandPosterior
 from brainprior_bids.engine.stacks import Stack
 from brainprior_bids.engine.unet import CONTRASTS, UNet, coordinate_features, to_bands
 from brainprior_bids.engine.voxels import Voxels
@@ -279,7 +279,7 @@ class Trainer:
         own = torch.Generator().manual_seed(seed + step)
         sigma = draw_sigmas(count * self.processes.size, own)[first : first + count]
         noise, place = torch.empty(image.shape), batch["matrix"].clone()
-        levels: list[Level | None] = [None] * count
+        posteriors: list[BandPosterior | None] = [None] * count
         kinds = [0] * count  # nothing, a stack, a hole
         for n, crop in enumerate(batch["image"]):
             number = step * count * self.processes.size + first + n
@@ -299,7 +299,7 @@ class Trainer:
                 if isinstance(known, Stack) and self.recipe.slices_last:
                     turned, place[n], known = slices_last(crop, place[n], known)
                     image[n] = turned
-                levels[n] = known.level(self.model.band_sd, float(sigma[n]), self.device)
+                posteriors[n] = known.posterior(self.model.band_sd, float(sigma[n]), self.device)
         sigma, noise = sigma.to(self.device), noise.to(self.device)
         place = coordinate_features(matrix_points(place.to(self.device), image.shape[2:]))
         clean = to_bands(image)
@@ -310,10 +310,13 @@ class Trainer:
             else contextlib.nullcontext()
         )
         with precision:
-            estimate = self.model(noisy, sigma, place, batch["contrast"].to(self.device), levels)
+            estimate = self.model(
+                noisy, sigma, place, batch["contrast"].to(self.device), posteriors
+            )
         c_out = self.model.scales(sigma)[1][:, :, 0, 0, 0]
         rows = [
-            own if level is None else level.c_out for own, level in zip(c_out, levels, strict=True)
+            own if posterior is None else posterior.c_out
+            for own, posterior in zip(c_out, posteriors, strict=True)
         ]
         linear = torch.stack(rows).square()  # error of the linear filter, (n, 8)
         square = (estimate - clean).square().mean((2, 3, 4))

@@ -42,9 +42,9 @@ def test_a_whole_scan_is_the_truth_averaged_by_the_weights():
     case = make_case(person, condition)
     assert case.truth.data.shape[2] % 5 == 0
     assert case.scan.grid.one_millimetre() == case.truth.grid
-    expected = np.tensordot(case.truth.data, case.weights, axes=(2, 1))
+    expected = np.tensordot(case.truth.data, case.slice_weights, axes=(2, 1))
     assert np.abs(case.scan.data - expected).max() < 1e-4
-    share = np.tensordot(case.inside.astype(float), case.weights, axes=(2, 1))
+    share = np.tensordot(case.inside.astype(float), case.slice_weights, axes=(2, 1))
     assert np.abs(case.mask - share).max() < 1e-5
     assert np.array_equal(case.judged, case.inside)
 
