@@ -5,7 +5,7 @@ The limits separate the usual from the unusual; they are chosen, not measured, a
 all of them can be wrong (docs/outputs.md says how often they spoke on scans whose truth is
 known). They stand in one table, and every verdict names the limits that were passed.
 
-Volumes are compared with those of 54 people (``data/volumes.json``): z is the distance of a
+Volumes are compared with those of 54 participants (``data/volumes.json``): z is the distance of a
 volume's logarithm from their mean, in their SDs.
 """
 

@@ -151,7 +151,7 @@ def _fit(seen: Tensor, scan: Tensor) -> tuple[float, float]:
     if not correlation > UNLIKE:
         raise InputError(
             f"the image to refine and the scan correlate by {correlation:.2f} inside the "
-            f"brain, at least {UNLIKE} is needed. Do they show the same person, in the same "
+            f"brain, at least {UNLIKE} is needed. Do they show the same participant, in the same "
             "space and contrast?"
         )
     return gain, correlation

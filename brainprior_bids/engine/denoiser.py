@@ -156,7 +156,7 @@ class Precondition(nn.Module):
     ) -> Tensor:
         """Noisy bands (n, 8, i, j, k) float32, sigma (n,) -> denoised bands.
 
-        ``posteriors`` holds, for each image, what was measured of it, or None.
+        ``posteriors`` holds each image's posterior given its measurements, or None.
         """
         linear, entering, stack, unknown = self._enter(bands, sigma, posteriors)
         f = self.network(entering, place, sigma.log() / 4, contrast, stack, unknown)
@@ -165,7 +165,7 @@ class Precondition(nn.Module):
     def _enter(
         self, bands: Tensor, sigma: Tensor, posteriors: BandPosteriors
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """The linear estimate, what the network sees of it, and what it is told of the data."""
+        """The linear estimate, the network's input, and its description of the measurements."""
         c_skip, _, c_in = self.scales(sigma)
         if posteriors is None or all(posterior is None for posterior in posteriors):
             return c_skip * bands, c_in * bands, None, None
@@ -227,8 +227,8 @@ class Precondition(nn.Module):
 
         def read(start: int, stop: int) -> tuple[Tensor, ...]:
             place = coordinate_features(coordinates[:, :, 2 * start : 2 * stop])
-            told = () if unknown is None else (unknown[:, :, start:stop],)
-            return entering[:, :, start:stop], place, *told
+            also = () if unknown is None else (unknown[:, :, start:stop],)
+            return entering[:, :, start:stop], place, *also
 
         size, thick = x.shape[2] // 2, max(rows // 2, 1)
         for start, stop, part in network_in_slabs(
@@ -319,7 +319,7 @@ class Prior:
 
     @property
     def takes_stacks(self) -> bool:
-        """Whether ``denoise`` can be told of measurements."""
+        """Whether ``denoise`` can be conditioned on measurements."""
         return bool(self.model.network.config["stacks"])
 
     @property
@@ -329,12 +329,12 @@ class Prior:
 
     @property
     def inflation(self) -> float:
-        """Of the noise that ``eps`` adds, as calibrated on held-out people's slices; else 1."""
+        """Factor on the noise that ``conditional`` adds, calibrated on validation data; else 1."""
         return float(self.metadata.get("inflation", 1.0))
 
     @property
     def takes_holes(self) -> bool:
-        """Whether that includes scans on the image's own grid of which a part is hidden."""
+        """Whether that includes partly hidden scans on the image's own grid."""
         return self.takes_stacks and self.metadata.get("recipe", {}).get("holes", 0) > 0
 
     @torch.no_grad()
@@ -361,7 +361,7 @@ class Prior:
         contrast : str
             One of ``CONTRASTS``.
         measured : Stack or Voxels, optional
-            What was measured of the same brain.
+            Measurements of the same brain.
 
         Returns
         -------
@@ -385,7 +385,7 @@ class Prior:
             raise UsageError(f"Prior: x must be floating point, got {x.dtype}. Convert it first.")
         if measured is not None and not self.takes_stacks:
             raise UsageError(
-                "Prior: these weights were not trained to be told of measurements. Use the "
+                "Prior: this network was not trained to be conditioned on measurements. Use the "
                 "sampler 'exact', or train with --stacks above 0."
             )
         sigmas = torch.full((len(x),), float(sigma), device=self.device)

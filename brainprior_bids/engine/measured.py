@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a prior can be told besides a noisy image: the measurements that ``eps`` samples under."""
+"""The measurements that a prior can be conditioned on, beside a noisy image."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ def restore(
     where = usable_device(device)
     mask = as_volume("mask_1mm", mask_1mm, scans[0].grid.one_millimetre().shape, "restore")
     if not bool(torch.isfinite(mask).all()):
-        raise InputError("restore: mask_1mm holds NaN or infinite values. Make it anew.")
+        raise InputError("restore: mask_1mm holds NaN or infinite values. Recreate it.")
     problem = Problem(
         scans,
         mask=mask.clamp(0, 1),

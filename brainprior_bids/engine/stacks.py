@@ -13,7 +13,7 @@ With band b of variance s_b² (Haar bands of 2 x 2 x 2 voxels, uncorrelated):
     w = E[x | x_t, y],  K = Cov[x | x_t, y]        under N(0, diag s_b²)
     D = w + K^1/2 F(w_b / sd of w_b)
 
-which is EDM's preconditioning where nothing was measured. K^1/2 keeps what was measured: there
+which is EDM's preconditioning where nothing was measured. K^1/2 keeps the measurements: there
 the network can change w by no more than the noise of the scan. All matrices are along the slice
 axis, one for each of the four in-plane band combinations.
 """
@@ -218,14 +218,14 @@ class StackPosterior:
         root = (vectors * values.clamp_min(0).sqrt()[:, None, :]) @ vectors.mT
         share = _share_of_bands(stack.kept).to(w)[:, None]
         self.variance = share * k.diagonal(dim1=1, dim2=2) + (1 - share) * left  # (4, n)
-        told = (square - self.variance).clamp_min(0)
+        explained = (square - self.variance).clamp_min(0)
 
         def of_bands(rows: Tensor) -> Tensor:
             means = rows.reshape(4, n // 2, 2).mean(1)  # (4, 2)
             return from_columns(means[..., None], axis, (1, 1, 1)).reshape(8)
 
         self.c_out = of_bands(self.variance).sqrt().float().to(device)
-        self.c_in = of_bands(told).clamp_min(1e-24).rsqrt().float().to(device)
+        self.c_in = of_bands(explained).clamp_min(1e-24).rsqrt().float().to(device)
         self.skip = skip.float()[..., None].to(device)
         self.alone = left.sqrt().float()[..., None].to(device)  # root of K where y is silent
         self.slice_weights = w.float().to(device)
@@ -254,11 +254,11 @@ class StackPosterior:
         axis, shape = self.stack.axis, tuple(unit.shape[1:])
         with torch.autocast(unit.device.type, enabled=False):
             lines = columns(unit.float(), axis)
-            told = from_columns(self.root @ lines, axis, shape)
+            spread = from_columns(self.root @ lines, axis, shape)
             if self.stack.whole_plane:
-                return told
+                return spread
             alone = from_columns(self.alone * lines, axis, shape)
-            return alone + self._measured_bands(told - alone)
+            return alone + self._measured_bands(spread - alone)
 
     def _measured(self, volume: Tensor) -> Tensor:
         if self.stack.whole_plane:

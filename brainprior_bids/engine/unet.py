@@ -112,7 +112,7 @@ class UNet(nn.Module):
     embedding : int
         Width of the conditioning vector.
     stacks : bool
-        Whether it can be told of measured slices.
+        Whether it can be conditioned on measured slices.
     """
 
     frequencies: Tensor

@@ -125,8 +125,8 @@ class VoxelPosterior:
         self.root = variance.sqrt().float()
         variance[:, self.border] = k.diagonal(dim1=1, dim2=2).T
         self.c_out = variance.mean((1, 2, 3)).sqrt().float()
-        told = square.flatten() - (square * both / (square + both)).flatten()
-        self.c_in = told.clamp_min(1e-24).rsqrt().float()  # as where it was measured
+        explained = square.flatten() - (square * both / (square + both)).flatten()
+        self.c_in = explained.clamp_min(1e-24).rsqrt().float()  # as where it was measured
 
     def features(self) -> Tensor:
         """(8,): the log noise; no slices."""

@@ -52,7 +52,7 @@ from brainprior_bids.evaluation.scans import Volume, read_output, run_command, w
 
 COLUMNS = ("scan", "method", "mae", "psnr_db", "ssim", "psnr_field_db", "mask_dice", *DEPTHS)
 TIKHONOV_PENALTY = 0.01
-TV_PENALTY = 0.001  # of the brain's 99th percentile; both tuned on two other people's brains
+TV_PENALTY = 0.001  # of the brain's 99th percentile; both tuned on two other participants's brains
 
 
 def matching_field(

@@ -91,7 +91,7 @@ class Crops(Dataset[dict[str, Tensor]]):
     mix : Mix
     pose : bool
         Random pose (half the crops: rotation ±15° about each axis, scale ±10 %; all: left-right
-        flip, and 2 mm, 1 % and 1° of doubt in the affine) or none.
+        flip, and 2 mm, 1 % and 1° of error in the affine) or none.
     unknown : float
         Share of crops whose contrast is hidden from the network.
     """
@@ -186,12 +186,12 @@ def draw_crop(
     if np.linalg.det(linear) < 0:
         matrix = np.diag([-1.0, 1.0, 1.0, 1.0]) @ matrix  # a mirrored brain, left still left
     if pose:
-        doubt = np.eye(4)
-        doubt[:3, :3] = Rotation.from_rotvec(
+        error = np.eye(4)
+        error[:3, :3] = Rotation.from_rotvec(
             rng.normal(0, 1, 3), degrees=True
         ).as_matrix() * rng.normal(1, 0.01, 3)
-        doubt[:3, 3] = rng.normal(0, 2, 3)
-        matrix = doubt @ matrix
+        error[:3, 3] = rng.normal(0, 2, 3)
+        matrix = error @ matrix
     return crop, matrix
 
 

@@ -75,8 +75,8 @@ class Recipe:
         Decay of the averaged weights a step, after a ramp.
     seed : int
     stacks, holes : float
-        Share of the crops of which a stack of slices, or all but a hole, is known.
-    told_sigma : (float, float)
+        Share of the crops that come with a stack of slices, or with all but a hole.
+    conditioned_sigma : (float, float)
         Lowest and highest noise of those crops; at 100 the answer is E[x | y].
     blind : float
         Share of those crops whose noise is the highest: the network learns E[x | y].
@@ -98,7 +98,7 @@ class Recipe:
     seed: int = 1
     stacks: float = 0.8
     holes: float = 0.1
-    told_sigma: tuple[float, float] = (0.02, 100.0)
+    conditioned_sigma: tuple[float, float] = (0.02, 100.0)
     blind: float = 0.0
     slices_last: bool = True
     channels: tuple[int, ...] = (48, 96, 128)
@@ -293,9 +293,9 @@ class Trainer:
                     if kinds[n] == 1
                     else draw_voxels(crop[0], generator)
                 )
-                sigma[n] = log_uniform(*self.recipe.told_sigma, generator)
+                sigma[n] = log_uniform(*self.recipe.conditioned_sigma, generator)
                 if float(torch.rand((), generator=generator)) < self.recipe.blind:
-                    sigma[n] = self.recipe.told_sigma[1]
+                    sigma[n] = self.recipe.conditioned_sigma[1]
                 if isinstance(known, Stack) and self.recipe.slices_last:
                     turned, place[n], known = slices_last(crop, place[n], known)
                     image[n] = turned
@@ -332,8 +332,8 @@ class Trainer:
 
         The crops of all processes count, in the order of their numbers.
         """
-        told = torch.tensor(kinds, device=self.device, dtype=read.dtype)
-        known = torch.cat([sigma[:, None], told[:, None], read], 1)
+        conditioned = torch.tensor(kinds, device=self.device, dtype=read.dtype)
+        known = torch.cat([sigma[:, None], conditioned[:, None], read], 1)
         everyone = self.processes.gather(known).cpu()
         place = (everyone[:, 0].log() - math.log(0.005)) / math.log(100 / 0.005) * (LEVELS - 1)
         rows = []
@@ -524,12 +524,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--holes", type=float, default=recipe.holes, help="share of crops known but for a hole"
     )
     train.add_argument(
-        "--told-sigma",
+        "--conditioned-sigma",
         type=float,
         nargs=2,
-        default=recipe.told_sigma,
+        default=recipe.conditioned_sigma,
         metavar=("LOW", "HIGH"),
-        help="noise of the crops of which something is known",
+        help="noise of the crops that come with measurements",
     )
     train.add_argument(
         "--blind",
@@ -559,7 +559,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--inflation",
         type=float,
         default=1.0,
-        help="factor on the noise of the sampler eps, calibrated on validation people",
+        help="factor on the noise of the sampler conditional, calibrated on validation scans",
     )
     out.add_argument(
         "--export-only", action="store_true", help="write --out from the checkpoint, no training"
@@ -595,7 +595,7 @@ def _build_packs(args: argparse.Namespace) -> None:
     Raises
     ------
     UsageError
-        If ``--validation`` or ``--exclude`` names nobody: a person who shall report must not be
+        If ``--validation`` or ``--exclude`` names no participant: one of the test set must not be
         trained on for a slip of the pen.
     """
     if args.data is not None and args.heads is not None:
@@ -662,7 +662,7 @@ def _train(args: argparse.Namespace, processes: Processes) -> int:
         seed=args.seed,
         stacks=args.stacks,
         holes=args.holes,
-        told_sigma=tuple(args.told_sigma),
+        conditioned_sigma=tuple(args.conditioned_sigma),
         blind=args.blind,
         channels=tuple(args.channels),
         blocks=tuple(args.blocks),

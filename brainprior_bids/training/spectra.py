@@ -103,7 +103,7 @@ def stack_errors(
     """PSNR in dB of ``E[x | y]`` inside central 96³ crops, per contrast and slice spacing.
 
     y: axial slices, a profile of steep flanks as wide as the spacing, noise 0.01; the prior is
-    told the trapezoid the engine assumes. One network call, of an x_t that says nothing.
+    given the trapezoid that the engine assumes. One network call, at a noise that hides x_t.
     """
     table: dict[str, dict[str, float]] = {}
     for contrast in CONTRASTS:

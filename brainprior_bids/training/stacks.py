@@ -69,7 +69,7 @@ def draw_stack(image: Tensor, generator: torch.Generator) -> Stack:
     """A random stack of a crop (c, c, c): what a scanner would give, and what one knows of it.
 
     The measurement has a profile and a thickness of its own; its ``slice_weights`` have one of
-    ``STATED`` and the *stated* thickness, as for a scan, whose true profile nobody knows. Some
+    ``STATED`` and the *stated* thickness, as for a scan, whose true profile is unknown. Some
     have measured the lower spatial frequencies of the plane alone; some are 3-D scans, which have
     done so along the third axis too.
     """
@@ -122,7 +122,7 @@ def draw_hole(shape: tuple[int, ...], centre: Tensor, generator: torch.Generator
 
 
 def draw_voxels(image: Tensor, generator: torch.Generator) -> Voxels:
-    """A noisy scan of a crop (c, c, c) of which one to three holes, or an end, are not seen."""
+    """A noisy scan of a crop (c, c, c) with one to three holes, or an end, missing."""
     noise_sd = log_uniform(*NOISE_SD, generator)
     y = image + noise_sd * torch.randn(image.shape, generator=generator)
     hidden = torch.zeros(image.shape, dtype=torch.bool)

@@ -163,7 +163,7 @@ def test_eps_says_the_same_for_the_same_seed_and_refuses_a_prior_without_stacks(
         spectra={"unknown": ErrorSpectrum.isotropic(0.2)},
         metadata={},
     )
-    with pytest.raises(UsageError, match="not trained to be told of measurements"):
+    with pytest.raises(UsageError, match="not trained to be conditioned on measurements"):
         plain.denoise(
             torch.zeros(1, 1, 8, 8, 12),
             1.0,
@@ -193,7 +193,7 @@ def test_a_factor_on_the_noise_widens_the_samples_about_the_same_mean():
 
 
 def test_bad_stacks_are_refused():
-    weights = make_stack(2).weights
+    weights = make_stack(2).slice_weights
     with pytest.raises(InputError, match="noise SD"):
         Stack(torch.zeros(6, 8, 4), weights, 2, float("nan"))
     with pytest.raises(ShapeMismatchError, match="4 slices along axis 2"):
