@@ -125,7 +125,7 @@ def one_brain(path: Path, args: argparse.Namespace, record: Record, runs: Runs) 
         record.add(method, {name: row[key] for key, name in KEPT.items()})
     record.add("fused, motion found to mm at the worst voxel", {"value": float(max(worst))})
     record.add("fused, share of the given mask that it strips", {"value": stripped})
-    record.add("fused, misfit over noise, mean", {"value": float(np.mean(ratios))})
+    record.add("fused, residual in noise SDs, mean", {"value": float(np.mean(ratios))})
     record.add(LAST, {"value": rows["fused"]["psnr_db"] - best})
     if args.picture is not None:
         shown = {

@@ -6,11 +6,11 @@
 The "other tool" is the truth blurred by a Gaussian of SD 1 mm, or sharpened (the truth plus what
 that blur takes from it): derivative data sets beside a raw one with the participant's scan
 (slices of ``--spacing`` mm, 1 % noise). ``brainprior`` restores the scan alone, refines each image
-alone (``--task refine``), and both together (``--task restore refine``), at each trust. RMSE inside
-both the given mask and the program's own, in units of the truth's 99th percentile, after one gain,
-and after a gain that may vary slowly (``slow gain``: of the refined image alone no bias field is
-estimated). ``misfit`` is that of the samples to what they were given, in units of its stated
-error.
+alone (``--task refine``), and both together (``--task restore refine``), at each trust. RMSE is
+computed inside both the given mask and the program's own, in units of the truth's 99th percentile,
+after one gain, and after a gain that may vary slowly (``slow gain``: no bias field is estimated of
+the refined image alone). ``residual`` is that of the samples to their input, in units of its
+stated error.
 """
 
 from __future__ import annotations
@@ -87,13 +87,13 @@ def one_brain(path: Path, args: argparse.Namespace, record: Record, runs: Runs) 
     judged = inside & kept  # the masks of some of these brains hold vessels and fat
     shown = {"truth": truth}
 
-    def note(label: str, image: np.ndarray, misfit: Sequence[float] = ()) -> None:
+    def note(label: str, image: np.ndarray, residuals: Sequence[float] = ()) -> None:
         shown[label] = matching_gain(image, truth, judged) * image
         flat = image * matching_field(image, truth, judged)
         row = {"RMSE": compare(shown[label], truth, judged)["rmse"],
                "slow gain": compare(flat, truth, judged)["rmse"]}  # fmt: skip
-        if misfit:
-            row["misfit"] = float(np.mean(misfit))
+        if residuals:
+            row["residual"] = float(np.mean(residuals))
         record.add(label, row)
 
     def made(label: str, image: str, *options: str) -> None:

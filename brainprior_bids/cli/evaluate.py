@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--sampler", default="auto")
     what.add_argument("--ablation-participants", type=int, default=2)
     what.add_argument("--segmentation-participants", type=int, default=3)
-    what.add_argument("--daps", action="store_true", help="DAPS-1k too: 1000 calls a sample")
+    what.add_argument("--daps", action="store_true", help="DAPS-1k too: 1000 calls per sample")
     what.add_argument("--random-seed", type=int, default=0)
     block = what.add_mutually_exclusive_group()
     block.add_argument(
