@@ -98,7 +98,8 @@ def show(name: str, row: Sequence[float], sd: str = "") -> None:
     """Print one row of the table."""
     seconds, times, psnr, score, residual = row
     print(
-        f"| {name} | {seconds:.1f} | {times:.1f} | {psnr:.2f}{sd} | {score:.4f} | {residual:.3f} |",
+        f"| {name} | {seconds:.1f} | {times:.1f} | {psnr:.2f}{sd} | {score:.4f} "
+        f"| {residual:.3f} |",
         flush=True,
     )
 
