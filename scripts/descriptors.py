@@ -39,7 +39,10 @@ def publishing() -> dict[str, str]:
 
 def boutiques(image: str) -> dict[str, Any]:
     """The Boutiques descriptor with the published image."""
-    return {**descriptor(), "container-image": {"type": "docker", "image": f"{image}:{__version__}"}}
+    return {
+        **descriptor(),
+        "container-image": {"type": "docker", "image": f"{image}:{__version__}"},
+    }
 
 
 def nipoppy(image: str) -> dict[str, dict[str, Any]]:
@@ -112,9 +115,7 @@ def neurodesk(repository_url: str, image: str) -> dict[str, dict[str, Any]]:
             "name": "brainprior",
             "version": __version__,
             "architectures": ["x86_64"],
-            "copyright": [
-                {"license": "Apache-2.0", "url": f"{repository_url}/blob/main/LICENSE"}
-            ],
+            "copyright": [{"license": "Apache-2.0", "url": f"{repository_url}/blob/main/LICENSE"}],
             "build": {
                 "kind": "neurodocker",
                 "base-image": f"{image}:{__version__}",

@@ -75,9 +75,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         n_slices = series.data.shape[2]
         for k in range(n_slices):
-            dicom_slice(series, k).save_as(
-                folder / f"{k + 1:04d}.dcm", enforce_file_format=True
-            )
+            dicom_slice(series, k).save_as(folder / f"{k + 1:04d}.dcm", enforce_file_format=True)
         print(f"{folder}: {n_slices} files")
 
 
