@@ -4,9 +4,9 @@
 
     .venv/bin/python scripts/descriptors.py OUT
 
-OUT gets one folder per platform: ``boutiques``, ``nipoppy`` (a pipeline bundle for ``nipoppy pipeline
-install``), ``neurodesk`` (a recipe for Neurodesk's container builder) and ``bids-apps`` (the entry for
-the list of BIDS Apps). Owner, registry and address come from ``publishing.toml``, the version and the
+OUT gets one folder per platform: ``boutiques``, ``nipoppy`` (a bundle for ``nipoppy pipeline
+install``), ``neurodesk`` (a recipe for its container builder) and ``bids-apps`` (the entry for the
+list of BIDS Apps). Owner, registry and address come from ``publishing.toml``, the version and the
 options from the package, so that no descriptor can lag behind.
 """
 
@@ -104,8 +104,9 @@ def neurodesk(repository_url: str, image: str) -> dict[str, dict[str, Any]]:
     """A Neurodesk recipe on top of the published image, and the tests of its container."""
     text = (
         f"## brainprior/{__version__} ##\n"
-        "Restores thick-slice, noisy or biased brain MRI (T1w, T2w, FLAIR) to 1 mm, with a voxelwise\n"
-        "uncertainty map. For research only: not for finding lesions, not for diagnosis.\n\n"
+        "Restores thick-slice, noisy or biased brain MRI (T1w, T2w, FLAIR) to 1 mm, with a\n"
+        "voxelwise uncertainty map. For research only: not for finding lesions, not for\n"
+        "diagnosis.\n\n"
         "```\nbrainprior bids_dir output_dir participant\nbrainprior bids_dir output_dir group\n"
         "brainprior --help\n```\n\n"
         f"Documentation: {repository_url}\n"

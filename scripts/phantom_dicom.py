@@ -4,7 +4,7 @@
 
     python scripts/phantom_dicom.py BIDS_DIR OUT
 
-BIDS_DIR is the demo data set (``python -m brainprior_bids.evaluation.demo BIDS_DIR``). OUT gets two
+BIDS_DIR is the demo data set, made by ``python -m brainprior_bids.evaluation.demo``. OUT gets two
 series of one study, one file per slice: a three-slice localizer, as most sessions begin with, and
 the T1w. The script needs numpy, nibabel and pydicom and nothing of brainprior, so that it runs in
 the environment of the converters (docs/dicom.md).
