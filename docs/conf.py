@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sphinx configuration: ``make docs``, or ``sphinx-build -W docs docs/_build`` with the extra
-``docs`` installed. The build executes the tutorial, whose results are kept in ``docs/_build`` until
+``docs`` installed. The build executes the tutorial, whose results stay in ``docs/_build`` until
 the tutorial changes."""
 
 import os
+from pathlib import Path
 
 from brainprior_bids import __version__
 
@@ -23,6 +24,7 @@ extensions = [
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "cache"
+nb_execution_cache_path = str(Path(__file__).parent / "_build" / ".jupyter_cache")
 nb_execution_timeout = 1800  # seconds per cell: only to end what hangs
 nb_execution_raise_on_error = True
 nb_merge_streams = True
