@@ -38,7 +38,7 @@ problem() {
 }
 [ -z "$(git status --porcelain 2>/dev/null)" ] || problem "the tree has changes that are not committed"
 grep -q "^## \[$version\]" CHANGELOG.md || problem "CHANGELOG.md has no section for $version yet"
-! grep -Eq '"[^"]*(OWNER|HOST|CONTACT)' publishing.toml || problem "publishing.toml has placeholders"
+! grep -Eq '"[^"]*\b[A-Z]{4,}\b' publishing.toml || problem "publishing.toml has placeholders"
 for file in CITATION.cff Dockerfile Singularity.def docs/boutiques/brainprior.json; do
     grep -Eq "(version: |VERSION=|\"tool-version\": \")$version\b" "$file" ||
         { say "$file does not name version $version"; exit 1; }
