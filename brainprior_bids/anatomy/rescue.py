@@ -13,6 +13,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,11 +89,18 @@ def find_affine(
         problem = f"the structures lie {fit.median_residual_mm:.1f} mm from their places"
     except AnatomyError as error:
         problem = str(error)
+    why = None
     if templates is None:
         why = (
             "MNI305 is not in TemplateFlow's folder on this machine, so the scan could not be "
             "registered to it instead (fetch it with templateflow.api.get('MNI305'))"
         )
+    elif find_spec("ants") is None:
+        why = (
+            "antspyx is not installed, so the scan could not be registered to MNI305 instead "
+            "(install antspyx)"
+        )
+    if why is not None:
         if fit is None:
             raise AnatomyError(f"{problem} And {why}.")
         return replace(fit, warnings=[*fit.warnings, f"The affine is doubtful, and {why}."])
