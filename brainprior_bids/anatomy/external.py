@@ -16,10 +16,10 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
-from nibabel.filebasedimages import ImageFileError
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from brainprior_bids.anatomy.nifti import open_image, read_values
 from brainprior_bids.anatomy.parcellation import (
     CSF,
     LARGEST_ML,
@@ -229,11 +229,8 @@ def labels_from_file(path: Path, grid: Grid, *, name: str) -> NDArray[np.int16]:
 
 
 def _read(path: Path, name: str) -> tuple[NDArray[np.float32], Grid]:
-    try:
-        image = nib.squeeze_image(nib.load(path))
-        values = np.asarray(image.dataobj, np.float32)
-    except (ImageFileError, OSError, ValueError, EOFError) as error:
-        raise InputError(f"{name}: {path} cannot be read ({error}). Make it again.") from error
+    image = nib.squeeze_image(open_image(path, name))
+    values = np.asarray(read_values(image, path, name), np.float32)
     if values.ndim != 3 or not np.isfinite(values).all() or not values.any():
         raise InputError(f"{name}: expected a 3-D image that is not empty in {path}.")
     check_placed(image, f"{name}: {path.name}")
