@@ -60,7 +60,8 @@ def surface(
     margin = np.maximum(np.ceil(BORDER_MM / grid.spacing_mm), 1)
     cut = ((edge < margin) | (edge >= np.array(grid.shape) - margin)).any(1)
     if unmeasured is not None and unmeasured.any():
-        cut |= beyond(unmeasured, np.zeros_like(mask), grid.spacing_mm)[tuple(edge.T)]
+        near = beyond(unmeasured, np.zeros_like(mask), grid.spacing_mm, near_mm=BORDER_MM)
+        cut |= near[tuple(edge.T)]
     return edge @ grid.affine[:3, :3].T + grid.affine[:3, 3], cut
 
 

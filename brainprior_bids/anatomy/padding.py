@@ -26,8 +26,9 @@ FLAT = 0.002
 spline leave a little."""
 OPEN_MM = 6.0
 """Half of the smallest width of a filled region inside the image: a dark skull is thinner."""
-NEAR_MM = 4.0
-"""A brain that is cut comes this near to what fills the image up; scalp and skull are thicker."""
+NEAR_MM = 1.0
+"""A brain that is cut is at most this far from what fills the image up. Scalp and skull are
+thicker; the roof of an orbit that defacing has emptied is not much thicker."""
 STRIPPED_SHARE, STRIPPED_MM = 0.03, 5.0
 """With less than this share of a brain's volume beyond this distance from it, there is no head."""
 FLAT_CM2, FLAT_RATIO, DEEPER_MM = 10.0, 0.75, 6.0
@@ -67,9 +68,11 @@ def unmeasured(image: nib.Nifti1Image, brain: NDArray[np.generic]) -> Mask:
     return _nearest(grown, brain.shape) & _nearest(flat, brain.shape)
 
 
-def beyond(unmeasured: Mask, brain: Mask, spacing_mm: NDArray[np.float64]) -> Mask:
-    """Outside of the brain and within ``NEAR_MM`` of what was not measured: there, it is cut."""
-    size = [2 * int(np.ceil(NEAR_MM / s)) + 1 for s in spacing_mm]
+def beyond(
+    unmeasured: Mask, brain: Mask, spacing_mm: NDArray[np.float64], *, near_mm: float = NEAR_MM
+) -> Mask:
+    """Outside of the brain and so near to what was not measured that the brain is cut there."""
+    size = [2 * max(round(near_mm / s), 1) + 1 for s in spacing_mm]
     near: Mask = ndimage.maximum_filter(unmeasured.astype(np.uint8), size) > 0
     return near & ~brain
 
