@@ -22,7 +22,7 @@ Mask = NDArray[np.bool_]
 
 WORK_MM = 2.0
 FLAT = 0.002
-"""Largest difference from the value that fills the image up, over the bright level: the rings of a
+"""Largest difference from the value that fills the image up, over the bright end: the rings of a
 spline leave a little."""
 OPEN_MM = 6.0
 """Half of the smallest width of a filled region inside the image: a dark skull is thinner."""

@@ -13,7 +13,7 @@ from brainprior_bids.engine.errors import InputError
 from brainprior_bids.engine.grids import Grid
 
 DEEPEST_NEGATIVE = 0.1
-"""An image whose darkest hundredth lies deeper below 0 than this share of its bright level has no
+"""An image whose darkest hundredth lies deeper below 0 than this share of its bright end has no
 zero of its own. The rings of an interpolation and the noise of real-valued images are less."""
 EMPTY_EDGE = 0.5
 """Where more of the outermost voxels than this have one value, that is the background."""
@@ -121,7 +121,7 @@ def _shifted(data: NDArray[np.float32], shift: float) -> NDArray[np.float32]:
 
 
 def _head(data: NDArray[np.float32], grid: Grid) -> NDArray[np.bool_]:
-    """The head, generously: above a tenth of the bright level, closed by 10 mm, holes filled."""
+    """The head, generously: above a tenth of the bright end, closed by 10 mm, holes filled."""
     positive = data[data > 0]
     if not positive.size:  # an image without positive values has no background to speak of
         return np.ones(data.shape, dtype=bool)
