@@ -316,7 +316,7 @@ def _combine(
         structures,
         inside,
         confidence,
-        scan_grid=Grid(image.shape, image.affine),
+        image=image,
         restored_grid=grid,
     )
 

@@ -147,6 +147,30 @@ def list_subjects(bids_dir: Path) -> list[str]:
     )
 
 
+def misnamed_folders(bids_dir: Path) -> dict[str, str]:
+    """Folders that are meant as participants or sessions, but not named so, and what to do.
+
+    Returns
+    -------
+    path in the data set -> message
+        Such as ``SUB-01``, ``sub_02``, ``subject03``, ``sub-04/Ses-1``.
+    """
+    found = {}
+    subjects = [bids_dir / f"sub-{label}" for label in list_subjects(bids_dir)]
+    for folder, key, word in ((bids_dir, "sub", "ject"), *((s, "ses", "sion") for s in subjects)):
+        for entry in sorted(folder.iterdir()):
+            start = re.match(rf"{key}(?:{word})?(?:[-_ ](?=.)|(?=\d))", entry.name, re.IGNORECASE)
+            if start is None or entry.name.startswith(f"{key}-") or not os.path.isdir(entry):
+                continue
+            label = re.sub("[^a-zA-Z0-9]", "", entry.name[start.end() :])
+            place = readable(entry.relative_to(bids_dir))
+            found[place] = (
+                f"{place}: this folder is ignored, as its name does not begin with '{key}-' in "
+                f"small letters. Rename it (and its files), for example to {key}-{label}."
+            )
+    return found
+
+
 def requested_subjects(settings: Settings) -> list[str]:
     """Labels of the participants that were asked for, or of all, sorted.
 

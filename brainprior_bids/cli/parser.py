@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from brainprior_bids.bids.files import readable
 from brainprior_bids.bids.provenance import new_run_uuid
-from brainprior_bids.bids.query import checked_filters, read_filters
+from brainprior_bids.bids.query import NOT_TEXT, checked_filters, read_filters
 from brainprior_bids.cli import options as groups
 from brainprior_bids.cli.checks import (
     bare_labels,
@@ -131,6 +132,12 @@ def parse_settings(argv: Sequence[str]) -> Settings:
     SystemExit
         After ``--help`` and ``--version``.
     """
+    for word in argv:
+        if NOT_TEXT.search(word):
+            raise UsageError(
+                f"the argument {readable(word)} is not text (UTF-8), so that no record could "
+                "name it. Rename the file or folder, or correct the argument."
+            )
     options = _parse(argv)
     task = "+".join(word for word in WORDS if word in options.task)
     check_task(options, task)
