@@ -6,8 +6,8 @@ Nothing is resampled: voxels are permuted and flipped only. The rules, in one pl
 *Affine.* The sform where its code is above 0, otherwise the qform; a singular sform gives way to
 a usable qform. Where both are set and move a corner of the image by more than
 ``AFFINE_TOLERANCE_MM`` relative to each other, the sform is used and a warning says so. Where
-neither is set, left cannot be told from right: refused. Axes that are not at right angles are
-refused, too, up to rounding; so is a field of view that no scanner has.
+neither is set, left and right cannot be distinguished: refused. Axes that are not at right angles
+(beyond rounding) are refused, too; so is a field of view that no scanner has.
 
 *Values.* float32, the header's slope and intercept applied. Non-finite voxels outside the head
 become 0 with a warning; inside the head they are refused. Negative values are kept and counted;
@@ -48,7 +48,7 @@ from brainprior_bids.engine.grids import Grid
 AFFINE_TOLERANCE_MM = 0.1
 """sform and qform may differ by this much at a corner: float32 quaternions are good to 0.001."""
 ANISOTROPY = 1.5
-"""A spacing this many times the next one makes its axis the slice axis beyond doubt."""
+"""A spacing this many times the next one makes its axis the slice axis."""
 THIN_MM = 1.5
 """Near-isotropic scans up to this spacing have a boxcar one voxel wide: nothing to undo."""
 LARGEST_VIEW_MM = 600.0
@@ -282,8 +282,8 @@ def _choose_affine(
     if sform is None and qform is None:
         raise GeometryError(
             f"{name}: expected a usable sform or qform; sform: {sform_problem}; qform: "
-            f"{qform_problem}. Left and right cannot be told apart without one. Convert the scan "
-            "again from DICOM, or set the sform."
+            f"{qform_problem}. Left and right cannot be distinguished without one. Convert the "
+            "scan again from DICOM, or set the sform."
         )
     facts: dict[str, Any] = {
         "sform_code": sform_code,

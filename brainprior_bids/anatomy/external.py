@@ -2,7 +2,7 @@
 """Masks and labels that were made elsewhere: other programs, derivatives, the scan's own edge.
 
 Whatever its source, a mask ends as one piece without holes on the restored grid, and labels end as
-the structures of ``data/structures.tsv``; both are checked before they are believed.
+the structures of ``data/structures.tsv``; both are checked before they are used.
 """
 
 from __future__ import annotations

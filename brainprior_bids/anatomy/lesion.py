@@ -117,8 +117,8 @@ def prepare_lesion(
     inside = float((lesion & brain).sum() / lesion.sum())
     if inside == 0:
         raise InputError(
-            "the lesion mask does not touch the brain. Is it of this person and this scan? Look "
-            "at the brain mask in the work folder's parcellate node."
+            "the lesion mask does not touch the brain. Is it of this participant and this scan? "
+            "Look at the brain mask in the work folder's parcellate node."
         )
     warnings = []
     if inside < MOSTLY_INSIDE:

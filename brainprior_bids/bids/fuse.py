@@ -28,7 +28,7 @@ def fuse_runs(scans: Sequence[Scan]) -> list[Scan]:
     groups: dict[str, list[Scan]] = {}
     for scan in scans:
         usable = scan.name.stem == scan.path.name.partition(".")[0]
-        # a file whose name or place cannot be used is nobody's run, and fails alone
+        # a file whose name or place cannot be used is part of no run, and fails alone
         key = fused_name(scan.name).stem if usable else scan.name.stem
         groups.setdefault(key, []).append(scan)
     return [_fused(group) if len(group) > 1 else group[0] for group in groups.values()]

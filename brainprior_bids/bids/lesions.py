@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lesion mask of a scan, by the names people give it.
+"""The lesion mask of a scan, by its usual names.
 
 In this order: ``--lesion-mask PATTERN``; ``label-lesion_mask`` in every ``--derivatives`` set;
 ``label-lesion_roi`` in the raw ``anat`` folder (fMRIPrep's convention). A mask belongs to a scan

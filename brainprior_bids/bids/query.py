@@ -89,7 +89,7 @@ class Scan:
 
     @property
     def contrast(self) -> str:
-        """What the network is told: ``T1w``, ``T2w``, ``FLAIR`` or ``unknown``."""
+        """The contrast that the network is given: ``T1w``, ``T2w``, ``FLAIR`` or ``unknown``."""
         return self.name.suffix if self.name.suffix in ("T1w", "T2w", "FLAIR") else "unknown"
 
 

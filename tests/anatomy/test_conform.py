@@ -176,7 +176,7 @@ def test_unusable_qform_quaternion_is_a_warning_beside_a_good_sform(tmp_path):
 def test_no_orientation_at_all_is_refused(tmp_path):
     data, affine = a_scan()
     path = write(tmp_path / "sub-01_T1w.nii", data, affine, sform=0, qform=0)
-    with pytest.raises(GeometryError, match="Left and right cannot be told apart"):
+    with pytest.raises(GeometryError, match="Left and right cannot be distinguished"):
         conform(path, metadata={})
 
 
