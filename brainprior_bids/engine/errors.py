@@ -4,6 +4,13 @@
 Every message says who (scan, operator), what was expected, what came and what to do.
 """
 
+from __future__ import annotations
+
+import errno
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""``errno`` of a full disk (or no inode left), and of an exhausted quota."""
+
 
 class BrainpriorError(Exception):
     """Root of every error that brainprior raises on purpose."""
@@ -47,3 +54,12 @@ class ConvergenceError(BrainpriorError):
 
 class MemoryShortageError(BrainpriorError):
     """Memory ran out even in the smallest tiles."""
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that led to it, is that of a full disk."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in FULL:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
