@@ -18,12 +18,16 @@ from brainprior_bids import __version__
 from brainprior_bids.bids.files import write_text
 from brainprior_bids.bids.provenance import verify_export, verify_records
 from brainprior_bids.cli.parser import parse_settings
-from brainprior_bids.engine.errors import BrainpriorError, UsageError
+from brainprior_bids.engine.errors import BrainpriorError, UsageError, is_full
 from brainprior_bids.run.analysis_levels import run
 from brainprior_bids.run.environment import prepare_process
 from brainprior_bids.run.logs import log_to_stderr
+from brainprior_bids.run.outcome import no_room
+from brainprior_bids.settings import Settings
 
 TRAINERS = ("prior", "parcellation")
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+"""From a terminal (Ctrl-C), and from a scheduler."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = _command(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
+        if argv is None:  # all is said: a signal that comes while Python ends shows nothing
+            for number in SIGNALS:
+                signal.signal(number, lambda *_: os._exit(code))
         return code
     except BrokenPipeError as error:  # `brainprior … | head`: nobody reads on
         print(f"brainprior: stopped: {error}", file=sys.stderr)
@@ -49,8 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _command(arguments: list[str]) -> int:
     """``main``, but for what is printed."""
     log_to_stderr()
-    before = signal.signal(signal.SIGTERM, _interrupt)  # what a scheduler sends
-    logs = None
+    before = {number: signal.signal(number, _interrupt) for number in SIGNALS}
+    settings: Settings | None = None
     try:
         if arguments[:1] == ["train"]:
             return train(arguments[1:])
@@ -77,7 +84,6 @@ def _command(arguments: list[str]) -> int:
         if arguments[:1] == ["verify"]:
             return verify(arguments[1:])
         settings = parse_settings(arguments)
-        logs = settings.output_dir / "logs"
         return run(settings)
     except UsageError as error:
         print(f"brainprior: error: {error}", file=sys.stderr)
@@ -88,18 +94,24 @@ def _command(arguments: list[str]) -> int:
     except BrokenPipeError:
         raise
     except Exception as error:  # one place for what nobody thought of
-        print(f"brainprior: failed: {_not_foreseen(error, logs, arguments)}", file=sys.stderr)
+        if settings is not None and is_full(error):
+            text = f"{no_room(settings)}."
+        else:
+            logs = settings and settings.output_dir / "logs"
+            text = _not_foreseen(error, logs, arguments)
+        print(f"brainprior: failed: {text}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("brainprior: interrupted; the same command goes on from here.", file=sys.stderr)
+        print("brainprior: interrupted; rerun the same command to resume.", file=sys.stderr)
         return 130
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _not_foreseen(error: Exception, logs: Path | None, arguments: Sequence[str]) -> str:
     """One line about an error that no message was written for; its traceback goes to a file."""
-    said = " ".join(str(error).split()) or type(error).__name__
+    said = " ".join(str(error).split()) or "an error without a message"
     text = f"brainprior {__version__}: {shlex.join(arguments)}\n\n"
     text += "".join(traceback.format_exception(error))
     name = f"crash-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}.txt"
@@ -114,7 +126,17 @@ def _not_foreseen(error: Exception, logs: Path | None, arguments: Sequence[str])
 
 
 def _interrupt(*_: object) -> None:
+    """Interrupt the command once; further signals leave it the seconds that it takes to end.
+
+    It ends its workers, and gives every scan its status. SIGQUIT (Ctrl-\\) does not wait for that.
+    """
+    for number in SIGNALS:
+        signal.signal(number, _already_ending)
     raise KeyboardInterrupt
+
+
+def _already_ending(*_: object) -> None:
+    os.write(2, b"brainprior: it is ending.\n")  # print could be interrupted in the middle
 
 
 def train(argv: Sequence[str]) -> int:

@@ -23,7 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from brainprior_bids.bids.files import write_text
-from brainprior_bids.engine.errors import UsageError
+from brainprior_bids.engine.errors import UsageError, is_full
 from brainprior_bids.settings import Settings
 
 LONGEST_SOCKET = 107
@@ -37,17 +37,17 @@ def prepare_environment(settings: Settings) -> None:
     """Set the environment variables of this run, and make the work folder."""
     home = settings.work_dir / "home"
     try:
-        home.mkdir(parents=True, exist_ok=True)
+        write_text(  # by rename: another process may share the work folder
+            home / "nipype.cfg",
+            f"[logging]\nworkflow_level = {settings.nipype_level}\ninterface_level = INFO\n"
+            "[execution]\ncheck_version = false\n",
+        )
     except OSError as error:
+        what = "Make room" if is_full(error) else "Check its permissions"
         raise UsageError(
-            f"--work-dir {settings.work_dir} cannot be made or written ({error.strerror}). Check "
-            "its permissions, or choose another folder."
+            f"--work-dir {settings.work_dir} cannot be made or written ({error.strerror}). "
+            f"{what}, or choose another folder."
         ) from error
-    write_text(  # by rename: another process may share the work folder
-        home / "nipype.cfg",
-        f"[logging]\nworkflow_level = {settings.nipype_level}\ninterface_level = INFO\n"
-        "[execution]\ncheck_version = false\n",
-    )
     threads = str(settings.omp_nthreads)
     os.environ.update(
         NIPYPE_NO_ET="1",
