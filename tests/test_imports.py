@@ -36,7 +36,7 @@ OTHER_PROJECTS = {
     "brainprior_bids/cli/config_file.py": {"_actions"},
     "brainprior_bids/cli/parser.py": {"_actions"},
     "brainprior_bids/cli/options.py": {"_ArgumentGroup"},
-    "brainprior_bids/cli/run.py": {"_exit"},  # os
+    "brainprior_bids/run/interrupt.py": {"_exit"},  # os
     "brainprior_bids/run/pool.py": {
         "_exit",  # os
         "_semlock",  # has a semaphore's name

@@ -7,6 +7,7 @@ Every message says who (scan, operator), what was expected, what came and what t
 from __future__ import annotations
 
 import errno
+import os
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """``errno`` of a full disk (or no inode left), and of an exhausted quota."""
@@ -57,9 +58,13 @@ class MemoryShortageError(BrainpriorError):
 
 
 def is_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that led to it, is that of a full disk."""
+    """Whether an error, or one that led to it, is that of a full disk.
+
+    Nipype and ITK raise errors of their own that quote the system's words.
+    """
+    words = [os.strerror(number) for number in FULL]
     while error is not None:
-        if isinstance(error, OSError) and error.errno in FULL:
+        if getattr(error, "errno", None) in FULL or any(text in str(error) for text in words):
             return True
         error = error.__cause__ or error.__context__
     return False

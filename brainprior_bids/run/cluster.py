@@ -32,6 +32,7 @@ from nipype.pipeline import plugins
 
 from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.run.failures import RecordsFailures, killed
+from brainprior_bids.run.interrupt import check
 from brainprior_bids.run.logs import LOG
 
 LOST = (
@@ -232,6 +233,7 @@ class WaitingGraph(RecordsFailures, plugins.SLURMGraphPlugin):
         super()._submit_graph(pyfiles, dependencies, nodes)
         silent_since = None
         while True:
+            check()
             jobs = self._jobs()
             if jobs is None:
                 silent_since = silent_since or time.monotonic()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from brainprior_bids.records import FailureRecord
+from brainprior_bids.run.interrupt import check
 from brainprior_bids.run.logs import LOG
 
 KILLED_WORKER = "KilledWorker"
@@ -39,6 +40,11 @@ class RecordsFailures:
     def __init__(self, plugin_args: Mapping[str, Any]) -> None:
         super().__init__(plugin_args=plugin_args)  # type: ignore[call-arg]
         self.failures: dict[str, Failure] = {}
+
+    def _send_procs_to_workers(self, updatehash: bool = False, graph: Any = None) -> None:
+        """Nipype calls this again and again: no interrupt is lost for longer."""
+        check()
+        super()._send_procs_to_workers(updatehash=updatehash, graph=graph)  # type: ignore[misc]
 
     def _report_crash(self, node: Any, result: dict[str, Any] | None = None) -> str:
         record = (result or {}).get("failure") or _of_traceback(result)
