@@ -50,7 +50,9 @@ def run(settings: Settings) -> int:
         check_output(settings.output_dir)
         code = run_participants(scans, settings, raw)
     elif settings.dry_run or settings.boilerplate_only:
-        raise UsageError("--dry-run and --boilerplate-only are for the participant level.")
+        raise UsageError(
+            "--dry-run and --boilerplate-only are for the participant level. Leave them out."
+        )
     if "group" in settings.analysis_level and not settings.boilerplate_only:
         try:
             with _claims(settings):
@@ -91,7 +93,7 @@ def _rewrite(settings: Settings) -> int:
     if not subjects:
         raise UsageError(
             f"--reports-only: nothing is done in {settings.output_dir} for the participants "
-            "that were asked for."
+            "that were asked for. Run the participant level for them first."
         )
     check_output(settings.output_dir)
     made = True

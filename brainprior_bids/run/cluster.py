@@ -206,7 +206,7 @@ class FaultTolerantSlurm(_FaultTolerant, plugins.SLURMPlugin):
             time.sleep(self._retry_timeout)
         found = re.search(self._jobid_re, done.stdout)
         if found is None:
-            raise RuntimeError(f"sbatch said {done.stdout.strip()!r}, which has no job number")
+            raise RuntimeError(f"expected a job number of sbatch, got {done.stdout.strip()!r}")
         job = int(found[1])
         self._pending[job] = node.output_dir()
         return job
