@@ -44,4 +44,4 @@ def test_the_imports_can_be_interrupted(number):
     said = process.communicate()[1]
     assert "Traceback" not in said
     assert "brainprior: interrupted" in said
-    assert process.returncode == 130
+    assert process.returncode in (130, -signal.SIGINT)  # a shell shows 130 for both
