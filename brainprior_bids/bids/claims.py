@@ -17,8 +17,8 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -55,8 +55,9 @@ class Claims:
         self._owner = become_owner()
         for file in self._files:
             with suppress(OSError):  # without locks; `take` warns of it
-                _lock(file, ANYONE, fcntl.LOCK_SH)
-                _lock(file, _byte(self._owner), fcntl.LOCK_EX)
+                # others hold these while they ask who is there, or clean up: it is waited for
+                fcntl.lockf(file, fcntl.LOCK_SH, 1, ANYONE, os.SEEK_SET)
+                fcntl.lockf(file, fcntl.LOCK_EX, 1, _byte(self._owner), os.SEEK_SET)
 
     def take(self, scan: str) -> bool:
         """Claim a scan; False where another process has it.
@@ -98,17 +99,21 @@ class Claims:
             self.give_back(scan)
         return free
 
-    def is_alone(self) -> bool:
-        """Whether no other process has claims in one of the folders."""
+    @contextmanager
+    def alone(self) -> Iterator[bool]:
+        """Whether no other process has claims in the folders; if so, one that comes waits."""
         alone = True
-        for file in self._files:
-            try:
-                _lock(file, ANYONE, fcntl.LOCK_EX)
-            except OSError as error:
-                alone = alone and error.errno not in TAKEN
-            with suppress(OSError):
-                _lock(file, ANYONE, fcntl.LOCK_SH)
-        return alone
+        try:
+            for file in self._files:
+                try:
+                    _lock(file, ANYONE, fcntl.LOCK_EX)
+                except OSError as error:
+                    alone = alone and error.errno not in TAKEN
+            yield alone
+        finally:
+            for file in self._files:
+                with suppress(OSError):
+                    _lock(file, ANYONE, fcntl.LOCK_SH)
 
     def sweep(self, folders: Iterable[Path]) -> None:
         """Remove temporary files directly in ``folders`` whose owner was killed."""

@@ -51,10 +51,11 @@ def folders_of_temporaries(settings: Settings, subjects: Collection[str]) -> lis
 def clean_work_dir(work_dir: Path, claims: Claims) -> None:
     """Remove what brainprior makes in a work folder, but for what another process uses."""
     graph = work_dir / "brainprior_wf"
-    if claims.is_alone():
-        for left in (graph, work_dir / "home", *work_dir.glob("validate-*")):
-            shutil.rmtree(left, ignore_errors=True)
-        return
+    with claims.alone() as alone:
+        if alone:
+            for left in (graph, work_dir / "home", *work_dir.glob("validate-*")):
+                shutil.rmtree(left, ignore_errors=True)
+            return
     LOG.warning("--clean-workdir: another process uses %s; its scans are left alone", work_dir)
     for scan in graph.glob("*_wf"):
         if claims.is_free(scan.name.removesuffix("_wf")):
