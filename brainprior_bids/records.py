@@ -19,7 +19,12 @@ from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any, cast
 
-from brainprior_bids.engine.errors import BrainpriorError, ShapeMismatchError, is_full
+from brainprior_bids.engine.errors import (
+    BrainpriorError,
+    ShapeMismatchError,
+    is_full,
+    is_out_of_memory,
+)
 from brainprior_bids.engine.samplers.registry import EARLIER_NAMES
 from brainprior_bids.typed_json import OMIT, Record
 
@@ -624,7 +629,7 @@ class FailureRecord(UsageRecord):
             facts |= {"type": type(error).__name__, "message": str(error) or "no reason is given"}
         if is_full(error):
             facts |= {"type": FULL_DISK, "expected": True}
-        elif isinstance(error, MemoryError):
+        elif not facts["expected"] and is_out_of_memory(error):
             facts |= {"message": f"{OUT_OF_MEMORY} ({facts['message']})", "expected": True}
         return cls(**{**facts, **known})
 

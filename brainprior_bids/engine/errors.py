@@ -11,6 +11,18 @@ import os
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """``errno`` of a full disk (or no inode left), and of an exhausted quota."""
+MEMORY_WORDS = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "failed to allocate memory",
+    "alloc_failed",
+    "bad_alloc",
+    "could not create a primitive",
+    "can't start new thread",
+)
+"""What torch, CUDA, ITK, oneDNN (the primitive) and Python (the thread) say where it runs out."""
 
 
 class BrainpriorError(Exception):
@@ -55,6 +67,14 @@ class ConvergenceError(BrainpriorError):
 
 class MemoryShortageError(BrainpriorError):
     """Memory ran out even in the smallest tiles."""
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an exception says that an allocation failed, by its class, number or words."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(word in text for word in MEMORY_WORDS)
 
 
 def is_full(error: BaseException | None) -> bool:

@@ -8,6 +8,7 @@ expected, or what to do. What only hands another error's text on is not looked a
 from __future__ import annotations
 
 import ast
+import errno
 import re
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 
 from brainprior_bids.bids.names import BIDSName
 from brainprior_bids.bids.query import Scan
-from brainprior_bids.engine.errors import InputError
+from brainprior_bids.engine.errors import InputError, is_out_of_memory
 from brainprior_bids.records import FailureRecord
 from brainprior_bids.run import failures, outcome
 from brainprior_bids.run.failures import Failure
@@ -97,6 +98,23 @@ def test_an_error_of_another_library_is_more_than_its_name(why, error):
     assert found.crash_file == "crash.txt"
     assert not re.match(r"\w+(Error|Exception)\b", found.message)
     assert ADVICE.search(found.message)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 400 MiB"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        RuntimeError("could not create a primitive"),  # oneDNN, in a small address space
+        RuntimeError("std::bad_alloc"),
+        RuntimeError("can't start new thread"),
+    ],
+)
+def test_memory_that_ran_out_is_called_so_whoever_needed_it(why, error):
+    message = why(FailureRecord.of(error)).message
+    assert message.startswith("memory ran out. Allow more")
+    assert str(error) in message
+    assert not is_out_of_memory(RuntimeError("size mismatch"))
 
 
 def test_an_error_that_explains_itself_stays_as_it_is(why):
