@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   := demo
+WORKERS ?= 2
 READY  := $(VENV)/.ready
 
 .PHONY: demo test lint docs clean
@@ -14,9 +15,10 @@ demo: $(READY)
 	$(BIN)/brainprior $(DEMO)/bids $(DEMO)/out participant --omp-nthreads 2 -v
 	@echo "Report: $(CURDIR)/$(DEMO)/out/sub-01.html"
 
-# The whole suite. Tests marked "shared" need a folder of real scans and are skipped where it is absent.
+# The whole suite, in WORKERS processes of one thread each (a file's tests stay together). Tests marked "shared" need a
+# folder of real scans and are skipped where it is absent.
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

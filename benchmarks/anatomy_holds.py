@@ -405,7 +405,7 @@ def restored(head: Path, samples: int, steps: int) -> dict[str, Any]:
     }
 
 
-def overlap(bids_dir: Path, people: int, output_dir: Path | None) -> dict[str, Any]:
+def overlap(bids_dir: Path, participants: int, output_dir: Path | None) -> dict[str, Any]:
     """Dice of everybody's T1w and T2w, in MNI305 (2 mm) and in the scanner's space.
 
     ``labels``: labelled in the scanner's space, the labels moved; ``scan``: the scan moved, and
@@ -422,7 +422,7 @@ def overlap(bids_dir: Path, people: int, output_dir: Path | None) -> dict[str, A
         return resample(found.structures.astype(np.float32), MNI305, coarse, order=0)
 
     rows = []
-    for subject in sorted(bids_dir.glob("sub-*"))[:people]:
+    for subject in sorted(bids_dir.glob("sub-*"))[:participants]:
         labels: dict[str, list[np.ndarray]] = {"labels": [], "scan": [], "restored": []}
         scanner = []
         for suffix in ("T1w", "T2w"):
@@ -457,7 +457,7 @@ def overlap(bids_dir: Path, people: int, output_dir: Path | None) -> dict[str, A
                   float(np.max([r[key] for r in rows]))] for key in keys}  # fmt: skip
 
 
-def nodes(bids_dir: Path, people: int, threads: int) -> dict[str, Any]:
+def nodes(bids_dir: Path, participants: int, threads: int) -> dict[str, Any]:
     """Seconds from conform to the affine, of everybody's T1w and T2w in turns.
 
     In one process, with a first scan that is not counted; weights are read before.
@@ -471,7 +471,7 @@ def nodes(bids_dir: Path, people: int, threads: int) -> dict[str, Any]:
         row[name] = [time.perf_counter() - clock, time.process_time() - cpu]
         return result
 
-    subjects = sorted(bids_dir.glob("sub-*"))[:people]
+    subjects = sorted(bids_dir.glob("sub-*"))[:participants]
     for subject in (subjects[0], *subjects):
         for suffix in ("T1w", "T2w"):
             (path,) = subject.rglob(f"*_{suffix}.nii.gz")
@@ -571,7 +571,7 @@ def main() -> None:
     parser.add_argument("what", choices=("axes", "nodes", "overlap", "poses", "restored", "turns"))
     parser.add_argument("data", type=Path)
     parser.add_argument("average", type=Path, nargs="?", help="avg305T1.nii, for poses")
-    parser.add_argument("--people", type=int, default=9)
+    parser.add_argument("--participants", type=int, default=9)
     parser.add_argument("--maps", type=int, nargs="+", default=[18, 19, 20])
     parser.add_argument("--poses", type=int, default=5, help="of every map")
     parser.add_argument("--restored", type=Path, help="for overlap: output of the program")
@@ -583,9 +583,9 @@ def main() -> None:
     if args.what == "axes":
         result = axes(args.data)
     elif args.what == "nodes":
-        result = nodes(args.data, args.people, args.threads)
+        result = nodes(args.data, args.participants, args.threads)
     elif args.what == "overlap":
-        result = overlap(args.data, args.people, args.restored)
+        result = overlap(args.data, args.participants, args.restored)
     elif args.what == "turns":
         result = turns(args.data)
     elif args.what == "restored":

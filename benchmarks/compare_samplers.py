@@ -96,9 +96,10 @@ def thick_scan(
 
 def show(name: str, row: Sequence[float], sd: str = "") -> None:
     """Print one row of the table."""
-    seconds, times, psnr, score, misfit = row
+    seconds, times, psnr, score, residual = row
     print(
-        f"| {name} | {seconds:.1f} | {times:.1f} | {psnr:.2f}{sd} | {score:.4f} | {misfit:.3f} |",
+        f"| {name} | {seconds:.1f} | {times:.1f} | {psnr:.2f}{sd} | {score:.4f} "
+        f"| {residual:.3f} |",
         flush=True,
     )
 
@@ -148,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             seconds = (clock() - began) / args.n_samples
             base = base or seconds
-            misfit = [
+            residual = [
                 float(np.sqrt(np.mean((x @ weights.T - scan)[core] ** 2))) / args.noise
                 for x in found.samples
             ]
@@ -157,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 seconds / base,
                 compare(found.samples.mean(0), truth, inside)["psnr_db"],
                 crps(found.samples, truth, inside),
-                float(np.mean(misfit)),
+                float(np.mean(residual)),
             ]
             table.setdefault(f"{name} | {found.calls}", []).append(row)
             show(f"{name} | {found.calls}", row)

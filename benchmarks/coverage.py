@@ -9,15 +9,15 @@ into the uncertainty map's sidecar); it covers if the truth's mean lies in it. N
 Regions: cubes of ``--region`` mm that lie wholly in the brain, and the structures of the degraded
 scan's parcellation with at least ``FEWEST`` voxels. (Those of the *truth's* would ask too much of
 any posterior: voxels that were chosen for being bright in the truth are expected to be darker in
-every sample.) A person's coverage is the share of its regions; the table has the mean over the
-people, and the 95 % interval of a bootstrap over the people.
+every sample.) A participant's coverage is the share of its regions; the table has the mean over
+the participants and the 95 % interval of a bootstrap over them.
 
-What all samples share, the network's own error, is in none of their spreads. ``--choose`` brains
-of other people tell its SD for each condition and kind of region (``own_error``); a second row has
-the intervals ``m ± t(N - 1) sqrt(s² (1 + 1/N) + own²)``.
+The network's own error is common to all samples and is not part of their spread. Its SD, for each
+condition and kind of region, is estimated from the ``--choose`` brains of other participants
+(``own_error``); a second row has the intervals ``m ± t(N - 1) sqrt(s² (1 + 1/N) + own²)``.
 
-Every restoration leaves ``OUT/<person>-<condition>.json``: a run that was stopped goes on. One
-that was made by other weights or settings is made anew.
+Every restoration writes ``OUT/<participant>-<condition>.json``: a run that was stopped resumes. A
+record of other weights or settings is replaced.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from brainprior_bids.engine.weights import FOLDER, load_parcellation, load_prior
 from brainprior_bids.evaluation.protocol import (
     Case,
     Condition,
-    Person,
+    Participant,
     from_scan,
     make_case,
     restored,
@@ -53,9 +53,11 @@ FEWEST = 200
 KINDS = ("cubes", "structures")
 
 
-def seen_structures(person: Person, condition: Condition, case: Case) -> NDArray[np.int16]:
+def seen_structures(
+    participant: Participant, condition: Condition, case: Case
+) -> NDArray[np.int16]:
     """(i, j, k) structures as found in the degraded scan, on the case's 1 mm grid."""
-    whole = make_case(person, replace(condition, crop_mm=None))
+    whole = make_case(participant, replace(condition, crop_mm=None))
     fine = whole.scan.grid.one_millimetre()
     image = nib.Nifti1Image(whole.scan.data, np.array(whole.scan.grid.affine))
     found = parcellate(image, network=load_parcellation(), restored_grid=fine).structures
@@ -136,8 +138,8 @@ def one(path: Path, condition: Condition, args: argparse.Namespace) -> dict[str,
     }
     if record.exists() and (found := read_json(record)).get("made_by") == made_by:
         return found
-    person = from_scan(path, name, "T1w", load_parcellation())
-    case = make_case(person, condition)
+    participant = from_scan(path, name, "T1w", load_parcellation())
+    case = make_case(participant, condition)
     done = restored(
         case,
         condition,
@@ -148,12 +150,12 @@ def one(path: Path, condition: Condition, args: argparse.Namespace) -> dict[str,
     found = {
         kind: region_means(done.samples, case.truth.data, where)
         for kind, where in regions(
-            case, seen_structures(person, condition, case), args.region
+            case, seen_structures(participant, condition, case), args.region
         ).items()
         if where
     }
     result = {
-        "person": name,
+        "participant": name,
         "condition": condition.kind,
         "sampler": done.sampler,
         "made_by": made_by,
@@ -167,7 +169,7 @@ def table(
     records: Sequence[dict[str, Any]], choosing: Sequence[dict[str, Any]], n: int
 ) -> list[str]:
     """Markdown rows: condition, kind, coverage with its interval."""
-    lines = ["| condition | regions | own error | 50 % | 90 % | RMS z | people |",
+    lines = ["| condition | regions | own error | 50 % | 90 % | RMS z | participants |",
              "|---|---|---|---|---|---|---|"]  # fmt: skip
     rng = np.random.default_rng(0)
     for condition in dict.fromkeys(r["condition"] for r in records):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Three crossed stacks of thick slices of one moving person: each alone, averaged, and fused.
+"""Three crossed stacks of thick slices of one moving participant: each alone, averaged, and fused.
 
     python benchmarks/fuse.py OUT sub-01_desc-brain_T1w.nii.gz ... [--nprocs 4] [--picture OUT]
 
@@ -23,7 +23,17 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from people import PLANES, SCANNER_UNIT, Record, Runs, parser, person, read, restore_record, run
+from participants import (
+    PLANES,
+    SCANNER_UNIT,
+    Record,
+    Runs,
+    parser,
+    participant,
+    read,
+    restore_record,
+    run,
+)
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
@@ -55,7 +65,7 @@ def one_brain(path: Path, args: argparse.Namespace, record: Record, runs: Runs) 
     """Degrade, run the command twice, compare."""
     if LAST in record:
         return
-    held = person(path, args)
+    held = participant(path, args)
     thick = round(args.spacing)
     sides = [(MARGIN, MARGIN + -(n + 2 * MARGIN) % thick) for n in held.data.shape]
     truth, inside = np.pad(held.data, sides), np.pad(held.inside, sides)
@@ -77,7 +87,7 @@ def one_brain(path: Path, args: argparse.Namespace, record: Record, runs: Runs) 
         stems.append(f"{runs.name}_acq-{name}_T1w")
         write_scan(
             bids_dir, stems[-1], Volume(data * SCANNER_UNIT, own),
-            dataset="Crossed thick-slice stacks of one person",
+            dataset="Crossed thick-slice stacks of one participant",
             metadata={"SliceThickness": args.spacing, "SpacingBetweenSlices": args.spacing,
                       "MRAcquisitionType": "2D"},
         )  # fmt: skip
@@ -115,7 +125,7 @@ def one_brain(path: Path, args: argparse.Namespace, record: Record, runs: Runs) 
         record.add(method, {name: row[key] for key, name in KEPT.items()})
     record.add("fused, motion found to mm at the worst voxel", {"value": float(max(worst))})
     record.add("fused, share of the given mask that it strips", {"value": stripped})
-    record.add("fused, misfit over noise, mean", {"value": float(np.mean(ratios))})
+    record.add("fused, residual in noise SDs, mean", {"value": float(np.mean(ratios))})
     record.add(LAST, {"value": rows["fused"]["psnr_db"] - best})
     if args.picture is not None:
         shown = {

@@ -31,7 +31,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from people import SCANNER_UNIT, Record, Runs, parser, person, read, run
+from participants import SCANNER_UNIT, Record, Runs, parser, participant, read, run
 from scipy import ndimage
 
 from brainprior_bids.anatomy.spaces import resample
@@ -86,7 +86,7 @@ def one_brain(path: Path, args: argparse.Namespace, record: Record, runs: Runs) 
     """Make the three data sets, run the command on each, compare."""
     if DONE in record:
         return
-    held = person(path, args)
+    held = participant(path, args)
     thick = round(args.spacing)
     sides = [(MARGIN, MARGIN + -(n + 2 * MARGIN) % thick) for n in held.data.shape]
     brain, inside = np.pad(held.data, sides), np.pad(held.inside, sides)

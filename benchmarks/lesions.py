@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``brainprior check-lesion`` reports, by slice thickness, of several people.
+"""What ``brainprior check-lesion`` reports, by slice thickness, of several participants.
 
     python benchmarks/lesions.py OUT sub-01_desc-brain_T1w.nii.gz ... [--nprocs 4]
 
@@ -17,7 +17,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
-from people import SCANNER_UNIT, Record, Runs, parser, person, run
+from participants import SCANNER_UNIT, Record, Runs, parser, participant, run
 
 from brainprior_bids.cli.run import main as brainprior
 from brainprior_bids.engine.errors import BrainpriorError
@@ -30,7 +30,7 @@ MARGIN = 14
 
 def one_brain(path: Path, args: argparse.Namespace, record: Record, runs: Runs) -> None:
     """Make the scans, run the command on each, keep its table."""
-    held = person(path, args)
+    held = participant(path, args)
     for spacing in args.spacing:
         labels = {
             (size, contrast): f"{spacing:g} mm | {size:g} mm | {contrast:+g}"

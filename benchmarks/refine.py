@@ -4,13 +4,13 @@
     python benchmarks/refine.py OUT sub-01_desc-brain_T1w.nii.gz ... [--nprocs 4] [--picture OUT]
 
 The "other tool" is the truth blurred by a Gaussian of SD 1 mm, or sharpened (the truth plus what
-that blur takes from it): derivative data sets beside a raw one with the person's scan (slices of
-``--spacing`` mm, 1 % noise). ``brainprior`` restores the scan alone, refines each image alone
-(``--task refine``), and both together (``--task restore refine``), at each trust. RMSE inside both
-the given mask and the program's own, in units of the truth's 99th percentile, after one gain, and
-after a gain that may vary slowly (``slow gain``: of the refined image alone no bias field is
-estimated). ``misfit`` is that of the samples to what they were given, in units of its stated
-error.
+that blur takes from it): derivative data sets beside a raw one with the participant's scan
+(slices of ``--spacing`` mm, 1 % noise). ``brainprior`` restores the scan alone, refines each image
+alone (``--task refine``), and both together (``--task restore refine``), at each trust. RMSE is
+computed inside both the given mask and the program's own, in units of the truth's 99th percentile,
+after one gain, and after a gain that may vary slowly (``slow gain``: no bias field is estimated of
+the refined image alone). ``residual`` is that of the samples to their input, in units of its
+stated error.
 """
 
 from __future__ import annotations
@@ -20,7 +20,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from people import PLANES, SCANNER_UNIT, Record, Runs, parser, person, read, restore_record, run
+from participants import (
+    PLANES,
+    SCANNER_UNIT,
+    Record,
+    Runs,
+    parser,
+    participant,
+    read,
+    restore_record,
+    run,
+)
 from scipy import ndimage
 
 from brainprior_bids.anatomy.spaces import resample
@@ -56,7 +66,7 @@ def one_brain(path: Path, args: argparse.Namespace, record: Record, runs: Runs) 
     wanted = [f"{t} | {how} | {s:g}" for t in args.tools for how in hows for s in args.trust]
     if all(label in record for label in wanted):
         return
-    held = person(path, args)
+    held = participant(path, args)
     thick = round(args.spacing)
     sides = [(MARGIN, MARGIN + -(n + 2 * MARGIN) % thick) for n in held.data.shape]
     truth, inside = np.pad(held.data, sides), np.pad(held.inside, sides)
@@ -77,13 +87,13 @@ def one_brain(path: Path, args: argparse.Namespace, record: Record, runs: Runs) 
     judged = inside & kept  # the masks of some of these brains hold vessels and fat
     shown = {"truth": truth}
 
-    def note(label: str, image: np.ndarray, misfit: Sequence[float] = ()) -> None:
+    def note(label: str, image: np.ndarray, residuals: Sequence[float] = ()) -> None:
         shown[label] = matching_gain(image, truth, judged) * image
         flat = image * matching_field(image, truth, judged)
         row = {"RMSE": compare(shown[label], truth, judged)["rmse"],
                "slow gain": compare(flat, truth, judged)["rmse"]}  # fmt: skip
-        if misfit:
-            row["misfit"] = float(np.mean(misfit))
+        if residuals:
+            row["residual"] = float(np.mean(residuals))
         record.add(label, row)
 
     def made(label: str, image: str, *options: str) -> None:

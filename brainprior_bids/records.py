@@ -65,7 +65,7 @@ class MaskSource(StrEnum):
 
     @property
     def words(self) -> str:
-        """For people."""
+        """In words, for logs and reports."""
         return {
             MaskSource.EMBEDDED: EMBEDDED,
             MaskSource.OWN_EDGE: "the scan's own edge: it is already skull-stripped",
@@ -89,7 +89,7 @@ class StructuresSource(StrEnum):
 
     @property
     def words(self) -> str:
-        """For people."""
+        """In words, for logs and reports."""
         return {
             StructuresSource.EMBEDDED: EMBEDDED,
             StructuresSource.SYNTHSEG: "SynthSeg",
@@ -105,7 +105,7 @@ class AffineMethod(StrEnum):
 
     @property
     def words(self) -> str:
-        """For people."""
+        """In words, for logs and reports."""
         return {
             AffineMethod.STRUCTURES: "structures",
             AffineMethod.TEMPLATE: "registration to the template",

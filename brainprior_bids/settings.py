@@ -197,7 +197,7 @@ class Settings:
 
     @property
     def uses_scan(self) -> bool:
-        """False where another tool's image stands in for the scan: ``refine`` alone."""
+        """False where another tool's image replaces the scan: ``refine`` alone."""
         return self.task != "refine"
 
     @property

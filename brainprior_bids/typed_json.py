@@ -94,7 +94,7 @@ class Record:
 
     @classmethod
     def empty(cls) -> Self:
-        """The record of which nothing was recorded."""
+        """An empty record."""
         return cls.from_json({})
 
     def to_json(self) -> dict[str, Any]:

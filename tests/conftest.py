@@ -14,9 +14,10 @@ import pytest
 if TYPE_CHECKING:
     from brainprior_bids.evaluation.demo import Demo
 
-# Before torch is imported: on cores that others use as well, waiting threads cost far more than
-# they help (tests/engine/test_voxels.py: 308 s with two threads on a busy machine, 22 s with one).
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before torch is imported. Idle threads sleep, as in the command: on busy cores they would spin in
+# the way of the work (tests/engine/test_voxels.py, two threads: 253 s, and 17 s if they sleep).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # make test runs several processes
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -51,7 +51,7 @@ SAMPLE_GB = 0.15
 
 NODES = tuple(MEMORY_GB)
 EXPORT_NODES = ("export", "deliver")
-"""Only for scans of which something is exported."""
+"""Only for scans with an export."""
 
 
 @dataclass(frozen=True)

@@ -416,7 +416,7 @@ def _check_values(
 
 
 def _head(data: NDArray[np.float32], grid: Grid) -> NDArray[np.bool_]:
-    """The head, generously: above a tenth of the bright level, closed by 10 mm, holes filled."""
+    """The head, generously: above a tenth of the bright end, closed by 10 mm, holes filled."""
     positive = data[data > 0]
     if not positive.size:  # an image without positive values has no background to speak of
         return np.ones(data.shape, dtype=bool)

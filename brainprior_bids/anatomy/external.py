@@ -132,7 +132,7 @@ def own_edge(image: nib.Nifti1Image) -> tuple[Mask, float]:
     """What is not background in a scan that may be skull-stripped.
 
     Background is what equals the value on the faces of the field of view, up to a hundredth of
-    the bright level (interpolation rings).
+    the bright end (interpolation rings).
 
     Returns
     -------

@@ -5,7 +5,7 @@ The limits separate the usual from the unusual; they are chosen, not measured, a
 all of them can be wrong (docs/outputs.md says how often they spoke on scans whose truth is
 known). They stand in one table, and every verdict names the limits that were passed.
 
-Volumes are compared with those of 54 people (``data/volumes.json``): z is the distance of a
+Volumes are compared with those of 54 participants (``data/volumes.json``): z is the distance of a
 volume's logarithm from their mean, in their SDs.
 """
 
@@ -35,13 +35,13 @@ from brainprior_bids.records import (
 )
 
 UNCERTAIN = ("CSF", "Left-Inf-Lat-Vent", "Right-Inf-Lat-Vent")
-"""Thin parts that a network at 2 mm does not measure: no figure of theirs counts."""
+"""Parts too thin for a network at 2 mm: their volumes and confidence are not used."""
 VERDICTS = ("pass", "look", "fail")
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure of a scan: what it is, where it is usual, and beyond what it is a failure."""
+    """One metric of a scan: its meaning, its usual range, and the range outside which it fails."""
 
     description: str
     units: str = "arbitrary"
@@ -52,7 +52,7 @@ class Metric:
 
 
 METRICS = {
-    "misfit": Metric(
+    "residual": Metric(
         "RMS of the scan minus what a sample predicts for it, over the noise expected before "
         "sampling; mean over samples. 1: explained down to the noise",
         "1", low=0.5, high=1.5, fail_high=4.0,
@@ -66,12 +66,12 @@ METRICS = {
         "percent", high=8.0,
     ),
     "mni305_residual_mm": Metric(
-        "median distance between structure centres and where MNI305 has them", "mm",
+        "median distance between structure centroids and their places in MNI305", "mm",
         high=5.0, fail_high=9.0,
     ),
     "affine_fallbacks": Metric(
         "fallbacks of the affine to MNI305: 1 for 7 degrees of freedom, 2 for 6 (three structures "
-        "fit anywhere, their distances say nothing), 1 for registration to the template", "1",
+        "fit anywhere: their distances mean nothing), 1 for registration to the template", "1",
         high=0.0, fail_high=1.0,
     ),
     "mirrored_forms": Metric(
@@ -96,7 +96,7 @@ METRICS = {
         "1", low=0.55, fail_low=0.5,
     ),
     "lowest_confidence": Metric(
-        "its confidence in the structure it is least sure of, thin parts left out", "1", low=0.4
+        "its confidence in the least certain structure; thin parts are left out", "1", low=0.4
     ),
     "structures": Metric("structures found", "1", low=28, fail_low=12),
     "slice_mismatch": Metric(
@@ -115,7 +115,7 @@ METRICS = {
         "difference of the hemispheres' volumes over their mean", "percent", high=15.0
     ),
     "bias_range": Metric(
-        "98 % of the bias field inside the brain lie within this factor", "1", high=4.0
+        "factor that spans 98 % of the bias field inside the brain", "1", high=4.0
     ),
     "thickness_mm": Metric("slice thickness that was used", "mm"),
     "in_plane_mm": Metric("larger of the scan's two in-plane voxel sizes", "mm"),
@@ -126,14 +126,14 @@ METRICS = {
 
 
 def metrics(summary: ScanRecord) -> dict[str, float | None]:
-    """Every figure in ``METRICS`` from a finished scan's summary; None where not recorded."""
+    """Every metric in ``METRICS`` from a finished scan's summary; None where not recorded."""
     steps = summary.facts
     restore, conform = steps.restore, steps.conform
     in_plane = conform.facts.acquisition.in_plane_mm
     mirrored = conform.facts.affine.sform_qform_mirrored
     ratios, noise, beyond = restore.residual_ratios, restore.noise_sd, restore.share_beyond_3_sd
     return {
-        "misfit": statistics.mean(ratios) if ratios else None,
+        "residual": statistics.mean(ratios) if ratios else None,
         "inconsistent_percent": None if beyond is None else 100 * beyond,
         "noise_percent": None if noise is None else 100 * noise,
         "mni305_residual_mm": steps.affine.median_residual_mm,

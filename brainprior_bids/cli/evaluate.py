@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``brainprior evaluate``: brains are made worse, restored and compared with themselves.
+"""``brainprior evaluate``: brains are degraded, restored and compared with the originals.
 
-Three rounds of jobs over processes: the people, the penalties of the classical methods on the
-choosing people, the conditions. Each job's result is one file, put in place when complete, with a
-fingerprint of all that decides it; the same command goes on where it stopped.
+Three rounds of parallel jobs: the participants, the penalties of the classical methods on the
+validation set, the conditions. Each job's result is one file, put in place when complete, with a
+fingerprint of its inputs and settings; the same command resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ VERSION = 2
 
 @dataclass(frozen=True)
 class Source:
-    """Where a person comes from."""
+    """Where a participant comes from."""
 
     path: str
     name: str
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--choose-label",
         nargs="+",
         default=[],
-        help="people on whom the penalties of Tikhonov and TV are tuned (default: fixed ones)",
+        help="participants for tuning the penalties of Tikhonov and TV (default: fixed ones)",
     )
     who.add_argument("-m", "--modalities", nargs="+", default=["T1w", "T2w", "FLAIR"])
     who.add_argument("--labels", type=Path, help="folder of label maps to make brains of")
@@ -80,9 +80,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--n-samples", type=int, default=8, help="for restoration (others: 4, 2)")
     what.add_argument("--n-steps", type=int, default=20)
     what.add_argument("--sampler", default="auto")
-    what.add_argument("--ablation-people", type=int, default=2)
-    what.add_argument("--segmentation-people", type=int, default=3)
-    what.add_argument("--daps", action="store_true", help="DAPS-1k too: 1000 calls a sample")
+    what.add_argument("--ablation-participants", type=int, default=2)
+    what.add_argument("--segmentation-participants", type=int, default=3)
+    what.add_argument("--daps", action="store_true", help="DAPS-1k too: 1000 calls per sample")
     what.add_argument("--random-seed", type=int, default=0)
     block = what.add_mutually_exclusive_group()
     block.add_argument(
@@ -143,9 +143,9 @@ def _run(args: argparse.Namespace) -> list[str]:
                     failed.append(f"{title} {name}: {error}")
                     log.warning("%s %s failed: %s", title, name, error)
 
-        people = [(_prepare, (s, str(args.out)), s.stem) for s in sources]
-        go("person", people)
-        ready = [s for s in sources if _person_path(args.out, s).is_file()]
+        participants = [(_prepare, (s, str(args.out)), s.stem) for s in sources]
+        go("participant", participants)
+        ready = [s for s in sources if _participant_path(args.out, s).is_file()]
         tasks = list(conditions(args, ready))
         choosers = [s for s in ready if s.choosing]
         tunings = {
@@ -225,7 +225,7 @@ def find_sources(args: argparse.Namespace) -> list[Source]:
     Raises
     ------
     UsageError
-        If one is not there, or a person both reports and chooses.
+        If one is not there, or a participant both reports and chooses.
     """
     from brainprior_bids.training.preprocess import find_brains
 
@@ -266,7 +266,7 @@ def find_sources(args: argparse.Namespace) -> list[Source]:
 def conditions(
     args: argparse.Namespace, sources: Sequence[Source]
 ) -> Iterator[tuple[Source, Any]]:
-    """(person, condition) of every study, the first study first."""
+    """(participant, condition) of every study, the first study first."""
     from brainprior_bids.evaluation.protocol import Condition
 
     reporting = [source for source in sources if not source.choosing]
@@ -304,12 +304,12 @@ def conditions(
                 yield source, replace(own, width=turn(number[source]), **values)
         elif study == "ablation":
             for variant, values in (ABLATIONS | (DAPS if args.daps else {})).items():
-                for source in real[: args.ablation_people]:
+                for source in real[: args.ablation_participants]:
                     changed = {**REFERENCE, "n_samples": few, **values}
                     width = turn(number[source])
                     yield source, replace(own, variant=variant, width=width, **changed)
         else:
-            for source in reporting[: args.segmentation_people]:
+            for source in reporting[: args.segmentation_participants]:
                 values = {**REFERENCE, "n_samples": min(args.n_samples, 2), "crop_mm": None}
                 width = turn(number[source])
                 yield source, replace(own, width=width, segment=True, **values)
@@ -342,15 +342,15 @@ def _prior(path: str, device: str) -> Any:
     return load_prior(Path(path), device=device)
 
 
-def _person_path(out: Path, source: Source) -> Path:
-    return out / "people" / f"{source.stem}.npz"
+def _participant_path(out: Path, source: Source) -> Path:
+    return out / "participants" / f"{source.stem}.npz"
 
 
 def _prepare(source: Source, out: str) -> None:
     from brainprior_bids.engine.weights import FOLDER, sha256_file
     from brainprior_bids.evaluation.protocol import from_labels, from_scan
 
-    path = _person_path(Path(out), source)
+    path = _participant_path(Path(out), source)
     note = path.with_suffix(".json")
     mark = _mark(
         source=sha256_file(Path(source.path)),
@@ -373,7 +373,7 @@ def _tune(source: Source, condition: Any, out: str) -> None:
     from brainprior_bids.evaluation import protocol
 
     path = Path(out) / "tuning" / f"{source.stem}_{condition.kind}.json"
-    person = _person_path(Path(out), source)
+    participant = _participant_path(Path(out), source)
     used = {
         key: value
         for key, value in asdict(condition).items()
@@ -381,9 +381,9 @@ def _tune(source: Source, condition: Any, out: str) -> None:
         in ("spacing_mm", "noise_sd", "width", "profile", "in_plane_mm", "rician", "crop_mm")
     }
     grids = (protocol.TIKHONOV_PENALTIES, protocol.TV_PENALTIES, protocol.SPREADS)
-    mark = _mark(person=_read(person.with_suffix(".json")), condition=used, grids=grids)
+    mark = _mark(participant=_read(participant.with_suffix(".json")), condition=used, grids=grids)
     if not _is_done(path, mark):
-        found = protocol.tune(protocol.Person.load(person), condition)
+        found = protocol.tune(protocol.Participant.load(participant), condition)
         _write(path, {"fingerprint": mark, "errors": found})
 
 
@@ -402,10 +402,10 @@ def _measure(
     folder = Path(out)
     stem = f"{source.stem}_{condition.name.replace(' ', '-').replace(',', '')}"
     path = folder / "results" / condition.study / f"{stem}.json"
-    person = _person_path(folder, source)
+    participant = _participant_path(folder, source)
     penalties, tuned_on = tuned(folder, source, condition, choosers)
     mark = _mark(
-        person=_read(person.with_suffix(".json")),
+        participant=_read(participant.with_suffix(".json")),
         condition=asdict(condition),
         prior=sha256,
         penalties=penalties,
@@ -414,7 +414,7 @@ def _measure(
     if _is_done(path, mark):
         return
     record = protocol.measure(
-        protocol.Person.load(person),
+        protocol.Participant.load(participant),
         condition,
         prior=_prior(prior, device),
         penalties=penalties,

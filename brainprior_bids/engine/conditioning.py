@@ -151,7 +151,7 @@ def _fit(seen: Tensor, scan: Tensor) -> tuple[float, float]:
     if not correlation > UNLIKE:
         raise InputError(
             f"the image to refine and the scan correlate by {correlation:.2f} inside the "
-            f"brain, at least {UNLIKE} is needed. Do they show the same person, in the same "
+            f"brain, at least {UNLIKE} is needed. Do they show the same participant, in the same "
             "space and contrast?"
         )
     return gain, correlation
@@ -200,9 +200,9 @@ class Conditioning:
         """``E[x | x_t]``, or ``E[x | x_t, z]``: (i, j, k) -> (i, j, k)."""
         return lambda x_t, sigma: self._ask(x_t, sigma)
 
-    def denoiser_given(self, likelihood: Likelihood, weights: Tensor) -> Denoise:
+    def denoiser_given(self, likelihood: Likelihood, slice_weights: Tensor) -> Denoise:
         """The same with the reference's measurements."""
-        measured = self._measurements(likelihood, weights)
+        measured = self._measurements(likelihood, slice_weights)
         return lambda x_t, sigma: likelihood.constrain(self._ask(x_t, sigma, measured=measured))
 
     def _ask(self, x_t: Tensor, sigma: float, **measured: Measured) -> Tensor:
@@ -217,7 +217,7 @@ class Conditioning:
         )
         return answer[0, 0]
 
-    def _measurements(self, likelihood: Likelihood, weights: Tensor) -> Measured:
+    def _measurements(self, likelihood: Likelihood, slice_weights: Tensor) -> Measured:
         """The reference divided by its bias field, 0 outside the brain.
 
         On the restored grid, voxels that are partly outside the brain are hidden. Of a slice, a
@@ -236,7 +236,7 @@ class Conditioning:
                 kept.append(n / m)
                 alone = SliceProfile(resampling_matrix(n, m), tuple(alone.shape), a)(alone)
         noise_sd = term.noise_sd / math.sqrt(kept[0] * kept[1])
-        return Stack(alone, weights.double().cpu(), axis, noise_sd, (kept[0], kept[1]))
+        return Stack(alone, slice_weights.double().cpu(), axis, noise_sd, (kept[0], kept[1]))
 
     def obstacle(self) -> str | None:
         """Why the network cannot be given the reference's measurements, or None."""

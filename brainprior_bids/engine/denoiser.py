@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from brainprior_bids.engine.device import usable_device
 from brainprior_bids.engine.errors import MemoryShortageError, ShapeMismatchError, UsageError
-from brainprior_bids.engine.measured import Levels, Measured
+from brainprior_bids.engine.measured import BandPosteriors, Measured
 from brainprior_bids.engine.memory import out_of_memory
 from brainprior_bids.engine.stacks import Stack, mirrored
 from brainprior_bids.engine.tiles import network_in_slabs
@@ -152,36 +152,36 @@ class Precondition(nn.Module):
         sigma: Tensor,
         place: Tensor,
         contrast: Tensor,
-        levels: Levels = None,
+        posteriors: BandPosteriors = None,
     ) -> Tensor:
         """Noisy bands (n, 8, i, j, k) float32, sigma (n,) -> denoised bands.
 
-        ``levels`` holds, for each image, what was measured of it, or None.
+        ``posteriors`` holds each image's posterior given its measurements, or None.
         """
-        linear, entering, stack, unknown = self._enter(bands, sigma, levels)
+        linear, entering, stack, unknown = self._enter(bands, sigma, posteriors)
         f = self.network(entering, place, sigma.log() / 4, contrast, stack, unknown)
-        return self._leave(linear, f, sigma, levels)
+        return self._leave(linear, f, sigma, posteriors)
 
     def _enter(
-        self, bands: Tensor, sigma: Tensor, levels: Levels
+        self, bands: Tensor, sigma: Tensor, posteriors: BandPosteriors
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """The linear estimate, what the network sees of it, and what it is told of the data."""
+        """The linear estimate, the network's input, and its description of the measurements."""
         c_skip, _, c_in = self.scales(sigma)
-        if levels is None or all(level is None for level in levels):
+        if posteriors is None or all(posterior is None for posterior in posteriors):
             return c_skip * bands, c_in * bands, None, None
         shape = tuple(2 * size for size in bands.shape[2:])
         linear, entering, stack, unknown = [], [], [], []
-        for n, level in enumerate(levels):
-            if level is None:
+        for n, posterior in enumerate(posteriors):
+            if posterior is None:
                 linear.append(c_skip[n] * bands[n])
                 entering.append(c_in[n] * bands[n])
                 stack.append(bands.new_zeros(FEATURES))
                 unknown.append(bands.new_zeros(bands.shape[1:]))
             else:
-                linear.append(level.estimate(bands[n]))
-                entering.append(linear[-1] * level.c_in[:, None, None, None])
-                stack.append(level.features().to(bands))
-                unknown.append(to_bands(level.unknown_map(shape))[0])
+                linear.append(posterior.estimate(bands[n]))
+                entering.append(linear[-1] * posterior.c_in[:, None, None, None])
+                stack.append(posterior.features().to(bands))
+                unknown.append(to_bands(posterior.unknown_map(shape))[0])
         return (
             torch.stack(linear),
             torch.stack(entering),
@@ -189,14 +189,16 @@ class Precondition(nn.Module):
             torch.stack(unknown),
         )
 
-    def _leave(self, linear: Tensor, f: Tensor, sigma: Tensor, levels: Levels) -> Tensor:
+    def _leave(
+        self, linear: Tensor, f: Tensor, sigma: Tensor, posteriors: BandPosteriors
+    ) -> Tensor:
         """The linear estimate plus the network's answer, as wide as what is open."""
         _, c_out, _ = self.scales(sigma)
-        if levels is None:
+        if posteriors is None:
             return linear + c_out * f
         parts = [
-            c_out[n] * f[n] if level is None else level.spread_out(f[n])
-            for n, level in enumerate(levels)
+            c_out[n] * f[n] if posterior is None else posterior.spread_out(f[n])
+            for n, posterior in enumerate(posteriors)
         ]
         return linear + torch.stack(parts)
 
@@ -207,7 +209,7 @@ class Precondition(nn.Module):
         coordinates: Tensor,
         contrast: Tensor,
         rows: int,
-        levels: Levels = None,
+        posteriors: BandPosteriors = None,
     ) -> Tensor:
         """From noisy voxels to denoised voxels as ``forward`` does, ``rows`` rows at a time.
 
@@ -220,20 +222,20 @@ class Precondition(nn.Module):
         rows : int
             Voxels of a slab along i; see ``tiles``.
         """
-        linear, entering, stack, unknown = self._enter(to_bands(x), sigma, levels)
+        linear, entering, stack, unknown = self._enter(to_bands(x), sigma, posteriors)
         f = torch.empty_like(linear)
 
         def read(start: int, stop: int) -> tuple[Tensor, ...]:
             place = coordinate_features(coordinates[:, :, 2 * start : 2 * stop])
-            told = () if unknown is None else (unknown[:, :, start:stop],)
-            return entering[:, :, start:stop], place, *told
+            also = () if unknown is None else (unknown[:, :, start:stop],)
+            return entering[:, :, start:stop], place, *also
 
         size, thick = x.shape[2] // 2, max(rows // 2, 1)
         for start, stop, part in network_in_slabs(
             self.network, read, size, sigma.log() / 4, contrast, thick, stack
         ):
             f[:, :, start:stop] = part
-        return from_bands(self._leave(linear, f, sigma, levels))
+        return from_bands(self._leave(linear, f, sigma, posteriors))
 
 
 def fast_dtype(device: torch.device) -> torch.dtype | None:
@@ -317,7 +319,7 @@ class Prior:
 
     @property
     def takes_stacks(self) -> bool:
-        """Whether ``denoise`` can be told of measurements."""
+        """Whether ``denoise`` can be conditioned on measurements."""
         return bool(self.model.network.config["stacks"])
 
     @property
@@ -327,12 +329,12 @@ class Prior:
 
     @property
     def inflation(self) -> float:
-        """Of the noise that ``eps`` adds, as calibrated on held-out people's slices; else 1."""
+        """Factor on the noise that ``conditional`` adds, calibrated on validation data; else 1."""
         return float(self.metadata.get("inflation", 1.0))
 
     @property
     def takes_holes(self) -> bool:
-        """Whether that includes scans on the image's own grid of which a part is hidden."""
+        """Whether that includes partly hidden scans on the image's own grid."""
         return self.takes_stacks and self.metadata.get("recipe", {}).get("holes", 0) > 0
 
     @torch.no_grad()
@@ -359,7 +361,7 @@ class Prior:
         contrast : str
             One of ``CONTRASTS``.
         measured : Stack or Voxels, optional
-            What was measured of the same brain.
+            Measurements of the same brain.
 
         Returns
         -------
@@ -383,14 +385,14 @@ class Prior:
             raise UsageError(f"Prior: x must be floating point, got {x.dtype}. Convert it first.")
         if measured is not None and not self.takes_stacks:
             raise UsageError(
-                "Prior: these weights were not trained to be told of measurements. Use the "
+                "Prior: this network was not trained to be conditioned on measurements. Use the "
                 "sampler 'exact', or train with --stacks above 0."
             )
-        level = torch.full((len(x),), float(sigma), device=self.device)
+        sigmas = torch.full((len(x),), float(sigma), device=self.device)
         kind = torch.full((len(x),), CONTRASTS.index(contrast), device=self.device)
         while True:
             try:
-                return self._run(x, level, coordinates, kind, measured)
+                return self._run(x, sigmas, coordinates, kind, measured)
             except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
@@ -401,7 +403,7 @@ class Prior:
     def _run(
         self,
         x: Tensor,
-        level: Tensor,
+        sigmas: Tensor,
         coordinates: Tensor,
         kind: Tensor,
         measured: Measured | None,
@@ -410,7 +412,7 @@ class Prior:
         if isinstance(measured, Stack) and self.slices_last:
             axis, measured = measured.axis, measured.turned()
         x = x.movedim(2 + axis, -1)
-        shape, sigma = x.shape[2:], float(level[0])
+        shape, sigma = x.shape[2:], float(sigmas[0])
         multiple = 2 * self.model.network.multiple
         padding = [(-size) % multiple for size in shape]
         noisy = mirrored(x.to(self.device, torch.float32), padding)
@@ -419,18 +421,18 @@ class Prior:
             if self.dtype == torch.float32
             else torch.autocast(self.device.type, self.dtype)
         )
-        levels = None
+        posteriors = None
         if measured is not None:
             known = measured.padded(padding)
-            levels = [known.level(self.model.band_sd, sigma, self.device)] * len(x)
+            posteriors = [known.posterior(self.model.band_sd, sigma, self.device)] * len(x)
         with precision:
             if self.tile_mm is None:
                 place = self._place_features(coordinates, axis, padding)
-                clean = from_bands(self.model(to_bands(noisy), level, place, kind, levels))
+                clean = from_bands(self.model(to_bands(noisy), sigmas, place, kind, posteriors))
             else:
                 mm = coordinates.to(self.device, torch.float32).movedim(1 + axis, -1)
                 mm = mirrored(mm[None], padding)
-                clean = self.model.in_slabs(noisy, level, mm, kind, self.tile_mm, levels)
+                clean = self.model.in_slabs(noisy, sigmas, mm, kind, self.tile_mm, posteriors)
         clean = clean[:, :, : shape[0], : shape[1], : shape[2]].movedim(-1, 2 + axis)
         return clean.contiguous().to(x.device)
 

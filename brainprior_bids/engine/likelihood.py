@@ -211,7 +211,7 @@ class Solve(Protocol):
 
 
 class Likelihood:
-    """All scans together. ``solve`` is set by whoever builds it (``problem``).
+    """All scans together. ``problem``, which builds it, sets ``solve``.
 
     Parameters
     ----------

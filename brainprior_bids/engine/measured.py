@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a prior can be told besides a noisy image: the measurements that ``eps`` samples under."""
+"""The measurements that a prior can be conditioned on, beside a noisy image."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-class Level(Protocol):
+class BandPosterior(Protocol):
     """A measurement and one noise level, as the network's preconditioning needs them.
 
     ``c_in`` (8,) scales the bands of the linear estimate to unit spread; ``c_out`` (8,) is the
@@ -40,7 +40,9 @@ class Level(Protocol):
 class Measured(Protocol):
     """A measurement of the image itself, with white noise."""
 
-    def level(self, band_sd: Tensor, sigma: float, device: torch.device | str = "cpu") -> Level:
+    def posterior(
+        self, band_sd: Tensor, sigma: float, device: torch.device | str = "cpu"
+    ) -> BandPosterior:
         """Beside an image with noise of SD ``sigma``, the bands having spreads ``band_sd``."""
         ...
 
@@ -49,5 +51,5 @@ class Measured(Protocol):
         ...
 
 
-Levels = Sequence[Level | None] | None
+BandPosteriors = Sequence[BandPosterior | None] | None
 """For each image of a batch what is known of it besides, if anything is."""

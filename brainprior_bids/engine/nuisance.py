@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is unknown of a scan besides the brain, and what each sample assumes of it.
 
-- Slice thickness: nobody knows the true profile, and it decides how bright whole structures
+- Slice thickness: the true profile is unknown, and it decides how bright whole structures
   become. Each sample is drawn under a thickness of its own.
 - Bias field: kept as N4 found it, or moved while sampling (``move_bias``).
 - Noise level: estimated before sampling and, if it was not given, lowered by up to a half while

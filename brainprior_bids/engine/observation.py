@@ -104,7 +104,7 @@ class Observation:
             bias = as_volume("log_bias", self.log_bias, shape, who)
         for name, values in (("mask", mask), ("log_bias", bias)):
             if not bool(torch.isfinite(values).all()):
-                raise InputError(f"{who}: {name} holds NaN or infinite values. Make it anew.")
+                raise InputError(f"{who}: {name} holds NaN or infinite values. Recreate it.")
         brain = mask > 0.5
         if not bool(brain.any()):
             raise InputError(

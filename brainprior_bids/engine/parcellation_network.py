@@ -126,13 +126,13 @@ class ParcellationNetwork(nn.Module):
         """(n, 1, i, j, k), axes multiples of ``multiple`` -> (n, classes, i, j, k) logits."""
         h = self.stem(unshuffle(x))
         skips = []
-        for level, block in enumerate(self.encoder):
+        for depth, block in enumerate(self.encoder):
             h = block(h)
-            if level < len(self.down):
+            if depth < len(self.down):
                 skips.append(h)
-                h = self.down[level](h)
+                h = self.down[depth](h)
         h = self.middle(h)
-        for level in reversed(range(len(self.up))):
-            h = self.decoder[level](torch.cat([self.up[level](h), skips[level]], dim=1))
+        for depth in reversed(range(len(self.up))):
+            h = self.decoder[depth](torch.cat([self.up[depth](h), skips[depth]], dim=1))
         h = self.head(functional.silu(self.norm(h)))
         return shuffle(h)

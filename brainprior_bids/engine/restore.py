@@ -146,7 +146,7 @@ def restore(
     where = usable_device(device)
     mask = as_volume("mask_1mm", mask_1mm, scans[0].grid.one_millimetre().shape, "restore")
     if not bool(torch.isfinite(mask).all()):
-        raise InputError("restore: mask_1mm holds NaN or infinite values. Make it anew.")
+        raise InputError("restore: mask_1mm holds NaN or infinite values. Recreate it.")
     problem = Problem(
         scans,
         mask=mask.clamp(0, 1),
@@ -325,8 +325,8 @@ class Chain:
         problem, view, name = self.problem, self.view, self.facts.name
         shape, device = problem.box.shape, problem.device
         if name in ("conditional", "mean"):
-            weights = problem.slice_weights(factor)
-            denoise = view.denoiser_given(likelihood, weights)
+            slice_weights = problem.slice_weights(factor)
+            denoise = view.denoiser_given(likelihood, slice_weights)
         else:
             denoise = view.denoiser()
         if name == "mean":

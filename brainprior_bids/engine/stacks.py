@@ -13,7 +13,7 @@ With band b of variance s_b² (Haar bands of 2 x 2 x 2 voxels, uncorrelated):
     w = E[x | x_t, y],  K = Cov[x | x_t, y]        under N(0, diag s_b²)
     D = w + K^1/2 F(w_b / sd of w_b)
 
-which is EDM's preconditioning where nothing was measured. K^1/2 keeps what was measured: there
+which is EDM's preconditioning where nothing was measured. K^1/2 keeps the measurements: there
 the network can change w by no more than the noise of the scan. All matrices are along the slice
 axis, one for each of the four in-plane band combinations.
 """
@@ -40,7 +40,7 @@ class Stack:
     ----------
     y : float32 tensor
         Shaped as the image but for ``axis``, which counts slices; engine unit, bias-free.
-    weights : (n_slices, n) float64 tensor
+    slice_weights : (n_slices, n) float64 tensor
         The slice profile: row k is the share of each voxel along ``axis`` in slice k.
     axis : 0, 1 or 2
     noise_sd : float
@@ -55,11 +55,11 @@ class Stack:
     InputError
         If the noise SD is not above 0.
     ShapeMismatchError
-        If y and the weights disagree.
+        If y and the slice weights disagree.
     """
 
     y: Tensor
-    weights: Tensor
+    slice_weights: Tensor
     axis: int
     noise_sd: float
     kept: tuple[float, float] = (1.0, 1.0)
@@ -67,15 +67,15 @@ class Stack:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.noise_sd) and self.noise_sd > 0):
             raise InputError(f"Stack: noise SD must be above 0, got {self.noise_sd}.")
-        if self.y.ndim != 3 or self.y.shape[self.axis] != len(self.weights):
+        if self.y.ndim != 3 or self.y.shape[self.axis] != len(self.slice_weights):
             raise ShapeMismatchError(
-                f"Stack: y of shape {tuple(self.y.shape)} does not hold {len(self.weights)} "
+                f"Stack: y of shape {tuple(self.y.shape)} does not hold {len(self.slice_weights)} "
                 f"slices along axis {self.axis}."
             )
 
     def features(self) -> Tensor:
         """(8,): 1, log spacing, log width (in voxels), log noise, axis one-hot, log kept."""
-        w = self.weights
+        w = self.slice_weights
         place = torch.arange(w.shape[1], dtype=w.dtype)
         total = w.sum(1).clamp_min(1e-9)
         whole = total > 0.9 * total.max()  # not cut by the end of the image
@@ -92,21 +92,21 @@ class Stack:
     def turned(self) -> Stack:
         """The same with the slices along the last axis; the other two keep their order."""
         y = self.y.movedim(self.axis, 2)
-        return Stack(y, self.weights, 2, self.noise_sd, self.kept)
+        return Stack(y, self.slice_weights, 2, self.noise_sd, self.kept)
 
-    def level(
+    def posterior(
         self, band_sd: Tensor, sigma: float, device: torch.device | str = "cpu"
-    ) -> StackLevel:
+    ) -> StackPosterior:
         """See ``measured.Measured``."""
-        return StackLevel(self, band_sd, sigma, device)
+        return StackPosterior(self, band_sd, sigma, device)
 
     def padded(self, padding: Sequence[int]) -> Stack:
         """See ``measured.Measured``; in their plane the slices are continued by mirroring."""
         grow = list(padding)
-        weights = F.pad(self.weights, (0, grow[self.axis]))
+        slice_weights = F.pad(self.slice_weights, (0, grow[self.axis]))
         grow[self.axis] = 0
         y = mirrored(self.y[None, None], grow)[0, 0]
-        return Stack(y, weights, self.axis, self.noise_sd, self.kept)
+        return Stack(y, slice_weights, self.axis, self.noise_sd, self.kept)
 
     @property
     def whole_plane(self) -> bool:
@@ -183,10 +183,10 @@ def mirrored(x: Tensor, padding: Sequence[int]) -> Tensor:
     return F.pad(x, ends, mode="reflect" if fits else "replicate")
 
 
-class StackLevel:
+class StackPosterior:
     """A stack and one noise level: the linear estimate w and the spread K it leaves.
 
-    A ``measured.Level``.
+    A ``measured.BandPosterior``.
 
     Parameters
     ----------
@@ -203,7 +203,7 @@ class StackLevel:
         self, stack: Stack, band_sd: Tensor, sigma: float, device: torch.device | str = "cpu"
     ) -> None:
         self.stack, self.sigma = stack, float(sigma)
-        axis, w = stack.axis, stack.weights.double().cpu()
+        axis, w = stack.axis, stack.slice_weights.double().cpu()
         n = w.shape[1]
         square = columns(band_sd.double().cpu().square().reshape(8, 1, 1, 1), axis)[..., 0]
         square = square.repeat(1, n // 2)  # (4, n)
@@ -218,17 +218,17 @@ class StackLevel:
         root = (vectors * values.clamp_min(0).sqrt()[:, None, :]) @ vectors.mT
         share = _share_of_bands(stack.kept).to(w)[:, None]
         self.variance = share * k.diagonal(dim1=1, dim2=2) + (1 - share) * left  # (4, n)
-        told = (square - self.variance).clamp_min(0)
+        explained = (square - self.variance).clamp_min(0)
 
         def of_bands(rows: Tensor) -> Tensor:
             means = rows.reshape(4, n // 2, 2).mean(1)  # (4, 2)
             return from_columns(means[..., None], axis, (1, 1, 1)).reshape(8)
 
         self.c_out = of_bands(self.variance).sqrt().float().to(device)
-        self.c_in = of_bands(told).clamp_min(1e-24).rsqrt().float().to(device)
+        self.c_in = of_bands(explained).clamp_min(1e-24).rsqrt().float().to(device)
         self.skip = skip.float()[..., None].to(device)
         self.alone = left.sqrt().float()[..., None].to(device)  # root of K where y is silent
-        self.weights = w.float().to(device)
+        self.slice_weights = w.float().to(device)
         self.gain, self.root = gain.float().to(device), root.float().to(device)
         ratio = w @ w.T + (stack.noise_sd / self.sigma) ** 2 * torch.eye(len(w), dtype=w.dtype)
         known = (w * torch.linalg.solve(ratio, w)).sum(0) * stack.kept[0] * stack.kept[1]
@@ -244,7 +244,7 @@ class StackLevel:
         with torch.autocast(noisy.device.type, enabled=False):  # bfloat16 is coarser than a scan
             alone = from_columns(self.skip * columns(noisy.float(), axis), axis, shape)
             image = from_bands(alone[None])[0, 0]
-            seen = torch.tensordot(self.weights, image, dims=([1], [axis])).movedim(0, axis)
+            seen = torch.tensordot(self.slice_weights, image, dims=([1], [axis])).movedim(0, axis)
             rest = self._measured(self.stack.y.to(seen) - seen)
             more = from_columns(self.gain @ slice_columns(rest, axis), axis, shape)
             return alone + self._measured_bands(more)
@@ -254,11 +254,11 @@ class StackLevel:
         axis, shape = self.stack.axis, tuple(unit.shape[1:])
         with torch.autocast(unit.device.type, enabled=False):
             lines = columns(unit.float(), axis)
-            told = from_columns(self.root @ lines, axis, shape)
+            spread = from_columns(self.root @ lines, axis, shape)
             if self.stack.whole_plane:
-                return told
+                return spread
             alone = from_columns(self.alone * lines, axis, shape)
-            return alone + self._measured_bands(told - alone)
+            return alone + self._measured_bands(spread - alone)
 
     def _measured(self, volume: Tensor) -> Tensor:
         if self.stack.whole_plane:

@@ -112,7 +112,7 @@ class UNet(nn.Module):
     embedding : int
         Width of the conditioning vector.
     stacks : bool
-        Whether it can be told of measured slices.
+        Whether it can be conditioned on measured slices.
     """
 
     frequencies: Tensor
@@ -149,12 +149,12 @@ class UNet(nn.Module):
         nn.init.normal_(self.contrast_in.weight, std=0.5)
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
         self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
-        for level, (width, count) in enumerate(zip(channels, blocks, strict=True)):
+        for depth, (width, count) in enumerate(zip(channels, blocks, strict=True)):
             self.down_blocks.append(nn.ModuleList(Block(width, embedding) for _ in range(count)))
-            if level < len(channels) - 1:
+            if depth < len(channels) - 1:
                 self.up_blocks.append(nn.ModuleList(Block(width, embedding) for _ in range(count)))
-                self.downs.append(nn.Conv3d(width, channels[level + 1], 2, stride=2))
-                self.ups.append(nn.ConvTranspose3d(channels[level + 1], width, 2, stride=2))
+                self.downs.append(nn.Conv3d(width, channels[depth + 1], 2, stride=2))
+                self.ups.append(nn.ConvTranspose3d(channels[depth + 1], width, 2, stride=2))
         self.out = nn.Conv3d(channels[0], BANDS, 3, padding=1)
         _zero(self.out)
 
@@ -202,20 +202,20 @@ class UNet(nn.Module):
         stack : (n, 8), optional
             ``stacks.Stack.features``; 0 for an image without slices.
         unknown : (n, 8, i, j, k), optional
-            Bands of ``stacks.StackLevel.unknown_map``.
+            Bands of ``stacks.StackPosterior.unknown_map``.
         """
         e = self.embed(noise, contrast, stack)
         h = self.enter(bands, place, unknown)
         skips = []
-        for level, group in enumerate(self.down_blocks):
+        for depth, group in enumerate(self.down_blocks):
             for block in group:  # type: ignore[attr-defined]
                 h = block(h, e)
-            if level < len(self.downs):
+            if depth < len(self.downs):
                 skips.append(h)
-                h = self.downs[level](h)
-        for level in reversed(range(len(self.ups))):
-            h = self.ups[level](h) + skips[level]
-            for block in self.up_blocks[level]:  # type: ignore[attr-defined]
+                h = self.downs[depth](h)
+        for depth in reversed(range(len(self.ups))):
+            h = self.ups[depth](h) + skips[depth]
+            for block in self.up_blocks[depth]:  # type: ignore[attr-defined]
                 h = block(h, e)
         result: Tensor = self.out(h)
         return result.float()

@@ -60,11 +60,11 @@ class Voxels:
                 f"{tuple(self.hidden.shape)}."
             )
 
-    def level(
+    def posterior(
         self, band_sd: Tensor, sigma: float, device: torch.device | str = "cpu"
-    ) -> VoxelLevel:
+    ) -> VoxelPosterior:
         """See ``measured.Measured``."""
-        return VoxelLevel(self, band_sd, sigma, device)
+        return VoxelPosterior(self, band_sd, sigma, device)
 
     def padded(self, padding: Sequence[int]) -> Voxels:
         """See ``measured.Measured``; the new ends are hidden."""
@@ -79,8 +79,8 @@ def _blocks(volume: Tensor) -> Tensor:
     return apart.reshape(8, i // 2, j // 2, k // 2)
 
 
-class VoxelLevel:
-    """``Voxels`` and one noise level: a ``measured.Level``.
+class VoxelPosterior:
+    """``Voxels`` and one noise level: a ``measured.BandPosterior``.
 
     Parameters
     ----------
@@ -125,8 +125,8 @@ class VoxelLevel:
         self.root = variance.sqrt().float()
         variance[:, self.border] = k.diagonal(dim1=1, dim2=2).T
         self.c_out = variance.mean((1, 2, 3)).sqrt().float()
-        told = square.flatten() - (square * both / (square + both)).flatten()
-        self.c_in = told.clamp_min(1e-24).rsqrt().float()  # as where it was measured
+        explained = square.flatten() - (square * both / (square + both)).flatten()
+        self.c_in = explained.clamp_min(1e-24).rsqrt().float()  # as where it was measured
 
     def features(self) -> Tensor:
         """(8,): the log noise; no slices."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a restoration has to beat: interpolation, Tikhonov and total variation.
 
-All of them give an image on the finer grid of the same field of view. Tikhonov and TV are told
-the exact slice weights ``W`` (see ``degrade.slice_weights``), which a real scan never tells.
+All of them give an image on the finer grid of the same field of view. Tikhonov and TV are given
+the exact slice weights ``W`` (see ``degrade.averaging_weights``), unknown for a real scan.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ PROFILES: dict[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
 """Shapes over distance / thickness; each has a full width at half maximum of about 1."""
 
 
-def slice_weights(
+def averaging_weights(
     n_fine: int,
     fine_mm: float,
     spacing_mm: float,
@@ -86,11 +86,11 @@ def slice_weights(
     """
     if profile not in PROFILES:
         raise UsageError(
-            f"slice_weights: profile must be one of {sorted(PROFILES)}, got {profile!r}."
+            f"averaging_weights: profile must be one of {sorted(PROFILES)}, got {profile!r}."
         )
     if min(fine_mm, spacing_mm, thickness_mm) <= 0 or n_fine * fine_mm < spacing_mm:
         raise GeometryError(
-            f"slice_weights: {n_fine} voxels of {fine_mm} mm hold no slice of spacing "
+            f"averaging_weights: {n_fine} voxels of {fine_mm} mm hold no slice of spacing "
             f"{spacing_mm} and thickness {thickness_mm} mm."
         )
     slices = int(np.floor(n_fine * fine_mm / spacing_mm + 1e-6))
@@ -120,11 +120,11 @@ def thick_slices(
     Raises
     ------
     UsageError, GeometryError
-        As ``slice_weights``.
+        As ``averaging_weights``.
     """
     fine_mm = float(grid.spacing_mm[axis])
     thickness = spacing_mm if thickness_mm is None else thickness_mm
-    weights = slice_weights(grid.shape[axis], fine_mm, spacing_mm, thickness, profile)
+    weights = averaging_weights(grid.shape[axis], fine_mm, spacing_mm, thickness, profile)
     thick = np.moveaxis(np.tensordot(weights, data, axes=(1, axis)), 0, axis)
     ratio = spacing_mm / fine_mm
     affine = np.array(grid.affine)

@@ -6,7 +6,7 @@ data set, labels it, harms the scan in the ways of :data:`KINDS`, labels it agai
 Dice of the two masks inside the field of view that is left, and the mean distance of the corners
 of the brain's box between the two affines; and what the verdict on it would be, from mask,
 structures, affine and the noise as estimated before sampling (what follows the restoration does
-not enter). The table stands in the parcellation's model card.
+not enter). The table is in the parcellation's model card.
 """
 
 from __future__ import annotations
@@ -302,7 +302,7 @@ def main() -> None:
     """Harm every scan, write the facts, print a table of them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bids_dir", type=Path)
-    parser.add_argument("table", type=Path, help="JSON, one row a scan and harm; resumed")
+    parser.add_argument("table", type=Path, help="JSON, one row per scan and harm; resumed")
     parser.add_argument("--suffix", nargs="+", default=["T1w", "T2w"])
     parser.add_argument("--subjects", type=int, default=9, help="at most this many")
     parser.add_argument("--kind", choices=KINDS, default="harms", help="in what ways")

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """One brain, one way of making it worse, and what every method makes of that.
 
-The truth is a brain at 1 mm (``Person``); a ``Condition`` says how its scan is made (by
+The truth is a brain at 1 mm (``Participant``); a ``Condition`` says how its scan is made (by
 ``degrade``, whose slice profile is not the engine's) and how it is restored. ``measure`` gives a
 JSON-able record with a row for every method:
 
 * ``linear``, ``cubic``: interpolation along all axes;
-* ``tikhonov``, ``tv``: told the true slice weights, penalties tuned on other people;
+* ``tikhonov``, ``tv``: given the true slice weights, penalties tuned on other participants;
 * ``sample``: one posterior sample; ``restored``: ``desc-restored`` of all samples.
 
 Every image is multiplied by its least-squares gain on the truth. With a block (``crop``) the
@@ -43,9 +43,9 @@ from brainprior_bids.engine.result import Restoration
 from brainprior_bids.evaluation.baselines import interpolate, tikhonov, total_variation
 from brainprior_bids.evaluation.degrade import (
     Recipe,
+    averaging_weights,
     coarse_in_plane,
     degrade,
-    slice_weights,
     thick_slices,
 )
 from brainprior_bids.evaluation.metrics import compare, crps, matching_gain
@@ -64,13 +64,13 @@ TV_PENALTIES = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016)
 SPREADS = (0.02, 0.03, 0.045, 0.07, 0.1, 0.15)
 """Of Tikhonov's prior: SD in the brain's unit; see ``tikhonov_sd``."""
 UNTUNED = {"tikhonov": 0.01, "tv": 0.001, "spread": 0.045}
-"""Penalties where nobody was given to tune them on; found on two people at 5 mm, noise 0.01."""
+"""Penalties without a validation set; tuned on two participants at 5 mm, noise 0.01."""
 GREY, WHITE, FLUID = (3, 42), (2, 41), (4, 43)
 HISTOGRAM = np.linspace(0, 1.4, 71)
 
 
 @dataclass(frozen=True, eq=False)
-class Person:
+class Participant:
     """A truth.
 
     Attributes
@@ -108,7 +108,7 @@ class Person:
         partial.replace(path)
 
     @classmethod
-    def load(cls, path: Path) -> Person:
+    def load(cls, path: Path) -> Participant:
         """What ``save`` wrote."""
         with np.load(path, allow_pickle=False) as held:
             return cls(
@@ -121,14 +121,14 @@ class Person:
             )
 
 
-def from_scan(path: Path, name: str, contrast: str, network: ParcellationNetwork) -> Person:
+def from_scan(path: Path, name: str, contrast: str, network: ParcellationNetwork) -> Participant:
     """A scan of about 1 mm, with or without its skull."""
-    return _person(extract_brain(path, network=network), name, contrast)
+    return _participant(extract_brain(path, network=network), name, contrast)
 
 
 def from_labels(
     path: Path, name: str, contrast: str, network: ParcellationNetwork, folder: Path
-) -> Person:
+) -> Participant:
     """A brain synthesised from a label map, the same for the same name.
 
     The affine is found as for a scan; the structures are the map's.
@@ -145,21 +145,23 @@ def from_labels(
     nib.save(nib.Nifti1Image(data[box], affine @ start), made)
     brain = extract_brain(made, network=network, unbias=False)
     made.unlink()
-    person = _person(brain, name, contrast)
+    participant = _participant(brain, name, contrast)
     own = labels[box] if brain.grid.shape == data[box].shape else None
     if own is None:
         raise UsageError(f"{path.name}: expected a label map of 1 mm voxels.")
     known = np.isin(own, list(structure_names()))
     around = bounding_box(brain.mask, 0)
     structures = np.where(known, own, 0)[around].astype(np.int16)
-    return Person(name, contrast, person.data, person.inside, structures, person.to_mni305)
+    return Participant(
+        name, contrast, participant.data, participant.inside, structures, participant.to_mni305
+    )
 
 
-def _person(brain: ExtractedBrain, name: str, contrast: str) -> Person:
+def _participant(brain: ExtractedBrain, name: str, contrast: str) -> Participant:
     box = bounding_box(brain.mask, 0)
     start = np.eye(4)
     start[:3, 3] = [edge.start for edge in box]
-    return Person(
+    return Participant(
         name,
         contrast,
         brain.data[box],
@@ -186,7 +188,7 @@ class Condition:
     move_bias : bool
         Whether the engine moves it further.
     assumed_noise : float or None
-        Told to the engine; None: it estimates.
+        Given to the engine; None: it estimates it.
     sampler, n_samples, n_steps
         Of ``restore``.
     crop_mm : (int, int, int) or None
@@ -238,7 +240,7 @@ class Case:
 
     scan: Volume
     truth: Volume
-    weights: NDArray[np.float64]  # (slices, fine)
+    slice_weights: NDArray[np.float64]  # (slices, fine)
     inside: NDArray[np.bool_]  # brain, fine
     mask: NDArray[np.float32]  # share of every scan voxel in the brain
     judged: NDArray[np.bool_]  # where figures are taken, fine
@@ -269,19 +271,19 @@ def period(spacing_mm: float) -> int:
     )
 
 
-def make_case(person: Person, condition: Condition) -> Case:
+def make_case(participant: Participant, condition: Condition) -> Case:
     """Degrade the whole brain, then cut the block out of scan and truth."""
     in_plane = condition.in_plane_mm or 1.0
     sizes = [in_plane, in_plane, in_plane]
     sizes[AXIS] = condition.spacing_mm
     periods = np.array([period(size) for size in sizes])
-    shape = np.array(person.data.shape)
+    shape = np.array(participant.data.shape)
     extra = -(shape + 2 * SURROUND_MM) % periods
     pad = [(SURROUND_MM, SURROUND_MM + int(e)) for e in extra]
-    truth, inside = np.pad(person.data, pad), np.pad(person.inside, pad)
-    structures = np.pad(person.structures, pad)
+    truth, inside = np.pad(participant.data, pad), np.pad(participant.inside, pad)
+    structures = np.pad(participant.structures, pad)
     grid = Grid(truth.shape, np.eye(4))
-    to_mni305 = person.to_mni305.copy()
+    to_mni305 = participant.to_mni305.copy()
     to_mni305[:3, 3] -= to_mni305[:3, :3] @ np.full(3, SURROUND_MM)
     recipe = Recipe(
         axis=AXIS,
@@ -294,7 +296,7 @@ def make_case(person: Person, condition: Condition) -> Case:
         bias_sd=condition.bias_sd,
         rician=condition.rician,
     )
-    name = int.from_bytes(f"{person.name} {person.contrast}".encode(), "big") % 2**63
+    name = int.from_bytes(f"{participant.name} {participant.contrast}".encode(), "big") % 2**63
     rng = np.random.default_rng([name, condition.seed])
     data, thick = degrade(truth, grid, recipe, rng, unit=1.0)
     share, _ = thick_slices(
@@ -312,7 +314,7 @@ def make_case(person: Person, condition: Condition) -> Case:
     log_bias = np.zeros(data.shape, np.float32)
     if condition.field == "n4":
         log_bias = n4(nib.Nifti1Image(data, np.array(thick.affine)), share, threads=1)
-    weights = slice_weights(
+    weights = averaging_weights(
         grid.shape[AXIS],
         1.0,
         condition.spacing_mm,
@@ -340,13 +342,13 @@ def make_case(person: Person, condition: Condition) -> Case:
     part = weights[coarse[AXIS], fine[AXIS]]
     if not judged[fine].any():
         raise UsageError(
-            f"evaluate: nothing of {person.name} is left {MARGIN_MM} mm inside a block of "
+            f"evaluate: nothing of {participant.name} is left {MARGIN_MM} mm inside a block of "
             f"{condition.crop_mm} mm. Pass a larger --crop."
         )
     return Case(
         scan=Volume(data[coarse], thick.crop(_triple(first), _triple(last))),
         truth=Volume(truth[fine], grid.crop(_triple(start), _triple(stop))),
-        weights=part / part.sum(1, keepdims=True),
+        slice_weights=part / part.sum(1, keepdims=True),
         inside=inside[fine],
         mask=share[coarse].astype(np.float32),
         judged=judged[fine],
@@ -372,13 +374,13 @@ def in_slices(case: Case) -> NDArray[np.float32]:
     return interpolate(flat.data, flat.grid, Grid(shape, affine), order=3)
 
 
-def tune(person: Person, condition: Condition) -> dict[str, dict[str, float]]:
+def tune(participant: Participant, condition: Condition) -> dict[str, dict[str, float]]:
     """Mean squared error of every penalty, and CRPS of every spread of every Tikhonov penalty.
 
     Keys are the numbers as text; of a spread, "penalty spread".
     """
     found: dict[str, dict[str, float]] = {"tikhonov": {}, "tv": {}, "spread": {}}
-    case = make_case(person, condition)
+    case = make_case(participant, condition)
     data = in_slices(case)
     truth = case.truth.data
 
@@ -386,19 +388,19 @@ def tune(person: Person, condition: Condition) -> dict[str, dict[str, float]]:
         return float(np.mean((image - truth)[case.judged] ** 2))
 
     for penalty in TIKHONOV_PENALTIES:
-        image = tikhonov(data, case.weights, axis=AXIS, penalty=penalty)
+        image = tikhonov(data, case.slice_weights, axis=AXIS, penalty=penalty)
         found["tikhonov"][str(penalty)] = error(image)
         for spread in SPREADS:
-            sd = tikhonov_sd(case.weights, penalty, spread)
+            sd = tikhonov_sd(case.slice_weights, penalty, spread)
             found["spread"][f"{penalty} {spread}"] = gaussian_crps(image, sd, truth, case.judged)
     for penalty in TV_PENALTIES:
-        image = total_variation(data, case.weights, axis=AXIS, penalty=penalty)
+        image = total_variation(data, case.slice_weights, axis=AXIS, penalty=penalty)
         found["tv"][str(penalty)] = error(image)
     return found
 
 
 def choose(found: list[dict[str, dict[str, float]]]) -> dict[str, float]:
-    """The penalties that did best over the people of ``tune``."""
+    """The penalties that did best over the participants of ``tune``."""
     best = {}
     for method in ("tikhonov", "tv"):
         mean = {k: float(np.mean([f[method][k] for f in found])) for k in found[0][method]}
@@ -412,15 +414,15 @@ def choose(found: list[dict[str, dict[str, float]]]) -> dict[str, float]:
 
 
 def tikhonov_sd(
-    weights: NDArray[np.float64], penalty: float, spread: float
+    slice_weights: NDArray[np.float64], penalty: float, spread: float
 ) -> NDArray[np.float64]:
     """(fine,) SD of the Gaussian posterior whose mean Tikhonov is.
 
     Prior precision ``DᵀD`` and noise of variance ``penalty`` times one amplitude: the covariance
     is ``a (WᵀW / penalty + DᵀD)^-1``, and ``a`` makes the mean SD ``spread``.
     """
-    difference = np.diff(np.eye(weights.shape[1]), axis=0)
-    precision = weights.T @ weights / penalty + difference.T @ difference
+    difference = np.diff(np.eye(slice_weights.shape[1]), axis=0)
+    precision = slice_weights.T @ slice_weights / penalty + difference.T @ difference
     sd = np.sqrt(np.diag(np.linalg.inv(precision)))
     return sd * spread / sd.mean()
 
@@ -469,7 +471,7 @@ def restored(
 
 
 def measure(
-    person: Person,
+    participant: Participant,
     condition: Condition,
     *,
     prior: Prior,
@@ -488,14 +490,14 @@ def measure(
     network : ParcellationNetwork, optional
         For conditions that segment.
     own_labels : bool
-        Whether ``person.structures`` are the true ones (a label map's).
+        Whether ``participant.structures`` are the true ones (a label map's).
     picture : Path, optional
         PNG of truth, slices, cubic, TV, restored, a sample and the SD.
     """
     began = time.perf_counter()
-    case = make_case(person, condition)
+    case = make_case(participant, condition)
     classical = _classical(case, penalties)
-    found = restored(case, condition, person.contrast, prior=prior, device=device)
+    found = restored(case, condition, participant.contrast, prior=prior, device=device)
     truth = case.truth.data
     samples = {"sample": found.samples[0]} if len(found.samples) else {}
     images = {**classical, **samples, "restored": found.mean}
@@ -504,8 +506,8 @@ def measure(
         for method, image in images.items()
     }
     record: dict[str, Any] = {
-        "person": person.name,
-        "contrast": person.contrast,
+        "participant": participant.name,
+        "contrast": participant.contrast,
         **asdict(condition),
         "voxels": int(case.judged.sum()),
         "penalties": dict(penalties),
@@ -534,7 +536,7 @@ def measure(
     if condition.segment and network is not None:
         record["segmentation"] = _segment(case, images, network, own_labels=own_labels)
     if picture is not None:
-        _picture(picture, case, images, found, f"{person.name} {person.contrast}")
+        _picture(picture, case, images, found, f"{participant.name} {participant.contrast}")
     record["seconds"] = round(time.perf_counter() - began, 1)
     return record
 
@@ -544,16 +546,16 @@ def _classical(case: Case, penalties: Mapping[str, float]) -> dict[str, NDArray[
     return {
         "linear": interpolate(flat.data, flat.grid, grid, order=1),
         "cubic": interpolate(flat.data, flat.grid, grid, order=3),
-        "tikhonov": tikhonov(data, case.weights, axis=AXIS, penalty=penalties["tikhonov"]),
-        "tv": total_variation(data, case.weights, axis=AXIS, penalty=penalties["tv"]),
+        "tikhonov": tikhonov(data, case.slice_weights, axis=AXIS, penalty=penalties["tikhonov"]),
+        "tv": total_variation(data, case.slice_weights, axis=AXIS, penalty=penalties["tv"]),
     }
 
 
 def _spread(case: Case, found: Restoration, penalties: Mapping[str, float]) -> dict[str, Any]:
     """CRPS of the samples and of the tuned Tikhonov posterior; error over predicted SD."""
     truth, judged = case.truth.data, case.judged
-    image = tikhonov(in_slices(case), case.weights, axis=AXIS, penalty=penalties["tikhonov"])
-    sd = tikhonov_sd(case.weights, penalties["tikhonov"], penalties["spread"])
+    image = tikhonov(in_slices(case), case.slice_weights, axis=AXIS, penalty=penalties["tikhonov"])
+    sd = tikhonov_sd(case.slice_weights, penalties["tikhonov"], penalties["spread"])
     facts: dict[str, Any] = {
         "crps": crps(found.samples, truth, judged) if len(found.samples) else None,
         "crps_tikhonov": gaussian_crps(image, sd, truth, judged),

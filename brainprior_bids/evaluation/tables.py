@@ -18,8 +18,9 @@ from brainprior_bids.evaluation.studies import ABLATIONS, DAPS, STUDIES
 
 Record = dict[str, Any]
 COLUMNS = (
-    "study", "variant", "person", "contrast", "synthetic", "spacing_mm", "in_plane_mm", "noise_sd",
-    "width", "sampler_used", "n_samples", "n_steps", "method", "mae", "rmse", "psnr_db", "ssim",
+    "study", "variant", "participant", "contrast", "synthetic", "spacing_mm", "in_plane_mm",
+    "noise_sd", "width", "sampler_used", "n_samples", "n_steps", "method", "mae", "rmse",
+    "psnr_db", "ssim",
     "lpips", "cnr", "histogram_distance", "crps", "crps_tikhonov", "error_over_sd", "mean_dice",
     "mean_absolute_volume_error", "seconds", "prior_sha256",
 )  # fmt: skip
@@ -126,10 +127,10 @@ def _title(r: Record, count: int) -> str:
     plane = f"{r['in_plane_mm'] or 1:g}"
     kind = "synthetic " if r["synthetic"] else ""
     law = "Rician noise" if r["rician"] else "noise"
-    who = "map" if r["synthetic"] else "person" if count == 1 else "people"
+    who = "map" if r["synthetic"] else "participant" if count == 1 else "participants"
     return (
         f"{kind}{r['contrast']}, {plane} × {plane} × {r['spacing_mm']:g} mm, {law} "
-        f"{r['noise_sd']:g}, {count} {who if count == 1 or who == 'people' else who + 's'}"
+        f"{r['noise_sd']:g}, {count} {who if count == 1 or who == 'participants' else who + 's'}"
     )
 
 
@@ -157,7 +158,7 @@ def _one_condition(group: Sequence[Record]) -> list[str]:
 
 
 def _paired(group: Sequence[Record]) -> list[str]:
-    """The restored image against cubic and TV in the same people; the spread."""
+    """The restored image against cubic and TV in the same participants; the spread."""
     lines = []
     for method in ("cubic", "tv"):
         gain = {
@@ -196,7 +197,7 @@ def _paired(group: Sequence[Record]) -> list[str]:
 
 def _ablation(records: Sequence[Record]) -> list[str]:
     order = list(ABLATIONS | DAPS)
-    count = len({r["person"] for r in records})
+    count = len({r["participant"] for r in records})
     text = ["", f"### Ablations: {_title(records[0], count)}", ""]
     text += ["| | sampler | MAE | PSNR, dB | SSIM | one sample, dB | CRPS | residual | s |"]
     text += ["|---" * 9 + "|"]
@@ -254,7 +255,7 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def _plot(records: Sequence[Record], path: Path) -> None:
-    """PSNR, MAE and SSIM of every method and condition: bars are means, dots people."""
+    """PSNR, MAE and SSIM of every method and condition: bars are means, dots participants."""
     groups = _groups(records, _condition)
     figure = Figure(figsize=(max(6, 1.5 * len(groups) + 2), 9))
     for place, (key, label) in zip(
@@ -287,7 +288,7 @@ def _plot(records: Sequence[Record], path: Path) -> None:
 
 
 def _histograms(records: Sequence[Record], path: Path) -> None:
-    """Intensities inside the mask, all people of a condition together."""
+    """Intensities inside the mask, all participants of a condition together."""
     groups = _groups(records, _condition)
     figure = Figure(figsize=(3.2 * len(groups), 2.8))
     centres = (HISTOGRAM[1:] + HISTOGRAM[:-1]) / 2
@@ -305,7 +306,7 @@ def _histograms(records: Sequence[Record], path: Path) -> None:
 
 
 def _plot_dice(records: Sequence[Record], path: Path) -> None:
-    """Dice of every structure, mean over people."""
+    """Dice of every structure, mean over participants."""
     from brainprior_bids.anatomy.parcellation import structure_names
 
     names = structure_names()

@@ -45,14 +45,14 @@ from brainprior_bids.engine.errors import BrainpriorError, UsageError
 from brainprior_bids.engine.grids import Grid
 from brainprior_bids.engine.weights import load_parcellation
 from brainprior_bids.evaluation.baselines import interpolate, tikhonov, total_variation
-from brainprior_bids.evaluation.degrade import slice_weights, thick_slices
+from brainprior_bids.evaluation.degrade import averaging_weights, thick_slices
 from brainprior_bids.evaluation.figure import Column, draw
 from brainprior_bids.evaluation.metrics import DEPTHS, by_depth, compare, matching_gain
 from brainprior_bids.evaluation.scans import Volume, read_output, run_command, write_scan
 
 COLUMNS = ("scan", "method", "mae", "psnr_db", "ssim", "psnr_field_db", "mask_dice", *DEPTHS)
 TIKHONOV_PENALTY = 0.01
-TV_PENALTY = 0.001  # of the brain's 99th percentile; both tuned on two other people's brains
+TV_PENALTY = 0.001  # of the brain's 99th percentile; both tuned on two other participants's brains
 
 
 def matching_field(
@@ -184,7 +184,7 @@ def evaluate(
     run_command(bids, out / "restored", common)
     run_command(bids, out / "single", [*common, "--n-samples", "1"])
 
-    weights = slice_weights(grid.shape[along], thin_mm, spacing, spacing, "boxcar")
+    weights = averaging_weights(grid.shape[along], thin_mm, spacing, spacing, "boxcar")
     images = {
         method: image / field
         for method, image in classical(thick, grid, weights, axis=along, unit=unit).items()

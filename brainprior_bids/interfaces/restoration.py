@@ -43,7 +43,7 @@ Inputs = Mapping[str, Any]
 """Inputs of the restore node that are set, name to value."""
 
 ALIKE = 0.7
-"""A refined image that correlates less with the scan, inside the brain, is doubtful."""
+"""Below this correlation with the scan, inside the brain, a refined image causes a warning."""
 FEW_STEPS = 5
 """With fewer noise levels the quality of the result was not measured (docs/evaluation.md)."""
 WHOLLY = 0.999
@@ -162,7 +162,7 @@ def find_warnings(inputs: Inputs, result: Restoration, device_warnings: list[str
         if correlation < ALIKE:
             warnings.append(
                 f"The image to refine and the scan correlate by {correlation:.2f} only: is it "
-                "of this person, in this space, and of this contrast?"
+                "of this participant, in this space, and of this contrast?"
             )
     return warnings
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""nireports' assembler, told which pictures belong to which scan, and with an offline template.
+"""nireports' assembler with the pictures grouped by scan, and with an offline template.
 
 The pictures are found by their names alone, in ``sub-XX/figures``: nireports' own index would walk
 the whole derivative folder and knows a fixed list of entities (see

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was measured of the embedded prior, in the words of the report.
+"""Measured performance of the embedded prior, worded for the report.
 
 ``data/measured.json`` holds the figures and the SHA-256 of the weights that they are of
 (docs/tasks/samples.md and docs/usage.md say how they were measured). Nothing is said of others.

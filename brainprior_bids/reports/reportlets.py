@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pictures of one restored scan, from the files of its nodes.
 
-Every picture states its plane and coordinate, the left and right of the person, and its units;
+Every picture states its plane and coordinate, the participant's left and right, and its units;
 what to look for is said in the report (``data/reports/subject.yml``).
 """
 
@@ -56,7 +56,7 @@ from brainprior_bids.reports.volumes import (
 from brainprior_bids.typed_json import Record
 
 R = TypeVar("R", bound=Record)
-DISPLAY = "Neurological display: the left of the picture is the left of the person."
+DISPLAY = "Neurological display: the left of the picture is the participant's left."
 MARGIN_MM = 12.0
 MASK_COLOUR = "#00d5ff"
 LESION_COLOUR = "#ff8a65"
@@ -334,7 +334,9 @@ def draw_mask(images: ScanImages, path: Path) -> Path:
         [panel(axis, index) for axis in axes[1:] for index in spread(images.mask_scan, axis, 2)]
     )
     if hidden is not None:
-        sheet.title("Through the lesion mask (orange)", note="what lies inside was not believed")
+        sheet.title(
+            "Through the lesion mask (orange)", note="measurements inside it were not used"
+        )
         sheet.row([panel(axis, index) for axis in axes for index in spread(hidden, axis, 1)])
     return sheet.save(path)
 

@@ -72,9 +72,9 @@ def build_subject_report(output_dir: Path, subject: str) -> Path:
 
 
 def _summary(scans: Sequence[ScanRecord]) -> str:
-    titles = ("Scan", "Status", "Quality", "Voxels (mm)", "Slices", "Sampler", "Misfit",
+    titles = ("Scan", "Status", "Quality", "Voxels (mm)", "Slices", "Sampler", "Residual",
               "MNI305 (mm)", "Warnings", "Time", "Memory")  # fmt: skip
-    numbers = {"Misfit", "MNI305 (mm)", "Warnings", "Time", "Memory"}
+    numbers = {"Residual", "MNI305 (mm)", "Warnings", "Time", "Memory"}
     rows = []
     for scan in scans:
         conform, restore = scan.facts.conform, scan.facts.restore
@@ -159,9 +159,9 @@ def restore_rows(scan: ScanRecord) -> Rows:
     schedule = restore.schedule
     contrast = restore.contrast or MISSING
     if restore.outside_training:
-        contrast += ": outside of the contrasts that the prior was trained on"
+        contrast += ": not among the contrasts that the prior was trained on"
     return [
-        ("Taken for", contrast),
+        ("Contrast", contrast),
         *_fused_rows(restore),
         ("Sampler", restore.sampler or MISSING),
         ("Samples", str(restore.n_samples or MISSING)),
@@ -171,15 +171,15 @@ def restore_rows(scan: ScanRecord) -> Rows:
             if schedule
             else MISSING,
         ),
-        ("Network calls a sample", str(restore.calls or MISSING)),
+        ("Network calls per sample", str(restore.calls or MISSING)),
         ("Noise before sampling", _noise(restore, restore.noise_sd_initial)),
         ("Noise after sampling", _noise(restore, restore.noise_sd)),
-        ("Misfit of each sample", _ratios(restore.residual_ratios) or MISSING),
+        ("Residual of each sample, in noise SDs", _ratios(restore.residual_ratios) or MISSING),
         (
-            "Misfit by the noise after sampling",
+            "Residual in SDs of the noise after sampling",
             _ratios(restore.residual_ratios_final) or MISSING,
         ),
-        ("Correlation of its neighbours", _correlation(restore)),
+        ("Correlation of neighbouring residuals", _correlation(restore)),
         ("Prior", restore.prior.name or MISSING),
         ("Coverage of its intervals", measured.coverage(restore, task=scan.task or "restore")),
         ("Seed", str(MISSING if scan.seed is None else scan.seed)),
@@ -204,11 +204,11 @@ def _fused_rows(restore: RestoreRecord) -> Rows:
     for run in restore.runs or ():
         thickness = _number(run.acquisition.thickness_mm, ".3g", " mm")
         text = f"slices of {thickness} {_sliced(run.acquisition.slice_axis, None)}"
-        text += f", noise {_number(run.noise_sd, '.4f')}, misfit {_ratios(run.residual_ratios)}"
+        text += f", noise {_number(run.noise_sd, '.4f')}, residual {_ratios(run.residual_ratios)}"
         if run.correlation is not None:
             text += (
-                f"; laid on the first by {_number(run.angle_deg, '.1f', '°')} and "
-                f"{_number(run.shift_mm, '.1f', ' mm')} at its middle, correlation "
+                f"; registered to the first by {_number(run.angle_deg, '.1f', '°')} and "
+                f"{_number(run.shift_mm, '.1f', ' mm')} at its centre, correlation "
                 f"{run.correlation:.2f}"
             )
         if run.lesion is not None:

@@ -2,7 +2,7 @@
 """Images as the pictures need them: closest-canonical arrays, and plane sections through them.
 
 Display convention, everywhere: neurological. In coronal and axial sections the left of the
-picture is the left of the person; in sagittal sections anterior is on the right. Sections follow
+picture is the participant's left; in sagittal sections anterior is on the right. Sections follow
 the scan's own axes (voxel axes i, j, k, which point about right, anterior, superior).
 """
 

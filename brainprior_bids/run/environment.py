@@ -60,6 +60,8 @@ def prepare_environment(settings: Settings) -> None:
         MKL_NUM_THREADS=threads,
         ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS=threads,
     )
+    # Idle threads sleep: beside other work, waiting ones take the cores that it runs on.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # TemplateFlow's own default
     templates = Path(os.path.expanduser("~"), ".cache", "templateflow")
     if not templates.is_dir():

@@ -64,7 +64,7 @@ def intensity_curve(
 
 @dataclass(frozen=True)
 class Mix:
-    """How often each kind of crop is drawn; weights need not sum to 1.
+    """How often each kind of crop is drawn; the numbers need not sum to 1.
 
     ``real``: a brain as it was scanned. ``curved``: a real T1w through ``intensity_curve``.
     ``synthetic``: a brain made of a label map.
@@ -91,7 +91,7 @@ class Crops(Dataset[dict[str, Tensor]]):
     mix : Mix
     pose : bool
         Random pose (half the crops: rotation ±15° about each axis, scale ±10 %; all: left-right
-        flip, and 2 mm, 1 % and 1° of doubt in the affine) or none.
+        flip, and 2 mm, 1 % and 1° of error in the affine) or none.
     unknown : float
         Share of crops whose contrast is hidden from the network.
     """
@@ -110,28 +110,28 @@ class Crops(Dataset[dict[str, Tensor]]):
         self.brains, self.size, self.seed = list(brains), size, seed
         self.pose, self.unknown = pose, unknown
         self.kinds: list[tuple[list[int], str | None]] = []  # candidates, contrast of the curve
-        weights = []
+        shares = []
         scans = [n for n, b in enumerate(self.brains) if not b.synthetic]
         t1w = [n for n in scans if self.brains[n].contrast == "T1w"]
-        self._add(weights, scans, None, mix.real)
+        self._add(shares, scans, None, mix.real)
         for contrast in CONTRASTS:
-            self._add(weights, t1w, contrast, mix.curved.get(contrast, 0))
+            self._add(shares, t1w, contrast, mix.curved.get(contrast, 0))
             made = [n for n, b in enumerate(self.brains) if b.synthetic and b.contrast == contrast]
-            self._add(weights, made, None, mix.synthetic.get(contrast, 0))
+            self._add(shares, made, None, mix.synthetic.get(contrast, 0))
         if not self.kinds:
             raise UsageError("Crops: no brain of any kind that the mix asks for.")
-        self.weights = np.array(weights) / sum(weights)
+        self.shares = np.array(shares) / sum(shares)
 
     def _add(
-        self, weights: list[float], candidates: list[int], curve: str | None, weight: float
+        self, shares: list[float], candidates: list[int], curve: str | None, share: float
     ) -> None:
-        if candidates and weight > 0:
+        if candidates and share > 0:
             self.kinds.append((candidates, curve))
-            weights.append(weight)
+            shares.append(share)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         rng = np.random.default_rng([self.seed, index])
-        candidates, curve = self.kinds[rng.choice(len(self.kinds), p=self.weights)]
+        candidates, curve = self.kinds[rng.choice(len(self.kinds), p=self.shares)]
         brain = self.brains[candidates[rng.integers(len(candidates))]]
         table = TABLE.astype(np.float32)
         contrast = brain.contrast
@@ -186,12 +186,12 @@ def draw_crop(
     if np.linalg.det(linear) < 0:
         matrix = np.diag([-1.0, 1.0, 1.0, 1.0]) @ matrix  # a mirrored brain, left still left
     if pose:
-        doubt = np.eye(4)
-        doubt[:3, :3] = Rotation.from_rotvec(
+        error = np.eye(4)
+        error[:3, :3] = Rotation.from_rotvec(
             rng.normal(0, 1, 3), degrees=True
         ).as_matrix() * rng.normal(1, 0.01, 3)
-        doubt[:3, 3] = rng.normal(0, 2, 3)
-        matrix = doubt @ matrix
+        error[:3, 3] = rng.normal(0, 2, 3)
+        matrix = error @ matrix
     return crop, matrix
 
 

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from brainprior_bids.engine.denoiser import ErrorSpectrum, Precondition, Prior, fast_dtype
 from brainprior_bids.engine.errors import UsageError, WeightsError
-from brainprior_bids.engine.measured import Level
+from brainprior_bids.engine.measured import BandPosterior
 from brainprior_bids.engine.stacks import Stack
 from brainprior_bids.engine.unet import CONTRASTS, UNet, coordinate_features, to_bands
 from brainprior_bids.engine.voxels import Voxels
@@ -75,8 +75,8 @@ class Recipe:
         Decay of the averaged weights a step, after a ramp.
     seed : int
     stacks, holes : float
-        Share of the crops of which a stack of slices, or all but a hole, is known.
-    told_sigma : (float, float)
+        Share of the crops that come with a stack of slices, or with all but a hole.
+    conditioned_sigma : (float, float)
         Lowest and highest noise of those crops; at 100 the answer is E[x | y].
     blind : float
         Share of those crops whose noise is the highest: the network learns E[x | y].
@@ -98,7 +98,7 @@ class Recipe:
     seed: int = 1
     stacks: float = 0.8
     holes: float = 0.1
-    told_sigma: tuple[float, float] = (0.02, 100.0)
+    conditioned_sigma: tuple[float, float] = (0.02, 100.0)
     blind: float = 0.0
     slices_last: bool = True
     channels: tuple[int, ...] = (48, 96, 128)
@@ -279,7 +279,7 @@ class Trainer:
         own = torch.Generator().manual_seed(seed + step)
         sigma = draw_sigmas(count * self.processes.size, own)[first : first + count]
         noise, place = torch.empty(image.shape), batch["matrix"].clone()
-        levels: list[Level | None] = [None] * count
+        posteriors: list[BandPosterior | None] = [None] * count
         kinds = [0] * count  # nothing, a stack, a hole
         for n, crop in enumerate(batch["image"]):
             number = step * count * self.processes.size + first + n
@@ -293,13 +293,13 @@ class Trainer:
                     if kinds[n] == 1
                     else draw_voxels(crop[0], generator)
                 )
-                sigma[n] = log_uniform(*self.recipe.told_sigma, generator)
+                sigma[n] = log_uniform(*self.recipe.conditioned_sigma, generator)
                 if float(torch.rand((), generator=generator)) < self.recipe.blind:
-                    sigma[n] = self.recipe.told_sigma[1]
+                    sigma[n] = self.recipe.conditioned_sigma[1]
                 if isinstance(known, Stack) and self.recipe.slices_last:
                     turned, place[n], known = slices_last(crop, place[n], known)
                     image[n] = turned
-                levels[n] = known.level(self.model.band_sd, float(sigma[n]), self.device)
+                posteriors[n] = known.posterior(self.model.band_sd, float(sigma[n]), self.device)
         sigma, noise = sigma.to(self.device), noise.to(self.device)
         place = coordinate_features(matrix_points(place.to(self.device), image.shape[2:]))
         clean = to_bands(image)
@@ -310,10 +310,13 @@ class Trainer:
             else contextlib.nullcontext()
         )
         with precision:
-            estimate = self.model(noisy, sigma, place, batch["contrast"].to(self.device), levels)
+            estimate = self.model(
+                noisy, sigma, place, batch["contrast"].to(self.device), posteriors
+            )
         c_out = self.model.scales(sigma)[1][:, :, 0, 0, 0]
         rows = [
-            own if level is None else level.c_out for own, level in zip(c_out, levels, strict=True)
+            own if posterior is None else posterior.c_out
+            for own, posterior in zip(c_out, posteriors, strict=True)
         ]
         linear = torch.stack(rows).square()  # error of the linear filter, (n, 8)
         square = (estimate - clean).square().mean((2, 3, 4))
@@ -329,8 +332,8 @@ class Trainer:
 
         The crops of all processes count, in the order of their numbers.
         """
-        told = torch.tensor(kinds, device=self.device, dtype=read.dtype)
-        known = torch.cat([sigma[:, None], told[:, None], read], 1)
+        conditioned = torch.tensor(kinds, device=self.device, dtype=read.dtype)
+        known = torch.cat([sigma[:, None], conditioned[:, None], read], 1)
         everyone = self.processes.gather(known).cpu()
         place = (everyone[:, 0].log() - math.log(0.005)) / math.log(100 / 0.005) * (LEVELS - 1)
         rows = []
@@ -521,12 +524,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--holes", type=float, default=recipe.holes, help="share of crops known but for a hole"
     )
     train.add_argument(
-        "--told-sigma",
+        "--conditioned-sigma",
         type=float,
         nargs=2,
-        default=recipe.told_sigma,
+        default=recipe.conditioned_sigma,
         metavar=("LOW", "HIGH"),
-        help="noise of the crops of which something is known",
+        help="noise of the crops that come with measurements",
     )
     train.add_argument(
         "--blind",
@@ -556,7 +559,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--inflation",
         type=float,
         default=1.0,
-        help="factor on the noise of the sampler eps, calibrated on validation people",
+        help="factor on the noise of the sampler conditional, calibrated on validation scans",
     )
     out.add_argument(
         "--export-only", action="store_true", help="write --out from the checkpoint, no training"
@@ -592,7 +595,7 @@ def _build_packs(args: argparse.Namespace) -> None:
     Raises
     ------
     UsageError
-        If ``--validation`` or ``--exclude`` names nobody: a person who shall report must not be
+        If ``--validation`` or ``--exclude`` names no participant: one of the test set must not be
         trained on for a slip of the pen.
     """
     if args.data is not None and args.heads is not None:
@@ -659,7 +662,7 @@ def _train(args: argparse.Namespace, processes: Processes) -> int:
         seed=args.seed,
         stacks=args.stacks,
         holes=args.holes,
-        told_sigma=tuple(args.told_sigma),
+        conditioned_sigma=tuple(args.conditioned_sigma),
         blind=args.blind,
         channels=tuple(args.channels),
         blocks=tuple(args.blocks),

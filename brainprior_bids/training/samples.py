@@ -19,7 +19,7 @@ HEAD = Grid(
     (144, 176, 144),
     np.array([[1.12, 0, 0, -80.6], [0, 1.12, 0, -116], [0, 0, 1.12, -70], [0, 0, 0, 1.0]]),
 )
-"""1 mm voxels of a brain whose size is the mean of the training people: MNI305 is 1.12 larger."""
+"""1 mm voxels of a brain of the training participants' mean size: MNI305 is 1.12 larger."""
 
 
 def unconditional(

@@ -17,7 +17,7 @@ from brainprior_bids.engine.stacks import Stack
 from brainprior_bids.engine.unet import CONTRASTS
 from brainprior_bids.training.crops import TABLE, intensity_curve, matrix_points
 from brainprior_bids.training.preprocess import Brain
-from brainprior_bids.training.stacks import profile, weights
+from brainprior_bids.training.stacks import profile, sampled_profile
 
 SIGMAS = (0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 3.0, 10.0, 40.0)
 BINS = 40
@@ -103,7 +103,7 @@ def stack_errors(
     """PSNR in dB of ``E[x | y]`` inside central 96³ crops, per contrast and slice spacing.
 
     y: axial slices, a profile of steep flanks as wide as the spacing, noise 0.01; the prior is
-    told the trapezoid the engine assumes. One network call, of an x_t that says nothing.
+    given the trapezoid that the engine assumes. One network call, at a noise that hides x_t.
     """
     table: dict[str, dict[str, float]] = {}
     for contrast in CONTRASTS:
@@ -121,10 +121,10 @@ def stack_errors(
             noise = torch.randn(crop.shape, generator=generator)
             for spacing in spacings:
                 centres = torch.arange(spacing / 2, crop.shape[2], spacing, dtype=torch.float64)
-                true = weights(profile(2, spacing), centres, crop.shape[2]).float()
+                true = sampled_profile(profile(2, spacing), centres, crop.shape[2]).float()
                 y = crop @ true.T
                 y = y + 0.01 * torch.randn(y.shape, generator=generator)
-                known = weights(trapezoid_profile(spacing), centres, crop.shape[2])
+                known = sampled_profile(trapezoid_profile(spacing), centres, crop.shape[2])
                 estimate = prior.denoise(
                     (crop + 100 * noise)[None, None],
                     100.0,

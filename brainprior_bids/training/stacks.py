@@ -59,7 +59,7 @@ def profile(kind: int, thickness: float) -> Callable[[Tensor], Tensor]:
     return measured_profile(at, torch.tensor([0.0, 1.0, 1.0, 0.0]))
 
 
-def weights(cumulative: Callable[[Tensor], Tensor], centres: Tensor, size: int) -> Tensor:
+def sampled_profile(cumulative: Callable[[Tensor], Tensor], centres: Tensor, size: int) -> Tensor:
     """(n_slices, size) float64 shares of voxels of 1 mm; what lies beyond the crop is not seen."""
     edges = torch.arange(size + 1, dtype=torch.float64)
     return cumulative(edges[None] - centres[:, None]).diff(dim=1)
@@ -68,8 +68,8 @@ def weights(cumulative: Callable[[Tensor], Tensor], centres: Tensor, size: int) 
 def draw_stack(image: Tensor, generator: torch.Generator) -> Stack:
     """A random stack of a crop (c, c, c): what a scanner would give, and what one knows of it.
 
-    The measurement has a profile and a thickness of its own; the stack's ``weights`` have one of
-    ``STATED`` and the *stated* thickness, as for a scan, whose true profile nobody knows. Some
+    The measurement has a profile and a thickness of its own; its ``slice_weights`` have one of
+    ``STATED`` and the *stated* thickness, as for a scan, whose true profile is unknown. Some
     have measured the lower spatial frequencies of the plane alone; some are 3-D scans, which have
     done so along the third axis too.
     """
@@ -87,12 +87,14 @@ def draw_stack(image: Tensor, generator: torch.Generator) -> Stack:
     centres = torch.arange((u[3] - 0.5) * spacing, size, spacing, dtype=torch.float64)
     kind = int(torch.randint(3, (), generator=generator))
     noise_sd = log_uniform(*NOISE_SD, generator)
-    measured = (known if three_d else weights(profile(kind, true), centres, size)).to(image)
+    measured = (known if three_d else sampled_profile(profile(kind, true), centres, size)).to(
+        image
+    )
     y = torch.tensordot(measured, image, dims=([1], [axis])).movedim(0, axis)
     y = y + noise_sd * torch.randn(y.shape, generator=generator)
     if not three_d:
         guess = next(profile for share, profile in STATED if u[4] <= share)
-        known = weights(guess(stated), centres, size)
+        known = sampled_profile(guess(stated), centres, size)
     kept = (1.0, 1.0)
     if u[5] < COARSE:
         share = 1 / log_uniform(*IN_PLANE_MM, generator)
@@ -120,7 +122,7 @@ def draw_hole(shape: tuple[int, ...], centre: Tensor, generator: torch.Generator
 
 
 def draw_voxels(image: Tensor, generator: torch.Generator) -> Voxels:
-    """A noisy scan of a crop (c, c, c) of which one to three holes, or an end, are not seen."""
+    """A noisy scan of a crop (c, c, c) with one to three holes, or an end, missing."""
     noise_sd = log_uniform(*NOISE_SD, generator)
     y = image + noise_sd * torch.randn(image.shape, generator=generator)
     hidden = torch.zeros(image.shape, dtype=torch.bool)

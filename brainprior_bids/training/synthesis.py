@@ -43,7 +43,7 @@ LEFT_RIGHT = {
 """Left value -> right value of every sided structure."""
 
 BRAIN = (2, 3, 4, 5, 7, 8, 10, 11, 12, 13, 14, 15, 16, 17, 18, 26, 28)
-"""Left and middle structures that are told apart; their right partners are in LEFT_RIGHT."""
+"""Left and middle structures with labels of their own; their right partners are in LEFT_RIGHT."""
 
 MERGED_INTO = {25: 2, 57: 41, 30: 12, 62: 51, 136: 4, 163: 43, 137: 5, 164: 44, 31: 4, 63: 43}
 """Small parts -> the structure they are counted with: lesions, vessels, plexus."""

@@ -2,8 +2,8 @@
 """How large brains and their structures are, as the embedded network measures them.
 
 Every brain is labelled as a scan is, and the volumes' natural logarithms are averaged over the
-people. What the network finds is compared with what it found in others, so its own bias cancels
-in a T1w; it does not wholly in a T2w or FLAIR, for which no such set was measured.
+participants. Measurements by one network are compared with each other, so its own bias cancels in
+a T1w. In a T2w or FLAIR, for which no such set was measured, it does not cancel wholly.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from brainprior_bids.engine import weights
 from brainprior_bids.engine.grids import Grid
 
 BRAIN = "Brain"
-"""The name under which the whole mask stands beside the structures."""
+"""The whole mask's name among the structures."""
 
 
 def reference(tables: list[list[dict[str, Any]]]) -> dict[str, dict[str, float]]:
-    """Name -> ``n`` people, mean and SD of the logarithm of the volume in mm3."""
+    """Name -> ``n`` participants, mean and SD of the logarithm of the volume in mm3."""
     volumes: dict[str, list[float]] = {}
     for table in tables:
         for row in table:
@@ -61,7 +61,7 @@ def main() -> None:
         print(brain.name, flush=True)
     facts = {
         "method": " ".join((__doc__ or "").split()),
-        "source": "54 people of OpenNeuro ds002748 (CC0), T1w at 3 T, skull-stripped, 1 mm",
+        "source": "54 participants of OpenNeuro ds002748 (CC0), T1w at 3 T, skull-stripped, 1 mm",
         "network_sha256": weights.sha256_file(path),
         "volumes": reference(tables),
     }

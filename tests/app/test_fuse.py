@@ -161,10 +161,10 @@ def test_report_methods_and_sidecar_say_what_was_fused():
     rows = dict(restore_rows(scan_record(FACTS)))
     assert (
         rows[f"Run {STEMS[1]}"]
-        == "slices of 3 mm inferior-superior, noise 0.0100, misfit 1.01, 0.99"
+        == "slices of 3 mm inferior-superior, noise 0.0100, residual 1.01, 0.99"
     )
     assert (
-        "laid on the first by 3.2° and 4.5 mm at its middle, correlation 0.97"
+        "registered to the first by 3.2° and 4.5 mm at its centre, correlation 0.97"
         in rows[f"Run {STEMS[0]}"]
     )
     assert rows[f"Run {STEMS[0]}"].endswith("; 1.2 ml under its own lesion mask excluded")
@@ -214,4 +214,4 @@ def test_a_contrast_outside_of_the_training_is_marked(raw, tmp_path):
     side = sidecars(scan, names, scan_record(facts).facts)
     assert side["restored"]["OutsideTrainingContrasts"] is True
     rows = dict(restore_rows(scan_record(facts)))
-    assert rows["Taken for"].startswith("unknown: outside of the contrasts")
+    assert rows["Contrast"].startswith("unknown: not among the contrasts")

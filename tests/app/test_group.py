@@ -61,7 +61,7 @@ def store(output_dir, value):
 def test_figures_come_from_the_summary():
     values = metrics(ScanRecord.from_json(summary(3)))
     assert set(values) == set(METRICS)
-    assert values["misfit"] == pytest.approx(1.0)
+    assert values["residual"] == pytest.approx(1.0)
     assert values["noise_percent"] == pytest.approx(2.0)
     assert values["brain_ml"] == pytest.approx(1000)
     assert values["confidence"] == pytest.approx(0.4 * 0.8 + 0.6 * 0.6)
@@ -173,12 +173,12 @@ def test_the_quality_table_has_a_row_for_every_scan_that_is_done(tmp_path):
 
 
 def test_one_scan_apart_is_found_and_too_few_are_not_judged():
-    rows = [dict.fromkeys(METRICS) | {"misfit": 1 + n / 100} for n in range(9)]
-    rows.append(dict.fromkeys(METRICS) | {"misfit": 5.0})
+    rows = [dict.fromkeys(METRICS) | {"residual": 1 + n / 100} for n in range(9)]
+    rows.append(dict.fromkeys(METRICS) | {"residual": 5.0})
     scores = robust_scores(rows)
     # median 1.045, MAD 0.025 (distances 0.005 … 0.045, 3.955)
-    assert scores[9]["misfit"] == pytest.approx((5 - 1.045) / (1.4826 * 0.025))
-    assert all(abs(score["misfit"]) < 3.5 for score in scores[:9])
+    assert scores[9]["residual"] == pytest.approx((5 - 1.045) / (1.4826 * 0.025))
+    assert all(abs(score["residual"]) < 3.5 for score in scores[:9])
     assert robust_scores(rows[-7:]) == [{}] * 7
 
 

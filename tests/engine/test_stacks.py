@@ -12,7 +12,7 @@ from brainprior_bids.engine.errors import InputError, ShapeMismatchError, UsageE
 from brainprior_bids.engine.operators.slices import gaussian_profile, slice_weights
 from brainprior_bids.engine.samplers.conditional import sample_conditional
 from brainprior_bids.engine.schedules import edm_schedule
-from brainprior_bids.engine.stacks import Stack, StackLevel, columns, from_columns, keep
+from brainprior_bids.engine.stacks import Stack, StackPosterior, columns, from_columns, keep
 from brainprior_bids.engine.unet import UNet, from_bands, to_bands
 
 SHAPE = (6, 8, 10)
@@ -39,7 +39,7 @@ def dense(stack, sigma):
     power = BAND_SD.double().square()[:, None].expand(8, n // 8).reshape(-1)
     prior = haar.T @ torch.diag(1 / power) @ haar
     rows = [
-        torch.tensordot(stack.weights, v[0], dims=([1], [stack.axis])).movedim(0, stack.axis)
+        torch.tensordot(stack.slice_weights, v[0], dims=([1], [stack.axis])).movedim(0, stack.axis)
         for v in voxels
     ]
     a = torch.stack([row.reshape(-1) for row in rows], 1)
@@ -59,38 +59,40 @@ def test_columns_and_back(axis):
 def test_estimate_and_spread_are_the_dense_posterior(axis, sigma):
     stack = make_stack(axis)
     k, estimate = dense(stack, sigma)
-    level = StackLevel(stack, BAND_SD, sigma)
+    posterior = StackPosterior(stack, BAND_SD, sigma)
     x_t = sigma * torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
-    found = from_bands(level.estimate(to_bands(x_t[None, None])[0])[None]).reshape(-1)
+    found = from_bands(posterior.estimate(to_bands(x_t[None, None])[0])[None]).reshape(-1)
     assert torch.allclose(found.double(), estimate(x_t), atol=1e-5)
     n = math.prod(SHAPE)
     units = to_bands(torch.eye(n).reshape(n, 1, *SHAPE))
-    root = torch.stack([from_bands(level.spread_out(u)[None]).reshape(-1) for u in units], 1)
+    root = torch.stack([from_bands(posterior.spread_out(u)[None]).reshape(-1) for u in units], 1)
     assert torch.allclose((root @ root).double(), k, atol=1e-6 * float(k.max()) + 1e-7)
     haar = to_bands(torch.eye(n, dtype=torch.float64).reshape(n, 1, *SHAPE)).reshape(n, n).T
     left = (haar @ k @ haar.T).diagonal().reshape(8, -1).mean(1).sqrt()
-    assert torch.allclose(level.c_out.double(), left, rtol=1e-5)
+    assert torch.allclose(posterior.c_out.double(), left, rtol=1e-5)
 
 
 def test_slices_that_tell_nothing_leave_edms_preconditioning():
     """Noise of 1e4: the stack is there, and says nothing."""
     stack = make_stack(2)
-    deaf = Stack(stack.y, stack.weights, 2, 1e4)
-    level = StackLevel(deaf, BAND_SD, 0.3)
+    deaf = Stack(stack.y, stack.slice_weights, 2, 1e4)
+    posterior = StackPosterior(deaf, BAND_SD, 0.3)
     model = Precondition(UNet((4, 4), (1, 1)), BAND_SD)
     c_skip, c_out, c_in = (c[0, :, 0, 0, 0] for c in model.scales(torch.tensor([0.3])))
     noisy = torch.randn(8, 3, 4, 5)
-    assert torch.allclose(level.estimate(noisy), c_skip[:, None, None, None] * noisy, atol=1e-4)
-    assert torch.allclose(level.c_out, c_out, rtol=1e-4)
-    assert torch.allclose(level.c_in * c_skip, c_in, rtol=1e-3)
+    assert torch.allclose(
+        posterior.estimate(noisy), c_skip[:, None, None, None] * noisy, atol=1e-4
+    )
+    assert torch.allclose(posterior.c_out, c_out, rtol=1e-4)
+    assert torch.allclose(posterior.c_in * c_skip, c_in, rtol=1e-3)
 
 
 def test_bfloat16_convolutions_leave_the_estimate_in_float32():
-    level = StackLevel(make_stack(2), BAND_SD, 2.0)
+    posterior = StackPosterior(make_stack(2), BAND_SD, 2.0)
     noisy = torch.randn(8, 3, 4, 5)
-    alone = level.estimate(noisy), level.spread_out(noisy)
+    alone = posterior.estimate(noisy), posterior.spread_out(noisy)
     with torch.autocast("cpu", torch.bfloat16):
-        inside = level.estimate(noisy), level.spread_out(noisy)
+        inside = posterior.estimate(noisy), posterior.spread_out(noisy)
     assert torch.equal(alone[0], inside[0])
     assert torch.equal(alone[1], inside[1])
 
@@ -117,7 +119,7 @@ def test_samples_have_the_posteriors_mean_and_spread():
     truth = from_bands(truth_bands[None])[0, 0]
     y = truth @ weights.float().T
     stack = Stack(y + NOISE * torch.randn(y.shape), weights, 2, NOISE)
-    denoise, level = told(gaussian_prior(), stack, shape), StackLevel(stack, BAND_SD, 1e4)
+    denoise, posterior = told(gaussian_prior(), stack, shape), StackPosterior(stack, BAND_SD, 1e4)
     generator = torch.Generator().manual_seed(5)
     levels = edm_schedule(19, 3.0, 0.001)
     draws = torch.stack(
@@ -126,17 +128,17 @@ def test_samples_have_the_posteriors_mean_and_spread():
             for _ in range(count)
         ]
     )
-    mean = from_bands(level.estimate(torch.zeros(8, 4, 4, 6))[None])[0, 0]
-    whiten = torch.linalg.pinv(level.root.double(), rtol=1e-4).float()
+    mean = from_bands(posterior.estimate(torch.zeros(8, 4, 4, 6))[None])[0, 0]
+    whiten = torch.linalg.pinv(posterior.root.double(), rtol=1e-4).float()
     lines = torch.stack([columns(to_bands((d - mean)[None, None])[0], 2) for d in draws])
     white = torch.einsum("cab,ncbq->ncaq", whiten, lines)
-    white = torch.einsum("cab,ncbq->ncaq", level.root, white)  # in units of x, K-weighted
+    white = torch.einsum("cab,ncbq->ncaq", posterior.root, white)  # in units of x, K-weighted
     variance = white.square().mean((0, 3))  # (4, 12)
-    assert float(variance.sum() / (level.variance.sum())) == pytest.approx(
+    assert float(variance.sum() / (posterior.variance.sum())) == pytest.approx(
         1, abs=0.08
     )  # 20 calls: 1.06, 40: 1.02, 80: 1.01
     centre = draws.mean(0) - mean
-    assert float(centre.square().mean() / (level.variance.mean() / count)) == pytest.approx(
+    assert float(centre.square().mean() / (posterior.variance.mean() / count)) == pytest.approx(
         1, abs=0.25
     )
     residual = draws @ weights.float().T - stack.y
@@ -161,7 +163,7 @@ def test_eps_says_the_same_for_the_same_seed_and_refuses_a_prior_without_stacks(
         spectra={"unknown": ErrorSpectrum.isotropic(0.2)},
         metadata={},
     )
-    with pytest.raises(UsageError, match="not trained to be told of measurements"):
+    with pytest.raises(UsageError, match="not trained to be conditioned on measurements"):
         plain.denoise(
             torch.zeros(1, 1, 8, 8, 12),
             1.0,
@@ -191,7 +193,7 @@ def test_a_factor_on_the_noise_widens_the_samples_about_the_same_mean():
 
 
 def test_bad_stacks_are_refused():
-    weights = make_stack(2).weights
+    weights = make_stack(2).slice_weights
     with pytest.raises(InputError, match="noise SD"):
         Stack(torch.zeros(6, 8, 4), weights, 2, float("nan"))
     with pytest.raises(ShapeMismatchError, match="4 slices along axis 2"):
@@ -204,23 +206,23 @@ def test_a_coarse_plane_changes_what_it_measured_and_nothing_else():
     white = torch.full((8,), 0.3)
     full = make_stack(2, shape=shape)
     y = keep(full.y, 2, kept)
-    stack = Stack(y, full.weights, 2, NOISE, kept)
+    stack = Stack(y, full.slice_weights, 2, NOISE, kept)
     x_t = torch.randn(shape, generator=torch.Generator().manual_seed(4))
     bands = to_bands(x_t[None, None])[0]
     alone = 0.09 / (0.09 + 0.25) * x_t
-    found = from_bands(StackLevel(stack, white, 0.5).estimate(bands)[None])[0, 0]
+    found = from_bands(StackPosterior(stack, white, 0.5).estimate(bands)[None])[0, 0]
     whole = from_bands(
-        StackLevel(Stack(y, full.weights, 2, NOISE), white, 0.5).estimate(bands)[None]
+        StackPosterior(Stack(y, full.slice_weights, 2, NOISE), white, 0.5).estimate(bands)[None]
     )[0, 0]
     # a white prior: frequencies of the plane are apart, so the two estimates agree where measured
     assert torch.allclose(keep(found, 2, kept), keep(whole, 2, kept), atol=1e-5)
     assert torch.allclose(found - keep(found, 2, kept), alone - keep(alone, 2, kept), atol=1e-5)
-    level = StackLevel(stack, white, 0.5)
+    posterior = StackPosterior(stack, white, 0.5)
     n = math.prod(shape)
     draws = torch.stack(
-        [from_bands(level.spread_out(torch.randn(8, 8, 8, 5))[None])[0, 0] for _ in range(100)]
+        [from_bands(posterior.spread_out(torch.randn(8, 8, 8, 5))[None])[0, 0] for _ in range(100)]
     )
-    total = float(level.c_out.square().sum()) * n / 8
+    total = float(posterior.c_out.square().sum()) * n / 8
     assert float(draws.square().sum() / 100) == pytest.approx(total, rel=0.03)
     silent = draws[0] - keep(draws[0], 2, kept)
     power = float(silent.square().sum()) / (n * (1 - 0.4375**2))  # 7 of 16 frequencies an axis

@@ -47,9 +47,9 @@ def dense(voxels, sigma):
 def test_estimate_and_spread_are_the_dense_posterior(sigma):
     voxels = make()
     k, estimate = dense(voxels, sigma)
-    level = voxels.level(BAND_SD, sigma)
+    posterior = voxels.posterior(BAND_SD, sigma)
     x_t = sigma * torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
-    found = from_bands(level.estimate(to_bands(x_t[None, None])[0])[None]).reshape(-1)
+    found = from_bands(posterior.estimate(to_bands(x_t[None, None])[0])[None]).reshape(-1)
     # Three sums of 8 terms in float32, each rounded to 2^-24, of bands up to sqrt(8) max |w|: 1e-5
     # here, whatever sigma is. (Measured: 7e-7 up to sigma 100, 4e-6 at 1e4.)
     expected = estimate(x_t)
@@ -57,11 +57,11 @@ def test_estimate_and_spread_are_the_dense_posterior(sigma):
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=bound)
     n = math.prod(SHAPE)
     units = to_bands(torch.eye(n).reshape(n, 1, *SHAPE))
-    root = torch.stack([from_bands(level.spread_out(u)[None]).reshape(-1) for u in units], 1)
+    root = torch.stack([from_bands(posterior.spread_out(u)[None]).reshape(-1) for u in units], 1)
     assert torch.allclose((root @ root).double(), k, atol=1e-6 * float(k.max()) + 1e-7)
     left = (haar(SHAPE) @ k @ haar(SHAPE).T).diagonal().reshape(8, -1).mean(1).sqrt()
-    assert torch.allclose(level.c_out.double(), left, rtol=1e-5)
-    share = level.unknown_map(SHAPE)[0, 0]
+    assert torch.allclose(posterior.c_out.double(), left, rtol=1e-5)
+    share = posterior.unknown_map(SHAPE)[0, 0]
     assert bool((share[voxels.hidden] == 1).all())
     assert float(share[~voxels.hidden].max()) == pytest.approx(1 / math.hypot(1, sigma / NOISE))
 
@@ -70,23 +70,23 @@ def test_nothing_hidden_is_white_noise_of_less():
     """x_t and y are one image with noise 1 / sqrt(1/sigma² + 1/n²): EDM's own preconditioning."""
     sigma = 0.03
     y = torch.randn(SHAPE, generator=torch.Generator().manual_seed(2))
-    level = Voxels(y, torch.zeros(SHAPE, dtype=torch.bool), NOISE).level(BAND_SD, sigma)
+    posterior = Voxels(y, torch.zeros(SHAPE, dtype=torch.bool), NOISE).posterior(BAND_SD, sigma)
     both = 1 / math.sqrt(1 / sigma**2 + 1 / NOISE**2)
     model = Precondition(UNet((4, 4), (1, 1)), BAND_SD)
     c_skip, c_out, c_in = (c[0] for c in model.scales(torch.tensor([both])))
     x_t = torch.randn(SHAPE, generator=torch.Generator().manual_seed(4))
     u = both**2 * (x_t / sigma**2 + y / NOISE**2)
     expected = c_skip * to_bands(u[None, None])[0]
-    assert torch.allclose(level.estimate(to_bands(x_t[None, None])[0]), expected, atol=1e-6)
-    assert torch.allclose(level.c_out, c_out.flatten(), rtol=1e-5)
-    assert torch.allclose(level.c_in * c_skip.flatten(), c_in.flatten(), rtol=1e-4)
+    assert torch.allclose(posterior.estimate(to_bands(x_t[None, None])[0]), expected, atol=1e-6)
+    assert torch.allclose(posterior.c_out, c_out.flatten(), rtol=1e-5)
+    assert torch.allclose(posterior.c_in * c_skip.flatten(), c_in.flatten(), rtol=1e-4)
 
 
 def test_bfloat16_convolutions_leave_the_estimate_in_float32():
-    level, noisy = make().level(BAND_SD, 2.0), torch.randn(8, 3, 4, 5)
-    alone = level.estimate(noisy), level.spread_out(noisy)
+    posterior, noisy = make().posterior(BAND_SD, 2.0), torch.randn(8, 3, 4, 5)
+    alone = posterior.estimate(noisy), posterior.spread_out(noisy)
     with torch.autocast("cpu", torch.bfloat16):
-        inside = level.estimate(noisy), level.spread_out(noisy)
+        inside = posterior.estimate(noisy), posterior.spread_out(noisy)
     assert torch.equal(alone[0], inside[0])
     assert torch.equal(alone[1], inside[1])
 

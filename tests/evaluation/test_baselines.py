@@ -8,7 +8,7 @@ from scipy.interpolate import CubicSpline
 from brainprior_bids.engine.errors import GeometryError, ShapeMismatchError
 from brainprior_bids.engine.grids import Grid
 from brainprior_bids.evaluation.baselines import interpolate, tikhonov, total_variation
-from brainprior_bids.evaluation.degrade import slice_weights
+from brainprior_bids.evaluation.degrade import averaging_weights
 
 
 def test_interpolation_along_the_slices():
@@ -37,7 +37,7 @@ def test_turned_grids_are_refused():
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_tikhonov_solves_its_normal_equations(axis):
-    weights = slice_weights(30, 1.0, 5.0, 5.0, "trapezoid")
+    weights = averaging_weights(30, 1.0, 5.0, 5.0, "trapezoid")
     shape = [4, 3, 5]
     shape[axis] = 6
     y = np.random.default_rng(1).normal(size=shape)
@@ -58,7 +58,7 @@ def objective(x, y, weights, penalty):
 
 def test_total_variation_reaches_a_minimum():
     rng = np.random.default_rng(2)
-    weights = slice_weights(20, 1.0, 4.0, 4.0, "boxcar")
+    weights = averaging_weights(20, 1.0, 4.0, 4.0, "boxcar")
     truth = np.zeros((10, 10, 20))
     truth[3:7, 2:8, 6:15] = 1
     y = np.moveaxis(np.tensordot(weights, truth, axes=(1, 2)), 0, 2)
@@ -76,7 +76,7 @@ def test_total_variation_reaches_a_minimum():
 
 
 def test_weights_of_another_scan_are_refused():
-    weights = slice_weights(30, 1.0, 5.0, 5.0, "boxcar")
+    weights = averaging_weights(30, 1.0, 5.0, 5.0, "boxcar")
     with pytest.raises(ShapeMismatchError, match="6 rows of slice weights for 7 slices"):
         tikhonov(np.zeros((4, 4, 7)), weights, axis=2, penalty=1.0)
     with pytest.raises(ShapeMismatchError, match="6 rows"):

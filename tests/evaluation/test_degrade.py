@@ -10,9 +10,9 @@ from brainprior_bids.evaluation.degrade import (
     PROFILES,
     Recipe,
     add_noise,
+    averaging_weights,
     coarse_in_plane,
     degrade,
-    slice_weights,
     smooth_field,
     thick_slices,
 )
@@ -34,7 +34,7 @@ def test_profiles_have_unit_width_at_half_maximum(profile):
 
 @pytest.mark.parametrize("profile", sorted(PROFILES))
 def test_weights_average_around_the_slice_centre(profile):
-    weights = slice_weights(60, 1.0, 5.0, 4.0, profile)
+    weights = averaging_weights(60, 1.0, 5.0, 4.0, profile)
     assert weights.shape == (12, 60)
     np.testing.assert_allclose(weights.sum(1), 1)
     centres = weights @ (np.arange(60) + 0.5)
@@ -105,8 +105,8 @@ def test_a_recipe_is_reproducible_and_its_parts_matter():
 
 def test_bad_recipes_are_refused():
     with pytest.raises(UsageError, match="profile must be one of"):
-        slice_weights(60, 1.0, 5.0, 5.0, "triangle")
+        averaging_weights(60, 1.0, 5.0, 5.0, "triangle")
     with pytest.raises(GeometryError, match="hold no slice"):
-        slice_weights(3, 1.0, 5.0, 5.0, "boxcar")
+        averaging_weights(3, 1.0, 5.0, 5.0, "boxcar")
     with pytest.raises(GeometryError, match="hold no slice"):
-        slice_weights(60, 1.0, 5.0, 0.0, "boxcar")
+        averaging_weights(60, 1.0, 5.0, 0.0, "boxcar")

@@ -15,10 +15,10 @@ from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.engine.weights import FOLDER, load_prior, sha256_file
 from brainprior_bids.evaluation import perceptual, protocol, tables
 from brainprior_bids.evaluation.metrics import crps
-from brainprior_bids.evaluation.protocol import Condition, Person, make_case
+from brainprior_bids.evaluation.protocol import Condition, Participant, make_case
 
 
-def toy_person(name="01", contrast="T1w", seed=0):
+def toy_participant(name="01", contrast="T1w", seed=0):
     """Two tissues with a folded border in a ball."""
     rng = np.random.default_rng(seed)
     shape = (56, 60, 52)
@@ -30,29 +30,29 @@ def toy_person(name="01", contrast="T1w", seed=0):
     structures = np.where(inside, np.where(folds, 2, 3), 0).astype(np.int16)
     to_mni305 = np.eye(4)
     to_mni305[:3, 3] = -28, -40, -10
-    return Person(name, contrast, data, inside, structures, to_mni305)
+    return Participant(name, contrast, data, inside, structures, to_mni305)
 
 
 SMALL = Condition(n_samples=2, n_steps=3, crop_mm=(32, 32, 40))
 
 
 def test_a_whole_scan_is_the_truth_averaged_by_the_weights():
-    person = toy_person()
+    participant = toy_participant()
     condition = dataclasses.replace(SMALL, noise_sd=1e-6, width=0.9, crop_mm=None)
-    case = make_case(person, condition)
+    case = make_case(participant, condition)
     assert case.truth.data.shape[2] % 5 == 0
     assert case.scan.grid.one_millimetre() == case.truth.grid
-    expected = np.tensordot(case.truth.data, case.weights, axes=(2, 1))
+    expected = np.tensordot(case.truth.data, case.slice_weights, axes=(2, 1))
     assert np.abs(case.scan.data - expected).max() < 1e-4
-    share = np.tensordot(case.inside.astype(float), case.weights, axes=(2, 1))
+    share = np.tensordot(case.inside.astype(float), case.slice_weights, axes=(2, 1))
     assert np.abs(case.mask - share).max() < 1e-5
     assert np.array_equal(case.judged, case.inside)
 
 
 def test_a_block_is_a_part_of_the_whole_and_its_rim_is_not_judged():
-    person = toy_person()
-    whole = make_case(person, dataclasses.replace(SMALL, crop_mm=None))
-    block = make_case(person, SMALL)
+    participant = toy_participant()
+    whole = make_case(participant, dataclasses.replace(SMALL, crop_mm=None))
+    block = make_case(participant, SMALL)
     assert block.truth.data.shape == (32, 32, 40)
     assert block.scan.data.shape == (32, 32, 8)
     start = np.round(np.linalg.inv(whole.truth.grid.affine) @ block.truth.grid.affine[:, 3])[:3]
@@ -64,16 +64,16 @@ def test_a_block_is_a_part_of_the_whole_and_its_rim_is_not_judged():
     edge = np.argwhere(block.judged)
     assert edge.min(0).tolist() == [7, 7, 8]
     assert edge.max(0).tolist() == [24, 24, 31]
-    # a voxel's place in MNI305 is that of the person's own voxel
+    # a voxel's place in MNI305 is that of the participant's own voxel
     at = block.to_mni305 @ block.truth.grid.affine @ [0, 0, 0, 1]
-    own = person.to_mni305 @ [*(start - protocol.SURROUND_MM), 1]
+    own = participant.to_mni305 @ [*(start - protocol.SURROUND_MM), 1]
     assert np.allclose(at, own)
     with pytest.raises(UsageError, match="larger --crop"):
-        make_case(person, dataclasses.replace(SMALL, crop_mm=(14, 32, 40)))
+        make_case(participant, dataclasses.replace(SMALL, crop_mm=(14, 32, 40)))
 
 
 def test_coarse_planes_lie_on_whole_millimetres():
-    case = make_case(toy_person(), dataclasses.replace(SMALL, in_plane_mm=1.6))
+    case = make_case(toy_participant(), dataclasses.replace(SMALL, in_plane_mm=1.6))
     assert case.scan.grid.one_millimetre() == case.truth.grid
     assert np.allclose(case.scan.grid.spacing_mm, [1.6, 1.6, 5])
     again = protocol.in_slices(case)
@@ -110,7 +110,7 @@ def test_penalties_are_those_of_the_least_mean_error():
     spreads = {f"0.2 {s}": abs(s - 0.07) for s in protocol.SPREADS}
     found = protocol.choose([{**first, "spread": spreads}, {**second, "spread": spreads}])
     assert found == {"tikhonov": 0.2, "tv": 1.0, "spread": 0.07}
-    table = protocol.tune(toy_person(), SMALL)
+    table = protocol.tune(toy_participant(), SMALL)
     assert set(table["tv"]) == {str(p) for p in protocol.TV_PENALTIES}
     best = protocol.choose([table])
     assert table["tv"][str(best["tv"])] == min(table["tv"].values())
@@ -119,7 +119,7 @@ def test_penalties_are_those_of_the_least_mean_error():
 def test_a_record_holds_every_method(tmp_path):
     picture = tmp_path / "a.png"
     record = protocol.measure(
-        toy_person(), SMALL, prior=load_prior(), penalties=protocol.UNTUNED, picture=picture
+        toy_participant(), SMALL, prior=load_prior(), penalties=protocol.UNTUNED, picture=picture
     )
     json.dumps(record)
     assert list(record["methods"]) == list(protocol.METHODS)
@@ -137,9 +137,9 @@ def test_a_record_holds_every_method(tmp_path):
 
 def test_a_bias_field_is_estimated_on_the_whole_scan():
     condition = dataclasses.replace(SMALL, bias_sd=0.1, field="n4")
-    person = toy_person()
-    case = make_case(person, condition)
-    plain = make_case(person, SMALL)
+    participant = toy_participant()
+    case = make_case(participant, condition)
+    plain = make_case(participant, SMALL)
     field = np.log(np.maximum(case.scan.data, 0.1) / np.maximum(plain.scan.data, 0.1))
     inner = case.mask > 0.99
     assert np.corrcoef(field[inner], case.log_bias[inner])[0, 1] > 0.7
@@ -156,20 +156,20 @@ def test_lpips_is_left_out_without_a_download(monkeypatch, tmp_path):
 
 @pytest.fixture
 def ready(tmp_path):
-    """Sources whose people are already prepared."""
+    """Sources whose participants are already prepared."""
     data, out = tmp_path / "data", tmp_path / "out"
     data.mkdir()
     for seed, name in enumerate(("01", "02", "03")):
         path = data / f"sub-{name}_T1w.nii.gz"
         path.write_bytes(name.encode())
-        toy_person(name, seed=seed).save(out / "people" / f"{name}_T1w.npz")
+        toy_participant(name, seed=seed).save(out / "participants" / f"{name}_T1w.npz")
         mark = command._mark(
             source=sha256_file(path),
             contrast="T1w",
             parcellation=sha256_file(FOLDER / "parcellation.safetensors"),
         )
         note = {"fingerprint": mark, "source": path.name}
-        (out / "people" / f"{name}_T1w.json").write_text(json.dumps(note))
+        (out / "participants" / f"{name}_T1w.json").write_text(json.dumps(note))
     words = (
         f"evaluate {data} {out} --choose-label 03 --studies restoration --spacing 5 --noise 0.01"
     )
@@ -181,7 +181,7 @@ def test_the_command_measures_once_and_writes_tables(ready, capsys):
     out, words = ready
     assert main(words) == 0
     shown = capsys.readouterr().out
-    assert "### T1w, 1 × 1 × 5 mm, noise 0.01, 2 people" in shown
+    assert "### T1w, 1 × 1 × 5 mm, noise 0.01, 2 participants" in shown
     assert "tuned on 03" in shown
     paths = sorted((out / "results" / "restoration").glob("*.json"))
     assert [path.name for path in paths] == [f"0{n}_T1w_5mm-noise0.01.json" for n in (1, 2)]
@@ -208,10 +208,10 @@ def test_a_failed_job_does_not_stop_the_others(ready, monkeypatch):
     out, words = ready
     measure = protocol.measure
 
-    def fails(person, *args, **kwargs):
-        if person.name == "01":
+    def fails(participant, *args, **kwargs):
+        if participant.name == "01":
             raise UsageError("no")
-        return measure(person, *args, **kwargs)
+        return measure(participant, *args, **kwargs)
 
     monkeypatch.setattr(protocol, "measure", fails)
     assert main(words) == 1
@@ -262,8 +262,10 @@ def test_every_study_is_planned(ready):
 
 def test_ablations_and_segmentation_have_tables(tmp_path):
     options = {"prior": load_prior(), "penalties": protocol.UNTUNED}
-    record = protocol.measure(toy_person(), SMALL, **options)
-    mean = protocol.measure(toy_person(), dataclasses.replace(SMALL, sampler="mean"), **options)
+    record = protocol.measure(toy_participant(), SMALL, **options)
+    mean = protocol.measure(
+        toy_participant(), dataclasses.replace(SMALL, sampler="mean"), **options
+    )
     facts = {"synthetic": False, "prior_sha256": "ab" * 32, "tuned_on": []}
     parts = {
         method: {

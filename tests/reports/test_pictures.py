@@ -189,7 +189,7 @@ def test_left_is_left_and_front_is_front(tmp_path, codes, angles):
     left, right = letters(flicker, "L"), letters(flicker, "R")
     assert len(left) == len(right) == 2  # coronal and axial
     assert all(a < b for a, b in zip(left, right, strict=True))
-    assert "left of the picture is the left of the person" in flicker.read_text()
+    assert "left of the picture is the participant's left" in flicker.read_text()
     assert ("Scan axes, tilted" in flicker.read_text()) == (angles != (0, 0, 0))
 
 

@@ -231,7 +231,7 @@ def test_facts_of_a_scan(output_dir):
         "Field strength": "3 T",
         "Noise levels": "3, from 10 to 0",
         "Noise before sampling": "0.0200 of the brain's 99th percentile, 10 in scanner units",
-        "Misfit of each sample": "1.00, 1.04",
+        "Residual of each sample, in noise SDs": "1.00, 1.04",
         "Seed": str(2**62 + 11),
         "Their volume": "8 ml",
         "Median distance": "2.5 mm",

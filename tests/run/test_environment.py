@@ -19,7 +19,7 @@ def settings(tmp_path, monkeypatch):
     for name in ("NIPYPE_CONFIG_DIR", "HOME", "MPLCONFIGDIR", "XDG_CACHE_HOME", "TMPDIR",
                  "OMP_NUM_THREADS", "TEMPLATEFLOW_HOME", "NIPYPE_NO_ET", "NO_ET", "MPLBACKEND",
                  "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "TEMPLATEFLOW_AUTOUPDATE",
-                 "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"):  # fmt: skip
+                 "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS", "OMP_WAIT_POLICY"):  # fmt: skip
         monkeypatch.setenv(name, "")  # put back afterwards
     monkeypatch.setenv("HOME", str(tmp_path))
     return Settings(tmp_path / "raw", tmp_path / "out", tmp_path / "work", omp_nthreads=3)
@@ -33,6 +33,15 @@ def test_threads_and_telemetry(settings):
     folder = settings.work_dir / "home"
     assert os.environ["NIPYPE_CONFIG_DIR"] == str(folder)
     assert "check_version = false" in (folder / "nipype.cfg").read_text()
+
+
+def test_idle_threads_sleep_unless_the_user_wants_otherwise(settings, monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    prepare_environment(settings)
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    prepare_environment(settings)
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
 def test_templates_are_looked_for_where_templateflow_keeps_them(settings, tmp_path, monkeypatch):

@@ -258,13 +258,13 @@ def test_a_training_may_begin_with_the_weights_of_another(tmp_path):
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
     train(tmp_path, "--steps", 3, "--decay", 1, "--learning-rate", 0.01, "--out", one)
     (tmp_path / prior.CHECKPOINT).unlink()
-    own = ["--told-sigma", 3, 100, "--begin-with", one, "--out", two]
+    own = ["--conditioned-sigma", 3, 100, "--begin-with", one, "--out", two]
     train(tmp_path, "--steps", 0, *own)
     (tmp_path / prior.CHECKPOINT).unlink(missing_ok=True)
     begun, state = load_prior(two), load_prior(one).model.state_dict()
     for name, tensor in begun.model.state_dict().items():
         assert torch.equal(tensor, state[name]), name
-    assert begun.metadata["recipe"]["told_sigma"] == [3, 100]
+    assert begun.metadata["recipe"]["conditioned_sigma"] == [3, 100]
     assert begun.metadata["begun_with"] == {"sha256": sha256_file(one), "steps": 3}
     train(tmp_path, "--steps", 3, "--decay", 1, "--learning-rate", 0.01, *own)
     moved = load_prior(two).model.state_dict()

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from brainprior_bids.engine.stacks import StackLevel, keep
+from brainprior_bids.engine.stacks import StackPosterior, keep
 from brainprior_bids.training import stacks
 from brainprior_bids.training.crops import matrix_points
 
@@ -28,7 +28,7 @@ def test_stacks_are_as_varied_as_scans():
     spacing = torch.tensor([math.exp(stack.features()[1]) for stack in found if len(stack.y) > 1])
     assert 0.95 < float(spacing.min()) < 2.2
     assert float(spacing.max()) > 6.5
-    sinc = [stack for stack in found if float(stack.weights.min()) < -0.01]
+    sinc = [stack for stack in found if float(stack.slice_weights.min()) < -0.01]
     assert len(sinc) / 300 == pytest.approx(stacks.THREE_D, abs=0.05)
     coarse = [stack for stack in found if not stack.whole_plane]
     assert len(coarse) / 300 == pytest.approx(stacks.COARSE, abs=0.1)
@@ -37,9 +37,9 @@ def test_stacks_are_as_varied_as_scans():
 
 def test_the_measurement_is_that_of_the_image_but_for_profile_and_noise():
     for stack in draws(40):
-        expected = torch.tensordot(stack.weights.float(), IMAGE, dims=([1], [stack.axis]))
+        expected = torch.tensordot(stack.slice_weights.float(), IMAGE, dims=([1], [stack.axis]))
         error = stack.y - keep(expected.movedim(0, stack.axis), stack.axis, stack.kept)
-        whole = stack.weights.sum(1) > 0.999  # slices wholly inside the crop
+        whole = stack.slice_weights.sum(1) > 0.999  # slices wholly inside the crop
         inner = error.movedim(stack.axis, 0)[whole]
         if inner.numel() == 0:
             continue
@@ -56,7 +56,7 @@ def test_the_same_seed_draws_the_same_stack():
 @pytest.mark.parametrize("kind", [0, 1, 2])
 def test_profiles_have_the_stated_width(kind):
     centres = torch.tensor([50.0], dtype=torch.float64)
-    row = stacks.weights(stacks.profile(kind, 12.0), centres, 100)[0]
+    row = stacks.sampled_profile(stacks.profile(kind, 12.0), centres, 100)[0]
     assert float(row.sum()) == pytest.approx(1, abs=1e-6)
     assert int((row >= 0.5 * row.max()).sum()) == pytest.approx(12, abs=1)
 
@@ -65,11 +65,11 @@ def test_a_level_of_every_stack_is_finite():
     generator = torch.Generator().manual_seed(2)
     band_sd = torch.tensor([0.5, 0.05, 0.05, 0.02, 0.05, 0.02, 0.02, 0.01])
     for stack in draws(30):
-        level = StackLevel(stack, band_sd, stacks.log_uniform(0.02, 100.0, generator))
-        noisy = level.estimate(torch.randn(8, 12, 12, 12, generator=generator))
+        posterior = StackPosterior(stack, band_sd, stacks.log_uniform(0.02, 100.0, generator))
+        noisy = posterior.estimate(torch.randn(8, 12, 12, 12, generator=generator))
         assert bool(torch.isfinite(noisy).all())
-        assert bool(torch.isfinite(level.c_in).all())
-        assert bool((level.c_out > 0).all())
+        assert bool(torch.isfinite(posterior.c_in).all())
+        assert bool((posterior.c_out > 0).all())
 
 
 def test_holes_are_in_the_brain_and_nothing_else_is_hidden():
@@ -88,8 +88,8 @@ def test_holes_are_in_the_brain_and_nothing_else_is_hidden():
         assert bool((voxels.hidden & (image > 0.05)).any())
         error = (voxels.y - image)[~voxels.hidden]
         assert float(error.std()) == pytest.approx(voxels.noise_sd, rel=0.05)
-        level = voxels.level(torch.full((8,), 0.1), 0.5)
-        assert bool(torch.isfinite(level.estimate(torch.randn(8, 24, 24, 24))).all())
+        posterior = voxels.posterior(torch.full((8,), 0.1), 0.5)
+        assert bool(torch.isfinite(posterior.estimate(torch.randn(8, 24, 24, 24))).all())
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -105,7 +105,9 @@ def test_a_crop_is_turned_so_that_its_slices_lie_on_the_last_axis(axis):
     torch.testing.assert_close(
         matrix_points(place[None], (24, 24, 24))[0], mm.movedim(1 + axis, -1)
     )
-    seen = torch.tensordot(stack.weights.float(), image[0], dims=([1], [axis]))  # slices first
-    also = torch.tensordot(last.weights.float(), turned[0], dims=([1], [2]))
+    seen = torch.tensordot(
+        stack.slice_weights.float(), image[0], dims=([1], [axis])
+    )  # slices first
+    also = torch.tensordot(last.slice_weights.float(), turned[0], dims=([1], [2]))
     torch.testing.assert_close(seen, also)
     assert torch.equal(last.y.movedim(2, axis), stack.y)

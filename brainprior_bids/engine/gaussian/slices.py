@@ -76,7 +76,7 @@ class SlicedImage(LinearOperator):
 
     def squared_norm_bound(self) -> float:
         """``|W|^2 <= largest row sum times largest column sum``; the k-space crop only shrinks."""
-        w = self.solver.weights64.abs()
+        w = self.solver.slice_weights64.abs()
         return float(w.sum(0).max() * w.sum(1).max()) * self.solver.scale**2
 
 

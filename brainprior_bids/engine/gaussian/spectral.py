@@ -55,7 +55,7 @@ class SpectralSolver:
 
     Parameters
     ----------
-    weights : (s, z) tensor
+    slice_weights : (s, z) tensor
         The slice profile.
     image_shape : (z, a, b)
         The 1 mm image, slice axis first.
@@ -69,12 +69,12 @@ class SpectralSolver:
     Raises
     ------
     ShapeMismatchError
-        If weights and shapes disagree.
+        If slice_weights and shapes disagree.
     """
 
     def __init__(
         self,
-        weights: Tensor,
+        slice_weights: Tensor,
         image_shape: tuple[int, int, int],
         data_shape: tuple[int, int, int],
         spacing_mm: tuple[float, float, float],
@@ -82,15 +82,15 @@ class SpectralSolver:
         n_bins: int = 128,
         device: torch.device | str = "cpu",
     ) -> None:
-        if tuple(weights.shape) != (data_shape[0], image_shape[0]):
+        if tuple(slice_weights.shape) != (data_shape[0], image_shape[0]):
             raise ShapeMismatchError(
-                f"SpectralSolver: weights must be {(data_shape[0], image_shape[0])}, "
-                f"got {tuple(weights.shape)}."
+                f"SpectralSolver: slice_weights must be {(data_shape[0], image_shape[0])}, "
+                f"got {tuple(slice_weights.shape)}."
             )
         self.device = torch.device(device)
         self.image_shape, self.data_shape = image_shape, data_shape
-        self.weights64 = weights.to("cpu", torch.float64)
-        self.weights = self.weights64.to(self.device, torch.float32)
+        self.slice_weights64 = slice_weights.to("cpu", torch.float64)
+        self.slice_weights = self.slice_weights64.to(self.device, torch.float32)
         nz, na, nb = image_shape
         _, ma, mb = data_shape
         self.same_plane = (na, nb) == (ma, mb)
@@ -142,8 +142,8 @@ class SpectralSolver:
         frequency = (self.radii[:, None] ** 2 + self.frequency_z**2).sqrt()
         variance = spectrum.variance(sigma, frequency).to("cpu", torch.float64).clamp_min(1e-12)
         root = _circulant(variance.sqrt())
-        gain = self.scale * (_circulant(variance) @ self.weights64.mT)
-        covariance = self.scale * (self.weights64 @ gain)
+        gain = self.scale * (_circulant(variance) @ self.slice_weights64.mT)
+        covariance = self.scale * (self.slice_weights64 @ gain)
         covariance = 0.5 * (covariance + covariance.mT)
         return self._with_noise(root, gain, covariance, noise_variance)
 
@@ -210,7 +210,7 @@ class SpectralSolver:
 
     def forward(self, x: Tensor) -> Tensor:
         """``A x``: (z, a, b) -> (s, ma, mb)."""
-        thick = (self.weights @ x.flatten(1)).view(-1, *x.shape[1:])
+        thick = (self.slice_weights @ x.flatten(1)).view(-1, *x.shape[1:])
         if self.same_plane:
             return thick
         k = torch.fft.rfft2(thick, norm="ortho").flatten(1)
@@ -225,7 +225,7 @@ class SpectralSolver:
             full = torch.zeros(y.shape[0], na * (nb // 2 + 1), dtype=k.dtype, device=k.device)
             full.index_copy_(1, self._column[self._data_position], k)
             y = torch.fft.irfft2(full.view(-1, na, nb // 2 + 1), s=(na, nb), norm="ortho")
-        return (self.weights.mT @ y.flatten(1)).view(-1, *y.shape[1:])
+        return (self.slice_weights.mT @ y.flatten(1)).view(-1, *y.shape[1:])
 
     def covariance(self, factors: LevelFactors, u: Tensor) -> Tensor:
         """``A V A^T u``."""
@@ -271,7 +271,7 @@ class SpectralSolver:
         k = self._by_bin(factors.root, torch.view_as_complex(white.view(nz, -1, 2)), self._starts)
         seen = k if self.same_plane else k.index_select(1, self._data_position)
         flat = torch.view_as_real(seen.contiguous()).flatten(1)
-        thick = torch.view_as_complex((self.weights @ flat).view(self.data_shape[0], -1, 2))
+        thick = torch.view_as_complex((self.slice_weights @ flat).view(self.data_shape[0], -1, 2))
         s, ma, mb = self.data_shape
         thick = thick * (self._phase * self.scale)
         full = torch.zeros(s, ma * (mb // 2 + 1), dtype=thick.dtype, device=self.device)

@@ -123,7 +123,7 @@ class SliceProfile(LinearOperator):
 
     Parameters
     ----------
-    weights : (thick, thin) tensor
+    slice_weights : (thick, thin) tensor
         Row k is the profile of slice k; dimensionless.
     in_shape : (i, j, k)
         Voxels of the image.
@@ -136,17 +136,17 @@ class SliceProfile(LinearOperator):
         If the two disagree on ``thin``.
     """
 
-    def __init__(self, weights: Tensor, in_shape: Shape, axis: int) -> None:
-        if weights.ndim != 2 or weights.shape[1] != in_shape[axis]:
+    def __init__(self, slice_weights: Tensor, in_shape: Shape, axis: int) -> None:
+        if slice_weights.ndim != 2 or slice_weights.shape[1] != in_shape[axis]:
             raise ShapeMismatchError(
-                f"SliceProfile: weights must be (thick, {in_shape[axis]}) for an image of shape "
-                f"{in_shape} and axis {axis}, got {tuple(weights.shape)}."
+                f"SliceProfile: slice_weights must be (thick, {in_shape[axis]}) for an image "
+                f"of shape {in_shape} and axis {axis}, got {tuple(slice_weights.shape)}."
             )
-        self.weights = weights
+        self.slice_weights = slice_weights
         self.in_shape = tuple(in_shape)
         self.axis = axis - len(in_shape)
         out = list(in_shape)
-        out[axis] = int(weights.shape[0])
+        out[axis] = int(slice_weights.shape[0])
         self.out_shape = tuple(out)
 
     def _apply(self, matrix: Tensor, x: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ class SliceProfile(LinearOperator):
         return flat.reshape(-1, *moved.shape[1:]).movedim(0, self.axis)
 
     def _forward(self, x: Tensor) -> Tensor:
-        return self._apply(self.weights, x)
+        return self._apply(self.slice_weights, x)
 
     def _adjoint(self, y: Tensor) -> Tensor:
-        return self._apply(self.weights.mT, y)
+        return self._apply(self.slice_weights.mT, y)

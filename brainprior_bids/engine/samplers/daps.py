@@ -6,7 +6,7 @@ in Euler steps; (2) Langevin from x0_hat with score
 
     - (x0 - x0_hat) / r^2 - grad 1/2 sum (y - b A x0)^2 / variance,      r = sigma
 
-without a network call (or Hamiltonian Monte Carlo on the same energy, of which Langevin is the
+without a network call (or Hamiltonian Monte Carlo on the same energy; Langevin is its
 case of one leapfrog step a trajectory); (3) ``x_t = x0 + sigma_next noise``. The law this reaches
 is not the posterior even for a Gaussian prior; it is kept as the reference that ``exact`` is
 compared with.
@@ -141,8 +141,8 @@ def langevin(
 ) -> Tensor:
     """Unadjusted Langevin steps from x0_hat under its Gaussian of SD ``sigma`` and the data.
 
-    With ``n_leapfrog`` above 1, HMC: a momentum is drawn at every so-manieth step only, and kept
-    by leapfrog in between (the last trajectory may be shorter).
+    With ``n_leapfrog`` above 1, HMC: a momentum is drawn only at every ``n_leapfrog``-th step,
+    and kept by leapfrog in between (the last trajectory may be shorter).
 
     Raises
     ------

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What fuse.py, inpaint.py and refine.py share: people side by side, records, the table.
+"""What fuse.py, inpaint.py and refine.py share: participants side by side, records, the table.
 
-Every person has a record, ``OUT/<person>.json``, written anew with each row: a run that was
-stopped goes on where it was, and several runs (``--nprocs``, or other processes) fill one table.
-A record that was made with other weights or options is begun anew. The table, ``OUT/table.md``,
-has the mean of each figure over the people and the 95 % interval of a bootstrap over them.
+Every participant has a record, ``OUT/<participant>.json``, rewritten with each row: a run that was
+stopped resumes, and several runs (``--nprocs``, or other processes) fill one table. A record of
+other weights or options is replaced. The table, ``OUT/table.md``,
+has the mean of each figure over the participants and the 95 % interval of a bootstrap over them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from brainprior_bids.bids.names import BIDSName, output_names, result_name
 from brainprior_bids.bids.status import read_summary
 from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.engine.weights import find_weights, load_parcellation, sha256_file
-from brainprior_bids.evaluation.protocol import Person, from_scan
+from brainprior_bids.evaluation.protocol import Participant, from_scan
 from brainprior_bids.evaluation.scans import Volume, read_image, run_command
 from brainprior_bids.records import RestoreRecord
 
@@ -42,7 +42,7 @@ Figures = dict[str, float]
 
 
 class Record:
-    """One person's rows: label -> figures, or ``value`` alone, which gets a line of its own."""
+    """A participant's rows: label -> metrics, or ``value`` alone, which gets a line of its own."""
 
     def __init__(self, path: Path, made_with: dict[str, Any]) -> None:
         self.path = path
@@ -67,7 +67,7 @@ class Record:
 
 
 class Runs:
-    """The command on data sets of one person, below ``OUT/<person>``."""
+    """The command on data sets of one participant, below ``OUT/<participant>``."""
 
     def __init__(self, name: str, args: argparse.Namespace) -> None:
         self.name = name
@@ -117,13 +117,13 @@ def restore_record(output_dir: Path, stem: str, image: str) -> RestoreRecord:
     return summary.facts.restore
 
 
-def person(path: Path, args: argparse.Namespace) -> Person:
+def participant(path: Path, args: argparse.Namespace) -> Participant:
     """The truth: mask, bias field and unit by brainprior's own preprocessing; made once."""
     name = path.name.partition("_")[0].removeprefix("sub-")
     kept = args.out / f"{name}.npz"
     if not kept.exists():
         from_scan(path, name, "T1w", load_parcellation()).save(kept)
-    held = Person.load(kept)
+    held = Participant.load(kept)
     if args.slab is None:
         return held
     start = (held.data.shape[2] - args.slab) // 2
@@ -139,12 +139,14 @@ def parser(description: str | None, *, n_samples: int) -> argparse.ArgumentParse
     made = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     made.add_argument("out", type=Path, help="folder of the records and of table.md")
     made.add_argument("brains", type=Path, nargs="*", help="1 mm T1w brains; none: the table only")
-    made.add_argument("--nprocs", type=int, default=1, help="people at once, one thread each")
+    made.add_argument(
+        "--nprocs", type=int, default=1, help="parallel participants, one thread each"
+    )
     made.add_argument("--prior", type=Path, help="weights; default: embedded")
     made.add_argument("--n-samples", type=int, default=n_samples)
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--device", default="cpu")
-    made.add_argument("--picture", type=Path, help="folder for PNGs of each person")
+    made.add_argument("--picture", type=Path, help="folder for PNGs of each participant")
     made.add_argument("--keep", action="store_true", help="keep the data sets and the outputs")
     made.add_argument("--sloppy", action="store_true", help="to try the script: 3 steps")
     made.add_argument("--slab", type=int, metavar="MM", help="to try it: the brain's middle alone")
@@ -156,12 +158,12 @@ def run(
     one: Callable[[Path, argparse.Namespace, Record, Runs], None],
     header: Sequence[str],
 ) -> int:
-    """All people, then the table; returns the exit status.
+    """All participants, then the table; returns the exit status.
 
     Parameters
     ----------
     one : function
-        Makes a person's rows.
+        Makes a participant's rows.
     header : sequence of str
         What a row's label says, parted by " | ".
     """
@@ -196,13 +198,13 @@ def _one(
 
 
 def table(records: Sequence[Path], header: Sequence[str]) -> list[str]:
-    """Markdown: a row a label, with mean and interval of every figure over the people."""
+    """Markdown: a row a label, with mean and interval of every figure over the participants."""
     held = [read_json(path) for path in records]
     labels = dict.fromkeys(label for record in held for label in record["rows"])
     keys = list(dict.fromkeys(k for r in held for row in r["rows"].values() for k in row))
     if "value" in keys:
         keys.remove("value")
-    lines = [f"| {' | '.join([*header, *keys, 'people'])} |",
+    lines = [f"| {' | '.join([*header, *keys, 'participants'])} |",
              "|---" * (len(header) + len(keys) + 1) + "|"]  # fmt: skip
     single = []
     for label in labels:
@@ -217,14 +219,14 @@ def table(records: Sequence[Path], header: Sequence[str]) -> list[str]:
     minutes = [record["seconds"] / 60 for record in held]
     if held:
         lines += ["", f"Prior {', '.join(weights)} (start of SHA-256); {np.mean(minutes):.0f} "
-                  "minutes a person."]  # fmt: skip
+                  "minutes a participant."]  # fmt: skip
     if len(weights) > 1:
         lines += ["**These records are of more than one prior.**"]
     return lines
 
 
 def interval(values: Sequence[float]) -> str:
-    """Mean, and for two people or more the 95 % interval of a bootstrap over them."""
+    """Mean, and for two participants or more the 95 % interval of a bootstrap over them."""
     if not values:
         return ""
     shown = f"{np.mean(values):.4f}"
