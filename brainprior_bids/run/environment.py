@@ -11,6 +11,7 @@ that is not UTF-8 and a user without a home folder are no reason to stop.
 from __future__ import annotations
 
 import codecs
+import gc
 import getpass
 import io
 import locale
@@ -19,7 +20,9 @@ import multiprocessing.util
 import os
 import sys
 import tempfile
+import warnings
 from contextlib import suppress
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 from brainprior_bids.bids.files import write_text
@@ -136,6 +139,23 @@ def why_no_workers() -> str | None:
     if len(os.fsencode(folder)) + SOCKET_NAME - len("/pymp-12345678") > LONGEST_SOCKET:
         return f"{folder} is too long a path for a socket; set TMPDIR to a shorter one"
     return None
+
+
+def revive_tracker() -> None:
+    """Start multiprocessing's resource tracker again if it was killed.
+
+    A new one knows nothing of this process's semaphores, and would show a traceback for each when
+    they are given up, which may be at any time: it is looked for at every poll.
+    """
+    synchronize = sys.modules.get("multiprocessing.synchronize")
+    if synchronize is None:  # no semaphore was ever made
+        return
+    with warnings.catch_warnings(record=True) as died:
+        warnings.simplefilter("always")
+        resource_tracker.ensure_running()
+    if died:
+        for lock in [item for item in gc.get_objects() if isinstance(item, synchronize.SemLock)]:
+            resource_tracker.register(lock._semlock.name, "semaphore")
 
 
 def _writable(folder: Path) -> bool:

@@ -18,7 +18,7 @@ from brainprior_bids.bids.qc import rebuild_qc
 from brainprior_bids.bids.query import Scan, subjects_without
 from brainprior_bids.records import ScanRecord, ScanStatus, named
 from brainprior_bids.run.documents import write_boilerplate, write_documents
-from brainprior_bids.run.environment import prepare_environment
+from brainprior_bids.run.environment import prepare_environment, revive_tracker
 from brainprior_bids.run.execute import execute
 from brainprior_bids.run.jobs import plan_jobs
 from brainprior_bids.run.logs import LOG, log_to_file
@@ -48,6 +48,7 @@ def run_participants(scans: Sequence[Scan], settings: Settings, raw: dict[str, A
                 return write_boilerplate(scans, settings, weights)
             return _restore(scans, settings, raw, weights, claims)
         finally:
+            revive_tracker()  # progress bars have semaphores until the process ends
             LOG.removeHandler(log_file)
             log_file.close()
 

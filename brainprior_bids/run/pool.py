@@ -15,18 +15,15 @@ Where memory runs out, the kernel is told to kill a worker, never the process th
 
 from __future__ import annotations
 
-import gc
 import multiprocessing as mp
 import os
 import signal
 import threading
-import warnings
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
-from multiprocessing.synchronize import SemLock
 from pathlib import Path
 from traceback import format_exception
 from typing import Any
@@ -34,7 +31,7 @@ from typing import Any
 from nipype.pipeline.plugins.multiproc import MultiProcPlugin, process_initializer
 
 from brainprior_bids.records import FailureRecord
-from brainprior_bids.run.environment import use_utf8
+from brainprior_bids.run.environment import revive_tracker, use_utf8
 from brainprior_bids.run.failures import RecordsFailures, killed
 from brainprior_bids.run.logs import LOG
 
@@ -58,20 +55,6 @@ def start_server(context: str | None) -> None:
         forkserver.ensure_running()
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def revive_tracker() -> None:
-    """Start multiprocessing's resource tracker again if it was killed.
-
-    A new one knows nothing of this process's semaphores, and would show a traceback for each when
-    they are given up.
-    """
-    with warnings.catch_warnings(record=True) as died:
-        warnings.simplefilter("always")
-        resource_tracker.ensure_running()
-    if died:
-        for lock in [item for item in gc.get_objects() if isinstance(item, SemLock)]:
-            resource_tracker.register(lock._semlock.name, "semaphore")
 
 
 def start_worker(cwd: str, main_pid: int) -> None:
@@ -124,6 +107,11 @@ class SurvivingPool(RecordsFailures, MultiProcPlugin):
         self._order = {name: rank for rank, name in enumerate(plugin_args["order"])}
         self._submitted: dict[int, tuple[Any, bool]] = {}
         self._broken: set[int] = set()
+
+    def _send_procs_to_workers(self, updatehash: bool = False, graph: Any = None) -> None:
+        """Nipype calls this again and again; see ``revive_tracker``."""
+        revive_tracker()
+        super()._send_procs_to_workers(updatehash=updatehash, graph=graph)
 
     def _sort_jobs(self, jobids: Any, scheduler: str = "tsort") -> list[int]:
         """Furthest first; before them what has no place in the order: it only gathers results."""

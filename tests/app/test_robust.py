@@ -186,7 +186,7 @@ def summary_of(out):
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_after_random_kills_the_result_is_that_of_an_undisturbed_run(raw, shared, tmp_path, seed):
-    """Killed after a random number of its lines, or of its workers' moments, three times."""
+    """Killed three times, each time when it has written a random number of lines."""
     rng = random.Random(seed)
     out = tmp_path / "out"
     for _ in range(3):
@@ -195,6 +195,7 @@ def test_after_random_kills_the_result_is_that_of_an_undisturbed_run(raw, shared
             if not process.stderr.readline():
                 break
         children = psutil.Process(process.pid).children(recursive=True)
+        # the run, all of it, or the first that it started: the tracker of semaphores
         victims = rng.choice([[process], [*children, process], children[:1] or [process]])
         for victim in victims:
             with contextlib.suppress(psutil.NoSuchProcess):
