@@ -15,11 +15,16 @@ Units are in the names; coordinates are scanner RAS mm. Axes are closest-canonic
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any, cast
 
-from brainprior_bids.engine.errors import ShapeMismatchError
+from brainprior_bids.engine.errors import (
+    BrainpriorError,
+    ShapeMismatchError,
+    is_full,
+    is_out_of_memory,
+)
 from brainprior_bids.engine.samplers.registry import EARLIER_NAMES
 from brainprior_bids.typed_json import OMIT, Record
 
@@ -601,6 +606,13 @@ class NodeRecord(UsageRecord):
     warnings: tuple[str, ...]
 
 
+FULL_DISK = "FullDisk"
+"""``type`` of a failure for want of room: the disk, the quota or the number of files."""
+OUT_OF_MEMORY = (
+    "memory ran out. Allow more (the limit of the job, container or shell), or pass --low-mem"
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class FailureRecord(UsageRecord):
     """``failure.json``: why a node failed; an error that is expected explains itself."""
@@ -609,6 +621,19 @@ class FailureRecord(UsageRecord):
     type: str
     message: str
     expected: bool
+
+    @classmethod
+    def of(cls, error: BaseException | None, **known: Any) -> FailureRecord:
+        """Of a step that failed with ``error``, or as ``known`` says."""
+        facts: dict[str, Any] = dict.fromkeys(f.name for f in fields(UsageRecord))
+        facts |= {"node": "", "expected": error is None or isinstance(error, BrainpriorError)}
+        if error is not None:
+            facts |= {"type": type(error).__name__, "message": str(error) or "no reason is given"}
+        if is_full(error):
+            facts |= {"type": FULL_DISK, "expected": True}
+        elif not facts["expected"] and is_out_of_memory(error):
+            facts |= {"message": f"{OUT_OF_MEMORY} ({facts['message']})", "expected": True}
+        return cls(**{**facts, **known})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,6 +36,8 @@ OTHER_PROJECTS = {
     "brainprior_bids/cli/config_file.py": {"_actions"},
     "brainprior_bids/cli/parser.py": {"_actions"},
     "brainprior_bids/cli/options.py": {"_ArgumentGroup"},
+    "brainprior_bids/run/environment.py": {"_semlock"},  # has a semaphore's name
+    "brainprior_bids/run/interrupt.py": {"_exit"},  # os
     "brainprior_bids/run/pool.py": {
         "_exit",  # os
         "_processes", "_executor_manager_thread_wakeup", "_shutdown_lock",  # a pool's workers

@@ -185,7 +185,8 @@ def find_motion(reference: PlacedScan, scan: PlacedScan) -> Motion:
             f"{scan.name} and {reference.name} do not show one brain: after rigid alignment they "
             f"correlate by {correlation:.2f} inside it (at least {ALIKE} is needed) and share "
             f"{100 * shared:.0f} % of it (at least {100 * SHARED:.0f} %). Are they of one "
-            "participant, one contrast, and whole? Leave one out with --run-id or --bids-filter-file."
+            "participant, one contrast, and whole? Leave one out with --run-id or "
+            "--bids-filter-file."
         )
     return Motion(to_reference, gain, correlation, shared)
 

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process a scan: who is at work on a scan keeps others from it.
+"""One process per scan: a process that works on a scan keeps others from it.
 
 Two runs of one scan at the same time would meet in its work folder. A claim is a lock on one byte
 of a file, the byte being given by the scan's name: POSIX record locks hold on NFS too, need one
 open file for any number of scans, and end with their process, however it ends.
+
+A run claims its own name as an owner in the same way: temporary files whose owner's byte can be
+locked belong to a run that was killed.
 """
 
 from __future__ import annotations
@@ -13,17 +16,23 @@ import fcntl
 import hashlib
 import logging
 import os
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
+
+from brainprior_bids.bids.files import TEMPORARY, become_owner
 
 LOG = logging.getLogger("brainprior")
 FILE = ".lock"
 TAKEN = (errno.EACCES, errno.EAGAIN)
+ANYONE = 1 << 41
+"""The byte that every process locks, shared; those of names are below 1 << 40."""
 
 
 class Claims:
-    """The scans that this process works on.
+    """The scans that this process works on, and its own name as an owner of temporary files.
 
     Parameters
     ----------
@@ -42,21 +51,32 @@ class Claims:
         self._files: list[IO[bytes]] = []
         for folder in dict.fromkeys(folders):
             folder.mkdir(parents=True, exist_ok=True)
-            self._files.append((folder / FILE).open("ab"))
+            self._files.append((folder / FILE).open("a+b"))
+        self._owner = become_owner()
+        for file in self._files:
+            with suppress(OSError):  # without locks; `take` warns of it
+                # others hold these while they ask who is there, or clean up: it is waited for
+                fcntl.lockf(file, fcntl.LOCK_SH, 1, ANYONE, os.SEEK_SET)
+                fcntl.lockf(file, fcntl.LOCK_EX, 1, _byte(self._owner), os.SEEK_SET)
 
     def take(self, scan: str) -> bool:
         """Claim a scan; False where another process has it.
 
         On a file system without locks nothing is claimed, a warning says so, and it is True.
         """
+        taken = self._try(scan)
+        if not taken:
+            self.refused.append(scan)
+        return taken
+
+    def _try(self, scan: str) -> bool:
         for number, file in enumerate(self._files):
             try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _byte(scan), os.SEEK_SET)
+                _lock(file, _byte(scan), fcntl.LOCK_EX)
             except OSError as error:
                 if error.errno in TAKEN:
                     for held in self._files[:number]:
-                        fcntl.lockf(held, fcntl.LOCK_UN, 1, _byte(scan), os.SEEK_SET)
-                    self.refused.append(scan)
+                        _lock(held, _byte(scan), fcntl.LOCK_UN)
                     return False
                 LOG.warning(
                     "%s cannot be locked (%s): make sure that no other process works on these "
@@ -69,7 +89,58 @@ class Claims:
     def give_back(self, scan: str) -> None:
         """Let others have a scan."""
         for file in self._files:
-            fcntl.lockf(file, fcntl.LOCK_UN, 1, _byte(scan), os.SEEK_SET)
+            with suppress(OSError):
+                _lock(file, _byte(scan), fcntl.LOCK_UN)
+
+    def is_free(self, scan: str) -> bool:
+        """Whether no other process works on a scan."""
+        free = self._try(scan)
+        if free:
+            self.give_back(scan)
+        return free
+
+    @contextmanager
+    def alone(self) -> Iterator[bool]:
+        """Whether no other process has claims in the folders; if so, one that comes waits."""
+        alone = True
+        try:
+            for file in self._files:
+                try:
+                    _lock(file, ANYONE, fcntl.LOCK_EX)
+                except OSError as error:
+                    alone = alone and error.errno not in TAKEN
+            yield alone
+        finally:
+            for file in self._files:
+                with suppress(OSError):
+                    _lock(file, ANYONE, fcntl.LOCK_SH)
+
+    def sweep(self, folders: Iterable[Path]) -> None:
+        """Remove temporary files directly in ``folders`` whose owner was killed."""
+        dead: dict[str, bool] = {}
+        for folder in folders:
+            for path in [path for path in _listed(folder) if path.name.startswith(".")]:
+                match = TEMPORARY.fullmatch(path.name)
+                if match is None or match[1] == self._owner:
+                    continue
+                if match[1] not in dead:
+                    dead[match[1]] = self._is_dead(match[1])
+                if dead[match[1]]:
+                    LOG.debug("%s: left by a run that was killed, removed", path)
+                    if path.is_dir():
+                        shutil.rmtree(path, ignore_errors=True)
+                    else:
+                        path.unlink(missing_ok=True)
+
+    def _is_dead(self, owner: str) -> bool:
+        """Whether an owner's byte is free in every folder; False where there are no locks."""
+        try:
+            for file in self._files:
+                _lock(file, _byte(owner), fcntl.LOCK_EX)
+                _lock(file, _byte(owner), fcntl.LOCK_UN)
+        except OSError:
+            return False
+        return True
 
     def __enter__(self) -> Claims:
         return self
@@ -77,6 +148,18 @@ class Claims:
     def __exit__(self, *_: object) -> None:
         for file in self._files:
             file.close()  # ends its locks
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError:  # not there, or not readable
+        return []
+
+
+def _lock(file: IO[bytes], byte: int, how: int) -> None:
+    """Lock one byte without waiting, or unlock it."""
+    fcntl.lockf(file, how if how == fcntl.LOCK_UN else how | fcntl.LOCK_NB, 1, byte, os.SEEK_SET)
 
 
 def _byte(scan: str) -> int:

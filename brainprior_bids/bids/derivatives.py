@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import csv
 import os
-import tempfile
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -14,10 +13,15 @@ from typing import Any
 from scipy.stats import t as student_t
 
 from brainprior_bids import __version__
-from brainprior_bids.bids.files import read_json, write_json, write_text
+from brainprior_bids.bids.files import (
+    read_json,
+    temporary_folder,
+    write_json,
+    write_text,
+)
 from brainprior_bids.bids.names import named, residual_role, sample_role
 from brainprior_bids.bids.query import Scan
-from brainprior_bids.engine.errors import UsageError
+from brainprior_bids.engine.errors import UsageError, is_full
 from brainprior_bids.engine.samplers import registry
 from brainprior_bids.records import (
     BiasRecord,
@@ -197,12 +201,15 @@ def check_output(output_dir: Path) -> None:
             )
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(prefix=".brainprior-probe-", dir=output_dir):
+        with temporary_folder("probe", output_dir):
             pass
     except OSError as error:
+        if is_full(error):
+            what = "Make room (disk, quota or number of files), and rerun the same command."
+        else:
+            what = "Check its permissions and that it is mounted read-write."
         raise UsageError(
-            f"output_dir {output_dir} cannot be written ({error.strerror}). Check its "
-            "permissions and that it is mounted read-write."
+            f"output_dir {output_dir} cannot be written ({error.strerror}). {what}"
         ) from error
 
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import secrets
 import tempfile
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
+
+from brainprior_bids.engine.errors import is_full
 
 MARKS = {
     b"\xef\xbb\xbf": "utf-8",
@@ -19,6 +23,53 @@ MARKS = {
     b"\xfe\xff": "utf-16-be",
 }
 """Byte order marks of text files, and the encoding that each announces."""
+OWNER = "BRAINPRIOR_OWNER"
+"""Environment variable: the run that a process and its workers make temporary files for."""
+TEMPORARY = re.compile(r"\.(?:.*\.)?brainprior-(?:[a-z]+-)?([0-9]+x[0-9a-f]{12})\.[a-z0-9_]{8}")
+"""The name of a temporary file or folder; the group is its owner."""
+
+
+def become_owner() -> str:
+    """Name this process as the owner of what it and its workers leave for a moment.
+
+    Workers inherit the name with the environment. A step that a scheduler starts without the
+    environment has none: nobody can tell whether its files are still in use, so they are kept.
+    """
+    if not os.environ.get(OWNER, "").startswith(f"{os.getpid()}x"):
+        os.environ[OWNER] = f"{os.getpid()}x{secrets.token_hex(6)}"
+    return os.environ[OWNER]
+
+
+def temporary_folder(what: str, parent: Path) -> tempfile.TemporaryDirectory[str]:
+    """A hidden folder on the file system of ``parent``, removed when it is left."""
+    return tempfile.TemporaryDirectory(
+        prefix=f".brainprior-{what}-{_owner()}.", dir=parent, ignore_cleanup_errors=True
+    )
+
+
+def _owner() -> str:
+    return os.environ.get(OWNER, "unowned")
+
+
+@contextmanager
+def reserved(folder: Path, size: int) -> Iterator[None]:
+    """Keep ``size`` bytes and one file free for what has to be written after this block.
+
+    Raises
+    ------
+    OSError
+        If the room is not there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".reserve.brainprior-{_owner()}.", dir=folder)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(os.urandom(size))  # zeros would take no room on some file systems
+            stream.flush()
+            os.fsync(stream.fileno())
+        yield
+    finally:
+        Path(name).unlink(missing_ok=True)
 
 
 def to_json(value: Mapping[str, Any]) -> str:
@@ -48,8 +99,10 @@ def _plain(value: Any) -> Any:
 def write_text(path: Path, text: str) -> Path:
     """Write ``text`` beside ``path``, flush it to the disk and rename it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # the random part has to fit into a name of 255 bytes, too
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:200]}.", dir=path.parent)
+    # owner and random part have to fit into a name of 255 bytes, too
+    handle, temporary = tempfile.mkstemp(
+        prefix=f".{path.name[:180]}.brainprior-{_owner()}.", dir=path.parent
+    )
     try:
         # half a surrogate pair (an undecodable file name) is written as \udcff, as in JSON
         with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as stream:
@@ -62,6 +115,17 @@ def write_text(path: Path, text: str) -> Path:
         Path(temporary).unlink(missing_ok=True)
         raise
     return path
+
+
+def write_text_at_last(path: Path, text: str) -> Path:
+    """``write_text``; on a full disk the old file makes room, as it is wrong from now on."""
+    try:
+        return write_text(path, text)
+    except OSError as error:
+        if not is_full(error) or not path.exists():
+            raise
+    path.unlink()
+    return write_text(path, text)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> Path:

@@ -21,7 +21,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from brainprior_bids.bids.files import read_json, readable, write_json, write_text
+from brainprior_bids.bids.files import (
+    read_json,
+    readable,
+    to_json,
+    write_json,
+    write_text_at_last,
+)
 from brainprior_bids.engine.errors import RecordError
 from brainprior_bids.records import ErrorRecord, ScanRecord, ScanStatus
 
@@ -39,7 +45,8 @@ def summary_path(output_dir: Path, scan: str) -> Path:
 
 def write_summary(output_dir: Path, summary: ScanRecord) -> Path:
     """Put one scan's summary in place."""
-    return write_json(summary_path(output_dir, summary.scan), summary.to_json())
+    path = summary_path(output_dir, summary.scan)
+    return write_text_at_last(path, to_json(summary.to_json()))
 
 
 def read_summary(output_dir: Path, scan: str) -> ScanRecord | None:
@@ -139,7 +146,7 @@ def rebuild_status(output_dir: Path) -> Path:
         except (OSError, ValueError):  # removed meanwhile by the process that found a scan
             continue
         writer.writerow([_cell(row.get(column)) for column in COLUMNS])
-    return write_text(output_dir / "logs" / "status.tsv", stream.getvalue())
+    return write_text_at_last(output_dir / "logs" / "status.tsv", stream.getvalue())
 
 
 def settle(output_dir: Path, job: str) -> list[str]:

@@ -58,11 +58,13 @@ def check_lesion(argv: Sequence[str]) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda[:N]")
     options = parser.parse_args(list(argv))  # fmt: skip
     if not options.image.is_file():
-        raise UsageError(f"check-lesion: {options.image} is no file.")
+        raise UsageError(f"check-lesion: {options.image} is no file. Give a NIfTI image.")
     if min(options.size) <= 0 or 0 in options.contrast:
-        raise UsageError("check-lesion: sizes must be above 0, contrasts not 0.")
+        raise UsageError("check-lesion: expected sizes above 0, and contrasts other than 0.")
     if options.n_samples < 1:
-        raise UsageError(f"check-lesion: --n-samples must be at least 1, got {options.n_samples}.")
+        raise UsageError(
+            f"check-lesion: --n-samples: expected at least 1, got {options.n_samples}."
+        )
     prior = named_prior(options.prior)
     device = resources.resolve_device(options.device)
     case = prepare_case(

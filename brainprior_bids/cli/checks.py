@@ -29,12 +29,13 @@ def chosen_modalities(asked: Sequence[str], ignored: Sequence[str]) -> tuple[str
         )
     if unknown:
         raise UsageError(
-            f"--modalities: no prior for {', '.join(unknown)}; known are {', '.join(known)}."
+            f"--modalities: no prior for {', '.join(unknown)}; use {', '.join(known)}."
         )
     left = tuple(suffix for suffix in modalities if suffix.lower() not in ignored)
     if not left:
         raise UsageError(
-            f"--ignore {' '.join(ignored)} leaves nothing of {', '.join(modalities)} to process."
+            f"--ignore {' '.join(ignored)} leaves nothing of {', '.join(modalities)} to process. "
+            "Ignore less, or give other --modalities."
         )
     return left
 
@@ -71,7 +72,7 @@ def check_task(options: argparse.Namespace, task: str) -> None:
     if "refine" in task:
         _check_refine(options, task)
     elif options.trust is not None:
-        raise UsageError(f"--trust needs --task refine; the task is {task}.")
+        raise UsageError(f"--trust needs --task refine; the task is {task}. Leave it out.")
     if options.fuse:
         _check_fuse(options, task)
     if "inpaint" not in task:
@@ -80,7 +81,9 @@ def check_task(options: argparse.Namespace, task: str) -> None:
             ("--dilate", options.dilate_mm),
         ):
             if value:
-                raise UsageError(f"{option} needs --task inpaint; the task is {task}.")
+                raise UsageError(
+                    f"{option} needs --task inpaint; the task is {task}. Leave it out."
+                )
     _check_pattern("--lesion-mask", options.lesion_mask)
 
 
@@ -112,7 +115,7 @@ def _check_refine(options: argparse.Namespace, task: str) -> None:
         )
     if options.trust is None:
         raise UsageError(
-            "--task refine needs --trust, the SD of the image's error: 0.05 means 5 % of the "
+            "--task refine needs --trust. Give the SD of the image's error: 0.05 means 5 % of the "
             "brain's 99th percentile."
         )
     try:
@@ -122,12 +125,13 @@ def _check_refine(options: argparse.Namespace, task: str) -> None:
             raise UsageError(
                 f"--task {task.replace('+', ' ')} takes one SD for all voxels, got --trust "
                 f"{options.trust}: next to a scan, the error of the image must be white noise "
-                "(the same SD everywhere) to be merged with the noisy image that the network sees."
+                "(the same SD everywhere) to be merged with the noisy image that the network "
+                "sees. Give a number."
             ) from None
         _check_pattern("--trust", options.trust)
     else:
         if not 0 < trust < float("inf"):
-            raise UsageError(f"--trust must be above 0, got {options.trust}.")
+            raise UsageError(f"--trust: expected a number above 0, got {options.trust}.")
 
 
 def _check_pattern(option: str, pattern: str | None) -> None:
@@ -152,9 +156,9 @@ def check_anatomy(options: argparse.Namespace) -> None:
                 "from, got none. Give it."
             )
     if model is not None and not model.is_file():
-        raise UsageError(f"--synthstrip-model {model}: no such file.")
+        raise UsageError(f"--synthstrip-model {model}: no such file. Check the path.")
     if model is not None and options.skull_strip != "synthstrip":
-        raise UsageError("--synthstrip-model is for --skull-strip synthstrip only.")
+        raise UsageError("--synthstrip-model needs --skull-strip synthstrip. Leave it out.")
     if options.skull_strip == "synthstrip" and not (
         shutil.which("mri_synthstrip") or (model and shutil.which("nipreps-synthstrip"))
     ):
@@ -221,8 +225,8 @@ def export_roots(
             clash = own == other or (other in own.parents and not in_derivatives)
             if clash or own in other.parents or output_dir.resolve() in own.parents:
                 raise UsageError(
-                    f"--export {kind}: {root} and {other} are not apart from each other. Every "
-                    f"export has a root of its own: --export {kind}=DIR."
+                    f"--export {kind}: {root} and {other} are not apart from each other. Give "
+                    f"each export a root of its own: --export {kind}=DIR."
                 )
         exports[kind] = str(root)
     return exports

@@ -27,7 +27,9 @@ def read_config(path: Path) -> dict[str, Any]:
             raise ValueError("a setting holds a zero byte. Remove it.")
         config = read_table(decoded(path.read_bytes())[0])
     except OSError as error:
-        raise UsageError(f"--config-file {path} cannot be read: {error.strerror}.") from error
+        raise UsageError(
+            f"--config-file {path} cannot be read: {error.strerror}. Check it."
+        ) from error
     except ValueError as error:
         raise UsageError(f"--config-file {path}: {error}") from error
     work, output = config.get("work_dir"), config.get("output_dir")

@@ -128,7 +128,7 @@ def _run(args: argparse.Namespace) -> list[str]:
     prior = find_weights(args.prior, kind="prior")
     sha256 = read_weights(prior, kind="prior")[1]["sha256"]
     if args.nprocs < 1 or args.n_samples < 1:
-        raise UsageError("evaluate: --nprocs and --n-samples must be at least 1.")
+        raise UsageError("evaluate: --nprocs and --n-samples: expected at least 1.")
     device = resources.resolve_device(args.device)
     sources = find_sources(args)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -233,7 +233,9 @@ def find_sources(args: argparse.Namespace) -> list[Source]:
     choosing = {label.removeprefix("sub-") for label in args.choose_label}
     both = sorted(report & choosing) + sorted(set(args.maps) & set(args.choose_maps))
     if both:
-        raise UsageError(f"evaluate: {', '.join(both)} cannot both report and choose.")
+        raise UsageError(
+            f"evaluate: {', '.join(both)} cannot both report and choose. Name each once."
+        )
     found = find_brains(args.data, validation=sorted(report | choosing), exclude=())
     sources = [
         Source(str(path), name, contrast, synthetic=False, choosing=name in choosing)
@@ -245,9 +247,11 @@ def find_sources(args: argparse.Namespace) -> list[Source]:
     if twice:
         raise UsageError(f"evaluate: more than one scan of {', '.join(twice)}; give one of each.")
     if not any(not source.choosing for source in sources):
-        raise UsageError(f"evaluate: no scan to report on in {args.data}.")
+        raise UsageError(
+            f"evaluate: no scan to report on in {args.data}. Check --participant-label."
+        )
     if args.labels is None and (args.maps or args.choose_maps):
-        raise UsageError("evaluate: --maps and --choose-maps need --labels.")
+        raise UsageError("evaluate: --maps and --choose-maps need --labels. Give it.")
     for name in [*args.choose_maps, *args.maps]:
         paths = sorted(args.labels.rglob(f"{name}.nii*"))
         if len(paths) != 1:

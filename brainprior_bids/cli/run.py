@@ -1,29 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command ``brainprior``: from the command line to an exit code."""
+"""``brainprior``: where the process begins and ends.
+
+The command itself is imported inside ``main``: that takes seconds, in which Ctrl-C may come.
+"""
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import os
-import shlex
-import signal
 import sys
-import traceback
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from pathlib import Path
 
-from brainprior_bids import __version__
-from brainprior_bids.bids.files import write_text
-from brainprior_bids.bids.provenance import verify_export, verify_records
-from brainprior_bids.cli.parser import parse_settings
-from brainprior_bids.engine.errors import BrainpriorError, UsageError
-from brainprior_bids.run.analysis_levels import run
-from brainprior_bids.run.environment import prepare_process
-from brainprior_bids.run.logs import log_to_stderr
-
-TRAINERS = ("prior", "parcellation")
+from brainprior_bids.run.interrupt import end_silently, interruptible
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,132 +18,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns
     -------
-    0 every requested scan is done; 1 something failed; 2 the request cannot be carried out.
+    0 every requested scan is done; 1 something failed; 2 the request cannot be carried out;
+    130 interrupted.
     """
-    prepare_process()
+    code = 130
     try:
-        code = _command(list(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()
-        return code
+        with interruptible():
+            from brainprior_bids.cli.command import command
+            from brainprior_bids.run.environment import prepare_process
+
+            prepare_process()
+            code = command(list(sys.argv[1:] if argv is None else argv))
+            sys.stdout.flush()
     except BrokenPipeError as error:  # `brainprior … | head`: nobody reads on
         print(f"brainprior: stopped: {error}", file=sys.stderr)
         closed = os.open(os.devnull, os.O_WRONLY)
         os.dup2(closed, sys.stdout.fileno())  # Python flushes once more when it ends
         os.close(closed)
-        return 1
-
-
-def _command(arguments: list[str]) -> int:
-    """``main``, but for what is printed."""
-    log_to_stderr()
-    before = signal.signal(signal.SIGTERM, _interrupt)  # what a scheduler sends
-    logs = None
-    try:
-        if arguments[:1] == ["train"]:
-            return train(arguments[1:])
-        if arguments[:1] == ["selftest"]:
-            from brainprior_bids.cli.selftest import selftest
-
-            return selftest(arguments[1:])
-        if arguments[:1] == ["check-lesion"]:
-            from brainprior_bids.cli.check_lesion import check_lesion
-
-            return check_lesion(arguments[1:])
-        if arguments[:1] == ["slurm-script"]:
-            from brainprior_bids.cli.slurm_script import slurm_script
-
-            return slurm_script(arguments[1:])
-        if arguments[:1] == ["evaluate"]:
-            from brainprior_bids.cli.evaluate import evaluate
-
-            return evaluate(arguments[1:])
-        if arguments[:1] == ["weights"]:
-            from brainprior_bids.cli.weights import weights
-
-            return weights(arguments[1:])
-        if arguments[:1] == ["verify"]:
-            return verify(arguments[1:])
-        settings = parse_settings(arguments)
-        logs = settings.output_dir / "logs"
-        return run(settings)
-    except UsageError as error:
-        print(f"brainprior: error: {error}", file=sys.stderr)
-        return 2
-    except BrainpriorError as error:
-        print(f"brainprior: failed: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:
-        raise
-    except Exception as error:  # one place for what nobody thought of
-        print(f"brainprior: failed: {_not_foreseen(error, logs, arguments)}", file=sys.stderr)
-        return 1
+        code = 1
     except KeyboardInterrupt:
-        print("brainprior: interrupted; the same command goes on from here.", file=sys.stderr)
-        return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _not_foreseen(error: Exception, logs: Path | None, arguments: Sequence[str]) -> str:
-    """One line about an error that no message was written for; its traceback goes to a file."""
-    said = " ".join(str(error).split()) or type(error).__name__
-    text = f"brainprior {__version__}: {shlex.join(arguments)}\n\n"
-    text += "".join(traceback.format_exception(error))
-    name = f"crash-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}.txt"
-    for folder in (logs, Path(os.environ.get("TMPDIR", "/tmp")), Path("/dev/shm")):
-        if folder is not None and folder.is_dir():
-            try:
-                path = write_text(folder / name, text)
-            except OSError:  # full or read-only: the next one
-                continue
-            return f"{said}. This was not foreseen: please report it, with {path}."
-    return f"{said}. This was not foreseen: please report it ({type(error).__name__})."
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
-def train(argv: Sequence[str]) -> int:
-    """``brainprior train prior|parcellation``; the trainer is imported when it is asked for."""
-    parser = argparse.ArgumentParser(prog="brainprior train", description="Train a network.")
-    commands = parser.add_subparsers(dest="network", required=True, metavar="|".join(TRAINERS))
-    chosen = next((word for word in argv if word in TRAINERS), None)
-    for name in TRAINERS:
-        command = commands.add_parser(name, help=f"train the {name} network")
-        if name == chosen:
-            module = importlib.import_module(f"brainprior_bids.training.{name}")
-            module.add_arguments(command)
-            command.set_defaults(trainer=module.main)
-    options = parser.parse_args(list(argv))
-    return int(options.trainer(options))
-
-
-def verify(argv: Sequence[str]) -> int:
-    """``brainprior verify OUT``: compare every file with its recorded SHA-256."""
-    parser = argparse.ArgumentParser(
-        prog="brainprior verify",
-        description="Compare every output with the SHA-256 in its provenance, and every input "
-        "that is still where it was; exit 1 if one changed or is missing.",
-    )
-    parser.add_argument(
-        "output_dir", type=Path, help="output folder of a run, or a data set of --export"
-    )
-    options = parser.parse_args(list(argv))
-    found = verify_records(options.output_dir)
-    if not found.outputs:
-        found = verify_export(options.output_dir)
-    if not found.outputs:
-        raise UsageError(
-            f"{options.output_dir} has no provenance to verify: expected an output folder "
-            "(prov/*_ent.json), or a data set of --export."
-        )
-    for address, what in found.changes.items():
-        print(f"{what}\t{address}")
-    for address in found.out_of_reach:
-        print(f"not checked\t{address}")
-    print(
-        f"{found.outputs} output(s) and {found.inputs} input(s) checked, {len(found.changes)} not "
-        "as they were."
-    )
-    return 1 if found.changes else 0
+        print("brainprior: interrupted; rerun the same command to resume.", file=sys.stderr)
+    if argv is None:
+        end_silently(code)
+    return code

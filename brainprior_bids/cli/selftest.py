@@ -81,7 +81,7 @@ def _libraries() -> None:
     if done.returncode:
         raise BrainpriorError(
             f"self-test: {command} --version ended with {done.returncode}: "
-            f"{done.stderr.strip()[-500:]}"
+            f"{done.stderr.strip()[-500:]}. Install it anew."
         )
     print(done.stdout.strip())
 
@@ -133,7 +133,8 @@ def _restoration(device: str) -> None:
     if not np.isfinite(done.mean).all() or not 80 < np.median(inside) < 120:
         raise BrainpriorError(
             f"self-test: a restored ball of 100 has the median {np.median(inside):.4g}, from "
-            f"{inside.min():.4g} to {inside.max():.4g}. Do the weights fit this version?"
+            f"{inside.min():.4g} to {inside.max():.4g}. Check the weights: "
+            "brainprior weights verify."
         )
     print(
         f"a ball of 100 was restored to a median of {np.median(inside):.1f} "

@@ -78,7 +78,7 @@ def slurm_script(argv: Sequence[str]) -> int:
     if "group" in rest:
         raise UsageError("slurm-script adds the group job itself: give `participant` only.")
     if own.max_running is not None and own.max_running < 1:
-        raise UsageError(f"--max-running must be at least 1, got {own.max_running}.")
+        raise UsageError(f"--max-running: expected at least 1, got {own.max_running}.")
     job = _array_job(own, rest, settings, made_by=shlex.join(["slurm-script", *argv]))
     if own.script is None:
         print(job.script(), end="")

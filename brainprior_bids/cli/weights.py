@@ -104,7 +104,9 @@ def _verify(files: dict[str, Path]) -> int:
             if note.is_file():
                 recorded = note.read_text(encoding="utf-8").split()[0]
                 if recorded != found:
-                    raise WeightsError(f"SHA-256 is {found}, was {recorded} when it was added.")
+                    raise WeightsError(
+                        f"SHA-256 is {found}, was {recorded} when it was added. Add it again."
+                    )
                 what += ", file as added"
             print(f"ok\t{name}\t{what}\t{found}")
         except WeightsError as error:

@@ -4,6 +4,26 @@
 Every message says who (scan, operator), what was expected, what came and what to do.
 """
 
+from __future__ import annotations
+
+import errno
+import os
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""``errno`` of a full disk (or no inode left), and of an exhausted quota."""
+MEMORY_WORDS = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "failed to allocate memory",
+    "alloc_failed",
+    "bad_alloc",
+    "could not create a primitive",
+    "can't start new thread",
+)
+"""What torch, CUDA, ITK, oneDNN (the primitive) and Python (the thread) say where it runs out."""
+
 
 class BrainpriorError(Exception):
     """Root of every error that brainprior raises on purpose."""
@@ -47,3 +67,24 @@ class ConvergenceError(BrainpriorError):
 
 class MemoryShortageError(BrainpriorError):
     """Memory ran out even in the smallest tiles."""
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an exception says that an allocation failed, by its class, number or words."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(word in text for word in MEMORY_WORDS)
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that led to it, is that of a full disk.
+
+    Nipype and ITK raise errors of their own that quote the system's words.
+    """
+    words = [os.strerror(number) for number in FULL]
+    while error is not None:
+        if getattr(error, "errno", None) in FULL or any(text in str(error) for text in words):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

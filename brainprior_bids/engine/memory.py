@@ -9,7 +9,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-from brainprior_bids.engine.errors import MemoryShortageError
+from brainprior_bids.engine.errors import MemoryShortageError, is_out_of_memory
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -17,11 +17,7 @@ R = TypeVar("R")
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that an allocation failed, on the CPU or on a GPU."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    text = str(error).lower()
-    words = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
-    return isinstance(error, RuntimeError) and any(word in text for word in words)
+    return isinstance(error, torch.OutOfMemoryError) or is_out_of_memory(error)
 
 
 def explains_memory(function: Callable[P, R]) -> Callable[P, R]:

@@ -13,6 +13,7 @@ import gc
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,6 @@ from nipype.interfaces.base import (
 
 from brainprior_bids.bids.files import write_json
 from brainprior_bids.bids.fingerprint import code_version
-from brainprior_bids.engine.errors import BrainpriorError
 from brainprior_bids.records import FailureRecord, NodeRecord
 
 RECORD = "node.json"
@@ -72,14 +72,9 @@ class MeasuredInterface(SimpleInterface):
             with meter:
                 warnings = self._work(folder)
         except Exception as error:
-            failure = FailureRecord(
-                node=type(self).__name__,
-                type=type(error).__name__,
-                message=str(error) or type(error).__name__,
-                expected=isinstance(error, BrainpriorError),
-                **meter.facts(),
-            )
-            write_json(folder / FAILURE, failure.to_json())
+            failure = FailureRecord.of(error, node=type(self).__name__, **meter.facts())
+            with suppress(OSError):  # a full disk, perhaps: the error itself is what matters
+                write_json(folder / FAILURE, failure.to_json())
             raise
         finally:
             release_memory()

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from base64 import b64decode
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -16,7 +15,7 @@ from nipype.interfaces.base import File, InputMultiPath, OutputMultiPath, isdefi
 
 from brainprior_bids import __version__
 from brainprior_bids.bids.derivatives import sidecars, structures_table
-from brainprior_bids.bids.files import publish, to_json
+from brainprior_bids.bids.files import publish, temporary_folder, to_json
 from brainprior_bids.bids.names import (
     BIDSName,
     named,
@@ -200,8 +199,8 @@ class Write(MeasuredInterface):
         )
         nodes = [NodeRecord.read(record) for record in inputs.records]
         warnings = [text for node in nodes for text in node.warnings]
-        staging = Path(tempfile.mkdtemp(prefix=".brainprior-staging-", dir=output_dir))
-        try:
+        with temporary_folder("staging", output_dir) as name:
+            staging = Path(name)
             staged, outputs = self._stage(staging, scan, steps)
             roles = {path: role for role, path in outputs.items()}
             digests = [
@@ -229,8 +228,6 @@ class Write(MeasuredInterface):
             result = result_name(scan.name, inputs.image_desc)
             previous = read_summary(output_dir, result)
             publish({staging / path: output_dir / path for path in staged})
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
         if previous is not None:
             self._remove_stale(output_dir, previous, set(staged))
         write_summary(

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from pathlib import Path, PurePosixPath
 
 import nibabel as nib
@@ -13,7 +11,7 @@ from nipype.interfaces.base import File, isdefined, traits
 from numpy.typing import NDArray
 
 from brainprior_bids.bids.export import remove_others, stage_fmriprep, stage_raw
-from brainprior_bids.bids.files import publish
+from brainprior_bids.bids.files import publish, temporary_folder
 from brainprior_bids.bids.names import BIDSName
 from brainprior_bids.bids.query import Scan
 from brainprior_bids.interfaces.base import (
@@ -142,8 +140,8 @@ class Deliver(MeasuredInterface):
         }
         for kind, name in inputs.exports.items():
             root = Path(name)
-            staging = Path(tempfile.mkdtemp(prefix=".brainprior-staging-", dir=root))
-            try:
+            with temporary_folder("staging", root) as staged_in:
+                staging = Path(staged_in)
                 if kind == "fmriprep":
                     roles = ("head", "mask", "dseg", "gm", "wm", "csf")
                     images = {role: Path(getattr(inputs, role)) for role in roles}
@@ -155,6 +153,4 @@ class Deliver(MeasuredInterface):
                 else:
                     staged = stage_raw(staging, scan, Path(inputs.head), **facts)
                 publish({staging / path: root / path for path in staged})
-            finally:
-                shutil.rmtree(staging, ignore_errors=True)
         return []

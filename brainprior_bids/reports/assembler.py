@@ -9,7 +9,6 @@ the whole derivative folder and knows a fixed list of entities (see
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -21,6 +20,7 @@ import yaml
 from nireports.assembler.report import Report, SubReport
 from nireports.assembler.reportlet import Reportlet
 
+from brainprior_bids.bids.files import temporary_folder
 from brainprior_bids.bids.names import BIDSName, result_name, split_desc
 from brainprior_bids.engine.errors import InputError
 
@@ -134,7 +134,7 @@ def assemble(
     """
     data = files("brainprior_bids") / "data" / "reports"
     specification = yaml.safe_load((data / SPECIFICATION).read_text(encoding="utf-8"))
-    with tempfile.TemporaryDirectory(prefix=".report-", dir=out_file.parent) as folder:
+    with temporary_folder("report", out_file.parent) as folder:
         bootstrap = Path(folder) / SPECIFICATION
         bootstrap.write_text(
             yaml.safe_dump(

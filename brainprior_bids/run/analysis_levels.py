@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 from brainprior_bids.bids import status
+from brainprior_bids.bids.claims import Claims
 from brainprior_bids.bids.derivatives import check_output
+from brainprior_bids.bids.files import become_owner
 from brainprior_bids.bids.qc import rebuild_qc
 from brainprior_bids.bids.query import NoScanError, Scan, check_dataset
 from brainprior_bids.engine.errors import UsageError
@@ -26,6 +29,7 @@ def run(settings: Settings) -> int:
     """Do what the settings ask for; the exit code."""
     LOG.setLevel(logging.DEBUG if settings.verbose else logging.INFO)
     raw = check_dataset(settings.bids_dir)
+    become_owner()
     if settings.reports_only:
         return _rewrite(settings)
     code = 0
@@ -46,10 +50,13 @@ def run(settings: Settings) -> int:
         check_output(settings.output_dir)
         code = run_participants(scans, settings, raw)
     elif settings.dry_run or settings.boilerplate_only:
-        raise UsageError("--dry-run and --boilerplate-only are for the participant level.")
+        raise UsageError(
+            "--dry-run and --boilerplate-only are for the participant level. Leave them out."
+        )
     if "group" in settings.analysis_level and not settings.boilerplate_only:
         try:
-            run_group(settings)
+            with _claims(settings):
+                run_group(settings)
         except UsageError as error:
             if not code:
                 raise
@@ -64,9 +71,16 @@ def _requested(settings: Settings) -> Sequence[Scan]:
     except NoScanError:
         if settings.participant_label and not (settings.dry_run or settings.boilerplate_only):
             check_output(settings.output_dir)
-            name_absent((), settings)
-            status.rebuild_status(settings.output_dir)
+            with _claims(settings):
+                name_absent((), settings)
+                status.rebuild_status(settings.output_dir)
         raise
+
+
+def _claims(settings: Settings) -> Claims | nullcontext[None]:
+    """This process as the owner of temporary files in an output folder, if there is one."""
+    logs = settings.output_dir / "logs"
+    return Claims([logs]) if logs.is_dir() else nullcontext()
 
 
 def _rewrite(settings: Settings) -> int:
@@ -79,16 +93,17 @@ def _rewrite(settings: Settings) -> int:
     if not subjects:
         raise UsageError(
             f"--reports-only: nothing is done in {settings.output_dir} for the participants "
-            "that were asked for."
+            "that were asked for. Run the participant level for them first."
         )
     check_output(settings.output_dir)
-    status.rebuild_status(settings.output_dir)
-    rebuild_qc(settings.output_dir)
     made = True
-    if "participant" in settings.analysis_level:
-        made = write_documents(subjects, settings)
-    if "group" in settings.analysis_level:
-        run_group(settings)
+    with _claims(settings):
+        status.rebuild_status(settings.output_dir)
+        rebuild_qc(settings.output_dir)
+        if "participant" in settings.analysis_level:
+            made = write_documents(subjects, settings)
+        if "group" in settings.analysis_level:
+            run_group(settings)
     LOG.info("%d report(s) in %s", len(subjects), settings.output_dir)
     return 0 if made else 1
 

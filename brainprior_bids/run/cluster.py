@@ -31,13 +31,15 @@ from nipype.pipeline import engine as pe
 from nipype.pipeline import plugins
 
 from brainprior_bids.engine.errors import UsageError
+from brainprior_bids.run.failures import RecordsFailures, killed
+from brainprior_bids.run.interrupt import check
 from brainprior_bids.run.logs import LOG
 
 LOST = (
     "The job of this step ended without a result: the scheduler killed it (memory, time), "
     "somebody cancelled it, or its machine failed."
 )
-REFUSED = "The scheduler did not accept the job of this step."
+REFUSED = "The scheduler did not accept the job of this step; check the arguments for it."
 CANCEL = {"SLURM": "scancel", "SGE": "qdel", "PBS": "qdel", "LSF": "bkill", "OAR": "oardel"}
 SILENCE_S = 600.0
 """How long a scheduler may fail to answer before its jobs count as lost."""
@@ -143,7 +145,7 @@ def _one_queue(line: str) -> str:
     return re.sub(r"(?<!\S)-q\s+\S+\s+(?=.*(?<!\S)-q\s)", "", line)
 
 
-class _FaultTolerant:
+class _FaultTolerant(RecordsFailures):
     """Before one of Nipype's scheduler plugins: a job that is lost fails its own scan only."""
 
     def __init__(self, plugin_args: dict[str, Any]) -> None:
@@ -162,11 +164,11 @@ class _FaultTolerant:
 
     def _get_result(self, taskid: int) -> dict[str, Any] | None:
         if taskid in self._refused:
-            return {"result": None, "traceback": [self._refused[taskid]]}
+            return killed(self._refused[taskid])
         folder = self._pending.get(taskid)
         found = super()._get_result(taskid)
         if found is not None and isinstance(found["traceback"], str):
-            found["traceback"] = [f"{LOST} {_last_words(folder, taskid)}".strip()]
+            return killed(f"{LOST} {_last_words(folder, taskid)}".strip())
         return found
 
     def _report_crash(self, node: Any, result: dict[str, Any] | None = None) -> str:
@@ -204,7 +206,7 @@ class FaultTolerantSlurm(_FaultTolerant, plugins.SLURMPlugin):
             time.sleep(self._retry_timeout)
         found = re.search(self._jobid_re, done.stdout)
         if found is None:
-            raise RuntimeError(f"sbatch said {done.stdout.strip()!r}, which has no job number")
+            raise RuntimeError(f"expected a job number of sbatch, got {done.stdout.strip()!r}")
         job = int(found[1])
         self._pending[job] = node.output_dir()
         return job
@@ -219,7 +221,7 @@ class FaultTolerantSlurm(_FaultTolerant, plugins.SLURMPlugin):
         return time.monotonic() - since < SILENCE_S
 
 
-class WaitingGraph(plugins.SLURMGraphPlugin):
+class WaitingGraph(RecordsFailures, plugins.SLURMGraphPlugin):
     """SLURMGraph that waits for its jobs."""
 
     def __init__(self, plugin_args: dict[str, Any], *, tag: str) -> None:
@@ -231,6 +233,7 @@ class WaitingGraph(plugins.SLURMGraphPlugin):
         super()._submit_graph(pyfiles, dependencies, nodes)
         silent_since = None
         while True:
+            check()
             jobs = self._jobs()
             if jobs is None:
                 silent_since = silent_since or time.monotonic()

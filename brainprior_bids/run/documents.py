@@ -14,6 +14,8 @@ from brainprior_bids.records import MaskSource, Origin, StructuresSource, Weight
 from brainprior_bids.run.logs import LOG
 from brainprior_bids.settings import Settings
 
+AGAIN = "The images are not affected; --reports-only makes it again."
+
 
 def write_documents(subjects: Iterable[str], settings: Settings) -> bool:
     """One HTML page a participant and the methods text; False if one could not be made."""
@@ -25,12 +27,17 @@ def write_documents(subjects: Iterable[str], settings: Settings) -> bool:
         try:
             build_subject_report(settings.output_dir, subject)
         except Exception as error:  # the images are there: say it, and go on
-            LOG.error("sub-%s: the report could not be made: %s", subject, error)
+            LOG.error("sub-%s: the report could not be made: %s. %s", subject, error, AGAIN)
             LOG.debug("traceback", exc_info=True)
             made = False
     summaries = status.read_summaries(settings.output_dir)
     methods = [of_summary(summary) for summary in summaries if summary.finished]
-    write_citation(settings.output_dir / "logs", methods)
+    if methods:
+        try:
+            write_citation(settings.output_dir / "logs", methods)
+        except OSError as error:
+            LOG.error("the methods text could not be written: %s. %s", error, AGAIN)
+            made = False
     return made
 
 

@@ -11,6 +11,7 @@ that is not UTF-8 and a user without a home folder are no reason to stop.
 from __future__ import annotations
 
 import codecs
+import gc
 import getpass
 import io
 import locale
@@ -19,11 +20,13 @@ import multiprocessing.util
 import os
 import sys
 import tempfile
+import warnings
 from contextlib import suppress
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 from brainprior_bids.bids.files import write_text
-from brainprior_bids.engine.errors import UsageError
+from brainprior_bids.engine.errors import UsageError, is_full
 from brainprior_bids.settings import Settings
 
 LONGEST_SOCKET = 107
@@ -37,17 +40,17 @@ def prepare_environment(settings: Settings) -> None:
     """Set the environment variables of this run, and make the work folder."""
     home = settings.work_dir / "home"
     try:
-        home.mkdir(parents=True, exist_ok=True)
+        write_text(  # by rename: another process may share the work folder
+            home / "nipype.cfg",
+            f"[logging]\nworkflow_level = {settings.nipype_level}\ninterface_level = INFO\n"
+            "[execution]\ncheck_version = false\n",
+        )
     except OSError as error:
+        what = "Make room" if is_full(error) else "Check its permissions"
         raise UsageError(
-            f"--work-dir {settings.work_dir} cannot be made or written ({error.strerror}). Check "
-            "its permissions, or choose another folder."
+            f"--work-dir {settings.work_dir} cannot be made or written ({error.strerror}). "
+            f"{what}, or choose another folder."
         ) from error
-    write_text(  # by rename: another process may share the work folder
-        home / "nipype.cfg",
-        f"[logging]\nworkflow_level = {settings.nipype_level}\ninterface_level = INFO\n"
-        "[execution]\ncheck_version = false\n",
-    )
     threads = str(settings.omp_nthreads)
     os.environ.update(
         NIPYPE_NO_ET="1",
@@ -136,6 +139,23 @@ def why_no_workers() -> str | None:
     if len(os.fsencode(folder)) + SOCKET_NAME - len("/pymp-12345678") > LONGEST_SOCKET:
         return f"{folder} is too long a path for a socket; set TMPDIR to a shorter one"
     return None
+
+
+def revive_tracker() -> None:
+    """Start multiprocessing's resource tracker again if it was killed.
+
+    A new one knows nothing of this process's semaphores, and would show a traceback for each when
+    they are given up, which may be at any time: it is looked for at every poll.
+    """
+    synchronize = sys.modules.get("multiprocessing.synchronize")
+    if synchronize is None:  # no semaphore was ever made
+        return
+    with warnings.catch_warnings(record=True) as died:
+        warnings.simplefilter("always")
+        resource_tracker.ensure_running()
+    if died:
+        for lock in [item for item in gc.get_objects() if isinstance(item, synchronize.SemLock)]:
+            resource_tracker.register(lock._semlock.name, "semaphore")
 
 
 def _writable(folder: Path) -> bool:

@@ -4,16 +4,18 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from brainprior_bids.bids import status
-from brainprior_bids.bids.files import write_text
+from brainprior_bids.bids.files import reserved, write_text
 from brainprior_bids.bids.names import result_name
 from brainprior_bids.bids.qc import rebuild_qc
+from brainprior_bids.engine.errors import is_full
 from brainprior_bids.run.environment import why_no_workers
+from brainprior_bids.run.failures import Failure
 from brainprior_bids.run.logs import LOG
 from brainprior_bids.run.monitor import ResourceMonitor
 from brainprior_bids.run.outcome import step_records, why_not_ended, write_failure, write_running
@@ -21,13 +23,16 @@ from brainprior_bids.run.plugin_file import read_plugin_file
 from brainprior_bids.run.progress import Progress
 from brainprior_bids.settings import Settings
 
+RESERVE, RESERVE_PER_SCAN = 2**18, 2**10
+"""Bytes kept free during a run, for the status of every scan and the end of the log."""
+
 
 def execute(jobs: Sequence[Any], settings: Settings, weights: dict[str, Path]) -> None:
     """Build the graph, run it, and give every scan that did not end a summary saying why."""
     from brainprior_bids.interfaces.base import FAILURE
     from brainprior_bids.interfaces.restore import PROGRESS
     from brainprior_bids.workflows.base import configure_nipype, init_brainprior_wf
-    from brainprior_bids.workflows.scan import expected_work, log_dir
+    from brainprior_bids.workflows.scan import log_dir
 
     for subject in {job.scan.subject for job in jobs}:
         write_text(log_dir(settings, subject) / "brainprior.toml", settings.to_toml())
@@ -50,11 +55,64 @@ def execute(jobs: Sequence[Any], settings: Settings, weights: dict[str, Path]) -
     for folder in folders:  # only these: another process may be at work on other scans
         for left in (*folder.glob(f"*/{FAILURE}"), *folder.glob(f"*/{PROGRESS}")):
             left.unlink()
-    for job in jobs:
-        write_running(job.scan, settings)
-    status.rebuild_status(settings.output_dir)
-    names = {f"{job.scan.name.node_name}_wf": job.scan.name.stem for job in jobs}
-    progress = Progress(names, dict(zip(names, folders, strict=True)), expected_work(settings))
+    crashed: Exception | KeyboardInterrupt | None = None
+    failures: dict[str, Failure] = {}
+    try:
+        with reserved(settings.output_dir / "logs", RESERVE + RESERVE_PER_SCAN * len(jobs)):
+            for job in jobs:
+                write_running(job.scan, settings)
+            status.rebuild_status(settings.output_dir)
+            names = dict(zip(folders, (job.scan.name.stem for job in jobs), strict=True))
+            crashed = _run(workflow, names, settings, failures)
+    except OSError as error:
+        if not is_full(error):
+            raise
+        crashed = error
+    _settle(jobs, folders, workflow.list_node_names(), settings, crashed, failures)
+    if isinstance(crashed, KeyboardInterrupt):
+        status.rebuild_status(settings.output_dir)
+        rebuild_qc(settings.output_dir)
+        raise crashed
+
+
+def _settle(
+    jobs: Sequence[Any],
+    folders: Sequence[Path],
+    every_step: Sequence[str],
+    settings: Settings,
+    crashed: BaseException | None,
+    failures: Mapping[str, Failure],
+) -> None:
+    """Give every scan that did not end a summary saying why."""
+    for job, folder in zip(jobs, folders, strict=True):
+        summary = status.read_summary(
+            settings.output_dir, result_name(job.scan.name, settings.image)
+        )
+        if summary is None or summary.running:
+            error = why_not_ended(job.scan, folder, settings, crashed, failures)
+            inside = f"{folder.name}."
+            steps = [name.removeprefix(inside) for name in every_step if name.startswith(inside)]
+            records = step_records(folder, steps, error.node)
+            write_failure(job.scan, settings, error, nodes=records)
+
+
+def _run(
+    workflow: Any,
+    names: Mapping[Path, str],
+    settings: Settings,
+    failures: dict[str, Failure],
+) -> Exception | KeyboardInterrupt | None:
+    """Run the graph; what it ended with, and in ``failures`` why steps failed.
+
+    Parameters
+    ----------
+    names : folder of a scan's steps -> name of the scan
+    """
+    from brainprior_bids.workflows.scan import expected_work
+
+    folders = {folder.name: folder for folder in names}
+    scans = {folder.name: name for folder, name in names.items()}
+    progress = Progress(scans, folders, expected_work(settings))
     monitor = (
         ResourceMonitor(
             settings.output_dir / "logs" / f"{settings.run_uuid}_resources.tsv",
@@ -63,33 +121,19 @@ def execute(jobs: Sequence[Any], settings: Settings, weights: dict[str, Path]) -
         if settings.resource_monitor
         else nullcontext()
     )
-    crashed: Exception | KeyboardInterrupt | None = None
     with progress, monitor:
-        pool = make_plugin(workflow, settings, progress)
+        plugin = make_plugin(workflow, settings, progress)
         try:
-            workflow.run(plugin=pool)
+            workflow.run(plugin=plugin)
         except Exception as error:  # Nipype re-raises the first failed node's, whatever it was
-            crashed = error
             LOG.debug("the graph ended with an error", exc_info=True)
+            return error
         except KeyboardInterrupt as interrupt:
-            crashed = interrupt
+            return interrupt
         finally:  # after an interrupt, and with --stop-on-first-crash, nodes may still be running
-            pool.stop()
-    every_step = workflow.list_node_names()
-    for job, folder in zip(jobs, folders, strict=True):
-        summary = status.read_summary(
-            settings.output_dir, result_name(job.scan.name, settings.image)
-        )
-        if summary is None or summary.running:
-            error = why_not_ended(job.scan, folder, settings, crashed)
-            inside = f"{folder.name}."
-            steps = [name.removeprefix(inside) for name in every_step if name.startswith(inside)]
-            records = step_records(folder, steps, error.node)
-            write_failure(job.scan, settings, error, nodes=records)
-    if isinstance(crashed, KeyboardInterrupt):
-        status.rebuild_status(settings.output_dir)
-        rebuild_qc(settings.output_dir)
-        raise crashed
+            plugin.stop()
+            failures |= plugin.failures
+    return None
 
 
 def make_plugin(workflow: Any, settings: Settings, progress: Progress) -> Any:

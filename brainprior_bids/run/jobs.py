@@ -57,7 +57,7 @@ def plan_jobs(
             continue
         for text in scan.warnings:
             LOG.warning("%s: %s", scan.name.stem, text)
-        if not claims.take(scan.name.stem):
+        if not claims.take(scan.name.node_name):  # which its work folder has
             LOG.error(
                 "%s: another process is at work on it, in %s or in %s. It is left to that one.",
                 scan.name.stem,
@@ -86,7 +86,7 @@ def plan_jobs(
                     export.fmriprep_files(scan.name),
                     per=settings.export_per,
                 )
-            claims.give_back(scan.name.stem)
+            claims.give_back(scan.name.node_name)
             continue
         if why:
             LOG.info("%s: %s", scan.name.stem, why)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -24,6 +25,20 @@ class _StandardError(logging.StreamHandler[TextIO]):
         return sys.stderr
 
 
+class _RunFile(logging.FileHandler):
+    """A run's file; on a full disk it ends, and the run goes on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say once that the file ends here."""
+        LOG.removeHandler(self)
+        LOG.warning("%s ends here: %s", self.baseFilename, sys.exc_info()[1])
+
+    def close(self) -> None:
+        """What cannot be flushed is lost."""
+        with suppress(OSError):
+            super().close()
+
+
 def log_to_stderr() -> None:
     """Send every line to standard error, with the time of day."""
     if not any(isinstance(handler, _StandardError) for handler in LOG.handlers):
@@ -39,7 +54,7 @@ def log_to_stderr() -> None:
 def log_to_file(path: Path) -> logging.Handler:
     """Send every line to a file of this run as well, with its date."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    handler = _RunFile(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     LOG.addHandler(handler)
     return handler

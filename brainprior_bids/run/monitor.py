@@ -10,6 +10,8 @@ from pathlib import Path
 
 import psutil
 
+from brainprior_bids.run.logs import LOG
+
 COLUMNS = ("seconds", "processes", "cpu_percent", "memory_gb", "running")
 
 
@@ -44,6 +46,12 @@ class ResourceMonitor:
         self._thread.join()
 
     def _watch(self) -> None:
+        try:
+            self._write_rows()
+        except OSError as error:
+            LOG.warning("%s ends here: %s", self._path, error)
+
+    def _write_rows(self) -> None:
         start = time.monotonic()
         known: dict[int, psutil.Process] = {}
         with self._path.open("w", encoding="utf-8", buffering=1) as stream:

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import os
 import platform
-import re
-from collections.abc import Collection, Sequence
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +15,9 @@ from brainprior_bids import __version__
 from brainprior_bids.bids import status
 from brainprior_bids.bids.names import result_name
 from brainprior_bids.bids.query import Scan
+from brainprior_bids.engine.errors import is_full
 from brainprior_bids.records import (
+    FULL_DISK,
     ErrorRecord,
     FailureRecord,
     NodeRecord,
@@ -24,7 +26,11 @@ from brainprior_bids.records import (
     named,
     total_seconds,
 )
+from brainprior_bids.run.failures import KILLED_WORKER, Failure
 from brainprior_bids.settings import Settings
+
+LITTLE_BYTES, LITTLE_FILES = 16 * 2**20, 16
+"""A disk with less is taken for full: what did not fit was removed again, and was one image."""
 
 
 def write_running(scan: Scan, settings: Settings) -> None:
@@ -112,45 +118,55 @@ def step_records(folder: Path, steps: Collection[str], last: str | None) -> list
 
 
 def why_not_ended(
-    scan: Scan, folder: Path, settings: Settings, crashed: BaseException | None
+    scan: Scan,
+    folder: Path,
+    settings: Settings,
+    crashed: BaseException | None,
+    failures: Mapping[str, Failure],
 ) -> ErrorRecord:
-    """Why a scan did not end: what its node said, or what the graph ended with."""
-    from brainprior_bids.interfaces.base import FAILURE, RECORD
-    from brainprior_bids.run.cluster import LOST, REFUSED
-    from brainprior_bids.run.pool import KILLED
-    from brainprior_bids.workflows.scan import NODES, log_dir
+    """Why a scan did not end: what its step failed with, or what the graph ended with.
 
-    crash_files = sorted(log_dir(settings, scan.subject).glob("crash-*.txt"))
-    own = [path for path in crash_files if f"{scan.name.node_name}_wf" in _read(path)]
-    crash_file = str(own[-1].relative_to(settings.output_dir)) if own else None
+    Parameters
+    ----------
+    folder : Path
+        Of the scan's steps.
+    crashed : exception, optional
+        What the graph ended with.
+    failures : step's full name -> Failure
+        As the plugin kept them; of a job on another machine the step's own file says more.
+    """
+    from brainprior_bids.interfaces.base import FAILURE, RECORD
+    from brainprior_bids.workflows.scan import NODES
+
+    for name, failure in failures.items():
+        *_, workflow, step = name.split(".")
+        if workflow == folder.name:
+            own = folder / step / FAILURE
+            record = FailureRecord.read(own) if own.exists() else failure.record
+            return _error(record, step, settings, failure.crash_file)
     for path in sorted(folder.glob(f"*/{FAILURE}")):
-        failure, node = FailureRecord.read(path), path.parent.name
-        message = failure.message
-        if not failure.expected:
-            message = f"{failure.type} in {node}: {message}"
-        return ErrorRecord(node=node, type=failure.type, message=message, crash_file=crash_file)
-    lines = _read(own[-1]).splitlines() if own else []
-    killed = [line for line in lines if line.startswith((KILLED, LOST, REFUSED))]
-    if killed:
-        step = re.search(r"^Node: \S+\.(\w+)$", "\n".join(lines), re.MULTILINE)
-        node = step[1] if step else None
-        message = f"{node}: {killed[0]}" if node else killed[0]
-        return ErrorRecord(node=node, type="KilledWorker", message=message, crash_file=crash_file)
-    if own:
-        *_, last = (line.strip() for line in lines if line.strip())
-        return ErrorRecord(type="Crash", message=last, crash_file=crash_file)
+        return _error(FailureRecord.read(path), path.parent.name, settings, None)
     if isinstance(crashed, KeyboardInterrupt):
-        return ErrorRecord(type="Interrupted", message="interrupted; the same command goes on")
+        return ErrorRecord(
+            type="Interrupted", message="interrupted; rerun the same command to resume"
+        )
+    if is_full(crashed):
+        return ErrorRecord(type=FULL_DISK, message=no_room(settings))
     if crashed is not None and settings.stop_on_first_crash:
         return ErrorRecord(
             type="Stopped",
-            message="not finished: the run was stopped because another scan failed",
+            message="not finished: the run was stopped because another scan failed. Rerun the "
+            "same command without --stop-on-first-crash",
         )
     if crashed is not None:
         kind = type(crashed).__name__
         reasons = [line.strip() for line in str(crashed).splitlines() if line.strip()]
         reason = reasons[-1] if reasons else kind
-        return ErrorRecord(type=kind, message=f"not finished: {reason}")
+        return ErrorRecord(
+            type=kind,
+            message=f"not finished: {reason}. Rerun the same command; if it ends so again, "
+            "please report this, with the output of -vv",
+        )
     step = next((name for name in NODES if not (folder / name / RECORD).exists()), None)
     return ErrorRecord(
         node=step,
@@ -159,5 +175,47 @@ def why_not_ended(
     )
 
 
-def _read(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace")
+def _error(
+    failure: FailureRecord, step: str, settings: Settings, crash_file: Path | None
+) -> ErrorRecord:
+    """Why a step failed, in words."""
+    crash = None
+    if crash_file is not None:
+        out = settings.output_dir
+        crash = str(crash_file.relative_to(out) if crash_file.is_relative_to(out) else crash_file)
+    if failure.type == FULL_DISK:
+        message = f"{step}: {no_room(settings)}"
+    elif failure.type == KILLED_WORKER:
+        message = f"{step}: {failure.message}"
+    elif failure.expected:
+        message = failure.message
+    else:
+        message = (
+            f"{step}: an error that was not foreseen: {failure.message} ({failure.type}). Please "
+            f"report it{f', with {crash}' if crash else ''}"
+        )
+    return ErrorRecord(node=step, type=failure.type, message=message, crash_file=crash)
+
+
+def no_room(settings: Settings) -> str:
+    """What to say of a full disk: which of the run's folders is on it, where that can be seen."""
+    folders = {"--work-dir": settings.work_dir, "output_dir": settings.output_dir}
+    folders |= {f"--export {kind}": Path(root) for kind, root in settings.exports.items()}
+    folders["TMPDIR"] = Path(tempfile.gettempdir())
+    full = {name: folder for name, folder in folders.items() if _has_no_room(folder)}
+    where = " or ".join(f"{name} {folder}" for name, folder in (full or folders).items())
+    return (
+        f"no space left on the disk of {where} (its size, a quota or the number of files). Make "
+        "room or choose another folder, and rerun the same command"
+    )
+
+
+def _has_no_room(folder: Path) -> bool:
+    """Whether the file system says so; it does not know of quotas."""
+    try:
+        there = os.statvfs(folder)
+    except OSError:
+        return False
+    return there.f_bavail * there.f_frsize < LITTLE_BYTES or (
+        there.f_files > 0 and there.f_favail < LITTLE_FILES
+    )

@@ -24,66 +24,82 @@ from brainprior_bids.bids.query import (
 )
 from brainprior_bids.records import ScanRecord, ScanStatus, named
 from brainprior_bids.run.documents import write_boilerplate, write_documents
-from brainprior_bids.run.environment import prepare_environment
+from brainprior_bids.run.environment import prepare_environment, revive_tracker
 from brainprior_bids.run.execute import execute
 from brainprior_bids.run.jobs import plan_jobs
 from brainprior_bids.run.logs import LOG, log_to_file
-from brainprior_bids.run.preflight import checked_weights, clean_work_dir, validate_request
+from brainprior_bids.run.preflight import (
+    checked_weights,
+    clean_work_dir,
+    folders_of_temporaries,
+    open_claims,
+    validate_request,
+)
 from brainprior_bids.settings import Settings
 
 
 def run_participants(scans: Sequence[Scan], settings: Settings, raw: dict[str, Any]) -> int:
     """The participant level; 0 if every requested scan is done."""
-    if settings.clean_workdir:
-        clean_work_dir(settings.work_dir)
-    prepare_environment(settings)
-    log_file = log_to_file(settings.output_dir / "logs" / f"{settings.run_uuid}.log")
-    try:
-        if not settings.skip_bids_validation and not settings.boilerplate_only:
-            scans = validate_request(scans, settings)
-        weights = checked_weights(settings)
-        if settings.boilerplate_only:
-            return write_boilerplate(scans, settings, weights)
-        write_dataset_files(
-            settings.output_dir,
-            bids_dir=settings.bids_dir,
-            raw=raw,
-            derivatives=settings.derivatives,
-        )
-        LOG.info("brainprior %s, run %s", __version__, settings.run_uuid)
-        LOG.info(
-            "%d scan(s) of %d participant(s); %s, %d processor(s), %d thread(s) a step",
-            len(scans),
-            len({scan.subject for scan in scans}),
-            settings.device,
-            settings.nprocs,
-            settings.omp_nthreads,
-        )
-        export.prepare(
-            settings.exports,
-            bids_dir=settings.bids_dir,
-            output_dir=settings.output_dir,
-            raw=raw,
-        )
-        absent = name_absent(scans, settings)
-        scans, linked = link_raw(scans, settings)
-        hashes = {role: digest for role, (_, digest) in weights.items()}
-        with Claims([settings.output_dir / "logs", settings.work_dir]) as claims:
-            jobs = plan_jobs(scans, settings, hashes, claims)
-            if jobs:
-                write_run(settings)
-                execute(jobs, settings, {role: path for role, (path, _) in weights.items()})
-        if "raw" in settings.exports:
-            export.describe_raw(Path(settings.exports["raw"]), settings.bids_dir)
-        status.rebuild_status(settings.output_dir)
-        rebuild_qc(settings.output_dir)
-        reports_made = write_documents({scan.subject for scan in scans}, settings)
-        code = _conclude(scans, settings, claims.refused)
-        code = code or (0 if reports_made and linked else 1)
-        return code or (1 if absent and settings.participant_label else 0)
-    finally:
-        LOG.removeHandler(log_file)
-        log_file.close()
+    with open_claims(settings) as claims:
+        if settings.clean_workdir:
+            clean_work_dir(settings.work_dir, claims)
+        claims.sweep(folders_of_temporaries(settings, {scan.subject for scan in scans}))
+        prepare_environment(settings)
+        log_file = log_to_file(settings.output_dir / "logs" / f"{settings.run_uuid}.log")
+        try:
+            if not settings.skip_bids_validation and not settings.boilerplate_only:
+                scans = validate_request(scans, settings)
+            weights = checked_weights(settings)
+            if settings.boilerplate_only:
+                return write_boilerplate(scans, settings, weights)
+            return _restore(scans, settings, raw, weights, claims)
+        finally:
+            revive_tracker()  # progress bars have semaphores until the process ends
+            LOG.removeHandler(log_file)
+            log_file.close()
+
+
+def _restore(
+    scans: Sequence[Scan],
+    settings: Settings,
+    raw: dict[str, Any],
+    weights: dict[str, tuple[Path, str]],
+    claims: Claims,
+) -> int:
+    """Describe the data sets, process what is not done, and write tables and documents."""
+    write_dataset_files(
+        settings.output_dir,
+        bids_dir=settings.bids_dir,
+        raw=raw,
+        derivatives=settings.derivatives,
+    )
+    LOG.info("brainprior %s, run %s", __version__, settings.run_uuid)
+    LOG.info(
+        "%d scan(s) of %d participant(s); %s, %d processor(s), %d thread(s) a step",
+        len(scans),
+        len({scan.subject for scan in scans}),
+        settings.device,
+        settings.nprocs,
+        settings.omp_nthreads,
+    )
+    export.prepare(
+        settings.exports, bids_dir=settings.bids_dir, output_dir=settings.output_dir, raw=raw
+    )
+    absent = name_absent(scans, settings)
+    scans, linked = link_raw(scans, settings)
+    hashes = {role: digest for role, (_, digest) in weights.items()}
+    jobs = plan_jobs(scans, settings, hashes, claims)
+    if jobs:
+        write_run(settings)
+        execute(jobs, settings, {role: path for role, (path, _) in weights.items()})
+    if "raw" in settings.exports:
+        export.describe_raw(Path(settings.exports["raw"]), settings.bids_dir)
+    status.rebuild_status(settings.output_dir)
+    rebuild_qc(settings.output_dir)
+    reports_made = write_documents({scan.subject for scan in scans}, settings)
+    code = _conclude(scans, settings, claims.refused)
+    code = code or (0 if reports_made and linked else 1)
+    return code or (1 if absent and settings.participant_label else 0)
 
 
 def link_raw(scans: Sequence[Scan], settings: Settings) -> tuple[Sequence[Scan], bool]:
@@ -152,7 +168,7 @@ def _conclude(scans: Sequence[Scan], settings: Settings, elsewhere: Sequence[str
     summaries = [
         status.read_summary(settings.output_dir, result_name(scan.name, settings.image))
         for scan in scans
-        if scan.name.stem not in elsewhere
+        if scan.name.node_name not in elsewhere
     ]
     states = [summary.status if summary else ScanStatus.FAILED for summary in summaries]
     for summary in summaries:

@@ -79,10 +79,13 @@ def read_plugin_file(path: Path | None) -> PluginFile:
         content = yaml.safe_load(decoded(path.read_bytes())[0])
     except RecursionError:
         raise UsageError(
-            f"--nipype-plugin-file {path} cannot be read: it is nested too deeply."
+            f"--nipype-plugin-file {path} cannot be read: it is nested too deeply. Use one "
+            "of docs/cluster."
         ) from None
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"--nipype-plugin-file {path} cannot be read: {error}") from error
+        raise UsageError(
+            f"--nipype-plugin-file {path} cannot be read: {error}. Repair it."
+        ) from error
     who = f"--nipype-plugin-file {path}"
     if not isinstance(content, dict) or not isinstance(content.get("plugin"), str):
         raise UsageError(
@@ -91,7 +94,7 @@ def read_plugin_file(path: Path | None) -> PluginFile:
     unknown = sorted(set(map(str, content)) - {"plugin", "plugin_args", "step_args"})
     if unknown:
         raise UsageError(
-            f"{who}: unknown {', '.join(unknown)}; known are plugin, plugin_args, step_args."
+            f"{who}: unknown {', '.join(unknown)}. Use plugin, plugin_args and step_args only."
         )
     plugin = str(content["plugin"]).removeprefix("Legacy")
     if plugin not in LOCAL + BATCH:
@@ -102,7 +105,7 @@ def read_plugin_file(path: Path | None) -> PluginFile:
     steps = _mapping(who, "step_args", content.get("step_args"))
     for step, extra in steps.items():
         if step not in STEPS:
-            raise UsageError(f"{who}: step_args: no step {step!r}; steps are {', '.join(STEPS)}.")
+            raise UsageError(f"{who}: step_args: no step {step!r}; use one of {', '.join(STEPS)}.")
         steps[step] = {
             key: _text(f"{who}: step_args.{step}.{key}", value)
             for key, value in _mapping(who, f"step_args.{step}", extra).items()
@@ -110,7 +113,9 @@ def read_plugin_file(path: Path | None) -> PluginFile:
     for name, value in arguments.items():
         _check_argument(f"{who}: {name}", name, value)
     if steps and plugin in LOCAL:
-        raise UsageError(f"{who}: step_args mean nothing to {plugin}; they are for schedulers.")
+        raise UsageError(
+            f"{who}: step_args mean nothing to {plugin}; they are for schedulers. Leave them out."
+        )
     return PluginFile(plugin, arguments, steps)
 
 
@@ -170,5 +175,5 @@ def _mapping(who: str, name: str, value: Any) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise UsageError(f"{who}: {name} must be a mapping, got {_shown(value)}.")
+        raise UsageError(f"{who}: {name}: expected a mapping, got {_shown(value)}.")
     return {str(key): item for key, item in value.items()}

@@ -17,17 +17,22 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import signal
 import threading
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
+from traceback import format_exception
 from typing import Any
 
-from nipype.pipeline.plugins.multiproc import MultiProcPlugin, process_initializer, run_node
+from nipype.pipeline.plugins.multiproc import MultiProcPlugin, process_initializer
 
-from brainprior_bids.run.environment import use_utf8
+from brainprior_bids.records import FailureRecord
+from brainprior_bids.run.environment import revive_tracker, use_utf8
+from brainprior_bids.run.failures import RecordsFailures, killed
 from brainprior_bids.run.logs import LOG
 
 KILLED = (
@@ -39,6 +44,17 @@ KILLED = (
 WATCH_S = 2.0
 EXPENDABLE = 500
 """Added to a worker's share of the memory, in thousandths, when the kernel looks for a victim."""
+
+
+def start_server(context: str | None) -> None:
+    """Start the process that starts the workers; it and they leave Ctrl-C to this process."""
+    if context != "forkserver" or threading.current_thread() is not threading.main_thread():
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def start_worker(cwd: str, main_pid: int) -> None:
@@ -61,7 +77,20 @@ def start_worker(cwd: str, main_pid: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-class SurvivingPool(MultiProcPlugin):
+def run_step(node: Any, updatehash: bool, task: int) -> dict[str, Any]:
+    """Run a node, as Nipype's ``run_node``; an error comes back as a record, too."""
+    try:
+        return {"result": node.run(updatehash=updatehash), "traceback": None, "taskid": task}
+    except Exception as error:
+        return {
+            "result": None,
+            "traceback": format_exception(error),
+            "failure": FailureRecord.of(error),
+            "taskid": task,
+        }
+
+
+class SurvivingPool(RecordsFailures, MultiProcPlugin):
     """MultiProc whose pool is replaced when a worker is killed.
 
     Parameters
@@ -71,12 +100,18 @@ class SurvivingPool(MultiProcPlugin):
     """
 
     def __init__(self, plugin_args: dict[str, Any]) -> None:
+        start_server(plugin_args.get("mp_context"))
         super().__init__(plugin_args=plugin_args)
         self.pool.shutdown()  # Nipype's: no worker was started yet
         self.pool = self._new_pool()
         self._order = {name: rank for rank, name in enumerate(plugin_args["order"])}
         self._submitted: dict[int, tuple[Any, bool]] = {}
         self._broken: set[int] = set()
+
+    def _send_procs_to_workers(self, updatehash: bool = False, graph: Any = None) -> None:
+        """Nipype calls this again and again; see ``revive_tracker``."""
+        revive_tracker()
+        super()._send_procs_to_workers(updatehash=updatehash, graph=graph)
 
     def _sort_jobs(self, jobids: Any, scheduler: str = "tsort") -> list[int]:
         """Furthest first; before them what has no place in the order: it only gathers results."""
@@ -88,10 +123,10 @@ class SurvivingPool(MultiProcPlugin):
         task = self._taskid
         self._submitted[task] = (node, updatehash)
         try:
-            future = self.pool.submit(run_node, node, updatehash, task)
+            future = self.pool.submit(run_step, node, updatehash, task)
         except BrokenProcessPool:
             self._renew()
-            future = self.pool.submit(run_node, node, updatehash, task)
+            future = self.pool.submit(run_step, node, updatehash, task)
         self._watch_workers()
         self._task_obj[task] = future
         future.add_done_callback(lambda done: self._collect(done, task))
@@ -102,8 +137,12 @@ class SurvivingPool(MultiProcPlugin):
             self._taskresult[task] = future.result()
         except BrokenProcessPool:
             self._broken.add(task)
-        except Exception as error:  # a result that cannot be sent, for example
-            self._taskresult[task] = _failure(task, f"{type(error).__name__}: {error}")
+        except BaseException as error:  # a result that cannot be sent, an interrupt, an exit
+            self._taskresult[task] = {
+                "result": None,
+                "traceback": format_exception(error),
+                "failure": FailureRecord.of(error),
+            }
 
     def _get_result(self, taskid: int) -> dict[str, Any] | None:
         if taskid in self._broken:
@@ -117,10 +156,10 @@ class SurvivingPool(MultiProcPlugin):
         LOG.warning("A worker was killed; %s is run again, alone.", node.fullname)
         self._renew()
         try:
-            return self.pool.submit(run_node, node, updatehash, task).result()
+            return self.pool.submit(run_step, node, updatehash, task).result()
         except BrokenProcessPool:
             self._renew()
-            return _failure(task, KILLED)
+            return killed(KILLED)
 
     def _clear_task(self, taskid: int) -> None:
         super()._clear_task(taskid)
@@ -128,6 +167,7 @@ class SurvivingPool(MultiProcPlugin):
 
     def stop(self) -> None:
         """End the workers at once; what they were doing is lost."""
+        revive_tracker()
         workers = list((self.pool._processes or {}).values())
         self.pool.shutdown(wait=False, cancel_futures=True)
         for worker in workers:
@@ -145,6 +185,7 @@ class SurvivingPool(MultiProcPlugin):
                 wakeup.wakeup()
 
     def _renew(self) -> None:
+        revive_tracker()
         self.pool.shutdown(wait=False)
         self.pool = self._new_pool()
 
@@ -155,7 +196,3 @@ class SurvivingPool(MultiProcPlugin):
             initargs=(self._cwd, os.getpid()),
             mp_context=mp.get_context(self.plugin_args.get("mp_context")),
         )
-
-
-def _failure(task: int, text: str) -> dict[str, Any]:
-    return {"result": None, "traceback": [text], "taskid": task}

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from brainprior_bids.bids.claims import Claims
 from brainprior_bids.bids.query import Scan
 from brainprior_bids.bids.validate import Issue, find_validator, validate_scans
-from brainprior_bids.engine.errors import UsageError, WeightsError
+from brainprior_bids.engine.errors import UsageError, WeightsError, is_full
 from brainprior_bids.run.logs import LOG
 from brainprior_bids.settings import Settings
 
@@ -18,12 +19,47 @@ ENCODING = ("INVALID_JSON_ENCODING", "JSON_INVALID")
 """What the validator says of a sidecar that is no UTF-8."""
 
 
-def clean_work_dir(work_dir: Path) -> None:
-    """Remove what brainprior makes in a work folder, and nothing else."""
-    for name in ("brainprior_wf", "home"):
-        shutil.rmtree(work_dir / name, ignore_errors=True)
-    for left in work_dir.glob("validate-*"):
-        shutil.rmtree(left, ignore_errors=True)
+def open_claims(settings: Settings) -> Claims:
+    """Claims for the folders of a run; the lock files are made.
+
+    Raises
+    ------
+    UsageError
+        If one of the folders cannot be written.
+    """
+    exports = [Path(root) for root in settings.exports.values()]
+    try:
+        return Claims([settings.output_dir / "logs", settings.work_dir, *exports])
+    except OSError as error:
+        what = "Make room" if is_full(error) else "Check its permissions"
+        raise UsageError(
+            f"{error.filename or settings.work_dir} cannot be made or written ({error.strerror}). "
+            f"{what}, or choose another folder (--work-dir, output_dir, --export)."
+        ) from error
+
+
+def folders_of_temporaries(settings: Settings, subjects: Collection[str]) -> list[Path]:
+    """Where a run that was killed may have left temporary files."""
+    out = settings.output_dir
+    logs = [out / "logs", out / "logs" / "scans", out / "logs" / "participants"]
+    own = [path for subject in subjects for path in (out / f"sub-{subject}" / "log").glob("*")]
+    roots = [Path(root) for root in settings.exports.values()]
+    exported = [path for root in roots for path in (root, root / "code")]
+    return [out, *logs, out / "prov", *own, *exported, settings.work_dir / "home"]
+
+
+def clean_work_dir(work_dir: Path, claims: Claims) -> None:
+    """Remove what brainprior makes in a work folder, but for what another process uses."""
+    graph = work_dir / "brainprior_wf"
+    with claims.alone() as alone:
+        if alone:
+            for left in (graph, work_dir / "home", *work_dir.glob("validate-*")):
+                shutil.rmtree(left, ignore_errors=True)
+            return
+    LOG.warning("--clean-workdir: another process uses %s; its scans are left alone", work_dir)
+    for scan in graph.glob("*_wf"):
+        if claims.is_free(scan.name.removesuffix("_wf")):
+            shutil.rmtree(scan, ignore_errors=True)
 
 
 def validate_request(scans: Sequence[Scan], settings: Settings) -> Sequence[Scan]:

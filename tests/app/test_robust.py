@@ -6,9 +6,11 @@ The scan is a slab of 40 mm through the middle of the demo's head: a run takes s
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -39,14 +41,14 @@ def raw(tmp_path_factory, write_demo):
     return root
 
 
-def start(raw, out, *extra):
+def start(raw, out, *extra, new_session=False):
     """The command as a process of its own; its lines on standard error."""
     command = [sys.executable, "-m", "brainprior_bids", str(raw), str(out), "participant",
                "--device", "cpu", "--nprocs", "1", "--omp-nthreads", "1", "--sloppy",
                "--skip-bids-validation", *extra]  # fmt: skip
     return subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        env={**os.environ, "PYTHONUNBUFFERED": "1"}, start_new_session=new_session,
     )  # fmt: skip
 
 
@@ -64,7 +66,11 @@ def statuses(out):
 
 
 def leftovers(out):
-    return [p for p in out.rglob(".brainprior*") if p.name != ".brainprior_work"]
+    """Hidden files and folders that are not the data set's own."""
+    own = {".brainprior_work", ".bidsignore", ".lock"}
+    work = out / ".brainprior_work"
+    hidden = (p for p in out.rglob(".*") if not p.is_relative_to(work))
+    return [p for p in hidden if p.name not in own]
 
 
 @pytest.fixture(scope="module")
@@ -161,3 +167,64 @@ def test_the_same_seed_gives_the_same_bytes(resumed, shared):
     assert one[key("sub-01")] != other[key("sub-02")]
     key = "{}_desc-brain_mask.nii.gz".format
     assert one[key("sub-01")] == other[key("sub-02")]
+
+
+def summary_of(out):
+    """A scan's summary without what may differ (docs/outputs.md, "Status, provenance")."""
+    summary = json.loads((out / "logs" / "scans" / "sub-01_T1w.json").read_text())
+    run = "".join(sign for sign in summary.pop("run_uuid") if sign.isalnum())
+    for key in ("status", "message", "seconds"):
+        summary.pop(key)
+    for node in summary["nodes"]:
+        for key in ("started", "seconds", "cpu_seconds", "peak_memory_gb", "added_memory_gb",
+                    "gpu_memory_gb"):  # fmt: skip
+            node.pop(key)
+    summary["facts"]["restore"].pop("seconds")
+    summary["outputs"] = sorted(path.replace(run, "RUN") for path in summary["outputs"])
+    return summary
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_after_random_kills_the_result_is_that_of_an_undisturbed_run(raw, shared, tmp_path, seed):
+    """Killed three times, each time when it has written a random number of lines."""
+    rng = random.Random(seed)
+    out = tmp_path / "out"
+    for _ in range(3):
+        process = start(raw, out, "--participant-label", "01")
+        for _ in range(rng.randint(1, 22)):
+            if not process.stderr.readline():
+                break
+        children = psutil.Process(process.pid).children(recursive=True)
+        # the run, all of it, or the first that it started: the tracker of semaphores
+        victims = rng.choice([[process], [*children, process], children[:1] or [process]])
+        for victim in victims:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                victim.send_signal(rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGKILL]))
+        said = process.communicate()[1]
+        assert "Traceback" not in said
+        psutil.wait_procs(children, timeout=600)  # the limit only ends a failure
+    process = start(raw, out, "--participant-label", "01")
+    assert process.communicate()[1]
+    assert process.returncode == 0
+    assert images(out) == images(shared[0])
+    assert summary_of(out) == summary_of(shared[0])
+    assert leftovers(out) == []
+    assert main(["verify", str(out)]) == 0
+
+
+def test_ctrl_c_twice_ends_the_run_without_a_traceback(raw, tmp_path):
+    """A terminal sends it to every process; nothing is left, and the scan has a status."""
+    out = tmp_path / "out"
+    process = start(raw, out, "--participant-label", "01", new_session=True)
+    for line in process.stderr:
+        if "n4 …" in line:
+            break
+    for _ in range(2):
+        os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate()[1]
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert "interrupted; rerun the same command" in said
+    assert statuses(out) == {"sub-01": "failed"}
+    assert "interrupted" in (out / "logs" / "status.tsv").read_text()
+    assert leftovers(out) == []

@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,11 +18,22 @@ import numpy as np
 import pytest
 
 from brainprior_bids.bids.claims import Claims
-from brainprior_bids.bids.files import publish, read_json, to_json, write_json, write_text
+from brainprior_bids.bids.files import (
+    OWNER,
+    TEMPORARY,
+    publish,
+    read_json,
+    reserved,
+    temporary_folder,
+    to_json,
+    write_json,
+    write_text,
+)
 from brainprior_bids.bids.provenance import verify_records
 from brainprior_bids.bids.status import read_summaries, rebuild_status, settle, write_summary
 from brainprior_bids.cli.run import main
-from brainprior_bids.records import ScanRecord
+from brainprior_bids.engine.errors import is_full
+from brainprior_bids.records import FULL_DISK, FailureRecord, ScanRecord
 
 
 def summary(scan: str, **values):
@@ -215,3 +227,109 @@ def test_verify_finds_what_changed_and_what_is_gone(tmp_path, capsys):
     )
     assert verify_records(tmp_path).changes == {"gone": "missing", "bids:raw:scan": "changed"}
     assert main(["verify", str(tmp_path / "prov")]) == 2
+
+
+def test_what_a_killed_run_left_is_removed_and_nothing_else(tmp_path, monkeypatch):
+    """By its owner: this run's, a living one's, a dead one's, and files that are not ours."""
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    code = HOLD.replace('print(claims.take("sub-01_T1w"), flush=True)', LEAVE)
+    living, dying = (
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(logs)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )
+        for _ in range(2)
+    )  # fmt: skip
+    assert living.stdout.readline() == dying.stdout.readline() == "left\n"
+    dying.kill()
+    dying.communicate()
+    for name in (".mine", ".status.tsv.abcd1234", ".brainprior-staging-unowned.abcd1234"):
+        (logs / name).touch()
+    with Claims([logs]) as claims:
+        with temporary_folder("staging", logs) as own:
+            claims.sweep([logs, tmp_path / "absent"])
+            left = {path.name for path in logs.iterdir()}
+            assert Path(own).name in left
+        assert {".mine", ".status.tsv.abcd1234", ".brainprior-staging-unowned.abcd1234"} < left
+        owners = {match[1] for name in left if (match := TEMPORARY.fullmatch(name))}
+        assert owners == {os.environ[OWNER], f"{living.pid}x{owners_part(left, living.pid)}"}
+        assert len(left) == 3 + 2 + 1 + 1  # foreign, of the living, own, the lock file
+    # whoever cannot lock removes nothing
+    living.kill()
+    living.communicate()
+    with Claims([logs]) as claims:
+        monkeypatch.setattr(fcntl, "lockf", refuse_locks)
+        claims.sweep([logs])
+        assert len([p for p in logs.iterdir() if TEMPORARY.fullmatch(p.name)]) == 2
+        monkeypatch.undo()
+        claims.sweep([logs])
+        assert not [p for p in logs.iterdir() if TEMPORARY.fullmatch(p.name)]
+
+
+LEAVE = """
+    import os
+    from brainprior_bids.bids import files
+    os.replace = lambda *_: None  # as if killed before
+    files.write_text(Path(sys.argv[1]) / "status.tsv", "half")
+    folder = files.temporary_folder("staging", Path(sys.argv[1]))
+    (Path(folder.name) / "sub-01").mkdir()
+    print("left", flush=True)"""
+
+
+def owners_part(names, pid):
+    """The random part of a process's name as an owner."""
+    (part,) = {
+        match[1].partition("x")[2]
+        for name in names
+        if (match := TEMPORARY.fullmatch(name)) and match[1].startswith(f"{pid}x")
+    }
+    return part
+
+
+def refuse_locks(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+def test_room_is_kept_for_the_last_words(tmp_path):
+    with reserved(tmp_path, 5000):
+        (held,) = tmp_path.iterdir()
+        assert held.stat().st_size == 5000
+        assert TEMPORARY.fullmatch(held.name) or "unowned" in held.name
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_on_a_full_disk_a_status_gives_its_room_to_the_next(tmp_path, monkeypatch):
+    """The summary says ``running``, which is wrong from now on: rather none than that one."""
+    path = write_summary(tmp_path, summary("sub-01_T1w", status="running"))
+    flushed = os.fsync
+
+    def full(handle):
+        if path.exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        flushed(handle)
+
+    monkeypatch.setattr("os.fsync", full)
+    write_summary(tmp_path, summary("sub-01_T1w", status="failed"))
+    assert [s.status for s in read_summaries(tmp_path)] == ["failed"]
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
+        (OSError(errno.EACCES, "Permission denied"), False),
+        (RuntimeError("NodeExecutionError: [Errno 28] No space left on device"), True),
+        (ValueError("no room"), False),
+        (None, False),
+    ],
+)
+def test_a_full_disk_is_recognised_behind_the_error_that_it_caused(error, full):
+    assert is_full(error) is full
+    later = FileNotFoundError("result file")
+    later.__context__ = error
+    assert is_full(later) is full
+    record = FailureRecord.of(later)
+    assert (record.type == FULL_DISK) is full

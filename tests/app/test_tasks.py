@@ -151,7 +151,7 @@ def test_another_tools_image_is_refined_beside_it(inpainted, raw, head, tmp_path
     asked = [raw, output_dir, "participant", "--participant-label", "01", "02", "03",
              "--task", "restore", "refine", "-d", f"tool={tool}"]  # fmt: skip
     assert main([*map(str, asked), "--trust", "0", "--device", "cpu"]) == 2
-    assert "--trust must be above 0" in capsys.readouterr().err
+    assert "--trust: expected a number above 0" in capsys.readouterr().err
     done = brainprior(*asked, "--trust", "0.05")
     assert done.returncode == 1
     rows = {s: row for (s, task), row in status(output_dir).items() if task == "restore+refine"}

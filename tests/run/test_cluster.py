@@ -209,7 +209,7 @@ def test_the_ready_files_are_read_and_only_restore_asks_for_a_gpu(path):
         ("n_procs: 3", "expected `plugin:`"),
         ("plugin: Magic", "is not supported"),
         ("plugin: SLURM\nargs: {}", "unknown args"),
-        ("plugin: SLURM\nplugin_args: 5", "must be a mapping"),
+        ("plugin: SLURM\nplugin_args: 5", "expected a mapping"),
         ("plugin: SLURM\nstep_args: {restoration: {}}", "no step 'restoration'"),
         ("plugin: MultiProc\nstep_args: {restore: {}}", "for schedulers"),
     ],

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 from nipype.interfaces.base import (
@@ -15,6 +17,8 @@ from nipype.interfaces.base import (
 from nipype.interfaces.utility import Function, Merge
 from nipype.pipeline import engine as pe
 
+from brainprior_bids.records import FULL_DISK
+from brainprior_bids.run.failures import KILLED_WORKER
 from brainprior_bids.run.pool import KILLED, SurvivingPool
 
 # Jobs here wait for each other: what is scheduled wrongly ends at this limit. With twice as many
@@ -69,11 +73,11 @@ def node(function, name, inputs, **values):
     return made
 
 
-def run(tmp_path, nodes):
+def run(tmp_path, nodes, crash_dir="crash"):
     workflow = pe.Workflow(name="wf", base_dir=str(tmp_path))
     workflow.add_nodes(nodes)
     workflow.config["execution"] = {
-        "crashdump_dir": str(tmp_path / "crash"),
+        "crashdump_dir": str(tmp_path / crash_dir),
         "crashfile_format": "txt",
         "poll_sleep_duration": "0.1",
     }
@@ -91,6 +95,7 @@ def run(tmp_path, nodes):
         workflow.run(plugin=plugin)
     finally:
         run.events = events
+        run.failures = plugin.failures
     return events
 
 
@@ -141,6 +146,76 @@ def test_a_node_killed_twice_fails_alone(tmp_path):
     assert ended == {"beside": "end", "victim": "exception", "later": "end"}
     (crash,) = (tmp_path / "crash").glob("*.txt")
     assert KILLED in crash.read_text()
+    failure = run.failures["wf.victim"]
+    assert (failure.record.type, failure.record.message) == (KILLED_WORKER, KILLED)
+    assert failure.crash_file == crash
+
+
+def fill(value):
+    import errno
+
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("crash_dir", ["crash", "a file/crash"])
+def test_a_full_disk_is_recorded_without_any_file(tmp_path, crash_dir):
+    """And where the crash file cannot be written, the other nodes are run all the same."""
+    (tmp_path / "a file").touch()
+    nodes = [node(fill, "full", ["value"], value=1), node(instant, "later", ["value"], value=2)]
+    with pytest.raises(RuntimeError):
+        run(tmp_path, nodes, crash_dir=crash_dir)
+    ended = {name: event for name, event in run.events if event != "start"}
+    assert ended == {"full": "exception", "later": "end"}
+    failure = run.failures["wf.full"]
+    assert failure.record.type == FULL_DISK
+    assert (failure.crash_file is None) == (crash_dir != "crash")
+
+
+IN_PROCESS = """
+import contextlib, os, signal, sys
+import psutil
+from nipype.pipeline import engine as pe
+from nipype.interfaces.utility import Function
+from brainprior_bids.records import FULL_DISK
+from brainprior_bids.run.failures import KILLED_WORKER
+from brainprior_bids.run.pool import SurvivingPool
+
+def instant(value):
+    return value
+
+if __name__ == "__main__":
+    workflow = pe.Workflow("wf", base_dir=sys.argv[1])
+    made = pe.Node(Function(["value"], ["out"], instant), name="a")
+    made.inputs.value = 1
+    workflow.add_nodes([made])
+    plugin = SurvivingPool(plugin_args={
+        "n_procs": 1, "memory_gb": 4, "mp_context": "forkserver", "order": ["a"]})
+    workflow.run(plugin=plugin)
+    children = psutil.Process().children(recursive=True)
+    named = [c for c in children if sys.argv[2] in " ".join(c.cmdline())]
+    for child in named:
+        child.send_signal(getattr(signal, sys.argv[3]))
+    if sys.argv[3] == "SIGKILL":
+        psutil.wait_procs(named)
+    plugin.stop()
+    print(len(named))
+"""
+
+
+@pytest.mark.parametrize(
+    ("process", "signal"), [("resource_tracker", "SIGKILL"), ("forkserver", "SIGINT")]
+)
+def test_nothing_is_shown_of_a_helper_that_a_signal_meets(tmp_path, process, signal):
+    """The tracker of semaphores killed; Ctrl-C, which a terminal sends to every process."""
+    script = tmp_path / "script.py"
+    script.write_text(IN_PROCESS)
+    result = subprocess.run(
+        [sys.executable, str(script), str(tmp_path), process, signal],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert int(result.stdout.split()[-1]) >= 1
+    assert "Traceback" not in result.stderr
+    assert "leaked" not in result.stderr
 
 
 class _GpuSpec(BaseInterfaceInputSpec):

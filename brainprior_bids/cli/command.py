@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a command line to an exit code: which command it is, and what is said of its errors."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from brainprior_bids import __version__
+from brainprior_bids.bids.files import write_text
+from brainprior_bids.bids.provenance import verify_export, verify_records
+from brainprior_bids.cli.parser import parse_settings
+from brainprior_bids.engine.errors import BrainpriorError, UsageError, is_full
+from brainprior_bids.run.analysis_levels import run
+from brainprior_bids.run.logs import log_to_stderr
+from brainprior_bids.run.outcome import no_room
+from brainprior_bids.settings import Settings
+
+TRAINERS = ("prior", "parcellation")
+
+
+def command(arguments: list[str]) -> int:
+    """Carry out one command line; the exit code, as of ``run.main``.
+
+    Raises
+    ------
+    BrokenPipeError, KeyboardInterrupt
+    """
+    log_to_stderr()
+    settings: Settings | None = None
+    try:
+        if arguments[:1] == ["train"]:
+            return train(arguments[1:])
+        if arguments[:1] == ["selftest"]:
+            from brainprior_bids.cli.selftest import selftest
+
+            return selftest(arguments[1:])
+        if arguments[:1] == ["check-lesion"]:
+            from brainprior_bids.cli.check_lesion import check_lesion
+
+            return check_lesion(arguments[1:])
+        if arguments[:1] == ["slurm-script"]:
+            from brainprior_bids.cli.slurm_script import slurm_script
+
+            return slurm_script(arguments[1:])
+        if arguments[:1] == ["evaluate"]:
+            from brainprior_bids.cli.evaluate import evaluate
+
+            return evaluate(arguments[1:])
+        if arguments[:1] == ["weights"]:
+            from brainprior_bids.cli.weights import weights
+
+            return weights(arguments[1:])
+        if arguments[:1] == ["verify"]:
+            return verify(arguments[1:])
+        settings = parse_settings(arguments)
+        return run(settings)
+    except UsageError as error:
+        print(f"brainprior: error: {error}", file=sys.stderr)
+        return 2
+    except BrainpriorError as error:
+        print(f"brainprior: failed: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        raise
+    except Exception as error:  # one place for what nobody thought of
+        if settings is not None and is_full(error):
+            text = f"{no_room(settings)}."
+        else:
+            logs = settings and settings.output_dir / "logs"
+            text = _not_foreseen(error, logs, arguments)
+        print(f"brainprior: failed: {text}", file=sys.stderr)
+        return 1
+
+
+def _not_foreseen(error: Exception, logs: Path | None, arguments: Sequence[str]) -> str:
+    """One line about an error that no message was written for; its traceback goes to a file."""
+    said = " ".join(str(error).split()) or "an error without a message"
+    text = f"brainprior {__version__}: {shlex.join(arguments)}\n\n"
+    text += "".join(traceback.format_exception(error))
+    name = f"crash-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}.txt"
+    for folder in (logs, Path(os.environ.get("TMPDIR", "/tmp")), Path("/dev/shm")):
+        if folder is not None and folder.is_dir():
+            try:
+                path = write_text(folder / name, text)
+            except OSError:  # full or read-only: the next one
+                continue
+            return f"{said}. This was not foreseen: please report it, with {path}."
+    return f"{said}. This was not foreseen: please report it ({type(error).__name__})."
+
+
+def train(argv: Sequence[str]) -> int:
+    """``brainprior train prior|parcellation``; the trainer is imported when it is asked for."""
+    parser = argparse.ArgumentParser(prog="brainprior train", description="Train a network.")
+    commands = parser.add_subparsers(dest="network", required=True, metavar="|".join(TRAINERS))
+    chosen = next((word for word in argv if word in TRAINERS), None)
+    for name in TRAINERS:
+        command = commands.add_parser(name, help=f"train the {name} network")
+        if name == chosen:
+            module = importlib.import_module(f"brainprior_bids.training.{name}")
+            module.add_arguments(command)
+            command.set_defaults(trainer=module.main)
+    options = parser.parse_args(list(argv))
+    return int(options.trainer(options))
+
+
+def verify(argv: Sequence[str]) -> int:
+    """``brainprior verify OUT``: compare every file with its recorded SHA-256."""
+    parser = argparse.ArgumentParser(
+        prog="brainprior verify",
+        description="Compare every output with the SHA-256 in its provenance, and every input "
+        "that is still where it was; exit 1 if one changed or is missing.",
+    )
+    parser.add_argument(
+        "output_dir", type=Path, help="output folder of a run, or a data set of --export"
+    )
+    options = parser.parse_args(list(argv))
+    found = verify_records(options.output_dir)
+    if not found.outputs:
+        found = verify_export(options.output_dir)
+    if not found.outputs:
+        raise UsageError(
+            f"{options.output_dir} has no provenance to verify: expected an output folder "
+            "(prov/*_ent.json), or a data set of --export."
+        )
+    for address, what in found.changes.items():
+        print(f"{what}\t{address}")
+    for address in found.out_of_reach:
+        print(f"not checked\t{address}")
+    print(
+        f"{found.outputs} output(s) and {found.inputs} input(s) checked, {len(found.changes)} not "
+        "as they were."
+    )
+    return 1 if found.changes else 0
