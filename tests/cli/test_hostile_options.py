@@ -20,7 +20,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from brainprior_bids.bids import patterns
-from brainprior_bids.cli import run as command
+from brainprior_bids.cli import command
 from brainprior_bids.cli.parser import parse_settings
 from brainprior_bids.cli.run import main
 from brainprior_bids.engine.errors import UsageError
