@@ -150,7 +150,7 @@ def rebuild_status(output_dir: Path) -> Path:
 
 
 def settle(output_dir: Path, job: str) -> list[str]:
-    """Scans that were at work in a job, or in a task of an array, that has ended: they failed.
+    """Scans that were being processed by a job, or an array task, that has ended: they failed.
 
     Returns
     -------

@@ -59,7 +59,7 @@ def _load(name: str) -> None:
     except Exception as error:  # whatever a broken installation raises
         raise BrainpriorError(
             f"self-test: {name} cannot be imported ({type(error).__name__}: {error}). "
-            "Install brainprior anew, with constraints.txt."
+            "Reinstall brainprior with constraints.txt."
         ) from error
 
 
@@ -81,7 +81,7 @@ def _libraries() -> None:
     if done.returncode:
         raise BrainpriorError(
             f"self-test: {command} --version ended with {done.returncode}: "
-            f"{done.stderr.strip()[-500:]}. Install it anew."
+            f"{done.stderr.strip()[-500:]}. Reinstall it."
         )
     print(done.stdout.strip())
 

@@ -52,7 +52,7 @@ def execute(jobs: Sequence[Any], settings: Settings, weights: dict[str, Path]) -
         LOG.info("graph: %s%s", logs / f"graph.{kind}", hint)
     base = settings.work_dir / workflow.name
     folders = [base / f"{job.scan.name.node_name}_wf" for job in jobs]
-    for folder in folders:  # only these: another process may be at work on other scans
+    for folder in folders:  # only these: another process may be working on other scans
         for left in (*folder.glob(f"*/{FAILURE}"), *folder.glob(f"*/{PROGRESS}")):
             left.unlink()
     crashed: Exception | KeyboardInterrupt | None = None
