@@ -32,7 +32,7 @@ docs: $(READY)
 $(READY): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "brainprior needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,test,dev,docs]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,dev,docs]'
 	touch $@
 
 clean:

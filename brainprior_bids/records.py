@@ -229,6 +229,8 @@ class ValuesRecord(Record):
     max: float | None
     non_finite_voxels_set_to_0: int | None
     negative_voxels: int | None
+    shift: float | None = field(default=None, metadata=OMIT)
+    """Added to an image without a zero of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,16 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sphinx configuration: ``make docs``, or ``sphinx-build -W docs docs/_build`` with the extra
-``docs`` installed."""
+``docs`` installed. The build executes the tutorial, whose results stay in ``docs/_build`` until
+the tutorial changes."""
+
+import os
+from pathlib import Path
 
 from brainprior_bids import __version__
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # waiting threads spin where other programs run
+os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # a warning of the kernel's debugger
 
 project = "brainprior"
 author = "the brainprior developers"
 release = version = __version__
-extensions = ["myst_parser", "sphinxarg.ext"]
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinxarg.ext",
+]
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
-exclude_patterns = ["_build"]
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(Path(__file__).parent / "_build" / ".jupyter_cache")
+nb_execution_timeout = 1800  # seconds per cell: only to end what hangs
+nb_execution_raise_on_error = True
+nb_merge_streams = True
+napoleon_use_rtype = False
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # the docstrings name types, shapes and units
+exclude_patterns = ["_build", "jupyter_execute"]
+html_extra_path = ["sample"]
 html_theme = "alabaster"
 html_theme_options = {
     "description": "Brain MRI restored with a 3-D diffusion prior",

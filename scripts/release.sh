@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Makes what a release consists of, in dist/, and checks each part.
+# Checks that the tree can be released, makes what a release consists of, in dist/, and tests it.
 #
-#   scripts/release.sh [packages] [containers]        (default: both)
+#   scripts/release.sh [checks] [packages] [containers]        (default: all)
 #
+# checks      nothing uncommitted, a section of CHANGELOG.md, no placeholder in publishing.toml; then
+#             lint, documentation and the whole test suite. DRAFT=1: the first three only warn
 # packages    wheel and sdist; each installed into an environment outside of the checkout that has the
-#             locked dependencies and nothing else, where the command and its self-test run
+#             locked dependencies and nothing else, where the command and its self-test run; then the
+#             descriptors for other platforms
 # containers  image and SIF by scripts/test_containers.sh, on the demo head or on DATA and LABEL
 #
 # OUT (default: dist) takes the files; WORK (default: a new folder, removed at the end) the rest.
@@ -13,9 +16,9 @@
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 cd "$here"
-parts=${*:-packages containers}
+parts=${*:-checks packages containers}
 for part in $parts; do
-    case $part in packages | containers) ;; *) sed -n '3,13s/^# \{0,1\}//p' "$0" >&2; exit 2 ;; esac
+    case $part in checks | packages | containers) ;; *) sed -n '3,17s/^# \{0,1\}//p' "$0" >&2; exit 2 ;; esac
 done
 PYTHON=${PYTHON:-python3}
 OUT=$(realpath -m "${OUT:-dist}")
@@ -29,12 +32,21 @@ mkdir -p "$OUT"
 say() { echo "release: $*"; }
 version=$(sed -n 's/^version = //p' setup.cfg)
 say "brainprior $version, $(git rev-parse --short HEAD 2>/dev/null || echo 'no git')"
-[ -z "$(git status --porcelain 2>/dev/null)" ] || say "WARNING: the tree has changes that are not committed"
-grep -q "^## \[$version\]" CHANGELOG.md || say "WARNING: CHANGELOG.md has no section for $version yet"
+problem() {
+    [ -n "${DRAFT:-}" ] || [[ $parts != *checks* ]] || { say "$* (DRAFT=1 goes on)"; exit 1; }
+    say "WARNING: $*"
+}
+[ -z "$(git status --porcelain 2>/dev/null)" ] || problem "the tree has changes that are not committed"
+grep -q "^## \[$version\]" CHANGELOG.md || problem "CHANGELOG.md has no section for $version yet"
+! grep -Eq '"[^"]*\b[A-Z]{4,}\b' publishing.toml || problem "publishing.toml has placeholders"
 for file in CITATION.cff Dockerfile Singularity.def docs/boutiques/brainprior.json; do
     grep -Eq "(version: |VERSION=|\"tool-version\": \")$version\b" "$file" ||
         { say "$file does not name version $version"; exit 1; }
 done
+
+if [[ $parts == *checks* ]]; then
+    make PYTHON="$PYTHON" lint docs test
+fi
 
 env=$WORK/env
 # FILE: install it in place of what was there, and try it
@@ -68,6 +80,8 @@ if [[ $parts == *packages* ]]; then
     "$WORK/tools/bin/twine" check --strict "$OUT"/brainprior-*
     try "$OUT"/brainprior-*.whl
     try "$OUT"/brainprior-*.tar.gz
+    rm -rf "$OUT/descriptors"
+    "$env/bin/python" scripts/descriptors.py "$OUT/descriptors"
 fi
 
 if [[ $parts == *containers* ]]; then
@@ -80,6 +94,7 @@ if [[ $parts == *containers* ]]; then
         scripts/test_containers.sh "$data" "$label"
 fi
 
+compgen -G "$OUT/brainprior-*" >/dev/null || { say "passed"; exit; }
 cd "$OUT"
 find . -maxdepth 1 -name 'brainprior-*' -type f -printf '%f\n' | sort | xargs sha256sum | tee SHA256SUMS
 du -h brainprior-* | sed 's/^/release: /'

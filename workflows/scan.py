@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 from nipype.interfaces.base import isdefined
 from nipype.interfaces.utility import Merge
 from nipype.pipeline import engine as pe
 
+from brainprior_bids.anatomy.conform import LARGEST_VIEW_MM
+from brainprior_bids.anatomy.nifti import open_image
 from brainprior_bids.bids.derivatives import bids_uri
 from brainprior_bids.bids.export import parents
 from brainprior_bids.bids.given import Given
@@ -96,11 +97,11 @@ def claims_gb(settings: Settings, field_of_view_l: float = 0.0) -> dict[str, flo
 
 
 def field_of_view_l(path: Path) -> float:
-    """Litres, by the header; 0 where it cannot be read (``conform`` says why)."""
+    """Litres, by the header; 0 where ``conform`` will refuse it and say why."""
     try:
-        header: Any = nib.load(path).header
+        header: Any = open_image(path, path.name).header
         size_mm = np.multiply(header.get_data_shape()[:3], header.get_zooms()[:3])
-        return float(np.prod(size_mm)) / 1e6
+        return float(np.prod(size_mm)) / 1e6 if size_mm.max() <= LARGEST_VIEW_MM else 0.0
     except Exception:  # whatever nibabel says of a quaternion, an offset, an extension
         return 0.0
 

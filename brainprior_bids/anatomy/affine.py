@@ -2,7 +2,8 @@
 """The affine to MNI305 from the centroids of structures.
 
 Symbols: x_s, a structure's centroid in the scan (scanner RAS mm); y_s, its mean centroid in
-MNI305 (``data/mni305_centroids.json``); d_s, the SD of that centroid over people; w_s, its weight.
+MNI305 (``data/mni305_centroids.json``); d_s, the SD of that centroid over participants; w_s, its
+weight.
 
     w_s = confidence_s^2 / (d_s + 3 mm)^2 * min(volume_s / mean volume_s, 1)
 
@@ -42,7 +43,7 @@ from brainprior_bids.records import AffineMethod
 Matrix = NDArray[np.float64]
 
 OWN_ERROR_MM = 3.0
-"""Added to the spread over people."""
+"""Added to the spread over participants."""
 RIDGE_MM = 12.0
 """How strongly 12 degrees are pulled to 7: as much as a centroid spread of this many mm.
 
@@ -68,7 +69,7 @@ LARGEST_RATIO = 1.5
 """Largest over smallest singular value."""
 LARGEST_RESIDUAL_MM = 12.0
 """Weighted median residual beyond which the structures are not where a brain has them."""
-DOUBTFUL_RESIDUAL_MM = 5.0
+LARGEST_RESIDUAL_MM = 5.0
 LARGEST_STRANGE_SHARE = 0.3
 """Weight of structures that do not fit at all; more of them than this is no brain."""
 
@@ -162,12 +163,12 @@ def _match(
     )
 
 
-def _doubt(median: float) -> list[str]:
-    if median <= DOUBTFUL_RESIDUAL_MM:
+def _residual_warning(median: float) -> list[str]:
+    if median <= LARGEST_RESIDUAL_MM:
         return []
     return [
         f"Structures lie {median:.1f} mm (median) from their places in MNI305 after the affine; "
-        f"usual is below {DOUBTFUL_RESIDUAL_MM:g} mm."
+        f"usual is below {LARGEST_RESIDUAL_MM:g} mm."
     ]
 
 
@@ -205,7 +206,7 @@ def judge_affine(
         median_residual_mm=round(median, 3),
         used=match.names,
         hull_residual_mm=hull_residual,
-        warnings=_doubt(median),
+        warnings=_residual_warning(median),
     )
 
 
@@ -267,7 +268,7 @@ def fit_affine(
     warnings += [f"Affine rejected: {problem}." for problem in problems]
     if dof < 12:
         warnings.append(f"Affine with {dof} degrees of freedom from {len(x)} structures.")
-    warnings += _doubt(median)
+    warnings += _residual_warning(median)
     return AffineFit(
         matrix=matrix,
         dof=dof,

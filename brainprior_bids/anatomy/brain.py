@@ -168,9 +168,9 @@ def find_brain(
     facts = _facts(network, own, mask, labels)
     warnings += [] if mask is None else mask.warnings
     if slice_axis is not None:
-        fit, doubts = check_slices(image, brain.mask_scan, axis=slice_axis)
+        fit, slice_warnings = check_slices(image, brain.mask_scan, axis=slice_axis)
         facts |= {} if fit is None else {"slices": asdict(fit)}
-        warnings += doubts
+        warnings += slice_warnings
     return replace(brain, facts=facts, warnings=warnings)
 
 
@@ -316,7 +316,7 @@ def _combine(
         structures,
         inside,
         confidence,
-        scan_grid=Grid(image.shape, image.affine),
+        image=image,
         restored_grid=grid,
     )
 

@@ -6,10 +6,13 @@ Nothing is resampled: voxels are permuted and flipped only. The rules, in one pl
 *Affine.* The sform where its code is above 0, otherwise the qform; a singular sform gives way to
 a usable qform. Where both are set and move a corner of the image by more than
 ``AFFINE_TOLERANCE_MM`` relative to each other, the sform is used and a warning says so. Where
-neither is set, left cannot be told from right: refused.
+neither is set, left and right cannot be distinguished: refused. Axes that are not at right angles
+(beyond rounding) are refused, too; so is a field of view that no scanner has.
 
 *Values.* float32, the header's slope and intercept applied. Non-finite voxels outside the head
-become 0 with a warning; inside the head they are refused. Negative values are kept and counted.
+become 0 with a warning; inside the head they are refused. Negative values are kept and counted;
+an image without a zero of its own (z-scored, MP2RAGE's UNI) is shifted to begin at 0, with a
+warning (``anatomy.values``).
 
 *Slice axis*, first rule that decides: the caller's value; a spacing at least ``ANISOTROPY`` times
 the other two; ``dim_info`` of the header; ``SliceEncodingDirection`` of the JSON; the one axis
@@ -25,7 +28,6 @@ otherwise the slice spacing of the header, with a warning for thick slices.
 from __future__ import annotations
 
 import base64
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,12 +35,12 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
-from nibabel.spatialimages import HeaderDataError, HeaderTypeError
+from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
-from scipy import ndimage
 
+from brainprior_bids.anatomy.nifti import open_image, read_values
+from brainprior_bids.anatomy.values import check_values
 from brainprior_bids.engine.acquisition import PLANES, Acquisition
 from brainprior_bids.engine.errors import GeometryError, InputError
 from brainprior_bids.engine.grids import Grid
@@ -46,20 +48,14 @@ from brainprior_bids.engine.grids import Grid
 AFFINE_TOLERANCE_MM = 0.1
 """sform and qform may differ by this much at a corner: float32 quaternions are good to 0.001."""
 ANISOTROPY = 1.5
-"""A spacing this many times the next one makes its axis the slice axis beyond doubt."""
+"""A spacing this many times the next one makes its axis the slice axis."""
 THIN_MM = 1.5
 """Near-isotropic scans up to this spacing have a boxcar one voxel wide: nothing to undo."""
-MAX_VOXELS = 2**30
-
-_READ_ERRORS = (
-    ImageFileError,
-    HeaderDataError,
-    HeaderTypeError,
-    EOFError,
-    OSError,
-    ValueError,
-    zlib.error,
-)
+LARGEST_VIEW_MM = 600.0
+"""Longest field of view: the bore of a scanner is no wider."""
+ITK_COSINE = 1e-4
+"""Cosine between two axes up to which ITK reads an sform as it is; beyond, it takes the qform
+(whose axes are always at right angles) or refuses the file. Measured with SimpleITK 2.5."""
 
 
 @dataclass(frozen=True)
@@ -123,9 +119,9 @@ def conform(
     geometry = _geometry(image, name, metadata, slice_thickness_mm, slice_axis)
     grid, orientation, warnings = geometry.grid, geometry.orientation, list(geometry.warnings)
     affine_facts = geometry.facts["affine"]
-    stored = _values(image, path, name).reshape(_volume_shape(image.shape, name))
+    stored = read_values(image, path, name).reshape(_volume_shape(image.shape, name))
     data = np.ascontiguousarray(apply_orientation(stored, orientation), dtype=np.float32)
-    data, value_facts = _check_values(data, grid, name, warnings)
+    data, value_facts = check_values(data, grid, name, warnings)
 
     canonical = nib.Nifti1Image(data, np.array(grid.affine))
     code = affine_facts["code"]
@@ -231,47 +227,18 @@ def _geometry(
 
 def _open(path: Path, name: str) -> nib.Nifti1Image:
     """The image, its values unread; InputError where its header alone rules it out."""
-    if path.is_symlink() and not path.exists():
+    image = open_image(path, name)
+    if not isinstance(image, nib.Nifti1Image):  # Nifti2Image derives from it
         raise InputError(
-            f"{name}: {path} is a link to a file that is not there. In a DataLad or git-annex "
-            "data set fetch its content first (datalad get)."
+            f"{name}: expected a NIfTI file (.nii or .nii.gz), got {type(image).__name__} in "
+            f"{path}. Convert it, for example with dcm2niix."
         )
-    if not path.is_file():
-        raise InputError(f"{name}: expected an image file, there is none at {path}.")
-    try:
-        image = nib.load(path, mmap=False)
-        if not isinstance(image, nib.Nifti1Image):  # Nifti2Image derives from it
-            raise InputError(
-                f"{name}: expected a NIfTI file (.nii or .nii.gz), got "
-                f"{type(image).__name__} in {path}. Convert it, for example with dcm2niix."
-            )
-        if int(np.prod(image.shape, dtype=np.int64)) > MAX_VOXELS:
-            raise InputError(
-                f"{name}: the header of {path} speaks of {image.shape} voxels, more than a brain "
-                "scan holds. The file is damaged or not a single scan."
-            )
-        if image.get_data_dtype().kind not in "iuf":
-            raise InputError(
-                f"{name}: expected one real number a voxel, got {image.get_data_dtype()} in "
-                f"{path}. Export the magnitude image."
-            )
-        return image
-    except _READ_ERRORS as error:
-        raise _unreadable(path, name, error) from error
-
-
-def _values(image: nib.Nifti1Image, path: Path, name: str) -> NDArray[Any]:
-    try:
-        return np.asanyarray(image.dataobj)
-    except _READ_ERRORS as error:
-        raise _unreadable(path, name, error) from error
-
-
-def _unreadable(path: Path, name: str, error: BaseException) -> InputError:
-    return InputError(
-        f"{name}: {path} cannot be read, it is truncated, damaged or no NIfTI file "
-        f"({type(error).__name__}: {' '.join(str(error).split())}). Copy or convert it again."
-    )
+    if image.get_data_dtype().kind not in "iuf":
+        raise InputError(
+            f"{name}: expected one real number a voxel, got {image.get_data_dtype()} in {path}. "
+            "Export the magnitude image."
+        )
+    return image
 
 
 def _volume_shape(shape: tuple[int, ...], name: str) -> tuple[int, int, int]:
@@ -315,8 +282,8 @@ def _choose_affine(
     if sform is None and qform is None:
         raise GeometryError(
             f"{name}: expected a usable sform or qform; sform: {sform_problem}; qform: "
-            f"{qform_problem}. Left and right cannot be told apart without one. Convert the scan "
-            "again from DICOM, or set the sform."
+            f"{qform_problem}. Left and right cannot be distinguished without one. Convert the "
+            "scan again from DICOM, or set the sform."
         )
     facts: dict[str, Any] = {
         "sform_code": sform_code,
@@ -357,15 +324,46 @@ def _choose_affine(
             f"{name}: the header's voxel sizes {_numbers(pixdim)} mm differ from those of its "
             f"{facts['used']}, {_numbers(spacing)} mm; the latter are used."
         )
-    direction = affine[:3, :3] / spacing
-    shear = float(np.abs(direction.T @ direction - np.eye(3)).max())
-    facts["largest_cosine_between_axes"] = shear
-    if shear > 0.02:
-        warnings.append(
-            f"{name}: the axes of its {facts['used']} are not at right angles (cosine "
-            f"{shear:.3f}), as after an affine registration. Give the scan as it was acquired."
-        )
+    affine, facts["largest_cosine_between_axes"] = _at_right_angles(
+        affine, shape, f"{name}: the axes of its {facts['used']}"
+    )
     return affine, facts
+
+
+def _at_right_angles(
+    affine: NDArray[np.float64], shape: tuple[int, ...], who: str
+) -> tuple[NDArray[np.float64], float]:
+    """An affine that ITK and a qform can hold, and the cosine between its axes as they came.
+
+    Axes that are oblique by rounding are straightened about the centre of the image.
+
+    Raises
+    ------
+    GeometryError
+        If that would move a corner by more than ``AFFINE_TOLERANCE_MM``.
+    """
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    direction = affine[:3, :3] / spacing
+    cosine = float(np.abs(direction.T @ direction - np.eye(3)).max())
+    if cosine <= ITK_COSINE:
+        return affine, cosine
+    u, _, vt = np.linalg.svd(direction)  # u @ vt: the nearest right-angled axes
+    centre = (np.array(shape) - 1) / 2
+    straight = affine.copy()
+    straight[:3, :3] = u @ vt * spacing
+    straight[:3, 3] += (affine - straight)[:3, :3] @ centre
+    corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(shape) - 1)
+    moved = float(np.linalg.norm((corners - centre) @ (affine - straight)[:3, :3].T, axis=1).max())
+    if moved > AFFINE_TOLERANCE_MM:
+        raise GeometryError(
+            f"{who} are not at right angles (cosine {cosine:.2g}, up to {moved:.3g} mm at a "
+            "corner), as after a registration with 12 parameters or in slices of a tilted gantry. "
+            "Programs that use ITK refuse or misplace such images; up to "
+            f"{AFFINE_TOLERANCE_MM} mm is taken for rounding. Give the scan as it was acquired, "
+            "or resample it onto a grid with right angles (for example with mri_convert or "
+            "nilearn's resample_img)."
+        )
+    return straight, cosine
 
 
 def _check_voxel_size(grid: Grid, name: str) -> None:
@@ -375,69 +373,12 @@ def _check_voxel_size(grid: Grid, name: str) -> None:
             f"{name}: expected voxels of 0.1 to 20 mm, got {_numbers(spacing)}. Is the affine in "
             "millimetres?"
         )
-
-
-def _check_values(
-    data: NDArray[np.float32], grid: Grid, name: str, warnings: list[str]
-) -> tuple[NDArray[np.float32], dict[str, Any]]:
-    finite = np.isfinite(data)
-    bad = int(data.size - finite.sum())
-    if bad == data.size:
-        raise InputError(f"{name}: expected an image, every voxel is NaN or infinite.")
-    if bad:
-        data = np.where(finite, data, np.float32(0))
-    low, high = float(data.min()), float(data.max())
-    if low == high:
-        raise InputError(
-            f"{name}: expected an image, every voxel is {low:g}. The export or an earlier step "
-            "failed."
+    if grid.extent_mm.max() > LARGEST_VIEW_MM:
+        raise GeometryError(
+            f"{name}: expected a field of view of up to {LARGEST_VIEW_MM:g} mm, got "
+            f"{_numbers(grid.extent_mm)} mm ({grid.shape} voxels of {_numbers(spacing)} mm). "
+            "Correct the voxel size in its header; crop a scan of the body to the head."
         )
-    inside = int((_head(data, grid) & ~finite).sum()) if bad else 0
-    if inside:
-        raise InputError(
-            f"{name}: {inside} voxels inside the head are NaN or infinite ({bad} in all). "
-            "Nothing can be assumed there; repair the image or its export."
-        )
-    if bad:
-        warnings.append(f"{name}: {bad} voxels outside the head are NaN or infinite; set to 0.")
-    negative = int((data < 0).sum())
-    if negative > 0.001 * data.size:
-        warnings.append(
-            f"{name}: {negative} voxels ({100 * negative / data.size:.1f} %) are negative, down "
-            f"to {low:g}; kept as they are."
-        )
-    facts = {
-        "min": low,
-        "max": high,
-        "non_finite_voxels_set_to_0": bad,
-        "negative_voxels": negative,
-    }
-    return data, facts
-
-
-def _head(data: NDArray[np.float32], grid: Grid) -> NDArray[np.bool_]:
-    """The head, generously: above a tenth of the bright end, closed by 10 mm, holes filled."""
-    positive = data[data > 0]
-    if not positive.size:  # an image without positive values has no background to speak of
-        return np.ones(data.shape, dtype=bool)
-    bright = data > 0.1 * np.percentile(positive, 95)
-    steps = np.maximum(np.ceil(3 / grid.spacing_mm).astype(int), 1)
-    labels, count = ndimage.label(bright)
-    if count > 1:
-        sizes = np.bincount(labels.ravel())
-        sizes[0] = 0
-        bright = labels == sizes.argmax()
-    margin = [(int(n), int(n)) for n in np.ceil(10 / grid.spacing_mm).astype(int) + steps]
-    padded = np.pad(bright, margin)
-    spacing = tuple(grid.spacing_mm)
-    dilated = ndimage.distance_transform_edt(~padded, sampling=spacing) <= 10
-    closed = ndimage.distance_transform_edt(dilated, sampling=spacing) > 10
-    closed |= padded
-    for axis in range(3):  # a hole that is open along one axis is closed in the planes across it
-        for plane in np.moveaxis(closed, axis, 0):
-            plane[:] = ndimage.binary_fill_holes(plane)
-    inner = tuple(slice(a, -b) for a, b in margin)
-    return closed[inner]
 
 
 def _acquisition(

@@ -2,7 +2,7 @@
 """Masks and labels that were made elsewhere: other programs, derivatives, the scan's own edge.
 
 Whatever its source, a mask ends as one piece without holes on the restored grid, and labels end as
-the structures of ``data/structures.tsv``; both are checked before they are believed.
+the structures of ``data/structures.tsv``; both are checked before they are used.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
-from nibabel.filebasedimages import ImageFileError
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from brainprior_bids.anatomy.nifti import open_image, read_values
+from brainprior_bids.anatomy.padding import beyond, unmeasured
 from brainprior_bids.anatomy.parcellation import (
     CSF,
     LARGEST_ML,
@@ -28,10 +29,10 @@ from brainprior_bids.anatomy.parcellation import (
     Parcellation,
     fill_holes,
     largest_component,
-    resample_separable,
     structure_names,
     structures_table,
 )
+from brainprior_bids.anatomy.separable import resample_separable
 from brainprior_bids.anatomy.spaces import check_placed, resample
 from brainprior_bids.engine.errors import AnatomyError, InputError
 from brainprior_bids.engine.grids import Grid
@@ -52,7 +53,7 @@ def assemble(
     mask: Mask,
     confidence: Mapping[int, float],
     *,
-    scan_grid: Grid,
+    image: nib.Nifti1Image,
     restored_grid: Grid,
     warnings: Sequence[str] = (),
 ) -> Parcellation:
@@ -63,27 +64,33 @@ def assemble(
     structures : (I, J, K) integer array
         Values of ``data/structures.tsv``; dropped outside ``mask``, fluid (24) where it has none.
     mask : (I, J, K) bool array
+        Where the image was padded with one value, it is cut off (``padding.unmeasured``).
     confidence : mapping
         Value -> confidence, for the table; 1 where absent.
+    image : Nifti1Image
+        (i, j, k) conformed scan.
 
     Raises
     ------
     AnatomyError
         If fewer than four compact structures are left.
     """
+    empty = unmeasured(image, mask)
+    mask = mask & ~empty
     labels = np.where(mask, structures, 0).astype(np.int16)
     labels[mask & (labels == 0)] = CSF
     sure = np.ones(max(structure_names()) + 1, np.float32)
     for value, share in confidence.items():
         sure[value] = share
-    table = structures_table(labels, sure[labels], restored_grid, restored_grid)
+    outside = beyond(empty, mask, restored_grid.spacing_mm)
+    table = structures_table(labels, sure[labels], restored_grid, restored_grid, beyond=outside)
     compact = [row["name"] for row in table if row["index"] not in SCATTERED]
     if len(compact) < FEWEST_STRUCTURES:
         raise AnatomyError(
             f"Expected at least {FEWEST_STRUCTURES} inner structures inside the mask, got "
             f"{compact}. Do mask and labels belong to this scan, and are the labels FreeSurfer's?"
         )
-    mask_scan = resample_separable(torch.from_numpy(mask).float(), scan_grid.shape).numpy()
+    mask_scan = resample_separable(torch.from_numpy(mask).float(), image.shape).numpy()
     return Parcellation(labels, mask.astype(np.uint8), mask_scan, table, list(warnings))
 
 
@@ -229,11 +236,8 @@ def labels_from_file(path: Path, grid: Grid, *, name: str) -> NDArray[np.int16]:
 
 
 def _read(path: Path, name: str) -> tuple[NDArray[np.float32], Grid]:
-    try:
-        image = nib.squeeze_image(nib.load(path))
-        values = np.asarray(image.dataobj, np.float32)
-    except (ImageFileError, OSError, ValueError, EOFError) as error:
-        raise InputError(f"{name}: {path} cannot be read ({error}). Make it again.") from error
+    image = nib.squeeze_image(open_image(path, name))
+    values = np.asarray(read_values(image, path, name), np.float32)
     if values.ndim != 3 or not np.isfinite(values).all() or not values.any():
         raise InputError(f"{name}: expected a 3-D image that is not empty in {path}.")
     check_placed(image, f"{name}: {path.name}")

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from brainprior_bids.anatomy.padding import beyond
 from brainprior_bids.engine.grids import Grid
 
 Array = NDArray[np.float64]
@@ -34,8 +35,18 @@ def directions(n: int = 40) -> Array:
     return np.concatenate([spread, spread * [-1, 1, 1]])
 
 
-def surface(mask: NDArray[np.bool_], grid: Grid) -> tuple[Array, NDArray[np.bool_]]:
+def surface(
+    mask: NDArray[np.bool_], grid: Grid, unmeasured: NDArray[np.bool_] | None = None
+) -> tuple[Array, NDArray[np.bool_]]:
     """Surface of a mask.
+
+    Parameters
+    ----------
+    mask : (i, j, k) bool array
+    grid : Grid
+        Of the mask.
+    unmeasured : (i, j, k) bool array, optional
+        Where the image was padded with one value (``padding.unmeasured``).
 
     Returns
     -------
@@ -48,6 +59,9 @@ def surface(mask: NDArray[np.bool_], grid: Grid) -> tuple[Array, NDArray[np.bool
     edge = edge[:: -(-len(edge) // POINTS)]
     margin = np.maximum(np.ceil(BORDER_MM / grid.spacing_mm), 1)
     cut = ((edge < margin) | (edge >= np.array(grid.shape) - margin)).any(1)
+    if unmeasured is not None and unmeasured.any():
+        near = beyond(unmeasured, np.zeros_like(mask), grid.spacing_mm, near_mm=BORDER_MM)
+        cut |= near[tuple(edge.T)]
     return edge @ grid.affine[:3, :3].T + grid.affine[:3, 3], cut
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from brainprior_bids.anatomy.nifti import open_image
 from brainprior_bids.anatomy.spaces import resample
 from brainprior_bids.engine.errors import GeometryError, InputError
 from brainprior_bids.engine.grids import Grid
@@ -45,8 +46,10 @@ def read_lesion(path: Path, grid: Grid) -> NDArray[np.bool_]:
         If it lies on another grid than the scan.
     """
     try:
-        image = nib.as_closest_canonical(nib.load(path))
+        image = nib.as_closest_canonical(open_image(path, path.name))
         values = np.asarray(image.dataobj, np.float32)
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(f"{path.name}: the mask cannot be read ({error}). Repair it.") from error
     if values.ndim == 4 and values.shape[3] == 1:
@@ -114,8 +117,8 @@ def prepare_lesion(
     inside = float((lesion & brain).sum() / lesion.sum())
     if inside == 0:
         raise InputError(
-            "the lesion mask does not touch the brain. Is it of this person and this scan? Look "
-            "at the brain mask in the work folder's parcellate node."
+            "the lesion mask does not touch the brain. Is it of this participant and this scan? "
+            "Look at the brain mask in the work folder's parcellate node."
         )
     warnings = []
     if inside < MOSTLY_INSIDE:

@@ -32,7 +32,7 @@ THICK_MM = 1.5
 SHARED = 0.5
 """At least this part of the smaller brain must be in both scans after alignment."""
 ALIKE = 0.85
-"""At least this correlation inside the brain; docs/tasks/fuse.md says what was measured."""
+"""At least this correlation inside the brain; measured values are in docs/tasks/fuse.md."""
 
 Image = NDArray[np.float32]
 Matrix = NDArray[np.float64]
@@ -184,8 +184,9 @@ def find_motion(reference: PlacedScan, scan: PlacedScan) -> Motion:
         raise InputError(
             f"{scan.name} and {reference.name} do not show one brain: after rigid alignment they "
             f"correlate by {correlation:.2f} inside it (at least {ALIKE} is needed) and share "
-            f"{100 * shared:.0f} % of it (at least {100 * SHARED:.0f} %). Are they of one person, "
-            "one contrast, and whole? Leave one out with --run-id or --bids-filter-file."
+            f"{100 * shared:.0f} % of it (at least {100 * SHARED:.0f} %). Are they of one "
+            "participant, one contrast, and whole? Leave one out with --run-id or "
+            "--bids-filter-file."
         )
     return Motion(to_reference, gain, correlation, shared)
 

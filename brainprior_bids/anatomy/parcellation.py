@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
+from brainprior_bids.anatomy.padding import beyond, touching, unmeasured
+from brainprior_bids.anatomy.separable import along, averaging_matrix, resample_separable
 from brainprior_bids.engine.denoiser import fast_dtype
 from brainprior_bids.engine.errors import AnatomyError, ShapeMismatchError
 from brainprior_bids.engine.grids import Grid
@@ -89,39 +91,6 @@ def mirrored(value: int) -> int:
     return value
 
 
-def averaging_matrix(n_in: int, n_out: int) -> NDArray[np.float32]:
-    """(n_out, n_in) weights between two grids with common edges; rows sum to 1.
-
-    To larger voxels: the mean over the voxel, each input voxel weighted by its overlap. To
-    smaller voxels: linear interpolation between centres, constant beyond the outermost ones.
-    """
-    width = n_in / n_out  # of an output voxel, in input voxels
-    centres = (np.arange(n_out) + 0.5) * width
-    inputs = np.arange(n_in) + 0.5
-    if width >= 1:
-        low = np.maximum(centres[:, None] - width / 2, inputs - 0.5)
-        high = np.minimum(centres[:, None] + width / 2, inputs + 0.5)
-        weights = np.clip(high - low, 0, None)
-    else:
-        clipped = np.clip(centres, inputs[0], inputs[-1])
-        weights = np.clip(1 - np.abs(clipped[:, None] - inputs), 0, None)
-    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
-
-
-def resample_separable(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """(..., i, j, k) -> (..., *shape) between grids with common axes and edges."""
-    for axis in (-1, -2, -3):
-        if x.shape[axis] != shape[axis]:
-            x = _along(x, averaging_matrix(x.shape[axis], shape[axis]), axis)
-    return x
-
-
-def _along(x: Tensor, matrix: NDArray[np.float32], axis: int) -> Tensor:
-    """Apply an (m, n) matrix along one axis of length n."""
-    weights = torch.from_numpy(np.ascontiguousarray(matrix))
-    return torch.movedim(torch.movedim(x, axis, -1) @ weights.T, -1, axis)
-
-
 @torch.no_grad()
 def class_probabilities(
     volume: Tensor, network: ParcellationNetwork, *, mirror: bool = True
@@ -182,11 +151,15 @@ def parcellate(
     data = torch.from_numpy(np.ascontiguousarray(image.get_fdata(dtype=np.float32)))
     coarse = tuple(max(round(float(e) / NETWORK_MM), 1) for e in scan_grid.extent_mm)
     probabilities = class_probabilities(resample_separable(data, coarse), network)
-    coarse_mm3 = float(np.prod(scan_grid.extent_mm / np.array(coarse)))
+    coarse_mm = scan_grid.extent_mm / np.array(coarse)
+    coarse_mm3 = float(np.prod(coarse_mm))
     names = structure_names()
     channels = {v: c for c, v in enumerate(network.classes) if v in names}
+    inside = probabilities[list(channels.values())].sum(0).numpy()
+    empty = unmeasured(image, inside)
+    inside[empty] = 0
     inside, warnings = _clean_mask(
-        probabilities[list(channels.values())].sum(0).numpy(), coarse_mm3
+        inside, coarse_mm3, beyond=beyond(empty, inside > 0.5, coarse_mm)
     )
     matrices = [averaging_matrix(n, m) for m, n in zip(restored_grid.shape, coarse, strict=True)]
     coarse_box, fine_box, matrices = _box(inside, matrices)
@@ -197,6 +170,8 @@ def parcellate(
     )
     mask = np.zeros(restored_grid.shape, np.uint8)
     mask[fine_box] = part
+    empty = unmeasured(image, mask)
+    mask[empty] = labels[empty[fine_box]] = 0
     structures = np.zeros(restored_grid.shape, np.int16)
     structures[fine_box] = labels
     mask_scan = resample_separable(torch.from_numpy(mask).float(), scan_grid.shape).numpy()
@@ -204,7 +179,8 @@ def parcellate(
         (fine_box[0].start, fine_box[1].start, fine_box[2].start),
         (fine_box[0].stop, fine_box[1].stop, fine_box[2].stop),
     )
-    table = structures_table(labels, best, box_grid, restored_grid)
+    outside = beyond(empty, mask > 0, restored_grid.spacing_mm)[fine_box]
+    table = structures_table(labels, best, box_grid, restored_grid, beyond=outside)
     compact = [row for row in table if row["index"] not in SCATTERED]
     if len(compact) < 4:
         raise AnatomyError(
@@ -257,11 +233,12 @@ def fill_holes(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def _clean_mask(
-    inside: NDArray[np.float32], voxel_mm3: float
+    inside: NDArray[np.float32], voxel_mm3: float, *, beyond: NDArray[np.bool_]
 ) -> tuple[NDArray[np.float32], list[str]]:
     """Probability of brain with one component and no holes, and warnings.
 
-    Thin bridges (one voxel of 2 mm) to other tissue do not join a component.
+    Thin bridges (one voxel of 2 mm) to other tissue do not join a component. The brain is cut
+    where the mask touches ``beyond``, as on the faces of the field of view.
     """
     brain = inside > 0.5
     core = largest_component(ndimage.binary_erosion(brain))
@@ -269,7 +246,10 @@ def _clean_mask(
     filled = fill_holes(component)
     volume = filled.sum() * voxel_mm3 / 1000
     faces = [f for a in range(3) for f in (filled.take(0, a), filled.take(-1, a))]
-    cut = sum(int(f.sum()) for f in faces) * voxel_mm3 ** (2 / 3) / 100  # cm2 at the border
+    inner = [f for a in range(3) for f in touching(filled, beyond, a)]
+    face_cm2 = voxel_mm3 ** (2 / 3) / 100
+    padded = sum(int(f.sum()) for f in inner) * face_cm2
+    cut = sum(int(f.sum()) for f in faces) * face_cm2 + padded
     warnings = []
     partial = cut > 10
     smallest = SMALLEST_PART_ML if partial else SMALLEST_ML
@@ -282,12 +262,17 @@ def _clean_mask(
     if partial:
         warnings.append(
             f"The field of view cuts through the brain ({cut:.0f} cm2 of the mask lie on its "
-            "border): only the part inside is restored."
+            f"border{_filled_up(padded)}): only the part inside is restored."
         )
     near = ndimage.binary_dilation(filled)
     cleaned = np.where(near, inside, 0).astype(np.float32)
     cleaned[filled & ~brain] = 1.0
     return cleaned, warnings
+
+
+def _filled_up(cut_cm2: float) -> str:
+    """Where the border is one inside the image, for the warning."""
+    return f", {cut_cm2:.0f} of them where the image was padded with one value" * (cut_cm2 > 1)
 
 
 Box = tuple[slice, slice, slice]
@@ -315,7 +300,7 @@ def _interpolate(
     """Apply one matrix per axis."""
     x = torch.from_numpy(np.ascontiguousarray(values))
     for axis, matrix in enumerate(matrices):
-        x = _along(x, matrix, axis)
+        x = along(x, matrix, axis)
     out: NDArray[np.float32] = x.numpy()
     return out
 
@@ -357,6 +342,8 @@ def structures_table(
     best: NDArray[np.float32],
     grid: Grid,
     view: Grid,
+    *,
+    beyond: NDArray[np.bool_],
 ) -> list[dict[str, Any]]:
     """Volume, confidence and centroid of every structure present, and how far it is cut.
 
@@ -366,6 +353,8 @@ def structures_table(
         Labels, and how sure each is, on ``grid``.
     grid, view : Grid
         ``grid`` is ``view``, the whole field of view, or a box of it.
+    beyond : (i, j, k) bool array
+        Where the brain goes on but was not measured (``padding.beyond``), on ``grid``.
 
     Returns
     -------
@@ -379,7 +368,7 @@ def structures_table(
     confidence = np.bincount(found, best[where], minlength=size)
     moments = [np.bincount(found, index, minlength=size) for index in where]
     voxel_mm3 = float(np.prod(grid.spacing_mm))
-    cut_mm2 = _cut_mm2(structures, grid, view, size)
+    cut_mm2 = _cut_mm2(structures, grid, view, beyond, size)
     table = []
     for value, name in names.items():
         if counts[value] == 0:
@@ -402,13 +391,19 @@ def structures_table(
 
 
 def _cut_mm2(
-    structures: NDArray[np.int16], grid: Grid, view: Grid, size: int
+    structures: NDArray[np.int16],
+    grid: Grid,
+    view: Grid,
+    beyond: NDArray[np.bool_],
+    size: int,
 ) -> NDArray[np.float64]:
-    """Area of every structure on the faces of the field of view, indexed by value."""
+    """Area of every structure on the faces of what was measured, indexed by value."""
     start = np.rint(np.linalg.inv(view.affine) @ grid.affine[:, 3])[:3].astype(int)
     area = np.zeros(size)
     for axis in range(3):
         face_mm2 = float(np.prod(np.delete(grid.spacing_mm, axis)))
+        for part in touching(structures, beyond, axis):
+            area += np.bincount(part.ravel(), minlength=size)[:size] * face_mm2
         for touches, plane in (
             (start[axis] <= 0, 0),
             (start[axis] + grid.shape[axis] >= view.shape[axis], -1),

@@ -33,6 +33,7 @@ from brainprior_bids.anatomy.brain import BrainSources, find_brain
 from brainprior_bids.anatomy.conform import Conformed, conform
 from brainprior_bids.anatomy.hull import surface
 from brainprior_bids.anatomy.lesion import Lesion, find_lesion
+from brainprior_bids.anatomy.padding import unmeasured
 from brainprior_bids.anatomy.parcellation import Parcellation
 from brainprior_bids.anatomy.rescue import find_affine, template_folder
 from brainprior_bids.engine.acquisition import Acquisition
@@ -240,7 +241,7 @@ def align_to_mni305(
     inside = np.asarray(mask_1mm) > 0
     return find_affine(
         table,
-        surface(inside, grid),
+        surface(inside, grid, unmeasured(image, inside)),
         image=image,
         mask=nib.Nifti1Image(inside.astype(np.uint8), np.array(grid.affine)),
         templates=template_folder(),

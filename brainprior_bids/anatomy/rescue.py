@@ -4,7 +4,7 @@
 ``find_affine`` is what the node calls: structures first; where they fail or lie too far from their
 places, an affine registration (antspyx, mutual information) of the brain to TemplateFlow's MNI305,
 if that is on this machine; and it is judged by the same structures and the same rules before it
-is believed. Nothing is downloaded.
+is used. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from brainprior_bids.anatomy.affine import (
-    DOUBTFUL_RESIDUAL_MM,
+    LARGEST_RESIDUAL_MM,
     AffineFit,
     fit_affine,
     judge_affine,
@@ -83,19 +84,26 @@ def find_affine(
     fit: AffineFit | None = None
     try:
         fit = fit_affine(table, surface=surface)
-        if fit.median_residual_mm <= DOUBTFUL_RESIDUAL_MM:
+        if fit.median_residual_mm <= LARGEST_RESIDUAL_MM:
             return fit
         problem = f"the structures lie {fit.median_residual_mm:.1f} mm from their places"
     except AnatomyError as error:
         problem = str(error)
+    why = None
     if templates is None:
         why = (
             "MNI305 is not in TemplateFlow's folder on this machine, so the scan could not be "
             "registered to it instead (fetch it with templateflow.api.get('MNI305'))"
         )
+    elif find_spec("ants") is None:
+        why = (
+            "antspyx is not installed, so the scan could not be registered to MNI305 instead "
+            "(install antspyx)"
+        )
+    if why is not None:
         if fit is None:
             raise AnatomyError(f"{problem} And {why}.")
-        return replace(fit, warnings=[*fit.warnings, f"The affine is doubtful, and {why}."])
+        return replace(fit, warnings=[*fit.warnings, f"The affine is unreliable, and {why}."])
     matrix = register_to_template(image, mask, templates, start=fit.matrix if fit else None)
     try:
         rescued = judge_affine(matrix, table, surface=surface)

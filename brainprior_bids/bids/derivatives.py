@@ -250,6 +250,7 @@ def sidecars(
     if alone:  # another tool's image stands for the scan: nothing of this is the scan's
         raw = steps.given["refined"].uri
     sources = [*([] if alone else [raw]), *used, mask, *hidden]
+    shift = steps.conform.facts.values.shift
     image: dict[str, Any] = {
         **{key: scan.metadata[key] for key in INHERITED if key in scan.metadata and not alone},
         "SkullStripped": image_desc not in FILLED or parcellation.mask_source.scan_is_stripped,
@@ -261,6 +262,7 @@ def sidecars(
         "Prior": _card(restore.prior),
         "NoiseStandardDeviation": restore.scanner_units(restore.noise_sd),
         "Units": "arbitrary",
+        **({} if shift is None else {"IntensityShift": shift}),
         **({} if steps.bias is None else _slice_gains(steps.bias)),
         **({"OutsideTrainingContrasts": True} if restore.outside_training else {}),
         **({"FusedRuns": _fused(restore)} if restore.runs else {}),

@@ -15,13 +15,12 @@ import csv
 import io
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import nibabel as nib
-
 from brainprior_bids import __version__
+from brainprior_bids.anatomy.nifti import open_image
 from brainprior_bids.bids.derivatives import BIDS_VERSION, INHERITED, bids_uri, check_output
 from brainprior_bids.bids.files import decoded, read_json, to_json, write_json, write_text
 from brainprior_bids.bids.names import BIDSName, output_names
@@ -61,7 +60,7 @@ def choose_t1w(scans: Sequence[Scan], *, per: str) -> set[str]:
 
 def _thickest_mm(path: Path) -> float:
     try:
-        return round(float(max(nib.load(path).header.get_zooms()[:3])), 2)
+        return round(float(max(open_image(path, path.name).header.get_zooms()[:3])), 2)
     except Exception:  # whatever nibabel says of a broken header: it will fail, and say why
         return float("inf")
 
@@ -270,9 +269,8 @@ def is_delivered(exports: Mapping[str, str], scan: Scan, fingerprint: str) -> bo
 
 def link_rest(
     root: Path, bids_dir: Path, scans: Sequence[Scan], *, sessions: Sequence[str] = ()
-) -> int:
-    """Fill the ``raw`` root: links to all that is not ``anat`` and to what it
-    inherits, ``participants.tsv`` and the filter file.
+) -> tuple[int, dict[str, str]]:
+    """Fill the ``raw`` root with links to all that is not ``anat`` and to what it inherits.
 
     Links are absolute, so the original has to lie (or be mounted) where it lay here. ``anat``
     images of the original are left out: fMRIPrep takes every ``T1w`` that it finds. Sessions
@@ -281,36 +279,55 @@ def link_rest(
 
     Returns
     -------
-    Number of files linked.
-
-    Raises
-    ------
-    InputError
-        If something that is no link is in the way.
+    links : int
+        Number of files linked.
+    problems : subject -> message
+        Where something is in the way, or the disk refuses; under "", of what all participants
+        share. The links of the others are made.
     """
-    links = 0
+    links, problems = 0, {}
     usable = [scan for scan in scans if scan.problem is None]
-    folders = {scan.name.folder for scan in usable}
-    for subject in {scan.subject for scan in usable}:
-        for path in (bids_dir / f"sub-{subject}").glob("ses-*"):
-            if path.is_dir() and (not sessions or path.name[4:] in sessions):
-                folders.add(PurePosixPath(path.relative_to(bids_dir)))
-    for folder in sorted({PurePosixPath(), *folders, *(f.parent for f in folders)}):
-        for path in _inherited(bids_dir / folder):
-            _link(root / folder / path.name, path)
-            links += 1
+    for subject in ("", *sorted({scan.subject for scan in usable})):
+        folders = {scan.name.folder for scan in usable if scan.subject == subject}
+        try:
+            for path in _rest(bids_dir, subject, folders, sessions):
+                _link(root / path.relative_to(bids_dir), path)
+                links += 1
+        except InputError as error:
+            problems[subject] = str(error)
+        except OSError as error:
+            problems[subject] = (
+                f"--export raw: {error.filename2 or error.filename} cannot be linked "
+                f"({error.strerror}). Remove what is in the way, or give another folder."
+            )
+    return links, problems
+
+
+def describe_raw(root: Path, bids_dir: Path) -> None:
+    """Write ``participants.tsv`` and the filter file of a ``raw`` root for what is in it."""
+    _write_participants(root, bids_dir)
+    write_json(root / FILTER_FILE, _filters(root))
+
+
+def _rest(
+    bids_dir: Path, subject: str, folders: set[PurePosixPath], sessions: Sequence[str]
+) -> Iterator[Path]:
+    """What is linked of one subject with scans in ``folders``; of the root for no subject."""
+    if not subject:
+        yield from _inherited(bids_dir)
+        return
+    for path in (bids_dir / f"sub-{subject}").glob("ses-*"):
+        if path.is_dir() and (not sessions or path.name[4:] in sessions):
+            folders = {*folders, PurePosixPath(path.relative_to(bids_dir))}
+    for folder in sorted({*folders, PurePosixPath(f"sub-{subject}")}):
+        yield from _inherited(bids_dir / folder)
     for folder in sorted(folders):
-        datatypes = [path for path in sorted((bids_dir / folder).iterdir()) if path.is_dir()]
-        for datatype in datatypes:
+        for datatype in sorted(path for path in (bids_dir / folder).iterdir() if path.is_dir()):
             if datatype.name == "anat" or datatype.name.startswith("ses-"):
                 continue
             for path in sorted(datatype.rglob("*")):
                 if path.is_file() or path.is_symlink():
-                    _link(root / path.relative_to(bids_dir), path)
-                    links += 1
-    _write_participants(root, bids_dir)
-    write_json(root / FILTER_FILE, _filters(root))
-    return links
+                    yield path
 
 
 def _inherited(folder: Path) -> list[Path]:

@@ -3,7 +3,7 @@
 
 A finished scan is skipped only where every part is what it was: the version and the code that
 computes results, the image, its metadata, the settings, both networks' weights, and what was
-taken from other data sets. The parts stand in the scan's summary, so that a later run can say
+taken from other data sets. The parts are in the scan's summary, so that a later run can say
 which of them changed. Device and number of threads are no part: they change the last bits, and
 are recorded.
 """

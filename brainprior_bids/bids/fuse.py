@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import nibabel as nib
-
+from brainprior_bids.anatomy.nifti import open_image
 from brainprior_bids.bids.names import BIDSName
 from brainprior_bids.bids.query import Scan
 
@@ -29,7 +28,7 @@ def fuse_runs(scans: Sequence[Scan]) -> list[Scan]:
     groups: dict[str, list[Scan]] = {}
     for scan in scans:
         usable = scan.name.stem == scan.path.name.partition(".")[0]
-        # a file whose name or place cannot be used is nobody's run, and fails alone
+        # a file whose name or place cannot be used is part of no run, and fails alone
         key = fused_name(scan.name).stem if usable else scan.name.stem
         groups.setdefault(key, []).append(scan)
     return [_fused(group) if len(group) > 1 else group[0] for group in groups.values()]
@@ -53,6 +52,6 @@ def _fused(group: list[Scan]) -> Scan:
 def _spacing(path: Path) -> float:
     """Largest voxel size, in steps of 0.1 mm; infinite for a header that cannot be read."""
     try:
-        return round(float(max(nib.load(path).header.get_zooms()[:3])), 1)
+        return round(float(max(open_image(path, path.name).header.get_zooms()[:3])), 1)
     except Exception:  # whatever nibabel says of it: the node that opens the image will say it
         return float("inf")

@@ -36,8 +36,8 @@ def find_given(scan: Scan, settings: Settings) -> list[dict[str, Given]]:
     Raises
     ------
     InputError
-        If a file that is asked for is not there, or cannot be told from another; of fused runs, if
-        none has a lesion mask, or the one whose lesion is to be filled has none.
+        If a file that is asked for is not there, or cannot be distinguished from another; of fused
+        runs, if none has a lesion mask, or the one whose lesion is to be filled has none.
     """
     runs = scan.runs or (scan,)
     every = [_anatomy(run, settings) for run in runs]

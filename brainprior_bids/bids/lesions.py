@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lesion mask of a scan, by the names people give it.
+"""The lesion mask of a scan, by its usual names.
 
 In this order: ``--lesion-mask PATTERN``; ``label-lesion_mask`` in every ``--derivatives`` set;
 ``label-lesion_roi`` in the raw ``anat`` folder (fMRIPrep's convention). A mask belongs to a scan
@@ -15,6 +15,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from brainprior_bids.anatomy.nifti import open_image
 from brainprior_bids.bids import patterns
 from brainprior_bids.bids.names import BIDSName, same_value
 from brainprior_bids.bids.query import Scan
@@ -90,7 +91,7 @@ def find_lesions_of_runs(runs: Sequence[Scan], settings: Settings) -> list[Path 
 def _same_grid(one: Path, other: Path) -> bool:
     """Whether two images lie on one grid, up to the order of their axes; by their headers."""
     try:
-        images = [nib.as_closest_canonical(nib.load(path)) for path in (one, other)]
+        images = [nib.as_closest_canonical(open_image(path, path.name)) for path in (one, other)]
     except Exception:  # whatever nibabel says of it: the step that opens the image will say it
         return False
     a, b = images

@@ -121,7 +121,7 @@ class Verified:
     changes : address -> ``changed`` or ``missing``
         Outputs by their path from the output folder, other files by their ``bids:`` address.
     outputs, inputs : int
-        Files whose hash was computed anew, or that are missing.
+        Files whose hash was recomputed, or that are missing.
     out_of_reach : tuple of str
         Inputs in data sets that are not where ``DatasetLinks`` says.
     """

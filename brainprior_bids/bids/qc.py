@@ -3,7 +3,7 @@
 
 The limits separate the usual from the unusual; they are chosen, not measured, and a scan inside
 all of them can be wrong (docs/outputs.md says how often they spoke on scans whose truth is
-known). They stand in one table, and every verdict names the limits that were passed.
+known). They are in one table, and every verdict names the limits that were exceeded.
 
 Volumes are compared with those of 54 participants (``data/volumes.json``): z is the distance of a
 volume's logarithm from their mean, in their SDs.
@@ -210,7 +210,7 @@ def _anatomy(parcellation: ParcellationRecord) -> dict[str, float | None]:
 
 @cache
 def reference() -> dict[str, dict[str, float]]:
-    """Structure -> mean and SD of the logarithm of its volume in mm3, over the reference's people.
+    """Structure -> mean and SD, over the reference participants, of its log volume in mm3.
 
     ``Brain`` is the whole mask. Made by ``brainprior_bids.training.volumes``.
     """

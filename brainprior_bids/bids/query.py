@@ -89,7 +89,7 @@ class Scan:
 
     @property
     def contrast(self) -> str:
-        """What the network is told: ``T1w``, ``T2w``, ``FLAIR`` or ``unknown``."""
+        """The contrast that the network is given: ``T1w``, ``T2w``, ``FLAIR`` or ``unknown``."""
         return self.name.suffix if self.name.suffix in ("T1w", "T2w", "FLAIR") else "unknown"
 
 
@@ -145,6 +145,30 @@ def list_subjects(bids_dir: Path) -> list[str]:
         for entry in bids_dir.iterdir()
         if entry.name.startswith("sub-") and os.path.isdir(entry)
     )
+
+
+def misnamed_folders(bids_dir: Path) -> dict[str, str]:
+    """Folders that are meant as participants or sessions, but not named so, and what to do.
+
+    Returns
+    -------
+    path in the data set -> message
+        Such as ``SUB-01``, ``sub_02``, ``subject03``, ``sub-04/Ses-1``.
+    """
+    found = {}
+    subjects = [bids_dir / f"sub-{label}" for label in list_subjects(bids_dir)]
+    for folder, key, word in ((bids_dir, "sub", "ject"), *((s, "ses", "sion") for s in subjects)):
+        for entry in sorted(folder.iterdir()):
+            start = re.match(rf"{key}(?:{word})?(?:[-_ ](?=.)|(?=\d))", entry.name, re.IGNORECASE)
+            if start is None or entry.name.startswith(f"{key}-") or not os.path.isdir(entry):
+                continue
+            label = re.sub("[^a-zA-Z0-9]", "", entry.name[start.end() :])
+            place = readable(entry.relative_to(bids_dir))
+            found[place] = (
+                f"{place}: this folder is ignored, as its name does not begin with '{key}-' in "
+                f"small letters. Rename it (and its files), for example to {key}-{label}."
+            )
+    return found
 
 
 def requested_subjects(settings: Settings) -> list[str]:

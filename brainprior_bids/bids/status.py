@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import io
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cache
@@ -89,6 +90,48 @@ def write_absent(output_dir: Path, absent: Mapping[str, str], present: Iterable[
         (folder / f"sub-{label}.json").unlink(missing_ok=True)
 
 
+def write_misnamed(output_dir: Path, misnamed: Mapping[str, str]) -> None:
+    """Write down the folders that are ignored because of their names, instead of earlier ones.
+
+    Parameters
+    ----------
+    misnamed : path in the data set -> message
+    """
+    folder = output_dir / "logs" / "participants"
+    for path in folder.glob("ignored-*.json"):
+        path.unlink(missing_ok=True)
+    for number, (place, message) in enumerate(misnamed.items(), 1):
+        row = {"source": readable(place), "status": NO_SCAN, "message": message}
+        write_json(folder / f"ignored-{number}.json", row)
+
+
+def forget_gone(output_dir: Path, bids_dir: Path, subjects: Iterable[str]) -> list[str]:
+    """Remove the failures of files that are no longer in the data set (renamed, or removed).
+
+    Parameters
+    ----------
+    subjects : labels
+        Only in their folders, so that a part of the data set can be processed elsewhere.
+
+    Returns
+    -------
+    Names of the scans. Results stay, and failures that left some in place.
+    """
+    folders = {f"sub-{subject}" for subject in subjects}
+    gone = []
+    for summary in read_summaries(output_dir):
+        source = summary.source or ""
+        if (
+            summary.status is ScanStatus.FAILED
+            and not summary.files
+            and source.partition("/")[0] in folders
+            and not os.path.lexists(bids_dir / source)
+        ):
+            summary_path(output_dir, summary.scan).unlink(missing_ok=True)
+            gone.append(summary.scan)
+    return gone
+
+
 def rebuild_status(output_dir: Path) -> Path:
     """Write ``logs/status.tsv``: one row per scan, and per participant without one."""
     stream = io.StringIO()
@@ -97,7 +140,7 @@ def rebuild_status(output_dir: Path) -> Path:
     writer.writerow(COLUMNS)
     for summary in read_summaries(output_dir):
         writer.writerow([_cell(getattr(summary, column)) for column in COLUMNS])
-    for path in sorted((output_dir / "logs" / "participants").glob("sub-*.json")):
+    for path in sorted((output_dir / "logs" / "participants").glob("*.json")):
         try:
             row = read_json(path)
         except (OSError, ValueError):  # removed meanwhile by the process that found a scan
@@ -107,7 +150,7 @@ def rebuild_status(output_dir: Path) -> Path:
 
 
 def settle(output_dir: Path, job: str) -> list[str]:
-    """Scans that were at work in a job, or in a task of an array, that has ended: they failed.
+    """Scans that were being processed by a job, or an array task, that has ended: they failed.
 
     Returns
     -------

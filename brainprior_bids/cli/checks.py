@@ -63,7 +63,7 @@ def check_task(options: argparse.Namespace, task: str) -> None:
         why = (
             "it keeps the scan's own grid by itself"
             if "inpaint" in task
-            else "another tool's image stands in for the scan, so there is no head to put it into"
+            else "another tool's image replaces the scan, so there is no head to put it into"
         )
         raise UsageError(
             f"--output-grid native needs --task restore, not --task {task.replace('+', ' ')}: "
@@ -91,7 +91,7 @@ def _check_fuse(options: argparse.Namespace, task: str) -> None:
     if task == "refine":
         raise UsageError(
             "--fuse combines several scans, and --task refine alone uses none: another tool's "
-            "image stands in for the scan. Use --task restore refine."
+            "image replaces the scan. Use --task restore refine."
         )
     if options.sampler == "mean":
         raise UsageError(

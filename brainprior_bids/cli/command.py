@@ -60,6 +60,10 @@ def command(arguments: list[str]) -> int:
             return weights(arguments[1:])
         if arguments[:1] == ["verify"]:
             return verify(arguments[1:])
+        if arguments[:1] == ["status"]:
+            from brainprior_bids.cli.status import status
+
+            return status(arguments[1:])
         settings = parse_settings(arguments)
         return run(settings)
     except UsageError as error:

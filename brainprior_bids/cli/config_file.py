@@ -39,7 +39,7 @@ def read_config(path: Path) -> dict[str, Any]:
         config["exports"] = {
             kind: "" if Path(root) == output.with_name(f"{output.name}-{kind}") else root
             for kind, root in config.get("exports", {}).items()
-        }  # the default there; here it lies beside this output_dir
+        }  # the default there; here it is next to this output_dir
     return {key: value for key, value in config.items() if key not in NOT_IN_CONFIG}
 
 

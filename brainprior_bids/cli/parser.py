@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from brainprior_bids.bids.files import readable
 from brainprior_bids.bids.provenance import new_run_uuid
-from brainprior_bids.bids.query import checked_filters, read_filters
+from brainprior_bids.bids.query import NOT_TEXT, checked_filters, read_filters
 from brainprior_bids.cli import options as groups
 from brainprior_bids.cli.checks import (
     bare_labels,
@@ -50,6 +51,7 @@ other commands (`brainprior COMMAND --help`):
   check-lesion IMAGE          how much of a lesion's contrast a restoration keeps
   evaluate DATA OUT           degrade 1 mm brains, restore them, compare with the originals
   weights list|verify|add     list or check the networks' weights, add your own
+  status OUT                  what is done, failed and running, and the remaining time
   verify OUT                  compare every file with its SHA-256 in the provenance
 If your dataset folder has the name of a command, write ./train.
 
@@ -131,6 +133,12 @@ def parse_settings(argv: Sequence[str]) -> Settings:
     SystemExit
         After ``--help`` and ``--version``.
     """
+    for word in argv:
+        if NOT_TEXT.search(word):
+            raise UsageError(
+                f"the argument {readable(word)} is not text (UTF-8), so that no record could "
+                "name it. Rename the file or folder, or correct the argument."
+            )
     options = _parse(argv)
     task = "+".join(word for word in WORDS if word in options.task)
     check_task(options, task)

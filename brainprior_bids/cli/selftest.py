@@ -11,6 +11,7 @@ import importlib
 import subprocess
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 from brainprior_bids import __version__
 from brainprior_bids.bids.validate import find_validator
@@ -20,7 +21,6 @@ from brainprior_bids.run.resources import resolve_device
 LIBRARIES = (
     "torch",
     "SimpleITK",
-    "ants",
     "nipype",
     "bids",
     "niworkflows",
@@ -53,16 +53,24 @@ def selftest(argv: Sequence[str]) -> int:
     return 0
 
 
+def _load(name: str) -> None:
+    try:
+        importlib.import_module(name)
+    except Exception as error:  # whatever a broken installation raises
+        raise BrainpriorError(
+            f"self-test: {name} cannot be imported ({type(error).__name__}: {error}). "
+            "Reinstall brainprior with constraints.txt."
+        ) from error
+
+
 def _libraries() -> None:
     for name in LIBRARIES:
-        try:
-            importlib.import_module(name)
-        except Exception as error:  # whatever a broken installation raises
-            raise BrainpriorError(
-                f"self-test: {name} cannot be imported ({type(error).__name__}: {error}). "
-                "Install brainprior anew, with constraints.txt."
-            ) from error
+        _load(name)
     print(f"{len(LIBRARIES)} libraries load")
+    if find_spec("ants") is None:
+        print("antspyx is not installed: scans cannot be registered to the MNI305 template")
+    else:
+        _load("ants")
     command = find_validator()
     if command is None:
         print("bids-validator-deno is not installed: data sets will not be validated")
@@ -73,7 +81,7 @@ def _libraries() -> None:
     if done.returncode:
         raise BrainpriorError(
             f"self-test: {command} --version ended with {done.returncode}: "
-            f"{done.stderr.strip()[-500:]}. Install it anew."
+            f"{done.stderr.strip()[-500:]}. Reinstall it."
         )
     print(done.stdout.strip())
 

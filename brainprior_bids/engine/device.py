@@ -52,7 +52,7 @@ def choose_device(
     -------
     device : ``cpu`` or ``cuda:N``
     why : one phrase for the log
-    doubtful : True if a GPU was probably intended, and the CPU is used
+    unexpected : True if a GPU was probably intended, and the CPU is used
 
     Raises
     ------

@@ -13,6 +13,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
+from brainprior_bids.anatomy.nifti import open_image
 from brainprior_bids.anatomy.spaces import check_placed, resample
 from brainprior_bids.bids.files import write_json
 from brainprior_bids.bids.names import sample_role
@@ -123,10 +124,11 @@ def _trust(inputs: Inputs, grid: Grid) -> float | NDArray[np.float32] | None:
     """SD of the error of an image that is refined alone: a number, a map, or None."""
     if "trust_map" not in inputs:
         return float(inputs["trust"]) if "trust" in inputs else None
-    sd = nib.as_closest_canonical(nib.load(inputs["trust_map"]))
+    path = Path(inputs["trust_map"])
+    sd = nib.as_closest_canonical(open_image(path, f"--trust {path.name}"))
     if sd.shape != grid.shape or not np.allclose(sd.affine, grid.affine, atol=1e-2):
         raise GeometryError(
-            f"--trust {Path(inputs['trust_map']).name}: the map ({sd.shape}) does not lie on "
+            f"--trust {path.name}: the map ({sd.shape}) does not lie on "
             f"the grid of the image to refine ({grid.shape}). Resample it."
         )
     return np.asarray(sd.dataobj, np.float32)
@@ -136,7 +138,7 @@ def _read_image(path: Path, trust: float, grid: Grid) -> ImageObservation:
     """Another tool's image on the scan's 1 mm grid; NaN become 0, refused in the brain."""
     from brainprior_bids.engine.observation import ImageObservation
 
-    other = nib.load(path)
+    other = open_image(path, path.name)
     check_placed(other, path.name)
     other = nib.as_closest_canonical(other)
     values = np.asarray(other.dataobj, np.float32)

@@ -88,7 +88,7 @@ class Restore(MeasuredInterface):
         from brainprior_bids.interfaces import restoration
 
         inputs = given(self.inputs)
-        device, why, doubtful = choose_device(inputs["device"])
+        device, why, unexpected = choose_device(inputs["device"])
         prior = load_prior(Path(inputs["prior"]), device=device, tile_mm=inputs.get("tile_mm"))
         result = restore(
             restoration.read_observations(inputs),
@@ -106,7 +106,7 @@ class Restore(MeasuredInterface):
             observe=restoration.progress_writer(folder / PROGRESS, inputs["n_samples"]),
             daps=DapsSettings(n_levels=inputs["n_steps"]),
         )
-        on_cpu = [f"restored on the CPU: {why}"] if doubtful else []
+        on_cpu = [f"restored on the CPU: {why}"] if unexpected else []
         warnings = restoration.find_warnings(inputs, result, on_cpu)
         outputs, changed = restoration.write_images(inputs, result, folder)
         record = restoration.record_of(

@@ -14,8 +14,10 @@ from brainprior_bids.bids.files import reserved, write_text
 from brainprior_bids.bids.names import result_name
 from brainprior_bids.bids.qc import rebuild_qc
 from brainprior_bids.engine.errors import is_full
+from brainprior_bids.records import ScanRecord, ScanStatus
 from brainprior_bids.run.environment import why_no_workers
 from brainprior_bids.run.failures import Failure
+from brainprior_bids.run.live import LiveResults
 from brainprior_bids.run.logs import LOG
 from brainprior_bids.run.monitor import ResourceMonitor
 from brainprior_bids.run.outcome import step_records, why_not_ended, write_failure, write_running
@@ -52,7 +54,7 @@ def execute(jobs: Sequence[Any], settings: Settings, weights: dict[str, Path]) -
         LOG.info("graph: %s%s", logs / f"graph.{kind}", hint)
     base = settings.work_dir / workflow.name
     folders = [base / f"{job.scan.name.node_name}_wf" for job in jobs]
-    for folder in folders:  # only these: another process may be at work on other scans
+    for folder in folders:  # only these: another process may be working on other scans
         for left in (*folder.glob(f"*/{FAILURE}"), *folder.glob(f"*/{PROGRESS}")):
             left.unlink()
     crashed: Exception | KeyboardInterrupt | None = None
@@ -62,8 +64,7 @@ def execute(jobs: Sequence[Any], settings: Settings, weights: dict[str, Path]) -
             for job in jobs:
                 write_running(job.scan, settings)
             status.rebuild_status(settings.output_dir)
-            names = dict(zip(folders, (job.scan.name.stem for job in jobs), strict=True))
-            crashed = _run(workflow, names, settings, failures)
+            crashed = _run(workflow, dict(zip(folders, jobs, strict=True)), settings, failures)
     except OSError as error:
         if not is_full(error):
             raise
@@ -88,7 +89,7 @@ def _settle(
         summary = status.read_summary(
             settings.output_dir, result_name(job.scan.name, settings.image)
         )
-        if summary is None or summary.running:
+        if summary is None or summary.running or _failed_now(summary, settings):
             error = why_not_ended(job.scan, folder, settings, crashed, failures)
             inside = f"{folder.name}."
             steps = [name.removeprefix(inside) for name in every_step if name.startswith(inside)]
@@ -96,9 +97,14 @@ def _settle(
             write_failure(job.scan, settings, error, nodes=records)
 
 
+def _failed_now(summary: ScanRecord, settings: Settings) -> bool:
+    """Whether a scan failed in this run: steps beside the failed one may have ended since."""
+    return summary.status is ScanStatus.FAILED and summary.run_uuid == settings.run_uuid
+
+
 def _run(
     workflow: Any,
-    names: Mapping[Path, str],
+    jobs: Mapping[Path, Any],
     settings: Settings,
     failures: dict[str, Failure],
 ) -> Exception | KeyboardInterrupt | None:
@@ -106,12 +112,12 @@ def _run(
 
     Parameters
     ----------
-    names : folder of a scan's steps -> name of the scan
+    jobs : folder of a scan's steps -> its job
     """
     from brainprior_bids.workflows.scan import expected_work
 
-    folders = {folder.name: folder for folder in names}
-    scans = {folder.name: name for folder, name in names.items()}
+    folders = {folder.name: folder for folder in jobs}
+    scans = {folder.name: job.scan.name.stem for folder, job in jobs.items()}
     progress = Progress(scans, folders, expected_work(settings))
     monitor = (
         ResourceMonitor(
@@ -121,8 +127,22 @@ def _run(
         if settings.resource_monitor
         else nullcontext()
     )
-    with progress, monitor:
-        plugin = make_plugin(workflow, settings, progress)
+    plugin = make_plugin(workflow, settings, progress)
+    every_step = workflow.list_node_names()
+    live = LiveResults(
+        list(jobs.values()),
+        settings,
+        failing=lambda: {name.split(".")[-2] for name in list(plugin.failures)},
+        settle=lambda job: _settle(
+            [job],
+            [folders[f"{job.scan.name.node_name}_wf"]],
+            every_step,
+            settings,
+            None,
+            dict(plugin.failures),
+        ),
+    )
+    with progress, monitor, live:
         try:
             workflow.run(plugin=plugin)
         except Exception as error:  # Nipype re-raises the first failed node's, whatever it was

@@ -59,7 +59,7 @@ def plan_jobs(
             LOG.warning("%s: %s", scan.name.stem, text)
         if not claims.take(scan.name.node_name):  # which its work folder has
             LOG.error(
-                "%s: another process is at work on it, in %s or in %s. It is left to that one.",
+                "%s: skipped, another process is working on it (claimed in %s or %s).",
                 scan.name.stem,
                 settings.output_dir,
                 settings.work_dir,

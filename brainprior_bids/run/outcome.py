@@ -51,7 +51,7 @@ def write_running(scan: Scan, settings: Settings) -> None:
             status=ScanStatus.RUNNING,
             job=job,
             message=f"began {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC on {platform.node()}"
-            f"{f', job {job}' if job else ''}; not ended: it is at work, or was killed",
+            f"{f', job {job}' if job else ''}; not finished: it is running, or was killed",
         ),
     )
 

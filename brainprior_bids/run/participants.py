@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,12 @@ from brainprior_bids.bids.files import readable
 from brainprior_bids.bids.names import result_name
 from brainprior_bids.bids.provenance import write_run
 from brainprior_bids.bids.qc import rebuild_qc
-from brainprior_bids.bids.query import Scan, subjects_without
+from brainprior_bids.bids.query import (
+    Scan,
+    misnamed_folders,
+    requested_subjects,
+    subjects_without,
+)
 from brainprior_bids.records import ScanRecord, ScanStatus, named
 from brainprior_bids.run.documents import write_boilerplate, write_documents
 from brainprior_bids.run.environment import prepare_environment, revive_tracker
@@ -80,24 +86,55 @@ def _restore(
         settings.exports, bids_dir=settings.bids_dir, output_dir=settings.output_dir, raw=raw
     )
     absent = name_absent(scans, settings)
+    scans, linked = link_raw(scans, settings)
     hashes = {role: digest for role, (_, digest) in weights.items()}
     jobs = plan_jobs(scans, settings, hashes, claims)
     if jobs:
         write_run(settings)
         execute(jobs, settings, {role: path for role, (path, _) in weights.items()})
     if "raw" in settings.exports:
-        root = Path(settings.exports["raw"])
-        links = export.link_rest(root, settings.bids_dir, scans, sessions=settings.session_label)
-        LOG.info("export raw: %d file(s) linked in %s", links, root)
+        export.describe_raw(Path(settings.exports["raw"]), settings.bids_dir)
     status.rebuild_status(settings.output_dir)
     rebuild_qc(settings.output_dir)
     reports_made = write_documents({scan.subject for scan in scans}, settings)
-    code = _conclude(scans, settings, claims.refused) or (0 if reports_made else 1)
+    code = _conclude(scans, settings, claims.refused)
+    code = code or (0 if reports_made and linked else 1)
     return code or (1 if absent and settings.participant_label else 0)
+
+
+def link_raw(scans: Sequence[Scan], settings: Settings) -> tuple[Sequence[Scan], bool]:
+    """Fill the root of ``--export raw`` with links, before any work is done.
+
+    Returns
+    -------
+    scans : sequence of Scan
+        Those of a participant whose links cannot be made have this as their problem.
+    linked : bool
+        Whether what all participants share could be linked.
+    """
+    if "raw" not in settings.exports:
+        return scans, True
+    root = Path(settings.exports["raw"])
+    links, problems = export.link_rest(
+        root, settings.bids_dir, scans, sessions=settings.session_label
+    )
+    LOG.info("export raw: %d file(s) linked in %s", links, root)
+    if "" in problems:
+        LOG.error("%s", problems[""])
+    failed = [
+        replace(scan, problem=scan.problem or f"{scan.name.stem}: {problems[scan.subject]}")
+        if scan.subject in problems
+        else scan
+        for scan in scans
+    ]
+    return failed, "" not in problems
 
 
 def name_absent(scans: Sequence[Scan], settings: Settings) -> list[str]:
     """Log the requested participants without a scan, and note them for the status; their labels.
+
+    So are folders that are ignored because of their names, where all participants were asked for.
+    Failures of files that are gone leave the status.
 
     It is no failure where all participants were asked for: not everyone has every contrast.
     """
@@ -111,6 +148,12 @@ def name_absent(scans: Sequence[Scan], settings: Settings) -> list[str]:
         LOG.warning("%s", absent[subject])
     present = {scan.relative.parts[0].removeprefix("sub-") for scan in scans}
     status.write_absent(settings.output_dir, absent, present)
+    status.forget_gone(settings.output_dir, settings.bids_dir, requested_subjects(settings))
+    if not settings.participant_label:
+        misnamed = misnamed_folders(settings.bids_dir)
+        for message in misnamed.values():
+            LOG.warning("%s", message)
+        status.write_misnamed(settings.output_dir, misnamed)
     return list(absent)
 
 

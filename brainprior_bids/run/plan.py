@@ -57,7 +57,7 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
                 continue
             if why:
                 print(f"  {why}")
-            voxels = _told(scan, settings, found)
+            voxels = _planned(scan, settings, found)
         except Exception as error:  # as `plan_jobs`: whatever it is, the others go on
             known = isinstance(error, BrainpriorError)
             print(f"  would fail: {error if known else f'{type(error).__name__}: {error}'}")
@@ -109,7 +109,7 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
     )
 
 
-def _told(scan: Scan, settings: Settings, found: Found) -> float:
+def _planned(scan: Scan, settings: Settings, found: Found) -> float:
     """Print what a scan is taken for and what else it needs.
 
     Returns

@@ -10,7 +10,7 @@ No worker outlives the run: interrupted, the run ends them; killed itself, they 
 Of the nodes that could run, the one furthest down its scan's way goes first: results come one
 by one, not all at the end.
 
-Where memory runs out, the kernel is told to kill a worker, never the process that waits for it.
+If memory runs out, the kernel is to kill a worker, never the process that waits for it.
 """
 
 from __future__ import annotations

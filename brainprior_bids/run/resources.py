@@ -69,7 +69,7 @@ def memory_limit_gb(
 
 
 def _slurm_mb(environ: Mapping[str, str], name: str) -> float:
-    """Megabytes, which Slurm writes without a unit; ``8G`` is what people write. 0 if unknown."""
+    """Megabytes, which Slurm writes without a unit; users also write ``8G``. 0 if unknown."""
     text = environ.get(name, "0")
     match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]+)?)\s*([KMGT]?)I?B?\s*", text.upper())
     if match is None:
@@ -177,6 +177,6 @@ def resolve_device(asked: str) -> str:
         return "cpu"  # without importing torch
     from brainprior_bids.engine.device import choose_device
 
-    device, why, doubtful = choose_device(asked)
-    LOG.log(logging.WARNING if doubtful else logging.INFO, "device %s: %s", device, why)
+    device, why, unexpected = choose_device(asked)
+    LOG.log(logging.WARNING if unexpected else logging.INFO, "device %s: %s", device, why)
     return device

@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -197,7 +198,17 @@ def register(
     """(4, 4) scanner RAS mm -> reference RAS mm: 12 parameters, mutual information, ANTs.
 
     The brain is registered at 2 mm, starting from its centre of mass.
+
+    Raises
+    ------
+    UsageError
+        If antspyx is not installed.
     """
+    if find_spec("ants") is None:
+        raise UsageError(
+            "train prior: antspyx is needed to register skull-stripped brains, and is not "
+            "installed. Install it, or train from whole heads with --heads."
+        )
     import ants
 
     smooth = ndimage.gaussian_filter(data, 0.8)[::2, ::2, ::2]

@@ -8,11 +8,13 @@ import json
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
+from brainprior_bids.workflows.scan import field_of_view_l
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nibabel.orientations import apply_orientation, inv_ornt_aff
 
-from brainprior_bids.anatomy.conform import conform
+from brainprior_bids.anatomy.conform import conform, read_geometry
 from brainprior_bids.bids.qc import concerns, metrics, verdict
 from brainprior_bids.engine.errors import GeometryError, InputError
 from brainprior_bids.records import ScanRecord
@@ -174,7 +176,7 @@ def test_unusable_qform_quaternion_is_a_warning_beside_a_good_sform(tmp_path):
 def test_no_orientation_at_all_is_refused(tmp_path):
     data, affine = a_scan()
     path = write(tmp_path / "sub-01_T1w.nii", data, affine, sform=0, qform=0)
-    with pytest.raises(GeometryError, match="Left and right cannot be told apart"):
+    with pytest.raises(GeometryError, match="Left and right cannot be distinguished"):
         conform(path, metadata={})
 
 
@@ -186,18 +188,68 @@ def test_affine_in_another_unit_is_refused(tmp_path, scale):
         conform(path, metadata={})
 
 
-def test_odd_voxel_sizes_and_shear_are_warned_about(tmp_path):
+def test_odd_voxel_sizes_are_warned_about(tmp_path):
     data, affine = a_scan()
-    sheared = affine.copy()
-    sheared[0, 1] += 0.2
-    path = write(tmp_path / "sub-01_T1w.nii", data, sheared, qform=0)
-    warnings = conform(path, metadata={"SliceThickness": 5}).warnings
-    assert any("not at right angles" in w for w in warnings)
+    path = write(tmp_path / "sub-01_T1w.nii", data, affine, qform=0)
     raw = bytearray(path.read_bytes())
     raw[80:84] = np.float32(3).tobytes()  # pixdim[1]
     path.write_bytes(raw)
     warnings = conform(path, metadata={"SliceThickness": 5}).warnings
-    assert any("the header's voxel sizes 3 × 1.02 × 5 mm differ" in w for w in warnings)
+    assert any("the header's voxel sizes 3 × 1 × 5 mm differ" in w for w in warnings)
+
+
+def sheared(cosine, shape=(256, 256, 40)):
+    """A grid whose first two axes are not at right angles, oblique, for a head's field of view."""
+    data, affine = np.zeros(shape, np.int16), a_scan()[1]
+    data[20:-20, 20:-20, 5:-5] = 100
+    shear = np.eye(4)
+    shear[0, 1] = cosine
+    return data, affine @ shear
+
+
+@pytest.mark.parametrize("qform", [0, 1])
+@pytest.mark.parametrize("cosine", [0.003, 0.02, 0.2])
+def test_axes_that_are_not_at_right_angles_are_refused(tmp_path, cosine, qform):
+    data, affine = sheared(cosine)
+    path = write(tmp_path / "sub-01_T1w.nii", data, affine, qform=qform)
+    with pytest.raises(GeometryError, match="not at right angles") as caught:
+        conform(path, metadata={})
+    assert "resample it onto a grid with right angles" in str(caught.value)
+    with pytest.raises(GeometryError, match="not at right angles"):
+        read_geometry(path, metadata={})
+
+
+@pytest.mark.parametrize("cosine", [1e-7, 1e-5, 9e-5, 1.1e-4, 3e-4, 6e-4])
+def test_axes_that_are_oblique_by_rounding_end_as_one_truth(tmp_path, cosine):
+    """Sform and qform of what is written agree, and ITK reads it where the scan lay."""
+    data, affine = sheared(cosine)
+    path = write(tmp_path / "sub-01_T1w.nii", data, affine, qform=0)
+    image = conform(path, metadata={}).image
+    nib.save(image, tmp_path / "out.nii")
+    image.set_qform(None, 0)
+    nib.save(image, tmp_path / "sform.nii")  # ITK has nothing but the sform
+    corner = np.array([255.0, 255.0, 39.0])
+    lay = (affine @ np.append(corner, 1))[:3]
+    written = nib.load(tmp_path / "out.nii").header
+    for form in (written.get_sform(), written.get_qform()):
+        assert np.linalg.norm((form @ np.append(corner, 1))[:3] - lay) <= 0.1
+    for name in ("out.nii", "sform.nii"):
+        point = sitk.ReadImage(str(tmp_path / name)).TransformContinuousIndexToPhysicalPoint(
+            corner
+        )
+        assert np.linalg.norm(np.array(point) * [-1, -1, 1] - lay) <= 0.1
+    if cosine < 1e-4:  # nothing is touched that need not be
+        np.testing.assert_array_equal(image.affine, np.float32(affine).astype(float))
+
+
+def test_a_field_of_view_that_no_scanner_has_is_refused_by_its_geometry(tmp_path):
+    """A voxel size that is wrong by a factor: 2 m, with every voxel below 20 mm."""
+    data, affine = a_scan(zooms=(16.0, 16.0, 18.0), shape=(128, 128, 9))
+    path = write(tmp_path / "sub-01_T1w.nii", data, affine)
+    message = r"field of view of up to 600 mm, got 2.05e\+03 × 2.05e\+03 × 162 mm .*voxel size"
+    with pytest.raises(GeometryError, match=message):
+        read_geometry(path, metadata={})
+    assert field_of_view_l(path) == 0  # so that no memory is asked for, and conform can say why
 
 
 def test_nan_outside_the_head_becomes_zero(tmp_path):
@@ -240,6 +292,62 @@ def test_negative_values_are_kept_and_counted(tmp_path):
     assert conformed.facts["values"]["negative_voxels"] == int((data < 0).sum())
     assert conformed.image.get_fdata().min() == -7
     assert any("are negative, down to -7; kept" in w for w in conformed.warnings)
+
+
+def a_head():
+    """Air of exactly 0 around an ellipsoid of three grey levels, float32."""
+    data, affine = a_scan(shape=(40, 40, 12))
+    data[:, :20] *= np.float32(0.5)
+    data[:, :8] = 0
+    return data, affine
+
+
+@pytest.mark.parametrize("kind", ["z-scored", "UNI", "white matter", "all negative", "stripped"])
+def test_an_image_without_a_zero_of_its_own_is_as_the_positive_one(tmp_path, kind):
+    """Shifted, it is the positive image up to one factor."""
+    data, affine = a_head()
+    inside = data > 0
+    moved, scale = {
+        "z-scored": ((data - data[inside].mean()) / data[inside].std(), data[inside].std()),
+        "UNI": (data / data.max() - 0.5, data.max()),
+        "white matter": ((data - 100) / 5, 5),
+        "all negative": (data - 1000, 1),
+        # the background stays 0 in the middle of the brain's values
+        "stripped": (np.where(inside, data - data[inside].mean(), 0), 1),
+    }[kind]
+    path = write(tmp_path / "sub-01_T1w.nii", moved.astype(np.float32), affine)
+    conformed = conform(path, metadata={"SliceThickness": 5})
+    result = conformed.image.get_fdata(dtype=np.float32)
+    expected = data / scale
+    if kind == "stripped":
+        expected = np.where(inside, data - data[inside].min(), 0)
+    np.testing.assert_allclose(result, expected, atol=1e-5 * np.abs(moved).max())
+    shift = conformed.facts["values"]["shift"]
+    assert shift == pytest.approx(-moved.min(), rel=1e-5)
+    (warning,) = conformed.warnings
+    assert f"{shift:g} was added to it" in warning
+
+
+@pytest.mark.parametrize("kind", ["rings", "noise", "magnitude"])
+def test_what_is_negative_by_rings_or_noise_is_not_shifted(tmp_path, kind):
+    data, affine = a_head()
+    rng = np.random.default_rng(0)
+    data += {
+        "rings": np.where(rng.random(data.shape) < 0.05, -9, 0),
+        "noise": rng.normal(0, 4, data.shape),  # real-valued, 4 % of the bright level
+        "magnitude": 0,
+    }[kind]
+    conformed = conform(write(tmp_path / "a.nii", data, affine), metadata={"SliceThickness": 5})
+    assert "shift" not in conformed.facts["values"]
+    np.testing.assert_array_equal(conformed.image.get_fdata(dtype=np.float32), data)
+
+
+def test_outliers_far_below_an_image_without_a_zero_are_refused(tmp_path):
+    data, affine = a_head()
+    data -= 50
+    data[20, 20, 6] = -30000
+    with pytest.raises(InputError, match=r"some reach down to -30000.*Remove these outliers"):
+        conform(write(tmp_path / "sub-01_T1w.nii", data, affine), metadata={})
 
 
 @pytest.mark.parametrize(

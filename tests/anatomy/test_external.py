@@ -23,6 +23,7 @@ def ball(radii, at=(40, 45, 40)):
     ) ** 2 < 1
 
 
+IMAGE = nib.Nifti1Image(np.random.default_rng(0).random(SHAPE, np.float32), AFFINE)
 BRAIN = ball((30, 36, 28))
 
 
@@ -114,7 +115,7 @@ def test_labels_and_mask_are_put_together():
     labels = np.where(labelled() == 1012, 3, labelled())
     labels[labels == 253] = 2
     found = external.assemble(
-        labels, ball((32, 38, 30)), {10: 0.5}, scan_grid=GRID, restored_grid=GRID
+        labels, ball((32, 38, 30)), {10: 0.5}, image=IMAGE, restored_grid=GRID
     )
     shell = ball((32, 38, 30)) & ~BRAIN
     assert (found.structures[shell] == 24).all()
@@ -127,7 +128,7 @@ def test_labels_and_mask_are_put_together():
     np.testing.assert_allclose(found.mask_scan, found.mask, atol=1e-6)
     with pytest.raises(AnatomyError, match="belong to this scan"):
         external.assemble(
-            labels, np.roll(BRAIN, 60, 0) & (labels == 0), {}, scan_grid=GRID, restored_grid=GRID
+            labels, np.roll(BRAIN, 60, 0) & (labels == 0), {}, image=IMAGE, restored_grid=GRID
         )
 
 

@@ -48,6 +48,19 @@ def test_where_the_view_ends_nothing_is_said():
     assert seen[up < -0.2].all()
 
 
+def test_where_the_image_was_padded_nothing_is_said():
+    mask, grid = ellipsoid((65, 85, 60))
+    mask[:, :, 60:] = False
+    empty = np.zeros(mask.shape, bool)
+    empty[:, :, 60:] = True
+    towards = directions()
+    for unmeasured, said in ((None, True), (empty, False)):
+        points, cut = surface(mask, grid, unmeasured)
+        _, _, seen = supports(points, np.eye(4), towards, cut)
+        assert seen[towards[:, 2] > 0.9].all() == said
+        assert seen[towards[:, 2] < -0.2].all()
+
+
 def table_of(to_scan):
     return [
         {

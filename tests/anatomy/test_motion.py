@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rigid motion between two scans of one brain, and two brains told apart."""
+"""The rigid motion between two scans of one brain, and two different brains refused."""
 
 from __future__ import annotations
 

@@ -8,14 +8,15 @@ import torch
 from scipy.spatial.transform import Rotation
 from torch import nn
 
+from brainprior_bids.anatomy.padding import unmeasured
 from brainprior_bids.anatomy.parcellation import (
     CSF,
-    averaging_matrix,
     class_probabilities,
     mirrored,
     parcellate,
     structure_names,
 )
+from brainprior_bids.anatomy.separable import averaging_matrix
 from brainprior_bids.engine.errors import AnatomyError, ShapeMismatchError
 from brainprior_bids.engine.grids import Grid
 from brainprior_bids.engine.parcellation_network import (
@@ -135,6 +136,64 @@ def test_a_cut_brain_is_a_warning_and_no_brain_an_error():
             parcellate(
                 bad, network=Oracle(), restored_grid=Grid(bad.shape, bad.affine).one_millimetre()
             )
+
+
+def cut_cm2(found):
+    """Area of the mask where the brain is cut, as the quality metrics have it."""
+    return sum(row["cut_share"] * row["volume_mm3"] ** (2 / 3) for row in found.table) / 100
+
+
+@pytest.mark.parametrize("zooms", [(1.0, 1.0, 1.0), (1.2, 1.2, 5.0)])
+@pytest.mark.parametrize("kind", ["top", "back", "another value", "oblique", "stripped"])
+def test_padding_is_a_cut_like_the_border(zooms, kind):
+    """The same cut with and without what fills the image up."""
+    image, grid = toy_head(zooms, rotation=(0, 0, 0) if kind == "stripped" else (8, 0, 0))
+    data = image.get_fdata(dtype=np.float32)
+    if kind == "stripped":
+        data[data < 700 * 0.2] = 0
+    half = data.shape[2] // 2 + 8
+    crop = image.slicer[:, :, :half]
+    if kind == "back":
+        crop = image.slicer[:, data.shape[1] // 3 :]
+        data[:, : data.shape[1] // 3] = 0
+    elif kind == "oblique":
+        index = np.indices(data.shape) * np.array(zooms)[:, None, None, None]
+        data[index[2] + 0.3 * index[1] > half * zooms[2] + 30] = 0
+    else:
+        data[:, :, half:] = -40 if kind == "another value" else 0
+    padded = nib.Nifti1Image(data, image.affine)
+    one, other = (
+        parcellate(i, network=Oracle(), restored_grid=Grid(i.shape, i.affine).one_millimetre())
+        for i in (crop, padded)
+    )
+    (warning,) = [text for text in other.warnings if "field of view cuts" in text]
+    assert "padded with one value" in warning
+    assert cut_cm2(one) > 50
+    # the edge of what fills the image up is a staircase where it is oblique
+    assert cut_cm2(one) * 0.8 < cut_cm2(other) < cut_cm2(one) * 1.5
+    empty = unmeasured(padded, other.mask)
+    assert not other.mask[empty].any()
+    if kind in ("top", "another value", "stripped"):
+        top = round(half * zooms[2] / grid.one_millimetre().spacing_mm[2])
+        assert not other.mask[:, :, top:].any()
+        assert other.mask[:, :, top - 2].any()
+
+
+@pytest.mark.parametrize("kind", ["whole", "stripped", "defaced", "no noise"])
+def test_a_background_is_no_padding(kind):
+    image, grid = toy_head((1.2, 1.2, 5.0))
+    data = image.get_fdata(dtype=np.float32)
+    if kind == "stripped":
+        data[data < 700 * 0.2] = 0
+    elif kind == "defaced":  # up to the brain's front
+        data[:, 152:, :20] = 0
+    if kind in ("whole", "defaced"):  # with noise, which integers make 0 in half of the voxels
+        rng = np.random.default_rng(0)
+        data = np.where(data > 0, data, np.round(rng.normal(0, 0.7, data.shape)).clip(0))
+    scan = nib.Nifti1Image(data.astype(np.float32), image.affine)
+    found = parcellate(scan, network=Oracle(), restored_grid=grid.one_millimetre())
+    assert cut_cm2(found) < 1
+    assert not [text for text in found.warnings if "cuts" in text]
 
 
 def test_a_tiny_and_a_giant_brain_are_refused():

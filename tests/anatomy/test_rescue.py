@@ -130,3 +130,10 @@ def test_too_few_structures_cannot_judge(brain):
         judge_affine(POSE, table_in_scan(["Left-Thalamus"]))
     with pytest.raises(AnatomyError, match="mirrors"):
         judge_affine(np.diag([-1.0, 1, 1, 1]) @ POSE, table_in_scan())
+
+
+def test_without_antspyx_the_refusal_says_what_to_install(brain, templates, monkeypatch):
+    *_, scan, mask = brain
+    monkeypatch.setattr(rescue, "find_spec", lambda name: None)
+    with pytest.raises(AnatomyError, match="antspyx is not installed"):
+        find_affine(scrambled(table_in_scan()), None, image=scan, mask=mask, templates=templates)

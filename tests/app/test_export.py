@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import nibabel as nib
@@ -22,6 +23,7 @@ from brainprior_bids.engine.errors import AnatomyError, UsageError
 from brainprior_bids.engine.grids import Grid
 from brainprior_bids.interfaces.export import Deliver
 from brainprior_bids.interfaces.files import save
+from brainprior_bids.run.participants import link_raw
 from brainprior_bids.settings import Settings
 
 IMAGES = {
@@ -98,7 +100,8 @@ def deliver(raw, tmp_path, monkeypatch, *, per="subject", labels=()):
             made_from=export.parents(scan.name, settings.image),
         ).run(cwd=str(work))
         assert export.is_delivered({kind: roots[kind] for kind in kinds}, scan, scan.name.stem)
-    export.link_rest(Path(roots["raw"]), raw, scans)
+    assert export.link_rest(Path(roots["raw"]), raw, scans)[1] == {}
+    export.describe_raw(Path(roots["raw"]), raw)
     return {kind: Path(root) for kind, root in roots.items()}
 
 
@@ -226,6 +229,54 @@ def test_the_raw_view_has_the_sessions_without_a_head(raw, tmp_path):
         export.link_rest(root, raw, scans, sessions=asked)
         linked = sorted(path.name for path in root.rglob("*_bold.nii.gz"))
         assert linked == [f"sub-01_ses-{session}_task-rest_bold.nii.gz" for session in found]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "file as a folder", "no permission"])
+def test_something_in_the_way_of_a_link_fails_one_participant(raw, tmp_path, kind):
+    """Before, the export ended for everybody, without a status."""
+    places = [
+        "sub-01/ses-a/func/sub-01_ses-a_task-rest_bold.nii.gz",
+        "sub-02/func/sub-02_task-rest_bold.nii.gz",
+    ]
+    for place in places:
+        (raw / place).parent.mkdir(parents=True, exist_ok=True)
+        (raw / place).touch()
+    root = tmp_path / "view"
+    way = root / places[0]
+    way = way.parent if kind == "file as a folder" else way
+    way.parent.mkdir(parents=True)
+    if kind == "no permission":
+        if os.geteuid() == 0:
+            pytest.skip("root may write everywhere")
+        way.parent.chmod(0o500)
+    elif kind == "folder":
+        way.mkdir()
+    else:
+        way.write_text("mine")
+    settings = Settings(raw, tmp_path / "out", tmp_path / "w", exports={"raw": str(root)},
+                        skip_bids_validation=True)  # fmt: skip
+    scans, linked = link_raw(find_scans(settings), settings)
+    assert linked
+    problems = {scan.name.stem: scan.problem for scan in scans}
+    assert {stem[:6] for stem, problem in problems.items() if problem} == {"sub-01"}
+    for stem, problem in problems.items():
+        if problem:
+            assert problem.startswith(f"{stem}: --export raw: ")
+            assert str(way) in problem
+            assert "Remove" in problem
+    assert (root / places[1]).is_symlink()
+
+
+def test_something_in_the_way_of_what_all_share_is_told(raw, tmp_path, told):
+    (raw / "task-rest_bold.json").write_text("{}")
+    way = tmp_path / "view" / "task-rest_bold.json"
+    way.parent.mkdir()
+    way.write_text("mine")
+    settings = Settings(raw, tmp_path / "out", tmp_path / "w", exports={"raw": str(way.parent)})
+    scans, linked = link_raw(find_scans(settings), settings)
+    assert not linked
+    assert [scan.problem for scan in scans] == [None] * len(scans)
+    assert f"{way} is in the way. Remove it" in told.text
 
 
 def test_smripreps_own_workflow_has_nothing_left_to_do(raw, tmp_path, monkeypatch):

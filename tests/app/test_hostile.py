@@ -361,6 +361,76 @@ def test_participants_without_a_scan_are_named_in_log_and_status(raw, asked, tol
     assert "sub-02" not in status.rebuild_status(some.output_dir).read_text("utf-8")
 
 
+MISNAMED = {
+    "SUB-01": "sub-01", "Sub-02": "sub-02", "sub_03": "sub-03", "sub04": "sub-04",
+    "subject-05": "sub-05", "sub 06": "sub-06", "sub-09/SES-1": "ses-1",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISNAMED)
+def test_a_folder_that_is_ignored_because_of_its_name_is_named(raw, asked, told, name):
+    put(raw, f"{name}/anat/{name.rpartition('/')[2]}_T1w.nii.gz")
+    for other in ("code", "substitutions", "sub-", "Subjects", "derivatives"):  # nothing to say of
+        (raw / other).mkdir()
+    (raw / "SUB-07").touch()
+    scans = find_scans(asked)
+    assert [str(scan.relative) for scan in scans] == [GOOD]
+    name_absent(scans, asked)
+    rows = status.rebuild_status(asked.output_dir).read_text("utf-8").splitlines()[1:]
+    sources = [row.split("\t")[0] for row in rows]
+    assert sources == [name, "sub-"]
+    assert f"{name}: this folder is ignored" in told.text
+    assert f"for example to {MISNAMED[name]}." in rows[0]
+    (raw / name).rename(raw / name.replace(name.rpartition("/")[2], "x"))  # gone: its row goes
+    name_absent(scans, asked)
+    assert name not in status.rebuild_status(asked.output_dir).read_text("utf-8")
+
+
+def test_a_link_that_cannot_be_made_is_a_failure_in_the_status(raw, tmp_path, capsys):
+    """The command goes on to its end: status, filter file, exit code 1."""
+    put(raw, "sub-09/func/sub-09_task-rest_bold.nii.gz")
+    view, out = tmp_path / "view", tmp_path / "out"
+    put(view, "sub-09/func/sub-09_task-rest_bold.nii.gz")
+    words = [str(raw), str(out), "participant", "--export", f"raw={view}"]
+    assert main([*words, "--skip-bids-validation", "--device", "cpu"]) == 1
+    (row,) = (out / "logs" / "status.tsv").read_text().splitlines()[1:]
+    assert "--export raw" in row
+    assert "is in the way. Remove it" in row
+    assert (view / "code" / "bids_filter.json").is_file()
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_failure_leaves_the_status_with_its_file(raw, asked):
+    """Renamed as the message says, a file is not listed twice."""
+    bad = put(raw, "sub-01/anat/acq-x_T1w.nii.gz")
+    other = put(raw, "sub-02/anat/sub-02_T1w.nii.gz", b"{")
+    plan_jobs(find_scans(asked)[:2], asked, {}, Claims([asked.output_dir / "logs"]))
+
+    def failed():
+        rows = status.rebuild_status(asked.output_dir).read_text("utf-8").splitlines()[1:]
+        return [row.split("\t")[0] for row in rows]
+
+    both = [str(path.relative_to(raw)) for path in (bad, other)]
+    name_absent(find_scans(asked), asked)
+    assert failed() == both  # while they are there
+    bad.rename(bad.with_name("sub-01_acq-x_T1w.nii.gz"))
+    elsewhere = replace(asked, participant_label=("09",))
+    name_absent(find_scans(elsewhere), elsewhere)
+    assert failed() == both  # sub-01 was not asked for: its data may lie on another machine
+    name_absent(find_scans(asked), asked)
+    assert failed() == both[1:]
+
+
+def test_what_an_earlier_run_left_in_place_stays_in_the_status(raw, asked):
+    bad = put(raw, "sub-01/anat/sub-01_T1w.nii.gz", b"{")
+    plan_jobs(find_scans(asked)[:1], asked, {}, Claims([asked.output_dir / "logs"]))
+    (summary,) = status.read_summaries(asked.output_dir)
+    status.write_summary(asked.output_dir, replace(summary, left=("sub-01/anat/x.nii.gz",)))
+    bad.unlink()
+    name_absent(find_scans(asked), asked)
+    assert "sub-01_T1w.nii.gz" in status.rebuild_status(asked.output_dir).read_text("utf-8")
+
+
 def test_a_participant_alone_without_a_scan_is_in_the_status_too(raw, tmp_path, capsys):
     """As a task of an array job, which has one participant."""
     (raw / "sub-01" / "anat").mkdir(parents=True)

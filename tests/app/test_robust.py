@@ -102,7 +102,7 @@ def killed(raw, tmp_path_factory):
 def test_a_second_process_leaves_a_scan_to_the_one_that_is_at_work(killed):
     code, said = killed[2]
     assert code == 1
-    assert "another process is at work on it" in said
+    assert "another process is working on it" in said
     assert "0 failed, 1 left to another process" in said
     assert "Traceback" not in said
 

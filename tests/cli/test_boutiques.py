@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from brainprior_bids.cli.boutiques import FILES, descriptor
 from brainprior_bids.cli.parser import build_parser
@@ -86,13 +85,3 @@ def test_its_command_lines_are_ours(tmp_path, given):
     for name, value in given.items():
         read = {"analysis_level": [value], "mem_gb": 6.0, "exports": [("fmriprep", "")]}
         assert options[name] == read.get(name, value), name
-
-
-def test_the_entry_for_the_list_of_bids_apps_has_what_the_list_wants():
-    (entry,) = yaml.safe_load((ROOT / "docs" / "boutiques" / "bids_apps.yml").read_text())
-    assert set(entry) == {
-        "gh", "dh", "status", "description", "ds_type", "datatype", "ci", "branch"
-    }  # fmt: skip
-    assert entry["description"] == descriptor()["description"]
-    assert (entry["ds_type"], entry["datatype"]) == (["raw"], ["anat"])
-    assert entry["status"] == "active"

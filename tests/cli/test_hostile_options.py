@@ -20,7 +20,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from brainprior_bids.bids import patterns
-from brainprior_bids.cli import run as command
+from brainprior_bids.cli import command
 from brainprior_bids.cli.parser import parse_settings
 from brainprior_bids.cli.run import main
 from brainprior_bids.engine.errors import UsageError
@@ -365,6 +365,40 @@ def test_a_log_takes_names_that_are_not_text(tmp_path, capsys):
         LOG.removeHandler(handler)
         handler.close()
     assert "sub-\\udcff" in (tmp_path / "x.log").read_text()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["{out}\udcff", "participant"],
+        ["{out}", "participant", "-w", "{out}\udcff"],
+        ["{out}", "participant", "--lesion-mask", "\udcff.nii.gz", "--task", "inpaint"],
+        ["{out}", "participant", "--export", "raw={out}\udcff"],
+        ["{out}", "participant", "--participant-label", "\udcff"],
+    ],
+)
+def test_an_argument_that_is_not_text_is_refused(raw, tmp_path, capsys, words):
+    """No TOML and no JSON can hold it: the settings of such a run could not be read again."""
+    words = [word.replace("{out}", str(tmp_path / "out")) for word in words]
+    assert main([str(raw), *words]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("brainprior: error: the argument ")
+    assert "\\udcff" in line
+    assert "is not text (UTF-8)" in line
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("text", ["\udcff", "\\udcff"])
+def test_a_configuration_with_what_is_not_text_is_refused(raw, tmp_path, capsys, text):
+    path = tmp_path / "brainprior.toml"
+    content = f'[brainprior]\nwork_dir = "/tmp/{text}"\n'
+    path.write_text(content, encoding="utf-8", errors="surrogateescape")
+    words = [str(raw), str(tmp_path / "out"), "participant", "--config-file", str(path)]
+    if "\\" in text:
+        assert main(words) == 2
+        assert "--config-file" in capsys.readouterr().err.splitlines()[-1]
+    else:  # bytes in a file are read as Latin-1
+        assert str(parse_settings([*words, "--device", "cpu"]).work_dir) == "/tmp/ÿ"
 
 
 @given(st.binary(max_size=80))

@@ -424,3 +424,9 @@ def test_gain_and_spectrum_of_a_known_denoiser():
     assert isinstance(measured["T1w"], ErrorSpectrum)
     high = measured["T1w"].variance(10.0, torch.tensor([0.3, 0.5]))
     assert torch.allclose(high, torch.tensor(25.0), rtol=0.1)  # the image is smooth: noise alone
+
+
+def test_skull_stripped_brains_need_antspyx(monkeypatch):
+    monkeypatch.setattr(preprocess, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="antspyx is needed"):
+        preprocess.register(np.zeros((4, 4, 4), np.float32), np.eye(4), (None, None))

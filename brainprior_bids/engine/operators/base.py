@@ -49,13 +49,13 @@ class LinearOperator(ABC):
     def _adjoint(self, y: Tensor) -> Tensor: ...
 
     def forward(self, x: Tensor) -> Tensor:
-        """``A x``: (..., *in_shape) -> (..., *out_shape)."""
+        """``A x``: ``(..., *in_shape) -> (..., *out_shape)``."""
         hint = "Was the image resampled after the operator was built?"
         check_shape(type(self).__name__, x, self.in_shape, hint)
         return self._forward(x)
 
     def adjoint(self, y: Tensor) -> Tensor:
-        """``A^T y``: (..., *out_shape) -> (..., *in_shape)."""
+        """``A^T y``: ``(..., *out_shape) -> (..., *in_shape)``."""
         hint = "The adjoint takes data, not an image."
         check_shape(f"{type(self).__name__}.adjoint", y, self.out_shape, hint)
         return self._adjoint(y)

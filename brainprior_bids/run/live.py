@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Status, quality table and participants' reports that change as scans finish."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+from brainprior_bids.bids import status
+from brainprior_bids.bids.names import result_name
+from brainprior_bids.bids.qc import rebuild_qc
+from brainprior_bids.run.documents import write_documents
+from brainprior_bids.run.logs import LOG
+from brainprior_bids.settings import Settings
+
+INTERVAL_S = 10.0
+
+
+class LiveResults:
+    """Looks now and then whether a scan has ended, and then rebuilds what shows it.
+
+    It looks at the summaries, so it serves every plugin, also those whose steps run elsewhere. The
+    end of a run rebuilds everything again: what cannot be written here is only logged.
+
+    Parameters
+    ----------
+    jobs : sequence of Job
+        The scans of this run.
+    settings : Settings
+    failing : function
+        Names of the workflows of which a step has failed.
+    settle : function
+        Writes the summary of a scan that has failed.
+    interval_s : float
+        Between two looks.
+    """
+
+    def __init__(
+        self,
+        jobs: Sequence[Any],
+        settings: Settings,
+        *,
+        failing: Callable[[], Collection[str]],
+        settle: Callable[[Any], None],
+        interval_s: float = INTERVAL_S,
+    ) -> None:
+        self._pending = list(jobs)
+        self._settings, self._interval_s = settings, interval_s
+        self._failing, self._settle = failing, settle
+        self._stop = threading.Event()
+
+    def __enter__(self) -> LiveResults:
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self._interval_s):
+            try:
+                self.refresh()
+            except Exception as error:  # a full disk, perhaps: the run goes on
+                LOG.debug("the status was not renewed: %s", error, exc_info=True)
+
+    def refresh(self) -> None:
+        """Look once."""
+        failing = self._failing()
+        ended = []
+        for job in self._pending:
+            if f"{job.scan.name.node_name}_wf" in failing:
+                self._settle(job)
+                ended.append(job)
+            elif self._has_ended(job):
+                ended.append(job)
+        if not ended:
+            return
+        pending = [job for job in self._pending if job not in ended]
+        if pending:  # else the run ends, and everything is rebuilt in a moment
+            status.rebuild_status(self._settings.output_dir)
+            rebuild_qc(self._settings.output_dir)
+            write_documents({job.scan.subject for job in ended}, self._settings)
+        self._pending = pending
+
+    def _has_ended(self, job: Any) -> bool:
+        name = result_name(job.scan.name, self._settings.image)
+        summary = status.read_summary(self._settings.output_dir, name)
+        return summary is not None and not summary.running

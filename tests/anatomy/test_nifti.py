@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that claim more than they hold are refused before anything of that size is allocated."""
+
+import gzip
+import subprocess
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from brainprior_bids.anatomy.external import mask_from_file
+from brainprior_bids.anatomy.lesion import read_lesion
+from brainprior_bids.anatomy.nifti import MAX_VOXELS, open_image
+from brainprior_bids.engine.errors import InputError
+from brainprior_bids.engine.grids import Grid
+
+MEGABYTE = 2**20
+
+
+def header(shape, dtype, *, kind=nib.Nifti1Header, offset=None, order="<"):
+    """A valid header for an image of any size, with its four bytes of no extension."""
+    made = kind(endianness=order)
+    made.set_data_dtype(dtype)
+    made.set_data_shape(shape)
+    made.set_sform(np.eye(4), 1)
+    made["magic"] = made.single_magic
+    made["vox_offset"] = made.single_vox_offset if offset is None else offset
+    return made.binaryblock + bytes(4)
+
+
+def write(path, content, megabytes_of_zeros=0):
+    """The content, and zeros; packed where the name says so."""
+    zeros = bytes(MEGABYTE)
+    if path.suffix == ".gz":  # gzip files one behind the other are one
+        content, zeros = gzip.compress(content), gzip.compress(zeros)
+    path.write_bytes(content + megabytes_of_zeros * zeros)
+    return path
+
+
+def extension(length):
+    """The sign that extensions follow, and one of so many bytes."""
+    return b"\1\0\0\0" + np.array([length, 6], "<i4").tobytes()
+
+
+CLAIMS = {
+    "1024^3 doubles in a kilobyte": (".nii", header((1024,) * 3, np.float64), 0),
+    "the same, packed": (".nii.gz", header((1024,) * 3, np.float64), 0),
+    "more than the file can unpack to": (".nii.gz", header((500,) * 3, np.float64), 1),
+    "plain and cut": (".nii", header((200,) * 3, np.int16), 1),
+    "NIfTI-2": (".nii", header((2**20,) * 3, np.int16, kind=nib.Nifti2Header), 0),
+    "dimensions that overflow": (".nii", header((2**40,) * 3, "i2", kind=nib.Nifti2Header), 0),
+    "many volumes": (".nii.gz", header((256, 256, 256, 30000), np.uint8), 4),
+    "big-endian": (".nii", header((1000,) * 3, np.float64, order=">"), 0),
+    "zeros that unpack": (".nii.gz", header((700,) * 3, np.int16), 700),
+    "a long way to the data": (".nii.gz", header((8,) * 3, np.int16, offset=2e9), 1),
+    "an extension": (
+        ".nii.gz", header((8,) * 3, np.int16, offset=1e6)[:-4] + extension(2**30), 600,
+    ),
+    "an extension, offset 0": (
+        ".nii.gz", header((8,) * 3, np.int16, offset=0)[:-4] + extension(2**30), 600,
+    ),
+}  # fmt: skip
+
+OPEN_IN_LITTLE = """
+import resource, sys
+from pathlib import Path
+from brainprior_bids.anatomy.conform import conform
+from brainprior_bids.engine.errors import InputError
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 100 * 2**20,) * 2)
+for path in sys.argv[1:]:
+    try:
+        conform(Path(path), metadata={})
+    except (InputError, MemoryError) as error:
+        print(str(error) or "MemoryError")
+"""
+"""Conform with room for 100 MiB: what allocates what was claimed has a MemoryError."""
+
+
+@pytest.fixture(scope="module")
+def messages(tmp_path_factory):
+    """Kind -> what is said of it."""
+    paths = []
+    for suffix, content, megabytes in CLAIMS.values():
+        folder = tmp_path_factory.mktemp("claims")
+        paths.append(str(write(folder / f"sub-01_T1w{suffix}", content, megabytes)))
+    command = [sys.executable, "-c", OPEN_IN_LITTLE, *paths]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    return dict(zip(CLAIMS, ended.stdout.splitlines(), strict=True))
+
+
+@pytest.mark.parametrize("kind", CLAIMS)
+def test_what_claims_too_much_is_refused_without_allocating_it(messages, kind):
+    message = messages[kind]
+    assert message.startswith("sub-01_T1w: ")
+    assert "claims" in message
+    assert "at most" in message  # the limit
+    assert "onvert it again" in message or "not a single scan" in message
+
+
+def test_an_extension_and_a_large_scan_are_no_reason_to_refuse(tmp_path):
+    image = nib.Nifti1Image(np.ones((8, 8, 8), np.int16), np.eye(4))
+    image.header.extensions.append(nib.nifti1.Nifti1Extension(6, b"x" * 2 * MEGABYTE))
+    nib.save(image, tmp_path / "extended.nii.gz")
+    opened = open_image(tmp_path / "extended.nii.gz", "scan")
+    assert len(opened.header.extensions) == 1
+    # 0.4 mm in 256 mm; zeros pack 1028 to 1
+    assert MAX_VOXELS >= 640**3
+    path = write(tmp_path / "fine.nii.gz", header((512, 512, 16), np.float32), 16)
+    assert open_image(path, "scan").shape == (512, 512, 16)
+
+
+@pytest.mark.parametrize("read", [
+    lambda path, grid: mask_from_file(path, grid, name="Skull-strip"), read_lesion,
+])  # fmt: skip
+def test_masks_of_others_are_no_way_around_it(tmp_path, read):
+    path = write(tmp_path / "mask.nii.gz", *CLAIMS["zeros that unpack"][1:])
+    with pytest.raises(InputError, match="more than a brain scan holds"):
+        read(path, Grid((8, 8, 8), np.eye(4)))
