@@ -29,7 +29,7 @@ RAISED = {
 }  # fmt: skip
 ADVICE = re.compile(
     r"\b(add|allow|ask|check|choose|correct|expected|give|ignore|install|leave|make|name|pass|"
-    r"please report|remove|repair|rerun|run|shorten|split|submit|use|write an)\b",
+    r"please report|reinstall|remove|repair|rerun|run|shorten|split|submit|use|write an)\b",
     re.IGNORECASE,
 )
 
