@@ -358,7 +358,7 @@ def test_exports_lie_apart(tmp_path):
             parse_settings([*base, "--export", f"fmriprep={tmp_path / place}"])
     with pytest.raises(UsageError, match="not apart"):
         parse_settings([*base, "--export", f"raw={tmp_path}/x", f"fmriprep={tmp_path}/x"])
-    with pytest.raises(UsageError, match="not among"):
+    with pytest.raises(UsageError, match="expected fmriprep or raw"):
         parse_settings([*base, "--export", "spm"])
     with pytest.raises(UsageError, match="container"):
         parse_settings([base[0], "/out", *base[2:], "--export", "fmriprep"])
