@@ -249,6 +249,45 @@ def test_conditional_mean_against_the_dense_posterior(kind, sigma):
     assert float(((found - expected) / sd).abs().max()) < 0.01
 
 
+class WideSpectrum:
+    """Images whose mean is open: the power at low frequencies is far above that of the noise."""
+
+    def variance(self, sigma, frequency):
+        power = 1e4 / (1 + (frequency / 0.02) ** 2) ** 2 + 1e-4
+        return sigma**2 * power / (sigma**2 + power)
+
+
+def test_rounding_where_v_is_very_wide_leaves_no_offset():
+    """The mean is known by every voxel: its residual is 0 to within the solve's tolerance."""
+    image, data, noise_sd = (48, 96, 96), (12, 60, 60), 0.005
+    thick = slice_weights(
+        gaussian_profile(4.0), n_slices=12, spacing_mm=4.0, n_thin=48, thin_mm=1.0
+    )
+    share = torch.zeros(data)
+    share[:, 6:54, 6:54] = 0.6  # these voxels contradict the others
+    share[:, 14:46, 14:46] = 1.0
+    y = torch.where(share == 1, 0.6, 0.3 * random(*data)) + noise_sd * random(*data, seed=1)
+    lh = likelihood(
+        y,
+        share=share,
+        solver=SpectralSolver(thick, image, data, (1.0, 1.0, 1.0)),
+        spectrum=WideSpectrum(),
+        support=torch.ones(image),
+        noise_sd=noise_sd,
+        log_bias=torch.zeros(data),
+    )
+    term = lh.reference
+    precision = term.precision()
+    for x in (
+        lh.expect(torch.zeros(image), 30.0),
+        lh.draw(torch.zeros(image), 30.0, torch.Generator().manual_seed(0)),
+    ):
+        residual = term.y - term.predict(x)
+        offset = float((precision * residual).sum() / precision.sum())
+        drawn = 3 / float(precision.sum().sqrt())  # a draw scatters about the mean
+        assert abs(offset) < SolveLimits().tolerance * noise_sd + drawn
+
+
 @KINDS
 def test_nothing_is_drawn_beyond_the_support(kind):
     support = torch.zeros(IMAGE)
