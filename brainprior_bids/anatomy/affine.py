@@ -69,7 +69,7 @@ LARGEST_RATIO = 1.5
 """Largest over smallest singular value."""
 LARGEST_RESIDUAL_MM = 12.0
 """Weighted median residual beyond which the structures are not where a brain has them."""
-LARGEST_RESIDUAL_MM = 5.0
+UNUSUAL_RESIDUAL_MM = 5.0
 LARGEST_STRANGE_SHARE = 0.3
 """Weight of structures that do not fit at all; more of them than this is no brain."""
 
@@ -164,11 +164,11 @@ def _match(
 
 
 def _residual_warning(median: float) -> list[str]:
-    if median <= LARGEST_RESIDUAL_MM:
+    if median <= UNUSUAL_RESIDUAL_MM:
         return []
     return [
         f"Structures lie {median:.1f} mm (median) from their places in MNI305 after the affine; "
-        f"usual is below {LARGEST_RESIDUAL_MM:g} mm."
+        f"usual is below {UNUSUAL_RESIDUAL_MM:g} mm."
     ]
 
 

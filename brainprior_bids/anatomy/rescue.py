@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from brainprior_bids.anatomy.affine import (
-    LARGEST_RESIDUAL_MM,
+    UNUSUAL_RESIDUAL_MM,
     AffineFit,
     fit_affine,
     judge_affine,
@@ -84,7 +84,7 @@ def find_affine(
     fit: AffineFit | None = None
     try:
         fit = fit_affine(table, surface=surface)
-        if fit.median_residual_mm <= LARGEST_RESIDUAL_MM:
+        if fit.median_residual_mm <= UNUSUAL_RESIDUAL_MM:
             return fit
         problem = f"the structures lie {fit.median_residual_mm:.1f} mm from their places"
     except AnatomyError as error:

@@ -400,7 +400,7 @@ def test_another_tools_image_and_its_trust(files, raw, output_dir, prior, tmp_pa
         refined("nowhere", refined=str(tmp_path / "nowhere.nii.gz"), trust=0.1)
     dark = other.get_fdata().max() - other.get_fdata()  # another contrast
     nib.save(nib.Nifti1Image(dark, other.affine), tmp_path / "dark.nii.gz")
-    with pytest.raises(InputError, match="same person"):
+    with pytest.raises(InputError, match="same participant"):
         refined("dark", refined=str(tmp_path / "dark.nii.gz"), trust=0.1)
     alone = refined("alone", trust=0.05)
     assert json.loads(Path(alone.restore_json).read_text())["noise_sd_initial"] == 0.05
