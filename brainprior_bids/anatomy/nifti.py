@@ -153,6 +153,6 @@ def _check_voxels(shape: tuple[int, ...], path: Path, name: str) -> None:
 
 
 def _size(n_bytes: float) -> str:
-    """Bytes for people."""
+    """Bytes with a unit."""
     power = min(int(np.log2(max(n_bytes, 1)) // 10), 3)
     return f"{n_bytes / 1024**power:.3g} {('bytes', 'KiB', 'MiB', 'GiB')[power]}"

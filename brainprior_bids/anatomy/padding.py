@@ -2,8 +2,8 @@
 """Where an image was filled up with one value, so that nothing was measured there.
 
 A scan whose field of view ends in the brain may have been padded, or resampled onto another grid.
-The values that fill it up are no background: the brain goes on there, as it does beyond the border
-of the field of view. They are told from a background by what lies next to them: between brain and
+The values that fill it up are not background: the brain continues there, as it does beyond the
+border of the field of view. Their neighbours distinguish them from background: between brain and
 air there are always skull and scalp.
 """
 
