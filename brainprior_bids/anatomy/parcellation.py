@@ -397,7 +397,7 @@ def _cut_mm2(
     beyond: NDArray[np.bool_],
     size: int,
 ) -> NDArray[np.float64]:
-    """Area of every structure on the faces of what was measured, indexed by value."""
+    """Area of every structure on the border of the measured region, indexed by value."""
     start = np.rint(np.linalg.inv(view.affine) @ grid.affine[:, 3])[:3].astype(int)
     area = np.zeros(size)
     for axis in range(3):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Slice gains: found where they were put, and none found where there are none.
 
-Bounds are for what was measured (``docs/tasks/restore.md``) with some room.
+The bounds are the measured values (``docs/tasks/restore.md``) with a margin.
 """
 
 import nibabel as nib
