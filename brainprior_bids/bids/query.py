@@ -44,6 +44,8 @@ LARGEST_NUMBER = 2**53
 """From here on JSON numbers are not exact, and those of a database end."""
 LONGEST_STEM = 220
 """Characters; with a longer name not even its failure could be written down."""
+NO_CONFIG = ".brainprior-reads-no-layout-config"
+"""Stands for ``layout_config.json``, with which a folder could change how pybids reads it."""
 DERIVED = ("space", "res", "desc")
 """Entities of derivatives: ours replace them, so that two results would have one name."""
 
@@ -212,6 +214,7 @@ def find_scans(settings: Settings) -> list[Scan]:
     )
     _require(settings.session_label, sessions, "session", settings.bids_dir)
 
+    entries = _anat_entries(settings.bids_dir, subjects, settings.session_label)
     layout = _index(
         settings.bids_dir,
         settings.participant_label,
@@ -232,12 +235,11 @@ def find_scans(settings: Settings) -> list[Scan]:
         found = {path: _described(path, suffix, sidecars) for path in listed}
         _require_fields(fields, found.values(), suffix)
         files |= {path: file for path, file in found.items() if file.fits(fields)}
-        for path in _undecodable(settings, subjects, suffix):
-            problem = (
-                f"{readable(path.name).partition('.')[0]}: the file's name is not text (UTF-8). "
-                "Rename it: letters, digits, '-' and '_'."
-            )
-            files[path] = _File(suffix, problem=problem)
+        ends = tuple(f"_{suffix}{end}" for end in EXTENSIONS)
+        for path in entries:
+            problem = _no_file(path, settings.bids_dir) if path.name.endswith(ends) else None
+            if problem is not None:
+                files[path] = _File(suffix, problem=problem)
     scans = _scans(settings.bids_dir, files)
     if not scans:
         raise NoScanError(
@@ -295,23 +297,30 @@ def _require_fields(fields: Mapping[str, Any], files: Iterable[_File], suffix: s
         )
 
 
-def _undecodable(settings: Settings, subjects: Sequence[str], suffix: str) -> list[Path]:
-    """Images of a contrast whose file names are not text: pybids cannot hold them."""
-    found = []
+def _anat_entries(bids_dir: Path, subjects: Iterable[str], sessions: Sequence[str]) -> list[Path]:
+    """What lies in the ``anat`` folders of these subjects and sessions (empty: all)."""
+    entries: list[Path] = []
     for subject in subjects:
-        folder = settings.bids_dir / f"sub-{subject}"
+        folder = bids_dir / f"sub-{subject}"
         for anat in [folder / "anat", *sorted(folder.glob("ses-*/anat"))]:
             session = anat.parent.name.removeprefix("ses-")
-            if settings.session_label and session not in settings.session_label:
-                continue
-            with suppress(OSError):
-                found += [
-                    path
-                    for path in sorted(anat.iterdir())
-                    if NOT_TEXT.search(str(path.relative_to(settings.bids_dir)))
-                    and path.name.endswith(tuple(f"_{suffix}{end}" for end in EXTENSIONS))
-                ]
-    return found
+            if not sessions or session in sessions:
+                with suppress(OSError):
+                    entries += sorted(anat.iterdir())
+    return entries
+
+
+def _no_file(path: Path, bids_dir: Path) -> str | None:
+    """Why pybids does not list what is called like an image; None where it does."""
+    stem = readable(path.name).partition(".")[0]
+    if NOT_TEXT.search(str(path.relative_to(bids_dir))):
+        return (
+            f"{stem}: the file's name is not text (UTF-8). "
+            "Rename it: letters, digits, '-' and '_'."
+        )
+    if os.path.isdir(path):
+        return f"{stem}: expected an image file, {path} is a folder. Replace or remove it."
+    return None
 
 
 def _scans(bids_dir: Path, files: Mapping[Path, _File]) -> list[Scan]:
@@ -409,6 +418,13 @@ def _index(
         r"^/sub-[^/]+/(?:ses-[^/]+/)?(?!ses-|anat(?:/|$))[^/]+(?<!\.json)$",
         NOT_TEXT.pattern,  # its database cannot hold them
     ]
+    everyone = list_subjects(bids_dir) if database_dir is not None or not subjects else subjects
+    # it would enter what lies in an anat folder, also through a link that leads anywhere
+    ignore += [
+        rf"^/{re.escape(path.relative_to(bids_dir).as_posix())}$"
+        for path in _anat_entries(bids_dir, everyone, () if database_dir is not None else sessions)
+        if os.path.isdir(path)
+    ]
     if database_dir is not None:
         return _kept_index(bids_dir, ignore, database_dir)
     ignore.append(r"\.json$")
@@ -469,7 +485,10 @@ def _layout(
     indexer = None
     if ignore is not None:
         indexer = BIDSLayoutIndexer(
-            validate=False, ignore=[re.compile(patt) for patt in ignore], index_metadata=metadata
+            validate=False,
+            ignore=[re.compile(patt) for patt in ignore],
+            index_metadata=metadata,
+            config_filename=NO_CONFIG,
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -8,11 +8,13 @@ are found, what is said of them, and which could be begun.
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
 import pytest
+from bids.layout import BIDSLayoutIndexer
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -247,20 +249,65 @@ def test_a_misplaced_file_does_not_replace_the_results_of_another_participant(ra
     assert scan.name.derivative() != "sub-09_T1w.nii.gz"
 
 
-@pytest.mark.parametrize("kind", ["dangling", "folder", "pipe", "device", "loop"])
-def test_what_is_no_file_fails_its_scan_without_being_opened(raw, asked, kind):
-    path = put(raw, "sub-01/anat/sub-01_T1w.nii.gz")
-    path.unlink()
-    if kind == "folder":
-        path.mkdir()
+NO_IMAGES = ["dangling", "folder", "full folder", "link to a folder", "pipe", "device", "loop"]
+
+
+def no_image(path, kind):
+    """Put something at a path that is called like an image and is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if "folder" in kind:
+        folder = path.parents[3] / "elsewhere" if kind.startswith("link") else path
+        put(folder, f"sub-01/anat/{path.name}")  # a trap: it must not be taken for a scan
+        put(folder, path.name)
+        if folder is not path:
+            path.symlink_to(folder)
+        elif kind == "folder":
+            shutil.rmtree(path)
+            path.mkdir()
     elif kind == "pipe":
         os.mkfifo(path)
     else:
         path.symlink_to({"dangling": "nowhere", "device": "/dev/zero", "loop": path.name}[kind])
-    found = [scan for scan in find_scans(asked) if str(scan.relative) != GOOD]
-    for scan in found:  # pybids does not list folders and what leads to none
-        assert scan.problem is not None
-    assert plan_jobs(found, asked, {}, Claims([asked.output_dir / "logs"])) == []
+
+
+@pytest.mark.parametrize("database", [False, True], ids=["", "database"])
+@pytest.mark.parametrize("kind", NO_IMAGES)
+def test_what_is_no_file_fails_its_scan_without_being_opened(raw, asked, tmp_path, kind, database):
+    if database:
+        asked = replace(asked, bids_database_dir=tmp_path / "database")
+    no_image(raw / "sub-01/anat/sub-01_T1w.nii.gz", kind)
+    other = only_other(find_scans(asked))
+    assert str(other.relative) == "sub-01/anat/sub-01_T1w.nii.gz"
+    assert other.problem.startswith("sub-01_T1w: ")
+    assert plan_jobs([other], asked, {}, Claims([asked.output_dir / "logs"])) == []
+
+
+@pytest.mark.parametrize("link", [False, True], ids=["folder", "link"])
+def test_what_lies_below_an_anat_folder_is_not_entered(raw, asked, tmp_path, monkeypatch, link):
+    """A link may lead to a file system of any size, or in a circle."""
+    put(tmp_path / "elsewhere", "sub-09_acq-deep_T1w.nii.gz")
+    if link:
+        (raw / "sub-09/anat/more").symlink_to(tmp_path / "elsewhere")
+        (raw / "sub-09/anat/again").symlink_to("..")
+    else:
+        put(raw, "sub-09/anat/more/sub-09_acq-deep_T1w.nii.gz")
+    entered = []
+    index = BIDSLayoutIndexer._index_dir
+
+    def noted(self, path, *args, **kwargs):
+        entered.append(path.name)
+        return index(self, path, *args, **kwargs)
+
+    monkeypatch.setattr(BIDSLayoutIndexer, "_index_dir", noted)
+    assert [str(scan.relative) for scan in find_scans(asked)] == [GOOD]
+    assert entered == ["raw", "sub-09", "anat"]
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"name": "bids", "entities": 5}'])
+def test_a_layout_config_in_the_data_set_changes_nothing(raw, asked, text):
+    for folder in (raw, raw / "sub-09", raw / "sub-09/anat"):
+        (folder / "layout_config.json").write_text(text)
+    assert [str(scan.relative) for scan in find_scans(asked)] == [GOOD]
 
 
 def broken_header(path, kind):
