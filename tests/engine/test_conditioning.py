@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from gaussian import gaussian_prior
 from scipy import ndimage
-from test_fusion import MOTION, error, make_run, together, truth_at
+from test_fusion import MOTION, UNIT, error, make_run, together, truth_at
 from test_restore import GAIN, TO_MNI, GaussianPrior, ball, given_prior, phantom, power, run
 
 from brainprior_bids.engine.conditioning import Conditioning, GivenSpectrum, WhiteImage
@@ -159,10 +161,9 @@ def test_mean_is_one_call_and_draws_nothing():
         run(case, sampler="mean")
 
 
-def gaussian_mean(runs, prior):
-    """E[x given all scans] of a prior N(0, V), V its spectrum before any call, in one solve."""
+def posed(runs):
     fine = runs[0].grid.one_millimetre()
-    both = Problem(
+    return Problem(
         runs,
         mask=(truth_at(fine.points_mm()) > 0).float(),
         rim_mm=0.0,
@@ -171,23 +172,33 @@ def gaussian_mean(runs, prior):
         nuisances=Nuisances(thickness_sd=0.0),
         device=torch.device("cpu"),
     )
+
+
+def gaussian_mean(runs, prior):
+    """E[x given all scans] of a prior N(0, V), V its spectrum before any call, in one solve."""
+    both = posed(runs)
     likelihood = both.likelihood(prior.spectrum("T1w"), 1.0)
     likelihood.reset()
-    mean = np.zeros(fine.shape, np.float32)
+    mean = np.zeros(both.grid.shape, np.float32)
     solved = likelihood.expect(torch.zeros(both.box.shape), 1e3)
     mean[both.box.image_slices] = solved.numpy()
     return mean * both.unit
 
 
-def test_fused_scans_under_a_network_that_is_given_the_reference():
+@pytest.mark.parametrize("noise", [0.02, 0.1])
+def test_fused_scans_under_a_network_that_is_given_the_reference(noise):
     """Under a white Gaussian prior, whose V is exact, chains scatter about the closed-form mean.
 
-    Two independent sets of chains give the scatter: their average is off by half of what they
-    differ by, and a set's samples by their SD / 2. Both ratios are 1 with an SD of 7 and 5 % for
-    200 independent voxels (a tenth of those compared): the bounds are 3 and 4 of them.
+    The larger noise is as large as what the prior leaves open in a slice: whoever counts the
+    reference twice is off by more than chains scatter. Two independent sets of chains give the
+    scatter: their average is off by half of what they differ by, and a set's samples by their
+    SD / 2. Both ratios are 1 with an SD of 7 and 5 % for 200 independent voxels (a tenth of those
+    compared): the bounds are 3 and 4 of them.
     """
-    runs = make_run(2, np.eye(4), seed=1)[0], make_run(0, MOTION, seed=2)[0]
-    truth = make_run(2, np.eye(4), seed=1)[1]
+    reference, truth = make_run(2, np.eye(4), noise=noise, seed=1)
+    moved, _ = make_run(0, MOTION, noise=noise, seed=2)
+    noise_sd = UNIT * noise / posed([reference, moved]).unit
+    runs = [replace(run, noise_sd=noise_sd) for run in (reference, moved)]
     prior = gaussian_prior(torch.full((8,), 0.2), recipe={"holes": 0.1})
     options = {"prior": prior, "n_steps": 6, "n_samples": 4, "thickness_sd": 0.0}
     (one, _), (two, _) = (together(*runs, seed=seed, **options) for seed in (0, 7))
@@ -195,9 +206,7 @@ def test_fused_scans_under_a_network_that_is_given_the_reference():
     assert (one.sampler, one.solve) == ("conditional", "image space")
     assert error(one.mean, truth) < 0.9 * error(alone.mean, truth)
     expected = gaussian_mean(runs, prior)
-    inside = ndimage.binary_erosion(
-        truth > 0, iterations=5
-    )  # voxels of slices wholly in the brain
+    inside = ndimage.binary_erosion(truth > 0, iterations=5)  # slices wholly in the brain
 
     def rms(image):
         return float(np.sqrt(np.square(image[inside]).mean()))
