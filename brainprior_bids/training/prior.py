@@ -22,7 +22,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,8 @@ CHECKPOINT = "checkpoint.pt"
 LEVELS = 16
 """Noise levels at which the recent error is kept."""
 BAND_WEIGHT = 0.3
+PACED = 30
+"""Steps after which a training that is given minutes knows how many fit."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,49 @@ def measure_band_sd(crops: Crops, count: int = 48) -> Tensor:
     """(8,) root mean square of each Haar band over the first crops."""
     squares = [to_bands(crops[n]["image"][None]).square().mean((0, 2, 3, 4)) for n in range(count)]
     return torch.stack(squares).mean(0).sqrt()
+
+
+class Pace:
+    """Times the steps of a training, and smooths its loss.
+
+    Attributes
+    ----------
+    steps : int
+        So far.
+    """
+
+    def __init__(self) -> None:
+        self.steps, self._smooth, self._waited, self._spent, self._since = 0, 0.0, 0.0, 0.0, 0
+        self._asked = time.monotonic()
+
+    def next(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The next batch; the time that it is waited for is kept."""
+        self._asked = time.monotonic()
+        batch = next(batches)
+        self._waited += time.monotonic() - self._asked
+        return batch
+
+    def end(self, loss: float) -> float:
+        """Seconds that the step took, which has ended with this loss."""
+        took = time.monotonic() - self._asked
+        self._smooth = loss if self.steps == 0 else 0.98 * self._smooth + 0.02 * loss
+        self._spent, self.steps, self._since = self._spent + took, self.steps + 1, self._since + 1
+        return took
+
+    @property
+    def seconds_a_step(self) -> float:
+        """Since the facts were last told."""
+        return self._spent / max(self._since, 1)
+
+    def facts(self) -> dict[str, float]:
+        """Loss, time and wait of a step, the latter two since this was last asked."""
+        told = {
+            "loss": round(self._smooth, 4),
+            "seconds_a_step": round(self.seconds_a_step, 3),
+            "waited": round(self._waited / max(self._since, 1), 3),
+        }
+        self._waited, self._spent, self._since = 0.0, 0.0, 0
+        return told
 
 
 class Trainer:
@@ -352,73 +397,80 @@ class Trainer:
         checkpoint_every: int,
         validate_every: int,
         validation: Sequence[Brain],
+        minutes: float | None = None,
     ) -> None:
-        """Train up to ``recipe.steps``.
+        """Train up to ``recipe.steps``, or as many steps as fit into ``minutes``.
 
         Raises
         ------
         UsageError
             If the loss is not finite.
         """
+        batches = self._batches(workers)
+        began, pace = time.monotonic(), Pace()
+        while self.step < self.recipe.steps:
+            value = self._take_step(pace.next(batches))
+            self.seconds += pace.end(value)
+            if minutes is not None and pace.steps == PACED:
+                self.fit_into(60 * minutes - (time.monotonic() - began), pace.seconds_a_step)
+            if self.step % 50 == 0:
+                rate = round(self.recipe.rate(self.step - 1), 6)
+                self._note(step=self.step, rate=rate, **pace.facts())
+            if not self.processes.first:
+                continue
+            if self.step % checkpoint_every == 0 or self.step == self.recipe.steps:
+                self.save()
+            if validation and self.step % validate_every == 0:
+                self._note(step=self.step, **self._quality(validation))
+
+    def _batches(self, workers: int) -> Iterator[dict[str, Tensor]]:
+        """The crops of the steps to come."""
         recipe = self.recipe
-        numbers = Numbers(self.step, recipe.steps, recipe.batch, self.processes)
         loader = DataLoader(
             self.crops,
             recipe.batch,
-            sampler=numbers,
+            sampler=Numbers(self.step, recipe.steps, recipe.batch, self.processes),
             num_workers=workers,
             prefetch_factor=8 if workers else None,
             worker_init_fn=_single_thread,
         )
-        smooth, waited, started = 0.0, 0.0, time.monotonic()
-        batches = iter(loader)
-        for _ in range(self.step, recipe.steps):
-            asked = time.monotonic()
-            batch = next(batches)
-            waited += time.monotonic() - asked
-            for optimiser in self.optimisers:
-                optimiser.zero_grad(set_to_none=True)
-                for group in optimiser.param_groups:
-                    group["lr"] = recipe.rate(self.step)
-            loss = self.loss(batch, self.step)
-            loss.backward()
-            loss = self.processes.average(self.model.parameters(), loss)
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            for optimiser in self.optimisers:
-                optimiser.step()
-            self.step += 1
-            self._average()
-            value = float(loss)
-            if not math.isfinite(value):
-                raise UsageError(
-                    f"training diverged at step {self.step}: loss {value}. Lower --learning-rate."
-                )
-            smooth = value if smooth == 0 else 0.98 * smooth + 0.02 * value
-            now = time.monotonic()
-            self.seconds += now - asked
-            if self.step % 50 == 0:
-                self._note(
-                    step=self.step,
-                    loss=round(smooth, 4),
-                    rate=round(recipe.rate(self.step - 1), 6),
-                    seconds_a_step=round((now - started) / 50, 3),
-                    waited=round(waited / 50, 3),
-                )
-                waited, started = 0.0, now
-            if not self.processes.first:
-                continue
-            if self.step % checkpoint_every == 0 or self.step == recipe.steps:
-                self.save()
-            if validation and self.step % validate_every == 0:
-                own = self.prior()
-                self._note(
-                    step=self.step,
-                    gain=gains(own, validation),
-                    stacks=stack_errors(own, validation, (5.0,), limit=1)
-                    if own.takes_stacks
-                    else {},
-                )
-                started = time.monotonic()
+        return iter(loader)
+
+    def _take_step(self, batch: Mapping[str, Tensor]) -> float:
+        """One step of the optimisers and of the average; the loss."""
+        for optimiser in self.optimisers:
+            optimiser.zero_grad(set_to_none=True)
+            for group in optimiser.param_groups:
+                group["lr"] = self.recipe.rate(self.step)
+        loss = self.loss(batch, self.step)
+        loss.backward()
+        loss = self.processes.average(self.model.parameters(), loss)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimiser in self.optimisers:
+            optimiser.step()
+        self.step += 1
+        self._average()
+        value = float(loss)
+        if not math.isfinite(value):
+            raise UsageError(
+                f"training diverged at step {self.step}: loss {value}. Lower --learning-rate."
+            )
+        return value
+
+    def fit_into(self, seconds: float, seconds_a_step: float) -> None:
+        """End after so many seconds more, the rate falling over the same share of the steps."""
+        recipe = self.recipe
+        count = self.processes.least(max(int(seconds / seconds_a_step), 1))
+        steps = min(self.step + count, recipe.steps)
+        decay = round((steps - self.step) * recipe.decay / max(recipe.steps - self.step, 1))
+        self.recipe = replace(recipe, steps=steps, decay=max(decay, 1))
+        log.info("%.2f s a step: the training ends at step %d", seconds_a_step, steps)
+
+    def _quality(self, validation: Sequence[Brain]) -> dict[str, Any]:
+        """The gain on white noise, and E[x | y] of slices, of the averaged weights."""
+        own = self.prior()
+        stacks = stack_errors(own, validation, (5.0,), limit=1) if own.takes_stacks else {}
+        return {"gain": gains(own, validation), "stacks": stacks}
 
     def _average(self) -> None:
         decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
@@ -510,6 +562,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train = parser.add_argument_group("training")
     train.add_argument("--steps", type=int, default=recipe.steps)
     train.add_argument("--decay", type=int, default=recipe.decay, help="last, falling steps")
+    train.add_argument(
+        "--minutes",
+        type=float,
+        help="end after so long: --steps are the most, and --decay keeps its share of them",
+    )
     train.add_argument(
         "--batch", type=int, default=recipe.batch, help="crops a step (in each process)"
     )
@@ -685,6 +742,7 @@ def _train(args: argparse.Namespace, processes: Processes) -> int:
             checkpoint_every=args.checkpoint_every,
             validate_every=args.validate_every,
             validation=[b for b in brains if b.split == "validation"],
+            minutes=args.minutes,
         )
     if (args.out is not None or args.export_only) and processes.first:
         path = args.out or FOLDER / "prior.safetensors"

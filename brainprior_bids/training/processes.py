@@ -74,6 +74,14 @@ class Processes:
             start += p.numel()
         return flat[-1]
 
+    def least(self, count: int) -> int:
+        """The smallest of the processes' numbers."""
+        if self.size == 1:
+            return count
+        least = torch.tensor(count, device=self.device)
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+        return int(least)
+
     def share(self, module: nn.Module) -> None:
         """Give every process the tensors of process 0."""
         if self.size > 1:

@@ -80,6 +80,27 @@ def test_restore_on_another_device(monkeypatch, route):
     np.testing.assert_array_equal(far.residual_map, near.residual_map)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("route", ROUTES)
+def test_restore_on_a_gpu(route):
+    """The same noise on both: what differs is the order in which float32 numbers are added."""
+    thick, options = ROUTES[route]
+    case = phantom(thick=thick)
+    near, far = (
+        run(
+            case,
+            prior=gaussian_prior(SD, device=device, recipe={"holes": 0.1}),
+            device=device,
+            n_samples=1,
+            **options(case),
+        )
+        for device in ("cpu", "cuda")
+    )
+    scale = float(np.abs(near.mean).max())
+    np.testing.assert_allclose(far.mean, near.mean, rtol=0, atol=2e-3 * scale)
+    np.testing.assert_allclose(far.samples, near.samples, rtol=0, atol=2e-3 * scale)
+
+
 def test_fused_scans_on_another_device(monkeypatch):
     runs = [make_run(2, np.eye(4), seed=1)[0], make_run(0, MOTION, seed=2)[0]]
     near, far = both(monkeypatch, lambda **o: together(*runs, **o)[0], n_steps=2)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -176,6 +177,17 @@ def test_a_resumed_training_is_the_same_training(tmp_path):
         assert torch.equal(a, b), name
     for a, b in zip(whole.average.parameters(), second.average.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_training_that_is_given_time_takes_the_steps_that_fit(tmp_path):
+    trainer = tiny(tmp_path, 1010)
+    trainer.recipe = replace(trainer.recipe, decay=500)
+    trainer.step = 10
+    trainer.fit_into(60.0, 0.5)
+    assert (trainer.recipe.steps, trainer.recipe.decay) == (130, 60)
+    assert trainer.recipe.rate(129) < trainer.recipe.rate(69) / 50
+    trainer.fit_into(1e6, 0.5)
+    assert trainer.recipe.steps == 130  # never more than were asked for
 
 
 def test_a_training_that_saw_slices_another_way_does_not_go_on(tmp_path):

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Trains the prior for a few minutes on a GPU node, measures it, checks the engine on that GPU and times one sample.
+#   scripts/train_on_gpu.sh WORK OUT [MINUTES [DEVICE [STEPS]]]
+# WORK    holds the packs that `brainprior train prior` made (docs/training.md), and gets the checkpoint
+# OUT     gets prior.safetensors, log.jsonl, train.log, quality.txt, checks.txt and timing.txt, all below 16 MB
+# STEPS   the most steps; as many are taken as fit into MINUTES, and the learning rate falls over the last two thirds
+# Environment: PYTHON (python3), BATCH (64 crops), WORKERS (all processors but two), RATE (1e-3).
+# A rehearsal without a GPU: BATCH=2 WORKERS=1 scripts/train_on_gpu.sh WORK OUT 3 cpu 20
+set -euo pipefail
+work=$(realpath "$1") out=$(realpath -m "$2") minutes=${3:-8} device=${4:-cuda} steps=${5:-200000}
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3} weights=brainprior_bids/data/weights/prior.safetensors
+cores=$(nproc)
+workers=${WORKERS:-$((cores > 3 ? cores - 2 : 1))}
+mkdir -p "$out"
+du -shc "$work"/*.npz
+
+"$python" -m brainprior_bids train prior "$work" --begin-with "$weights" --device "$device" \
+  --minutes "$minutes" --steps "$steps" --decay $((steps * 2 / 3)) --batch "${BATCH:-64}" \
+  --learning-rate "${RATE:-1e-3}" --stacks 0.8 --holes 0.1 --blind 0.5 --inflation 1.05 --workers "$workers" \
+  --checkpoint-every 1000 --validate-every 1000 --out "$out/prior.safetensors" 2>&1 | tee "$out/train.log"
+cp "$work/log.jsonl" "$out/"
+
+for weights in "$weights" "$out/prior.safetensors"; do
+  echo "$weights"
+  "$python" -m brainprior_bids train prior "$work" --evaluate --device "$device" --out "$weights"
+done | tee "$out/quality.txt"
+
+"$python" -m pytest -q tests/engine/test_device.py 2>&1 | tee "$out/checks.txt"
+for sampler in conditional exact; do
+  "$python" benchmarks/engine_inner_solve.py --device "$device" --sampler "$sampler"
+done | tee "$out/timing.txt"
