@@ -8,16 +8,14 @@ zeros. What a NIfTI header claims is therefore compared with the size of the fil
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
 from nibabel.openers import ImageOpener
-from nibabel.spatialimages import HeaderDataError, HeaderTypeError
 from numpy.typing import NDArray
 
 from brainprior_bids.engine.errors import InputError
@@ -28,16 +26,6 @@ MAX_HEADER_BYTES = 16 * 2**20
 """Header and extensions; a DICOM header kept there has some hundred thousand bytes."""
 DEFLATE_RATIO = 1032
 """Bytes that one byte of a gzip file can become at most (zlib's technical details)."""
-
-READ_ERRORS = (
-    ImageFileError,
-    HeaderDataError,
-    HeaderTypeError,
-    EOFError,
-    OSError,
-    ValueError,
-    zlib.error,
-)
 
 
 def open_image(path: Path, name: str) -> nib.spatialimages.SpatialImage:
@@ -62,21 +50,29 @@ def open_image(path: Path, name: str) -> nib.spatialimages.SpatialImage:
         )
     if not path.is_file():
         raise InputError(f"{name}: expected an image file, there is none at {path}.")
-    try:
+    with _reading(path, name):
         if path.name.endswith((".nii", ".nii.gz")):
             _check_claims(path, name)
         image = nib.load(path, mmap=False)
-    except READ_ERRORS as error:
-        raise unreadable(path, name, error) from error
     _check_voxels(image.shape, path, name)
     return image
 
 
 def read_values(image: nib.spatialimages.SpatialImage, path: Path, name: str) -> NDArray[Any]:
     """The image's values; InputError where the file is truncated or damaged."""
-    try:
+    with _reading(path, name):
         return np.asanyarray(image.dataobj)
-    except READ_ERRORS as error:
+
+
+@contextmanager
+def _reading(path: Path, name: str) -> Generator[None]:
+    """Whatever a parser raises of the file's bytes (nibabel, gzip, the XML in an extension) is an
+    InputError."""
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:
         raise unreadable(path, name, error) from error
 
 

@@ -8,6 +8,9 @@ import sys
 import nibabel as nib
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 from brainprior_bids.anatomy.external import mask_from_file
 from brainprior_bids.anatomy.lesion import read_lesion
@@ -109,6 +112,45 @@ def test_an_extension_and_a_large_scan_are_no_reason_to_refuse(tmp_path):
     assert MAX_VOXELS >= 640**3
     path = write(tmp_path / "fine.nii.gz", header((512, 512, 16), np.float32), 16)
     assert open_image(path, "scan").shape == (512, 512, 16)
+
+
+def cifti(content, intent=3006):
+    """An image whose extension makes nibabel take it for CIFTI, with this XML in it."""
+    padded = content + bytes(-(len(content) + 8) % 16)
+    made = nib.Nifti2Header()
+    made.set_data_dtype(np.int16)
+    made.set_data_shape((4, 4, 4))
+    made["intent_code"] = intent
+    made["vox_offset"] = 544 + 8 + len(padded)
+    extra = b"\1\0\0\0" + np.array([8 + len(padded), 32], "<i4").tobytes() + padded
+    return made.binaryblock + extra + bytes(128)
+
+
+@pytest.mark.parametrize("text", [b"<CIFTI></CIFTI>", b"", b"<CIFTI", b"<CIFTI Version='2'>"])
+def test_an_extension_that_nibabel_cannot_parse_is_an_unreadable_file(tmp_path, text):
+    with pytest.raises(InputError, match=r"sub-01: .* cannot be read, .* Copy or convert it"):
+        open_image(write(tmp_path / "cifti.nii", cifti(text)), "sub-01")
+
+
+@hypothesis_settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.integers(3000, 3013),
+    st.one_of(
+        st.binary(max_size=200),
+        st.sampled_from(["Matrix", "MatrixIndicesMap", "BrainModel", "Vertices", "Parcel"]).map(
+            lambda tag: f"<CIFTI Version='2'><Matrix><{tag}></{tag}></Matrix></CIFTI>".encode()
+        ),
+    ),
+)
+def test_no_extension_gets_through_as_another_error(tmp_path, intent, content):
+    path = write(tmp_path / "cifti.nii", cifti(content, intent))
+    try:
+        image = open_image(path, "sub-01")
+    except InputError:
+        return
+    assert image.shape[:3]
 
 
 @pytest.mark.parametrize("read", [
