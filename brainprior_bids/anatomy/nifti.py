@@ -8,6 +8,7 @@ zeros. What a NIfTI header claims is therefore compared with the size of the fil
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,8 @@ MAX_VOXELS = 2**28
 """645 along each axis: a head of 258 mm at 0.4 mm."""
 MAX_HEADER_BYTES = 16 * 2**20
 """Header and extensions; a DICOM header kept there has some hundred thousand bytes."""
+CHUNK = 2**16
+"""Bytes of a gzip file that are unpacked at a time."""
 DEFLATE_RATIO = 1032
 """Bytes that one byte of a gzip file can become at most (zlib's technical details)."""
 
@@ -61,7 +64,29 @@ def open_image(path: Path, name: str) -> nib.spatialimages.SpatialImage:
 def read_values(image: nib.spatialimages.SpatialImage, path: Path, name: str) -> NDArray[Any]:
     """The image's values; InputError where the file is truncated or damaged."""
     with _reading(path, name):
-        return np.asanyarray(image.dataobj)
+        values = np.asanyarray(image.dataobj)
+        if path.name.endswith(".nii.gz"):
+            length = image.get_data_dtype().itemsize * values.size
+            _check_sums(path, image.dataobj.offset + length)
+        return values
+
+
+def _check_sums(path: Path, needed: int) -> None:
+    """Compare a gzip file with its check sums, up to the end of the stream that fills ``needed``.
+
+    gzip's own reader comes to the sums only where someone reads beyond the last value.
+    """
+    stream, count = zlib.decompressobj(wbits=31), 0
+    with path.open("rb") as file:
+        while block := file.read(CHUNK):
+            while block:
+                count += len(stream.decompress(block))
+                if (stream.eof and count >= needed) or count > needed + MAX_HEADER_BYTES:
+                    return
+                block = stream.unused_data
+                if stream.eof:
+                    stream = zlib.decompressobj(wbits=31)
+    raise EOFError("it ends within its compressed data")
 
 
 @contextmanager

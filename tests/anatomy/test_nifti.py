@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from brainprior_bids.anatomy.external import mask_from_file
 from brainprior_bids.anatomy.lesion import read_lesion
-from brainprior_bids.anatomy.nifti import MAX_VOXELS, open_image
+from brainprior_bids.anatomy.nifti import MAX_VOXELS, open_image, read_values
 from brainprior_bids.engine.errors import InputError
 from brainprior_bids.engine.grids import Grid
 
@@ -112,6 +112,46 @@ def test_an_extension_and_a_large_scan_are_no_reason_to_refuse(tmp_path):
     assert MAX_VOXELS >= 640**3
     path = write(tmp_path / "fine.nii.gz", header((512, 512, 16), np.float32), 16)
     assert open_image(path, "scan").shape == (512, 512, 16)
+
+
+def packed(shape=(20, 20, 20), seed=0):
+    """A gzip file of noise, which does not compress, and its values."""
+    values = np.random.default_rng(seed).integers(0, 2**15, shape).astype(np.int16)
+    return gzip.compress(nib.Nifti1Image(values, np.eye(4)).to_bytes(), mtime=0), values
+
+
+def read(path):
+    return read_values(open_image(path, "sub-01"), path, "sub-01")
+
+
+@pytest.mark.parametrize("cut", [1, 2, 4, 5, 7, 8, 9, 100])
+def test_a_packed_file_that_is_cut_anywhere_is_not_believed(tmp_path, cut):
+    content, _ = packed()
+    path = tmp_path / "cut.nii.gz"
+    path.write_bytes(content[:-cut])
+    with pytest.raises(InputError, match="Copy or convert it again"):
+        read(path)
+
+
+@pytest.mark.parametrize("place", [-1, -4, -5, -8, -9, 400, 8000])
+def test_a_packed_file_with_a_wrong_bit_is_not_believed(tmp_path, place):
+    content, _ = packed()
+    damaged = bytearray(content)
+    damaged[place] ^= 4
+    path = tmp_path / "damaged.nii.gz"
+    path.write_bytes(damaged)
+    with pytest.raises(InputError, match="Copy or convert it again"):
+        read(path)
+
+
+def test_packed_files_in_pieces_and_with_something_behind_are_read(tmp_path):
+    content, values = packed()
+    plain = gzip.decompress(content)
+    pieces = b"".join(gzip.compress(plain[n : n + 5000]) for n in range(0, len(plain), 5000))
+    for number, whole in enumerate((pieces, content + b"behind it", content + bytes(100))):
+        path = tmp_path / f"{number}.nii.gz"
+        path.write_bytes(whole)
+        np.testing.assert_array_equal(read(path), values)
 
 
 def cifti(content, intent=3006):
