@@ -168,8 +168,8 @@ def _check_voxels(shape: tuple[int, ...], path: Path, name: str) -> None:
     if voxels > MAX_VOXELS:
         raise InputError(
             f"{name}: the header of {path} claims {voxels:.3g} voxels {shape}, more than a brain "
-            f"scan holds (at most {MAX_VOXELS:,}, as 645 x 645 x 645). The file is damaged or not "
-            "a single scan."
+            f"scan holds (at most {MAX_VOXELS:,}, as 645 x 645 x 645). The file is damaged, or "
+            "holds more than one scan. Convert it again, or give one scan."
         )
 
 
