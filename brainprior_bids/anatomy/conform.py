@@ -53,6 +53,8 @@ THIN_MM = 1.5
 """Near-isotropic scans up to this spacing have a boxcar one voxel wide: nothing to undo."""
 LARGEST_VIEW_MM = 600.0
 """Longest field of view: the bore of a scanner is no wider."""
+FARTHEST_MM = 10_000.0
+"""Farthest first voxel from the origin: scanners put the origin into their bore."""
 ITK_COSINE = 1e-4
 """Cosine between two axes up to which ITK reads an sform as it is; beyond, it takes the qform
 (whose axes are always at right angles) or refuses the file. Measured with SimpleITK 2.5."""
@@ -377,7 +379,13 @@ def _check_voxel_size(grid: Grid, name: str) -> None:
         raise GeometryError(
             f"{name}: expected a field of view of up to {LARGEST_VIEW_MM:g} mm, got "
             f"{_numbers(grid.extent_mm)} mm ({grid.shape} voxels of {_numbers(spacing)} mm). "
-            "Correct the voxel size in its header; crop a scan of the body to the head."
+            "Repair the voxel size in its header; crop a scan of the body to the head."
+        )
+    far = float(np.abs(grid.affine[:3, 3]).max())
+    if far > FARTHEST_MM:
+        raise GeometryError(
+            f"{name}: expected a scan within {FARTHEST_MM / 1000:g} m of the origin of its "
+            f"coordinates, got {far:.3g} mm. Repair the offset in its sform or qform."
         )
 
 

@@ -81,7 +81,9 @@ def _check_sums(path: Path, needed: int) -> None:
         while block := file.read(CHUNK):
             while block:
                 count += len(stream.decompress(block))
-                if (stream.eof and count >= needed) or count > needed + MAX_HEADER_BYTES:
+                if count > needed + MAX_HEADER_BYTES:
+                    raise ValueError(f"it unpacks to more than the {_size(needed)} of its image")
+                if stream.eof and count >= needed:
                     return
                 block = stream.unused_data
                 if stream.eof:
@@ -113,8 +115,8 @@ def _check_claims(path: Path, name: str) -> None:
     """Refuse a NIfTI file that claims more than it can hold, or than a scan has."""
     with ImageOpener(path) as stream:
         header = _header(stream)
-        if header is None:  # nibabel says what is wrong
-            return
+        if header is None:
+            raise ValueError("it does not begin with the header of a NIfTI file")
         shape = tuple(int(n) for n in header["dim"][1 : 1 + min(int(header["dim"][0]), 7)])
         _check_voxels(shape, path, name)
         offset = float(header["vox_offset"])

@@ -185,8 +185,8 @@ def parcellate(
     if len(compact) < 4:
         raise AnatomyError(
             f"parcellate: expected a brain with its inner structures, found only "
-            f"{[row['name'] for row in table]}. Is this a head, and is its header's "
-            "orientation right?"
+            f"{[row['name'] for row in table]}. Check that it is a head, and the "
+            "orientation in its header."
         )
     confidence = float(np.mean([row["confidence"] for row in table]))
     if confidence < 0.6:
@@ -256,8 +256,8 @@ def _clean_mask(
     if not smallest <= volume <= LARGEST_ML:
         raise AnatomyError(
             f"parcellate: expected a brain of {smallest:.0f} to {LARGEST_ML:.0f} ml, found "
-            f"{volume:.0f} ml. Is this a head scan with a usable contrast and the right voxel "
-            "size in its header?"
+            f"{volume:.0f} ml. Check that it is a head scan, its contrast, and the voxel size in "
+            "its header."
         )
     if partial:
         warnings.append(

@@ -15,6 +15,8 @@ from brainprior_bids.engine.grids import Grid
 DEEPEST_NEGATIVE = 0.1
 """An image whose darkest hundredth lies deeper below 0 than this share of its bright end has no
 zero of its own. The rings of an interpolation and the noise of real-valued images are less."""
+LARGEST_VALUE = 1e15
+"""Sums of squares of larger values do not fit float32."""
 EMPTY_EDGE = 0.5
 """Where more of the outermost voxels than this have one value, that is the background."""
 
@@ -43,12 +45,16 @@ def check_values(
     Raises
     ------
     InputError
-        A constant image, non-finite voxels inside the head, or outliers far below the image.
+        A constant image, values without bounds, non-finite voxels inside the head, or outliers
+        far below the image.
     """
     finite = np.isfinite(data)
     bad = int(data.size - finite.sum())
     if bad == data.size:
-        raise InputError(f"{name}: expected an image, every voxel is NaN or infinite.")
+        raise InputError(
+            f"{name}: expected an image, every voxel is NaN or infinite. Check its scale factor "
+            "in the header, or export it again."
+        )
     if bad:
         data = np.where(finite, data, np.float32(0))
     low, high = float(data.min()), float(data.max())
@@ -56,6 +62,11 @@ def check_values(
         raise InputError(
             f"{name}: expected an image, every voxel is {low:g}. The export or an earlier step "
             "failed."
+        )
+    if max(-low, high) > LARGEST_VALUE:
+        raise InputError(
+            f"{name}: expected values up to {LARGEST_VALUE:g}, got {low:g} to {high:g}. Check the "
+            "scale factor in the header, or export the image again."
         )
     inside = int((_head(data, grid) & ~finite).sum()) if bad else 0
     if inside:

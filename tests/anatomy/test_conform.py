@@ -252,6 +252,15 @@ def test_a_field_of_view_that_no_scanner_has_is_refused_by_its_geometry(tmp_path
     assert field_of_view_l(path) == 0  # so that no memory is asked for, and conform can say why
 
 
+@pytest.mark.parametrize("offset", [2e4, -1e30])
+def test_a_scan_far_from_the_origin_is_refused(tmp_path, offset):
+    data, affine = a_scan()
+    affine[1, 3] = offset
+    path = write(tmp_path / "sub-01_T1w.nii", data, affine)
+    with pytest.raises(GeometryError, match=r"within 10 m of the origin .* Repair the offset"):
+        read_geometry(path, metadata={})
+
+
 def test_nan_outside_the_head_becomes_zero(tmp_path):
     data, affine = a_scan(shape=(40, 40, 12))
     data[:3] = np.nan
@@ -355,6 +364,7 @@ def test_outliers_far_below_an_image_without_a_zero_are_refused(tmp_path):
     [
         (np.zeros((8, 8, 8), np.int16), "every voxel is 0"),
         (np.full((8, 8, 8), 17, np.int16), "every voxel is 17"),
+        (1e16 * np.random.default_rng(0).random((8, 8, 8)), r"values up to 1e\+15, got .*export"),
         (np.full((8, 8, 8), np.nan, np.float32), "every voxel is NaN or infinite"),
         (np.ones((8, 8, 8, 12), np.int16), "got 12 volumes"),
         (np.ones((8, 8, 8, 1, 3), np.int16), "got 3 volumes"),

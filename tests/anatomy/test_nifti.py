@@ -154,6 +154,29 @@ def test_packed_files_in_pieces_and_with_something_behind_are_read(tmp_path):
         np.testing.assert_array_equal(read(path), values)
 
 
+def test_a_packed_file_that_goes_on_behind_its_image_is_refused(tmp_path):
+    content, _ = packed()
+    longer = gzip.decompress(content) + bytes(20 * MEGABYTE)
+    path = tmp_path / "longer.nii.gz"
+    path.write_bytes(gzip.compress(longer))
+    with pytest.raises(InputError, match="unpacks to more than"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("offset", "values"),
+    [(0, 0), (0, 347), (70, 12345), (70, 0), (40, 9), (344, 0)],
+    ids=["no size", "wrong size", "unknown type", "no type", "nine axes", "no magic"],
+)
+def test_a_header_with_an_impossible_field_is_refused(tmp_path, offset, values):
+    content = bytearray(gzip.decompress(packed()[0]))
+    content[offset : offset + 2] = np.int16(values).tobytes()
+    path = tmp_path / "odd.nii"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="onvert it again"):
+        read(path)
+
+
 def cifti(content, intent=3006):
     """An image whose extension makes nibabel take it for CIFTI, with this XML in it."""
     padded = content + bytes(-(len(content) + 8) % 16)
