@@ -234,6 +234,32 @@ class ValuesRecord(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ResolutionRecord(Record):
+    """The voxels that the scan was measured with; see ``anatomy.resolution``."""
+
+    stored_mm: tuple[float, ...]
+    measured_mm: tuple[float, ...]
+    used_mm: tuple[float, ...]
+    source: str | None
+
+    @property
+    def factor(self) -> float:
+        """The largest ratio of measured and stored voxel size; 1 where nothing is known."""
+        pairs = zip(self.measured_mm, self.stored_mm, strict=True)
+        return max((measured / stored for measured, stored in pairs), default=1.0)
+
+    @property
+    def interpolated(self) -> bool:
+        """Whether the stored voxels are smaller than the measured ones."""
+        return self.measured_mm != self.stored_mm
+
+    @property
+    def reduced(self) -> bool:
+        """Whether larger voxels than the stored ones were used."""
+        return self.used_mm != self.stored_mm
+
+
+@dataclass(frozen=True, kw_only=True)
 class StatedAcquisitionRecord(AcquisitionRecord):
     """The slice geometry, where each value came from, and what the sidecars state."""
 
@@ -270,6 +296,7 @@ class ConformFacts(Record):
     original: HeaderRecord
     affine: HeaderAffineRecord
     values: ValuesRecord
+    resolution: ResolutionRecord
     acquisition: StatedAcquisitionRecord
     grid: GridRecord
 

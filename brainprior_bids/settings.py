@@ -82,6 +82,8 @@ class Settings:
         Overrides the sidecars.
     slice_plane : str or None
         ``sagittal``, ``coronal`` or ``axial``; overrides header and sidecars.
+    effective_resolution : str
+        ``auto``, ``off``, or the voxel sizes in mm that the scan was measured with: ``0,0,5``.
     field_strength_t : float or None
         Overrides the sidecars.
     output_spaces : tuple of str
@@ -138,6 +140,7 @@ class Settings:
     prior: Path | None = None
     slice_thickness_mm: float | None = None
     slice_plane: str | None = None
+    effective_resolution: str = "auto"
     field_strength_t: float | None = None
     skull_strip: str = "embedded"
     parcellation: str = "embedded"
@@ -223,6 +226,7 @@ class Settings:
             "trust": self.trust,
             "slice_thickness_mm": self.slice_thickness_mm,
             "slice_plane": self.slice_plane,
+            "effective_resolution": self.effective_resolution,
             "field_strength_t": self.field_strength_t,
             "skull_strip": self.skull_strip,
             "parcellation": self.parcellation,

@@ -187,6 +187,8 @@ def init_scan_wf(
         conform.inputs.slice_thickness = settings.slice_thickness_mm
     if settings.slice_plane is not None and not alone:
         conform.inputs.slice_plane = settings.slice_plane
+    # another tool's image is smooth by nature
+    conform.inputs.effective_resolution = "off" if alone else settings.effective_resolution
     parcellate = node(
         Parcellate(
             weights=str(parcellation),
@@ -404,7 +406,7 @@ def _other(
     if settings.field_strength_t is not None:
         metadata["MagneticFieldStrength"] = settings.field_strength_t
     own = {"in_file": str(run.path), "metadata": metadata}
-    for name in ("slice_thickness", "slice_plane"):
+    for name in ("slice_thickness", "slice_plane", "effective_resolution"):
         if isdefined(getattr(conform, name)):
             own[name] = getattr(conform, name)
     same = ("weights", "skull_strip", "parcellation", "synthstrip_model")

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Conform: read a scan, check it, turn it to closest-canonical axes, say how it was made.
 
-Nothing is resampled: voxels are permuted and flipped only. The rules, in one place:
+Voxels are permuted and flipped; an image that was interpolated is reduced to the voxels that were
+measured (``anatomy.resolution``), and nothing else is resampled. The rules, in one place:
 
 *Affine.* The sform where its code is above 0, otherwise the qform; a singular sform gives way to
 a usable qform. Where both are set and move a corner of the image by more than
@@ -40,6 +41,12 @@ from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from brainprior_bids.anatomy.nifti import open_image, read_values
+from brainprior_bids.anatomy.resolution import (
+    Resolution,
+    Sizes,
+    find_resolution,
+    reduce_to_measured,
+)
 from brainprior_bids.anatomy.values import check_values
 from brainprior_bids.engine.acquisition import PLANES, Acquisition
 from brainprior_bids.engine.errors import GeometryError, InputError
@@ -93,6 +100,7 @@ def conform(
     metadata: Mapping[str, Any],
     slice_thickness_mm: float | None = None,
     slice_axis: int | None = None,
+    effective_resolution: str | Sizes = "auto",
 ) -> Conformed:
     """Read and check one scan.
 
@@ -106,6 +114,8 @@ def conform(
         Overrides ``SliceThickness``.
     slice_axis : {0, 1, 2}, optional
         On the closest-canonical axes: 0 for sagittal slices, 1 coronal, 2 axial.
+    effective_resolution : "auto", "off" or 3 floats
+        Whether the image was interpolated: see ``anatomy.resolution.find_resolution``.
 
     Raises
     ------
@@ -118,13 +128,27 @@ def conform(
     path = Path(path)
     name = _stem(path)
     image = _open(path, name)
-    geometry = _geometry(image, name, metadata, slice_thickness_mm, slice_axis)
-    grid, orientation, warnings = geometry.grid, geometry.orientation, list(geometry.warnings)
-    affine_facts = geometry.facts["affine"]
+    warnings: list[str] = []
+    grid, orientation, affine_facts = _placed(image, name, warnings)
     stored = read_values(image, path, name).reshape(_volume_shape(image.shape, name))
     data = np.ascontiguousarray(apply_orientation(stored, orientation), dtype=np.float32)
     data, value_facts = check_values(data, grid, name, warnings)
-
+    resolution = find_resolution(
+        data, grid, effective_resolution, step=_step(image), stated_mm=_stated_mm(metadata)
+    )
+    if resolution.used_mm != resolution.stored_mm:
+        data, grid = reduce_to_measured(data, grid, resolution.used_mm)
+    warnings += _about(resolution, name)
+    acquisition, acquisition_facts = _acquisition(
+        grid,
+        orientation,
+        image.header,
+        metadata,
+        slice_thickness_mm,
+        slice_axis,
+        name,
+        warnings,
+    )
     canonical = nib.Nifti1Image(data, np.array(grid.affine))
     code = affine_facts["code"]
     canonical.set_sform(grid.affine, code)
@@ -136,7 +160,8 @@ def conform(
         "original": _header_facts(image, orientation),
         "affine": affine_facts,
         "values": value_facts,
-        "acquisition": geometry.facts["acquisition"],
+        "resolution": resolution.to_dict(),
+        "acquisition": acquisition_facts,
         "grid": {
             "shape": list(grid.shape),
             "spacing_mm": [float(s) for s in grid.spacing_mm],
@@ -144,7 +169,7 @@ def conform(
             "rotation_from_axes_deg": _obliquity_deg(grid),
         },
     }
-    return Conformed(canonical, geometry.acquisition, facts, warnings)
+    return Conformed(canonical, acquisition, facts, warnings)
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,17 +227,7 @@ def _geometry(
     slice_axis: int | None,
 ) -> Geometry:
     warnings: list[str] = []
-    shape = _volume_shape(image.shape, name)
-    affine, affine_facts = _choose_affine(image.header, shape, name, warnings)
-    original = Grid(shape, affine)  # raises GeometryError where singular
-    _check_voxel_size(original, name)
-    orientation = io_orientation(affine)
-    turned = [0, 0, 0]
-    for axis, (to, _) in enumerate(orientation):
-        turned[int(to)] = shape[axis]
-    # as a NIfTI file stores it: the scan in memory and its file have the same grid
-    canonical = np.float32(affine @ inv_ornt_aff(orientation, original.shape))
-    grid = Grid((turned[0], turned[1], turned[2]), canonical.astype(np.float64))
+    grid, orientation, affine_facts = _placed(image, name, warnings)
     acquisition, facts = _acquisition(
         grid,
         orientation,
@@ -223,8 +238,65 @@ def _geometry(
         name,
         warnings,
     )
-    told = {"affine": affine_facts, "acquisition": facts}
-    return Geometry(grid, acquisition, orientation, told, warnings)
+    both = {"affine": affine_facts, "acquisition": facts}
+    return Geometry(grid, acquisition, orientation, both, warnings)
+
+
+def _placed(
+    image: nib.Nifti1Image, name: str, warnings: list[str]
+) -> tuple[Grid, NDArray[np.float64], dict[str, Any]]:
+    """The grid on closest-canonical axes, nibabel's orientation, and facts about the affine."""
+    shape = _volume_shape(image.shape, name)
+    affine, facts = _choose_affine(image.header, shape, name, warnings)
+    original = Grid(shape, affine)  # raises GeometryError where singular
+    _check_voxel_size(original, name)
+    orientation = io_orientation(affine)
+    turned = [0, 0, 0]
+    for axis, (to, _) in enumerate(orientation):
+        turned[int(to)] = shape[axis]
+    # as a NIfTI file stores it: the scan in memory and its file have the same grid
+    canonical = np.float32(affine @ inv_ornt_aff(orientation, original.shape))
+    grid = Grid((turned[0], turned[1], turned[2]), canonical.astype(np.float64))
+    return grid, orientation, facts
+
+
+def _stated_mm(metadata: Mapping[str, Any]) -> list[float]:
+    """Spacing and thickness of slices as far as the sidecars state them."""
+    values = (metadata.get(key) for key in ("SpacingBetweenSlices", "SliceThickness"))
+    return [
+        float(v)
+        for v in values
+        if isinstance(v, int | float) and not isinstance(v, bool) and 0 < v < np.inf
+    ]
+
+
+def _step(image: nib.Nifti1Image) -> float:
+    """Distance between stored values; 0 where they are floating-point."""
+    if image.get_data_dtype().kind == "f":
+        return 0.0
+    return float(abs(image.dataobj.slope))
+
+
+def _about(resolution: Resolution, name: str) -> list[str]:
+    """What a user has to know about an interpolated image."""
+    if resolution.measured_mm == resolution.stored_mm:
+        return []
+    stored, measured, used = (
+        _numbers(np.array(sizes))
+        for sizes in (resolution.stored_mm, resolution.measured_mm, resolution.used_mm)
+    )
+    if resolution.source == "option":
+        return [f"{name}: reduced to voxels of {used} mm, as --effective-resolution asks."]
+    what = f"{name}: its voxels of {stored} mm were interpolated from about {measured} mm"
+    if resolution.used_mm == resolution.stored_mm:
+        return [
+            f"{what}; they are used as they are, so that the result is as blurred. With the voxel "
+            "size that was measured, --effective-resolution restores what lies between."
+        ]
+    return [
+        f"{what}; the image was reduced to {used} mm before it was restored. If that is wrong, "
+        "give --effective-resolution off, or the measured voxel size."
+    ]
 
 
 def _open(path: Path, name: str) -> nib.Nifti1Image:

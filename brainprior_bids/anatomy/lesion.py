@@ -9,10 +9,12 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 
 from brainprior_bids.anatomy.nifti import open_image
+from brainprior_bids.anatomy.separable import resample_separable
 from brainprior_bids.anatomy.spaces import resample
 from brainprior_bids.engine.errors import GeometryError, InputError
 from brainprior_bids.engine.grids import Grid
@@ -38,6 +40,9 @@ class Lesion:
 def read_lesion(path: Path, grid: Grid) -> NDArray[np.bool_]:
     """The mask on the scan's closest-canonical grid.
 
+    A scan that was interpolated is reduced to larger voxels (``anatomy.resolution``): a mask drawn
+    on the scan as it is stored has the same edges, and hides what it touches.
+
     Raises
     ------
     InputError
@@ -54,11 +59,7 @@ def read_lesion(path: Path, grid: Grid) -> NDArray[np.bool_]:
         raise InputError(f"{path.name}: the mask cannot be read ({error}). Repair it.") from error
     if values.ndim == 4 and values.shape[3] == 1:
         values = values[..., 0]
-    far = np.inf
-    if values.shape == grid.shape:
-        corners = np.stack(np.meshgrid(*[(0, n) for n in grid.shape])).reshape(3, -1)
-        step = (image.affine - grid.affine)[:3]
-        far = float(np.linalg.norm(step[:, :3] @ corners + step[:, 3:], axis=0).max())
+    far = _apart_mm(values.shape, image.affine, grid)
     if far > 0.1 * float(grid.spacing_mm.min()):
         raise GeometryError(
             f"{path.name}: the mask is not on the scan's grid (mask {values.shape}, scan "
@@ -70,7 +71,21 @@ def read_lesion(path: Path, grid: Grid) -> NDArray[np.bool_]:
         raise InputError(f"{path.name}: the mask holds NaN or infinite values. Repair it.")
     if not (values > 0).any():
         raise InputError(f"{path.name}: the mask is empty. Remove it, or draw the lesion.")
-    return np.asarray(values > 0, np.bool_)
+    lesion = torch.from_numpy(np.ascontiguousarray(values > 0)).float()
+    return np.asarray(resample_separable(lesion, grid.shape).numpy() > 0, np.bool_)
+
+
+def _apart_mm(shape: tuple[int, ...], affine: NDArray[np.float64], grid: Grid) -> float:
+    """Largest distance between the corners of two fields of view; infinite where voxels of the
+    first are larger."""
+    if len(shape) != 3 or any(n < m for n, m in zip(shape, grid.shape, strict=True)):
+        return float("inf")
+    corners = np.array(list(np.ndindex(2, 2, 2)), float)
+    first, second = (
+        np.asarray(matrix)[:3, :3] @ (corners * size - 0.5).T + np.asarray(matrix)[:3, 3:]
+        for matrix, size in ((affine, shape), (grid.affine, grid.shape))
+    )
+    return float(np.linalg.norm(first - second, axis=0).max())
 
 
 def find_lesion(

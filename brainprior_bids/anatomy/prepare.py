@@ -36,6 +36,7 @@ from brainprior_bids.anatomy.lesion import Lesion, find_lesion
 from brainprior_bids.anatomy.padding import unmeasured
 from brainprior_bids.anatomy.parcellation import Parcellation
 from brainprior_bids.anatomy.rescue import find_affine, template_folder
+from brainprior_bids.anatomy.resolution import Sizes
 from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.engine.grids import Grid
 from brainprior_bids.engine.parcellation_network import ParcellationNetwork
@@ -122,6 +123,7 @@ def prepare(
     metadata: Mapping[str, Any] | None = None,
     slice_thickness_mm: float | None = None,
     slice_axis: int | None = None,
+    effective_resolution: str | Sizes = "auto",
     network: ParcellationNetwork | None = None,
     sources: BrainSources | None = None,
     lesion: Path | None = None,
@@ -143,6 +145,8 @@ def prepare(
         Takes precedence over ``SliceThickness``.
     slice_axis : {0, 1, 2}, optional
         On closest-canonical axes: 0 for sagittal slices, 1 coronal, 2 axial.
+    effective_resolution : "auto", "off" or 3 floats
+        Whether the scan was interpolated: see ``anatomy.resolution``.
     network : ParcellationNetwork, optional
         Default: the embedded one, on the CPU.
     sources : BrainSources, optional
@@ -168,7 +172,11 @@ def prepare(
         If N4's field is not finite.
     """
     conformed = conform_scan(
-        scan, metadata=metadata, slice_thickness_mm=slice_thickness_mm, slice_axis=slice_axis
+        scan,
+        metadata=metadata,
+        slice_thickness_mm=slice_thickness_mm,
+        slice_axis=slice_axis,
+        effective_resolution=effective_resolution,
     )
     image = conformed.image
     brain = find_brain(
@@ -200,6 +208,7 @@ def conform_scan(
     metadata: Mapping[str, Any] | None = None,
     slice_thickness_mm: float | None = None,
     slice_axis: int | None = None,
+    effective_resolution: str | Sizes = "auto",
 ) -> Conformed:
     """``conform`` of a file, or of an image in memory, which is read as its file would be.
 
@@ -209,6 +218,7 @@ def conform_scan(
         "metadata": metadata or {},
         "slice_thickness_mm": slice_thickness_mm,
         "slice_axis": slice_axis,
+        "effective_resolution": effective_resolution,
     }
     if isinstance(scan, str | Path):
         return conform(Path(scan), **options)

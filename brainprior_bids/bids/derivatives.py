@@ -26,6 +26,7 @@ from brainprior_bids.engine.samplers import registry
 from brainprior_bids.records import (
     BiasRecord,
     ParcellationRecord,
+    ResolutionRecord,
     RestoreRecord,
     StepRecords,
     WeightsRecord,
@@ -263,6 +264,7 @@ def sidecars(
         "NoiseStandardDeviation": restore.scanner_units(restore.noise_sd),
         "Units": "arbitrary",
         **({} if shift is None else {"IntensityShift": shift}),
+        **_resolution(steps.conform.facts.resolution),
         **({} if steps.bias is None else _slice_gains(steps.bias)),
         **({"OutsideTrainingContrasts": True} if restore.outside_training else {}),
         **({"FusedRuns": _fused(restore)} if restore.runs else {}),
@@ -363,6 +365,14 @@ def sidecars(
 
 def _card(weights: WeightsRecord) -> dict[str, str | None]:
     return {"name": weights.name, "sha256": weights.sha256}
+
+
+def _resolution(resolution: ResolutionRecord) -> dict[str, Any]:
+    """The voxels that an interpolated scan was measured with, and those that were used; mm, along
+    the closest-canonical axes."""
+    if not resolution.interpolated:
+        return {}
+    return {"MeasuredVoxelSize": resolution.measured_mm, "UsedVoxelSize": resolution.used_mm}
 
 
 def _slice_gains(bias: BiasRecord) -> dict[str, Any]:

@@ -117,6 +117,10 @@ METRICS = {
     "bias_range": Metric(
         "factor that spans 98 % of the bias field inside the brain", "1", high=4.0
     ),
+    "interpolation": Metric(
+        "size of the measured voxels over that of the stored ones, along the axis where it is "
+        "largest: above 1, the scan was interpolated", "1", high=1.35,
+    ),
     "thickness_mm": Metric("slice thickness that was used", "mm"),
     "in_plane_mm": Metric("larger of the scan's two in-plane voxel sizes", "mm"),
     "warnings": Metric("warnings of all steps", "1"),
@@ -142,6 +146,7 @@ def metrics(summary: ScanRecord) -> dict[str, float | None]:
         **_anatomy(steps.parcellation),
         "slice_gain_alternation": _alternation(steps.bias),
         "bias_range": restore.bias_range,
+        "interpolation": conform.facts.resolution.factor,
         "thickness_mm": conform.acquisition.thickness_mm,
         "in_plane_mm": max(in_plane, default=None),
         "warnings": len(summary.warnings),

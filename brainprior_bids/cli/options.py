@@ -12,6 +12,7 @@ from brainprior_bids.cli.values import (
     derivative_root,
     device_name,
     distance,
+    effective_resolution,
     export_kind,
     memory_gb,
     positive_float,
@@ -190,6 +191,14 @@ def task_options(group: Group) -> None:
         type=positive_float,
         metavar="MM",
         help="slice thickness in mm, if missing or wrong in the sidecars",
+    )
+    group.add_argument(
+        "--effective-resolution",
+        type=effective_resolution,
+        metavar="{auto,off,MM,MM,MM}",
+        help="voxel size in mm that the scan was measured with, along the left-right, back-front "
+        "and bottom-top axes (0: as it is), for scans that were interpolated to smaller voxels "
+        "(default: auto, recognised from the image; off: never)",
     )
     group.add_argument(
         "--slice-plane",

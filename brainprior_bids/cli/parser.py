@@ -202,6 +202,7 @@ def parse_settings(argv: Sequence[str]) -> Settings:
         prior=prior,
         slice_thickness_mm=options.slice_thickness_mm,
         slice_plane=options.slice_plane,
+        effective_resolution=options.effective_resolution or "auto",
         field_strength_t=options.field_strength_t,
         skull_strip=options.skull_strip,
         parcellation=options.parcellation,

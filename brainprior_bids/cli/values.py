@@ -52,6 +52,23 @@ def space_name(text: str) -> str:
     return space
 
 
+def effective_resolution(text: str) -> str:
+    """``auto``, ``off``, or three voxel sizes in mm, separated by commas; 0 keeps an axis."""
+    if text in ("auto", "off"):
+        return text
+    try:
+        sizes = [float(size) for size in text.split(",")]
+    except ValueError:
+        sizes = []
+    if len(sizes) != 3 or not all(0 <= size <= 20 for size in sizes) or not any(sizes):
+        raise argparse.ArgumentTypeError(
+            "expected auto, off, or the measured voxel size in mm along the left-right, "
+            "back-front and bottom-top axes (0: as it is), such as 0,0,5, got "
+            f"{reprlib.repr(text)}"
+        )
+    return ",".join(f"{size:g}" for size in sizes)
+
+
 def positive_int(text: str) -> int:
     """A whole number of at least 1."""
     if not re.fullmatch("[0-9]{1,9}", text) or int(text) < 1:

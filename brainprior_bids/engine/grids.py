@@ -75,12 +75,16 @@ class Grid:
         view; the voxel edges of both grids meet at the border.
         """
         shape = np.maximum(np.round(self.extent_mm), 1).astype(int)
+        return self.resized((int(shape[0]), int(shape[1]), int(shape[2])))
+
+    def resized(self, shape: tuple[int, int, int]) -> Grid:
+        """So many voxels along each axis, with the same axes and the same edges."""
         scale = np.array(self.shape) / shape
         affine = np.array(self.affine)
         affine[:3, :3] = self.affine[:3, :3] * scale
         first_centre = (scale - 1) / 2  # of the new first voxel, in old voxel indices
         affine[:3, 3] = (self.affine @ np.append(first_centre, 1.0))[:3]
-        return Grid((int(shape[0]), int(shape[1]), int(shape[2])), affine)
+        return Grid(shape, affine)
 
     def crop(self, start: tuple[int, int, int], stop: tuple[int, int, int]) -> Grid:
         """The part from voxel ``start`` up to, not including, ``stop``."""

@@ -143,8 +143,10 @@ def read_weights(path: Path, *, kind: str) -> tuple[dict[str, Tensor], dict[str,
     except (safetensors.SafetensorError, OSError) as error:
         raise WeightsError(f"{path}: not a readable safetensors file ({error}).") from error
     try:
-        metadata: dict[str, Any] = json.loads(header or "")
-    except json.JSONDecodeError as error:
+        metadata = json.loads(header or "")
+        if not isinstance(metadata, dict):
+            raise ValueError(f"it holds a {type(metadata).__name__}")
+    except (ValueError, RecursionError) as error:
         raise WeightsError(
             f"{path}: safetensors without brainprior's metadata. Make weights with "
             "`brainprior train`."

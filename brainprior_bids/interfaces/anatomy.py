@@ -28,10 +28,14 @@ if TYPE_CHECKING:
 def conform_options(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Options of ``anatomy.prepare.conform_scan`` from Conform's inputs that are set."""
     thickness, plane = inputs.get("slice_thickness"), inputs.get("slice_plane")
+    resolution = inputs.get("effective_resolution", "auto")
+    if resolution not in ("auto", "off"):
+        resolution = tuple(float(size) for size in resolution.split(","))
     return {
         "metadata": inputs.get("metadata", {}),
         "slice_thickness_mm": None if thickness is None else float(thickness),
         "slice_axis": None if plane is None else PLANES.index(plane),
+        "effective_resolution": resolution,
     }
 
 
@@ -61,6 +65,9 @@ class _ConformInputSpec(MeasuredInputSpec):
         low=0.0, exclude_low=True, desc="mm; overrides the sidecars' SliceThickness"
     )
     slice_plane = traits.Enum(*PLANES, desc="overrides header and sidecars")
+    effective_resolution = traits.Str(
+        "auto", usedefault=True, desc="auto, off, or measured voxel sizes in mm: 0,0,5"
+    )
 
 
 class _ConformOutputSpec(MeasuredOutputSpec):
@@ -69,7 +76,7 @@ class _ConformOutputSpec(MeasuredOutputSpec):
 
 
 class Conform(MeasuredInterface):
-    """Check the header, the geometry and the values; turn the axes to RAS; resample nothing."""
+    """Check the header, the geometry and the values; turn the axes to RAS; undo interpolation."""
 
     input_spec = _ConformInputSpec
     output_spec = _ConformOutputSpec

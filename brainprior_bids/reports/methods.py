@@ -61,6 +61,7 @@ class Method:
     aligned_by: AffineMethod = AffineMethod.STRUCTURES
     widths: tuple[float, ...] = ()
     slice_gains: bool = False
+    reduced: bool = False
 
 
 def of_summary(summary: ScanRecord) -> Method:
@@ -81,6 +82,7 @@ def of_summary(summary: ScanRecord) -> Method:
         aligned_by=summary.facts.affine.method,
         widths=tuple(sorted(set(restore.slice_widths))),
         slice_gains=summary.facts.bias is not None and bool(summary.facts.bias.applied),
+        reduced=summary.facts.conform.facts.resolution.reduced,
     )
 
 
@@ -94,7 +96,7 @@ def methods_text(methods: Sequence[Method]) -> str:
         + f" {'scan was' if sum(t == task for _, t in done) == 1 else 'scans were'} {DONE[task]}"
         for task in dict.fromkeys(task for _, task in done)
     )
-    hidden = _missing(methods) + _refined(methods)
+    hidden = _reduced(methods) + _missing(methods) + _refined(methods)
     fused = [method.runs for method in methods if method.runs > 1]
     if fused:
         several = str(fused[0]) if len(set(fused)) == 1 else f"{min(fused)} to {max(fused)}"
@@ -215,6 +217,19 @@ def _bias(methods: Sequence[Method]) -> str:
     return (
         f"The bias field was estimated by N4 [@n4] (SimpleITK {_version('SimpleITK')}) inside "
         "the mask.\n" + _slice_gains(methods)
+    )
+
+
+def _reduced(methods: Sequence[Method]) -> str:
+    """Which scans were reduced to the voxels that were measured."""
+    count = sum(method.reduced for method in methods)
+    if not count:
+        return ""
+    scans = "This scan" if len(methods) == 1 else f"{count} of the {len(methods)} scans"
+    return (
+        f"\n\n{scans} had been interpolated to smaller voxels. The voxel size of the measurement "
+        "was estimated\nfrom the power spectrum inside the head (or given), and the image was "
+        "reduced to it by a crop of its cosine\nspectrum before anything else was done."
     )
 
 

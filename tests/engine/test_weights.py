@@ -119,6 +119,10 @@ def test_files_that_are_no_weights_are_refused(tmp_path):
     save_file({"a": torch.zeros(1)}, bare)
     with pytest.raises(WeightsError, match="without brainprior's metadata"):
         weights.load_prior(bare)
+    for text in ("[1]", "[" * 100_000, '{"a":', "5"):
+        save_file({"a": torch.zeros(1)}, bare, metadata={"brainprior": text})
+        with pytest.raises(WeightsError, match="without brainprior's metadata"):
+            weights.load_prior(bare)
 
 
 def test_a_missing_tensor_is_named(tmp_path):
