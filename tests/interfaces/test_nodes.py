@@ -32,6 +32,7 @@ from brainprior_bids.interfaces.files import save
 from brainprior_bids.interfaces.lesion import Lesion
 from brainprior_bids.interfaces.restore import Restore
 from brainprior_bids.records import HeaderRecord
+from brainprior_bids.reports.methods import methods_text, of_summary
 
 SHAPE = (40, 44, 10)
 SPACING = (1.0, 1.0, 4.0)
@@ -257,6 +258,24 @@ def test_slice_gains_are_in_sidecar_provenance_and_verdict(files, raw, output_di
     values = metrics(summary)
     assert values["slice_gain_alternation"] == 2.2
     assert "slice_gain_alternation 2.2 is above 2" in concerns(values)
+
+
+def test_interpolation_is_in_sidecar_and_verdict(files, raw, output_dir, tmp_path):
+    record = json.loads(Path(files["conform_json"]).read_text())
+    record["facts"]["resolution"] = {
+        "stored_mm": [1, 1, 1], "measured_mm": [1, 1, 5], "used_mm": [1, 1, 5],
+        "source": "measured",
+    }  # fmt: skip
+    (tmp_path / "conform.json").write_text(json.dumps(record))
+    run(
+        writer(files, raw, output_dir, conform_json=str(tmp_path / "conform.json")), tmp_path / "w"
+    )
+    side = "sub-01/ses-a/anat/sub-01_ses-a_desc-restored_FLAIR.json"
+    content = json.loads((output_dir / side).read_text())
+    assert (content["MeasuredVoxelSize"], content["UsedVoxelSize"]) == ([1, 1, 5], [1, 1, 5])
+    (summary,) = read_summaries(output_dir)
+    assert "interpolation 5 is above 1.35" in concerns(metrics(summary))
+    assert "This scan had been interpolated" in methods_text([of_summary(summary)])
 
 
 def test_samples_and_residual_are_what_their_sidecars_say(files, raw, output_dir, tmp_path):

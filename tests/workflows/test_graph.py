@@ -219,10 +219,17 @@ def test_every_scan_goes_its_own_way_through_every_step(raw, tmp_path):
 
 def test_what_the_options_say_of_the_scan_reaches_its_nodes(raw, tmp_path):
     plain = Settings(raw, tmp_path / "out", tmp_path / "work")
-    asked = replace(plain, slice_plane="coronal", slice_thickness_mm=4.0, field_strength_t=0.55)
+    asked = replace(
+        plain,
+        slice_plane="coronal",
+        slice_thickness_mm=4.0,
+        field_strength_t=0.55,
+        effective_resolution="0,5,0",
+    )
     steps = by_step(build(asked, tmp_path))
     for node in steps["conform"]:
         assert (node.inputs.slice_plane, node.inputs.slice_thickness) == ("coronal", 4.0)
+        assert node.inputs.effective_resolution == "0,5,0"
     for node in (*steps["conform"], *steps["write"]):
         assert node.inputs.metadata["MagneticFieldStrength"] == 0.55
     assert asked.scan_settings() != plain.scan_settings()
