@@ -241,6 +241,7 @@ class ResolutionRecord(Record):
     measured_mm: tuple[float, ...]
     used_mm: tuple[float, ...]
     source: str | None
+    interpolant: tuple[bool, ...] = ()
 
     @property
     def factor(self) -> float:

@@ -137,7 +137,7 @@ def conform(
         data, grid, effective_resolution, step=_step(image), stated_mm=_stated_mm(metadata)
     )
     if resolution.used_mm != resolution.stored_mm:
-        data, grid = reduce_to_measured(data, grid, resolution.used_mm)
+        data, grid = reduce_to_measured(data, grid, resolution)
     warnings += _about(resolution, name)
     acquisition, acquisition_facts = _acquisition(
         grid,

@@ -89,12 +89,16 @@ class Resolution:
         The voxels that it was reduced to, or ``stored_mm``.
     source : str
         ``measured`` (from the image), ``option`` or ``off``.
+    interpolant : 3 bools
+        Whether the values in between are a smooth curve through those that were measured (linear,
+        cubic …), which are then values of that curve.
     """
 
     stored_mm: Sizes
     measured_mm: Sizes
     used_mm: Sizes
     source: str
+    interpolant: tuple[bool, bool, bool] = (False, False, False)
 
     @property
     def factor(self) -> float:
@@ -149,40 +153,53 @@ def find_resolution(
             )
         return Resolution(stored, wanted, wanted, "option")
     cliffs = find_cliffs(data, step=step)
-    factors = [
+    found = [
         _factor(data, axis, cliff, [known / stored[axis] for known in stated_mm])
         if cliff is not None and cliff.interpolated
-        else 1.0
+        else (1.0, False)
         for axis, cliff in enumerate(cliffs)
     ]
+    factors = [factor for factor, _ in found]
+    curves = found[0][1], found[1][1], found[2][1]
     measured = _sizes(np.multiply(stored, factors))
     used = _sizes([m if f >= STRONGLY else s
                    for m, s, f in zip(measured, stored, factors, strict=True)])  # fmt: skip
-    return Resolution(stored, measured, used, "measured")
+    return Resolution(stored, measured, used, "measured", curves)
 
 
 def reduce_to_measured(
-    data: NDArray[np.float32], grid: Grid, used_mm: Sizes
+    data: NDArray[np.float32], grid: Grid, resolution: Resolution
 ) -> tuple[NDArray[np.float32], Grid]:
-    """The image with larger voxels, on a grid with the same edges.
+    """The image with the voxels of ``used_mm``, on a grid with the same edges.
 
-    A crop of the cosine spectrum: the low frequencies are what was measured, and the field of
-    view is continued by its mirror image, so that nothing wraps around. Values are kept.
+    By its cosine series, which continues the field of view by its mirror image, so that nothing
+    wraps around: its values at the centres of the larger voxels. Where the measured values are not
+    known to lie on the curve, the series is cropped first to the frequencies of larger voxels.
     """
     shape = list(data.shape)
     for axis, (extent, size, spacing) in enumerate(
-        zip(grid.extent_mm, used_mm, grid.spacing_mm, strict=True)
+        zip(grid.extent_mm, resolution.used_mm, grid.spacing_mm, strict=True)
     ):
         if size > 1.01 * spacing:
             shape[axis] = max(round(extent / size), 4)
     for axis, m in enumerate(shape):
         n = data.shape[axis]
         if m != n:
-            spectrum = fft.dct(data, axis=axis, norm="ortho").take(range(m), axis)
-            data = fft.idct(spectrum, axis=axis, norm="ortho") * np.float32(np.sqrt(m / n))
+            terms = n if resolution.interpolant[axis] else m
+            data = np.moveaxis(np.moveaxis(data, axis, -1) @ _values_at(n, m, terms).T, -1, axis)
     larger = grid.resized((shape[0], shape[1], shape[2]))
     rounded = larger.affine.astype(np.float32).astype(np.float64)  # as a NIfTI file stores it
     return np.ascontiguousarray(data, np.float32), Grid(larger.shape, rounded)
+
+
+def _values_at(n: int, m: int, terms: int) -> NDArray[np.float32]:
+    """(m, n): samples on a line -> the values of so many terms of their cosine series at the
+    centres of ``m`` equal parts of the line."""
+    frequency = np.arange(terms)
+    at = np.cos(np.pi * np.outer((np.arange(m) + 0.5) / m, frequency))
+    series = np.cos(np.pi * np.outer(frequency, (np.arange(n) + 0.5) / n)) * (2 / n)
+    series[0] /= 2
+    return np.asarray(at @ series, np.float32)
 
 
 def find_cliffs(data: NDArray[np.float32], *, step: float = 0.0) -> list[Cliff | None]:
@@ -225,14 +242,19 @@ def _cliff(data: NDArray[np.float64], axis: int, rounding: float) -> Cliff | Non
     return Cliff(1 / (2 * cut), left, slope)
 
 
-def _factor(data: NDArray[np.float32], axis: int, cliff: Cliff, stated: Sequence[float]) -> float:
-    """The ratio of voxel sizes: exact, stated, or that of the cliff, whichever is known first."""
+def _factor(
+    data: NDArray[np.float32], axis: int, cliff: Cliff, stated: Sequence[float]
+) -> tuple[float, bool]:
+    """The ratio of voxel sizes, and whether the image is a curve through the measured values.
+
+    The ratio is exact, stated, or that of the cliff, whichever is known first.
+    """
     near = (factor for factor in stated if abs(cliff.factor / factor - 1) < NEAR)
-    return _exact_factor(data, axis, cliff) or next(near, cliff.factor)
+    return _exact_factor(data, axis, cliff) or (next(near, cliff.factor), False)
 
 
-def _exact_factor(data: NDArray[np.float32], axis: int, cliff: Cliff) -> float | None:
-    """The ratio of voxel sizes, where so many measured voxels fill the field of view; or None.
+def _exact_factor(data: NDArray[np.float32], axis: int, cliff: Cliff) -> tuple[float, bool] | None:
+    """As ``_factor``, where so many measured voxels fill the field of view; else None.
 
     Interpolation repeats the spectrum of the measured voxels, mirrored at their Nyquist frequency,
     and attenuates it: about the right number, cosine coefficients on both sides are copies of each
@@ -249,14 +271,14 @@ def _exact_factor(data: NDArray[np.float32], axis: int, cliff: Cliff) -> float |
         return None
     mirrored = [_mirrored(cosines, m) for m in counts]
     if max(mirrored) > MIRRORED:
-        return n / float(counts[np.argmax(mirrored)])
+        return n / float(counts[np.argmax(mirrored)]), True
     power = np.mean(np.abs(fft.rfft(x)) ** 2, 0)
     ends = np.unique(counts // 2 + 1)
     drops = power[ends - 1] / np.maximum(power[ends], 1e-30)
     if max(drops) < STEP:
         return None
     even = 2 * (int(ends[np.argmax(drops)]) - 1)  # with the Nyquist frequency; odd ones have none
-    return n / (even + 1 if n % (even + 1) == 0 and n % even else even)
+    return n / (even + 1 if n % (even + 1) == 0 and n % even else even), False
 
 
 def _mirrored(cosines: NDArray[np.float64], count: int) -> float:

@@ -102,13 +102,18 @@ def test_what_is_asked_for_is_done():
         find_resolution(image, grid, (0.0, 0.0, 40.0))
 
 
-def test_the_reduced_image_is_the_measured_one():
-    """Zero-filled: to rounding. Its grid has the same edges."""
+@pytest.mark.parametrize("how", ["linear", "cubic", "zero-filled"])
+def test_the_reduced_image_is_the_measured_one(how):
+    """To rounding. Its grid has the same edges."""
     slices = thick(brain(), 2, 5).astype(np.float32)
-    image = interpolated(slices, 2, 5, "zero-filled").astype(np.float32)
+    image = interpolated(slices, 2, 5, how).astype(np.float32)
     affine = np.array([[0, 0, 1.0, -20], [0.8, 0, 0, 5], [0, 1.2, 0, 7], [0, 0, 0, 1]])
-    reduced, grid = reduce_to_measured(image, Grid(image.shape, affine), (0.8, 1.2, 5.0))
-    np.testing.assert_allclose(reduced, slices, atol=2e-3)
+    stored = Grid(image.shape, affine)
+    resolution = find_resolution(image, stored, "auto")
+    assert resolution.used_mm == pytest.approx((0.8, 1.2, 5.0))
+    assert resolution.interpolant == (False, False, how != "zero-filled")
+    reduced, grid = reduce_to_measured(image, stored, resolution)
+    np.testing.assert_allclose(reduced, slices, atol=5e-3)
     first, last = np.eye(4) @ [-0.5, -0.5, -0.5, 1], [*(np.array(slices.shape) - 0.5), 1]
     np.testing.assert_allclose(grid.affine @ first, affine @ first, atol=1e-5)
     np.testing.assert_allclose(
@@ -116,11 +121,16 @@ def test_the_reduced_image_is_the_measured_one():
     )
 
 
+def asked_for(image, size):
+    return find_resolution(image, grid_of(image), (0.0, 0.0, size))
+
+
 def test_a_flat_image_stays_flat_and_a_ramp_does_not_wrap():
     ramp = np.broadcast_to(np.arange(100, dtype=np.float32), (8, 9, 100))
-    reduced, _ = reduce_to_measured(np.array(ramp), grid_of(ramp), (1, 1, 5))
+    reduced, _ = reduce_to_measured(np.array(ramp), grid_of(ramp), asked_for(ramp, 5.0))
     assert np.abs(reduced[0, 0] - (np.arange(20) * 5 + 2)).max() < 2  # 100 if it did
-    flat, _ = reduce_to_measured(np.full((8, 9, 100), 7, np.float32), grid_of(ramp), (1, 1, 3))
+    flat = np.full((8, 9, 100), 7, np.float32)
+    flat, _ = reduce_to_measured(flat, grid_of(ramp), asked_for(ramp, 3.0))
     np.testing.assert_allclose(flat, 7, rtol=1e-5)
 
 
