@@ -213,9 +213,9 @@ def export_roots(
         root = root.absolute()
         if not folder and root.parent == Path("/"):
             raise UsageError(
-                f"--export {kind}: {root} would not be in a folder that a container mounts, and be "
-                f"lost. Name a mounted folder: --export {kind}=/exports, or use an output_dir one "
-                "level deeper."
+                f"--export {kind}: {root} would not be in a folder that a container mounts: its "
+                f"files would be lost. Name a mounted folder: --export {kind}=/exports, or use an "
+                "output_dir one level deeper."
             )
         taken = [bids_dir, output_dir, *map(Path, exports.values())]
         for other in (path.resolve() for path in taken):
