@@ -68,8 +68,8 @@ def descriptor() -> dict[str, Any]:
                 "id": "output_dir_name",
                 "name": "Output folder",
                 "type": "String",
-                "description": "Where the derivatives go; made if absent. For the group level, "
-                "where those of the participant level are.",
+                "description": "Folder for the derivatives; created if missing. For the group "
+                "level, the folder of the participant level.",
                 "value-key": "[OUTPUT_DIR]",
                 "optional": False,
             },

@@ -26,10 +26,15 @@ def check_lesion(argv: Sequence[str]) -> int:
         description="Put a synthetic lesion into a scan, restore it, and say how much of its "
         "contrast is left.",
     )
-    parser.add_argument("image", type=Path, help="a scan, NIfTI")
+    parser.add_argument("image", type=Path, help="NIfTI file of a scan")
     parser.add_argument("--modality", choices=("T1w", "T2w", "FLAIR"), default="T1w")
     parser.add_argument(
-        "--size", nargs="+", type=float, default=[4.0, 8.0], metavar="MM", help="diameters"
+        "--size",
+        nargs="+",
+        type=float,
+        default=[4.0, 8.0],
+        metavar="MM",
+        help="diameters of the synthetic lesions (default: 4 8)",
     )
     parser.add_argument(
         "--contrast",
@@ -37,18 +42,18 @@ def check_lesion(argv: Sequence[str]) -> int:
         type=float,
         default=[-0.3, 0.3],
         metavar="C",
-        help="relative change of the tissue; -0.3 is darker by 30 %%",
+        help="contrasts relative to the tissue's intensity; -0.3 is darker by 30 %%",
     )
     parser.add_argument(
         "--at",
         nargs=3,
         type=float,
         metavar=("X", "Y", "Z"),
-        help="centre, scanner RAS mm (default: deepest in the white matter)",
+        help="centre in scanner RAS mm (default: the deepest white matter)",
     )
     parser.add_argument("--slice-thickness", type=float, metavar="MM")
     parser.add_argument(
-        "--crop", type=float, metavar="MM", help="restore only so much around the lesion"
+        "--crop", type=float, metavar="MM", help="restore only a block of MM around the lesion"
     )
     parser.add_argument("--n-samples", type=int, default=2)
     parser.add_argument("--random-seed", type=int, default=0)
@@ -58,7 +63,7 @@ def check_lesion(argv: Sequence[str]) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda[:N]")
     options = parser.parse_args(list(argv))  # fmt: skip
     if not options.image.is_file():
-        raise UsageError(f"check-lesion: {options.image} is no file. Give a NIfTI image.")
+        raise UsageError(f"check-lesion: {options.image} is not a file. Give a NIfTI image.")
     if min(options.size) <= 0 or 0 in options.contrast:
         raise UsageError("check-lesion: expected sizes above 0, and contrasts other than 0.")
     if options.n_samples < 1:
@@ -111,7 +116,7 @@ def prepare_case(path: Path, *, contrast: str, thickness_mm: float | None) -> Le
     try:
         metadata = read_json(sidecar) if sidecar.is_file() else {}
     except ValueError as error:
-        raise UsageError(f"check-lesion: {sidecar} is no sidecar ({error}). Repair it.") from error
+        raise UsageError(f"check-lesion: {sidecar} cannot be read: {error}. Repair it.") from error
     scan = prepare(path, metadata=metadata, slice_thickness_mm=thickness_mm)
     for warning in scan.warnings:
         LOG.warning("%s", warning)

@@ -23,9 +23,8 @@ def chosen_modalities(asked: Sequence[str], ignored: Sequence[str]) -> tuple[str
     unknown = [suffix for suffix in modalities if suffix not in known]
     if "PDT2" in unknown:
         raise UsageError(
-            "--modalities PDT2: such a file holds two contrasts, PD and T2, for the same voxels, "
-            "and a restoration is of one. Split it into a PDw and a T2w (fslsplit), and ask for "
-            "those."
+            "--modalities PDT2: such a file contains two contrasts, PD and T2; each restoration "
+            "takes one. Split it into a PDw and a T2w (fslsplit), and request those."
         )
     if unknown:
         raise UsageError(
@@ -61,9 +60,9 @@ def check_task(options: argparse.Namespace, task: str) -> None:
     """Refuse options that this task does not take; every combination of its words is a task."""
     if options.output_grid == "native" and "restore" not in task:
         why = (
-            "it keeps the scan's own grid by itself"
+            "the result is on the scan's own grid already"
             if "inpaint" in task
-            else "another tool's image replaces the scan, so there is no head to put it into"
+            else "another tool's image replaces the scan, so there is no head for the brain"
         )
         raise UsageError(
             f"--output-grid native needs --task restore, not --task {task.replace('+', ' ')}: "
@@ -95,13 +94,13 @@ def _check_fuse(options: argparse.Namespace, task: str) -> None:
         )
     if options.sampler == "mean":
         raise UsageError(
-            "--sampler mean is one call of the network, which can be given the measurements of "
-            "one scan; --fuse has several. Use --sampler conditional or exact."
+            "--sampler mean is one call of the network, which can be conditioned on only one "
+            "scan; --fuse has several. Use --sampler conditional or exact."
         )
     if options.exports:
         raise UsageError(
-            "--export puts a brain back into its scan's head; a fused brain has several. Leave "
-            "out --export or --fuse."
+            "--export inserts the brain into the head of its scan; a fused brain comes from "
+            "several heads. Leave out --export or --fuse."
         )
 
 
@@ -110,8 +109,8 @@ def _check_refine(options: argparse.Namespace, task: str) -> None:
         raise UsageError("--task refine needs the other tool's data set: --derivatives NAME=PATH.")
     if task == "refine" and options.exports:
         raise UsageError(
-            "--export puts a brain back into its scan's head: with --task refine there is another "
-            "tool's image in place of the scan. Use --task restore refine."
+            "--export inserts the brain into the head of its scan, but with --task refine another "
+            "tool's image replaces the scan. Use --task restore refine."
         )
     if options.trust is None:
         raise UsageError(
@@ -152,8 +151,8 @@ def check_anatomy(options: argparse.Namespace) -> None:
     for option, value in (("--skull-strip", "mask"), ("--parcellation", "derivatives")):
         if getattr(options, option[2:].replace("-", "_")) == value and not options.derivatives:
             raise UsageError(
-                f"{option} {value}: expected --derivatives NAME=PATH with the data set to take it "
-                "from, got none. Give it."
+                f"{option} {value}: expected --derivatives NAME=PATH with the data set that has "
+                "it, got none. Add it."
             )
     if model is not None and not model.is_file():
         raise UsageError(f"--synthstrip-model {model}: no such file. Check the path.")
@@ -184,18 +183,18 @@ def check_paths(bids_dir: Path, output_dir: Path, work_dir: Path) -> None:
     raw, out, work = (path.resolve() for path in (bids_dir, output_dir, work_dir))
     if out == raw:
         raise UsageError(
-            "output_dir is bids_dir: the raw data would be written to. Use, for example, "
+            "output_dir is bids_dir: the raw data would be changed. Use, for example, "
             f"{bids_dir / 'derivatives' / 'brainprior'}."
         )
     derivatives = raw / "derivatives"
     if raw in out.parents and derivatives not in out.parents:
         raise UsageError(
-            f"output_dir {output_dir} lies inside bids_dir. Only {derivatives}/NAME may; "
-            "choose that, or a folder outside."
+            f"output_dir {output_dir} is inside bids_dir. Choose a folder outside of it, or "
+            f"{derivatives}/NAME."
         )
     if (work == raw or raw in work.parents) and not (work == out or out in work.parents):
         raise UsageError(
-            f"--work-dir {work_dir} lies inside bids_dir. Choose a folder outside of it."
+            f"--work-dir {work_dir} is inside bids_dir. Choose a folder outside of it."
         )
     if work == out:
         raise UsageError(
@@ -214,9 +213,9 @@ def export_roots(
         root = root.absolute()
         if not folder and root.parent == Path("/"):
             raise UsageError(
-                f"--export {kind}: {root} would lie outside of what a container mounts, and be "
-                f"lost. Name a mounted folder: --export {kind}=/exports, or use an output_dir one "
-                "level deeper."
+                f"--export {kind}: {root} would not be in a folder that a container mounts: its "
+                f"files would be lost. Name a mounted folder: --export {kind}=/exports, or use an "
+                "output_dir one level deeper."
             )
         taken = [bids_dir, output_dir, *map(Path, exports.values())]
         for other in (path.resolve() for path in taken):
@@ -225,8 +224,8 @@ def export_roots(
             clash = own == other or (other in own.parents and not in_derivatives)
             if clash or own in other.parents or output_dir.resolve() in own.parents:
                 raise UsageError(
-                    f"--export {kind}: {root} and {other} are not apart from each other. Give "
-                    f"each export a root of its own: --export {kind}=DIR."
+                    f"--export {kind}: {root} and {other} overlap. Give each export a separate "
+                    f"folder: --export {kind}=DIR."
                 )
         exports[kind] = str(root)
     return exports

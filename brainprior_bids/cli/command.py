@@ -139,7 +139,7 @@ def verify(argv: Sequence[str]) -> int:
     for address in found.out_of_reach:
         print(f"not checked\t{address}")
     print(
-        f"{found.outputs} output(s) and {found.inputs} input(s) checked, {len(found.changes)} not "
-        "as they were."
+        f"{found.outputs} output(s) and {found.inputs} input(s) checked, {len(found.changes)} "
+        "changed or missing."
     )
     return 1 if found.changes else 0

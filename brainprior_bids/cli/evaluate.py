@@ -53,18 +53,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, help="folder for results, tables and plots")
     who = parser.add_argument_group("who")
     who.add_argument(
-        "--participant-label", nargs="+", default=[], help="default: all but choosing"
+        "--participant-label",
+        nargs="+",
+        default=[],
+        help="participants of the test set (default: all except those of --choose-label)",
     )
     who.add_argument(
         "--choose-label",
         nargs="+",
         default=[],
-        help="participants for tuning the penalties of Tikhonov and TV (default: fixed ones)",
+        help="participants of the validation set, on which the penalties of Tikhonov and TV are "
+        "tuned (default: none, fixed penalties)",
     )
     who.add_argument("-m", "--modalities", nargs="+", default=["T1w", "T2w", "FLAIR"])
-    who.add_argument("--labels", type=Path, help="folder of label maps to make brains of")
-    who.add_argument("--maps", nargs="+", default=[], help="their names, up to the first dot")
-    who.add_argument("--choose-maps", nargs="+", default=[])
+    who.add_argument("--labels", type=Path, help="folder of label maps for synthetic brains")
+    who.add_argument(
+        "--maps", nargs="+", default=[], help="label maps of the test set, up to the first dot"
+    )
+    who.add_argument(
+        "--choose-maps", nargs="+", default=[], help="label maps of the validation set"
+    )
     who.add_argument("--synthetic", nargs="+", default=["T2w", "FLAIR"], metavar="CONTRAST")
     what = parser.add_argument_group("what")
     what.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES))
@@ -75,14 +83,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--width-off",
         type=float,
         default=0.1,
-        help="true thickness above and below the stated one, in turns (default: 0.1)",
+        help="relative error of the stated slice thickness, alternately above and below "
+        "(default: 0.1)",
     )
-    what.add_argument("--n-samples", type=int, default=8, help="for restoration (others: 4, 2)")
+    what.add_argument(
+        "--n-samples", type=int, default=8, help="samples in the study restoration (default: 8)"
+    )
     what.add_argument("--n-steps", type=int, default=20)
     what.add_argument("--sampler", default="auto")
     what.add_argument("--ablation-participants", type=int, default=2)
     what.add_argument("--segmentation-participants", type=int, default=3)
-    what.add_argument("--daps", action="store_true", help="DAPS-1k too: 1000 calls per sample")
+    what.add_argument("--daps", action="store_true", help="add DAPS-1k: 1000 calls per sample")
     what.add_argument("--random-seed", type=int, default=0)
     block = what.add_mutually_exclusive_group()
     block.add_argument(
@@ -91,14 +102,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs=3,
         default=[80, 96, 80],
         metavar="MM",
-        help="block in the middle of each brain (default: 80 96 80); segmentation takes it whole",
+        help="block in the middle of each brain (default: 80 96 80); the study segmentation uses "
+        "whole brains",
     )
-    block.add_argument("--whole", action="store_true", help="whole brains: eight times the time")
+    block.add_argument(
+        "--whole", action="store_true", help="evaluate whole brains, in eight times the time"
+    )
     how = parser.add_argument_group("how")
     how.add_argument("--prior", help="weights: a file, or a name of `brainprior weights list`")
     how.add_argument("--nprocs", type=int, default=resources.available_processors())
     how.add_argument("--device", default="cpu", help="cpu or cuda[:N]")
-    how.add_argument("--tables-only", action="store_true", help="from the results that are there")
+    how.add_argument(
+        "--tables-only", action="store_true", help="only write the tables of existing results"
+    )
 
 
 def evaluate(argv: Sequence[str]) -> int:
@@ -234,7 +250,8 @@ def find_sources(args: argparse.Namespace) -> list[Source]:
     both = sorted(report & choosing) + sorted(set(args.maps) & set(args.choose_maps))
     if both:
         raise UsageError(
-            f"evaluate: {', '.join(both)} cannot both report and choose. Name each once."
+            f"evaluate: {', '.join(both)} cannot be in both the test and the validation set. "
+            "Name each once."
         )
     found = find_brains(args.data, validation=sorted(report | choosing), exclude=())
     sources = [
@@ -248,7 +265,7 @@ def find_sources(args: argparse.Namespace) -> list[Source]:
         raise UsageError(f"evaluate: more than one scan of {', '.join(twice)}; give one of each.")
     if not any(not source.choosing for source in sources):
         raise UsageError(
-            f"evaluate: no scan to report on in {args.data}. Check --participant-label."
+            f"evaluate: no scan of the test set in {args.data}. Check --participant-label."
         )
     if args.labels is None and (args.maps or args.choose_maps):
         raise UsageError("evaluate: --maps and --choose-maps need --labels. Give it.")

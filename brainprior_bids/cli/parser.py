@@ -136,8 +136,8 @@ def parse_settings(argv: Sequence[str]) -> Settings:
     for word in argv:
         if NOT_TEXT.search(word):
             raise UsageError(
-                f"the argument {readable(word)} is not text (UTF-8), so that no record could "
-                "name it. Rename the file or folder, or correct the argument."
+                f"the argument {readable(word)} is not UTF-8 text, so it cannot be recorded. "
+                "Rename the file or folder, or correct the argument."
             )
     options = _parse(argv)
     task = "+".join(word for word in WORDS if word in options.task)

@@ -92,7 +92,7 @@ def _weights() -> None:
 
     for kind in ("prior", "parcellation"):
         _, metadata = read_weights(FOLDER / f"{kind}.safetensors", kind=kind)
-        print(f"weights of the {kind} are whole, SHA-256 {metadata['sha256']}")
+        print(f"weights of the {kind} are intact, SHA-256 {metadata['sha256']}")
 
 
 def _restoration(device: str) -> None:

@@ -44,29 +44,31 @@ def slurm_script(argv: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("-o", "--script", type=Path, metavar="FILE", help="default: print it")
+    parser.add_argument(
+        "-o", "--script", type=Path, metavar="FILE", help="file to write (default: print)"
+    )
     parser.add_argument(
         "--sbatch",
         action="append",
         default=[],
         metavar="ARGS",
-        help="more arguments of sbatch for the tasks, such as '--partition=gpu --gres=gpu:1'",
+        help="additional sbatch arguments for the tasks, such as '--partition=gpu --gres=gpu:1'",
     )
     parser.add_argument(
         "--group-sbatch",
         action="append",
         default=[],
         metavar="ARGS",
-        help="the same for the group job",
+        help="additional sbatch arguments for the group job",
     )
     parser.add_argument(
-        "--max-running", type=int, metavar="N", help="tasks that run at the same time, at most"
+        "--max-running", type=int, metavar="N", help="maximum number of simultaneous tasks"
     )
     parser.add_argument(
         "--launcher",
         default="brainprior",
         metavar="COMMAND",
-        help="what stands for brainprior, for example 'apptainer run --nv --containall "
+        help="command that starts brainprior, for example 'apptainer run --nv --containall "
         "--bind /project /images/brainprior.sif' (default: brainprior)",
     )
     parser.add_argument("--participant-label", "--participant_label", nargs="+", default=[])

@@ -66,7 +66,7 @@ def remaining(summaries: Sequence[ScanRecord], now: datetime) -> str:
     if left == len(own):
         return f"{text}; none has ended yet.\n"
     rest = ago * left / (len(own) - left)
-    return f"{text}: about {_duration(rest)} at its rate so far, if it is still running.\n"
+    return f"{text}: about {_duration(rest)} left at the present rate, if it is still running.\n"
 
 
 def _duration(time: timedelta) -> str:

@@ -20,12 +20,12 @@ def derivative_root(text: str) -> tuple[str, str]:
     path = Path(rest if equals else text).absolute()
     if not (path / "dataset_description.json").is_file():
         raise argparse.ArgumentTypeError(
-            f"{path} is no BIDS data set: it has no dataset_description.json. Give its root"
+            f"{path} is not a BIDS data set: it has no dataset_description.json. Give its root"
         )
     name = name if equals else re.sub(r"[^a-zA-Z0-9]", "", path.name)
     if not re.fullmatch(r"[a-zA-Z0-9]+", name) or name == "raw":
         raise argparse.ArgumentTypeError(
-            f"{name!r} is no name for a data set: expected letters and digits, and not 'raw'"
+            f"{name!r} cannot name a data set: expected letters and digits, and not 'raw'"
         )
     return name, str(path)
 

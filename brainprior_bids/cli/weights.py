@@ -25,18 +25,18 @@ def weights(argv: Sequence[str]) -> int:
     """The command; 1 if `verify` finds a file that is not as it was."""
     parser = argparse.ArgumentParser(
         prog="brainprior weights",
-        description="Weights of the networks: the embedded ones, and files of your own, which "
-        "lie in $BRAINPRIOR_WEIGHTS (default: ~/.local/share/brainprior/weights).",
+        description="Weights of the networks: the embedded ones, and files of your own in "
+        "$BRAINPRIOR_WEIGHTS (default: ~/.local/share/brainprior/weights).",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="list|verify|add")
-    commands.add_parser("list", help="every file: name, kind, licence, SHA-256, where it is")
+    commands.add_parser("list", help="list every file: name, kind, licence, SHA-256, path")
     check = commands.add_parser("verify", help="compare files with their recorded hashes")
     check.add_argument("names", nargs="*", metavar="NAME", help="names or files (default: all)")
-    add = commands.add_parser("add", help="copy a file of your own into the folder")
-    add.add_argument("file", type=Path, help="made by `brainprior train`")
-    add.add_argument("--name", help="for --prior NAME (default: the file's name)")
-    add.add_argument("--sha256", help="what the file's SHA-256 must be")
-    add.add_argument("--force", action="store_true", help="replace a file of that name")
+    add = commands.add_parser("add", help="copy a file of your own into that folder")
+    add.add_argument("file", type=Path, help="weights file written by `brainprior train`")
+    add.add_argument("--name", help="name for --prior NAME (default: the file's name)")
+    add.add_argument("--sha256", help="expected SHA-256 of the file")
+    add.add_argument("--force", action="store_true", help="replace an added file of that name")
     options = parser.parse_args(list(argv))
     if options.command == "add":
         return _add(options)

@@ -37,7 +37,7 @@ def usable_device(device: torch.device | str) -> torch.device:
         count = visible_gpus()
         if (found.index or 0) >= count:
             raise UsageError(
-                f"device: {found} asked for, but torch sees {count} CUDA device(s) here. Use "
+                f"device: {found} requested, but torch sees {count} CUDA device(s) here. Use "
                 "'cpu', or check the driver (in a container: --gpus all, --nv)."
             )
     return found
@@ -60,7 +60,7 @@ def choose_device(
         If CUDA was asked for and this process sees no such GPU, or cannot compute on it.
     """
     if asked == "cpu":
-        return "cpu", "asked for", False
+        return "cpu", "requested", False
     count = visible_gpus()
     build = "" if torch.version.cuda else "this torch was built without CUDA"
     if asked == "auto" and not count:
@@ -82,7 +82,7 @@ def choose_device(
             f"{torch.version.cuda}, fit the driver? Or use --device cpu."
         ) from error
     name = torch.cuda.get_device_name(device)
-    return device, f"{'asked for' if asked != 'auto' else 'found'}: {name}", False
+    return device, f"{'requested' if asked != 'auto' else 'found'}: {name}", False
 
 
 def _no_gpu(build: str, environ: Mapping[str, str], driver: Path) -> tuple[str, str, bool]:

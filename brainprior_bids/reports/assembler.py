@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """nireports' assembler with the pictures grouped by scan, and with an offline template.
 
-The pictures are found by their names alone, in ``sub-XX/figures``: nireports' own index would walk
-the whole derivative folder and knows a fixed list of entities (see
+The pictures are found by their names in ``sub-XX/figures``. The index of nireports would walk the
+whole derivative folder, and supports only a fixed list of entities (see
 ``docs/decisions/report-assembler.md``).
 """
 
@@ -30,7 +30,7 @@ TEMPLATE = "report.html.j2"
 
 @dataclass
 class TextReportlet:
-    """A piece of HTML in the place of a picture, with the attributes the template reads."""
+    """A piece of HTML in place of a picture, with the attributes that the template reads."""
 
     name: str
     html: str
@@ -83,7 +83,7 @@ class FigureIndex:
             self._found[result_name(BIDSName.parse(own), image), desc] = path
 
     def get(self, *, scan: str, desc: str) -> list[SimpleNamespace]:
-        """The picture ``desc`` of a scan: a list of one, or of none."""
+        """The picture ``desc`` of a scan, as a list with one entry or none."""
         path = self._found.get((scan, desc))
         return [] if path is None else [SimpleNamespace(path=str(path), entities={})]
 
@@ -125,12 +125,12 @@ def assemble(
     subject: str,
     sections: Sequence[TextSection | ScanSection],
 ) -> Path:
-    """Write the report of one subject, whole or not at all.
+    """Write the report of one subject atomically.
 
     Parameters
     ----------
     out_file : Path
-        In the root of the derivative data set, so that its links to pictures are relative.
+        A file in the root of the derivative data set, so that links to pictures are relative.
     """
     data = files("brainprior_bids") / "data" / "reports"
     specification = yaml.safe_load((data / SPECIFICATION).read_text(encoding="utf-8"))

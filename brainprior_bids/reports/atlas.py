@@ -19,7 +19,7 @@ from brainprior_bids.records import StructureRecord
 RGB = tuple[int, int, int]
 UNKNOWN: RGB = (160, 160, 160)
 DARKER = 0.65
-"""Brightness of the right side's colours; FreeSurfer gives both sides the same one."""
+"""Brightness of right-sided colours relative to the left; FreeSurfer's are the same."""
 
 
 @cache
@@ -43,7 +43,7 @@ def is_right(value: int) -> bool:
 
 
 def colour(value: int) -> RGB:
-    """RGB, 0 to 255; the right side's is the left side's, darker."""
+    """RGB, 0 to 255; a right-sided structure has a darker shade of the left one's colour."""
     if value not in _structures():
         return UNKNOWN
     red, green, blue = _structures()[value][1]

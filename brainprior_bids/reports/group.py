@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The group level: one table a contrast and task, and one page over all scans of an output folder.
+"""The group level: one table per contrast and task, and one page of all scans.
 
 Only the summaries in ``logs/scans`` are read, no image.
 """
@@ -24,21 +24,21 @@ from brainprior_bids.bids.status import read_summaries
 from brainprior_bids.records import unnamed
 
 OUTLIER = 3.5
-"""Robust z-score from which a scan stands apart from the others of its contrast."""
+"""Robust z-score beyond which a metric is an outlier among the scans of its contrast."""
 FEWEST = 8
-"""With fewer scans of a contrast there is no distribution to stand apart from."""
+"""Fewest scans of a contrast for which outliers are marked."""
 WIDTH, HEIGHT = 460, 46
 
 
 def build_group(output_dir: Path) -> list[Path]:
     """Write ``group_<suffix>.tsv`` with its ``.json``, and ``group.html``.
 
-    What a task other than restoration made has a table of its own
-    (``group_desc-inpainted_T1w.tsv``): a mask's part of the scan is not in its figures.
+    The results of tasks other than restoration have separate tables
+    (``group_desc-inpainted_T1w.tsv``), because their metrics exclude the masked voxels.
 
     Returns
     -------
-    The files; none where no scan is finished.
+    The files; none if no scan is finished.
     """
     rows: dict[str, list[dict[str, Any]]] = {}
     failed = []
@@ -69,12 +69,12 @@ def build_group(output_dir: Path) -> list[Path]:
 
 
 def robust_scores(scans: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
-    """Distance of each figure from the median, over 1.4826 times the median absolute deviation.
+    """Distance of each metric from the median, over 1.4826 times the median absolute deviation.
 
     Returns
     -------
-    One mapping a scan; a figure that is missing, that all scans share, or that fewer than
-    ``FEWEST`` scans have is left out.
+    One mapping per scan. Metrics are left out if they are missing, if all scans have the same
+    value, or if fewer than ``FEWEST`` scans have one.
     """
     scores: list[dict[str, float]] = [{} for _ in scans]
     for name in METRICS:
@@ -96,9 +96,9 @@ def _tsv(scans: Sequence[Mapping[str, Any]]) -> str:
     writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
     writer.writerow(["bids_name", "verdict", *METRICS, "concerns", "outlier"])
     for scan in scans:
-        figures = ["n/a" if scan[n] is None else f"{scan[n]:.6g}" for n in METRICS]
+        values = ["n/a" if scan[n] is None else f"{scan[n]:.6g}" for n in METRICS]
         texts = ["; ".join(scan[key]) or "n/a" for key in ("concerns", "outlier")]
-        writer.writerow([scan["bids_name"], scan["verdict"], *figures, *texts])
+        writer.writerow([scan["bids_name"], scan["verdict"], *values, *texts])
     return stream.getvalue()
 
 
@@ -110,17 +110,17 @@ def _sidecar() -> dict[str, Any]:
     return {
         "bids_name": {"Description": "the scan, entities and suffix"},
         "verdict": {
-            "Description": "of the figures and their limits",
+            "Description": "quality rating of the result, from the metrics and their limits",
             "Levels": {
-                "pass": "no figure passes a limit",
-                "look": "a figure is unusual",
-                "fail": "a figure is beyond what a usable result has",
+                "pass": "no metric exceeds a limit",
+                "look": "a metric is unusual: look at the pictures before using the scan",
+                "fail": "a metric is outside the range of usable results",
             },
         },
         **columns,
-        "concerns": {"Description": "limits that the figures pass"},
+        "concerns": {"Description": "metrics that exceed a limit, with the limit"},
         "outlier": {
-            "Description": f"figures whose robust z-score within the contrast is beyond {OUTLIER}"
+            "Description": f"metrics whose robust z-score within the contrast is beyond {OUTLIER}"
         },
     }
 
@@ -139,7 +139,7 @@ def _view(suffix: str, scans: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _strip(points: Sequence[tuple[str, float]], metric: Any) -> dict[str, Any]:
-    """A strip plot: one dot a scan, the quartiles, and the limits where they are in sight."""
+    """A strip plot: one dot per scan, the quartiles, and the limits within the plotted range."""
     values = [value for _, value in points]
     low, high = min(values), max(values)
 

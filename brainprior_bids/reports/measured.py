@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measured performance of the embedded prior, worded for the report.
 
-``data/measured.json`` holds the figures and the SHA-256 of the weights that they are of
-(docs/tasks/samples.md and docs/usage.md say how they were measured). Nothing is said of others.
+``data/measured.json`` has the values and the SHA-256 of the weights for which they were measured
+(docs/tasks/samples.md and docs/usage.md describe how). For other weights nothing is reported.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ def _measured() -> dict[str, Any]:
 
 
 def coverage(restore: RestoreRecord, *, task: str) -> str:
-    """How often the intervals of such a result hold the truth.
+    """How often the intervals of such a result contain the true value.
 
     Parameters
     ----------
     restore : RestoreRecord
     task : str
-        Of the scan's summary.
+        The task in the scan's summary.
     """
     if restore.prior.coverage:  # stated in the header of the weights
         return restore.prior.coverage
@@ -40,8 +40,8 @@ def coverage(restore: RestoreRecord, *, task: str) -> str:
     study = measurements["coverage"]
     shares = _by_scans(study["rows"], "of", lambda row: f"{row['50']} and {row['90']} %")
     text = (
-        f"50 and 90 % intervals of a mean held the truth ({study['how']}; slices, noise): "
-        f"{shares}."
+        f"share of 50 and 90 % intervals of a mean that contained the true value ({study['how']}; "
+        f"in brackets: slices, noise): {shares}."
     )
     kinds = {"contrast": restore.contrast, "sampler": restore.sampler, "task": task}
     other = [f"the {key} {kind}" for key, kind in kinds.items() if kind != study["of"][key]]
@@ -53,7 +53,7 @@ def coverage(restore: RestoreRecord, *, task: str) -> str:
 
 
 def lesions(restores: Iterable[RestoreRecord]) -> str:
-    """What is left of a lesion's contrast; empty if no result is of the embedded prior."""
+    """How much of a lesion's contrast remains; empty if no result is from the embedded prior."""
     measurements = _measured()
     if all(restore.prior.sha256 != measurements["prior_sha256"] for restore in restores):
         return ""
@@ -61,7 +61,10 @@ def lesions(restores: Iterable[RestoreRecord]) -> str:
     shares = _by_scans(
         study["rows"], "size", lambda row: f"{100 * row['least']:.0f}-{100 * row['most']:.0f} %"
     )
-    return f"A restored image keeps of a lesion's contrast ({study['how']}; slices): {shares}."
+    return (
+        f"Share of a lesion's contrast that a restored image keeps ({study['how']}; in brackets: "
+        f"slices): {shares}."
+    )
 
 
 def _by_scans(

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The methods text for a paper, from the records of a run, as Markdown, HTML and LaTeX.
 
-It is made from the summaries of finished scans, so it names the samplers, weights and versions
-that were used. The Markdown has citations as pandoc reads them (``[@key]``); keys are those of
-``CITATION.bib``.
+It is generated from the summaries of finished scans, so it names the samplers, weights and
+versions that were used. Citations in the Markdown are in pandoc's form (``[@key]``), with the
+keys of ``CITATION.bib``.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ def _reduced(methods: Sequence[Method]) -> str:
 
 
 def _slice_gains(methods: Sequence[Method]) -> str:
-    """In which scans single slices had a gain."""
+    """The sentence on scans whose slice gains were corrected."""
     count = sum(method.slice_gains for method in methods)
     if not count:
         return ""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pictures of one restored scan, from the files of its nodes.
 
-Every picture states its plane and coordinate, the participant's left and right, and its units;
-what to look for is said in the report (``data/reports/subject.yml``).
+Every picture states its plane and coordinate, the participant's left and right, and its units.
+The captions of the report (``data/reports/subject.yml``) explain what to look for.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class ScanImages:
         ``structures``, ``restored`` and ``uncertainty`` on the restored 1 mm grid;
         ``filled`` (the scan inpainted) and ``hidden`` (the lesion mask) on the scan's grid;
         ``restored_mni305``; the JSON files ``conform``, ``structures_table``, ``affine``,
-        ``gains`` and ``restore``. Roles that are absent leave out what needs them.
+        ``gains`` and ``restore``. Pictures that need an absent role are not drawn.
     """
 
     files: Mapping[str, Path]
@@ -90,7 +90,7 @@ class ScanImages:
         return load_volume(Path(self.files[role]))
 
     def record(self, role: str, kind: type[R]) -> R:
-        """The record of a role; an empty one where there is none."""
+        """The record of a role; an empty one if the role is absent."""
         return kind.read(self.files[role]) if role in self.files else kind.empty()
 
     @cached_property
@@ -110,7 +110,7 @@ class ScanImages:
 
     @cached_property
     def result(self) -> Volume:
-        """What the task made, on the 1 mm grid: the restored image, or the scan filled in."""
+        """The image of the task on the 1 mm grid: the restored image, or the filled-in scan."""
         if "filled" in self.files:
             return self.load("filled").regrid(self.restored, order=1)
         return self.restored
@@ -142,7 +142,7 @@ class ScanImages:
 
     @cached_property
     def window(self) -> tuple[float, float]:
-        """Grey window of the input and the restored image alike, scanner units.
+        """Grey window, the same for the input and the restored image, scanner units.
 
         From 0 to the larger of the two 99.5th percentiles inside the mask.
         """
@@ -175,14 +175,14 @@ class ScanImages:
 def make_reportlets(
     files: Mapping[str, Path], out_dir: Path, *, prefix: str, suffix: str
 ) -> list[Path]:
-    """Draw every picture that ``files`` allows.
+    """Draw every picture whose roles are in ``files``.
 
     Parameters
     ----------
     files : Mapping of role to path
         See ``ScanImages``; ``scan``, ``mask`` and ``restored`` are required.
     out_dir : Path
-        Where the pictures go; made if absent.
+        Folder of the pictures; created if missing.
     prefix : str
         Entities of the scan, ``sub-01_ses-2``.
     suffix : str
@@ -214,7 +214,7 @@ def make_reportlets(
 
 
 def draw_flicker(images: ScanImages, path: Path) -> Path:
-    """Input and result in the same place, changing under the pointer.
+    """Input and result at the same location; hovering switches between them.
 
     With a lesion mask the sections go through its middle, and its border is drawn.
     """
@@ -224,7 +224,7 @@ def draw_flicker(images: ScanImages, path: Path) -> Path:
     lesion = images.lesion
     sheet.title(
         f"{result} (mean of {n_samples} samples)" if (n_samples or 1) > 1 else result,
-        note="Hold the pointer over the picture to change between input and result"
+        note="Hover over the picture to switch between input and result"
         + ("; orange: the lesion mask" if lesion is not None else ""),
         before="Input, interpolated linearly to the same grid",
     )
@@ -250,7 +250,7 @@ def draw_flicker(images: ScanImages, path: Path) -> Path:
 
 
 def draw_slices(images: ScanImages, path: Path) -> Path:
-    """Sections across the slices: the input as it was measured, beside the restored image."""
+    """Sections across the slices: the input as measured, next to the restored image."""
     sheet = Sheet(images.footer)
     measured = images.scan.regrid(images.restored, order=0)
     thick = images.scan.spacing_mm[images.slice_axis]
@@ -373,7 +373,7 @@ def draw_structures(images: ScanImages, path: Path) -> Path:
 
 
 def draw_mni305(images: ScanImages, path: Path) -> Path:
-    """The restored image in MNI305 space, with where structures are and where they should be."""
+    """The restored image in MNI305 space, with found and expected centroids of structures."""
     volume = images.load("restored_mni305")
     low, high = (-80, -116, -72), (80, 80, 88)  # the average brain and a margin, mm
     box = tuple(
@@ -388,7 +388,7 @@ def draw_mni305(images: ScanImages, path: Path) -> Path:
     sheet = Sheet(f"{DISPLAY} MNI305 mm, RAS; grid lines every 20 mm.")
     sheet.title(
         "Restored image in MNI305 space",
-        note="green: expected outline and centres of structures; yellow ×: found, within 6 mm",
+        note="green: expected outline and centroids; yellow ×: centroids found, within 6 mm",
     )
     panels = []
     for entry in atlas.outlines():
@@ -430,7 +430,7 @@ def draw_mni305(images: ScanImages, path: Path) -> Path:
 
 
 def draw_bias(images: ScanImages, path: Path) -> Path:
-    """The multiplicative bias field, on the scan's grid, inside the head that is drawn."""
+    """The multiplicative bias field inside the mask, over the scan, on the scan's grid."""
     field = images.load("log_bias")
     box = bounding_box(images.mask_scan, MARGIN_MM)
     inside = images.mask_scan.data > 0.5
@@ -525,7 +525,7 @@ def draw_histogram(images: ScanImages, path: Path) -> Path:
 
 
 def draw_residual(images: ScanImages, path: Path) -> Path:
-    """What the restored image does not explain of the input, on the scan's grid."""
+    """The input minus its prediction by the restored image, on the scan's grid."""
     residual = images.load("residual")
     box = bounding_box(images.mask_scan, MARGIN_MM)
     inside = images.mask_scan.data > 0.5
@@ -571,7 +571,7 @@ REPORTLETS: dict[str, tuple[tuple[str, ...], Callable[[ScanImages, Path], Path]]
     "gains": (("gains",), draw_gains),
     "histogram": ((), draw_histogram),
 }
-"""``desc`` -> roles needed beside scan, mask and restored, and the function that draws."""
+"""``desc`` -> roles needed besides scan, mask and restored, and the function that draws."""
 
 
 def _dim_outside(volume: Volume, mask: Volume) -> Volume:
@@ -580,7 +580,7 @@ def _dim_outside(volume: Volume, mask: Volume) -> Volume:
 
 
 def _round_up(value: float) -> float:
-    """To two leading digits, upwards: limits of colour bars that read well."""
+    """Round up to two leading digits, for readable limits of colour bars."""
     if value <= 0:
         return 1.0
     step = 10.0 ** (np.floor(np.log10(value)) - 1)
@@ -590,7 +590,8 @@ def _round_up(value: float) -> float:
 def _bins(values: NDArray[np.float32], high: float) -> NDArray[np.float64]:
     """About 100 bin edges from 0 to ``high``, each bin a whole number of grey levels wide.
 
-    Scans hold integers: bins narrower than a level, or unevenly filled with levels, draw a comb.
+    Scans contain integers: with bins that are narrower than a grey level, or that contain unequal
+    numbers of levels, the histogram would look like a comb.
     """
     levels = np.unique(values)
     step = float(np.diff(levels).min()) if 1 < levels.size < 20_000 else 0.0

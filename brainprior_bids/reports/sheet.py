@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sheets of brain sections as light SVG files.
 
-Each section is embedded as an 8-bit PNG at its own resolution (one pixel a voxel) and scaled by
-the viewer, so that a picture weighs kilobytes and text, contours and marks stay sharp. Lengths
+Each section is embedded as an 8-bit PNG at its own resolution (one pixel per voxel) and scaled by
+the viewer, so that a picture takes only kilobytes and text, contours and marks stay sharp. Lengths
 are in sheet units; a sheet is ``WIDTH`` units wide and as high as its rows.
 """
 
@@ -34,7 +34,7 @@ GROUND = "#111417"
 FONT = "Helvetica, Arial, 'Liberation Sans', sans-serif"
 
 XML = '<?xml version="1.0" encoding="utf-8"?>'
-"""Shares its line with ``<svg``: nireports rewrites files where a line begins with that."""
+"""Written on the same line as ``<svg``: nireports rewrites files with a line that begins so."""
 
 FLICKER = """<style>
 @keyframes flicker { 0%, 45% { opacity: 1 } 50%, 95% { opacity: 0 } 100% { opacity: 1 } }
@@ -60,7 +60,7 @@ class Picture:
     before : bool
         Whether the picture belongs to the "before" state of a flicker.
     inside : Section, optional
-        Where it is not above 0.5 the picture is clear.
+        The picture is transparent where this section is at most 0.5.
     """
 
     section: Section
@@ -87,12 +87,12 @@ class Picture:
 
 @dataclass(frozen=True)
 class Labels:
-    """A section of small non-negative integers drawn see-through over what lies below.
+    """A section of small non-negative integers, drawn half transparent over the layers below.
 
     Parameters
     ----------
     section : Section
-        Rows of ``table``; 0 is clear.
+        Rows of ``table``; 0 is transparent.
     table : (n, 3) uint8 array
         RGB of each value, n <= 256.
     opacity : float
@@ -104,7 +104,7 @@ class Labels:
     opacity: float = 0.42
 
     def png(self) -> bytes:
-        """8-bit PNG with a palette whose first entry is clear."""
+        """8-bit PNG with a palette whose first entry is transparent."""
         return _paletted(self.section.image.astype(np.uint8), self.table, clear=True)
 
 
@@ -153,7 +153,7 @@ class Outline:
 
 @dataclass(frozen=True)
 class Panel:
-    """What is drawn in one frame, from the back to the front; sections share their extent."""
+    """The layers of one frame, from back to front; all sections have the same extent."""
 
     layers: Sequence[Picture | Labels | Contour | Outline | Mark]
     rulers: Sequence[tuple[float, float, float]] = ()
@@ -204,7 +204,7 @@ class Sheet:
         Parameters
         ----------
         scale_to : float, optional
-            Sheet units a mm at most; without it the row fills the width.
+            Largest scale, in sheet units per mm; by default the row fills the width.
         """
         room = WIDTH - GAP * (len(panels) + 1)
         scale = room / sum(panel.section.width_mm for panel in panels)
@@ -235,7 +235,7 @@ class Sheet:
         Parameters
         ----------
         ticks : sequence of (value, label), optional
-            Round values where it is not given; those beyond ``limits`` are left out.
+            Default: round values. Ticks beyond ``limits`` are left out.
         """
         low, high = limits
         left, right, height = WIDTH * 0.3, WIDTH * 0.7, 12.0
@@ -258,7 +258,7 @@ class Sheet:
         self._y += height + 32
 
     def legend(self, entries: Sequence[tuple[str, str]]) -> None:
-        """Coloured squares with names, in as many lines as they need."""
+        """Coloured squares with names, on as many lines as needed."""
         x = 10.0
         for colour, name in entries:
             wide = 22 + 7.2 * len(name) + 14
@@ -271,7 +271,7 @@ class Sheet:
         self._y += 26
 
     def save(self, path: Path) -> Path:
-        """Write the SVG, whole or not at all."""
+        """Write the SVG atomically."""
         if self.footer:
             self._text(10, self._y + 14, self.footer, 12, colour=FAINT)
             self._y += 22

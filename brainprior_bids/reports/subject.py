@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report of one subject: what was done to each scan, its pictures, errors and provenance.
+"""The report of one subject: processing and pictures of each scan, errors and provenance.
 
 Everything is read from the output folder: the summaries ``logs/scans/<scan>.json``, the records
-in ``prov/`` and the pictures in ``sub-XX/figures``. A value that a summary does not have reads
-"not recorded".
+in ``prov/`` and the pictures in ``sub-XX/figures``. A value that is missing from a summary is
+shown as "not recorded".
 """
 
 from __future__ import annotations
@@ -132,14 +132,14 @@ def _input_rows(scan: ScanRecord) -> Rows:
     if stated.thickness_source:
         thickness += f" (from: {stated.thickness_source})"
     gap = stated.gap_mm
-    gap = gap if gap is None else round(gap, 3)  # 2e-07 is the header's rounding
+    gap = gap if gap is None else round(gap, 3)  # the header's rounding may leave 2e-07
     return [
         ("File", scan.source or MISSING),
         ("Stored orientation", facts.original.axis_codes or MISSING),
         ("Voxel size", f"{_voxels(scan)} mm"),
         ("Grid", " × ".join(map(str, grid.shape)) or MISSING),
         ("Tilt of the scan's axes", _number(grid.rotation_from_axes_deg, ".1f", "°")),
-        ("Slices follow", _sliced(acquisition.slice_axis, stated.slice_axis_source)),
+        ("Slice direction", _sliced(acquisition.slice_axis, stated.slice_axis_source)),
         ("Slice thickness", thickness),
         ("Gap between slices", _number(gap, ".3g", " mm")),
         ("Slice profile", str(acquisition.profile or MISSING)),
@@ -159,7 +159,7 @@ def restore_rows(scan: ScanRecord) -> Rows:
     schedule = restore.schedule
     contrast = restore.contrast or MISSING
     if restore.outside_training:
-        contrast += ": not among the contrasts that the prior was trained on"
+        contrast += ": the prior was not trained on this contrast"
     return [
         ("Contrast", contrast),
         *_fused_rows(restore),
@@ -174,12 +174,15 @@ def restore_rows(scan: ScanRecord) -> Rows:
         ("Network calls per sample", str(restore.calls or MISSING)),
         ("Noise before sampling", _noise(restore, restore.noise_sd_initial)),
         ("Noise after sampling", _noise(restore, restore.noise_sd)),
-        ("Residual of each sample, in noise SDs", _ratios(restore.residual_ratios) or MISSING),
         (
-            "Residual in SDs of the noise after sampling",
+            "Residual of each sample, in SDs of the noise before sampling",
+            _ratios(restore.residual_ratios) or MISSING,
+        ),
+        (
+            "The same in SDs of the noise after sampling",
             _ratios(restore.residual_ratios_final) or MISSING,
         ),
-        ("Correlation of neighbouring residuals", _correlation(restore)),
+        ("Correlation of residuals between neighbouring voxels", _correlation(restore)),
         ("Prior", restore.prior.name or MISSING),
         ("Coverage of its intervals", measured.coverage(restore, task=scan.task or "restore")),
         ("Seed", str(MISSING if scan.seed is None else scan.seed)),
@@ -199,7 +202,7 @@ def _ratios(ratios: Sequence[float]) -> str:
 
 
 def _fused_rows(restore: RestoreRecord) -> Rows:
-    """One row per fused run; none for a scan of its own."""
+    """One row per fused run; no row for a scan that was not fused."""
     rows = []
     for run in restore.runs or ():
         thickness = _number(run.acquisition.thickness_mm, ".3g", " mm")
@@ -231,11 +234,14 @@ def _anatomy_rows(scan: ScanRecord) -> Rows:
         ("Brain mask from", parcellation.mask_origin.words),
         ("Structures from", parcellation.structures_origin.words),
         ("Structures found", str(len(parcellation.table) or MISSING)),
-        ("Their volume", f"{volume / 1000:.0f} ml" if volume else MISSING),
+        ("Volume of all structures", f"{volume / 1000:.0f} ml" if volume else MISSING),
         ("Transform to MNI305", f"{affine.dof} parameters" if affine.dof else MISSING),
-        ("Found from", affine.method.words),
-        ("Structures used for it", str(len(affine.used) or MISSING)),
-        ("Median distance", _number(affine.median_residual_mm, ".1f", " mm")),
+        ("Transform based on", affine.method.words),
+        ("Structures used for the transform", str(len(affine.used) or MISSING)),
+        (
+            "Median distance of centroids from MNI305",
+            _number(affine.median_residual_mm, ".1f", " mm"),
+        ),
     ]
 
 
@@ -295,8 +301,9 @@ def _methods(scans: Sequence[ScanRecord]) -> str:
     if not scans:
         return "<p>No scan of this participant was restored.</p>"
     intro = (
-        '<p class="muted">This text states what was done here; copy it into a paper, with the '
-        "references. For all participants, and with BibTeX: logs/CITATION.md.</p>"
+        '<p class="muted">This text describes the processing of this participant; you can copy '
+        "it into a paper, with the references. The text for all participants is in "
+        "logs/CITATION.md, the BibTeX entries in logs/CITATION.bib.</p>"
     )
     return intro + to_html(methods_text([of_summary(scan) for scan in scans]))
 

@@ -31,7 +31,7 @@ class Volume:
     Parameters
     ----------
     data : (i, j, k) float32 array
-        Finite; values that are not finite in the file read 0.
+        Finite; NaN and infinite values of the file are set to 0.
     affine : (4, 4) float64 array
         Voxel index to mm RAS+.
     """
@@ -46,7 +46,7 @@ class Volume:
 
     @property
     def tilt_degrees(self) -> float:
-        """Largest angle between a voxel axis and the scanner axis that it is named after."""
+        """Largest angle between a voxel axis and the scanner axis of the same name."""
         cosines = np.abs(np.diag(self.affine[:3, :3])) / self.spacing_mm
         return float(np.degrees(np.arccos(np.clip(cosines, 0, 1))).max())
 
@@ -57,7 +57,7 @@ class Volume:
     def regrid(self, target: Volume, order: int) -> Volume:
         """This image at the voxel centres of ``target``; order 0 is nearest, 1 linear.
 
-        Beyond the border the nearest voxel's value is taken.
+        Beyond the border, the value of the nearest voxel is used.
         """
         matrix = np.linalg.inv(self.affine) @ target.affine
         data = affine_transform(
@@ -160,9 +160,9 @@ def bounding_box(mask: Volume, margin_mm: float) -> Box:
 
 
 def spread(mask: Volume, axis: int, count: int) -> list[int]:
-    """``count`` slice indices along ``axis`` that part ``mask > 0.5`` evenly.
+    """``count`` slice indices along ``axis`` that divide ``mask > 0.5`` evenly.
 
-    One slice is the middle one, two lie at a third and two thirds, and so on.
+    A single slice is the middle one; two slices are at a third and two thirds, and so on.
     """
     low, high = bounding_box(mask, 0.0)[axis]
     shares = np.arange(1, count + 1) / (count + 1)

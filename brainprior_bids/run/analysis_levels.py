@@ -92,8 +92,8 @@ def _rewrite(settings: Settings) -> int:
     }
     if not subjects:
         raise UsageError(
-            f"--reports-only: nothing is done in {settings.output_dir} for the participants "
-            "that were asked for. Run the participant level for them first."
+            f"--reports-only: {settings.output_dir} has no scan of the requested participants. "
+            "Run the participant level for them first."
         )
     check_output(settings.output_dir)
     made = True

@@ -27,7 +27,7 @@ def write_documents(subjects: Iterable[str], settings: Settings) -> bool:
         try:
             build_subject_report(settings.output_dir, subject)
         except Exception as error:  # the images are there: say it, and go on
-            LOG.error("sub-%s: the report could not be made: %s. %s", subject, error, AGAIN)
+            LOG.error("sub-%s: the report could not be written: %s. %s", subject, error, AGAIN)
             LOG.debug("traceback", exc_info=True)
             made = False
     summaries = status.read_summaries(settings.output_dir)

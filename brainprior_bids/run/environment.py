@@ -48,7 +48,7 @@ def prepare_environment(settings: Settings) -> None:
     except OSError as error:
         what = "Make room" if is_full(error) else "Check its permissions"
         raise UsageError(
-            f"--work-dir {settings.work_dir} cannot be made or written ({error.strerror}). "
+            f"--work-dir {settings.work_dir} cannot be created or written ({error.strerror}). "
             f"{what}, or choose another folder."
         ) from error
     threads = str(settings.omp_nthreads)

@@ -44,7 +44,7 @@ def _settle(settings: Settings, job: str) -> None:
                 "cancelled. The task's own output (logs/slurm) says why. Submit it again."
             )
             write_failure(scan, settings, ErrorRecord(type=status.KILLED_JOB, message=message))
-            LOG.error("FAILED %s: its task never began it", result)
+            LOG.error("FAILED %s: its task never started it", result)
     status.rebuild_status(settings.output_dir)
     rebuild_qc(settings.output_dir)
     unreported = {

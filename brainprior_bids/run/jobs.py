@@ -181,8 +181,8 @@ def _check_lengths(scan: Scan, settings: Settings) -> None:
     )
     if longest > MAX_BYTES:
         raise InputError(
-            f"{scan.name.stem}: its name is too long: the names of its results would have "
-            f"{longest} characters, and file systems take {MAX_BYTES}. Shorten it by "
+            f"{scan.name.stem}: the name is too long: names of its results would have "
+            f"{longest} characters, but file systems allow {MAX_BYTES}. Shorten it by "
             f"{longest - MAX_BYTES} (a label such as that of acq-)."
         )
 

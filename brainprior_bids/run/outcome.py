@@ -75,7 +75,7 @@ def write_failure(
     earlier = () if previous is None else previous.files
     left = sorted(path for path in {*earlier} if (settings.output_dir / path).is_file())
     if left:
-        message = f"{message.rstrip('.')}. What an earlier run made of it is still in place."
+        message = f"{message.rstrip('.')}. The files of an earlier run are still in place."
     status.write_summary(
         settings.output_dir,
         replace(
@@ -164,7 +164,7 @@ def why_not_ended(
         reason = reasons[-1] if reasons else kind
         return ErrorRecord(
             type=kind,
-            message=f"not finished: {reason}. Rerun the same command; if it ends so again, "
+            message=f"not finished: {reason}. Rerun the same command; if this happens again, "
             "please report this, with the output of -vv",
         )
     step = next((name for name in NODES if not (folder / name / RECORD).exists()), None)

@@ -104,7 +104,7 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
         f"{len(scans)} scan(s){failing}, {calls} network calls each ({settings.sampler} "
         f"sampler), on {settings.device}, {at_once} at once: about "
         f"{total / 60 / at_once:.0f} min and {at_once * memory:.0f} GiB of memory. "
-        "One network call was timed for this; programs that run beside it count. Nothing was "
+        "One network call was timed for this; other running programs slow it down. Nothing was "
         "written."
     )
 

@@ -114,7 +114,7 @@ def read_plugin_file(path: Path | None) -> PluginFile:
         _check_argument(f"{who}: {name}", name, value)
     if steps and plugin in LOCAL:
         raise UsageError(
-            f"{who}: step_args mean nothing to {plugin}; they are for schedulers. Leave them out."
+            f"{who}: {plugin} does not use step_args; they are for schedulers. Leave them out."
         )
     return PluginFile(plugin, arguments, steps)
 
@@ -130,8 +130,8 @@ def require_scheduler(file: PluginFile, output_dir: Path) -> None:
     """
     if file.is_batch and "%" in str(output_dir):
         raise UsageError(
-            f"output_dir {output_dir}: Nipype's plugin {file.plugin} takes a per cent sign in it "
-            "for a placeholder. Choose a folder without."
+            f"output_dir {output_dir}: Nipype's plugin {file.plugin} treats a per cent sign in "
+            "it as a placeholder. Choose a folder without one."
         )
     command = SUBMIT.get(file.plugin)
     if command is not None and shutil.which(command) is None:

@@ -33,8 +33,9 @@ def open_claims(settings: Settings) -> Claims:
     except OSError as error:
         what = "Make room" if is_full(error) else "Check its permissions"
         raise UsageError(
-            f"{error.filename or settings.work_dir} cannot be made or written ({error.strerror}). "
-            f"{what}, or choose another folder (--work-dir, output_dir, --export)."
+            f"{error.filename or settings.work_dir} cannot be created or written "
+            f"({error.strerror}). {what}, or choose another folder (--work-dir, output_dir, "
+            "--export)."
         ) from error
 
 
@@ -56,7 +57,7 @@ def clean_work_dir(work_dir: Path, claims: Claims) -> None:
             for left in (graph, work_dir / "home", *work_dir.glob("validate-*")):
                 shutil.rmtree(left, ignore_errors=True)
             return
-    LOG.warning("--clean-workdir: another process uses %s; its scans are left alone", work_dir)
+    LOG.warning("--clean-workdir: another process uses %s; its files are kept", work_dir)
     for scan in graph.glob("*_wf"):
         if claims.is_free(scan.name.removesuffix("_wf")):
             shutil.rmtree(scan, ignore_errors=True)
@@ -129,8 +130,8 @@ def judged(scans: Sequence[Scan], issues: Sequence[Issue], bids_dir: Path) -> Se
     if fatal:
         shown = "\n".join(f"  {issue}" for issue in fatal[:10])
         raise UsageError(
-            f"{bids_dir} is not valid BIDS, {len(fatal)} error(s) in what all participants "
-            f"share:\n{shown}\nRepair them, or pass --skip-bids-validation."
+            f"{bids_dir} is not valid BIDS, {len(fatal)} error(s) in files that all "
+            f"participants share:\n{shown}\nRepair them, or pass --skip-bids-validation."
         )
     return [replace(scan, problem=scan.problem or problems.get(scan.name.stem)) for scan in scans]
 

@@ -73,7 +73,7 @@ def _slurm_mb(environ: Mapping[str, str], name: str) -> float:
     text = environ.get(name, "0")
     match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]+)?)\s*([KMGT]?)I?B?\s*", text.upper())
     if match is None:
-        LOG.warning("%s is %.40r, no size such as 8000 (MB) or 8G: it is passed over", name, text)
+        LOG.warning("%s is %.40r, not a size such as 8000 (MB) or 8G: ignored", name, text)
         return 0.0
     return float(match[1]) * {"K": 2**-10, "": 1, "M": 1, "G": 2**10, "T": 2**20}[match[2]]
 
@@ -112,7 +112,7 @@ def fit_memory(
     steps_gb = min(settings.mem_gb, there_gb)
     if settings.mem_gb > there_gb + 0.01:
         LOG.warning(
-            "--mem %.3g GiB is more than there is: %s %.3g GiB, of which the steps get %.3g",
+            "--mem %.3g GiB is more than is available: %s %.3g GiB; the steps get %.3g",
             settings.mem_gb,
             who,
             limit_gb,
@@ -129,7 +129,7 @@ def fit_memory(
         give = f"Pass --mem {needed_gb:.3g}G"
     low = f", or pass --low-mem, with which {largest_low_gb + MAIN_GB:.3g} GiB are enough"
     raise UsageError(
-        f"not enough memory: the largest step claims up to {needed_gb:.3g} GiB and the command "
+        f"not enough memory: the largest step needs up to {needed_gb:.3g} GiB and the command "
         f"itself {MAIN_GB:.3g}; {found}. {give}{'' if settings.low_mem else low}."
     )
 

@@ -230,7 +230,7 @@ def test_a_failure_says_that_an_earlier_result_is_still_there(raw, told):
         again(raw, told, "--task", "restore", "--skull-strip", "mask", "-d", f"x={given(raw)}")
         summary = read_summary(raw.parent / "out", "sub-01_run-1_T1w")
         assert summary.status == "failed"
-        assert summary.message.endswith("What an earlier run made of it is still in place.")
+        assert summary.message.endswith("The files of an earlier run are still in place.")
         assert summary.outputs == ()
         assert summary.left == ("sub-01_run-1_T1w.nii.gz",)
     (raw.parent / "out" / "sub-01_run-1_T1w.nii.gz").unlink()

@@ -354,9 +354,9 @@ def test_exports_lie_apart(tmp_path):
     exports = parse_settings([*base, "--export", "fmriprep", f"raw={tmp_path}/view"]).exports
     assert exports == {"fmriprep": f"{tmp_path}/out-fmriprep", "raw": f"{tmp_path}/view"}
     for place in ("out", "out/export", "raw", "raw/export", "."):
-        with pytest.raises(UsageError, match="not apart"):
+        with pytest.raises(UsageError, match="overlap"):
             parse_settings([*base, "--export", f"fmriprep={tmp_path / place}"])
-    with pytest.raises(UsageError, match="not apart"):
+    with pytest.raises(UsageError, match="overlap"):
         parse_settings([*base, "--export", f"raw={tmp_path}/x", f"fmriprep={tmp_path}/x"])
     with pytest.raises(UsageError, match="expected fmriprep or raw"):
         parse_settings([*base, "--export", "spm"])

@@ -123,7 +123,7 @@ def test_the_dry_run_says_what_is_fused(settings, capsys):
     ("given", "text"),
     [
         (["--task", "refine", "-d", "x=RAW", "--trust", "0.1"], "refine alone uses none"),
-        (["--sampler", "mean"], "can be given the measurements of one scan"),
+        (["--sampler", "mean"], "can be conditioned on only one"),
         (["--export", "fmriprep"], "Leave out --export or --fuse"),
     ],
 )

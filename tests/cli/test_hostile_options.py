@@ -384,7 +384,7 @@ def test_an_argument_that_is_not_text_is_refused(raw, tmp_path, capsys, words):
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("brainprior: error: the argument ")
     assert "\\udcff" in line
-    assert "is not text (UTF-8)" in line
+    assert "is not UTF-8 text" in line
     assert not list(tmp_path.glob("out*"))
 
 

@@ -76,7 +76,7 @@ def test_prefixes_are_stripped_and_aliases_taken(folders):
         (["--task", "refine", "inpaint", "-d", "fs={fs}", "--trust", "x.nii"], "white noise"),
         (["--task", "refine", "--fuse", "runs", "-d", "fs={fs}", "--trust", "1"], "uses none"),
         (["--trust", "0.1"], "needs --task refine"),
-        (["--output-grid", "native", "--task", "inpaint"], "by itself"),
+        (["--output-grid", "native", "--task", "inpaint"], "own grid already"),
         (
             ["--output-grid", "native", "--task", "refine", "-d", "fs={fs}", "--trust", "1"],
             "no head",

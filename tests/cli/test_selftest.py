@@ -30,7 +30,7 @@ def test_this_installation_passes(capsys):
     assert "self-test passed" in said
     for kind in ("prior", "parcellation"):
         digest = weights.sha256_file(weights.FOLDER / f"{kind}.safetensors")
-        assert f"weights of the {kind} are whole, SHA-256 {digest}" in said
+        assert f"weights of the {kind} are intact, SHA-256 {digest}" in said
 
 
 def test_changed_weights_do_not_pass(tmp_path, monkeypatch, capsys):

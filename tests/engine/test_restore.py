@@ -507,7 +507,7 @@ NAN = np.full((48, 56, 12), np.nan, np.float32)
         ({"mask_1mm": np.full((48, 56, 48), np.nan)}, InputError, "mask_1mm holds NaN"),
         ({"log_bias": NAN}, InputError, "log_bias holds NaN"),
         ({"acquisition": Acquisition(2, 4.0, 60.0)}, GeometryError, "60.0 mm apart do not fit"),
-        ({"device": "cuda:99"}, UsageError, "cuda:99 asked for, but torch sees"),
+        ({"device": "cuda:99"}, UsageError, "cuda:99 requested, but torch sees"),
         ({"device": "abacus"}, UsageError, "expected 'cpu' or 'cuda:N'"),
         ({"to_mni305": np.zeros((4, 4))}, GeometryError, "to_mni305"),
         ({"to_mni305": np.eye(3)}, GeometryError, "to_mni305"),

@@ -92,7 +92,7 @@ def test_a_lesion_outside_the_brain_is_refused(capsys):
             n_samples=1, n_steps=2,
         )  # fmt: skip
     assert main(["check-lesion", "/nonexistent/scan.nii"]) == 2
-    assert "is no file" in capsys.readouterr().err
+    assert "is not a file" in capsys.readouterr().err
 
 
 def test_weights_go_by_file_or_name_and_a_broken_sidecar_is_refused(tmp_path, capsys):
@@ -102,7 +102,7 @@ def test_weights_go_by_file_or_name_and_a_broken_sidecar_is_refused(tmp_path, ca
     assert main([*command, "--prior", "nowhere"]) == 2
     assert "expected a weights file, or one of the names" in capsys.readouterr().err
     assert main([*command, "--prior", "embedded"]) == 2
-    assert "scan.json is no sidecar" in capsys.readouterr().err
+    assert "scan.json cannot be read" in capsys.readouterr().err
 
 
 def test_a_scan_is_prepared_as_by_the_command(tmp_path, monkeypatch, told):

@@ -221,10 +221,10 @@ def test_a_failed_job_does_not_stop_the_others(ready, monkeypatch):
 @pytest.mark.parametrize(
     ("more", "text"),
     [
-        (["--participant-label", "03"], "cannot both report and choose"),
+        (["--participant-label", "03"], "cannot be in both the test"),
         (["--participant-label", "77"], "no participant 77"),
         (["--maps", "training_seg_18"], "need --labels"),
-        (["-m", "FLAIR"], "no scan to report on"),
+        (["-m", "FLAIR"], "no scan of the test set"),
         (["--prior", "nowhere"], "expected a weights file"),
     ],
 )

@@ -225,16 +225,16 @@ def test_facts_of_a_scan(output_dir):
         "Voxel size": "1.5 × 1.5 × 6 mm",
         "Grid": "128 × 120 × 30",
         "Tilt of the scan's axes": "12.3°",
-        "Slices follow": "inferior-superior",
+        "Slice direction": "inferior-superior",
         "Slice thickness": "5 mm (from: SliceThickness)",
         "Gap between slices": "1 mm",
         "Field strength": "3 T",
         "Noise levels": "3, from 10 to 0",
         "Noise before sampling": "0.0200 of the brain's 99th percentile, 10 in scanner units",
-        "Residual of each sample, in noise SDs": "1.00, 1.04",
+        "Residual of each sample, in SDs of the noise before sampling": "1.00, 1.04",
         "Seed": str(2**62 + 11),
-        "Their volume": "8 ml",
-        "Median distance": "2.5 mm",
+        "Volume of all structures": "8 ml",
+        "Median distance of centroids from MNI305": "2.5 mm",
         "Time": "2.2 min",
         "Peak memory": "2.8 GB",
         "Device": "cpu (x86_64)",
@@ -290,7 +290,10 @@ def test_what_was_measured_of_the_prior_is_said_of_it_alone(tmp_path):
     record = RestoreRecord.from_json(restore)
     store(tmp_path, summary("sub-2_T1w", facts={"restore": restore}))
     text = build_subject_report(tmp_path, "2").read_text()
-    for said in ("50 and 90 % intervals of a mean held", "keeps of a lesion&#39;s contrast"):
+    for said in (
+        "50 and 90 % intervals of a mean that contained",
+        "lesion&#39;s contrast that a restored",
+    ):
         assert said in text
     assert "Not measured for" not in text
     assert coverage(replace(record, sampler="exact"), task="inpaint").endswith(

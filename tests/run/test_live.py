@@ -92,7 +92,8 @@ def test_a_status_that_cannot_be_written_does_not_end_the_watch(settings, jobs):
             live.refresh()
         table.rmdir()
         write_summary(settings.output_dir, done("sub-01_T2w"))
-        while not table.is_file():  # a run that hangs here is ended by the test's time limit
+        # a run that hangs here is ended by the test's time limit
+        while not table.is_file() or states(settings).get("sub-01_T2w") != "done":
             live._stop.wait(0.01)
     assert states(settings)["sub-01_T2w"] == "done"
 
@@ -113,7 +114,9 @@ def test_the_remaining_time_is_that_of_the_rate_so_far(settings, jobs):
     now = datetime(2026, 1, 2, 3, 24, 5, tzinfo=UTC)  # 20 minutes after the start
     one, two, three = (read_summary(settings.output_dir, job.scan.name.stem) for job in jobs)
     assert "none has ended yet" in remaining([one, two, three], now)
-    assert "about 40 min at its rate so far" in remaining([done("sub-01_T1w"), two, three], now)
+    assert "about 40 min left at the present rate" in remaining(
+        [done("sub-01_T1w"), two, three], now
+    )
     assert "about 10 min" in remaining([done("sub-01_T1w"), done("sub-01_T2w"), three], now)
     assert remaining([done("sub-01_T1w")], now) == ""
 

@@ -103,7 +103,7 @@ def test_what_cannot_fit_is_refused_with_what_is_needed_and_what_is_there(limit_
 
 def test_more_than_there_is_is_cut_down_and_said(told):
     assert fit(8.0, mem_gb=64.0) == pytest.approx(7.0)
-    assert "--mem 64 GiB is more than there is: the container has 8 GiB" in told.text
+    assert "--mem 64 GiB is more than is available: the container has 8 GiB" in told.text
 
 
 def test_the_command_stops_at_the_start(tmp_path, monkeypatch, capsys):
