@@ -30,7 +30,7 @@ from brainprior_bids.records import (
     StepRecords,
     WeightsRecord,
 )
-from brainprior_bids.settings import FILLED, TASKS
+from brainprior_bids.settings import FILLED, MODALITIES, OTHER_MODALITIES, TASKS
 
 BIDS_VERSION = "1.10.0"
 
@@ -79,13 +79,28 @@ def descriptions() -> dict[str, str]:
         for image in images
     }
     plain = {"sample01": DESCRIPTIONS["restoredSample01"], **DESCRIPTIONS}
-    return DESCRIPTIONS | {
+    of_images = {
         named(image, part): f"of desc-{image}: {plain[part]}"
         for image in images
         for part in parts[image]
         if named(image, part) not in DESCRIPTIONS
     }
+    common = {
+        f"{named(image, part)}{suffix}": f"as {named(image, part)}, of the {suffix}, in a space "
+        "that contrasts share"
+        for image in ("restored", "refined")
+        for part in ("brain", "structures")
+        for suffix in (*MODALITIES, *OTHER_MODALITIES)
+        if suffix != "T1w"
+    }
+    return DESCRIPTIONS | of_images | common
 
+
+MNI305_URL = "https://templateflow.s3.amazonaws.com/tpl-MNI305/tpl-MNI305_T1w.nii.gz"
+"""The image that defines the space; it is not fetched."""
+
+OWN_SPACE = ("volume_mm3", "confidence")
+"""Metadata that describe columns of the table beside the labels in the scan's own space."""
 
 INHERITED = (
     "Manufacturer",
@@ -274,7 +289,6 @@ def sidecars(
     description = DESCRIPTIONS[image_desc]
     if restore.runs:
         description += f"; of {len(restore.runs)} runs in one likelihood"
-    template = {"Sources": [restored, bids_uri(outputs["to_mni305"])]}
     contents: dict[str, dict[str, Any]] = {
         "restored": {"Description": description, **image, **estimator},
         "residual": {
@@ -307,9 +321,6 @@ def sidecars(
             **reference,
         },
     }
-    if "restored_mni305" in outputs:
-        text = description + "; resampled once to MNI305"
-        contents["restored_mni305"] = {"Description": text, **image, **estimator, **template}
     if "restored_native" in outputs:
         contents["restored_native"] = {
             "Description": "the whole head on the scan's own voxels, bias field and skull "
@@ -358,7 +369,43 @@ def sidecars(
                 * restore.slice_widths[index],
                 "ResidualRatio": restore.residual_ratios[index],
             }
-    return contents
+    return contents | resampled(
+        contents, outputs, "MNI305", transform=outputs["to_mni305"], reference=MNI305_URL
+    )
+
+
+def resampled(
+    contents: Mapping[str, Mapping[str, Any]],
+    outputs: Mapping[str, str],
+    space: str,
+    *,
+    transform: str,
+    reference: str,
+) -> dict[str, dict[str, Any]]:
+    """The JSON of the images that were resampled to a space: role -> content.
+
+    Parameters
+    ----------
+    contents : role -> content
+        Of the images in the scan's own space.
+    outputs : role -> path
+        Of both.
+    transform : str
+        Path of the transform that was applied.
+    reference : str
+        ``SpatialReference``: address of the image that defines the space.
+    """
+    moved = {}
+    for role, content in contents.items():
+        there = f"{role}_{space.lower()}"
+        if there in outputs:
+            moved[there] = {
+                **{key: value for key, value in content.items() if key not in OWN_SPACE},
+                "Description": f"{content['Description']}; resampled once to {space}",
+                "Sources": [bids_uri(outputs[role]), bids_uri(transform)],
+                "SpatialReference": reference,
+            }
+    return moved
 
 
 def _card(weights: WeightsRecord) -> dict[str, str | None]:
@@ -413,22 +460,19 @@ def interval_half_widths(n_samples: int) -> dict[str, float]:
     }
 
 
-def structures_table(parcellation: ParcellationRecord) -> str:
+def structures_table(parcellation: ParcellationRecord, *, measures: bool = True) -> str:
     """The ``dseg.tsv``: label value, name, colour, volume and the network's confidence.
 
-    Labels that are not the network's have none.
+    Labels that are not the network's have no confidence. Without ``measures`` there are neither
+    volume nor confidence: both are those of the scan's own space.
     """
     own = parcellation.structures_origin.embedded
     colours = _colours()
-    lines = ["index\tname\tcolor\tvolume_mm3\tconfidence"]
+    lines = ["index\tname\tcolor" + "\tvolume_mm3\tconfidence" * measures]
     for row in sorted(parcellation.table, key=lambda item: item.index):
-        cells = (
-            str(row.index),
-            row.name,
-            colours.get(row.index, "n/a"),
-            f"{row.volume_mm3:.0f}",
-            f"{row.confidence:.3f}" if own else "n/a",
-        )
+        cells = [str(row.index), row.name, colours.get(row.index, "n/a")]
+        if measures:
+            cells += [f"{row.volume_mm3:.0f}", f"{row.confidence:.3f}" if own else "n/a"]
         lines.append("\t".join(cells))
     return "\n".join(lines) + "\n"
 

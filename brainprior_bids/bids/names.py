@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -203,7 +203,6 @@ def output_names(
     to = {"desc": image} if image == "refined" else {}
     names = {
         "restored": source.derivative(desc=image),
-        "restored_mni305": source.derivative(space="MNI305", desc=image),
         "residual": source.derivative(desc=named(image, "residual")),
         "mask": source.derivative("mask", space=space, desc=named(own, "brain")),
         "structures": source.derivative("dseg", space=space, desc=named(own, "structures")),
@@ -229,10 +228,37 @@ def output_names(
         names[residual_role(run.stem)] = run.derivative(extension=".nii.gz", desc="fusedResidual")
     if lesion and "inpainted" in image.lower():
         names["hidden"] = source.derivative("mask", space=space, label="lesion", desc=image)
-    # the scan inpainted keeps its own grid, skull and bias; the transforms stay: they cost nothing
-    if image in FILLED or "MNI305" not in spaces:
-        del names["restored_mni305"]
+    if "MNI305" in spaces:
+        names |= names_in_space(source, names, "MNI305", image=image)
     return names
+
+
+def names_in_space(
+    source: BIDSName, names: Mapping[str, str], space: str, *, image: str
+) -> dict[str, str]:
+    """Of the files of ``output_names``, those that are resampled to a space: role -> file name.
+
+    The role is that of the file, with ``_`` and the space in small letters. The scan inpainted
+    keeps its own grid, skull and bias: only its mask and structures are resampled.
+
+    Masks and labels of other contrasts than T1w have the contrast in their ``desc-``: in a common
+    space, those of the T1w have the same name otherwise.
+    """
+    brain = ("mask", "structures", "structures_table")
+    images = () if image in FILLED else ("restored", "uncertainty")
+    moved = {}
+    for role, file in names.items():
+        name = BIDSName.parse(file)
+        if role in brain:
+            desc = f"{name.get('desc')}{'' if source.suffix == 'T1w' else source.suffix}"
+        elif role in images or (role.startswith("sample") and image not in FILLED):
+            desc = str(name.get("desc"))
+        else:
+            continue
+        moved[f"{role}_{space.lower()}"] = name.derivative(
+            extension=name.extension, space=space, desc=desc
+        )
+    return moved
 
 
 def named(image: str, what: str) -> str:

@@ -146,7 +146,15 @@ def files(raw, prior, tmp_path):
         tmp_path / "r",
     )
     template = run(
-        ToMNI305(in_file=restored.restored, affine_json=out["affine_json"]), tmp_path / "m"
+        ToMNI305(
+            in_file=restored.restored,
+            affine_json=out["affine_json"],
+            uncertainty=restored.uncertainty,
+            samples=restored.samples,
+            mask=out["mask"],
+            structures=out["structures"],
+        ),
+        tmp_path / "m",
     )
     out.update(
         scan=conformed.out_file,
@@ -159,6 +167,10 @@ def files(raw, prior, tmp_path):
         log_bias=restored.log_bias,
         restore_json=restored.restore_json,
         restored_mni305=template.out_file,
+        uncertainty_mni305=template.uncertainty,
+        samples_mni305=template.samples,
+        mask_mni305=template.mask,
+        structures_mni305=template.structures,
         records=[conformed.record, restored.record, template.record],
     )
     return out
@@ -212,6 +224,7 @@ def test_a_finished_scan_leaves_the_documented_files(files, raw, output_dir, tmp
             f"{anat}_from-FLAIR_to-MNI305_mode-image_xfm.txt",
             f"{anat}_from-MNI305_to-FLAIR_mode-image_xfm.txt",
             f"{anat}_space-FLAIR_desc-structures_dseg.tsv",
+            f"{anat}_space-MNI305_desc-structuresFLAIR_dseg.tsv",
             *(
                 f"{anat}_{name}{extension}"
                 for name in (
@@ -221,6 +234,11 @@ def test_a_finished_scan_leaves_the_documented_files(files, raw, output_dir, tmp
                     "desc-restoredSample01_FLAIR",
                     "desc-restoredSample02_FLAIR",
                     "space-MNI305_desc-restored_FLAIR",
+                    "space-MNI305_desc-uncertainty_FLAIR",
+                    "space-MNI305_desc-restoredSample01_FLAIR",
+                    "space-MNI305_desc-restoredSample02_FLAIR",
+                    "space-MNI305_desc-brainFLAIR_mask",
+                    "space-MNI305_desc-structuresFLAIR_dseg",
                     "space-FLAIR_desc-brain_mask",
                     "space-FLAIR_desc-structures_dseg",
                 )
@@ -235,6 +253,24 @@ def test_a_finished_scan_leaves_the_documented_files(files, raw, output_dir, tmp
     mask = json.loads((output_dir / f"{anat}_space-FLAIR_desc-brain_mask.json").read_text())
     assert mask["Type"] == "Brain"
     assert mask["SpatialReference"].endswith("_FLAIR.nii.gz")
+    there = f"{anat}_space-MNI305"
+    labels = nib.load(output_dir / f"{there}_desc-structuresFLAIR_dseg.nii.gz")
+    brain = nib.load(output_dir / f"{there}_desc-brainFLAIR_mask.nii.gz")
+    assert (labels.get_data_dtype(), brain.get_data_dtype()) == (np.int16, np.uint8)
+    differ = labels.get_fdata() != 2 * brain.get_fdata()
+    assert differ.sum() < 1e-3 * brain.get_fdata().sum()  # of ties, by rounding
+    side = json.loads((output_dir / f"{there}_desc-brainFLAIR_mask.json").read_text())
+    assert side["Type"] == "Brain"
+    assert side["SpatialReference"].endswith("tpl-MNI305_T1w.nii.gz")
+    assert side["Sources"] == [
+        f"bids::{anat}_space-FLAIR_desc-brain_mask.nii.gz",
+        f"bids::{anat}_from-FLAIR_to-MNI305_mode-image_xfm.txt",
+    ]
+    side = json.loads((output_dir / f"{there}_desc-uncertainty_FLAIR.json").read_text())
+    assert side["SkullStripped"] is True
+    assert side["IntervalHalfWidths"]
+    table = (output_dir / f"{there}_desc-structuresFLAIR_dseg.tsv").read_text()
+    assert table.splitlines()[0] == "index\tname\tcolor"
     restored = nib.load(output_dir / f"{anat}_desc-restored_FLAIR.nii.gz")
     assert restored.get_data_dtype() == np.float32
     assert restored.shape == (40, 44, 40)
@@ -467,7 +503,7 @@ def test_the_records_hold_the_hashes_of_what_is_there(files, raw, output_dir, tm
     source = entities[0]
     outputs = [entity for entity in entities if "GeneratedBy" in entity]
     assert source["Digest"]["sha256"] == sha256_file(raw / source["AtLocation"])
-    assert len({entity["Label"] for entity in outputs} - {"sidecar"}) == 11
+    assert len({entity["Label"] for entity in outputs} - {"sidecar"}) == 17
     assert {entity["AtLocation"] for entity in outputs} == {
         str(path.relative_to(output_dir)) for path in output_dir.glob("sub-01/**/anat/*")
     }
