@@ -41,7 +41,7 @@ BIDSIGNORE = (
     "prov",
     "sub-*/figures",
     "sub-*/log",
-    "*_xfm.txt",
+    "*_xfm.*",
     ".brainprior*",
 )
 """No trailing slashes: the Deno validator would not match them."""

@@ -18,6 +18,7 @@ from brainprior_bids.cli.checks import (
     check_paths,
     check_task,
     chosen_modalities,
+    chosen_spaces,
     export_roots,
     named_prior,
     run_labels,
@@ -28,7 +29,7 @@ from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.engine.samplers import registry
 from brainprior_bids.run import resources
 from brainprior_bids.run.plugin_file import read_plugin_file
-from brainprior_bids.settings import LEVELS, SPACES, Settings
+from brainprior_bids.settings import LEVELS, Settings
 
 DESCRIPTION = """\
 brainprior restores brain MRI. Input: T1w, T2w and FLAIR scans with thick slices, noise or a
@@ -195,7 +196,7 @@ def parse_settings(argv: Sequence[str]) -> Settings:
         lesion_mask=options.lesion_mask,
         dilate_mm=options.dilate_mm,
         trust=options.trust,
-        output_spaces=tuple(s for s in SPACES if s in options.output_spaces) or SPACES,
+        output_spaces=chosen_spaces(options.output_spaces),
         output_grid=options.output_grid,
         exports=exports,
         export_per=options.export_per,

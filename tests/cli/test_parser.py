@@ -207,7 +207,7 @@ def test_the_settings_of_a_run_are_read_back(folders, tmp_path):
     ours = {"run_uuid", "command"}
     for name in set(vars(first)) - ours:
         assert getattr(again, name) == getattr(first, name), name
-    assert again.output_spaces == ("anat",)
+    assert again.output_spaces == ("anat", "T1w")
     config.write_text(parse_settings([*folders]).to_toml())  # --dilate 0 is read back
     assert parse_settings([*folders, "--config-file", str(config)]).image == "restored"
     config.write_text(first.to_toml())

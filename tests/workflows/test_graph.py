@@ -28,6 +28,10 @@ SKELETON = [
     "sub-02/ses-b/anat/sub-02_ses-b_FLAIR.nii",
 ]
 GOLDEN = """\
+sub-01/anat/sub-01_acq-thick_run-1_from-T1w_to-T2w_mode-image_xfm.txt
+sub-01/anat/sub-01_acq-thick_run-1_from-T2w_to-T1w_mode-image_xfm.txt
+sub-01/anat/sub-01_acq-thick_run-2_from-T1w_to-T2w_mode-image_xfm.txt
+sub-01/anat/sub-01_acq-thick_run-2_from-T2w_to-T1w_mode-image_xfm.txt
 sub-01/anat/sub-01_acq-thick_run-1_desc-residual_T2w.nii.gz
 sub-01/anat/sub-01_acq-thick_run-1_desc-restored_T2w.nii.gz
 sub-01/anat/sub-01_acq-thick_run-1_desc-uncertainty_T2w.nii.gz
