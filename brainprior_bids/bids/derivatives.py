@@ -7,6 +7,7 @@ import csv
 import os
 from collections.abc import Mapping
 from importlib import resources
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from brainprior_bids.records import (
 )
 from brainprior_bids.settings import FILLED, MODALITIES, OTHER_MODALITIES, TASKS
 
-BIDS_VERSION = "1.10.0"
+BIDS_VERSION = "1.11.1"
 
 BIDSIGNORE = (
     "*.html",
@@ -42,6 +43,8 @@ BIDSIGNORE = (
     "sub-*/figures",
     "sub-*/log",
     "*_xfm.*",
+    "*_uncertainty.*",
+    "*_residual.*",
     ".brainprior*",
 )
 """No trailing slashes: the Deno validator would not match them."""
@@ -49,7 +52,6 @@ BIDSIGNORE = (
 DESCRIPTIONS = {
     "restored": "1 mm skull-stripped image without bias field: estimate of the posterior mean",
     "restoredSample01": "one posterior sample, and so on for every number; with --save-samples",
-    "uncertainty": "voxelwise standard deviation of the posterior samples, in the image's units",
     "inpainted": "the scan, bit for bit, except under the lesion mask: there what the posterior "
     "mean of the brain predicts for the scan",
     "refined": "1 mm skull-stripped image: what the prior makes of another tool's image that is "
@@ -59,23 +61,29 @@ DESCRIPTIONS = {
     "inpaintedRefined": "as inpainted; another tool's image informs what is filled in",
     "restoredInpaintedRefined": "as restoredInpainted, from the scan and another tool's image: "
     "under the lesion mask from that image alone",
-    "residual": "scan minus what the samples predict for it (mean over samples), in units of the "
-    "standard deviation of the noise as estimated before sampling",
-    "refinedResidual": "the image to refine minus what the samples predict for it (mean over "
-    "samples), in units of --trust",
-    "fusedResidual": "as residual, of a fused run that is not the reference, on its own voxels",
+    "fused": "residual map of a fused run that is not the reference, on its own voxels",
     "brain": "brain mask; its sidecar says what it was made by",
     "structures": "brain structures, FreeSurfer's label values; the sidecar says what made them",
 }
 """``desc-`` value -> meaning, of the restored image and of the other tasks' images."""
 
 
+UNCERTAINTY = "voxelwise standard deviation of the posterior samples, in the image's units"
+RESIDUAL = (
+    "scan minus what the samples predict for it (mean over samples), in units of the standard "
+    "deviation of the noise as estimated before sampling"
+)
+REFINED_RESIDUAL = (
+    "the image to refine minus what the samples predict for it (mean over samples), in units of "
+    "--trust"
+)
+
+
 def descriptions() -> dict[str, str]:
     """``desc-`` value -> meaning, every one that any task writes, for ``descriptions.tsv``."""
     images = [image for image in TASKS.values() if image != "restored"]
     parts = {
-        image: ("sample01", "uncertainty", "residual")
-        + (("brain", "structures") if image == "refined" else ())
+        image: ("sample01", *(("brain", "structures") if image == "refined" else ()))
         for image in images
     }
     plain = {"sample01": DESCRIPTIONS["restoredSample01"], **DESCRIPTIONS}
@@ -148,6 +156,7 @@ def write_dataset_files(
                 "Name": "brainprior",
                 "Version": __version__,
                 "Description": "Posterior sampling of 1 mm brain images under a diffusion prior",
+                **({"CodeURL": url} if (url := code_url()) else {}),
                 **({"Container": image} if (image := container()) else {}),
             }
         ],
@@ -168,8 +177,21 @@ def write_dataset_files(
         output_dir / "README",
         "Images restored by brainprior. Open sub-<label>.html for the report of a participant;\n"
         "logs/status.tsv says which scans were done. The images are estimates under a prior:\n"
-        "read the uncertainty map beside each (desc-uncertainty).\n",
+        "read the uncertainty map beside each (suffix uncertainty).\n",
     )
+
+
+def code_url() -> str | None:
+    """Address of the source code, as the installed package states it; None where it does not."""
+    try:
+        stated = metadata("brainprior")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return None
+    links = dict(
+        [part.strip() for part in line.split(",", 1)]
+        for line in stated.get_all("Project-URL") or []
+    )
+    return links.get("Source") or stated.get("Home-page")
 
 
 def container() -> dict[str, str] | None:
@@ -284,7 +306,6 @@ def sidecars(
     }
     given = parcellation.given
     mask_origin, structures_origin = parcellation.mask_origin, parcellation.structures_origin
-    reference = {} if scan.name.suffix == "T1w" else {"SpatialReference": raw}
     estimator = {"Estimator": registry.find(restore.sampler or "auto").estimate}
     description = DESCRIPTIONS[image_desc]
     if restore.runs:
@@ -292,7 +313,7 @@ def sidecars(
     contents: dict[str, dict[str, Any]] = {
         "restored": {"Description": description, **image, **estimator},
         "residual": {
-            "Description": DESCRIPTIONS["refinedResidual" if alone else "residual"],
+            "Description": REFINED_RESIDUAL if alone else RESIDUAL,
             "SkullStripped": True,
             "Sources": [raw, restored],
             "NoiseStandardDeviation": restore.scanner_units(restore.noise_sd_initial),
@@ -306,7 +327,6 @@ def sidecars(
                 if "mask" in given
                 else [structures if mask_origin.embedded else raw]
             ),
-            **reference,
         },
         "structures": {
             "Description": f"brain structures from {structures_origin.words}, FreeSurfer's "
@@ -318,7 +338,6 @@ def sidecars(
                 "n/a where the labels are not its own"
             },
             **({"Weights": _card(parcellation.weights)} if structures_origin.embedded else {}),
-            **reference,
         },
     }
     if "restored_native" in outputs:
@@ -340,11 +359,10 @@ def sidecars(
             "Type": "Lesion",
             "Sources": [raw, *lesion],
             "Lesion": steps.lesion.to_json(),
-            **reference,
         }
     if "uncertainty" in outputs:
         contents["uncertainty"] = {
-            "Description": DESCRIPTIONS["uncertainty"],
+            "Description": UNCERTAINTY,
             **image,
             "IntervalHalfWidths": interval_half_widths(restore.n_samples),
         }
@@ -353,8 +371,9 @@ def sidecars(
         if role in outputs:
             contents[role] = {
                 **contents["residual"],
-                "Description": DESCRIPTIONS["fusedResidual"],
+                "Description": f"{RESIDUAL}; of a fused run, on its own voxels",
                 "Sources": [steps.given[run.name].uri, restored],
+                "SpatialReference": steps.given[run.name].uri,
                 "NoiseStandardDeviation": restore.scanner_units(run.noise_sd) / run.gain,
             }
     for index, seed in enumerate(restore.sample_seeds):
@@ -369,6 +388,7 @@ def sidecars(
                 * restore.slice_widths[index],
                 "ResidualRatio": restore.residual_ratios[index],
             }
+    contents = {role: {"SpatialReference": raw, **content} for role, content in contents.items()}
     return contents | resampled(
         contents, outputs, "MNI305", transform=outputs["to_mni305"], reference=MNI305_URL
     )

@@ -195,7 +195,8 @@ def output_names(
     ``lesion`` is False where only other runs have a lesion mask, not the reference.
 
     Masks and label images of a T1w carry no ``space-``; those of another contrast carry
-    ``space-<suffix>``, because without it they would be read as the T1w's.
+    ``space-<suffix>``, because without it they would be read as the T1w's. Maps that are no images
+    of a contrast have a suffix of their own (docs/decisions/names-of-maps.md).
     """
     space = None if source.suffix == "T1w" else source.suffix
     # another tool's image alone has a mask, structures and a transform of its own
@@ -203,7 +204,7 @@ def output_names(
     to = {"desc": image} if image == "refined" else {}
     names = {
         "restored": source.derivative(desc=image),
-        "residual": source.derivative(desc=named(image, "residual")),
+        "residual": source.derivative("residual", mod=source.suffix, desc=image),
         "mask": source.derivative("mask", space=space, desc=named(own, "brain")),
         "structures": source.derivative("dseg", space=space, desc=named(own, "structures")),
         "structures_table": source.derivative(
@@ -217,7 +218,7 @@ def output_names(
         ),
     }
     if n_samples > 1:
-        names["uncertainty"] = source.derivative(desc=named(image, "uncertainty"))
+        names["uncertainty"] = source.derivative("uncertainty", mod=source.suffix, desc=image)
     if native:
         names["restored_native"] = source.derivative(res="native", desc=image)
     if save_samples:
@@ -225,7 +226,7 @@ def output_names(
             role = sample_role(index)
             names[role] = source.derivative(desc=f"{image}{role.capitalize()}")
     for run in runs:
-        names[residual_role(run.stem)] = run.derivative(extension=".nii.gz", desc="fusedResidual")
+        names[residual_role(run.stem)] = run.derivative("residual", mod=run.suffix, desc="fused")
     if lesion and "inpainted" in image.lower():
         names["hidden"] = source.derivative("mask", space=space, label="lesion", desc=image)
     if "MNI305" in spaces:

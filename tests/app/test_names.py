@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 
 import pytest
+from bids import BIDSLayout
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brainprior_bids.bids.derivatives import descriptions
+from brainprior_bids.bids.derivatives import BIDS_VERSION, descriptions
 from brainprior_bids.bids.names import BIDSName, output_names, scan_seed, split_desc
 from brainprior_bids.engine.errors import InputError
 from brainprior_bids.settings import MODALITIES, OTHER_MODALITIES, TASKS
@@ -22,10 +24,10 @@ def test_a_t1w_gets_the_names_that_the_documentation_lists():
     names = output_names(BIDSName.parse("sub-01/anat/sub-01_T1w.nii.gz"), n_samples=4)
     assert set(names.values()) == {
         "sub-01_desc-restored_T1w.nii.gz",
-        "sub-01_desc-uncertainty_T1w.nii.gz",
-        "sub-01_desc-residual_T1w.nii.gz",
+        "sub-01_mod-T1w_desc-restored_uncertainty.nii.gz",
+        "sub-01_mod-T1w_desc-restored_residual.nii.gz",
         "sub-01_space-MNI305_desc-restored_T1w.nii.gz",
-        "sub-01_space-MNI305_desc-uncertainty_T1w.nii.gz",
+        "sub-01_mod-T1w_space-MNI305_desc-restored_uncertainty.nii.gz",
         "sub-01_space-MNI305_desc-brain_mask.nii.gz",
         "sub-01_space-MNI305_desc-structures_dseg.nii.gz",
         "sub-01_space-MNI305_desc-structures_dseg.tsv",
@@ -158,3 +160,31 @@ def test_every_desc_that_a_task_writes_is_described():
     assert written - {None} <= set(descriptions())
     samples = {f"{image}Sample01" for image in TASKS.values()}
     assert set(descriptions()) == (written - {None}) | samples
+
+
+def test_plain_pybids_finds_one_t1w_per_desc(tmp_path):
+    """Without a configuration; maps and masks are not taken for images of the contrast."""
+    for suffix in ("T1w", "T2w"):
+        source = BIDSName.parse(f"sub-01_{suffix}.nii.gz")
+        names = output_names(source, n_samples=2, save_samples=True, native=True)
+        for name in names.values():
+            path = tmp_path / "sub-01" / "anat" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    description = {"Name": "t", "BIDSVersion": BIDS_VERSION, "DatasetType": "derivative"}
+    description["GeneratedBy"] = [{"Name": "brainprior"}]
+    (tmp_path / "dataset_description.json").write_text(json.dumps(description))
+    layout = BIDSLayout(tmp_path, validate=False, is_derivative=True)
+    entities = [image.get_entities() for image in layout.get(suffix="T1w", extension=".nii.gz")]
+    found = [(e["desc"], e.get("space"), e.get("res")) for e in entities]
+    descs = ("restored", "restoredSample01", "restoredSample02")
+    expected = [(desc, space, None) for desc in descs for space in (None, "MNI305")]
+    key = lambda item: tuple(map(str, item))  # noqa: E731
+    assert sorted(found, key=key) == sorted([*expected, ("restored", None, "native")], key=key)
+    image = {"subject": "01", "suffix": "T1w", "extension": ".nii.gz", "desc": "restored"}
+    (own,) = layout.get(**image, space=None, res=None)
+    assert own.filename == "sub-01_desc-restored_T1w.nii.gz"
+    (spread,) = layout.get(
+        suffix="uncertainty", modality="T1w", desc="restored", space=None, extension=".nii.gz"
+    )
+    assert spread.filename == "sub-01_mod-T1w_desc-restored_uncertainty.nii.gz"
