@@ -25,6 +25,7 @@ from brainprior_bids.cli.checks import (
 )
 from brainprior_bids.cli.config_file import as_tokens, read_config
 from brainprior_bids.cli.options import SLOPPY, WORDS, WORK_DIR
+from brainprior_bids.cli.sister_options import advice
 from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.engine.samplers import registry
 from brainprior_bids.run import resources
@@ -65,7 +66,11 @@ class _Parser(argparse.ArgumentParser):
     """Raises usage errors as exceptions, so that the command decides how to exit."""
 
     def error(self, message: str) -> Any:
-        raise UsageError(f"{message}\nRun `brainprior --help` for the options.")
+        kind, _, words = message.partition(": ")
+        known = [option for action in self._actions for option in action.option_strings]
+        hints = advice(words.split(), known) if kind == "unrecognized arguments" else []
+        lines = [message, *hints, "Run `brainprior --help` for the options."]
+        raise UsageError("\n".join(lines))
 
 
 def build_parser() -> argparse.ArgumentParser:
