@@ -56,7 +56,7 @@ from brainprior_bids.anatomy.parcellation import (
     Parcellation,
     parcellate,
 )
-from brainprior_bids.anatomy.spaces import resample, to_mni305
+from brainprior_bids.anatomy.spaces import move, resample
 from brainprior_bids.engine import weights
 from brainprior_bids.engine.grids import MNI305, Grid
 from brainprior_bids.engine.observation import Observation
@@ -432,9 +432,11 @@ def overlap(bids_dir: Path, participants: int, output_dir: Path | None) -> dict[
             structures = found.structures.astype(np.float32)
             scanner.append((found.structures, grid, fit))
             labels["labels"].append(resample(structures, grid, coarse, matrix=fit.matrix, order=0))
-            labels["scan"].append(there(to_mni305(image, fit.matrix)))
+            labels["scan"].append(there(move(image, MNI305, fit.matrix)))
             if output_dir is not None:
-                (path,) = output_dir.glob(f"{subject.name}/anat/*_space-MNI305_*_{suffix}.nii.gz")
+                (path,) = output_dir.glob(
+                    f"{subject.name}/anat/*_space-MNI305_desc-restored_{suffix}.nii.gz"
+                )
                 labels["restored"].append(there(conform(path, metadata={}).image))
         (structures, grid, fit), (other, other_grid, other_fit) = scanner
         beside = resample(other.astype(np.float32), other_grid, grid, order=0)

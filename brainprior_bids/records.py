@@ -770,3 +770,22 @@ def named(text: str, scan: str) -> str:
 def unnamed(text: str, scan: str) -> str:
     """A message without the scan's name in front."""
     return text.removeprefix(f"{scan}: ")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastRecord(Record):
+    """How a contrast of a session lies to the reference contrast (``logs/contrasts``).
+
+    ``to_reference`` is RAS mm to RAS mm, and None where the two could not be registered;
+    ``message`` then says why. ``outputs`` are paths in the output folder.
+    """
+
+    scan: str
+    reference: str
+    fingerprint: str | None = None
+    to_reference: Matrix | None = None
+    shared: float | None = None
+    alike: float | None = None
+    message: str = ""
+    run_uuid: str | None = None
+    outputs: tuple[str, ...] = ()

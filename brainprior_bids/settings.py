@@ -31,7 +31,8 @@ MODALITIES = ("T1w", "T2w", "FLAIR")
 OTHER_MODALITIES = ("PDw", "T2starw")
 """Contrasts that the prior was not trained on; only where they are asked for."""
 FUSE = ("runs",)
-SPACES = ("anat", "MNI305")
+SPACES = ("anat", "T1w", "MNI305")
+DEFAULT_SPACES = ("anat", "MNI305")
 EXPORT_PER = ("subject", "session")
 LEVELS = ("participant", "group")
 OUTPUT_GRIDS = ("1mm", "native")
@@ -87,7 +88,7 @@ class Settings:
     field_strength_t : float or None
         Overrides the sidecars.
     output_spaces : tuple of str
-        Of ``anat`` (the scan's own) and ``MNI305``.
+        Of ``anat`` (the scan's own), ``T1w`` (other contrasts on the T1w's grid) and ``MNI305``.
     output_grid : str
         ``native`` writes the whole head on the scan's own voxels as well.
     skull_strip, parcellation : str
@@ -129,7 +130,7 @@ class Settings:
     n_samples: int = 4
     n_steps: int = 20
     save_samples: bool = False
-    output_spaces: tuple[str, ...] = SPACES
+    output_spaces: tuple[str, ...] = DEFAULT_SPACES
     output_grid: str = "1mm"
     fuse: str | None = None
     lesion_mask: str | None = None
@@ -219,7 +220,8 @@ class Settings:
             "n_samples": self.n_samples,
             "n_steps": self.n_steps,
             "save_samples": self.save_samples,
-            "output_spaces": list(self.output_spaces),
+            # what is on the T1w's grid is made from finished scans, and changes none of them
+            "output_spaces": [space for space in self.output_spaces if space != "T1w"],
             "output_grid": self.output_grid,
             "fuse": self.fuse,
             "dilate_mm": self.dilate_mm,

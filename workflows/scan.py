@@ -297,6 +297,16 @@ def init_scan_wf(
                              ("restore_json", "restore_json")]),
             (mni305, last, [("out_file", "restored_mni305")]),
         )],
+        *([] if "MNI305" not in settings.output_spaces else [
+            (parcellate, mni305, [("structures", "structures")]),
+            (align or parcellate, mni305, [("mask", "mask")]),
+            *([] if settings.fills_scan else [
+                (restore, mni305, [("uncertainty", "uncertainty"), ("samples", "samples")]),
+            ]),
+            (mni305, write, [("uncertainty", "uncertainty_mni305"), ("mask", "mask_mni305"),
+                             ("structures", "structures_mni305"),
+                             ("samples", "samples_mni305")]),
+        ]),
         (parcellate, write, [("mask_scan", "mask_scan")]),
         (align or parcellate, write, [("mask", "mask")]),
         (affine, write, [("to_mni305", "to_mni305"), ("from_mni305", "from_mni305")]),

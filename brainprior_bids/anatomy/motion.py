@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ from brainprior_bids.engine.grids import Grid
 
 FWHM = 2.3548
 """Of a Gaussian with SD 1."""
+BINS = 32
+"""Of the joint histogram, for the mutual information."""
 AROUND_MM = 4
 """The brain and so much around it is compared."""
 THICK_MM = 1.5
@@ -168,7 +171,12 @@ def find_motion(reference: PlacedScan, scan: PlacedScan) -> Motion:
         if not brain.any():
             raise InputError(f"{name}: the brain mask is empty; it cannot be aligned.")
     around = ndimage.binary_dilation(inside, iterations=AROUND_MM) & ~reference.lesion
-    points = _register(fixed, fine, inside, around, moving, moving_grid, there)
+    points = register_rigid(
+        BrainImage(fixed, fine, inside),
+        BrainImage(moving, moving_grid, there),
+        around=around,
+        metric=Metric.CORRELATION,
+    )
     to_reference = np.linalg.inv(points)
     registered = resample(moving, moving_grid, fine, matrix=to_reference, order=1)
     moved = resample(there, moving_grid, fine, matrix=to_reference, order=1) > 0.5
@@ -222,27 +230,56 @@ def common_mask(
     return np.asarray(ndimage.binary_fill_holes(brain), np.uint8)
 
 
-def _register(
-    fixed: Image,
-    fixed_grid: Grid,
-    inside: NDArray[np.bool_],
-    around: NDArray[np.bool_],
-    moving: Image,
-    moving_grid: Grid,
-    there: NDArray[np.bool_],
+class Metric(StrEnum):
+    """How two images are compared during a registration."""
+
+    CORRELATION = "correlation"
+    """Of one contrast."""
+    INFORMATION = "mutual information"
+    """Of two contrasts."""
+
+
+@dataclass(frozen=True, eq=False)
+class BrainImage:
+    """An image, and where it shows brain.
+
+    Parameters
+    ----------
+    data : (i, j, k) float32
+        On ``grid``.
+    grid : Grid
+    mask : (i, j, k) bool
+    """
+
+    data: Image
+    grid: Grid
+    mask: NDArray[np.bool_]
+
+
+def register_rigid(
+    fixed: BrainImage, moving: BrainImage, *, around: NDArray[np.bool_], metric: Metric
 ) -> Matrix:
-    """(4, 4) mm of the fixed image -> mm of the moving one (RAS); compared is ``around``."""
+    """Rigid registration: (4, 4) RAS mm of the fixed image -> RAS mm of the moving one.
+
+    Parameters
+    ----------
+    around : (i, j, k) bool
+        Voxels of the fixed image that are compared.
+    """
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
-    a, b = _to_itk(fixed, fixed_grid), _to_itk(moving, moving_grid)
-    centre = _centre(inside, fixed_grid)
+    a, b = _to_itk(fixed.data, fixed.grid), _to_itk(moving.data, moving.grid)
+    centre = _centre(fixed.mask, fixed.grid)
     method = sitk.ImageRegistrationMethod()
-    method.SetMetricAsCorrelation()
-    method.SetMetricFixedMask(_to_itk(around.astype(np.uint8), fixed_grid))
+    if metric is Metric.CORRELATION:
+        method.SetMetricAsCorrelation()
+    else:
+        method.SetMetricAsMattesMutualInformation(numberOfHistogramBins=BINS)
+    method.SetMetricFixedMask(_to_itk(around.astype(np.uint8), fixed.grid))
     method.SetInterpolator(sitk.sitkLinear)
     start = sitk.Euler3DTransform()
     start.SetCenter(_LPS @ centre)
     # as they lie in the scanner, or centre on centre: what fits better
-    offsets = (np.zeros(3), _centre(there, moving_grid) - centre)
+    offsets = (np.zeros(3), _centre(moving.mask, moving.grid) - centre)
     values = []
     for offset in offsets:
         start.SetTranslation(_LPS @ offset)

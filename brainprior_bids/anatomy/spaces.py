@@ -10,7 +10,10 @@ name says. ITK's millimetres are LPS, ours RAS.
 from __future__ import annotations
 
 import os
+from enum import StrEnum
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -18,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
 from brainprior_bids.engine.errors import GeometryError, ShapeMismatchError
-from brainprior_bids.engine.grids import MNI305, Grid
+from brainprior_bids.engine.grids import Grid
 
 _LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 NIFTI_ALIGNED = 2  # sform code "aligned to another scan or template"; 4 would mean MNI152
@@ -95,29 +98,103 @@ def check_placed(image: nib.spatialimages.SpatialImage, who: str) -> None:
         )
 
 
-def to_mni305(image: nib.Nifti1Image, matrix: ArrayLike, *, order: int = 3) -> nib.Nifti1Image:
-    """The image on the 1 mm MNI305 grid; a skull-stripped one stays so.
+class Kind(StrEnum):
+    """What an image holds, which decides how it is interpolated."""
 
-    A voxel is 0 where most of what it is made of is exactly 0: a cubic spline rings beyond the
-    edge of a mask.
+    IMAGE = "image"
+    """Intensities: cubic splines."""
+    SPREAD = "spread"
+    """A standard deviation: linear, so that it stays within its neighbours' values."""
+    MASK = "mask"
+    """0 and 1: linear, then cut at one half."""
+    LABELS = "labels"
+    """Values that name structures: the one with the largest share of the linear weights."""
+
+
+def resample_labels(
+    labels: ArrayLike, source: Grid, target: Grid, *, matrix: ArrayLike | None = None
+) -> NDArray[np.int16]:
+    """Labels on another grid: of the eight voxels around a point, the label with most weight.
+
+    Where two weigh the same, the larger value counts, so that brain wins over background.
+
+    Parameters
+    ----------
+    labels : (i, j, k) array
+        Integers on ``source``; 0 is none.
+    source, target, matrix
+        As in ``resample``.
+
+    Returns
+    -------
+    (I, J, K) int16 array
+        On ``target``; 0 outside the source.
+    """
+    values = np.pad(np.asarray(labels, np.int16), 1)
+    found = np.zeros(target.shape, np.int16)
+    near = resample(values[1:-1, 1:-1, 1:-1] != 0, source, target, matrix=matrix, order=1) > 0
+    where = np.argwhere(near)
+    mm_to_mm = np.linalg.inv(_checked(np.eye(4) if matrix is None else matrix))
+    index = np.linalg.inv(source.affine) @ mm_to_mm @ target.affine
+    points = where @ index[:3, :3].T + index[:3, 3]
+    low = np.floor(points).astype(int)
+    share = points - low
+    corners, weights = [], []
+    for corner in product((0, 1), repeat=3):
+        at = np.clip(low + np.array(corner) + 1, 0, np.array(values.shape) - 1)
+        corners.append(values[tuple(at.T)])
+        weights.append(np.where(corner, share, 1 - share).prod(1))
+    most = np.zeros(len(where))
+    winner = np.zeros(len(where), np.int16)
+    for label in corners:
+        total = sum(w * (other == label) for w, other in zip(weights, corners, strict=True))
+        better = (total > most) | ((total == most) & (label > winner))
+        most, winner = np.where(better, total, most), np.where(better, label, winner)
+    found[tuple(where.T)] = winner
+    return found
+
+
+def move(
+    image: nib.Nifti1Image, target: Grid, matrix: ArrayLike, *, kind: Kind = Kind.IMAGE
+) -> nib.Nifti1Image:
+    """The image on another grid, interpolated once; a skull-stripped one stays so.
+
+    A voxel of an image or a spread is 0 where most of what it is made of is exactly 0: a cubic
+    spline rings beyond the edge of a mask.
 
     Parameters
     ----------
     image : Nifti1Image
         (i, j, k) in scanner space.
+    target : Grid
     matrix : (4, 4) array
-        Scanner RAS mm to MNI305 RAS mm.
-    order : int
-        As in ``resample``.
+        Scanner RAS mm of the image to RAS mm of the target.
+    kind : Kind
+
+    Returns
+    -------
+    Nifti1Image
+        float32; of a mask uint8, of labels int16. Its forms' code is "aligned".
     """
     source = Grid(image.shape, image.affine)
     values = image.get_fdata(dtype=np.float32)
-    moved = resample(values, source, MNI305, matrix=matrix, order=order)
-    inside = resample(values != 0, source, MNI305, matrix=matrix, order=1)
-    moved[inside < 0.5] = 0
-    result = nib.Nifti1Image(moved, np.array(MNI305.affine))
-    result.set_sform(MNI305.affine, NIFTI_ALIGNED)
-    result.set_qform(MNI305.affine, NIFTI_ALIGNED)
+    if kind is Kind.LABELS:
+        moved = resample_labels(values, source, target, matrix=matrix)
+    elif kind is Kind.MASK:
+        moved = (resample(values > 0, source, target, matrix=matrix, order=1) >= 0.5).astype("u1")
+    else:
+        order = 3 if kind is Kind.IMAGE else 1
+        moved = resample(values, source, target, matrix=matrix, order=order)
+        moved[resample(values != 0, source, target, matrix=matrix, order=1) < 0.5] = 0
+    return aligned_image(moved, target)
+
+
+def aligned_image(data: NDArray[Any], grid: Grid) -> nib.Nifti1Image:
+    """An image on a grid that another image or a template gave; both forms' code is "aligned"."""
+    result = nib.Nifti1Image(data, np.array(grid.affine))
+    result.set_sform(grid.affine, NIFTI_ALIGNED)
+    result.set_qform(grid.affine, NIFTI_ALIGNED)
+    result.header.set_slope_inter(1, 0)
     result.header.set_xyzt_units("mm", "sec")
     return result
 

@@ -7,6 +7,7 @@ import csv
 import os
 from collections.abc import Mapping
 from importlib import resources
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,9 @@ from brainprior_bids.records import (
     StepRecords,
     WeightsRecord,
 )
-from brainprior_bids.settings import FILLED, TASKS
+from brainprior_bids.settings import FILLED, MODALITIES, OTHER_MODALITIES, TASKS
 
-BIDS_VERSION = "1.10.0"
+BIDS_VERSION = "1.11.1"
 
 BIDSIGNORE = (
     "*.html",
@@ -42,7 +43,9 @@ BIDSIGNORE = (
     "prov",
     "sub-*/figures",
     "sub-*/log",
-    "*_xfm.txt",
+    "*_xfm.*",
+    "*_uncertainty.*",
+    "*_residual.*",
     ".brainprior*",
 )
 """No trailing slashes: the Deno validator would not match them."""
@@ -50,7 +53,6 @@ BIDSIGNORE = (
 DESCRIPTIONS = {
     "restored": "1 mm skull-stripped image without bias field: estimate of the posterior mean",
     "restoredSample01": "one posterior sample, and so on for every number; with --save-samples",
-    "uncertainty": "voxelwise standard deviation of the posterior samples, in the image's units",
     "inpainted": "the scan, bit for bit, except under the lesion mask: there what the posterior "
     "mean of the brain predicts for the scan",
     "refined": "1 mm skull-stripped image: what the prior makes of another tool's image that is "
@@ -60,33 +62,54 @@ DESCRIPTIONS = {
     "inpaintedRefined": "as inpainted; another tool's image informs what is filled in",
     "restoredInpaintedRefined": "as restoredInpainted, from the scan and another tool's image: "
     "under the lesion mask from that image alone",
-    "residual": "scan minus what the samples predict for it (mean over samples), in units of the "
-    "standard deviation of the noise as estimated before sampling",
-    "refinedResidual": "the image to refine minus what the samples predict for it (mean over "
-    "samples), in units of --trust",
-    "fusedResidual": "as residual, of a fused run that is not the reference, on its own voxels",
+    "fused": "residual map of a fused run that is not the reference, on its own voxels",
     "brain": "brain mask; its sidecar says what it was made by",
     "structures": "brain structures, FreeSurfer's label values; the sidecar says what made them",
 }
 """``desc-`` value -> meaning, of the restored image and of the other tasks' images."""
 
 
+UNCERTAINTY = "voxelwise standard deviation of the posterior samples, in the image's units"
+RESIDUAL = (
+    "scan minus what the samples predict for it (mean over samples), in units of the standard "
+    "deviation of the noise as estimated before sampling"
+)
+REFINED_RESIDUAL = (
+    "the image to refine minus what the samples predict for it (mean over samples), in units of "
+    "--trust"
+)
+
+
 def descriptions() -> dict[str, str]:
     """``desc-`` value -> meaning, every one that any task writes, for ``descriptions.tsv``."""
     images = [image for image in TASKS.values() if image != "restored"]
     parts = {
-        image: ("sample01", "uncertainty", "residual")
-        + (("brain", "structures") if image == "refined" else ())
+        image: ("sample01", *(("brain", "structures") if image == "refined" else ()))
         for image in images
     }
     plain = {"sample01": DESCRIPTIONS["restoredSample01"], **DESCRIPTIONS}
-    return DESCRIPTIONS | {
+    of_images = {
         named(image, part): f"of desc-{image}: {plain[part]}"
         for image in images
         for part in parts[image]
         if named(image, part) not in DESCRIPTIONS
     }
+    common = {
+        f"{named(image, part)}{suffix}": f"as {named(image, part)}, of the {suffix}, in a space "
+        "that contrasts share"
+        for image in ("restored", "refined")
+        for part in ("brain", "structures")
+        for suffix in (*MODALITIES, *OTHER_MODALITIES)
+        if suffix != "T1w"
+    }
+    return DESCRIPTIONS | of_images | common
 
+
+MNI305_URL = "https://templateflow.s3.amazonaws.com/tpl-MNI305/tpl-MNI305_T1w.nii.gz"
+"""The image that defines the space; it is not fetched."""
+
+OWN_SPACE = ("volume_mm3", "confidence")
+"""Metadata that describe columns of the table beside the labels in the scan's own space."""
 
 INHERITED = (
     "Manufacturer",
@@ -134,6 +157,7 @@ def write_dataset_files(
                 "Name": "brainprior",
                 "Version": __version__,
                 "Description": "Posterior sampling of 1 mm brain images under a diffusion prior",
+                **({"CodeURL": url} if (url := code_url()) else {}),
                 **({"Container": image} if (image := container()) else {}),
             }
         ],
@@ -154,8 +178,21 @@ def write_dataset_files(
         output_dir / "README",
         "Images restored by brainprior. Open sub-<label>.html for the report of a participant;\n"
         "logs/status.tsv says which scans were done. The images are estimates under a prior:\n"
-        "read the uncertainty map beside each (desc-uncertainty).\n",
+        "read the uncertainty map beside each (suffix uncertainty).\n",
     )
+
+
+def code_url() -> str | None:
+    """Address of the source code, as the installed package states it; None where it does not."""
+    try:
+        stated = metadata("brainprior")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return None
+    links = dict(
+        [part.strip() for part in line.split(",", 1)]
+        for line in stated.get_all("Project-URL") or []
+    )
+    return links.get("Source") or stated.get("Home-page")
 
 
 def container() -> dict[str, str] | None:
@@ -271,16 +308,14 @@ def sidecars(
     }
     given = parcellation.given
     mask_origin, structures_origin = parcellation.mask_origin, parcellation.structures_origin
-    reference = {} if scan.name.suffix == "T1w" else {"SpatialReference": raw}
     estimator = {"Estimator": registry.find(restore.sampler or "auto").estimate}
     description = DESCRIPTIONS[image_desc]
     if restore.runs:
         description += f"; of {len(restore.runs)} runs in one likelihood"
-    template = {"Sources": [restored, bids_uri(outputs["to_mni305"])]}
     contents: dict[str, dict[str, Any]] = {
         "restored": {"Description": description, **image, **estimator},
         "residual": {
-            "Description": DESCRIPTIONS["refinedResidual" if alone else "residual"],
+            "Description": REFINED_RESIDUAL if alone else RESIDUAL,
             "SkullStripped": True,
             "Sources": [raw, restored],
             "NoiseStandardDeviation": restore.scanner_units(restore.noise_sd_initial),
@@ -294,7 +329,6 @@ def sidecars(
                 if "mask" in given
                 else [structures if mask_origin.embedded else raw]
             ),
-            **reference,
         },
         "structures": {
             "Description": f"brain structures from {structures_origin.words}, FreeSurfer's "
@@ -306,12 +340,8 @@ def sidecars(
                 "n/a where the labels are not its own"
             },
             **({"Weights": _card(parcellation.weights)} if structures_origin.embedded else {}),
-            **reference,
         },
     }
-    if "restored_mni305" in outputs:
-        text = description + "; resampled once to MNI305"
-        contents["restored_mni305"] = {"Description": text, **image, **estimator, **template}
     if "restored_native" in outputs:
         contents["restored_native"] = {
             "Description": "the whole head on the scan's own voxels, bias field and skull "
@@ -331,11 +361,10 @@ def sidecars(
             "Type": "Lesion",
             "Sources": [raw, *lesion],
             "Lesion": steps.lesion.to_json(),
-            **reference,
         }
     if "uncertainty" in outputs:
         contents["uncertainty"] = {
-            "Description": DESCRIPTIONS["uncertainty"],
+            "Description": UNCERTAINTY,
             **image,
             "IntervalHalfWidths": interval_half_widths(restore.n_samples),
         }
@@ -344,8 +373,9 @@ def sidecars(
         if role in outputs:
             contents[role] = {
                 **contents["residual"],
-                "Description": DESCRIPTIONS["fusedResidual"],
+                "Description": f"{RESIDUAL}; of a fused run, on its own voxels",
                 "Sources": [steps.given[run.name].uri, restored],
+                "SpatialReference": steps.given[run.name].uri,
                 "NoiseStandardDeviation": restore.scanner_units(run.noise_sd) / run.gain,
             }
     for index, seed in enumerate(restore.sample_seeds):
@@ -360,7 +390,44 @@ def sidecars(
                 * restore.slice_widths[index],
                 "ResidualRatio": restore.residual_ratios[index],
             }
-    return contents
+    contents = {role: {"SpatialReference": raw, **content} for role, content in contents.items()}
+    return contents | resampled(
+        contents, outputs, "MNI305", transform=outputs["to_mni305"], reference=MNI305_URL
+    )
+
+
+def resampled(
+    contents: Mapping[str, Mapping[str, Any]],
+    outputs: Mapping[str, str],
+    space: str,
+    *,
+    transform: str,
+    reference: str,
+) -> dict[str, dict[str, Any]]:
+    """The JSON of the images that were resampled to a space: role -> content.
+
+    Parameters
+    ----------
+    contents : role -> content
+        Of the images in the scan's own space.
+    outputs : role -> path
+        Of both.
+    transform : str
+        Path of the transform that was applied.
+    reference : str
+        ``SpatialReference``: address of the image that defines the space.
+    """
+    moved = {}
+    for role, content in contents.items():
+        there = f"{role}_{space.lower()}"
+        if there in outputs:
+            moved[there] = {
+                **{key: value for key, value in content.items() if key not in OWN_SPACE},
+                "Description": f"{content['Description']}; resampled once to {space}",
+                "Sources": [bids_uri(outputs[role]), bids_uri(transform)],
+                "SpatialReference": reference,
+            }
+    return moved
 
 
 def _card(weights: WeightsRecord) -> dict[str, str | None]:
@@ -423,22 +490,19 @@ def interval_half_widths(n_samples: int) -> dict[str, float]:
     }
 
 
-def structures_table(parcellation: ParcellationRecord) -> str:
+def structures_table(parcellation: ParcellationRecord, *, measures: bool = True) -> str:
     """The ``dseg.tsv``: label value, name, colour, volume and the network's confidence.
 
-    Labels that are not the network's have none.
+    Labels that are not the network's have no confidence. Without ``measures`` there are neither
+    volume nor confidence: both are those of the scan's own space.
     """
     own = parcellation.structures_origin.embedded
     colours = _colours()
-    lines = ["index\tname\tcolor\tvolume_mm3\tconfidence"]
+    lines = ["index\tname\tcolor" + "\tvolume_mm3\tconfidence" * measures]
     for row in sorted(parcellation.table, key=lambda item: item.index):
-        cells = (
-            str(row.index),
-            row.name,
-            colours.get(row.index, "n/a"),
-            f"{row.volume_mm3:.0f}",
-            f"{row.confidence:.3f}" if own else "n/a",
-        )
+        cells = [str(row.index), row.name, colours.get(row.index, "n/a")]
+        if measures:
+            cells += [f"{row.volume_mm3:.0f}", f"{row.confidence:.3f}" if own else "n/a"]
         lines.append("\t".join(cells))
     return "\n".join(lines) + "\n"
 

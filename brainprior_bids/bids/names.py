@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -195,7 +195,8 @@ def output_names(
     ``lesion`` is False where only other runs have a lesion mask, not the reference.
 
     Masks and label images of a T1w carry no ``space-``; those of another contrast carry
-    ``space-<suffix>``, because without it they would be read as the T1w's.
+    ``space-<suffix>``, because without it they would be read as the T1w's. Maps that are no images
+    of a contrast have a suffix of their own (docs/decisions/names-of-maps.md).
     """
     space = None if source.suffix == "T1w" else source.suffix
     # another tool's image alone has a mask, structures and a transform of its own
@@ -203,8 +204,7 @@ def output_names(
     to = {"desc": image} if image == "refined" else {}
     names = {
         "restored": source.derivative(desc=image),
-        "restored_mni305": source.derivative(space="MNI305", desc=image),
-        "residual": source.derivative(desc=named(image, "residual")),
+        "residual": source.derivative("residual", mod=source.suffix, desc=image),
         "mask": source.derivative("mask", space=space, desc=named(own, "brain")),
         "structures": source.derivative("dseg", space=space, desc=named(own, "structures")),
         "structures_table": source.derivative(
@@ -218,7 +218,7 @@ def output_names(
         ),
     }
     if n_samples > 1:
-        names["uncertainty"] = source.derivative(desc=named(image, "uncertainty"))
+        names["uncertainty"] = source.derivative("uncertainty", mod=source.suffix, desc=image)
     if native:
         names["restored_native"] = source.derivative(res="native", desc=image)
     if save_samples:
@@ -226,13 +226,40 @@ def output_names(
             role = sample_role(index)
             names[role] = source.derivative(desc=f"{image}{role.capitalize()}")
     for run in runs:
-        names[residual_role(run.stem)] = run.derivative(extension=".nii.gz", desc="fusedResidual")
+        names[residual_role(run.stem)] = run.derivative("residual", mod=run.suffix, desc="fused")
     if lesion and "inpainted" in image.lower():
         names["hidden"] = source.derivative("mask", space=space, label="lesion", desc=image)
-    # the scan inpainted keeps its own grid, skull and bias; the transforms stay: they cost nothing
-    if image in FILLED or "MNI305" not in spaces:
-        del names["restored_mni305"]
+    if "MNI305" in spaces:
+        names |= names_in_space(source, names, "MNI305", image=image)
     return names
+
+
+def names_in_space(
+    source: BIDSName, names: Mapping[str, str], space: str, *, image: str
+) -> dict[str, str]:
+    """Of the files of ``output_names``, those that are resampled to a space: role -> file name.
+
+    The role is that of the file, with ``_`` and the space in small letters. The scan inpainted
+    keeps its own grid, skull and bias: only its mask and structures are resampled.
+
+    Masks and labels of other contrasts than T1w have the contrast in their ``desc-``: in a common
+    space, those of the T1w have the same name otherwise.
+    """
+    brain = ("mask", "structures", "structures_table")
+    images = () if image in FILLED else ("restored", "uncertainty")
+    moved = {}
+    for role, file in names.items():
+        name = BIDSName.parse(file)
+        if role in brain:
+            desc = f"{name.get('desc')}{'' if source.suffix == 'T1w' else source.suffix}"
+        elif role in images or (role.startswith("sample") and image not in FILLED):
+            desc = str(name.get("desc"))
+        else:
+            continue
+        moved[f"{role}_{space.lower()}"] = name.derivative(
+            extension=name.extension, space=space, desc=desc
+        )
+    return moved
 
 
 def named(image: str, what: str) -> str:

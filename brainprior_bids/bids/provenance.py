@@ -19,11 +19,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from brainprior_bids import __version__
+from brainprior_bids.anatomy.contrasts import ContrastMotion
 from brainprior_bids.bids.derivatives import bids_uri, container
 from brainprior_bids.bids.files import read_json, to_json, write_json
 from brainprior_bids.bids.fingerprint import code_version
@@ -58,7 +59,6 @@ def label(*parts: str) -> str:
 def write_run(settings: Settings) -> list[Path]:
     """Write the run's software and environment records, and its settings."""
     run = label(settings.run_uuid)
-    folder = settings.output_dir / "prov"
     software = {
         "Software": [
             {
@@ -87,9 +87,14 @@ def write_run(settings: Settings) -> list[Path]:
         ]
     }
     return [
-        write_json(folder / f"prov-{run}_soft.json", software),
-        write_json(folder / f"prov-{run}_env.json", environment),
+        write_json(run_path(settings), software),
+        write_json(run_path(settings).with_name(f"prov-{run}_env.json"), environment),
     ]
+
+
+def run_path(settings: Settings) -> Path:
+    """Where the run's software record lies."""
+    return settings.output_dir / "prov" / f"prov-{label(settings.run_uuid)}_soft.json"
 
 
 def gpu_facts(device: str) -> dict[str, Any]:
@@ -296,6 +301,58 @@ def scan_records(
                 "Digest": {"sha256": digest},
             }
         )
+    return {
+        f"prov-{run}{name}_act.json": to_json(act),
+        f"prov-{run}{name}_ent.json": to_json({"Entities": entities}),
+    }
+
+
+def contrast_records(
+    title: str,
+    settings: Settings,
+    *,
+    inputs: Mapping[str, str],
+    outputs: Iterable[tuple[str, str]],
+    motion: ContrastMotion,
+) -> dict[str, str]:
+    """File name -> text of the activity and entity records of one contrast's alignment.
+
+    Parameters
+    ----------
+    title : str
+        What the contrast's result is called.
+    inputs : path from the output folder -> SHA-256
+    outputs : (path from the output folder, SHA-256)
+    """
+    run = label(settings.run_uuid)
+    name = f"{label(title)}Contrast"
+    activity = f"bids::prov#align-{run}{name}"
+    act = {
+        "Activities": [
+            {
+                "Id": activity,
+                "Label": f"align {title}",
+                "Command": shlex.join(settings.command),
+                "AssociatedWith": f"bids::prov#software-{run}",
+                "Used": [bids_uri(path) for path in inputs],
+                "EndedAtTime": datetime.now(UTC).isoformat(timespec="seconds"),
+                "RunUUID": settings.run_uuid,
+                "ToReference": motion.to_reference.tolist(),
+                "Shared": motion.shared,
+                "Alike": motion.alike,
+            }
+        ]
+    }
+    entities = [
+        {
+            "Id": bids_uri(path),
+            "Label": PurePosixPath(path).name,
+            "AtLocation": path,
+            "GeneratedBy": activity,
+            "Digest": {"sha256": digest},
+        }
+        for path, digest in outputs
+    ]
     return {
         f"prov-{run}{name}_act.json": to_json(act),
         f"prov-{run}{name}_ent.json": to_json({"Entities": entities}),

@@ -13,7 +13,12 @@ from pathlib import Path
 from brainprior_bids.bids import patterns
 from brainprior_bids.cli.options import WORK_DIR
 from brainprior_bids.engine.errors import UsageError, WeightsError
-from brainprior_bids.settings import MODALITIES, OTHER_MODALITIES
+from brainprior_bids.settings import DEFAULT_SPACES, MODALITIES, OTHER_MODALITIES, SPACES
+
+
+def chosen_spaces(asked: Sequence[str]) -> tuple[str, ...]:
+    """The spaces of ``--output-spaces``; the scan's own is always among them."""
+    return tuple(s for s in SPACES if s == "anat" or s in asked) if asked else DEFAULT_SPACES
 
 
 def chosen_modalities(asked: Sequence[str], ignored: Sequence[str]) -> tuple[str, ...]:

@@ -276,8 +276,9 @@ def output_options(group: Group) -> None:
         type=space_name,
         default=[],
         metavar="SPACE",
-        help="anat (the scan's own frame, always written) and MNI305 (default: both). Other "
-        "templates need a nonlinear registration: use fMRIPrep on the result",
+        help="anat (the scan's own frame, always written) and MNI305 (default: both); T1w: also "
+        "the other contrasts of a session on the grid of its T1w. Other templates need a "
+        "nonlinear registration: use fMRIPrep on the result",
     )
     group.add_argument(
         "--output-grid",

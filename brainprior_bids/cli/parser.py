@@ -18,17 +18,19 @@ from brainprior_bids.cli.checks import (
     check_paths,
     check_task,
     chosen_modalities,
+    chosen_spaces,
     export_roots,
     named_prior,
     run_labels,
 )
 from brainprior_bids.cli.config_file import as_tokens, read_config
 from brainprior_bids.cli.options import SLOPPY, WORDS, WORK_DIR
+from brainprior_bids.cli.sister_options import advice
 from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.engine.samplers import registry
 from brainprior_bids.run import resources
 from brainprior_bids.run.plugin_file import read_plugin_file
-from brainprior_bids.settings import LEVELS, SPACES, Settings
+from brainprior_bids.settings import LEVELS, Settings
 
 DESCRIPTION = """\
 brainprior restores brain MRI. Input: T1w, T2w and FLAIR scans with thick slices, noise or a
@@ -64,7 +66,11 @@ class _Parser(argparse.ArgumentParser):
     """Raises usage errors as exceptions, so that the command decides how to exit."""
 
     def error(self, message: str) -> Any:
-        raise UsageError(f"{message}\nRun `brainprior --help` for the options.")
+        kind, _, words = message.partition(": ")
+        known = [option for action in self._actions for option in action.option_strings]
+        hints = advice(words.split(), known) if kind == "unrecognized arguments" else []
+        lines = [message, *hints, "Run `brainprior --help` for the options."]
+        raise UsageError("\n".join(lines))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -195,7 +201,7 @@ def parse_settings(argv: Sequence[str]) -> Settings:
         lesion_mask=options.lesion_mask,
         dilate_mm=options.dilate_mm,
         trust=options.trust,
-        output_spaces=tuple(s for s in SPACES if s in options.output_spaces) or SPACES,
+        output_spaces=chosen_spaces(options.output_spaces),
         output_grid=options.output_grid,
         exports=exports,
         export_per=options.export_per,

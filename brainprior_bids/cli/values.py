@@ -41,9 +41,10 @@ def export_kind(text: str) -> tuple[str, str]:
 
 
 def space_name(text: str) -> str:
-    """``anat``, ``T1w`` … or ``MNI305``, with or without ``:res-1``."""
+    """``anat``, ``T1w`` or ``MNI305``, with or without ``:res-1``; ``T2w`` … mean ``anat``."""
     name, _, resolution = text.partition(":")
-    space = "anat" if name in ("anat", *MODALITIES, *OTHER_MODALITIES) else name
+    own = [suffix for suffix in (*MODALITIES, *OTHER_MODALITIES) if suffix not in SPACES]
+    space = "anat" if name in own else name
     if space not in SPACES or resolution not in ("", "res-1"):
         raise argparse.ArgumentTypeError(
             f"{text!r} is not among {', '.join(SPACES)} (1 mm). Another template needs a "

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import nibabel as nib
 import numpy as np
-from nipype.interfaces.base import File, traits
+from nipype.interfaces.base import File, InputMultiPath, OutputMultiPath, isdefined, traits
 
+from brainprior_bids.bids.names import sample_role
 from brainprior_bids.engine.acquisition import PLANES
+from brainprior_bids.engine.grids import MNI305
 from brainprior_bids.interfaces import files
 from brainprior_bids.interfaces.base import (
     MeasuredInputSpec,
@@ -200,12 +202,20 @@ class CentroidAffine(MeasuredInterface):
 
 
 class _ToMNI305InputSpec(MeasuredInputSpec):
-    in_file = File(exists=True, mandatory=True, desc="an image in the scan's space")
+    in_file = File(exists=True, mandatory=True, desc="the result, in the scan's space")
     affine_json = File(exists=True, mandatory=True, desc="of CentroidAffine")
+    uncertainty = File(exists=True, desc="its standard deviation")
+    samples = InputMultiPath(File(exists=True), desc="posterior samples")
+    mask = File(exists=True, desc="brain mask")
+    structures = File(exists=True, desc="labels")
 
 
 class _ToMNI305OutputSpec(MeasuredOutputSpec):
-    out_file = File(desc="the image on the 1 mm MNI305 grid")
+    out_file = File(desc="the result on the 1 mm MNI305 grid")
+    uncertainty = File(desc="the same of each further input")
+    samples = OutputMultiPath(File())
+    mask = File()
+    structures = File()
 
 
 class ToMNI305(MeasuredInterface):
@@ -215,10 +225,24 @@ class ToMNI305(MeasuredInterface):
     output_spec = _ToMNI305OutputSpec
 
     def _work(self, folder: Path) -> list[str]:
-        from brainprior_bids.anatomy.spaces import to_mni305
+        from brainprior_bids.anatomy.spaces import Kind, move
 
-        matrix = files.read_matrix(self.inputs.affine_json)
-        out_file = folder / "restored_mni305.nii.gz"
-        nib.save(to_mni305(nib.load(self.inputs.in_file), matrix), out_file)
-        self._results["out_file"] = str(out_file)
+        inputs = self.inputs
+        matrix = files.read_matrix(inputs.affine_json)
+
+        def moved(path: str, name: str, kind: Kind) -> str:
+            out_file = folder / f"{name}_mni305.nii.gz"
+            nib.save(move(nib.load(path), MNI305, matrix, kind=kind), out_file)
+            return str(out_file)
+
+        self._results["out_file"] = moved(inputs.in_file, "restored", Kind.IMAGE)
+        kinds = {"uncertainty": Kind.SPREAD, "mask": Kind.MASK, "structures": Kind.LABELS}
+        for name, kind in kinds.items():
+            if isdefined(getattr(inputs, name)):
+                self._results[name] = moved(getattr(inputs, name), name, kind)
+        if isdefined(inputs.samples):
+            self._results["samples"] = [
+                moved(path, sample_role(index), Kind.IMAGE)
+                for index, path in enumerate(inputs.samples)
+            ]
         return []

@@ -51,8 +51,8 @@ from brainprior_bids.records import (
 from brainprior_bids.settings import FILLED, TASKS
 
 IMAGES = (
-    "hidden", "uncertainty", "restored_mni305", "restored_native", "residual", "mask",
-    "structures",
+    "hidden", "uncertainty", "restored_mni305", "uncertainty_mni305", "mask_mni305",
+    "structures_mni305", "restored_native", "residual", "mask", "structures",
 )  # fmt: skip
 TEXTS = ("to_mni305", "from_mni305")
 
@@ -142,6 +142,10 @@ class _WriteInputSpec(_ScanFilesInputSpec):
     runs_json = File(exists=True, desc="of Align: the other runs that were fused")
     run_residuals = InputMultiPath(File(exists=True), desc="of each of them")
     samples = InputMultiPath(File(exists=True), desc="every sample, where they are to be kept")
+    uncertainty_mni305 = File(exists=True, desc="of ToMNI305, as the next three")
+    mask_mni305 = File(exists=True)
+    structures_mni305 = File(exists=True)
+    samples_mni305 = InputMultiPath(File(exists=True))
     figures = InputMultiPath(File(exists=True))
     records = InputMultiPath(File(exists=True), desc="node.json of the nodes before")
     source_file = File(exists=True, mandatory=True, desc="the raw image")
@@ -284,10 +288,13 @@ class Write(MeasuredInterface):
         code, original = _header(steps.conform)
         own_grid = {"residual", "hidden", "restored_native"}
         if inputs.image_desc in FILLED:
-            own_grid |= {role for role in outputs if role.startswith("sample")}
+            own_grid |= {sample_role(index) for index in range(len(samples))}
             own_grid |= {"restored", "uncertainty"}
         files = {role: getattr(inputs, role) for role in IMAGES} | {"restored": inputs.image}
         files |= {sample_role(index): sample for index, sample in enumerate(samples)}
+        if isdefined(inputs.samples_mni305):
+            moved = enumerate(inputs.samples_mni305)
+            files |= {f"{sample_role(index)}_mni305": sample for index, sample in moved}
         for role, file in files.items():
             if role in outputs:
                 header = original if role in own_grid else None
@@ -298,10 +305,11 @@ class Write(MeasuredInterface):
             copy_image(Path(file), staging / outputs[role], role, *header)
         for role in TEXTS:
             shutil.copyfile(getattr(inputs, role), staging / outputs[role])
-        _write(
-            staging / outputs["structures_table"],
-            structures_table(steps.parcellation),
-        )
+        for role in outputs:
+            if role.startswith("structures_table"):
+                own = role == "structures_table"
+                table = structures_table(steps.parcellation, measures=own)
+                _write(staging / outputs[role], table)
         staged = list(outputs.values())
         for role, content in sidecars(scan, outputs, steps, image_desc=inputs.image_desc).items():
             path = outputs[role].removesuffix(".nii.gz") + ".json"
@@ -384,7 +392,7 @@ def copy_image(
     if original is not None:
         axes = axcodes2ornt(tuple(original.axis_codes))  # such as "LPS"
         image = image.as_reoriented(ornt_transform(axcodes2ornt("RAS"), axes))
-    if role != "restored_mni305":
+    if not role.endswith("_mni305"):
         image.set_sform(image.affine, code)
         image.set_qform(image.affine, code)
     array = np.asanyarray(image.dataobj)

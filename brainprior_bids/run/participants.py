@@ -23,6 +23,7 @@ from brainprior_bids.bids.query import (
     subjects_without,
 )
 from brainprior_bids.records import ScanRecord, ScanStatus, named
+from brainprior_bids.run.contrasts import align_contrasts
 from brainprior_bids.run.documents import write_boilerplate, write_documents
 from brainprior_bids.run.environment import prepare_environment, revive_tracker
 from brainprior_bids.run.execute import execute
@@ -92,6 +93,7 @@ def _restore(
     if jobs:
         write_run(settings)
         execute(jobs, settings, {role: path for role, (path, _) in weights.items()})
+    align_contrasts({scan.subject for scan in scans}, settings)
     if "raw" in settings.exports:
         export.describe_raw(Path(settings.exports["raw"]), settings.bids_dir)
     status.rebuild_status(settings.output_dir)

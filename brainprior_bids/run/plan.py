@@ -10,6 +10,7 @@ import numpy as np
 
 from brainprior_bids.anatomy.conform import read_geometry
 from brainprior_bids.bids import export
+from brainprior_bids.bids.contrasts import Result, pairs
 from brainprior_bids.bids.files import readable
 from brainprior_bids.bids.names import output_names, scan_seed
 from brainprior_bids.bids.query import Scan, subjects_without
@@ -43,6 +44,7 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
     a_voxel = seconds_a_voxel(settings)
     total = 0.0
     refused = skipped = 0
+    to_align: list[Result] = []
     to_fmriprep = exported_t1w(scans, settings)
     weights = {role: digest for role, (_, digest) in checked_weights(settings).items()}
     for scan in scans:
@@ -54,6 +56,7 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
             if why is None:
                 print("  done: it would be skipped")
                 skipped += 1
+                to_align.append(Result(scan.name, settings.image))
                 continue
             if why:
                 print(f"  {why}")
@@ -68,6 +71,7 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
         seconds += RUN_S * len(scan.runs[1:])
         total += seconds
         print(f"  about {seconds / 60:.0f} min ({voxels / 1e6:.1f} million voxels)")
+        to_align.append(Result(scan.name, settings.image))
         names = output_names(
             scan.name,
             n_samples=settings.n_samples,
@@ -86,6 +90,8 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
                 print(f"  {root}/{path}")
         if "raw" in settings.exports:
             print(f"  {settings.exports['raw']}/{export.raw_name(scan.name)}")
+    for name in contrast_names(to_align, settings):
+        print(f"  {name}")
     for subject in subjects_without(scans, settings):
         print(f"sub-{readable(subject)}: no scan of it matches")
     to_do = len(scans) - refused - skipped
@@ -107,6 +113,15 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
         "One network call was timed for this; other running programs slow it down. Nothing was "
         "written."
     )
+
+
+def contrast_names(results: Sequence[Result], settings: Settings) -> list[str]:
+    """Paths of the transforms between the contrasts of a session, and of what they resample."""
+    paths: list[str] = []
+    for pair in pairs(results):
+        own = pair.other.files(settings.n_samples, save_samples=settings.save_samples)
+        paths += [*pair.transforms, *pair.on_reference(own, settings.output_spaces).values()]
+    return paths
 
 
 def _planned(scan: Scan, settings: Settings, found: Found) -> float:

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from brainprior_bids.anatomy.spaces import resample, to_mni305, write_itk_affine
+from brainprior_bids.anatomy.spaces import (
+    Kind,
+    move,
+    resample,
+    resample_labels,
+    write_itk_affine,
+)
 from brainprior_bids.engine.errors import GeometryError, ShapeMismatchError
 from brainprior_bids.engine.grids import MNI305, Grid
 
@@ -78,7 +84,7 @@ def test_the_file_does_what_its_name_says_in_ants(tmp_path):
         [str(path)],
         interpolator="linear",
     )
-    ours = to_mni305(image, matrix, order=1)
+    ours = move(image, MNI305, matrix, kind=Kind.SPREAD)
     inside = ours.get_fdata() > 5  # ants has its own idea of the outermost half voxel
     assert inside.sum() > 100_000
     np.testing.assert_allclose(ours.get_fdata()[inside], moved.numpy()[inside], atol=0.01)
@@ -90,7 +96,7 @@ def test_the_file_does_what_its_name_says_in_ants(tmp_path):
 def test_a_smooth_image_keeps_its_place_on_mni305():
     grid, matrix = scan_grid(), an_affine(3)
     image = nib.Nifti1Image(smooth_blob(grid), np.array(grid.affine))
-    moved = to_mni305(image, matrix)
+    moved = move(image, MNI305, matrix)
     assert moved.shape == (181, 217, 181)
     np.testing.assert_array_equal(moved.affine, MNI305.affine)
     assert moved.get_data_dtype() == np.float32
@@ -136,6 +142,34 @@ def test_what_is_no_affine_is_refused(tmp_path, matrix):
     assert not list(tmp_path.iterdir())
 
 
+def test_labels_go_where_most_of_the_weight_is():
+    """Against a loop over the labels; an oblique affine, so that no weight is a tie."""
+    rng = np.random.default_rng(2)
+    grid, other = Grid((9, 8, 7), np.eye(4)), Grid((10, 9, 8), np.eye(4))
+    labels = rng.integers(0, 4, grid.shape) * 17
+    matrix = an_affine(1) @ np.diag([0.9, 1.1, 1, 1])
+    matrix[:3, 3] = (0.3, -0.4, 0.2)
+    shares = [resample(labels == v, grid, other, matrix=matrix, order=1) for v in range(0, 68, 17)]
+    shares[0] = 1 - sum(shares[1:])  # outside there is no label either
+    expected = 17 * np.argmax(shares, axis=0)
+    assert len(np.unique(expected)) == 4
+    np.testing.assert_array_equal(resample_labels(labels, grid, other, matrix=matrix), expected)
+
+
+def test_mask_and_spread_keep_their_kind():
+    grid = scan_grid()
+    points = grid.points_mm()
+    ball = (sum((p - c) ** 2 for p, c in zip(points, (0, -20, 10), strict=True)) < 40**2) * 1.0
+    image = nib.Nifti1Image(ball.astype(np.float32), grid.affine)
+    mask = move(image, MNI305, an_affine(3), kind=Kind.MASK)
+    labels = move(image, MNI305, an_affine(3), kind=Kind.LABELS)
+    spread = move(image, MNI305, an_affine(3), kind=Kind.SPREAD).get_fdata()
+    assert (mask.get_data_dtype(), labels.get_data_dtype()) == (np.uint8, np.int16)
+    np.testing.assert_array_equal(np.asarray(mask.dataobj) > 0, spread > 0)
+    assert (mask.get_fdata() != labels.get_fdata()).sum() < 10  # ties on the border
+    assert spread.max() <= 1 + 1e-6
+
+
 def test_data_on_another_grid_are_refused():
     grid = Grid((10, 10, 10), np.eye(4))
     with pytest.raises(ShapeMismatchError, match="expected data on its grid"):
@@ -148,7 +182,7 @@ def test_a_skull_stripped_image_stays_so():
     points = grid.points_mm()
     ball = (sum((p - c) ** 2 for p, c in zip(points, (0, -20, 10), strict=True)) < 40**2) * 80.0
     ball = ball.astype(np.float32)
-    moved = to_mni305(nib.Nifti1Image(ball, grid.affine), an_affine(3)).get_fdata()
+    moved = move(nib.Nifti1Image(ball, grid.affine), MNI305, an_affine(3)).get_fdata()
     plain = resample(ball, grid, MNI305, matrix=an_affine(3))
     assert (plain != 0).sum() > 2 * (moved != 0).sum()  # what the spline alone leaves
     volume = (ball > 0).sum() * abs(np.linalg.det(an_affine(3) @ grid.affine))

@@ -189,7 +189,7 @@ def test_report_methods_and_sidecar_say_what_was_fused():
         ),
     )
     residual = every[residual_role(STEMS[0])]
-    assert names[residual_role(STEMS[0])] == f"{STEMS[0][:-4]}_desc-fusedResidual_T2w.nii.gz"
+    assert names[residual_role(STEMS[0])] == f"{STEMS[0][:-4]}_mod-T2w_desc-fused_residual.nii.gz"
     assert residual["Sources"] == [uri, f"bids::{names['restored']}"]
     assert residual["NoiseStandardDeviation"] == 8.0  # in that run's own units
     side = every["restored"]

@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
 
 import pytest
+from bids import BIDSLayout
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brainprior_bids.bids.derivatives import descriptions
+from brainprior_bids.bids.derivatives import BIDS_VERSION, descriptions
 from brainprior_bids.bids.names import BIDSName, output_names, scan_seed, split_desc
 from brainprior_bids.engine.errors import InputError
-from brainprior_bids.settings import TASKS
+from brainprior_bids.settings import MODALITIES, OTHER_MODALITIES, TASKS
 
 labels = st.text("abcXYZ0129", min_size=1, max_size=4)
 optional = st.one_of(st.none(), labels)
@@ -22,9 +24,13 @@ def test_a_t1w_gets_the_names_that_the_documentation_lists():
     names = output_names(BIDSName.parse("sub-01/anat/sub-01_T1w.nii.gz"), n_samples=4)
     assert set(names.values()) == {
         "sub-01_desc-restored_T1w.nii.gz",
-        "sub-01_desc-uncertainty_T1w.nii.gz",
-        "sub-01_desc-residual_T1w.nii.gz",
+        "sub-01_mod-T1w_desc-restored_uncertainty.nii.gz",
+        "sub-01_mod-T1w_desc-restored_residual.nii.gz",
         "sub-01_space-MNI305_desc-restored_T1w.nii.gz",
+        "sub-01_mod-T1w_space-MNI305_desc-restored_uncertainty.nii.gz",
+        "sub-01_space-MNI305_desc-brain_mask.nii.gz",
+        "sub-01_space-MNI305_desc-structures_dseg.nii.gz",
+        "sub-01_space-MNI305_desc-structures_dseg.tsv",
         "sub-01_desc-brain_mask.nii.gz",
         "sub-01_desc-structures_dseg.nii.gz",
         "sub-01_desc-structures_dseg.tsv",
@@ -39,7 +45,29 @@ def test_saved_samples_are_numbered_from_one():
     assert names["sample01"] == "sub-01_run-2_desc-restoredSample01_T1w.nii.gz"
     assert names["sample02"] == "sub-01_run-2_desc-restoredSample02_T1w.nii.gz"
     assert "sample03" not in names
+    assert names["sample02_mni305"] == (
+        "sub-01_run-2_space-MNI305_desc-restoredSample02_T1w.nii.gz"
+    )
     assert "sample01" not in output_names(source, n_samples=2)
+    native = output_names(source, n_samples=2, save_samples=True, spaces=["anat"])
+    assert not [role for role in native if role.endswith("_mni305") and "xfm" not in native[role]]
+
+
+def test_in_a_common_space_masks_of_two_contrasts_differ():
+    masks = [
+        output_names(BIDSName.parse(f"sub-01_{suffix}.nii"), n_samples=1)["mask_mni305"]
+        for suffix in ("T1w", "T2w")
+    ]
+    assert masks == [
+        "sub-01_space-MNI305_desc-brain_mask.nii.gz",
+        "sub-01_space-MNI305_desc-brainT2w_mask.nii.gz",
+    ]
+
+
+def test_the_scan_inpainted_has_no_image_in_mni305():
+    names = output_names(BIDSName.parse("sub-01_T1w.nii"), n_samples=2, image="inpainted")
+    moved = {r for r in names if r.endswith("_mni305")} - {"to_mni305", "from_mni305"}
+    assert moved == {"mask_mni305", "structures_mni305", "structures_table_mni305"}
 
 
 def test_a_t2w_says_whose_space_its_mask_is_in_and_keeps_its_entities():
@@ -66,7 +94,7 @@ def test_different_scans_never_share_a_name(scans):
         pairs = [("sub", sub), ("ses", ses), ("acq", acq), ("run", run)]
         source = BIDSName(tuple((k, v) for k, v in pairs if v), suffix)
         names = {f"{source.folder}/{n}" for n in output_names(source, n_samples=4).values()}
-        assert len(names) == 9
+        assert len(names) == 13
         assert not names & seen
         seen |= names
         nodes.add(source.node_name)
@@ -109,6 +137,7 @@ def test_no_task_replaces_what_another_made():
     """But for the scan's mask, structures and transforms, the same whatever the task."""
     name = BIDSName.parse("sub-01_T2w.nii.gz")
     shared = {"mask", "structures", "structures_table", "to_mni305", "from_mni305"}
+    shared |= {f"{role}_mni305" for role in shared}
     seen: set[str] = set()
     for task, image in TASKS.items():
         names = output_names(name, n_samples=2, save_samples=True, image=image)
@@ -121,12 +150,41 @@ def test_no_task_replaces_what_another_made():
 
 
 def test_every_desc_that_a_task_writes_is_described():
-    source = BIDSName.parse("sub-01_T1w.nii.gz")
+    sources = [BIDSName.parse(f"sub-01_{s}.nii.gz") for s in (*MODALITIES, *OTHER_MODALITIES)]
     written = {
         BIDSName.parse(file).get("desc")
+        for source in sources
         for image in TASKS.values()
         for file in output_names(source, n_samples=2, image=image, runs=[source]).values()
     }
     assert written - {None} <= set(descriptions())
     samples = {f"{image}Sample01" for image in TASKS.values()}
     assert set(descriptions()) == (written - {None}) | samples
+
+
+def test_plain_pybids_finds_one_t1w_per_desc(tmp_path):
+    """Without a configuration; maps and masks are not taken for images of the contrast."""
+    for suffix in ("T1w", "T2w"):
+        source = BIDSName.parse(f"sub-01_{suffix}.nii.gz")
+        names = output_names(source, n_samples=2, save_samples=True, native=True)
+        for name in names.values():
+            path = tmp_path / "sub-01" / "anat" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    description = {"Name": "t", "BIDSVersion": BIDS_VERSION, "DatasetType": "derivative"}
+    description["GeneratedBy"] = [{"Name": "brainprior"}]
+    (tmp_path / "dataset_description.json").write_text(json.dumps(description))
+    layout = BIDSLayout(tmp_path, validate=False, is_derivative=True)
+    entities = [image.get_entities() for image in layout.get(suffix="T1w", extension=".nii.gz")]
+    found = [(e["desc"], e.get("space"), e.get("res")) for e in entities]
+    descs = ("restored", "restoredSample01", "restoredSample02")
+    expected = [(desc, space, None) for desc in descs for space in (None, "MNI305")]
+    key = lambda item: tuple(map(str, item))  # noqa: E731
+    assert sorted(found, key=key) == sorted([*expected, ("restored", None, "native")], key=key)
+    image = {"subject": "01", "suffix": "T1w", "extension": ".nii.gz", "desc": "restored"}
+    (own,) = layout.get(**image, space=None, res=None)
+    assert own.filename == "sub-01_desc-restored_T1w.nii.gz"
+    (spread,) = layout.get(
+        suffix="uncertainty", modality="T1w", desc="restored", space=None, extension=".nii.gz"
+    )
+    assert spread.filename == "sub-01_mod-T1w_desc-restored_uncertainty.nii.gz"

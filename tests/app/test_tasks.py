@@ -239,7 +239,7 @@ def test_runs_of_one_person_are_fused_and_of_two_refused(head, tmp_path):
     side = json.loads((output_dir / "sub-01/anat/sub-01_desc-restored_T1w.json").read_text())
     moved = np.array(side["FusedRuns"][1]["ToReference"])
     np.testing.assert_allclose(moved[:3, 3], (-3, 2, -1), atol=1.0)
-    left = nib.load(output_dir / "sub-01/anat/sub-01_run-2_desc-fusedResidual_T1w.nii.gz")
+    left = nib.load(output_dir / "sub-01/anat/sub-01_run-2_mod-T1w_desc-fused_residual.nii.gz")
     np.testing.assert_allclose(left.affine, turned, atol=1e-4)
     z = np.asarray(left.dataobj)  # on that run's own voxels
     ratio = side["FusedRuns"][1]["ResidualRatios"][0]
@@ -339,7 +339,9 @@ def test_runs_are_fused_with_lesions_and_another_tools_image(two_runs, tmp_path,
     of_run_2 = "bids:raw:sub-01/anat/sub-01_run-2_label-lesion_roi.nii.gz"
     assert (of_run_2 in side["Sources"]) == ("inpaint" in task)
     assert ("Lesion" in other) == ("inpaint" in task)
-    residual = np.asarray(nib.load(anat / "sub-01_run-2_desc-fusedResidual_T1w.nii.gz").dataobj)
+    residual = np.asarray(
+        nib.load(anat / "sub-01_run-2_mod-T1w_desc-fused_residual.nii.gz").dataobj
+    )
     if "inpaint" in task:  # what is hidden is compared with nothing
         hole = raw / "sub-01" / "anat" / "sub-01_run-2_label-lesion_roi.nii.gz"
         assert (residual[np.asarray(nib.load(hole).dataobj) > 0] == 0).all()

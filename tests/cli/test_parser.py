@@ -10,8 +10,9 @@ import sys
 import pytest
 
 from brainprior_bids import __version__
-from brainprior_bids.cli.parser import WORK_DIR, parse_settings
+from brainprior_bids.cli.parser import WORK_DIR, build_parser, parse_settings
 from brainprior_bids.cli.run import main
+from brainprior_bids.cli.sister_options import HINTS
 from brainprior_bids.cli.values import memory_gb
 from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.settings import TASKS
@@ -211,7 +212,7 @@ def test_the_settings_of_a_run_are_read_back(folders, tmp_path):
     ours = {"run_uuid", "command"}
     for name in set(vars(first)) - ours:
         assert getattr(again, name) == getattr(first, name), name
-    assert again.output_spaces == ("anat",)
+    assert again.output_spaces == ("anat", "T1w")
     config.write_text(parse_settings([*folders]).to_toml())  # --dilate 0 is read back
     assert parse_settings([*folders, "--config-file", str(config)]).image == "restored"
     config.write_text(first.to_toml())
@@ -299,3 +300,34 @@ def test_a_reader_that_stops_reading_is_no_crash(monkeypatch, capfd):
     said = capfd.readouterr().err
     assert "brainprior: stopped: " in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["--fs-license-file", "license.txt"], "--fs-license-file: brainprior makes no surfaces"),
+        (["--fs-no-reconall"], "no FreeSurfer licence: leave it out."),
+        (["--fs-some-new-option"], "--fs-some-new-option: brainprior makes no surfaces"),
+        (["--output-layout", "bids"], "--output-layout: brainprior has one layout"),
+        (["--mem_gb=8"], "--mem_gb: use --mem with a unit"),
+        (["--partcipant-label", "01"], "--partcipant-label: did you mean --participant-label"),
+    ],
+)
+def test_an_option_of_a_sister_app_gets_a_hint(folders, words, hint):
+    with pytest.raises(UsageError) as caught:
+        parse_settings([*folders, *words])
+    text = str(caught.value)
+    assert hint in text
+    assert text.startswith("unrecognized arguments: ")
+    assert text.endswith("Run `brainprior --help` for the options.")
+
+
+def test_a_word_that_is_no_option_gets_no_hint(folders):
+    with pytest.raises(UsageError) as caught:
+        parse_settings([*folders, "--zzz"])
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_no_hint_names_an_option_that_there_is():
+    known = {option for action in build_parser()._actions for option in action.option_strings}
+    assert not known & set(HINTS)

@@ -147,7 +147,15 @@ def files(raw, prior, tmp_path):
         tmp_path / "r",
     )
     template = run(
-        ToMNI305(in_file=restored.restored, affine_json=out["affine_json"]), tmp_path / "m"
+        ToMNI305(
+            in_file=restored.restored,
+            affine_json=out["affine_json"],
+            uncertainty=restored.uncertainty,
+            samples=restored.samples,
+            mask=out["mask"],
+            structures=out["structures"],
+        ),
+        tmp_path / "m",
     )
     out.update(
         scan=conformed.out_file,
@@ -160,6 +168,10 @@ def files(raw, prior, tmp_path):
         log_bias=restored.log_bias,
         restore_json=restored.restore_json,
         restored_mni305=template.out_file,
+        uncertainty_mni305=template.uncertainty,
+        samples_mni305=template.samples,
+        mask_mni305=template.mask,
+        structures_mni305=template.structures,
         records=[conformed.record, restored.record, template.record],
     )
     return out
@@ -213,15 +225,21 @@ def test_a_finished_scan_leaves_the_documented_files(files, raw, output_dir, tmp
             f"{anat}_from-FLAIR_to-MNI305_mode-image_xfm.txt",
             f"{anat}_from-MNI305_to-FLAIR_mode-image_xfm.txt",
             f"{anat}_space-FLAIR_desc-structures_dseg.tsv",
+            f"{anat}_space-MNI305_desc-structuresFLAIR_dseg.tsv",
             *(
                 f"{anat}_{name}{extension}"
                 for name in (
                     "desc-restored_FLAIR",
-                    "desc-uncertainty_FLAIR",
-                    "desc-residual_FLAIR",
+                    "mod-FLAIR_desc-restored_uncertainty",
+                    "mod-FLAIR_desc-restored_residual",
                     "desc-restoredSample01_FLAIR",
                     "desc-restoredSample02_FLAIR",
                     "space-MNI305_desc-restored_FLAIR",
+                    "mod-FLAIR_space-MNI305_desc-restored_uncertainty",
+                    "space-MNI305_desc-restoredSample01_FLAIR",
+                    "space-MNI305_desc-restoredSample02_FLAIR",
+                    "space-MNI305_desc-brainFLAIR_mask",
+                    "space-MNI305_desc-structuresFLAIR_dseg",
                     "space-FLAIR_desc-brain_mask",
                     "space-FLAIR_desc-structures_dseg",
                 )
@@ -236,6 +254,26 @@ def test_a_finished_scan_leaves_the_documented_files(files, raw, output_dir, tmp
     mask = json.loads((output_dir / f"{anat}_space-FLAIR_desc-brain_mask.json").read_text())
     assert mask["Type"] == "Brain"
     assert mask["SpatialReference"].endswith("_FLAIR.nii.gz")
+    there = f"{anat}_space-MNI305"
+    labels = nib.load(output_dir / f"{there}_desc-structuresFLAIR_dseg.nii.gz")
+    brain = nib.load(output_dir / f"{there}_desc-brainFLAIR_mask.nii.gz")
+    assert (labels.get_data_dtype(), brain.get_data_dtype()) == (np.int16, np.uint8)
+    differ = labels.get_fdata() != 2 * brain.get_fdata()
+    assert differ.sum() < 1e-3 * brain.get_fdata().sum()  # of ties, by rounding
+    side = json.loads((output_dir / f"{there}_desc-brainFLAIR_mask.json").read_text())
+    assert side["Type"] == "Brain"
+    assert side["SpatialReference"].endswith("tpl-MNI305_T1w.nii.gz")
+    assert side["Sources"] == [
+        f"bids::{anat}_space-FLAIR_desc-brain_mask.nii.gz",
+        f"bids::{anat}_from-FLAIR_to-MNI305_mode-image_xfm.txt",
+    ]
+    side = json.loads(
+        (output_dir / f"{anat}_mod-FLAIR_space-MNI305_desc-restored_uncertainty.json").read_text()
+    )
+    assert side["SkullStripped"] is True
+    assert side["IntervalHalfWidths"]
+    table = (output_dir / f"{there}_desc-structuresFLAIR_dseg.tsv").read_text()
+    assert table.splitlines()[0] == "index\tname\tcolor"
     restored = nib.load(output_dir / f"{anat}_desc-restored_FLAIR.nii.gz")
     assert restored.get_data_dtype() == np.float32
     assert restored.shape == (40, 44, 40)
@@ -283,28 +321,31 @@ def test_samples_and_residual_are_what_their_sidecars_say(files, raw, output_dir
     anat = output_dir / "sub-01" / "ses-a" / "anat"
 
     def image(desc):
-        return nib.load(anat / f"sub-01_ses-a_{desc}_FLAIR.nii.gz")
+        return nib.load(anat / f"sub-01_ses-a_{desc}.nii.gz")
 
     def side(desc):
-        return json.loads((anat / f"sub-01_ses-a_{desc}_FLAIR.json").read_text())
+        return json.loads((anat / f"sub-01_ses-a_{desc}.json").read_text())
 
-    samples = np.stack([image(f"desc-restoredSample0{i}").get_fdata() for i in (1, 2)])
+    samples = np.stack([image(f"desc-restoredSample0{i}_FLAIR").get_fdata() for i in (1, 2)])
     np.testing.assert_allclose(
-        samples.std(0, ddof=1), image("desc-uncertainty").get_fdata(), rtol=1e-4, atol=1e-3
+        samples.std(0, ddof=1),
+        image("mod-FLAIR_desc-restored_uncertainty").get_fdata(),
+        rtol=1e-4,
+        atol=1e-3,
     )
-    seeds = [side(f"desc-restoredSample0{i}")["SampleSeed"] for i in (1, 2)]
+    seeds = [side(f"desc-restoredSample0{i}_FLAIR")["SampleSeed"] for i in (1, 2)]
     assert seeds == [sample_seed(3, 0), sample_seed(3, 1)]
     # Student's t with one degree of freedom, times sqrt(3 / 2)
-    widths = side("desc-uncertainty")["IntervalHalfWidths"]
+    widths = side("mod-FLAIR_desc-restored_uncertainty")["IntervalHalfWidths"]
     assert widths == pytest.approx({"50": 1.5**0.5, "90": 6.3138 * 1.5**0.5}, rel=1e-4)
-    residual = image("desc-residual")
+    residual = image("mod-FLAIR_desc-restored_residual")
     assert residual.shape == SHAPE
     z = residual.get_fdata()[np.asarray(nib.load(files["mask_scan"]).dataobj) > 0.95]
     facts = json.loads(Path(files["restore_json"]).read_text())
     assert facts["share_beyond_3_sd"] == pytest.approx((np.abs(z) > 3).mean(), abs=1e-3)
     bias = nib.load(files["log_bias"]).get_fdata()[residual.get_fdata() != 0]
     assert 1 <= facts["bias_range"] <= np.exp(np.ptp(bias)) + 1e-4
-    ratios = [side(f"desc-restoredSample0{i}")["ResidualRatio"] for i in (1, 2)]
+    ratios = [side(f"desc-restoredSample0{i}_FLAIR")["ResidualRatio"] for i in (1, 2)]
     assert 0.3 * max(ratios) < np.sqrt((z**2).mean()) <= max(ratios) * 1.01  # of their mean
 
 
@@ -363,7 +404,7 @@ def test_an_inpainted_scan_is_the_scan_outside_the_mask(files, raw, output_dir, 
         data = np.asarray(image.dataobj)
         assert data[~here].tobytes() == raw_data[~here].tobytes()
         assert (data[here] != raw_data[here]).mean() > 0.99
-    sd = np.asarray(nib.load(f"{anat}_desc-inpaintedUncertainty_FLAIR.nii.gz").dataobj)
+    sd = np.asarray(nib.load(f"{anat}_mod-FLAIR_desc-inpainted_uncertainty.nii.gz").dataobj)
     assert not sd[~here].any()
     assert (sd[here] > 0).all()
     mask = nib.load(f"{anat}_space-FLAIR_label-lesion_desc-inpainted_mask.nii.gz")
@@ -486,7 +527,7 @@ def test_the_records_hold_the_hashes_of_what_is_there(files, raw, output_dir, tm
     source = entities[0]
     outputs = [entity for entity in entities if "GeneratedBy" in entity]
     assert source["Digest"]["sha256"] == sha256_file(raw / source["AtLocation"])
-    assert len({entity["Label"] for entity in outputs} - {"sidecar"}) == 11
+    assert len({entity["Label"] for entity in outputs} - {"sidecar"}) == 17
     assert {entity["AtLocation"] for entity in outputs} == {
         str(path.relative_to(output_dir)) for path in output_dir.glob("sub-01/**/anat/*")
     }

@@ -28,51 +28,75 @@ SKELETON = [
     "sub-02/ses-b/anat/sub-02_ses-b_FLAIR.nii",
 ]
 GOLDEN = """\
-sub-01/anat/sub-01_acq-thick_run-1_desc-residual_T2w.nii.gz
+sub-01/anat/sub-01_acq-thick_run-1_from-T1w_to-T2w_mode-image_xfm.txt
+sub-01/anat/sub-01_acq-thick_run-1_from-T2w_to-T1w_mode-image_xfm.txt
+sub-01/anat/sub-01_acq-thick_run-2_from-T1w_to-T2w_mode-image_xfm.txt
+sub-01/anat/sub-01_acq-thick_run-2_from-T2w_to-T1w_mode-image_xfm.txt
+sub-01/anat/sub-01_acq-thick_run-1_mod-T2w_desc-restored_residual.nii.gz
 sub-01/anat/sub-01_acq-thick_run-1_desc-restored_T2w.nii.gz
-sub-01/anat/sub-01_acq-thick_run-1_desc-uncertainty_T2w.nii.gz
+sub-01/anat/sub-01_acq-thick_run-1_mod-T2w_desc-restored_uncertainty.nii.gz
 sub-01/anat/sub-01_acq-thick_run-1_from-MNI305_to-T2w_mode-image_xfm.txt
 sub-01/anat/sub-01_acq-thick_run-1_from-T2w_to-MNI305_mode-image_xfm.txt
 sub-01/anat/sub-01_acq-thick_run-1_space-MNI305_desc-restored_T2w.nii.gz
+sub-01/anat/sub-01_acq-thick_run-1_space-MNI305_desc-brainT2w_mask.nii.gz
+sub-01/anat/sub-01_acq-thick_run-1_space-MNI305_desc-structuresT2w_dseg.nii.gz
+sub-01/anat/sub-01_acq-thick_run-1_space-MNI305_desc-structuresT2w_dseg.tsv
+sub-01/anat/sub-01_acq-thick_run-1_mod-T2w_space-MNI305_desc-restored_uncertainty.nii.gz
 sub-01/anat/sub-01_acq-thick_run-1_space-T2w_desc-brain_mask.nii.gz
 sub-01/anat/sub-01_acq-thick_run-1_space-T2w_desc-structures_dseg.nii.gz
 sub-01/anat/sub-01_acq-thick_run-1_space-T2w_desc-structures_dseg.tsv
-sub-01/anat/sub-01_acq-thick_run-2_desc-residual_T2w.nii.gz
+sub-01/anat/sub-01_acq-thick_run-2_mod-T2w_desc-restored_residual.nii.gz
 sub-01/anat/sub-01_acq-thick_run-2_desc-restored_T2w.nii.gz
-sub-01/anat/sub-01_acq-thick_run-2_desc-uncertainty_T2w.nii.gz
+sub-01/anat/sub-01_acq-thick_run-2_mod-T2w_desc-restored_uncertainty.nii.gz
 sub-01/anat/sub-01_acq-thick_run-2_from-MNI305_to-T2w_mode-image_xfm.txt
 sub-01/anat/sub-01_acq-thick_run-2_from-T2w_to-MNI305_mode-image_xfm.txt
 sub-01/anat/sub-01_acq-thick_run-2_space-MNI305_desc-restored_T2w.nii.gz
+sub-01/anat/sub-01_acq-thick_run-2_space-MNI305_desc-brainT2w_mask.nii.gz
+sub-01/anat/sub-01_acq-thick_run-2_space-MNI305_desc-structuresT2w_dseg.nii.gz
+sub-01/anat/sub-01_acq-thick_run-2_space-MNI305_desc-structuresT2w_dseg.tsv
+sub-01/anat/sub-01_acq-thick_run-2_mod-T2w_space-MNI305_desc-restored_uncertainty.nii.gz
 sub-01/anat/sub-01_acq-thick_run-2_space-T2w_desc-brain_mask.nii.gz
 sub-01/anat/sub-01_acq-thick_run-2_space-T2w_desc-structures_dseg.nii.gz
 sub-01/anat/sub-01_acq-thick_run-2_space-T2w_desc-structures_dseg.tsv
 sub-01/anat/sub-01_desc-brain_mask.nii.gz
-sub-01/anat/sub-01_desc-residual_T1w.nii.gz
+sub-01/anat/sub-01_mod-T1w_desc-restored_residual.nii.gz
 sub-01/anat/sub-01_desc-restored_T1w.nii.gz
 sub-01/anat/sub-01_desc-structures_dseg.nii.gz
 sub-01/anat/sub-01_desc-structures_dseg.tsv
-sub-01/anat/sub-01_desc-uncertainty_T1w.nii.gz
+sub-01/anat/sub-01_mod-T1w_desc-restored_uncertainty.nii.gz
 sub-01/anat/sub-01_from-MNI305_to-T1w_mode-image_xfm.txt
 sub-01/anat/sub-01_from-T1w_to-MNI305_mode-image_xfm.txt
 sub-01/anat/sub-01_space-MNI305_desc-restored_T1w.nii.gz
-sub-02/ses-a/anat/sub-02_ses-a_desc-residual_FLAIR.nii.gz
+sub-01/anat/sub-01_space-MNI305_desc-brain_mask.nii.gz
+sub-01/anat/sub-01_space-MNI305_desc-structures_dseg.nii.gz
+sub-01/anat/sub-01_space-MNI305_desc-structures_dseg.tsv
+sub-01/anat/sub-01_mod-T1w_space-MNI305_desc-restored_uncertainty.nii.gz
+sub-02/ses-a/anat/sub-02_ses-a_mod-FLAIR_desc-restored_residual.nii.gz
 sub-02/ses-a/anat/sub-02_ses-a_desc-restored_FLAIR.nii.gz
-sub-02/ses-a/anat/sub-02_ses-a_desc-uncertainty_FLAIR.nii.gz
+sub-02/ses-a/anat/sub-02_ses-a_mod-FLAIR_desc-restored_uncertainty.nii.gz
 sub-02/ses-a/anat/sub-02_ses-a_from-FLAIR_to-MNI305_mode-image_xfm.txt
 sub-02/ses-a/anat/sub-02_ses-a_from-MNI305_to-FLAIR_mode-image_xfm.txt
 sub-02/ses-a/anat/sub-02_ses-a_space-FLAIR_desc-brain_mask.nii.gz
 sub-02/ses-a/anat/sub-02_ses-a_space-FLAIR_desc-structures_dseg.nii.gz
 sub-02/ses-a/anat/sub-02_ses-a_space-FLAIR_desc-structures_dseg.tsv
 sub-02/ses-a/anat/sub-02_ses-a_space-MNI305_desc-restored_FLAIR.nii.gz
-sub-02/ses-b/anat/sub-02_ses-b_desc-residual_FLAIR.nii.gz
+sub-02/ses-a/anat/sub-02_ses-a_space-MNI305_desc-brainFLAIR_mask.nii.gz
+sub-02/ses-a/anat/sub-02_ses-a_space-MNI305_desc-structuresFLAIR_dseg.nii.gz
+sub-02/ses-a/anat/sub-02_ses-a_space-MNI305_desc-structuresFLAIR_dseg.tsv
+sub-02/ses-a/anat/sub-02_ses-a_mod-FLAIR_space-MNI305_desc-restored_uncertainty.nii.gz
+sub-02/ses-b/anat/sub-02_ses-b_mod-FLAIR_desc-restored_residual.nii.gz
 sub-02/ses-b/anat/sub-02_ses-b_desc-restored_FLAIR.nii.gz
-sub-02/ses-b/anat/sub-02_ses-b_desc-uncertainty_FLAIR.nii.gz
+sub-02/ses-b/anat/sub-02_ses-b_mod-FLAIR_desc-restored_uncertainty.nii.gz
 sub-02/ses-b/anat/sub-02_ses-b_from-FLAIR_to-MNI305_mode-image_xfm.txt
 sub-02/ses-b/anat/sub-02_ses-b_from-MNI305_to-FLAIR_mode-image_xfm.txt
 sub-02/ses-b/anat/sub-02_ses-b_space-FLAIR_desc-brain_mask.nii.gz
 sub-02/ses-b/anat/sub-02_ses-b_space-FLAIR_desc-structures_dseg.nii.gz
 sub-02/ses-b/anat/sub-02_ses-b_space-FLAIR_desc-structures_dseg.tsv
 sub-02/ses-b/anat/sub-02_ses-b_space-MNI305_desc-restored_FLAIR.nii.gz
+sub-02/ses-b/anat/sub-02_ses-b_space-MNI305_desc-brainFLAIR_mask.nii.gz
+sub-02/ses-b/anat/sub-02_ses-b_space-MNI305_desc-structuresFLAIR_dseg.nii.gz
+sub-02/ses-b/anat/sub-02_ses-b_space-MNI305_desc-structuresFLAIR_dseg.tsv
+sub-02/ses-b/anat/sub-02_ses-b_mod-FLAIR_space-MNI305_desc-restored_uncertainty.nii.gz
 """.splitlines()
 
 
@@ -116,7 +140,7 @@ def test_a_dry_run_announces_the_golden_tree(raw, tmp_path):
         check=True,
     )
     listed = [line.strip() for line in done.stdout.splitlines() if line.startswith("  sub-")]
-    assert sorted(listed) == GOLDEN
+    assert sorted(listed) == sorted(GOLDEN)
     taken = "9 × 8 × 7 voxels of 1 × 1 × 4 mm; axial slices, 4 mm thick (header slice spacing)"
     assert done.stdout.count(taken) == len(SKELETON)
     assert done.stdout.count("warning: sub-01_T1w: no SliceThickness in any JSON") == 1
@@ -233,6 +257,21 @@ def test_what_the_options_say_of_the_scan_reaches_its_nodes(raw, tmp_path):
     for node in (*steps["conform"], *steps["write"]):
         assert node.inputs.metadata["MagneticFieldStrength"] == 0.55
     assert asked.scan_settings() != plain.scan_settings()
+
+
+@pytest.mark.parametrize(("task", "spaces", "moved"), [
+    ("restore", ("anat", "MNI305"), {"in_file", "uncertainty", "samples", "mask", "structures"}),
+    ("inpaint", ("anat", "MNI305"), {"in_file", "mask", "structures"}),
+    ("restore", ("anat",), {"in_file"}),
+])  # fmt: skip
+def test_what_is_resampled_to_mni305(raw, tmp_path, task, spaces, moved):
+    """The result itself always: the report draws it."""
+    settings = Settings(
+        raw, tmp_path / "out", tmp_path / "work", task=task, output_spaces=spaces,
+        modalities=("T1w",),
+    )  # fmt: skip
+    links = sources_of(build(settings, tmp_path), "mni305")
+    assert set(links) - {"affine_json"} == moved
 
 
 def test_restore_is_a_gpu_node_only_on_cuda(raw, tmp_path):

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contrasts of a session on each other: which go together, and the files that say how.
+
+A session's reference is its T1w, or the first contrast that it has. Every result of another
+contrast gets a rigid transform to it and back, and with ``--output-spaces T1w`` its images on the
+T1w's grid. All is made from finished results in the output folder, after the scans: a contrast
+that cannot be registered takes nothing from them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+
+from brainprior_bids.anatomy.contrasts import ContrastMotion, RestoredContrast
+from brainprior_bids.anatomy.spaces import Kind, move, write_itk_affine
+from brainprior_bids.bids.derivatives import bids_uri, resampled, structures_table
+from brainprior_bids.bids.files import read_json, to_json
+from brainprior_bids.bids.fingerprint import code_version
+from brainprior_bids.bids.names import BIDSName, names_in_space, output_names, result_name
+from brainprior_bids.bids.provenance import sha256_file
+from brainprior_bids.records import ContrastRecord, ScanRecord
+from brainprior_bids.settings import FILLED, MODALITIES, OTHER_MODALITIES, TASKS, Settings
+
+ORDER = (*MODALITIES, *OTHER_MODALITIES)
+"""Of contrasts: the first that a session has is its reference."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One scan's result in the output folder.
+
+    Parameters
+    ----------
+    name : BIDSName
+        Of the scan.
+    image : str
+        ``desc-`` of the result.
+    thickness_mm : float
+        Of the scan's slices.
+    """
+
+    name: BIDSName
+    image: str
+    thickness_mm: float = 0.0
+
+    @property
+    def title(self) -> str:
+        """What the result is called in ``logs/scans``."""
+        return result_name(self.name, self.image)
+
+    def files(self, n_samples: int, *, save_samples: bool) -> dict[str, str]:
+        """Role -> path of its files in its own space, from the output folder."""
+        names = output_names(
+            self.name,
+            n_samples=n_samples,
+            save_samples=save_samples,
+            image=self.image,
+            spaces=("anat",),
+        )
+        return {role: f"{self.name.folder}/anat/{file}" for role, file in names.items()}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A contrast, and the session's reference."""
+
+    reference: Result
+    other: Result
+
+    @property
+    def transforms(self) -> tuple[str, str]:
+        """Paths of the transform to the reference and of the one back."""
+        name, own, there = self.other.name, self.other.name.suffix, self.reference.name.suffix
+        desc = {"desc": self.other.image} if self.other.image == "refined" else {}
+        files = (
+            name.derivative("xfm", ".txt", from_=a, to=b, mode="image", **desc)
+            for a, b in ((own, there), (there, own))
+        )
+        forward, back = (f"{name.folder}/anat/{file}" for file in files)
+        return forward, back
+
+    def on_reference(self, own: Mapping[str, str], spaces: Iterable[str]) -> dict[str, str]:
+        """Role -> path of what is written on the reference's grid.
+
+        Parameters
+        ----------
+        own : role -> path
+            Files of the contrast in its own space.
+        """
+        space = self.reference.name.suffix
+        if space != "T1w" or "T1w" not in spaces:
+            return {}
+        names = names_in_space(self.other.name, own, space, image=self.other.image)
+        return {role: f"{self.other.name.folder}/anat/{file}" for role, file in names.items()}
+
+
+def pairs(results: Sequence[Result]) -> Iterator[Pair]:
+    """Every result of another contrast than its session's reference, with that reference.
+
+    The reference is the result with the thinnest slices, then the first by name.
+    """
+    sessions = defaultdict(list)
+    for result in results:
+        if result.image not in FILLED and result.name.suffix in ORDER:
+            sessions[result.name.folder, result.image].append(result)
+    for session in sessions.values():
+        ranked = sorted(
+            session, key=lambda r: (ORDER.index(r.name.suffix), r.thickness_mm, r.title)
+        )
+        reference = ranked[0]
+        for other in ranked[1:]:
+            if other.name.suffix != reference.name.suffix:
+                yield Pair(reference, other)
+
+
+def result_of(summary: ScanRecord) -> Result:
+    """The result that a finished scan's summary names."""
+    image = TASKS[summary.task or "restore"]
+    name = BIDSName.parse(summary.scan)
+    own = BIDSName.parse(name.derivative(extension=".nii.gz", desc=None))
+    return Result(own, image, summary.facts.conform.acquisition.thickness_mm or 0.0)
+
+
+def record_path(output_dir: Path, pair: Pair) -> Path:
+    """Where the record of a contrast's alignment lies."""
+    return output_dir / "logs" / "contrasts" / f"{pair.other.title}.json"
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """What a pair's files are made from, and their names.
+
+    Parameters
+    ----------
+    pair : Pair
+    output_dir : Path
+    own : role -> path
+        The contrast's files in its own space, as they are there.
+    on_reference : role -> path
+        What is to be written on the reference's grid.
+    summary : ScanRecord
+        Of the contrast.
+    """
+
+    pair: Pair
+    output_dir: Path
+    own: Mapping[str, str]
+    on_reference: Mapping[str, str]
+    summary: ScanRecord
+
+    @classmethod
+    def of(cls, pair: Pair, summary: ScanRecord, settings: Settings) -> Alignment:
+        """From the contrast's summary and the run's settings."""
+        own = pair.other.files(summary.facts.restore.n_samples or 1, save_samples=True)
+        own = {role: path for role, path in own.items() if path in summary.outputs}
+        on_reference = pair.on_reference(own, settings.output_spaces)
+        return cls(pair, settings.output_dir, own, on_reference, summary)
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Path -> SHA-256 of the images that are registered or resampled."""
+        reference = self.pair.reference.files(1, save_samples=False)
+        used = [reference[role] for role in ("restored", "mask", "structures")]
+        moved = {role.removesuffix("_t1w") for role in self.on_reference}
+        moved |= {"restored", "mask", "structures"}
+        used += [path for role, path in self.own.items() if role in moved]
+        images = [path for path in used if path.endswith(".nii.gz")]
+        return {path: sha256_file(self.output_dir / path) for path in images}
+
+    def fingerprint(self, inputs: Mapping[str, str]) -> str:
+        """SHA-256 over everything that decides the files."""
+        parts = [code_version(), dict(inputs), sorted(self.on_reference.values())]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def images(self, which: Result) -> RestoredContrast:
+        """Image, mask and structures of the reference or of the contrast."""
+        files = which.files(1, save_samples=False)
+        roles = ("restored", "mask", "structures")
+        return RestoredContrast(
+            which.title, *(nib.load(self.output_dir / files[role]) for role in roles)
+        )
+
+    def stage(self, staging: Path, motion: ContrastMotion) -> list[str]:
+        """Write everything below ``staging``; the paths, relative."""
+        forward, back = self.pair.transforms
+        (staging / forward).parent.mkdir(parents=True)
+        matrix = motion.to_reference
+        write_itk_affine(staging / forward, matrix)
+        write_itk_affine(staging / back, np.linalg.inv(matrix))
+        staged = [forward, back]
+        for path, (source, target) in zip(
+            (forward, back),
+            ((self.pair.other, self.pair.reference), (self.pair.reference, self.pair.other)),
+            strict=True,
+        ):
+            staged.append(self._describe(staging, path, source, target, motion))
+        return staged + self._stage_images(staging, matrix)
+
+    def _describe(
+        self, staging: Path, path: str, source: Result, target: Result, motion: ContrastMotion
+    ) -> str:
+        """Write the JSON beside a transform; its path."""
+        files = [result.files(1, save_samples=False)["restored"] for result in (source, target)]
+        content = {
+            "Description": f"rigid transform from {source.title} to {target.title}; ITK text, "
+            "RAS points of the target to the source in LPS, as antsApplyTransforms reads it",
+            "Sources": [bids_uri(file) for file in files],
+            "SharedShareOfSmallerBrain": round(motion.shared, 4),
+            "ShareWithSameLabel": round(motion.alike, 4),
+        }
+        side = path.removesuffix(".txt") + ".json"
+        (staging / side).write_text(to_json(content), encoding="utf-8")
+        return side
+
+    def _stage_images(self, staging: Path, matrix: NDArray[np.float64]) -> list[str]:
+        """Write the images, their JSON and the table on the reference's grid; their paths."""
+        if not self.on_reference:
+            return []
+        reference = self.pair.reference.files(1, save_samples=False)["restored"]
+        grid = self.images(self.pair.reference).grid
+        kinds = {"mask": Kind.MASK, "structures": Kind.LABELS, "uncertainty": Kind.SPREAD}
+        contents: dict[str, Mapping[str, Any]] = {}
+        staged = []
+        for role, path in self.own.items():
+            there = self.on_reference.get(f"{role}_t1w")
+            if there is None:
+                continue
+            if role == "structures_table":
+                table = structures_table(self.summary.facts.parcellation, measures=False)
+                (staging / there).write_text(table, encoding="utf-8")
+            else:
+                image = nib.load(self.output_dir / path)
+                moved = move(image, grid, matrix, kind=kinds.get(role, Kind.IMAGE))
+                nib.save(moved, staging / there)
+                side = path.removesuffix(".nii.gz") + ".json"
+                contents[role] = read_json(self.output_dir / side)
+            staged.append(there)
+        sides = resampled(
+            contents,
+            {**self.own, **self.on_reference},
+            "T1w",
+            transform=self.pair.transforms[0],
+            reference=bids_uri(reference),
+        )
+        for role, content in sides.items():
+            side = self.on_reference[role].removesuffix(".nii.gz") + ".json"
+            (staging / side).write_text(to_json(content), encoding="utf-8")
+            staged.append(side)
+        return staged
+
+
+def remove_stale(output_dir: Path, previous: ContrastRecord | None, kept: Iterable[str]) -> None:
+    """Remove what an earlier alignment of the contrast left and this one did not replace."""
+    for path in set(previous.outputs if previous else ()) - set(kept):
+        (output_dir / PurePosixPath(path)).unlink(missing_ok=True)
