@@ -381,8 +381,8 @@ def subset_options(group: Group) -> None:
     only.add_argument(
         "--dry-run",
         action="store_true",
-        help="show what would be done for each scan, with time and memory, and write nothing. One "
-        "network call is timed for this",
+        help="show what would be done for each scan, with memory, the time on an idle machine, "
+        "and how busy this one is; write nothing. One network call is timed for this",
     )
     only.add_argument(
         "--boilerplate-only",

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 
@@ -24,15 +25,20 @@ from brainprior_bids.settings import Settings
 
 TIMED = 64
 """Edge of the block, in voxels, whose network call is timed."""
-BOX_MM = (192, 224, 192)
-"""Largest box around a brain, its margins included, along right, anterior and superior."""
+BOX_MM = (160, 200, 164)
+"""Typical box around a brain, its margins included, along right, anterior and superior: 5.2
+million voxels. In 60 participants it had 4.4 to 6.4 million, in a tilted head 6.4."""
 FUSED_SHARE = 0.5
 """The same for each run that is fused: 0.02 an iteration, 15 iterations, 3 solves in 2 levels
 (measured with two and three runs)."""
 RUN_S = 60.0
 """What each run but the first takes before it can be fused."""
-OTHER_S = 60.0
-"""The steps before and after the restoration together; 20 to 60 s where they were measured."""
+OTHER_S = 90.0
+"""The steps before and after the network calls together, processor seconds of one thread."""
+SAMPLE_S = 5.0
+"""What each sample adds beside its network calls."""
+BUSY = 0.5
+"""Load per processor above which the machine is called busy."""
 
 
 def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
@@ -66,11 +72,9 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
             print(f"  would fail: {error if known else f'{type(error).__name__}: {error}'}")
             refused += 1
             continue
-        share = FUSED_SHARE * len(scan.runs) if scan.runs else sampler.solve_share
-        seconds = OTHER_S + calls * voxels * a_voxel * (1 + share)
-        seconds += RUN_S * len(scan.runs[1:])
+        seconds = scan_seconds(voxels, len(scan.runs), settings, a_voxel)
         total += seconds
-        print(f"  about {seconds / 60:.0f} min ({voxels / 1e6:.1f} million voxels)")
+        print(f"  about {minutes(seconds)} ({voxels / 1e6:.1f} million voxels)")
         to_align.append(Result(scan.name, settings.image))
         names = output_names(
             scan.name,
@@ -109,9 +113,47 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
     print(
         f"{len(scans)} scan(s){failing}, {calls} network calls each ({settings.sampler} "
         f"sampler), on {settings.device}, {at_once} at once: about "
-        f"{total / 60 / at_once:.0f} min and {at_once * memory:.0f} GiB of memory. "
-        "One network call was timed for this; other running programs slow it down. Nothing was "
-        "written."
+        f"{minutes(total / at_once)} on an idle machine, and {at_once * memory:.0f} GiB of "
+        "memory. One network call was timed for this. Nothing was written."
+    )
+    print(busy_now())
+
+
+def scan_seconds(voxels: float, n_runs: int, settings: Settings, a_voxel: float) -> float:
+    """Seconds of one scan on an idle machine.
+
+    Parameters
+    ----------
+    voxels : float
+        1 mm voxels of the box that the network sees.
+    n_runs : int
+        Of a fused scan, all of them; 0 where nothing is fused.
+    a_voxel : float
+        Seconds of a network call for each.
+    """
+    sampler = registry.find(settings.sampler)
+    calls = settings.n_samples * sampler.calls(settings.n_steps)
+    share = FUSED_SHARE * n_runs if n_runs else sampler.solve_share
+    restoration = calls * voxels * a_voxel * (1 + share) + SAMPLE_S * settings.n_samples
+    return OTHER_S + restoration + RUN_S * max(0, n_runs - 1)
+
+
+def minutes(seconds: float) -> str:
+    """``3 min``; below ten minutes with a decimal."""
+    value = seconds / 60
+    return f"{value:.1f} min" if value < 10 else f"{value:.0f} min"
+
+
+def busy_now() -> str:
+    """How busy this machine is, by its load of the last minute."""
+    if not hasattr(os, "getloadavg"):
+        return "How busy this machine is now is not known."
+    load = os.getloadavg()[0] / (os.cpu_count() or 1)
+    if load <= BUSY:
+        return f"This machine is not busy now (load {load:.1f} per processor)."
+    return (
+        f"This machine is busy now (load {load:.1f} per processor): the run will take longer, as "
+        "it shares the processors with other programs."
     )
 
 
@@ -129,7 +171,7 @@ def _planned(scan: Scan, settings: Settings, found: Found) -> float:
 
     Returns
     -------
-    1 mm voxels that the network sees of it, at most: its field of view, or a head's.
+    1 mm voxels of the box that the network sees: a brain's, or the field of view if that is less.
     """
     given = found.given
     for run, files in [(scan.runs[0] if scan.runs else scan, given), *found.others]:
@@ -162,7 +204,11 @@ def _planned(scan: Scan, settings: Settings, found: Found) -> float:
 
 
 def seconds_a_voxel(settings: Settings) -> float:
-    """Time of a network call on this machine, over its voxels."""
+    """Time of a network call on this machine if it is idle, over its voxels.
+
+    On the CPU that is the processor time of the calling thread: what other programs take does not
+    count, and the thread sleeps while it waits for the others of the call.
+    """
     import torch
 
     from brainprior_bids.engine.weights import load_prior
@@ -174,9 +220,10 @@ def seconds_a_voxel(settings: Settings) -> float:
     shape = (TIMED,) * 3
     x = torch.zeros((1, 1, *shape), device=device)
     coordinates = torch.zeros((3, *shape), device=device)
+    clock = time.thread_time if device == "cpu" else time.monotonic
     taken = []
     for _ in range(4):  # the first one warms up, others may be disturbed
-        start = time.monotonic()
+        start = clock()
         prior.denoise(x, 1.0, coordinates=coordinates, contrast="T1w").cpu()
-        taken.append(time.monotonic() - start)
+        taken.append(clock() - start)
     return min(taken) / TIMED**3
