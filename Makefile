@@ -18,7 +18,7 @@ demo: $(READY)
 # The whole suite, in WORKERS processes of one thread each (a file's tests stay together). Tests marked "shared" need a
 # folder of real scans and are skipped where it is absent.
 test: $(READY)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check .

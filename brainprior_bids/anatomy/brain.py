@@ -240,7 +240,7 @@ def _edge_mask(image: nib.Nifti1Image, grid: Grid) -> _Replacement:
     if empty < EMPTY_BACKGROUND:
         warnings.append(
             "--skull-strip skip, but the background is not empty: the scan does not look "
-            "skull-stripped, and all of the head is taken for brain."
+            "skull-stripped, and the whole head is treated as brain."
         )
     origin = Origin(MaskSource.SKIP)
     return _Replacement(_on_grid(edge, image, grid), origin, warnings=warnings)

@@ -109,7 +109,7 @@ def checked_mask(
     piece = largest_component(mask)
     lost = float((mask.sum() - piece.sum()) * voxel_ml)
     if lost > 1:
-        warnings.append(f"The mask of {source} had loose parts of {lost:.0f} ml; left out.")
+        warnings.append(f"The mask of {source} had separate parts of {lost:.0f} ml; removed.")
     filled = fill_holes(piece)
     holes = float((filled.sum() - piece.sum()) * voxel_ml)
     if holes > 1:
@@ -117,14 +117,14 @@ def checked_mask(
     volume = float(filled.sum() * voxel_ml)
     if not SMALLEST_PART_ML <= volume <= LARGEST_ML:
         raise AnatomyError(
-            f"The mask of {source} holds {volume:.0f} ml, expected {SMALLEST_PART_ML:.0f} to "
+            f"The mask of {source} has {volume:.0f} ml, expected {SMALLEST_PART_ML:.0f} to "
             f"{LARGEST_ML:.0f}. Is it a brain mask, and of this scan?"
         )
     if network_mask is not None:
         overlap = dice(filled, network_mask)
         if overlap < AGREEMENT:
             warnings.append(
-                f"The mask of {source} and that of the embedded network agree badly (Dice "
+                f"The mask of {source} and that of the embedded network disagree (Dice "
                 f"{overlap:.2f}): look at the mask."
             )
     return filled, warnings
@@ -194,7 +194,7 @@ def mask_from_file(path: Path, grid: Grid, *, name: str) -> Mask:
     kept = float(moved.sum() * np.prod(grid.spacing_mm))
     if kept < 0.5 * given:
         raise InputError(
-            f"{name}: of the mask {path.name} only {100 * kept / max(given, 1e-9):.0f} % lie in "
+            f"{name}: only {100 * kept / max(given, 1e-9):.0f} % of the mask {path.name} is in "
             "the scan's field of view. Was it drawn in this scan's space?"
         )
     return moved
@@ -229,7 +229,7 @@ def labels_from_file(path: Path, grid: Grid, *, name: str) -> NDArray[np.int16]:
         raise InputError(
             f"{name}: {path.name} has {len(inner)} of FreeSurfer's inner structures, expected at "
             f"least {FEWEST_STRUCTURES}. Give an aseg, an aparc+aseg or SynthSeg's output; a map "
-            "of grey matter, white matter and fluid does not do."
+            "of grey matter, white matter and fluid is not enough."
         )
     moved = resample(labels.astype(np.float32), source, grid, order=0)
     return moved.astype(np.int16)

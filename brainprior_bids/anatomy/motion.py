@@ -190,11 +190,11 @@ def find_motion(reference: PlacedScan, scan: PlacedScan) -> Motion:
         gain = float(a @ b / max(float(b @ b), 1e-30))
     if not (correlation >= ALIKE and shared >= SHARED and gain > 0):
         raise InputError(
-            f"{scan.name} and {reference.name} do not show one brain: after rigid alignment they "
-            f"correlate by {correlation:.2f} inside it (at least {ALIKE} is needed) and share "
-            f"{100 * shared:.0f} % of it (at least {100 * SHARED:.0f} %). Are they of one "
-            "participant, one contrast, and whole? Leave one out with --run-id or "
-            "--bids-filter-file."
+            f"{scan.name} and {reference.name} do not show the same brain: after rigid alignment "
+            f"their correlation inside it is {correlation:.2f} (at least {ALIKE} is needed), and "
+            f"they overlap in {100 * shared:.0f} % of it (at least {100 * SHARED:.0f} %). Are "
+            "both complete, and of the same participant and contrast? Exclude one with --run-id "
+            "or --bids-filter-file."
         )
     return Motion(to_reference, gain, correlation, shared)
 

@@ -137,12 +137,12 @@ def check_slices(
         warnings.append(
             f"Slice {fit.faintest_slice + 1} of {image.shape[axis]} ({PLANES[axis]}, counted "
             f"from the {ENDS[axis]}) has {100 * fit.faintest:.0f} % of its neighbours' "
-            "brightness: lost signal is restored as if it were the brain's."
+            "brightness: a loss of signal is restored as if it were anatomy."
         )
     if fit.mismatch > LARGEST_MISMATCH:
         warnings.append(
-            f"Neighbouring slices do not fit together (mismatch {fit.mismatch:.2f}, usual is "
-            "0.4 to 0.6): motion between slices, another brightness of every second one, or a "
-            "lost slice. The result keeps what they show."
+            f"Neighbouring slices are inconsistent (mismatch {fit.mismatch:.2f}, usually 0.4 to "
+            "0.6): motion between slices, alternating brightness, or a lost slice. The result "
+            "reproduces this."
         )
     return fit, warnings

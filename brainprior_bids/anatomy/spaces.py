@@ -93,8 +93,8 @@ def check_placed(image: nib.spatialimages.SpatialImage, who: str) -> None:
         return
     if not (int(image.header["sform_code"]) or int(image.header["qform_code"])):
         raise GeometryError(
-            f"{who}: its header has neither sform nor qform, so that neither its place nor left "
-            "and right are known. Write it again with the affine of the scan that it belongs to."
+            f"{who}: its header has neither sform nor qform, so its position, left and right are "
+            "unknown. Write it again with the affine of the scan to which it belongs."
         )
 
 

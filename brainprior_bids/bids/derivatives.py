@@ -63,8 +63,8 @@ DESCRIPTIONS = {
     "restoredInpaintedRefined": "as restoredInpainted, from the scan and another tool's image: "
     "under the lesion mask from that image alone",
     "fused": "residual map of a fused run that is not the reference, on its own voxels",
-    "brain": "brain mask; its sidecar says what it was made by",
-    "structures": "brain structures, FreeSurfer's label values; the sidecar says what made them",
+    "brain": "brain mask; its sidecar states the source",
+    "structures": "brain structures, FreeSurfer's label values; the sidecar states the source",
 }
 """``desc-`` value -> meaning, of the restored image and of the other tasks' images."""
 

@@ -134,8 +134,8 @@ def check_dataset(bids_dir: Path) -> dict[str, Any]:
     makers = makers if isinstance(makers, list) else []
     if any(isinstance(maker, dict) and maker.get("Name") == "brainprior" for maker in makers):
         raise UsageError(
-            f"bids_dir {bids_dir} was made by brainprior: what it restored is no measurement, and "
-            "is not restored again. Give the raw data set."
+            f"bids_dir {bids_dir} was written by brainprior: restored images are not measurements "
+            "and are not restored again. Give the raw data set."
         )
     return description
 
@@ -387,7 +387,7 @@ def _unusable(path: Path, name: BIDSName) -> str | None:
     if os.path.islink(path):
         return f"{name.stem}: {_without_content(path)}"
     return (
-        f"{name.stem}: the file is gone since --bids-database-dir was made. "
+        f"{name.stem}: the file was removed after --bids-database-dir was created. "
         "Remove that folder and run again."
     )
 
@@ -450,7 +450,7 @@ def _kept_index(bids_dir: Path, ignore: Sequence[str], database_dir: Path) -> An
         exists = made.exists()
     except OSError as error:
         raise UsageError(
-            f"{where}: no folder can be there ({error.strerror}). Choose another."
+            f"{where}: the folder cannot be created ({error.strerror}). Choose another."
         ) from error
     try:
         if exists:
@@ -661,7 +661,7 @@ def checked_filters(filters: Any, modalities: Iterable[str], who: str) -> dict[s
         )
     idle = sorted(key for key in filters if key.lower() in others | FOREIGN)
     if idle:
-        LOG.info("--bids-filter-file: %s: of no use here", ", ".join(idle))
+        LOG.info("--bids-filter-file: %s: ignored", ", ".join(idle))
         filters = {key: value for key, value in filters.items() if key not in idle}
     unknown = sorted(key for key in filters if key.lower() not in by_key)
     if unknown:

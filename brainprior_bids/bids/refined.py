@@ -84,8 +84,8 @@ def find_refined(scan: Scan, settings: Settings) -> Given:
     raise InputError(
         f"{raw.stem}: no image to refine; no data set of --derivatives "
         f"({', '.join(settings.derivatives)}) has {raw.folder}/anat/*_{raw.suffix}.nii.gz for it, "
-        "nor one of another contrast that can be of no other scan. An image of two scans names "
-        f"its own with space-{raw.suffix}."
+        "and there is no image of another contrast that can belong to this scan only. If an image "
+        f"can belong to two scans, name the source with space-{raw.suffix}."
     )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nodes of ``brainprior_bids.anatomy``: each is a spec and one call to a plain function."""
+"""Nodes of ``brainprior_bids.anatomy``: each is a specification and one call of a function."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ def brain_sources(inputs: Mapping[str, Any]) -> BrainSources:
 
 class _ConformInputSpec(MeasuredInputSpec):
     in_file = File(mandatory=True, desc="a raw T1w, T2w or FLAIR")
-    metadata = traits.Dict({}, usedefault=True, desc="of its sidecars, inheritance applied")
-    warnings = traits.List(traits.Str, desc="what had to be put right to read them")
+    metadata = traits.Dict({}, usedefault=True, desc="metadata of its sidecars, with inheritance")
+    warnings = traits.List(traits.Str, desc="corrections that were needed to read the sidecars")
     slice_thickness = traits.Range(
-        low=0.0, exclude_low=True, desc="mm; overrides the sidecars' SliceThickness"
+        low=0.0, exclude_low=True, desc="in mm; overrides SliceThickness of the sidecars"
     )
     slice_plane = traits.Enum(*PLANES, desc="overrides header and sidecars")
     effective_resolution = traits.Str(
@@ -93,15 +93,15 @@ class Conform(MeasuredInterface):
 
 class _ParcellateInputSpec(MeasuredInputSpec):
     in_file = File(exists=True, mandatory=True, desc="the conformed scan")
-    conform_json = File(exists=True, desc="of Conform; with it the slices are compared")
+    conform_json = File(exists=True, desc="output of Conform; needed to compare the slices")
     weights = File(exists=True, mandatory=True, desc="weights of the parcellation network")
     device = traits.Str("cpu", usedefault=True, nohash=True)
-    skull_strip = traits.Enum(*SKULL_STRIPS, usedefault=True, desc="where the mask comes from")
-    parcellation = traits.Enum(*PARCELLATIONS, usedefault=True, desc="where the labels come from")
+    skull_strip = traits.Enum(*SKULL_STRIPS, usedefault=True, desc="source of the mask")
+    parcellation = traits.Enum(*PARCELLATIONS, usedefault=True, desc="source of the labels")
     mask_file = File(exists=True, desc="brain mask in the scan's space, for skull_strip=mask")
     dseg_file = File(exists=True, desc="FreeSurfer labels, for parcellation=derivatives")
-    mask_uri = traits.Str(desc="what the records call mask_file")
-    dseg_uri = traits.Str(desc="what the records call dseg_file")
+    mask_uri = traits.Str(desc="name of mask_file in the records")
+    dseg_uri = traits.Str(desc="name of dseg_file in the records")
     synthstrip_model = File(exists=True, desc="weights of SynthStrip")
 
 
@@ -109,7 +109,7 @@ class _ParcellateOutputSpec(MeasuredOutputSpec):
     structures = File(desc="label image on the 1 mm grid, FreeSurfer values, int16")
     mask = File(desc="brain on the 1 mm grid, uint8")
     mask_scan = File(desc="share of each scan voxel inside the brain, float32")
-    structures_json = File(desc="table of structures, and what made mask and labels")
+    structures_json = File(desc="table of structures, and the sources of mask and labels")
 
 
 class Parcellate(MeasuredInterface):
@@ -139,7 +139,7 @@ class Parcellate(MeasuredInterface):
 
 class _N4InputSpec(MeasuredInputSpec):
     in_file = File(exists=True, mandatory=True, desc="the conformed scan")
-    conform_json = File(exists=True, mandatory=True, desc="of Conform: its slice geometry")
+    conform_json = File(exists=True, mandatory=True, desc="output of Conform: the slice geometry")
     mask_scan = File(exists=True, mandatory=True, desc="brain on the scan's grid, in [0, 1]")
 
 
@@ -203,7 +203,7 @@ class CentroidAffine(MeasuredInterface):
 
 class _ToMNI305InputSpec(MeasuredInputSpec):
     in_file = File(exists=True, mandatory=True, desc="the result, in the scan's space")
-    affine_json = File(exists=True, mandatory=True, desc="of CentroidAffine")
+    affine_json = File(exists=True, mandatory=True, desc="output of CentroidAffine")
     uncertainty = File(exists=True, desc="its standard deviation")
     samples = InputMultiPath(File(exists=True), desc="posterior samples")
     mask = File(exists=True, desc="brain mask")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every node shares: its threads, its measured time and memory, a failure that can be read.
+"""Base class of every node: threads, measured time and memory, and a readable failure.
 
-A node leaves ``node.json`` in its folder (time, peak memory, threads, warnings), which the last
-node gathers into the provenance, or ``failure.json``, which the command reads to say in one
-sentence why a scan failed; the traceback stays in Nipype's crash file.
+A node writes ``node.json`` into its folder (time, peak memory, threads, warnings), which the last
+node copies into the provenance. A node that fails writes ``failure.json``, from which the command
+reports in one sentence why the scan failed; the traceback is in Nipype's crash file.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class MeasuredInputSpec(BaseInterfaceInputSpec):
         low=1, value=1, usedefault=True, nohash=True, desc="threads the node may use"
     )
     code_version = traits.Str(
-        code_version(), usedefault=True, desc="a result of other code is not taken over"
+        code_version(),
+        usedefault=True,
+        desc="results of other versions of the code are not reused",
     )
 
 
@@ -59,8 +61,8 @@ class MeasuredInterface(SimpleInterface):
     output_spec = MeasuredOutputSpec
 
     _work: Callable[[Path], list[str]]
-    """Do it in the node's folder, put the outputs' paths into ``self._results``, return the
-    warnings. Every interface has its own."""
+    """Do the work in the node's folder, put the paths of the outputs into ``self._results``, and
+    return the warnings. Defined by every interface."""
 
     def _run_interface(self, runtime: Any) -> Any:
         import torch

@@ -58,7 +58,7 @@ TEXTS = ("to_mni305", "from_mni305")
 
 
 class _ScanFilesInputSpec(MeasuredInputSpec):
-    """Files of the nodes before."""
+    """Files of the preceding nodes."""
 
     scan = File(exists=True, mandatory=True)
     conform_json = File(exists=True, mandatory=True)
@@ -74,8 +74,8 @@ class _ScanFilesInputSpec(MeasuredInputSpec):
     restored_mni305 = File(exists=True, mandatory=True)
     restore_json = File(exists=True, mandatory=True)
     image = File(exists=True, mandatory=True, desc="the result")
-    hidden = File(exists=True, desc="what was inpainted, on the scan's grid")
-    bias_json = File(exists=True, desc="of N4: the slice gains")
+    hidden = File(exists=True, desc="mask of the inpainted voxels, on the scan's grid")
+    bias_json = File(exists=True, desc="output of N4: the slice gains")
     name = traits.Str(mandatory=True, desc="BIDS name of the scan, without extension")
     image_desc = traits.Str("restored", usedefault=True, desc="desc- of the image")
 
@@ -124,7 +124,7 @@ class Reportlets(MeasuredInterface):
                 prefix=prefix,
                 suffix=name.suffix,
             )
-        except Exception as error:  # the images are there: they are not lost for a picture
+        except Exception as error:  # a picture that fails must not cost the images
             self._results["figures"] = []
             return [
                 f"{inputs.name}: the pictures could not be drawn "
@@ -137,26 +137,26 @@ class Reportlets(MeasuredInterface):
 class _WriteInputSpec(_ScanFilesInputSpec):
     to_mni305 = File(exists=True, mandatory=True)
     from_mni305 = File(exists=True, mandatory=True)
-    lesion_json = File(exists=True, desc="of Lesion")
+    lesion_json = File(exists=True, desc="output of Lesion")
     restored_native = File(exists=True, desc="the whole head on the scan's grid")
-    runs_json = File(exists=True, desc="of Align: the other runs that were fused")
-    run_residuals = InputMultiPath(File(exists=True), desc="of each of them")
-    samples = InputMultiPath(File(exists=True), desc="every sample, where they are to be kept")
-    uncertainty_mni305 = File(exists=True, desc="of ToMNI305, as the next three")
+    runs_json = File(exists=True, desc="output of Align: the other runs that were fused")
+    run_residuals = InputMultiPath(File(exists=True), desc="residual of each of them")
+    samples = InputMultiPath(File(exists=True), desc="every sample, with --save-samples")
+    uncertainty_mni305 = File(exists=True, desc="output of ToMNI305, like the next three")
     mask_mni305 = File(exists=True)
     structures_mni305 = File(exists=True)
     samples_mni305 = InputMultiPath(File(exists=True))
     figures = InputMultiPath(File(exists=True))
-    records = InputMultiPath(File(exists=True), desc="node.json of the nodes before")
+    records = InputMultiPath(File(exists=True), desc="node.json of the preceding nodes")
     source_file = File(exists=True, mandatory=True, desc="the raw image")
     relative = traits.Str(mandatory=True, desc="its path from the data set's root")
     metadata = traits.Dict({}, usedefault=True)
-    given = traits.Dict({}, usedefault=True, desc="role -> path and uri of what else was used")
+    given = traits.Dict({}, usedefault=True, desc="role -> path and URI of other input files")
     output_dir = traits.Str(mandatory=True)
-    settings = traits.Dict(mandatory=True, desc="what decides the result")
+    settings = traits.Dict(mandatory=True, desc="settings that affect the result")
     seed = traits.Range(low=0, high=2**63 - 1, value=0, usedefault=True)
     fingerprint = traits.Str(mandatory=True)
-    parts = traits.Dict({}, usedefault=True, desc="what the fingerprint was made from")
+    parts = traits.Dict({}, usedefault=True, desc="the components of the fingerprint")
     run_uuid = traits.Str(mandatory=True)
     command = traits.List(traits.Str(), desc="argv")
 

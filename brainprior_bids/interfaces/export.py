@@ -33,17 +33,17 @@ from brainprior_bids.settings import EXPORT_PER
 class _ExportInputSpec(MeasuredInputSpec):
     scan = File(exists=True, mandatory=True, desc="the conformed scan")
     mask_scan = File(exists=True, mandatory=True, desc="brain on the scan's grid, in [0, 1]")
-    log_bias = File(exists=True, mandatory=True, desc="natural log of the bias field found")
+    log_bias = File(exists=True, mandatory=True, desc="natural log of the estimated bias field")
     conform_json = File(exists=True, desc="the slice geometry, for the slice gains")
-    bias_json = File(exists=True, desc="of N4: the slice gains in log_bias")
+    bias_json = File(exists=True, desc="output of N4: the slice gains in log_bias")
     restored = File(exists=True, mandatory=True, desc="the restored brain, 1 mm")
     mask = File(exists=True, mandatory=True, desc="brain, 1 mm")
     structures = File(exists=True, mandatory=True, desc="FreeSurfer's labels, 1 mm")
-    tissues = traits.Bool(True, usedefault=True, desc="make GM, WM and CSF too")
+    tissues = traits.Bool(True, usedefault=True, desc="also write GM, WM and CSF")
 
 
 class _ExportOutputSpec(MeasuredOutputSpec):
-    head = File(desc="whole head on the 1 mm grid, the restored brain in it")
+    head = File(desc="whole head with the restored brain, on the 1 mm grid")
     dseg = File(desc="1 GM, 2 WM, 3 CSF")
     gm = File(desc="probability of grey matter")
     wm = File(desc="probability of white matter")

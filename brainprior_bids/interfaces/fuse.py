@@ -31,9 +31,9 @@ class _AlignInputSpec(MeasuredInputSpec):
     in_file = File(exists=True, mandatory=True, desc="the conformed reference")
     conform_json = File(exists=True, mandatory=True, desc="its slice geometry")
     mask = File(exists=True, mandatory=True, desc="its brain on its 1 mm grid")
-    log_bias = File(exists=True, mandatory=True, desc="of N4")
-    hidden = File(exists=True, desc="its lesion on its own grid, of Lesion")
-    name = traits.Str(mandatory=True, desc="of the reference, for messages")
+    log_bias = File(exists=True, mandatory=True, desc="output of N4")
+    hidden = File(exists=True, desc="output of Lesion: its lesion mask on its own grid")
+    name = traits.Str(mandatory=True, desc="name of the reference, for messages")
     runs = traits.List(
         traits.Dict(),
         mandatory=True,
@@ -84,8 +84,8 @@ class Align(MeasuredInterface):
         if all(scan.hidden is None for scan in scans):
             return []
         return [
-            f"{scan.name} has no lesion mask of its own: it is used everywhere, and what it shows "
-            "in the other runs' lesions enters the result."
+            f"{scan.name} has no lesion mask: it is used everywhere, also under the lesion masks "
+            "of the other runs."
             for scan in scans
             if scan.hidden is None
         ]

@@ -26,7 +26,7 @@ class _LesionInputSpec(MeasuredInputSpec):
 
 
 class _LesionOutputSpec(MeasuredOutputSpec):
-    hidden = File(desc="on the scan's grid: 1 where the scan is treated as missing, uint8")
+    hidden = File(desc="1 where the scan is treated as missing, on the scan's grid, uint8")
     mask = File(desc="brain and lesion on the 1 mm grid, uint8")
     mask_scan = File(desc="brain and lesion on the scan's grid, float32")
     measured = File(desc="brain without lesion on the scan's grid, float32: for N4")

@@ -22,20 +22,21 @@ PROGRESS = "progress.json"
 
 class _RestoreInputSpec(MeasuredInputSpec):
     in_file = File(exists=True, mandatory=True, desc="the conformed scan, bias and skull included")
-    conform_json = File(exists=True, mandatory=True, desc="slice geometry, of Conform")
+    conform_json = File(exists=True, mandatory=True, desc="output of Conform: the slice geometry")
     mask = File(exists=True, mandatory=True, desc="brain on the 1 mm grid")
     mask_scan = File(exists=True, mandatory=True, desc="brain on the scan's grid, in [0, 1]")
-    log_bias = File(exists=True, desc="of N4, to start from; without it there is no bias field")
+    log_bias = File(exists=True, desc="output of N4; without it there is no bias field")
     trust = traits.Range(
         low=0.0, exclude_low=True, desc="SD of the error of the image to refine, engine unit"
     )
     trust_map = File(exists=True, desc="the same for each voxel of the image to refine")
-    runs_json = File(exists=True, desc="of Align: other runs to be fused with in_file")
+    runs_json = File(exists=True, desc="output of Align: other runs to be fused with in_file")
     refined = File(
-        exists=True, desc="the image to refine, beside in_file; without it in_file is that image"
+        exists=True,
+        desc="the image to refine, together with in_file; without it, in_file is refined",
     )
     affine_json = File(
-        exists=True, mandatory=True, desc="scanner RAS -> MNI305, of CentroidAffine"
+        exists=True, mandatory=True, desc="output of CentroidAffine: scanner RAS -> MNI305"
     )
     prior = File(exists=True, mandatory=True, desc="weights of the prior")
     contrast = traits.Enum("T1w", "T2w", "FLAIR", "unknown", mandatory=True)
@@ -44,7 +45,7 @@ class _RestoreInputSpec(MeasuredInputSpec):
     n_steps = traits.Range(low=1, value=20, usedefault=True, desc="noise levels")
     seed = traits.Range(low=0, high=2**63 - 1, value=0, usedefault=True)
     device = traits.Str(
-        "cpu", usedefault=True, nohash=True, desc="cpu, cuda:N, or auto: decided here"
+        "cpu", usedefault=True, nohash=True, desc="cpu, cuda:N, or auto (resolved by the node)"
     )
     use_gpu = traits.Bool(
         False, usedefault=True, nohash=True, desc="makes this a GPU node for Nipype's scheduler"
@@ -52,20 +53,22 @@ class _RestoreInputSpec(MeasuredInputSpec):
     tile_mm = traits.Range(low=4, nohash=True, desc="the network's slabs; else whole volumes")
     hidden = File(exists=True, desc="1 where the scan is excluded, on its grid")
     keep_scan = traits.Bool(
-        False, usedefault=True, desc="leave the scan with its hidden voxels filled in"
+        False, usedefault=True, desc="write the scan with its hidden voxels filled in"
     )
     native = traits.Bool(
-        False, usedefault=True, desc="leave the whole head on the scan's grid too"
+        False, usedefault=True, desc="also write the whole head on the scan's grid"
     )
-    save_samples = traits.Bool(False, usedefault=True, desc="leave every sample as an image")
+    save_samples = traits.Bool(False, usedefault=True, desc="write every sample as an image")
 
 
 class _RestoreOutputSpec(MeasuredOutputSpec):
     image = File(desc="the result: restored, or with keep_scan the filled scan on its grid")
-    restored_native = File(desc="with native: the scan, its brain as the result predicts it")
+    restored_native = File(
+        desc="with native: the scan, with the result's prediction inside the brain"
+    )
     restored = File(desc="mean of the samples on the 1 mm grid, scanner units")
     uncertainty = File(desc="SD of the samples, same grid and units; with 2 samples or more")
-    log_bias = File(desc="natural log of the bias field found, on the scan's grid")
+    log_bias = File(desc="natural log of the estimated bias field, on the scan's grid")
     residual = File(desc="scan minus its prediction, in SDs of the noise, on the scan's grid")
     run_residuals = OutputMultiPath(
         File(), desc="with runs_json: the residual of each other run, on its own grid"

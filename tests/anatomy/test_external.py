@@ -58,12 +58,12 @@ def test_a_mask_is_mended_aloud_and_doubted():
     mended, warnings = external.checked_mask(damaged, GRID, source="x", network_mask=BRAIN)
     np.testing.assert_array_equal(mended, BRAIN)
     assert len(warnings) == 2
-    assert "loose parts" in warnings[0]
+    assert "separate parts" in warnings[0]
     assert "holes" in warnings[1]
     _, doubted = external.checked_mask(
         BRAIN, GRID, source="x", network_mask=np.roll(BRAIN, 12, axis=1)
     )
-    assert "agree badly" in doubted[0]
+    assert "disagree" in doubted[0]
     with pytest.raises(AnatomyError, match="expected 150 to"):
         external.checked_mask(ball((5, 5, 5)), GRID, source="x")
 

@@ -70,7 +70,7 @@ def test_the_motion_between_two_stacks_is_found(axis, most_mm):
 
 
 def test_another_person_is_refused_by_name():
-    with pytest.raises(InputError, match="two and one do not show one brain"):
+    with pytest.raises(InputError, match="two and one do not show the same brain"):
         find_motion(stack("one", brain(1), 2), stack("two", brain(2), 0, TRUE))
 
 
@@ -109,7 +109,7 @@ def test_a_lesion_is_not_compared_but_is_brain():
         where, reference.grid, reference.grid.one_millimetre(), order=1
     ).astype(bool)
     damaged = replace(reference, data=bright, mask=lost)
-    with pytest.raises(InputError, match="do not show one brain"):
+    with pytest.raises(InputError, match="do not show the same brain"):
         find_motion(damaged, other)
     told = replace(damaged, hidden=where)
     motion = find_motion(told, other)

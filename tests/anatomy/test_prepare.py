@@ -237,7 +237,7 @@ def test_restore_scan_rescues_a_failed_affine(
 ):
     """As the command does: by the template, where it is on this machine; with a warning."""
     path, result = files / "sub-01_T1w.nii", {}
-    doubtful = replace(prepared.brain, warnings=["Neighbouring slices do not fit together"])
+    doubtful = replace(prepared.brain, warnings=["Neighbouring slices are inconsistent"])
     monkeypatch.setattr(prepare_module, "find_brain", lambda image, **_: doubtful)
     monkeypatch.setattr(prepare_module, "find_bias", lambda *_, **__: prepared.bias)
 

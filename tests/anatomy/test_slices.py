@@ -88,6 +88,6 @@ def test_slices_that_do_not_fit_are_warned_about():
     assert [text.split()[0] for text in warnings(moved())] == ["Neighbouring"]
     faint, mismatch = warnings(lost())
     assert faint.startswith("Slice 10 of 20 (axial, counted from the bottom) has 0 % of")
-    assert mismatch.startswith("Neighbouring slices do not fit together (mismatch")
+    assert mismatch.startswith("Neighbouring slices are inconsistent (mismatch")
     image = nib.Nifti1Image(still(), AFFINE)
     assert check_slices(image, np.indices(SHAPE)[2] < 4, axis=2) == (None, [])

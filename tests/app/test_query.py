@@ -113,7 +113,7 @@ def test_derivatives_are_no_raw_scans(settings, dataset):
     assert raw.problem is None
     description = dataset / "dataset_description.json"
     description.write_text('{"GeneratedBy": [{"Name": "brainprior"}]}')
-    with pytest.raises(UsageError, match="made by brainprior"):
+    with pytest.raises(UsageError, match="written by brainprior"):
         check_dataset(dataset)
 
 

@@ -233,7 +233,7 @@ def test_runs_of_one_person_are_fused_and_of_two_refused(head, tmp_path):
     assert rows["01"][0] == rows["03"][0] == "done", rows
     state, message = rows["02"]
     assert state == "failed"
-    assert "sub-02_run-2_T1w and sub-02_run-1_T1w do not show one brain" in message
+    assert "sub-02_run-2_T1w and sub-02_run-1_T1w do not show the same brain" in message
     assert message in done.stderr
     assert not list((output_dir / "sub-02").rglob("*.nii.gz"))
     side = json.loads((output_dir / "sub-01/anat/sub-01_desc-restored_T1w.json").read_text())
