@@ -3,28 +3,28 @@
 
 ``python benchmarks/anatomy_holds.py axes HEAD.nii.gz`` stores one head (averaged to about 2 mm, a
 bright marker on its left) in all 48 axis orders and flips, and with three oblique affines, and
-takes each through conform, parcellate and affine.
+runs conform, parcellate and affine on each.
 
-``python benchmarks/anatomy_holds.py overlap BIDS_DIR`` labels everybody's T1w and T2w and compares
-the two in MNI305, each brought there by its own affine; with ``--restored OUT``, an output folder
-of the program on the same data, also what was restored of both.
+``python benchmarks/anatomy_holds.py overlap BIDS_DIR`` labels the T1w and T2w of every participant
+and compares the two in MNI305, each transformed by its own affine. With ``--restored OUT``, an
+output folder of the program on the same data, it also compares the restored images.
 
-``python benchmarks/anatomy_holds.py nodes BIDS_DIR`` times conform, parcellate, n4 and affine of
-everybody's T1w and T2w, in turns.
+``python benchmarks/anatomy_holds.py nodes BIDS_DIR`` measures the time of conform, parcellate, n4
+and affine for the T1w and T2w of every participant, alternately.
 
-``python benchmarks/anatomy_holds.py restored HEAD.nii.gz`` cuts a cube out of a head, with a
-marker in its left hemisphere, makes it thick-sliced, stores it in all 48 axis orders and flips,
-and restores each; then scans the same cube in three oblique poses and compares the means, eight
-samples each, with the posterior SD, with the truth, and with what turning the voxels costs alone.
+``python benchmarks/anatomy_holds.py restored HEAD.nii.gz`` cuts a cube with a marker in the left
+hemisphere out of a head, averages it to thick slices, stores it in all 48 axis orders and flips,
+and restores each. Then it scans the same cube in three oblique poses and compares the means (eight
+samples each) with the posterior SD, with the truth, and with the error of rotating the voxels.
 
-``python benchmarks/anatomy_holds.py turns HEAD.nii.gz`` scans cubes of four places of a head in
+``python benchmarks/anatomy_holds.py turns HEAD.nii.gz`` scans cubes at four places of a head in
 many poses, and compares the error of the posterior mean (two network calls) with that of cubic
-interpolation, which knows nothing of heads: what a turned field of view costs, told apart from
-how much of a place its slices happen to show.
+interpolation, which uses no prior. The ratio separates the cost of a rotated field of view from
+the effect of slice positioning.
 
-``python benchmarks/anatomy_holds.py poses LABELS AVG305T1`` makes T1-like heads of held-out label
-maps in random poses and compares the affine from the network's structures with the registration
-of the map itself to the average of 305 heads.
+``python benchmarks/anatomy_holds.py poses LABELS AVG305T1`` generates T1-like heads from held-out
+label maps in random poses and compares the affine from the network's structures with the
+registration of the map itself to the average of 305 heads.
 """
 
 from __future__ import annotations

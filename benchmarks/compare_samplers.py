@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`conditional` and `exact` at 20 calls beside DAPS at 1000 (200 x 5, 50 x 20), in the same run.
+"""`conditional` and `exact` with 20 calls against DAPS with 1000 (200 x 5, 50 x 20), in one run.
 
     python benchmarks/compare_samplers.py --average avg305T1.nii sub-01_desc-brain_T1w.nii.gz
         [--crop 50] [--n-samples 8] [--threads 1]
 
-The crop of the brain is averaged into thick slices by the engine's own profile and gets white
-noise of a known SD, which every sampler is told: what differs is the sampler. PSNR is that of the
-plain mean of the samples, for all alike; the mean that `restore` reports (averaged conditional
-expectations) has a row of its own. Residuals are those of single samples over voxels
-wholly inside the brain, in units of the true noise SD.
+The crop of the brain is averaged into thick slices by the engine's own profile, with white noise
+of a known SD, which every sampler receives. So only the sampler differs. PSNR is that of the plain
+mean of the samples; the mean that `restore` reports (averaged conditional expectations) has a
+separate row. Residuals are those of single samples over voxels entirely inside the brain, in units
+of the true noise SD.
 """
 
 from __future__ import annotations

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How often do the intervals hold the truth? Region means, by slice thickness and noise.
+"""How often do the intervals contain the truth? Region means, by slice thickness and noise.
 
     python benchmarks/coverage.py OUT sub-01_desc-brain_T1w.nii.gz ... [--crop 80 96 80]
 
 For each brain and condition: degrade, restore, take the mean of every region in each sample. The
 interval is ``m ± t(N - 1) s sqrt(1 + 1/N)`` with m and s over the N samples (as ``bids`` writes it
 into the uncertainty map's sidecar); it covers if the truth's mean lies in it. No gain is fitted.
-Regions: cubes of ``--region`` mm that lie wholly in the brain, and the structures of the degraded
-scan's parcellation with at least ``FEWEST`` voxels. (Those of the *truth's* would ask too much of
-any posterior: voxels that were chosen for being bright in the truth are expected to be darker in
-every sample.) A participant's coverage is the share of its regions; the table has the mean over
+Regions: cubes of ``--region`` mm entirely inside the brain, and the structures of the degraded
+scan's parcellation with at least ``FEWEST`` voxels. (Structures segmented in the *truth* would
+bias the test: voxels selected because they are bright in the truth are darker in every unbiased
+sample.) A participant's coverage is the share of its regions; the table has the mean over
 the participants and the 95 % interval of a bootstrap over them.
 
 The network's own error is common to all samples and is not part of their spread. Its SD, for each
 condition and kind of region, is estimated from the ``--choose`` brains of other participants
-(``own_error``); a second row has the intervals ``m ± t(N - 1) sqrt(s² (1 + 1/N) + own²)``.
+(``own_error``); a second row has the intervals ``m ± t(N - 1) sqrt(s² (1 + 1/N) + e²)``.
 
 Every restoration writes ``OUT/<participant>-<condition>.json``: a run that was stopped resumes. A
 record of other weights or settings is replaced.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time of the inner solve beside the network's, in one run.
+"""Time of the inner solve and of the network, in one run.
 
 A 1 x 1 x 5 mm scan of a 176 x 208 x 176 mm head with bias, partial voxels and noise; every level
 of the default schedule is timed: denoiser call, refinement of bias and noise, exact draw, the

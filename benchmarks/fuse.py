@@ -3,15 +3,15 @@
 
     python benchmarks/fuse.py OUT sub-01_desc-brain_T1w.nii.gz ... [--nprocs 4] [--picture OUT]
 
-A skull-stripped T1w is turned and shifted at random for each stack but the first (normal, SD 4
-degrees about each axis and 4 mm along it), and averaged to slices along k, j and i, with a bias
-field and noise of its own. The three are runs of a BIDS data set, on which ``brainprior`` runs
-twice: ``--task restore``, each run by itself, and ``--fuse runs``, which finds the motion itself.
-For the comparison the single restorations and the cubic interpolations (divided by N4's field)
-are brought back by the *true* motion, and their mean is what a careful averaging gives. Metrics
-after one gain, as ``brainprior evaluate``, of all images alike inside the truth's mask and the
-fused run's own: the masks that come with some brains are wide and hold vessels and fat, which
-``brainprior`` strips (the share is a line of its own); ``psnr_field`` after a gain that may vary
+A skull-stripped T1w is rotated and shifted at random for each stack except the first (normal, SD 4
+degrees about each axis and 4 mm along it), and averaged to slices along k, j and i, each with its
+own bias field and noise. The three are runs of a BIDS data set, on which ``brainprior`` runs
+twice: with ``--task restore``, separately for each run, and with ``--fuse runs``, which estimates
+the motion. For the comparison, the single restorations and the cubic interpolations (divided by
+N4's field) are moved back by the *true* motion and averaged. Metrics are computed after one gain,
+as in ``brainprior evaluate``, in the intersection of the truth's mask and that of the fused run:
+the masks supplied with some brains are wide and include vessels and fat, which ``brainprior``
+removes (a separate line has their share). ``psnr_field`` is computed after a gain that may vary
 slowly.
 """
 
@@ -47,7 +47,7 @@ from brainprior_bids.evaluation.thick_slices import figures
 
 MARGIN = 14
 STACKS = {"axi": 2, "cor": 1, "sag": 0}
-"""Acquisition -> slice axis; the first is the reference, as the command takes it."""
+"""Acquisition -> slice axis; the first is the reference, as chosen by the command."""
 LAST = "fused, PSNR above the best of the others, dB"
 KEPT = {"mae": "MAE", "psnr_db": "PSNR dB", "ssim": "SSIM", "psnr_field_db": "psnr_field dB"}
 

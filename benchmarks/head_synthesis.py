@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long does a synthetic head take? Ours against cornucopia's, in the same process.
+"""Time of a synthetic head: our generator and cornucopia's, in the same process.
 
     pip install cornucopia
     python benchmarks/head_synthesis.py training_seg_01.nii.gz
 
 Both draw a deformed head of random contrast, resolution, noise and bias with its labels from one
 1 mm label map. Ours samples the 1 mm map on a 2 mm grid. Cornucopia deforms a map on its own grid:
-it is given the map at 1 mm, and one that keeps every second voxel, with linear deformations, which
-its documentation calls much faster than the cubic default. One thread, processor time.
+it receives the map at 1 mm, and a map of every second voxel, with linear deformations, which are
+much faster than the cubic default according to its documentation. One thread, processor time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SHAPE = (80, 96, 80)
 
 
 def seconds(draw: Callable[[], Any], repeats: int) -> float:
-    """Median processor time of one draw, after one that does not count."""
+    """Median processor time of one draw, after a first one for warming up."""
     draw()
     taken = []
     for _ in range(repeats):

@@ -1,26 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Holes in healthy brains, filled: how wrong, is there a seam, does what was hidden matter?
+"""Holes in healthy brains, filled in: error, seam, and influence of the hidden content.
 
     python benchmarks/inpaint.py OUT sub-01_desc-brain_T1w.nii.gz ... --average avg305T1.nii
         [--nprocs 4] [--picture OUT]
 
-Spheres of 10, 20 and 30 mm and a ragged blob of some 20 mm are one mask on a T1w at 1 mm with 2 %
-noise and a bias field, apart from each other. Three BIDS data sets have the same scan and mask:
-``hole`` holds 0 under it, ``lesion`` 0.4 of what was there, ``control`` what was there.
+One mask has separate spheres of 10, 20 and 30 mm and a ragged blob of some 20 mm, on a T1w at 1 mm
+with 2 % noise and a bias field. Three BIDS data sets have the same scan and mask, but differ under
+the mask: ``hole`` has 0, ``lesion`` 0.4 of the original intensity, and ``control`` the original.
 ``brainprior --task inpaint`` fills each. With ``--spacing`` above 1 the slices are thick and the
-task is ``restore inpaint``: all is compared on the 1 mm grid, after one gain for the rest of the
-brain.
+task is ``restore inpaint``; all images are then compared on the 1 mm grid, after one gain for the
+rest of the brain.
 
 In each hole, against the noise-free scan, in units of the brain's 99th percentile: MAE and SSIM of
 
-* ``mean``, ``sample``: what the command wrote;
-* ``nearest``: each voxel from the nearest one outside (of the truth);
-* ``average``: the MNI305 average head through the true affine, brightness fitted around the hole.
+* ``mean``, ``sample``: the images that the command wrote;
+* ``nearest``: each voxel has the value of the nearest voxel outside the hole (in the truth);
+* ``average``: the MNI305 average head, transformed by the true affine, with its intensity fitted
+  around the hole.
 
-``seam`` is the mean absolute step between neighbours across the hole's border over the same in
-the truth: 1 where the border cannot be told. ``off control`` is the mean absolute difference in
-the hole to the result of the control, the same scan with neither hole nor lesion. Whether every
-voxel outside the mask is the scan's, bit for bit, is a line of its own: 1 where that is so.
+``seam`` is the mean absolute step between neighbours across the border of the hole, divided by the
+same in the truth: 1 if the border is invisible. ``off control`` is the mean absolute difference in
+the hole from the result of the control, the same scan with neither hole nor lesion. A separate
+line states whether every voxel outside the mask is the scan's, bit for bit (1 if so).
 """
 
 from __future__ import annotations

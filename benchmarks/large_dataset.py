@@ -3,7 +3,7 @@
 
     python benchmarks/large_dataset.py --subjects 1000
 
-Prints seconds of wall time. The skeleton has two sessions, a T1w and a FLAIR in each, their
+Prints wall-clock seconds. The skeleton has two sessions, a T1w and a FLAIR in each, their
 sidecars, and a bold run that must not be read.
 """
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``brainprior check-lesion`` reports, by slice thickness, of several participants.
+"""Results of ``brainprior check-lesion`` for several participants, by slice thickness.
 
     python benchmarks/lesions.py OUT sub-01_desc-brain_T1w.nii.gz ... [--nprocs 4]
 
-Of each brain, scans of slices of ``--spacing`` mm with 1 % noise are made; the command puts
-spheres into the deepest white matter and restores a crop of 64 mm around them. ``kept``: the part
-of the contrast that is left in the restored image, and in the linearly interpolated scan.
+Each brain is degraded to slices of ``--spacing`` mm with 1 % noise; the command adds spheres in
+the deepest white matter and restores a crop of 64 mm around them. ``kept`` is the share of the
+contrast that remains in the restored image, and in the linearly interpolated scan.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What fuse.py, inpaint.py and refine.py share: participants side by side, records, the table.
+"""Shared by fuse.py, inpaint.py and refine.py: parallel participants, records, the table.
 
 Every participant has a record, ``OUT/<participant>.json``, rewritten with each row: a run that was
 stopped resumes, and several runs (``--nprocs``, or other processes) fill one table. A record of
-other weights or options is replaced. The table, ``OUT/table.md``,
-has the mean of each figure over the participants and the 95 % interval of a bootstrap over them.
+other weights or options is replaced. The table, ``OUT/table.md``, has the mean of each metric over
+the participants and the 95 % interval of a bootstrap over them.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from brainprior_bids.evaluation.scans import Volume, read_image, run_command
 from brainprior_bids.records import RestoreRecord
 
 SCANNER_UNIT = 500.0
-"""Of the brain's 99th percentile, in the scans that are made."""
+"""Scanner value of the brain's 99th percentile in the simulated scans."""
 PLANES = {True: (0, 1, 2), False: (2,)}
-"""Shown of a whole brain, and of a slab."""
+"""Planes shown for a whole brain (True) and for a slab (False)."""
 PATHS = ("out", "brains", "average", "prior", "picture", "nprocs", "keep")
-"""Options that do not decide a record's figures."""
+"""Options that do not affect the metrics of a record."""
 
 Figures = dict[str, float]
 

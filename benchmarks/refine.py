@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Another tool's image, too smooth or too sharp, refined over a sweep of trust.
+"""Another tool's image, too smooth or too sharp, refined with several values of ``--trust``.
 
     python benchmarks/refine.py OUT sub-01_desc-brain_T1w.nii.gz ... [--nprocs 4] [--picture OUT]
 
-The "other tool" is the truth blurred by a Gaussian of SD 1 mm, or sharpened (the truth plus what
-that blur takes from it): derivative data sets beside a raw one with the participant's scan
-(slices of ``--spacing`` mm, 1 % noise). ``brainprior`` restores the scan alone, refines each image
-alone (``--task refine``), and both together (``--task restore refine``), at each trust. RMSE is
-computed inside both the given mask and the program's own, in units of the truth's 99th percentile,
-after one gain, and after a gain that may vary slowly (``slow gain``: no bias field is estimated of
-the refined image alone). ``residual`` is that of the samples to their input, in units of its
-stated error.
+The image of the "other tool" is the truth blurred by a Gaussian of SD 1 mm, or sharpened (the
+truth plus the detail that this blur removes). They are derivative data sets of a raw data set with
+the participant's scan (slices of ``--spacing`` mm, 1 % noise). ``brainprior`` restores the scan
+alone, refines each image alone (``--task refine``), and both together (``--task restore refine``),
+at each trust. RMSE is computed inside both the given mask and the program's own, in units of the
+truth's 99th percentile, after one gain, and after a gain that may vary slowly (``slow gain``: no
+bias field is estimated for an image that is refined alone). ``residual`` is the samples' residual
+with respect to their input, in units of its stated error.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ HOWS = {
     "alone": ("refined alone", "refined", ("refine",)),
     "both": ("with the scan", "restoredRefined", ("restore", "refine")),
 }
-"""--tasks -> in the table, image of the command, its tasks."""
+"""--tasks -> name in the table, ``desc-`` of the image, tasks of the command."""
 SCAN_ALONE = "the-scan-alone"
-STRIPPED = "share of the given mask that is stripped from the scan, and not judged"
+STRIPPED = "share of the given mask that the program strips, excluded from the errors"
 
 
 def other_tool(truth: np.ndarray, inside: np.ndarray, kind: str) -> np.ndarray:
-    """Blurred by 1 mm, or sharpened by what that takes; 0 outside."""
+    """The truth blurred by 1 mm, or sharpened by the detail that this removes; 0 outside."""
     blurred = ndimage.gaussian_filter(truth, 1.0)
     image = blurred if kind == "smooth" else 2 * truth - blurred
     return np.where(inside, np.maximum(image, 0), 0).astype(np.float32)

@@ -3,9 +3,9 @@
 
     python benchmarks/size_growth.py [--threads 1] [--tile 32] [--largest-whole 256]
 
-Each case is one `restore` in a process of its own, with a single noise level: one network call and
+Each case is one `restore` in a separate process, with a single noise level: one network call and
 one inner solve (small matrices, refinement of the noise, exact draw, conditional mean). The brain
-fills the field of view, so that nothing is cropped away. Extrapolated to a sample of 20 levels:
+fills the field of view, so that nothing is cropped. Extrapolated to a sample of 20 levels:
 
     T(20) = set-up + 20 (network + refine + draw) + 10 expect
 

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What it costs to be told the wrong slice profile, and a mask that is a voxel off.
+"""The cost of a wrong slice profile, and of a mask that is off by a voxel.
 
     python benchmarks/slice_profiles.py sub-58_desc-brain_T1w.nii.gz
 
-A coronal slab of a 1 mm brain is made thick-sliced with several true profiles (5 mm, noise 0.01,
-no bias field) and restored with every profile that ``Acquisition`` knows; then with masks that
-are not the truth's, with and without a rim. Two network calls each: all but E[x | y] is left out.
+A coronal slab of a 1 mm brain is averaged to thick slices with several true profiles (5 mm, noise
+0.01, no bias field) and restored with every profile of ``Acquisition``; then with masks other than
+the truth's, with and without a rim. Each restoration takes two network calls, which is close to
+E[x | y].
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ from brainprior_bids.evaluation.picture import padded
 
 TRUE = (("boxcar", 1.0), ("trapezoid", 0.85), ("trapezoid", 1.0), ("trapezoid", 1.15),
         ("pulse", 1.0), ("cosine", 1.0))  # fmt: skip
-"""Shapes of ``evaluation.degrade`` and their width over the stated one."""
+"""Shapes of ``evaluation.degrade``, and their width relative to the stated one."""
 SLAB_MM, CUT_MM = 64, 8
-"""What is cut out across the middle, and what of its ends is not judged."""
+"""Thickness of the slab in the middle of the brain, and of its ends excluded from metrics."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The graph of a run: every scan on its own, so that one that fails stops no other."""
+"""The graph of a run: scans are independent, so a failed scan does not stop the others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from brainprior_bids.settings import Settings
 def init_brainprior_wf(
     *, jobs: Sequence[Job], settings: Settings, prior: Path, parcellation: Path
 ) -> pe.Workflow:
-    """One workflow a scan, side by side.
+    """One independent workflow per scan.
 
     Parameters
     ----------
@@ -50,7 +50,7 @@ def init_brainprior_wf(
 
 
 def configure_nipype(settings: Settings, *, crash_dir: Path) -> None:
-    """Set Nipype's own configuration for this process; its workers get the nodes' copy.
+    """Set Nipype's configuration for this process; workers receive it with the nodes.
 
     Results are looked up by the content of the inputs, nothing that a node left is removed, and
     a crash of one scan is written down and does not stop the others.

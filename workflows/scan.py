@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The way of one scan, from the raw image to its derivatives."""
+"""The workflow of one scan, from the raw image to its derivatives."""
 
 from __future__ import annotations
 
@@ -42,22 +42,23 @@ MEMORY_GB = {
     "reportlets": 0.8,
     "write": 0.6,
 }
-"""What a node may claim, in GiB, the interpreter included."""
+"""Memory reserved for each node, in GiB, including the interpreter."""
 WIDE_GB = {"parcellate": (0.9, 0.075), "restore": (2.2, 0.052)}
-"""GiB, and GiB a litre of the field of view, where that is more: 4.6 and 4.8 measured at 50 l."""
+"""GiB, plus GiB per litre of the field of view; used if more than ``MEMORY_GB`` (4.6 and 4.8 GiB
+were measured at 50 l)."""
 RESTORE_IN_TILES_GB = 2.5
-"""What ``restore`` may claim instead under ``--low-mem``."""
+"""GiB reserved for ``restore`` with ``--low-mem``."""
 SAMPLE_GB = 0.15
-"""What each sample adds from the fifth on."""
+"""GiB that each sample adds from the fifth on."""
 
 NODES = tuple(MEMORY_GB)
 EXPORT_NODES = ("export", "deliver")
-"""Only for scans with an export."""
+"""Nodes that only scans with an export have."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One scan to be restored, with what was decided before the graph is built.
+    """One scan to be restored, with the decisions made before the graph is built.
 
     Parameters
     ----------
@@ -86,7 +87,7 @@ class Job:
 
 
 def claims_gb(settings: Settings, field_of_view_l: float = 0.0) -> dict[str, float]:
-    """Node -> GiB that it may claim in this run, for a field of view of a head or wider."""
+    """Node -> GiB reserved for it in this run, for a field of view of a head or larger."""
     claims = dict(MEMORY_GB)
     if settings.low_mem:
         claims["restore"] = RESTORE_IN_TILES_GB
@@ -97,7 +98,7 @@ def claims_gb(settings: Settings, field_of_view_l: float = 0.0) -> dict[str, flo
 
 
 def field_of_view_l(path: Path) -> float:
-    """Litres, by the header; 0 where ``conform`` will refuse it and say why."""
+    """Field of view in litres, from the header; 0 if ``conform`` will refuse the image."""
     try:
         header: Any = open_image(path, path.name).header
         size_mm = np.multiply(header.get_data_shape()[:3], header.get_zooms()[:3])
@@ -107,7 +108,7 @@ def field_of_view_l(path: Path) -> float:
 
 
 def expected_work(settings: Settings) -> dict[str, float]:
-    """Node -> share of a scan's time, for showing progress: seconds of a thin T1w on one core."""
+    """Node -> share of a scan's time, for the progress: seconds of a thin T1w on one core."""
     calls = settings.n_samples * registry.find(settings.sampler).calls(settings.n_steps)
     return {
         "conform": 1.0,
@@ -125,7 +126,7 @@ def expected_work(settings: Settings) -> dict[str, float]:
 
 
 def log_dir(settings: Settings, subject: str) -> Path:
-    """Where a participant's settings and crash files of this run lie."""
+    """Folder of a participant's settings and crash files of this run."""
     return settings.output_dir / f"sub-{subject}" / "log" / settings.run_uuid
 
 

@@ -53,12 +53,12 @@ class Metric:
 
 METRICS = {
     "residual": Metric(
-        "RMS of the scan minus what a sample predicts for it, over the noise expected before "
+        "RMS of the scan minus a sample's prediction of it, in SDs of the noise estimated before "
         "sampling; mean over samples. 1: explained down to the noise",
         "1", low=0.5, high=1.5, fail_high=4.0,
     ),
     "inconsistent_percent": Metric(
-        "share of the scan's brain voxels that differ from what the samples predict by more than "
+        "share of the scan's brain voxels that differ from the samples' prediction by more than "
         "three SDs of the noise (white noise alone: 0.3)", "percent", high=10.0,
     ),
     "noise_percent": Metric(
@@ -66,30 +66,30 @@ METRICS = {
         "percent", high=8.0,
     ),
     "mni305_residual_mm": Metric(
-        "median distance between structure centroids and their places in MNI305", "mm",
+        "median distance of structure centroids from their expected positions in MNI305", "mm",
         high=5.0, fail_high=9.0,
     ),
     "affine_fallbacks": Metric(
-        "fallbacks of the affine to MNI305: 1 for 7 degrees of freedom, 2 for 6 (three structures "
-        "fit anywhere: their distances mean nothing), 1 for registration to the template", "1",
+        "fallbacks of the affine to MNI305: 1 for 7 degrees of freedom, 2 for 6 (the distances of "
+        "so few structures are no check), 1 for registration to the template", "1",
         high=0.0, fail_high=1.0,
     ),
     "mirrored_forms": Metric(
-        "1 where sform and qform of the scan's header are mirror images of each other: left may "
-        "be right", "1", high=0.0,
+        "1 if sform and qform of the scan's header are mirror images of each other, so that left "
+        "and right may be exchanged", "1", high=0.0,
     ),
     "brain_ml": Metric("volume of the mask: all structures and the fluid between", "ml"),
     "brain_z": Metric(
-        "z-score of that volume; none where the field of view cuts the brain", "SD",
+        "z-score of that volume; none if the field of view cuts the brain", "SD",
         low=-4.0, high=4.0, fail_low=-6.0, fail_high=6.0,
     ),
     "structure_z": Metric(
-        "z-score of the structure whose share of the brain is most unusual; none where the field "
-        "of view cuts the brain", "SD", low=-5.0, high=5.0,
+        "z-score of the structure whose share of the brain is most unusual; none if the field of "
+        "view cuts the brain", "SD", low=-5.0, high=5.0,
     ),
     "cut_cm2": Metric("area of the mask on the border of the field of view", "cm2", high=10.0),
     "mask_agreement": Metric(
-        "Dice of a mask from elsewhere with the embedded network's", "1", low=0.85, fail_low=0.5
+        "Dice of a supplied mask with the embedded network's", "1", low=0.85, fail_low=0.5
     ),
     "confidence": Metric(
         "the parcellation network's confidence, mean over structures, weighted by volume",
@@ -100,11 +100,11 @@ METRICS = {
     ),
     "structures": Metric("structures found", "1", low=28, fail_low=12),
     "slice_mismatch": Metric(
-        "how far slices are from the mean of their neighbours, over how far these are apart: "
-        "motion or gain between slices", "1", high=LARGEST_MISMATCH,
+        "difference of slices from the mean of their neighbours, over the difference of these "
+        "neighbours: motion or gain between slices", "1", high=LARGEST_MISMATCH,
     ),
     "faintest_slice": Metric(
-        "brightness of the faintest slice's brain over its neighbours': a lost slice", "1",
+        "brightness of the faintest slice relative to its neighbours: a lost slice", "1",
         low=FAINTEST,
     ),
     "slice_gain_alternation": Metric(
@@ -115,7 +115,7 @@ METRICS = {
         "difference of the hemispheres' volumes over their mean", "percent", high=15.0
     ),
     "bias_range": Metric(
-        "factor that spans 98 % of the bias field inside the brain", "1", high=4.0
+        "99th over 1st percentile of the bias field inside the brain", "1", high=4.0
     ),
     "interpolation": Metric(
         "size of the measured voxels over that of the stored ones, along the axis where it is "
@@ -250,12 +250,12 @@ def relative_scores(table: Sequence[StructureRecord]) -> dict[str, float]:
 
 
 def concerns(values: Mapping[str, float | None]) -> list[str]:
-    """The limits that a scan's figures pass, in words; none means that nothing stands out."""
+    """The metrics that exceed a limit, as text; empty if none does."""
     return [text for _, text in _passed(values)]
 
 
 def verdict(values: Mapping[str, float | None]) -> str:
-    """``pass``; ``look``: a figure is unusual; ``fail``: one is beyond its last limit."""
+    """``pass``; ``look``: a metric is unusual; ``fail``: one exceeds its limit for failure."""
     return VERDICTS[max((level for level, _ in _passed(values)), default=0)]
 
 

@@ -196,9 +196,9 @@ def task_options(group: Group) -> None:
         "--effective-resolution",
         type=effective_resolution,
         metavar="{auto,off,MM,MM,MM}",
-        help="voxel size in mm that the scan was measured with, along the left-right, back-front "
-        "and bottom-top axes (0: as it is), for scans that were interpolated to smaller voxels "
-        "(default: auto, recognised from the image; off: never)",
+        help="measured voxel size in mm along the left-right, back-front and bottom-top axes (0: "
+        "as stored), for scans that were interpolated to smaller voxels (default: auto, estimated "
+        "from the image; off: use every scan as stored)",
     )
     group.add_argument(
         "--slice-plane",

@@ -26,7 +26,7 @@ from brainprior_bids.settings import Settings
 
 
 def run(settings: Settings) -> int:
-    """Do what the settings ask for; the exit code."""
+    """Run the requested levels; returns the exit code."""
     LOG.setLevel(logging.DEBUG if settings.verbose else logging.INFO)
     raw = check_dataset(settings.bids_dir)
     become_owner()
@@ -65,7 +65,7 @@ def run(settings: Settings) -> int:
 
 
 def _requested(settings: Settings) -> Sequence[Scan]:
-    """The requested scans; the status names who was asked for by name where there are none."""
+    """The requested scans; if there are none, the status names the requested participants."""
     try:
         return requested_scans(settings)
     except NoScanError:
@@ -84,7 +84,7 @@ def _claims(settings: Settings) -> Claims | nullcontext[None]:
 
 
 def _rewrite(settings: Settings) -> int:
-    """Write table, reports and methods text again, from what is in the output folder."""
+    """Rebuild table, reports and methods text from the results in the output folder."""
     subjects = {
         str(summary.subject)
         for summary in status.read_summaries(settings.output_dir)
@@ -109,7 +109,7 @@ def _rewrite(settings: Settings) -> int:
 
 
 def _fit_memory(settings: Settings) -> Settings:
-    """Settings whose steps fit into this process's memory; refused where they cannot."""
+    """Settings whose steps fit into this process's memory; refused otherwise."""
     if settings.boilerplate_only or read_plugin_file(settings.plugin_file).is_batch:
         return settings  # nothing is computed, or each step has a job of its own
     from brainprior_bids.workflows.scan import claims_gb

@@ -18,7 +18,7 @@ AGAIN = "The images are not affected; --reports-only makes it again."
 
 
 def write_documents(subjects: Iterable[str], settings: Settings) -> bool:
-    """One HTML page a participant and the methods text; False if one could not be made."""
+    """One HTML page per participant and the methods text; False if one could not be written."""
     from brainprior_bids.reports.methods import of_summary, write_citation
     from brainprior_bids.reports.subject import build_subject_report
 
@@ -44,7 +44,7 @@ def write_documents(subjects: Iterable[str], settings: Settings) -> bool:
 def write_boilerplate(
     scans: Sequence[Scan], settings: Settings, weights: dict[str, tuple[Path, str]]
 ) -> int:
-    """Write the methods text of what these settings would do."""
+    """Write the methods text for a run with these settings."""
     from brainprior_bids.engine.weights import read_weights
     from brainprior_bids.reports.methods import Method, write_citation
 

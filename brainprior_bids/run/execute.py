@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The graph of a run: built, run, and every scan that did not end given its reason."""
+"""Build and run the graph of a run, and record the reason for every unfinished scan."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ RESERVE, RESERVE_PER_SCAN = 2**18, 2**10
 
 
 def execute(jobs: Sequence[Any], settings: Settings, weights: dict[str, Path]) -> None:
-    """Build the graph, run it, and give every scan that did not end a summary saying why."""
+    """Build the graph, run it, and write a summary with the reason for every unfinished scan."""
     from brainprior_bids.interfaces.base import FAILURE
     from brainprior_bids.interfaces.restore import PROGRESS
     from brainprior_bids.workflows.base import configure_nipype, init_brainprior_wf
@@ -84,7 +84,7 @@ def _settle(
     crashed: BaseException | None,
     failures: Mapping[str, Failure],
 ) -> None:
-    """Give every scan that did not end a summary saying why."""
+    """Write a summary with the reason for every unfinished scan."""
     for job, folder in zip(jobs, folders, strict=True):
         summary = status.read_summary(
             settings.output_dir, result_name(job.scan.name, settings.image)
@@ -108,7 +108,7 @@ def _run(
     settings: Settings,
     failures: dict[str, Failure],
 ) -> Exception | KeyboardInterrupt | None:
-    """Run the graph; what it ended with, and in ``failures`` why steps failed.
+    """Run the graph; returns its error, if any, and fills ``failures`` with those of steps.
 
     Parameters
     ----------

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Why steps failed, kept by the plugin that ran them: a full disk takes no file that says so."""
+"""Why steps failed, kept in memory by the plugin: on a full disk no file could be written."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from brainprior_bids.run.interrupt import check
 from brainprior_bids.run.logs import LOG
 
 KILLED_WORKER = "KilledWorker"
-"""``type`` of a step whose process or job ended without a word."""
+"""``type`` of a step whose process or job ended without a message."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A failed step, and Nipype's file about it if it could be written."""
+    """A failed step, and Nipype's crash file if it could be written."""
 
     record: FailureRecord
     crash_file: Path | None
@@ -32,7 +32,7 @@ def killed(text: str) -> dict[str, Any]:
 
 
 class RecordsFailures:
-    """Before one of Nipype's plugins: ``failures`` has every failed step, by its full name.
+    """Mix-in for one of Nipype's plugins: ``failures`` has every failed step, by its full name.
 
     A crash file that cannot be written does not end the run.
     """
@@ -42,7 +42,7 @@ class RecordsFailures:
         self.failures: dict[str, Failure] = {}
 
     def _send_procs_to_workers(self, updatehash: bool = False, graph: Any = None) -> None:
-        """Nipype calls this again and again: no interrupt is lost for longer."""
+        """Called by Nipype in a loop, so a pending interrupt is raised without long delay."""
         check()
         super()._send_procs_to_workers(updatehash=updatehash, graph=graph)  # type: ignore[misc]
 
@@ -58,7 +58,7 @@ class RecordsFailures:
 
 
 def _of_traceback(result: dict[str, Any] | None) -> FailureRecord:
-    """Of an error in this process, or of one that a job wrote down."""
+    """From an error in this process, or from the record that a job wrote."""
     if (error := sys.exc_info()[1]) is not None:
         return FailureRecord.of(error)
     lines = [line.strip() for line in "".join((result or {})["traceback"]).splitlines()]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The group level: scans that a dead job left undone have failed; then the tables and the page."""
+"""The group level: mark unfinished scans of an ended job as failed; write tables and page."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def run_group(settings: Settings) -> None:
 
 
 def _settle(settings: Settings, job: str) -> None:
-    """Scans that a job left undone when it ended have failed, and say so in table and report.
+    """Mark the unfinished scans of an ended job as failed, in the status and the reports.
 
-    Those that it never began are known where the participants are named.
+    Scans that it never started are known only if the participants are named.
     """
     for scan in status.settle(settings.output_dir, job):
         LOG.error("FAILED %s: its job was killed", scan)

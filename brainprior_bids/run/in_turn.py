@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every step in this process, one by one: for ``--debug``, and where no worker can start."""
+"""Run every step in this process, one by one: for ``--debug``, or if no worker can start."""
 
 from __future__ import annotations
 
@@ -30,4 +30,4 @@ class InTurn(RecordsFailures, DistributedPluginBase):
         self._results[taskid] = {}  # its number stays taken
 
     def stop(self) -> None:
-        """Nothing runs beside this process."""
+        """Nothing to close: there are no other processes."""

@@ -15,18 +15,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-"""From a terminal (Ctrl-C), and from a scheduler."""
+"""The signals of a terminal (Ctrl-C) and of a scheduler."""
 
 
 class _Asked:
-    """Whether a signal came."""
+    """Whether a signal was received."""
 
     yet = False
 
 
 def _interrupt(*_: object) -> None:
     if _Asked.yet:
-        os.write(2, b"brainprior: it is ending.\n")  # print could be met in the middle
+        os.write(2, b"brainprior: stopping.\n")  # the signal may have interrupted a print
         return
     _Asked.yet = True
     raise KeyboardInterrupt
@@ -45,12 +45,12 @@ def interruptible() -> Iterator[None]:
 
 
 def check() -> None:
-    """Raise the interrupt that was asked for."""
+    """Raise the pending interrupt."""
     if _Asked.yet:
         raise KeyboardInterrupt
 
 
 def end_silently(code: int) -> None:
-    """All is said: a signal that comes while Python ends shows no traceback."""
+    """Ignore further signals, so that one during Python's shutdown shows no traceback."""
     for number in SIGNALS:
         signal.signal(number, lambda *_: os._exit(code))

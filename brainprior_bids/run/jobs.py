@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The requested scans: which need work, which are done, and which cannot be begun."""
+"""The requested scans: which must be processed, which are done, and which cannot be started."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from brainprior_bids.settings import Settings
 
 
 def requested_scans(settings: Settings) -> Sequence[Scan]:
-    """The scans that were asked for, one for each result."""
+    """The requested scans, one for each result."""
     scans = find_scans(settings)
     if settings.fuse:
         scans = fuse_runs(scans)
@@ -37,7 +37,7 @@ def requested_scans(settings: Settings) -> Sequence[Scan]:
 def plan_jobs(
     scans: Sequence[Scan], settings: Settings, weights: dict[str, str], claims: Claims
 ) -> list[Any]:
-    """The scans that need work, claimed for this process; the others get their summary here."""
+    """The scans to process, claimed for this process; writes the summaries of the others."""
     from brainprior_bids.workflows.scan import Job
 
     jobs = []
@@ -106,7 +106,7 @@ def plan_jobs(
 
 @dataclass(frozen=True)
 class Found:
-    """What a scan's result will be made from.
+    """The inputs of a scan's result.
 
     Parameters
     ----------
@@ -127,7 +127,7 @@ class Found:
 
 
 def look_up(scan: Scan, settings: Settings, weights: Mapping[str, str]) -> Found:
-    """Find and hash everything that decides a scan's result.
+    """Find and hash everything that determines a scan's result.
 
     Parameters
     ----------
@@ -164,7 +164,7 @@ def look_up(scan: Scan, settings: Settings, weights: Mapping[str, str]) -> Found
 
 
 def _check_lengths(scan: Scan, settings: Settings) -> None:
-    """Refuse a scan with a name so long that a file system would not take those of its results."""
+    """Refuse a scan whose results would have names that are too long for a file system."""
     names = output_names(
         scan.name,
         n_samples=settings.n_samples,
@@ -190,7 +190,7 @@ def _check_lengths(scan: Scan, settings: Settings) -> None:
 def why_again(
     scan: Scan, found: Found, settings: Settings, exports: Mapping[str, str]
 ) -> str | None:
-    """None where a scan is done and nothing changed; else why it is done again, "" if it is new.
+    """Why a scan must be processed ("" if it is new); None if it is done and unchanged.
 
     Parameters
     ----------
@@ -215,14 +215,14 @@ def why_again(
 
 
 def exported_t1w(scans: Sequence[Scan], settings: Settings) -> set[str]:
-    """Stems of the T1w that go to fMRIPrep."""
+    """Stems of the T1w that are exported for fMRIPrep."""
     if "fmriprep" not in settings.exports:
         return set()
     return export.choose_t1w(scans, per=settings.export_per)
 
 
 def export_roots_of(scan: Scan, settings: Settings, to_fmriprep: set[str]) -> dict[str, str]:
-    """The exports that a scan goes to: kind -> root."""
+    """The exports that include a scan: kind -> root."""
     return {
         kind: root
         for kind, root in settings.exports.items()
@@ -231,7 +231,7 @@ def export_roots_of(scan: Scan, settings: Settings, to_fmriprep: set[str]) -> di
 
 
 def _say_export(scans: Sequence[Scan], settings: Settings, chosen: set[str]) -> None:
-    """Which T1w goes to fMRIPrep, where there was a choice, and who has none."""
+    """Log which of several T1w is exported for fMRIPrep, and which participants have none."""
     if "fmriprep" not in settings.exports:
         return
     for stem in sorted(chosen):

@@ -18,10 +18,10 @@ INTERVAL_S = 10.0
 
 
 class LiveResults:
-    """Looks now and then whether a scan has ended, and then rebuilds what shows it.
+    """Checks regularly whether a scan has ended, and then rebuilds status, tables and reports.
 
-    It looks at the summaries, so it serves every plugin, also those whose steps run elsewhere. The
-    end of a run rebuilds everything again: what cannot be written here is only logged.
+    It reads the summaries, so it works with every plugin, also if steps run on other machines. The
+    end of a run rebuilds everything again, so an error in writing here is only logged.
 
     Parameters
     ----------
@@ -33,7 +33,7 @@ class LiveResults:
     settle : function
         Writes the summary of a scan that has failed.
     interval_s : float
-        Between two looks.
+        Time between two checks.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class LiveResults:
                 LOG.debug("the status was not renewed: %s", error, exc_info=True)
 
     def refresh(self) -> None:
-        """Look once."""
+        """Check once."""
         failing = self._failing()
         ended = []
         for job in self._pending:

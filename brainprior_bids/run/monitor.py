@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``--resource-monitor``: what a run takes of the machine, second by second."""
+"""``--resource-monitor``: processor and memory usage of a run, every second."""
 
 from __future__ import annotations
 
@@ -71,7 +71,8 @@ class ResourceMonitor:
 
 
 def _measure(known: dict[int, psutil.Process]) -> tuple[dict[int, psutil.Process], float, int]:
-    """Processes by id (kept, because use of processors is since the last look), use, bytes."""
+    """Processes by id, processor usage, bytes. (psutil measures usage since the last call, so the
+    process objects are kept.)"""
     me = psutil.Process()
     alive: dict[int, psutil.Process] = {}
     cpu, memory = 0.0, 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The status of a scan while it runs and where its last step was not reached."""
+"""The status of a scan while it is running, and if its last step was not reached."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from brainprior_bids.run.failures import KILLED_WORKER, Failure
 from brainprior_bids.settings import Settings
 
 LITTLE_BYTES, LITTLE_FILES = 16 * 2**20, 16
-"""A disk with less is taken for full: what did not fit was removed again, and was one image."""
+"""With less free space, a disk counts as full. (The image that did not fit has been removed.)"""
 
 
 def write_running(scan: Scan, settings: Settings) -> None:
-    """What the status says of a scan from now until it ends, or for good if this is killed."""
+    """Set the status to running, until the scan ends (or for good if this process is killed)."""
     number = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ.get("SLURM_JOB_ID"))
     task = os.environ.get("SLURM_ARRAY_TASK_ID")
     job = settings.job_id or (f"{number}_{task}" if task else number)
@@ -63,7 +63,7 @@ def write_failure(
     *,
     nodes: Sequence[NodeRecord] = (),
 ) -> None:
-    """Write the summary of a failed scan: why, and the steps that it got through.
+    """Write the summary of a failed scan: the reason, and the completed steps.
 
     ``left`` are files of an earlier run that are still in place: the message says so, and the next
     run that succeeds removes those that it does not replace.
@@ -104,7 +104,7 @@ def _summary(scan: Scan, settings: Settings) -> ScanRecord:
 
 
 def step_records(folder: Path, steps: Collection[str], last: str | None) -> list[NodeRecord]:
-    """Time and memory of the steps that a scan got through, in their order.
+    """Time and memory of the completed steps of a scan, in their order.
 
     Another task may have worked in the folder: what is not of this one's ``steps``, and what comes
     after ``last``, the step that failed, is its record.
@@ -124,7 +124,7 @@ def why_not_ended(
     crashed: BaseException | None,
     failures: Mapping[str, Failure],
 ) -> ErrorRecord:
-    """Why a scan did not end: what its step failed with, or what the graph ended with.
+    """Why a scan did not finish: the error of its step, or that of the graph.
 
     Parameters
     ----------
@@ -178,7 +178,7 @@ def why_not_ended(
 def _error(
     failure: FailureRecord, step: str, settings: Settings, crash_file: Path | None
 ) -> ErrorRecord:
-    """Why a step failed, in words."""
+    """The reason of a failed step, as a sentence."""
     crash = None
     if crash_file is not None:
         out = settings.output_dir
@@ -198,7 +198,7 @@ def _error(
 
 
 def no_room(settings: Settings) -> str:
-    """What to say of a full disk: which of the run's folders is on it, where that can be seen."""
+    """The message about a full disk; it names the folder on that disk if this is known."""
     folders = {"--work-dir": settings.work_dir, "output_dir": settings.output_dir}
     folders |= {f"--export {kind}": Path(root) for kind, root in settings.exports.items()}
     folders["TMPDIR"] = Path(tempfile.gettempdir())
@@ -211,7 +211,7 @@ def no_room(settings: Settings) -> str:
 
 
 def _has_no_room(folder: Path) -> bool:
-    """Whether the file system says so; it does not know of quotas."""
+    """Whether the file system reports little free space; it does not report quotas."""
     try:
         there = os.statvfs(folder)
     except OSError:

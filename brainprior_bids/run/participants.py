@@ -67,7 +67,7 @@ def _restore(
     weights: dict[str, tuple[Path, str]],
     claims: Claims,
 ) -> int:
-    """Describe the data sets, process what is not done, and write tables and documents."""
+    """Describe the data sets, process unfinished scans, and write tables and documents."""
     write_dataset_files(
         settings.output_dir,
         bids_dir=settings.bids_dir,
@@ -110,9 +110,9 @@ def link_raw(scans: Sequence[Scan], settings: Settings) -> tuple[Sequence[Scan],
     Returns
     -------
     scans : sequence of Scan
-        Those of a participant whose links cannot be made have this as their problem.
+        Scans of a participant whose links cannot be created have this as their ``problem``.
     linked : bool
-        Whether what all participants share could be linked.
+        Whether the files that all participants share could be linked.
     """
     if "raw" not in settings.exports:
         return scans, True
@@ -166,7 +166,7 @@ def _log_warnings(summary: ScanRecord) -> None:
 
 
 def _conclude(scans: Sequence[Scan], settings: Settings, elsewhere: Sequence[str]) -> int:
-    """Say how it ended; 0 if every scan is done, and none was left to another process."""
+    """Log the counts; 0 if every scan is done, and none was skipped for another process."""
     summaries = [
         status.read_summary(settings.output_dir, result_name(scan.name, settings.image))
         for scan in scans

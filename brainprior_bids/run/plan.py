@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``--dry-run``: what would be done, scan by scan, and what it would take."""
+"""``--dry-run``: what would be done for each scan, with time and memory."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ BOX_MM = (160, 200, 164)
 """Typical box around a brain, its margins included, along right, anterior and superior: 5.2
 million voxels. In 60 participants it had 4.4 to 6.4 million, in a tilted head 6.4."""
 FUSED_SHARE = 0.5
-"""The same for each run that is fused: 0.02 an iteration, 15 iterations, 3 solves in 2 levels
-(measured with two and three runs)."""
+"""Time of each further fused run over that of the network: 0.02 per iteration, 15 iterations, 3
+solves in 2 levels (measured with two and three runs)."""
 RUN_S = 60.0
-"""What each run but the first takes before it can be fused."""
+"""Seconds of preprocessing for each fused run except the first."""
 OTHER_S = 90.0
-"""The steps before and after the network calls together, processor seconds of one thread."""
+"""All steps before and after the network calls, in processor seconds of one thread."""
 SAMPLE_S = 5.0
 """What each sample adds beside its network calls."""
 BUSY = 0.5
@@ -167,7 +167,7 @@ def contrast_names(results: Sequence[Result], settings: Settings) -> list[str]:
 
 
 def _planned(scan: Scan, settings: Settings, found: Found) -> float:
-    """Print what a scan is taken for and what else it needs.
+    """Print the geometry of a scan and the other files that it uses.
 
     Returns
     -------

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nipype's MultiProc, made to end where it would hang, and to finish what it began.
+"""Nipype's MultiProc, changed so that it does not hang, and reruns a step whose worker died.
 
-A worker that the system kills (out of memory, most often) breaks the whole pool: MultiProc then
-waits for ever for a result that cannot come. Here every node that was running is run once more,
-alone, in a new pool; one whose worker is killed again has failed, and the other scans go on.
+If the system kills a worker (usually because memory ran out), the whole pool breaks, and MultiProc
+waits forever for a result that cannot come. Here, every node that was running is run once more,
+alone, in a new pool. A node whose worker is killed again has failed; the other scans continue.
 
-No worker outlives the run: interrupted, the run ends them; killed itself, they notice and end.
+No worker outlives the run. If the run is interrupted, it ends them; if it is killed, they notice
+this and end.
 
-Of the nodes that could run, the one furthest down its scan's way goes first: results come one
-by one, not all at the end.
+Of the nodes that can run, the one nearest to the end of its scan is run first, so that results
+appear one by one, not all at the end.
 
-If memory runs out, the kernel is to kill a worker, never the process that waits for it.
+If memory runs out, the kernel kills a worker, not the process that waits for it.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ from brainprior_bids.run.logs import LOG
 
 KILLED = (
     "The worker process of this step was killed, twice. Most often memory ran out: "
-    "run it on a machine with more, or leave other programs less of it."
+    "run it on a machine with more, or stop other programs."
 )
 
 
 WATCH_S = 2.0
 EXPENDABLE = 500
-"""Added to a worker's share of the memory, in thousandths, when the kernel looks for a victim."""
+"""``oom_score_adj`` of a worker: the kernel kills workers before the command."""
 
 
 def start_server(context: str | None) -> None:
@@ -78,7 +79,7 @@ def start_worker(cwd: str, main_pid: int) -> None:
 
 
 def run_step(node: Any, updatehash: bool, task: int) -> dict[str, Any]:
-    """Run a node, as Nipype's ``run_node``; an error comes back as a record, too."""
+    """Run a node, as Nipype's ``run_node``; an error is also returned as a record."""
     try:
         return {"result": node.run(updatehash=updatehash), "traceback": None, "taskid": task}
     except Exception as error:
@@ -109,7 +110,7 @@ class SurvivingPool(RecordsFailures, MultiProcPlugin):
         self._broken: set[int] = set()
 
     def _send_procs_to_workers(self, updatehash: bool = False, graph: Any = None) -> None:
-        """Nipype calls this again and again; see ``revive_tracker``."""
+        """Called by Nipype in a loop; see ``revive_tracker``."""
         revive_tracker()
         super()._send_procs_to_workers(updatehash=updatehash, graph=graph)
 
@@ -166,7 +167,7 @@ class SurvivingPool(RecordsFailures, MultiProcPlugin):
         del self._submitted[taskid]
 
     def stop(self) -> None:
-        """End the workers at once; what they were doing is lost."""
+        """End the workers at once; unfinished work is lost."""
         revive_tracker()
         workers = list((self.pool._processes or {}).values())
         self.pool.shutdown(wait=False, cancel_futures=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is looked at before the first step: the data set, the weights, the work folder."""
+"""Checks before the first step: the data set, the weights, the work folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from brainprior_bids.run.logs import LOG
 from brainprior_bids.settings import Settings
 
 ENCODING = ("INVALID_JSON_ENCODING", "JSON_INVALID")
-"""What the validator says of a sidecar that is no UTF-8."""
+"""The validator's code for a sidecar that is not UTF-8."""
 
 
 def open_claims(settings: Settings) -> Claims:
@@ -40,7 +40,7 @@ def open_claims(settings: Settings) -> Claims:
 
 
 def folders_of_temporaries(settings: Settings, subjects: Collection[str]) -> list[Path]:
-    """Where a run that was killed may have left temporary files."""
+    """Folders in which a killed run may have left temporary files."""
     out = settings.output_dir
     logs = [out / "logs", out / "logs" / "scans", out / "logs" / "participants"]
     own = [path for subject in subjects for path in (out / f"sub-{subject}" / "log").glob("*")]
@@ -50,7 +50,7 @@ def folders_of_temporaries(settings: Settings, subjects: Collection[str]) -> lis
 
 
 def clean_work_dir(work_dir: Path, claims: Claims) -> None:
-    """Remove what brainprior makes in a work folder, but for what another process uses."""
+    """Remove brainprior's files from a work folder, except those that another process uses."""
     graph = work_dir / "brainprior_wf"
     with claims.alone() as alone:
         if alone:
@@ -64,7 +64,7 @@ def clean_work_dir(work_dir: Path, claims: Claims) -> None:
 
 
 def validate_request(scans: Sequence[Scan], settings: Settings) -> Sequence[Scan]:
-    """Run the BIDS validator on what was asked for, if it is installed.
+    """Run the BIDS validator on the requested part, if it is installed.
 
     Returns
     -------
@@ -90,7 +90,7 @@ def validate_request(scans: Sequence[Scan], settings: Settings) -> Sequence[Scan
 
 
 def judged(scans: Sequence[Scan], issues: Sequence[Issue], bids_dir: Path) -> Sequence[Scan]:
-    """The scans, with what the validator found wrong in their folders as their ``problem``.
+    """The scans; errors of the validator in a scan's folder become its ``problem``.
 
     Raises
     ------

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a run is: one line that changes on a terminal, plain lines everywhere else."""
+"""The progress of a run: one changing line in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ INTERVAL_S = 1.0
 
 
 class Progress:
-    """Which step of which scan began and ended, and how far the sampling is.
+    """Reports which step of which scan starts and ends, and the progress of the sampling.
 
     Nipype calls it when a node starts and ends. Sampling happens in worker processes; each
     leaves a small file in its node's folder, which a thread here reads every second.
@@ -115,7 +115,7 @@ class Progress:
             self.refresh()
 
     def refresh(self) -> None:
-        """Read how far the sampling is, and say it."""
+        """Read and show the progress of the sampling."""
         with self._lock:
             running = list(self._running.values())
             done = self._done

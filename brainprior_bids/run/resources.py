@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this process may use: processors, memory, a GPU."""
+"""The resources of this process: processors, memory, a GPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CGROUP = Path("/sys/fs/cgroup")
 PROC = Path("/proc/self/cgroup")
 """Which groups this process is in."""
 MAIN_GB = 1.0
-"""Memory of a run beside its steps: the command (0.35 GiB) and workers that wait (0.25 each)."""
+"""Memory of a run besides its steps: the command (0.35 GiB) and idle workers (0.25 each)."""
 
 
 def available_processors(cgroup: Path | None = None, proc: Path | None = None) -> int:
@@ -85,14 +85,14 @@ def _slurm_number(environ: Mapping[str, str], name: str) -> int:
 
 
 def memory_for_steps_gb(limit_gb: float) -> float:
-    """What of the memory the steps may claim: a tenth, or ``MAIN_GB`` if that is more, is left."""
+    """Memory for the steps: all but a tenth, or all but ``MAIN_GB`` if that is more."""
     return max(0.0, min(0.9 * limit_gb, limit_gb - MAIN_GB))
 
 
 def fit_memory(
     settings: Settings, *, largest_gb: float, largest_low_gb: float, limit: tuple[float, str]
 ) -> Settings:
-    """Settings whose steps fit into the memory that there is, or a refusal before anything runs.
+    """Settings whose steps fit into the available memory; otherwise refuse before anything runs.
 
     Parameters
     ----------
@@ -105,7 +105,7 @@ def fit_memory(
     Raises
     ------
     UsageError
-        Saying what is needed and what is there.
+        With the required and the available memory.
     """
     limit_gb, who = limit
     there_gb = memory_for_steps_gb(limit_gb)

@@ -24,7 +24,7 @@ def test_an_interrupt_that_was_swallowed_is_raised_again(number, capfd):
             check()
         os.kill(os.getpid(), signal.SIGINT)  # again: it does not break the end off
         os.kill(os.getpid(), signal.SIGTERM)
-    assert capfd.readouterr().err.count("it is ending") == 2
+    assert capfd.readouterr().err.count("brainprior: stopping") == 2
     assert [signal.getsignal(one) for one in SIGNALS] == before
     with interruptible():
         check()  # a new block begins anew
