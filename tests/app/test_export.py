@@ -319,7 +319,10 @@ def test_an_export_says_where_it_comes_from_and_can_be_verified(
     for kind, root in deliver(raw, tmp_path, monkeypatch, labels=("02",)).items():
         assert main(["verify", str(root)]) == 0
         checked = {"fmriprep": 6, "raw": 2}[kind]
-        assert f"{checked} output(s) and 0 input(s) checked, 0 not" in capsys.readouterr().out
+        assert (
+            f"{checked} output(s) and 0 input(s) checked, 0 changed or missing"
+            in capsys.readouterr().out
+        )
         image, *others = sorted(root.rglob("anat/*.nii.gz"))
         image.write_bytes(image.read_bytes() + b"x")
         others[0].unlink()

@@ -155,7 +155,7 @@ def test_two_processes_share_an_output_folder(shared, capsys):
         assert (out / f"sub-{subject}.html").is_file()
     assert "2 T1w scans" in (out / "logs" / "CITATION.md").read_text()
     assert main(["verify", str(out)]) == 0
-    assert "2 input(s) checked, 0 not" in capsys.readouterr().out
+    assert "2 input(s) checked, 0 changed or missing" in capsys.readouterr().out
 
 
 def test_the_same_seed_gives_the_same_bytes(resumed, shared):

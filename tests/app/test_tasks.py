@@ -246,7 +246,7 @@ def test_runs_of_one_person_are_fused_and_of_two_refused(head, tmp_path):
     assert np.sqrt(np.square(z[z != 0]).mean()) == pytest.approx(ratio, rel=0.05)
     side = json.loads((output_dir / "sub-03/anat/sub-03_desc-restored_PDw.json").read_text())
     assert side["OutsideTrainingContrasts"] is True
-    assert "not among the contrasts" in (output_dir / "sub-03.html").read_text()
+    assert "the prior was not trained on this contrast" in (output_dir / "sub-03.html").read_text()
 
 
 @pytest.fixture(scope="module")
