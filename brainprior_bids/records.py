@@ -244,10 +244,10 @@ class ResolutionRecord(Record):
     interpolant: tuple[bool, ...] = ()
 
     @property
-    def factor(self) -> float:
-        """The largest ratio of measured and stored voxel size; 1 where nothing is known."""
+    def factor(self) -> float | None:
+        """The largest ratio of measured and stored voxel size; None where nothing is known."""
         pairs = zip(self.measured_mm, self.stored_mm, strict=True)
-        return max((measured / stored for measured, stored in pairs), default=1.0)
+        return max((measured / stored for measured, stored in pairs), default=None)
 
     @property
     def interpolated(self) -> bool:
