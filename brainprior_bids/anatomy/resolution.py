@@ -48,7 +48,8 @@ STEP = 3.0
 NEAR = 0.15
 """The cliff's place is known about as well."""
 STRONGLY = 2.5
-"""From here on the image is reduced to the measured voxels."""
+"""From here on the image is reduced to the measured voxels, if their size is exact or stated, and
+not along all axes: an image that is smooth along all was smoothed, or made by a program."""
 
 
 @dataclass(frozen=True)
@@ -156,15 +157,32 @@ def find_resolution(
     found = [
         _factor(data, axis, cliff, [known / stored[axis] for known in stated_mm])
         if cliff is not None and cliff.interpolated
-        else (1.0, False)
+        else _AS_STORED
         for axis, cliff in enumerate(cliffs)
     ]
-    factors = [factor for factor, _ in found]
-    curves = found[0][1], found[1][1], found[2][1]
-    measured = _sizes(np.multiply(stored, factors))
-    used = _sizes([m if f >= STRONGLY else s
-                   for m, s, f in zip(measured, stored, factors, strict=True)])  # fmt: skip
+    measured = _sizes([one.factor * s for one, s in zip(found, stored, strict=True)])
+    strong = [one.sure and one.factor >= STRONGLY for one in found]
+    if all(strong):  # no scanner does that: the image is smooth
+        strong = [False] * 3
+    used = _sizes([m if yes else s for m, s, yes in zip(measured, stored, strong, strict=True)])
+    curves = found[0].curve, found[1].curve, found[2].curve
     return Resolution(stored, measured, used, "measured", curves)
+
+
+@dataclass(frozen=True)
+class _Factor:
+    """The ratio of measured and stored voxel size along an axis.
+
+    ``curve``: the image is a curve through the measured values. ``sure``: the ratio is exact or
+    stated, not only where the power ends.
+    """
+
+    factor: float
+    curve: bool = False
+    sure: bool = True
+
+
+_AS_STORED = _Factor(1.0)
 
 
 def reduce_to_measured(
@@ -244,16 +262,16 @@ def _cliff(data: NDArray[np.float64], axis: int, rounding: float) -> Cliff | Non
 
 def _factor(
     data: NDArray[np.float32], axis: int, cliff: Cliff, stated: Sequence[float]
-) -> tuple[float, bool]:
-    """The ratio of voxel sizes, and whether the image is a curve through the measured values.
+) -> _Factor:
+    """Exact, stated, or that of the cliff, whichever is known first."""
+    exact = _exact_factor(data, axis, cliff)
+    if exact is not None:
+        return exact
+    near = [factor for factor in stated if abs(cliff.factor / factor - 1) < NEAR]
+    return _Factor(near[0]) if near else _Factor(cliff.factor, sure=False)
 
-    The ratio is exact, stated, or that of the cliff, whichever is known first.
-    """
-    near = (factor for factor in stated if abs(cliff.factor / factor - 1) < NEAR)
-    return _exact_factor(data, axis, cliff) or (next(near, cliff.factor), False)
 
-
-def _exact_factor(data: NDArray[np.float32], axis: int, cliff: Cliff) -> tuple[float, bool] | None:
+def _exact_factor(data: NDArray[np.float32], axis: int, cliff: Cliff) -> _Factor | None:
     """As ``_factor``, where so many measured voxels fill the field of view; else None.
 
     Interpolation repeats the spectrum of the measured voxels, mirrored at their Nyquist frequency,
@@ -271,14 +289,14 @@ def _exact_factor(data: NDArray[np.float32], axis: int, cliff: Cliff) -> tuple[f
         return None
     mirrored = [_mirrored(cosines, m) for m in counts]
     if max(mirrored) > MIRRORED:
-        return n / float(counts[np.argmax(mirrored)]), True
+        return _Factor(n / float(counts[np.argmax(mirrored)]), curve=True)
     power = np.mean(np.abs(fft.rfft(x)) ** 2, 0)
     ends = np.unique(counts // 2 + 1)
     drops = power[ends - 1] / np.maximum(power[ends], 1e-30)
     if max(drops) < STEP:
         return None
     even = 2 * (int(ends[np.argmax(drops)]) - 1)  # with the Nyquist frequency; odd ones have none
-    return n / (even + 1 if n % (even + 1) == 0 and n % even else even), False
+    return _Factor(n / (even + 1 if n % (even + 1) == 0 and n % even else even))
 
 
 def _mirrored(cosines: NDArray[np.float64], count: int) -> float:

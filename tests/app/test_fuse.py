@@ -214,4 +214,4 @@ def test_a_contrast_outside_of_the_training_is_marked(raw, tmp_path):
     side = sidecars(scan, names, scan_record(facts).facts)
     assert side["restored"]["OutsideTrainingContrasts"] is True
     rows = dict(restore_rows(scan_record(facts)))
-    assert rows["Contrast"].startswith("unknown: not among the contrasts")
+    assert rows["Contrast"].startswith("unknown: the prior was not trained on this contrast")

@@ -373,7 +373,7 @@ def test_an_error_of_the_validator_fails_the_scans_that_it_concerns(raw, asked):
     assert "JSON_INVALID" in problems[0]
     assert "notes.txt" in problems[1]
     assert problems[2:] == [None, None]
-    with pytest.raises(UsageError, match="what all participants share"):
+    with pytest.raises(UsageError, match="that all participants share"):
         judged(find_scans(asked), [Issue("JSON_INVALID", "/participants.json", "")], raw)
 
 
