@@ -148,17 +148,23 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(text: str) -> Any:
-    """``json.loads``, for which nesting without end is one more way of not being JSON.
+    """``json.loads``; whole numbers beyond the range of floating-point numbers become infinite.
 
     Raises
     ------
     ValueError
-        Saying where and why.
+        Saying where and why; nesting without end is one more way of not being JSON.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, parse_int=_whole_number)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def _whole_number(digits: str) -> int | float:
+    if np.isinf(float(digits)):
+        return float(digits)
+    return int(digits)
 
 
 def decoded(data: bytes) -> tuple[str, str | None]:

@@ -158,7 +158,8 @@ def misnamed_folders(bids_dir: Path) -> dict[str, str]:
         Such as ``SUB-01``, ``sub_02``, ``subject03``, ``sub-04/Ses-1``.
     """
     found = {}
-    subjects = [bids_dir / f"sub-{label}" for label in list_subjects(bids_dir)]
+    every = (bids_dir / f"sub-{label}" for label in list_subjects(bids_dir))
+    subjects = [subject for subject in every if _locked(subject) is None]
     for folder, key, word in ((bids_dir, "sub", "ject"), *((s, "ses", "sion") for s in subjects)):
         for entry in sorted(folder.iterdir()):
             start = re.match(rf"{key}(?:{word})?(?:[-_ ](?=.)|(?=\d))", entry.name, re.IGNORECASE)
@@ -171,6 +172,43 @@ def misnamed_folders(bids_dir: Path) -> dict[str, str]:
                 f"small letters. Rename it (and its files), for example to {key}-{label}."
             )
     return found
+
+
+def locked_folders(
+    bids_dir: Path, subjects: Iterable[str], sessions: Sequence[str]
+) -> dict[str, str]:
+    """Folders that may hold scans of these subjects and sessions (empty: all), but cannot be read.
+
+    Returns
+    -------
+    path in the data set -> message
+    """
+    locked: dict[Path, str] = {}
+    for subject in subjects:
+        own = bids_dir / f"sub-{subject}"
+        anats = _anat_folders(own, sessions)
+        for folder in sorted({own, *(anat.parent for anat in anats), *anats}):
+            reason = _locked(folder)
+            if reason is not None and not locked.keys() & set(folder.parents):
+                locked[folder] = reason
+    places = {folder.relative_to(bids_dir).as_posix(): text for folder, text in locked.items()}
+    return {
+        place: f"{readable(place)}: this folder cannot be read ({reason}), so no scan in it is "
+        "processed. Check its permissions."
+        for place, reason in places.items()
+    }
+
+
+def _locked(folder: Path) -> str | None:
+    """Why a folder cannot be read; None where it can, or is not there."""
+    try:
+        os.stat(os.path.join(folder, "."))  # its files can be reached
+        with os.scandir(folder):  # and listed
+            return None
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        return error.strerror
 
 
 def requested_subjects(settings: Settings) -> list[str]:
@@ -242,9 +280,16 @@ def find_scans(settings: Settings) -> list[Scan]:
                 files[path] = _File(suffix, problem=problem)
     scans = _scans(settings.bids_dir, files)
     if not scans:
+        locked = locked_folders(settings.bids_dir, subjects, settings.session_label)
         raise NoScanError(
-            f"No scan in {settings.bids_dir} matches. Filters in force:\n{_describe(settings)}\n"
-            "Widen one of them, or check the file names."
+            "\n".join(
+                [
+                    f"No scan in {settings.bids_dir} matches. Filters in force:",
+                    _describe(settings),
+                    "Widen one of them, or check the file names.",
+                    *locked.values(),
+                ]
+            )
         )
     return scans
 
@@ -301,13 +346,18 @@ def _anat_entries(bids_dir: Path, subjects: Iterable[str], sessions: Sequence[st
     """What lies in the ``anat`` folders of these subjects and sessions (empty: all)."""
     entries: list[Path] = []
     for subject in subjects:
-        folder = bids_dir / f"sub-{subject}"
-        for anat in [folder / "anat", *sorted(folder.glob("ses-*/anat"))]:
-            session = anat.parent.name.removeprefix("ses-")
-            if not sessions or session in sessions:
-                with suppress(OSError):
-                    entries += sorted(anat.iterdir())
+        for anat in _anat_folders(bids_dir / f"sub-{subject}", sessions):
+            with suppress(OSError):
+                entries += sorted(anat.iterdir())
     return entries
+
+
+def _anat_folders(folder: Path, sessions: Sequence[str]) -> list[Path]:
+    """The ``anat`` folders that a subject and these sessions (empty: all) may have."""
+    every = [path / "anat" for path in (folder, *sorted(folder.glob("ses-*")))]
+    return [
+        anat for anat in every if not sessions or anat.parent.name.removeprefix("ses-") in sessions
+    ]
 
 
 def _no_file(path: Path, bids_dir: Path) -> str | None:
@@ -419,12 +469,16 @@ def _index(
         NOT_TEXT.pattern,  # its database cannot hold them
     ]
     everyone = list_subjects(bids_dir) if database_dir is not None or not subjects else subjects
-    # it would enter what lies in an anat folder, also through a link that leads anywhere
-    ignore += [
-        rf"^/{re.escape(path.relative_to(bids_dir).as_posix())}$"
-        for path in _anat_entries(bids_dir, everyone, () if database_dir is not None else sessions)
+    # it would enter what lies in an anat folder, also through a link that leads anywhere, and
+    # give up at a folder that is closed to it
+    sought = () if database_dir is not None else sessions
+    closed = [*locked_folders(bids_dir, everyone, sought)]
+    closed += [
+        path.relative_to(bids_dir).as_posix()
+        for path in _anat_entries(bids_dir, everyone, sought)
         if os.path.isdir(path)
     ]
+    ignore += [rf"^/{re.escape(place)}$" for place in closed]
     if database_dir is not None:
         return _kept_index(bids_dir, ignore, database_dir)
     ignore.append(r"\.json$")
@@ -570,6 +624,8 @@ def _read_sidecar(path: Path) -> tuple[dict[str, Any], str | None]:
             )
         text, other = decoded(path.read_bytes())
         content = parse_json(text)
+        if "\\u" in text:
+            content = _as_text(content)
     except OSError as error:
         raise InputError(
             f"{where} cannot be read ({error.strerror}). Check its permissions."
@@ -581,6 +637,15 @@ def _read_sidecar(path: Path) -> tuple[dict[str, Any], str | None]:
             f"{where}: expected a JSON object, got {type(content).__name__}. Repair or remove it."
         )
     return content, other
+
+
+def _as_text(value: Any) -> Any:
+    """A value of JSON whose strings a file can hold: halves of surrogate pairs become U+FFFD."""
+    if isinstance(value, dict):
+        return {_as_text(key): _as_text(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_as_text(item) for item in value]
+    return NOT_TEXT.sub("\ufffd", value) if isinstance(value, str) else value
 
 
 def _taken_apart(path: Path) -> tuple[str, dict[str, str]]:

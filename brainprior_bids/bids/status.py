@@ -74,7 +74,8 @@ def read_summaries(output_dir: Path) -> list[ScanRecord]:
 
 
 def write_absent(output_dir: Path, absent: Mapping[str, str], present: Iterable[str]) -> None:
-    """Write down the participants without a scan, and remove what was written of the others.
+    """Write down the participants without a scan, or with a folder that cannot be read, and remove
+    what was written of the others.
 
     Parameters
     ----------

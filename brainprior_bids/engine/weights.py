@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from brainprior_bids.engine.denoiser import ErrorSpectrum, Precondition, Prior
-from brainprior_bids.engine.errors import WeightsError
+from brainprior_bids.engine.errors import ShapeMismatchError, UsageError, WeightsError
 from brainprior_bids.engine.parcellation_network import ParcellationNetwork
 from brainprior_bids.engine.unet import UNet
 
@@ -164,6 +164,12 @@ def read_weights(path: Path, *, kind: str) -> tuple[dict[str, Tensor], dict[str,
         raise WeightsError(
             f"{path}: the tensors do not match their SHA-256. Fetch the file again."
         )
+    broken = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
+    if broken:
+        raise WeightsError(
+            f"{path}: expected finite numbers, {broken[0]} holds others. The training diverged: "
+            "use an earlier checkpoint."
+        )
     return state, {**metadata, "file": path.name, "sha256": sha256_file(path)}
 
 
@@ -197,6 +203,8 @@ def load_prior(
     state, metadata = read_weights(path, kind="prior")
     network = _fill(UNet, state, metadata, path)
     try:
+        if not bool((state["band_sd"] > 0).all()):
+            raise UsageError("band_sd must be above 0")
         model = Precondition(network, state["band_sd"])
         contrasts = {name.split(".")[1] for name in state if name.startswith(f"{SPECTRUM}.")}
         spectra = {
@@ -209,7 +217,11 @@ def load_prior(
             for contrast in sorted(contrasts)
         }
     except KeyError as error:
-        raise WeightsError(f"{path}: tensor {error} is missing.") from error
+        raise WeightsError(
+            f"{path}: the tensor {error} is missing. Make weights with `brainprior train`."
+        ) from error
+    except (UsageError, ShapeMismatchError, RuntimeError) as error:
+        raise _misfit(path, error) from error
     return Prior(
         model, spectra=spectra, metadata=metadata, device=device, dtype=dtype, tile_mm=tile_mm
     )
@@ -238,9 +250,23 @@ def _fill(
     """A network built from the metadata's config, with the tensors named ``network.*``."""
     own = {k.removeprefix("network."): v.float() for k, v in state.items() if "network." in k}
     try:
+        with torch.device("meta"):  # shapes first: a configuration may ask for any memory
+            expected = make(**metadata["config"]).state_dict()
+        if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in expected.items()}:
+            names = sorted(set(own) ^ set(expected)) or sorted(
+                name for name in own if own[name].shape != expected[name].shape
+            )
+            raise ValueError(f"{len(names)} tensors differ, the first is {names[0]}")
         with torch.random.fork_rng(devices=[]):  # the first values, drawn at random, are not kept
             network = make(**metadata["config"])
         network.load_state_dict(own)
-    except (TypeError, ValueError, KeyError, RuntimeError) as error:
-        raise WeightsError(f"{path}: tensors and configuration do not fit: {error}") from error
+    except (TypeError, ValueError, KeyError, RuntimeError, UsageError) as error:
+        raise _misfit(path, error) from error
     return network
+
+
+def _misfit(path: Path, error: Exception) -> WeightsError:
+    return WeightsError(
+        f"{path}: tensors and configuration do not fit: {error}. Make weights with "
+        "`brainprior train`."
+    )

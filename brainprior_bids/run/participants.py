@@ -18,6 +18,7 @@ from brainprior_bids.bids.provenance import write_run
 from brainprior_bids.bids.qc import rebuild_qc
 from brainprior_bids.bids.query import (
     Scan,
+    locked_folders,
     misnamed_folders,
     requested_subjects,
     subjects_without,
@@ -86,7 +87,7 @@ def _restore(
     export.prepare(
         settings.exports, bids_dir=settings.bids_dir, output_dir=settings.output_dir, raw=raw
     )
-    absent = name_absent(scans, settings)
+    failed = name_absent(scans, settings)
     scans, linked = link_raw(scans, settings)
     hashes = {role: digest for role, (_, digest) in weights.items()}
     jobs = plan_jobs(scans, settings, hashes, claims)
@@ -101,7 +102,7 @@ def _restore(
     reports_made = write_documents({scan.subject for scan in scans}, settings)
     code = _conclude(scans, settings, claims.refused)
     code = code or (0 if reports_made and linked else 1)
-    return code or (1 if absent and settings.participant_label else 0)
+    return code or (1 if failed else 0)
 
 
 def link_raw(scans: Sequence[Scan], settings: Settings) -> tuple[Sequence[Scan], bool]:
@@ -133,30 +134,42 @@ def link_raw(scans: Sequence[Scan], settings: Settings) -> tuple[Sequence[Scan],
 
 
 def name_absent(scans: Sequence[Scan], settings: Settings) -> list[str]:
-    """Log the requested participants without a scan, and note them for the status; their labels.
+    """Log the requested participants without a scan, and note them for the status.
 
-    So are folders that are ignored because of their names, where all participants were asked for.
-    Failures of files that are gone leave the status.
+    So are folders that cannot be read, and, where all participants were asked for, those that are
+    ignored because of their names. Failures of files that are gone leave the status.
 
-    It is no failure where all participants were asked for: not everyone has every contrast.
+    Returns
+    -------
+    Labels of those for whom the run failed: named in the request and without a scan, or with a
+    folder that cannot be read. Where all were asked for, not everyone has every contrast.
     """
+    requested = requested_subjects(settings)
+    locked: dict[str, str] = {}
+    for place, message in locked_folders(
+        settings.bids_dir, requested, settings.session_label
+    ).items():
+        LOG.error("%s", message)
+        label = place.partition("/")[0].removeprefix("sub-")
+        locked[label] = f"{locked[label]} {message}" if label in locked else message
     absent = {}
     for subject in subjects_without(scans, settings):
-        absent[subject] = (
-            f"sub-{readable(subject)}: no scan matches the request (modalities "
-            f"{', '.join(settings.modalities)}, and the other filters). Check the names of its "
-            "files, or widen the request."
-        )
-        LOG.warning("%s", absent[subject])
+        if subject not in locked:
+            absent[subject] = (
+                f"sub-{readable(subject)}: no scan matches the request (modalities "
+                f"{', '.join(settings.modalities)}, and the other filters). Check the names of "
+                "its files, or widen the request."
+            )
+            LOG.warning("%s", absent[subject])
     present = {scan.relative.parts[0].removeprefix("sub-") for scan in scans}
-    status.write_absent(settings.output_dir, absent, present)
-    status.forget_gone(settings.output_dir, settings.bids_dir, requested_subjects(settings))
+    status.write_absent(settings.output_dir, absent | locked, present - locked.keys())
+    status.forget_gone(settings.output_dir, settings.bids_dir, requested)
     if not settings.participant_label:
         misnamed = misnamed_folders(settings.bids_dir)
         for message in misnamed.values():
             LOG.warning("%s", message)
         status.write_misnamed(settings.output_dir, misnamed)
-    return list(absent)
+    return [*locked, *(absent if settings.participant_label else ())]
 
 
 def _log_warnings(summary: ScanRecord) -> None:

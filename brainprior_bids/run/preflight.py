@@ -144,15 +144,14 @@ def checked_weights(settings: Settings) -> dict[str, tuple[Path, str]]:
     """Role -> file and SHA-256 of the weights, checked before anything runs."""
     from brainprior_bids.engine import weights
 
-    paths = {
-        "prior": settings.prior or weights.FOLDER / "prior.safetensors",
-        "parcellation": weights.FOLDER / "parcellation.safetensors",
-    }
-    checked = {}
-    for kind, path in paths.items():
-        try:
-            _, metadata = weights.read_weights(path, kind=kind)
-        except WeightsError as error:
-            raise UsageError(str(error)) from error
-        checked[kind] = (path, metadata["sha256"])
-    return checked
+    prior = settings.prior or weights.FOLDER / "prior.safetensors"
+    parcellation = weights.FOLDER / "parcellation.safetensors"
+    try:  # as the steps will load them
+        return {
+            "prior": (prior, weights.load_prior(prior).metadata["sha256"]),
+            "parcellation": (
+                parcellation, weights.load_parcellation(parcellation).metadata["sha256"]
+            ),
+        }  # fmt: skip
+    except WeightsError as error:
+        raise UsageError(str(error)) from error

@@ -7,9 +7,12 @@ are found, what is said of them, and which could be begun.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -21,6 +24,7 @@ from hypothesis import strategies as st
 
 from brainprior_bids.bids import status
 from brainprior_bids.bids.claims import Claims
+from brainprior_bids.bids.files import to_json
 from brainprior_bids.bids.fuse import fuse_runs
 from brainprior_bids.bids.query import (
     check_dataset,
@@ -80,7 +84,6 @@ BAD_SIDECARS = {
     "cut": b'{"SliceThickness": 5',
     "deep": b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     "deep objects": b'{"a":' * 50_000 + b"1" + b"}" * 50_000,
-    "long integer": b'{"EchoTime": ' + b"9" * 5000 + b"}",
     "zeros": bytes(1000),
     "too large": b'{"x": "' + b"a" * (17 * 2**20) + b'"}',
 }
@@ -111,9 +114,20 @@ def test_a_sidecar_in_another_encoding_is_read_with_a_warning(raw, asked, conten
     assert said in other.warnings[0]
 
 
-def test_a_number_beyond_float_is_no_reason_to_stop(raw, asked):
-    put(raw, "sub-01/anat/sub-01_T1w.nii.gz", b'{"EchoTime": 1e999, "a": 1' + b"0" * 400 + b"}")
-    assert only_other(find_scans(asked)).problem is None
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "1" + "0" * 400, "9" * 5000])
+def test_a_number_beyond_float_is_infinite(raw, asked, number):
+    put(raw, "sub-01/anat/sub-01_T1w.nii.gz", f'{{"SliceThickness": {number}, "a": 5}}'.encode())
+    other = only_other(find_scans(asked))
+    assert other.problem is None
+    assert other.metadata == {"SliceThickness": float(number), "a": 5}
+    assert json.loads(to_json(other.metadata)) == {"SliceThickness": None, "a": 5}
+
+
+def test_half_a_surrogate_pair_in_a_sidecar_can_be_written_down(raw, asked):
+    put(raw, "sub-01/anat/sub-01_T1w.nii.gz", rb'{"Maker": ["\ud800x"], "\udfff": "\ud83e\udde0"}')
+    other = only_other(find_scans(asked))
+    assert other.problem is None
+    assert other.metadata == {"Maker": ["\ufffdx"], "\ufffd": "\U0001f9e0"}
 
 
 @pytest.mark.parametrize("kind", ["dangling", "folder", "pipe"])
@@ -301,6 +315,56 @@ def test_what_lies_below_an_anat_folder_is_not_entered(raw, asked, tmp_path, mon
     monkeypatch.setattr(BIDSLayoutIndexer, "_index_dir", noted)
     assert [str(scan.relative) for scan in find_scans(asked)] == [GOOD]
     assert entered == ["raw", "sub-09", "anat"]
+
+
+@pytest.fixture
+def unprivileged(tmp_path_factory):
+    """Permissions hold for the superuser's tests too: the test runs as nobody, in a folder of its
+    own that this one may enter."""
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        os.chmod(name, 0o777)
+        patch.setattr(tmp_path_factory, "_basetemp", Path(name))
+        superuser = os.geteuid() == 0
+        if superuser:
+            os.seteuid(65534)
+        yield
+        if superuser:
+            os.seteuid(0)
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o444, 0o111], ids=["closed", "no entry", "no listing"])
+@pytest.mark.parametrize("place", ["sub-01", "sub-01/ses-2", "sub-01/ses-2/anat"])
+@pytest.mark.parametrize("database", [False, True], ids=["", "database"])
+def test_a_folder_that_cannot_be_read_is_named(
+    unprivileged, raw, asked, told, mode, place, database
+):
+    if database:
+        asked = replace(asked, bids_database_dir=raw.parent / "database")
+    put(raw, "sub-01/ses-2/anat/sub-01_ses-2_T1w.nii.gz")
+    put(raw, "sub-01/ses-3/anat/sub-01_ses-3_T1w.nii.gz")
+    (raw / place).chmod(mode)
+    try:
+        scans = find_scans(asked)
+        others = [] if place == "sub-01" else ["sub-01/ses-3/anat/sub-01_ses-3_T1w.nii.gz"]
+        assert [str(scan.relative) for scan in scans] == [*others, GOOD]
+        assert name_absent(scans, asked) == ["01"]
+        session = () if place == "sub-01" else ("2",)  # nobody knows its sessions
+        alone = replace(asked, participant_label=("01",), session_label=session)
+        with pytest.raises(UsageError, match=f"{place}: this folder cannot be read"):
+            find_scans(alone)
+        elsewhere = replace(asked, session_label=("3",))
+        assert (name_absent(scans, elsewhere) == []) == (place != "sub-01")
+        assert name_absent(scans, asked) == ["01"]
+    finally:
+        (raw / place).chmod(0o755)
+    (row,) = status.rebuild_status(asked.output_dir).read_text("utf-8").splitlines()[1:]
+    assert row.split("\t")[0] == "sub-01"
+    assert f"{place}: this folder cannot be read (Permission denied)" in row
+    assert f"{place}: this folder cannot be read" in told.text
+    scans = find_scans(replace(asked, bids_database_dir=None))  # opened: its row goes
+    assert len(scans) == 3
+    assert name_absent(scans, asked) == []
+    assert "sub-01" not in status.rebuild_status(asked.output_dir).read_text("utf-8")
 
 
 @pytest.mark.parametrize("text", ["", "[1]", '{"name": "bids", "entities": 5}'])

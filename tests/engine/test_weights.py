@@ -98,6 +98,8 @@ def test_a_flipped_bit_is_found(tmp_path):
         ({"format_version": 99}, "format version 99"),
         ({"config": {"channels": [8, 12], "blocks": [1, 1], "embedding": 8}}, "do not fit"),
         ({"config": {"layers": 3}}, "do not fit"),
+        ({"config": [1]}, "do not fit"),
+        ({"config": {"channels": "8", "blocks": [1], "embedding": 8}}, "do not fit"),
     ],
 )
 def test_weights_that_are_something_else_are_refused(tmp_path, changes, text):
@@ -125,13 +127,36 @@ def test_files_that_are_no_weights_are_refused(tmp_path):
             weights.load_prior(bare)
 
 
-def test_a_missing_tensor_is_named(tmp_path):
+BROKEN = {
+    "band_sd' is missing": lambda state: state.pop("band_sd"),
+    "T1w.sigmas' is missing": lambda state: state.pop("spectrum.T1w.sigmas"),
+    "band_sd must be above 0": lambda state: state.update(band_sd=torch.zeros(8)),
+    "do not fit: shape": lambda state: state.update(band_sd=torch.ones(9)),
+    "variances must be": lambda state: state.update({"spectrum.T1w.sigmas": torch.ones(3)}),
+    "must ascend": lambda state: state["spectrum.T1w.sigmas"].fill_(1),
+    "band_sd holds others": lambda state: state["band_sd"].fill_(torch.nan),
+    "1 tensors differ, the first is image_in.bias": lambda state: state.pop(
+        "network.image_in.bias"
+    ),
+}
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_tensors_that_are_no_prior_are_named(tmp_path, text):
     path = tmp_path / "prior.safetensors"
     write_small_prior(path)
     state, facts = weights.read_weights(path, kind="prior")
-    del state["band_sd"]
+    BROKEN[text](state)
     weights.write_weights(path, state, facts)
-    with pytest.raises(WeightsError, match="band_sd"):
+    with pytest.raises(WeightsError, match=f"{text}.*(train|checkpoint)"):
+        weights.load_prior(path)
+
+
+def test_a_configuration_of_any_size_is_refused_before_it_takes_memory(tmp_path):
+    path = tmp_path / "prior.safetensors"
+    write_small_prior(path)
+    rewrite(path, config={"channels": [8, 10**6], "blocks": [1, 1], "embedding": 10**6})
+    with pytest.raises(WeightsError, match="tensors differ, the first is contrast_in"):
         weights.load_prior(path)
 
 
