@@ -54,6 +54,23 @@ def demo_head() -> Demo:
 
 
 @pytest.fixture(scope="session")
+def demo_slab(demo_head: Demo) -> Demo:
+    """A slab of 30 mm through its middle, scan and truth: what takes minutes takes seconds."""
+    from brainprior_bids.evaluation.demo import Demo
+
+    start, stop = (20, 14, 15), (172, 210, 21)
+    first, last = (20, 14, 75), (172, 210, 105)  # slices of 5 mm
+    scan, fine = (
+        tuple(slice(a, b) for a, b in zip(*ends, strict=True))
+        for ends in ((start, stop), (first, last))
+    )
+    return Demo(
+        demo_head.scan[scan], demo_head.scan_grid.crop(start, stop), demo_head.truth[fine],
+        demo_head.brain[fine], demo_head.grid.crop(first, last),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
 def write_demo(demo_head: Demo) -> Callable[[Path], Path]:
     """``demo.write_demo`` with that person."""
     from brainprior_bids.evaluation import demo

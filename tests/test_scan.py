@@ -19,10 +19,10 @@ FIRST, SECOND = re.findall(
 )
 
 
-def test_the_five_lines_of_the_page_restore_a_scan(demo_head, tmp_path, monkeypatch):
+def test_the_five_lines_of_the_page_restore_a_scan(demo_slab, tmp_path, monkeypatch):
     """As they stand there, with the embedded networks, but for fewer and shorter chains."""
     assert len([line for line in FIRST.splitlines() if line]) == 5
-    made = demo_head
+    made = demo_slab
     monkeypatch.chdir(tmp_path)
     image = nib.Nifti1Image(made.scan.astype(np.float32), made.scan_grid.affine)
     nib.save(image, "sub-01_T1w.nii.gz")

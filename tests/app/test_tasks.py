@@ -19,7 +19,6 @@ import pytest
 from scipy import ndimage
 
 from brainprior_bids.cli.run import main
-from brainprior_bids.evaluation import demo
 from brainprior_bids.settings import TASKS
 
 
@@ -55,21 +54,10 @@ def put(path, data, affine, **sidecar):
 THICK = {"SliceThickness": 5.0, "SpacingBetweenSlices": 5.0, "MRAcquisitionType": "2D"}
 
 
-SLAB = (slice(20, 172), slice(14, 210), slice(15, 21))
-"""Of the demo's scan, and, with slices of 5 mm, of its truth."""
-
-
 @pytest.fixture(scope="module")
-def head(demo_head):
+def head(demo_slab):
     """The slab of the demo: scan, truth and their grids."""
-    whole = demo_head
-    fine = (SLAB[0], SLAB[1], slice(75, 105))
-    start, stop = zip(*((s.start, s.stop) for s in SLAB), strict=True)
-    first, last = zip(*((s.start, s.stop) for s in fine), strict=True)
-    return demo.Demo(
-        whole.scan[SLAB], whole.scan_grid.crop(start, stop), whole.truth[fine],
-        whole.brain[fine], whole.grid.crop(first, last),
-    )  # fmt: skip
+    return demo_slab
 
 
 @pytest.fixture(scope="module")
@@ -300,7 +288,7 @@ def test_another_tools_image_informs_what_is_filled_in(two_runs, tmp_path, task)
     raw, tool = two_runs
     done = brainprior(
         raw, tmp_path, "participant", "--run-id", "1", "--task", *task.split("+"),
-        "-d", f"tool={tool}", "--trust", "0.05",
+        "-d", f"tool={tool}", "--trust", "0.05", "--output-spaces", "anat",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     image = TASKS[task]
@@ -324,7 +312,8 @@ def test_another_tools_image_informs_what_is_filled_in(two_runs, tmp_path, task)
 )
 def test_runs_are_fused_with_lesions_and_another_tools_image(two_runs, tmp_path, task):
     raw, tool = two_runs
-    asked = ["-d", f"tool={tool}", "--trust", "0.05"] if "refine" in task else []
+    asked = ["--output-spaces", "anat"]
+    asked += ["-d", f"tool={tool}", "--trust", "0.05"] if "refine" in task else []
     if "restore" in task:
         asked += ["--output-grid", "native"]
     done = brainprior(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from brainprior_bids.engine import tiles
-from brainprior_bids.engine.denoiser import ErrorSpectrum, Precondition, Prior
+from brainprior_bids.engine.denoiser import ErrorSpectrum, Precondition, Prior, fast_dtype
 from brainprior_bids.engine.errors import MemoryShortageError, UsageError
 from brainprior_bids.engine.memory import out_of_memory
 from brainprior_bids.engine.unet import UNet
@@ -48,7 +48,11 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max() / torch.quantile(b.abs().flatten()[::3], 0.99))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+DTYPES = [torch.float32, *filter(None, [fast_dtype(torch.device("cpu"))])]
+"""Those that the program computes in on this processor."""
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("noise", [False, True], ids=["as trained", "disturbed"])
 def test_tiles_of_the_shipped_network_equal_the_whole(dtype, noise):
     prior = load_prior(dtype=dtype)
@@ -59,7 +63,7 @@ def test_tiles_of_the_shipped_network_equal_the_whole(dtype, noise):
             parameter.data += spread * torch.randn(parameter.shape, generator=generator)
     arguments = case(64, 24, 32)
     whole = answer(prior, arguments)
-    for tile in (4, 8, 20, 30, 32, 48, 64, 100):
+    for tile in (4, 20, 30, 48, 100):
         prior.tile_mm = tile
         assert difference(answer(prior, arguments), whole) < 1e-3, tile
     assert prior.warnings == []
