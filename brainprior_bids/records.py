@@ -354,6 +354,7 @@ class ParcellationRecord(Record):
     synthstrip: ProgramRecord | None = field(default=None, metadata=OMIT)
     synthseg: ProgramRecord | None = field(default=None, metadata=OMIT)
     slices: SliceFitRecord | None = field(default=None, metadata=OMIT)
+    lost_slices: tuple[int, ...] = field(default=(), metadata=OMIT)
 
     @property
     def mask_origin(self) -> Origin:

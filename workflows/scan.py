@@ -309,6 +309,7 @@ def init_scan_wf(
                              ("samples", "samples_mni305")]),
         ]),
         (parcellate, write, [("mask_scan", "mask_scan")]),
+        (parcellate, restore, [("structures_json", "structures_json")]),
         (align or parcellate, write, [("mask", "mask")]),
         (affine, write, [("to_mni305", "to_mni305"), ("from_mni305", "from_mni305")]),
         (restore, write, [("samples", "samples"), ("restored_native", "restored_native")]),
@@ -326,6 +327,7 @@ def init_scan_wf(
         workflow.connect([
             (conform, n4, [("out_file", "in_file"), ("conform_json", "conform_json")]),
             (masked[0], n4, [(masked[1], "mask_scan")]),
+            (parcellate, n4, [("structures_json", "structures_json")]),
             (n4, restore, [("log_bias", "log_bias")]),
             *[(n4, last, [("bias_json", "bias_json")]) for last in (reportlets, write)],
             (n4, records, [("record", "in3")]),
@@ -350,6 +352,7 @@ def init_scan_wf(
         workflow.connect([
             (conform, align, [("out_file", "in_file"), ("conform_json", "conform_json")]),
             (brain, align, [("mask", "mask")]),
+            (parcellate, align, [("structures_json", "structures_json")]),
             (n4, align, [("log_bias", "log_bias")]),
             *[(align, user, [("runs_json", "runs_json")]) for user in (restore, write)],
             (restore, write, [("run_residuals", "run_residuals")]),

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from brainprior_bids.anatomy import external
 from brainprior_bids.anatomy.external import Mask
 from brainprior_bids.anatomy.parcellation import Parcellation, parcellate
-from brainprior_bids.anatomy.slices import check_slices
+from brainprior_bids.anatomy.slices import bridged, check_slices, lost_slices, name_lost
 from brainprior_bids.anatomy.spaces import resample
 from brainprior_bids.engine.errors import AnatomyError, InputError
 from brainprior_bids.engine.grids import Grid
@@ -134,7 +134,8 @@ def find_brain(
     sources : BrainSources, optional
         Default: the embedded network for both.
     slice_axis : {0, 1, 2}, optional
-        Where given, every slice is compared with its neighbours (``anatomy.slices``).
+        Where given, every slice is compared with its neighbours, and those without signal are
+        replaced by them (``anatomy.slices``).
     threads : int
         For external programs.
     folder : Path, optional
@@ -159,6 +160,11 @@ def find_brain(
                 threads=threads, folder=Path(scratch),
             )  # fmt: skip
     sources = sources or BrainSources()
+    scan = image
+    lost: tuple[int, ...] = ()
+    if slice_axis is not None:
+        lost = lost_slices(scan, axis=slice_axis)
+        image = bridged(scan, lost, axis=slice_axis) if lost else scan
     programs = _Programs(folder, threads, next(network.parameters()).device.type == "cuda")
     grid = Grid(image.shape, image.affine).one_millimetre()
     own, warnings = _network_brain(image, network, grid, required=sources.need_network)
@@ -168,10 +174,11 @@ def find_brain(
     facts = _facts(network, own, mask, labels)
     warnings += [] if mask is None else mask.warnings
     if slice_axis is not None:
-        fit, slice_warnings = check_slices(image, brain.mask_scan, axis=slice_axis)
+        fit, slice_warnings = check_slices(scan, brain.mask_scan, axis=slice_axis, lost=lost)
         facts |= {} if fit is None else {"slices": asdict(fit)}
-        warnings += slice_warnings
-    return replace(brain, facts=facts, warnings=warnings)
+        facts |= {"lost_slices": list(lost)} if lost else {}
+        warnings += name_lost(lost, scan.shape[slice_axis], axis=slice_axis) + slice_warnings
+    return replace(brain, facts=facts, warnings=warnings, lost=lost)
 
 
 def _network_brain(

@@ -62,6 +62,8 @@ class Parcellation:
     facts : dict
         JSON-able: the sources of mask and structures, the weights, the fit of the slices
         (``anatomy.brain.find_brain``); empty from ``parcellate``.
+    lost : tuple of int
+        Slices of the scan that have no signal and are not used.
     """
 
     structures: NDArray[np.int16]
@@ -70,6 +72,7 @@ class Parcellation:
     table: list[dict[str, Any]]
     warnings: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    lost: tuple[int, ...] = ()
 
 
 @cache

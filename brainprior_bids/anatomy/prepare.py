@@ -37,6 +37,7 @@ from brainprior_bids.anatomy.padding import unmeasured
 from brainprior_bids.anatomy.parcellation import Parcellation
 from brainprior_bids.anatomy.rescue import find_affine, template_folder
 from brainprior_bids.anatomy.resolution import Sizes
+from brainprior_bids.anatomy.slices import hidden_voxels, without_slices
 from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.engine.grids import Grid
 from brainprior_bids.engine.parcellation_network import ParcellationNetwork
@@ -97,8 +98,10 @@ class Prepared:
 
     @property
     def hidden(self) -> NDArray[np.uint8] | None:
-        """(i, j, k): 1 where the scan is treated as missing; None without a lesion mask."""
-        return None if self.lesion is None else self.lesion.hidden
+        """(i, j, k): 1 in the lesion and in lost slices, which are treated as missing, or None."""
+        lesion = None if self.lesion is None else self.lesion.hidden
+        axis = self.acquisition.slice_axis
+        return hidden_voxels(lesion, self.brain.lost, self.grid.shape, axis=axis)
 
     @property
     def log_bias(self) -> NDArray[np.float32] | None:
@@ -197,6 +200,7 @@ def prepare(
             dilate_mm=dilate_mm,
         )
     measured = brain.mask_scan if hole is None else hole.measured
+    measured = without_slices(measured, brain.lost, axis=conformed.acquisition.slice_axis)
     bias = find_bias(image, measured, conformed.acquisition, threads=threads) if unbias else None
     affine = align_to_mni305(image, brain.mask, brain.table) if align else None
     return Prepared(conformed, brain, hole, bias, affine)

@@ -11,15 +11,20 @@ Symbols: s_k, slice k inside the brain, smoothed in its plane; m_k, its median.
 A slice of a still brain lies between its neighbours: white noise would have 0.87, anatomy less.
 Where every second slice was measured at another place or with another gain, its neighbours are
 alike and it is not: more than that.
+
+Slices whose signal is lost are found before there is a mask, and are not used: for mask and
+structures they are replaced by their neighbours, for bias field and likelihood they are missing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import nibabel as nib
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
 from brainprior_bids.engine.acquisition import PLANES
@@ -37,6 +42,8 @@ FAINTEST = 0.6
 """Brightness of a slice over its neighbours' below which its signal is taken to be lost."""
 LARGEST_MISMATCH = 0.7
 """Mismatch above which the slices do not show one still brain."""
+BRIGHT = 0.25
+"""Voxels above this share of the image's 99th percentile show the head."""
 ENDS = ("left", "back", "bottom")
 """Where each closest-canonical axis begins."""
 
@@ -116,12 +123,101 @@ def slice_fit(image: nib.Nifti1Image, mask: ArrayLike, *, axis: int) -> SliceFit
     )
 
 
+def lost_slices(image: nib.Nifti1Image, *, axis: int) -> tuple[int, ...]:
+    """Slices that are much darker than those on both sides.
+
+    The darker side counts: where the head ends, brightness falls from slice to slice. Compared are
+    the mean, and the median of the voxels that show the head on both sides, with the brighter one
+    of the two nearest slices of each side: two lost slices in a row are found.
+
+    Parameters
+    ----------
+    image : Nifti1Image
+        (i, j, k), scanner units.
+    axis : {0, 1, 2}
+        Slice axis.
+
+    Returns
+    -------
+    tuple of int
+        Their numbers from 0 on the axes of the scan; the outermost slices are not judged.
+    """
+    data = np.moveaxis(np.nan_to_num(image.get_fdata(dtype=np.float32)), axis, 0)
+    spacing = np.delete(Grid(image.shape, image.affine).spacing_mm, axis)
+    fewest = LEAST_CM2 * 100 / float(np.prod(spacing))
+    head = data > BRIGHT * np.percentile(data, 99)
+    means = data.mean((1, 2))
+    lost = []
+    for k in range(1, len(data) - 1):
+        below, above = (
+            max(near, key=lambda n: means[n])
+            for near in (range(max(k - 2, 0), k), range(k + 1, min(k + 3, len(data))))
+        )
+        here = head[below] & head[above]
+        if here.sum() < fewest:
+            continue
+        darker = all(
+            np.median(data[k][here]) < FAINTEST * np.median(data[n][here])
+            and means[k] < FAINTEST * means[n]
+            for n in (below, above)
+        )
+        if darker:
+            lost.append(k)
+    return tuple(lost)
+
+
+def bridged(image: nib.Nifti1Image, lost: Sequence[int], *, axis: int) -> nib.Nifti1Image:
+    """A float32 copy in which lost slices are interpolated between the nearest others."""
+    data = np.moveaxis(image.get_fdata(dtype=np.float32).copy(), axis, 0)
+    kept = np.setdiff1d(np.arange(len(data)), lost)
+    for k in lost:
+        below, above = kept[kept < k].max(), kept[kept > k].min()
+        share = np.float32((k - below) / (above - below))
+        data[k] = (1 - share) * data[below] + share * data[above]
+    return nib.Nifti1Image(np.moveaxis(data, 0, axis), image.affine)
+
+
+def without_slices(values: ArrayLike, lost: Sequence[int], *, axis: int) -> NDArray[Any]:
+    """A copy of a mask on the scan's grid that is 0 in lost slices."""
+    kept = np.array(values)
+    np.moveaxis(kept, axis, 0)[list(lost)] = 0
+    return kept
+
+
+def hidden_voxels(
+    lesion: ArrayLike | None, lost: Sequence[int], shape: tuple[int, int, int], *, axis: int
+) -> NDArray[np.uint8] | None:
+    """1 where a scan is treated as missing: where the lesion is above 0, and in lost slices.
+
+    ``lesion`` has the scan's ``shape``, (i, j, k). None where nothing is missing.
+    """
+    if not lost:
+        return None if lesion is None else (np.asarray(lesion) > 0).astype(np.uint8)
+    measured = np.ones(shape, bool) if lesion is None else ~(np.asarray(lesion) > 0)
+    return (~without_slices(measured, lost, axis=axis)).astype(np.uint8)
+
+
+def name_lost(lost: Sequence[int], n: int, *, axis: int) -> list[str]:
+    """The warning about lost slices."""
+    if not lost:
+        return []
+    which = ", ".join(str(k + 1) for k in lost)
+    one = len(lost) == 1
+    return [
+        f"Slice{'' if one else 's'} {which} of {n} ({PLANES[axis]}, counted from the "
+        f"{ENDS[axis]}) {'has' if one else 'have'} lost {'its' if one else 'their'} signal "
+        f"(below {100 * FAINTEST:.0f} % of the neighbours' brightness) and "
+        f"{'is' if one else 'are'} not used: what the result shows there is predicted from the "
+        "neighbouring slices."
+    ]
+
+
 def check_slices(
-    image: nib.Nifti1Image, mask: ArrayLike, *, axis: int
+    image: nib.Nifti1Image, mask: ArrayLike, *, axis: int, lost: Sequence[int] = ()
 ) -> tuple[SliceFit | None, list[str]]:
     """``slice_fit`` and a warning for each of its limits that is exceeded.
 
-    Parameters and errors are those of ``slice_fit``.
+    Parameters and errors are those of ``slice_fit``; ``lost`` slices have had their warning.
 
     Returns
     -------
@@ -133,7 +229,7 @@ def check_slices(
     warnings: list[str] = []
     if fit is None:
         return fit, warnings
-    if fit.faintest < FAINTEST:
+    if fit.faintest < FAINTEST and fit.faintest_slice not in lost:
         warnings.append(
             f"Slice {fit.faintest_slice + 1} of {image.shape[axis]} ({PLANES[axis]}, counted "
             f"from the {ENDS[axis]}) has {100 * fit.faintest:.0f} % of its neighbours' "

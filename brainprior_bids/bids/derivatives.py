@@ -302,6 +302,7 @@ def sidecars(
         "Units": "arbitrary",
         **({} if shift is None else {"IntensityShift": shift}),
         **_resolution(steps.conform.facts.resolution),
+        **({"SlicesNotUsed": parcellation.lost_slices} if parcellation.lost_slices else {}),
         **({} if steps.bias is None else _slice_gains(steps.bias)),
         **({"OutsideTrainingContrasts": True} if restore.outside_training else {}),
         **({"FusedRuns": _fused(restore)} if restore.runs else {}),

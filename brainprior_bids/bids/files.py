@@ -8,7 +8,7 @@ import os
 import re
 import secrets
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 from typing import Any
@@ -23,6 +23,8 @@ MARKS = {
     b"\xfe\xff": "utf-16-be",
 }
 """Byte order marks of text files, and the encoding that each announces."""
+LISTED = 10
+"""Names of files in one message, at most."""
 OWNER = "BRAINPRIOR_OWNER"
 """Environment variable: the run that a process and its workers make temporary files for."""
 TEMPORARY = re.compile(r"\.(?:.*\.)?brainprior-(?:[a-z]+-)?([0-9]+x[0-9a-f]{12})\.[a-z0-9_]{8}")
@@ -188,6 +190,13 @@ def readable(path: Path | PurePath | str) -> str:
     return "".join(
         sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text
     )
+
+
+def listing(paths: Sequence[Path]) -> str:
+    """Names of files for a message; of many the first ones."""
+    names = ", ".join(readable(path.name) for path in paths[:LISTED])
+    rest = len(paths) - LISTED
+    return f"{names} and {rest} more" if rest > 0 else names
 
 
 def publish(staged: Mapping[Path, Path]) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
+from brainprior_bids.bids.files import listing
 from brainprior_bids.bids.lesions import by_pattern, find_lesion, find_lesions_of_runs
 from brainprior_bids.bids.names import BIDSName, same_value
 from brainprior_bids.bids.query import Scan
@@ -97,7 +98,8 @@ def _find_trust(scan: Scan, settings: Settings) -> Path:
     found, pattern = by_pattern(str(settings.trust), scan, settings)
     if len(found) != 1:
         raise InputError(
-            f"{scan.name.stem}: --trust {pattern} names {len(found)} files; one is needed."
+            f"{scan.name.stem}: --trust {pattern} names {len(found)} files; one is needed. "
+            "Make it more specific, or correct the path."
         )
     return found[0]
 
@@ -116,7 +118,7 @@ def _find(scan: Scan, suffix: str, derivatives: Mapping[str, str]) -> Given:
         if len(best) > 1:
             raise InputError(
                 f"{scan.name.stem}: {OPTIONS[suffix]} expected one file in the data set "
-                f"{dataset}, found {', '.join(path.name for path in best)}. Leave one."
+                f"{dataset}, found {listing(best)}. Leave one."
             )
         relative = PurePosixPath(best[0].relative_to(root))
         return Given(best[0], f"bids:{dataset}:{relative}")

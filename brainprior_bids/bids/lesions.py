@@ -17,6 +17,7 @@ import numpy as np
 
 from brainprior_bids.anatomy.nifti import open_image
 from brainprior_bids.bids import patterns
+from brainprior_bids.bids.files import listing
 from brainprior_bids.bids.names import BIDSName, same_value
 from brainprior_bids.bids.query import Scan
 from brainprior_bids.engine.errors import InputError
@@ -137,8 +138,7 @@ def _one(found: list[Path], scan: Scan, looked: str, hint: str) -> Path:
         return found[0]
     if found:
         raise InputError(
-            f"{scan.name.stem}: {len(found)} lesion masks fit it "
-            f"({', '.join(path.name for path in found)}); one is needed. Remove the others, or "
-            "name one with --lesion-mask."
+            f"{scan.name.stem}: {len(found)} lesion masks fit it ({listing(found)}); one is "
+            "needed. Remove the others, or name one with --lesion-mask."
         )
     raise NoLesionError(f"{scan.name.stem}: no lesion mask; looked for {looked}.{hint}")

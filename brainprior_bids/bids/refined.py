@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
+from brainprior_bids.bids.files import listing
 from brainprior_bids.bids.names import BIDSName, same_value
 from brainprior_bids.bids.query import Scan
 from brainprior_bids.engine.errors import InputError
@@ -69,7 +70,7 @@ def find_refined(scan: Scan, settings: Settings) -> Given:
         if len(fits) > 1:
             raise InputError(
                 f"{raw.stem}: --task refine expected one image in the data set {dataset}, found "
-                f"{', '.join(path.name for path in fits)}. Leave one."
+                f"{listing(fits)}. Leave one."
             )
         if not fits:
             continue

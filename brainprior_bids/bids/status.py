@@ -34,6 +34,8 @@ from brainprior_bids.records import ErrorRecord, ScanRecord, ScanStatus
 KILLED_JOB = "KilledJob"
 """``ErrorRecord.type`` of a scan whose job ended before it did."""
 NO_SCAN = "no scan"
+LONGEST_CELL = 10_000
+"""Characters of a value in the table; readers refuse more than 131,072."""
 """Status of a participant without a scan."""
 COLUMNS = ("source", "task", "status", "seconds", "message")
 
@@ -178,4 +180,5 @@ def _cell(value: Any) -> str:
         return "n/a"
     if isinstance(value, float):
         return f"{value:.1f}"
-    return " ".join(str(value).split())  # no tab, no line break
+    text = " ".join(str(value).split())  # no tab, no line break
+    return text if len(text) <= LONGEST_CELL else f"{text[:LONGEST_CELL]} …"

@@ -141,6 +141,7 @@ class _N4InputSpec(MeasuredInputSpec):
     in_file = File(exists=True, mandatory=True, desc="the conformed scan")
     conform_json = File(exists=True, mandatory=True, desc="output of Conform: the slice geometry")
     mask_scan = File(exists=True, mandatory=True, desc="brain on the scan's grid, in [0, 1]")
+    structures_json = File(exists=True, desc="output of Parcellate: slices that are not used")
 
 
 class _N4OutputSpec(MeasuredOutputSpec):
@@ -159,12 +160,16 @@ class N4(MeasuredInterface):
 
     def _work(self, folder: Path) -> list[str]:
         from brainprior_bids.anatomy.bias import find_bias
+        from brainprior_bids.anatomy.slices import without_slices
 
         image = nib.load(self.inputs.in_file)
+        acquisition = files.read_acquisition(self.inputs.conform_json)
+        lost = files.read_lost(given(self.inputs).get("structures_json"))
+        mask = read_array(self.inputs.mask_scan, np.float32)
         bias = find_bias(
             image,
-            read_array(self.inputs.mask_scan, np.float32),
-            files.read_acquisition(self.inputs.conform_json),
+            without_slices(mask, lost, axis=acquisition.slice_axis),
+            acquisition,
             threads=self.inputs.num_threads,
         )
         self._results.update(files.write_bias(bias, grid_of(image), folder))

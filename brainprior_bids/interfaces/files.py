@@ -76,6 +76,11 @@ def read_table(structures_json: str | Path) -> list[dict[str, Any]]:
     return [row.to_json() for row in ParcellationRecord.read(structures_json).table]
 
 
+def read_lost(structures_json: str | Path | None) -> tuple[int, ...]:
+    """The slices without signal that ``write_brain`` wrote; none without a file."""
+    return ParcellationRecord.read(structures_json).lost_slices if structures_json else ()
+
+
 def read_matrix(affine_json: str | Path) -> Matrix:
     """The (4, 4) matrix, scanner to MNI305 RAS mm, that ``write_affine`` wrote."""
     return np.array(AffineRecord.read(affine_json).matrix, np.float64)

@@ -33,6 +33,7 @@ class _AlignInputSpec(MeasuredInputSpec):
     mask = File(exists=True, mandatory=True, desc="its brain on its 1 mm grid")
     log_bias = File(exists=True, mandatory=True, desc="output of N4")
     hidden = File(exists=True, desc="output of Lesion: its lesion mask on its own grid")
+    structures_json = File(exists=True, desc="output of Parcellate: slices that are not used")
     name = traits.Str(mandatory=True, desc="name of the reference, for messages")
     runs = traits.List(
         traits.Dict(),
@@ -67,7 +68,10 @@ class Align(MeasuredInterface):
             report = {"name": request["name"], "files": paths, "hashes": hashes, **run.facts()}
             bias = BiasRecord.read(folder / request["name"] / "bias.json")
             records.append(replace(RunRecord.from_json(report), bias=bias))
-        warnings += self._unmasked(reference, [placed for placed, _ in motions])
+        warnings += self._unmasked(
+            {self.inputs.name: isdefined(self.inputs.hidden)}
+            | {request["name"]: "lesion" in request for request in self.inputs.runs}
+        )
         record = AlignRecord(reference=self.inputs.name, runs=tuple(records))
         mask = common_mask(reference, motions)
         grid = reference.grid.one_millimetre()
@@ -78,31 +82,34 @@ class Align(MeasuredInterface):
         return warnings
 
     @staticmethod
-    def _unmasked(reference: PlacedScan, others: list[PlacedScan]) -> list[str]:
+    def _unmasked(masked: dict[str, bool]) -> list[str]:
         """A warning of every run without a lesion mask, where another one has one."""
-        scans = [reference, *others]
-        if all(scan.hidden is None for scan in scans):
+        if not any(masked.values()):
             return []
         return [
-            f"{scan.name} has no lesion mask: it is used everywhere, also under the lesion masks "
+            f"{name} has no lesion mask: it is used everywhere, also under the lesion masks "
             "of the other runs."
-            for scan in scans
-            if scan.hidden is None
+            for name, has in masked.items()
+            if not has
         ]
 
     def _reference(self) -> PlacedScan:
         from brainprior_bids.anatomy.motion import PlacedScan
+        from brainprior_bids.anatomy.slices import hidden_voxels
 
+        inputs = files.given(self.inputs)
+        grid = files.grid_of(nib.load(inputs["in_file"]))
+        acquisition = files.read_acquisition(inputs["conform_json"])
+        lesion = files.read_array(inputs["hidden"]) if "hidden" in inputs else None
+        lost = files.read_lost(inputs.get("structures_json"))
         return PlacedScan.from_scan(
-            self.inputs.name,
-            files.read_array(self.inputs.in_file, np.float32),
-            files.read_array(self.inputs.log_bias, np.float32),
-            grid=files.grid_of(nib.load(self.inputs.in_file)),
-            acquisition=files.read_acquisition(self.inputs.conform_json),
-            mask=files.read_array(self.inputs.mask),
-            hidden=(
-                files.read_array(self.inputs.hidden) if isdefined(self.inputs.hidden) else None
-            ),
+            inputs["name"],
+            files.read_array(inputs["in_file"], np.float32),
+            files.read_array(inputs["log_bias"], np.float32),
+            grid=grid,
+            acquisition=acquisition,
+            mask=files.read_array(inputs["mask"]),
+            hidden=hidden_voxels(lesion, lost, grid.shape, axis=acquisition.slice_axis),
         )
 
     def _align(
@@ -139,6 +146,8 @@ def _write(scan: Prepared, folder: Path) -> dict[str, str]:
     brain = files.write_brain(scan.brain, scan.grid, folder)
     if scan.lesion is not None:  # whose masks are of brain and lesion
         brain |= files.write_lesion(scan.lesion, scan.grid, folder)
+    if scan.hidden is not None:
+        brain["hidden"] = files.save(scan.hidden, scan.grid, folder / "not_used.nii.gz")
     return {
         "scan": conformed["out_file"],
         "conform": conformed["conform_json"],

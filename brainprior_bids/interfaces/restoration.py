@@ -14,13 +14,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from brainprior_bids.anatomy.nifti import open_image
+from brainprior_bids.anatomy.slices import hidden_voxels
 from brainprior_bids.anatomy.spaces import check_placed, resample
 from brainprior_bids.bids.files import write_json
 from brainprior_bids.bids.names import sample_role
 from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.engine.errors import BrainpriorError, GeometryError, InputError
 from brainprior_bids.engine.grids import Grid
-from brainprior_bids.interfaces.files import grid_of, read_acquisition, read_array, save
+from brainprior_bids.interfaces.files import (
+    grid_of,
+    read_acquisition,
+    read_array,
+    read_lost,
+    save,
+)
 from brainprior_bids.records import (
     AcquisitionRecord,
     AlignRecord,
@@ -66,14 +73,18 @@ def read_observations(inputs: Inputs) -> list[Observation | ImageObservation]:
     from brainprior_bids.engine.observation import Observation
 
     grid = grid_of(nib.load(inputs["in_file"]))
+    acquisition = read_acquisition(inputs["conform_json"])
+    lost = read_lost(inputs.get("structures_json"))
     beside = "refined" in inputs
     reference = Observation(
         read_array(inputs["in_file"]),
         grid,
-        read_acquisition(inputs["conform_json"]),
+        acquisition,
         read_array(inputs["mask_scan"]),
         log_bias=_optional(inputs, "log_bias"),
-        hidden=_optional(inputs, "hidden"),
+        hidden=hidden_voxels(
+            _optional(inputs, "hidden"), lost, grid.shape, axis=acquisition.slice_axis
+        ),
         noise_sd=None if beside else _trust(inputs, grid),
         name=_reference_name(inputs),
     )

@@ -130,6 +130,11 @@ def test_masks_are_found_by_their_names(tmp_path):
         lesion_mask="sub-{subject}/ses-{session}/anat/*_run-2_label-*_roi.nii.gz",
     )  # fmt: skip
     assert find_lesion(t1w, named).name == "sub-01_ses-a_run-2_label-lesion_roi.nii.gz"
+    for number in range(2000):  # all of a disk, for example
+        touch(tmp_path / f"many/{number:05d}.nii")
+    with pytest.raises(InputError, match="2000 lesion masks fit it") as caught:
+        find_lesion(t1w, replace(named, lesion_mask=str(tmp_path / "many" / "*")))
+    assert "00009.nii and 1990 more); one is needed." in str(caught.value)
 
 
 def image(path, spacing_mm=1.0):

@@ -28,17 +28,25 @@ from brainprior_bids.interfaces.anatomy import N4, CentroidAffine, Conform, Parc
 from brainprior_bids.interfaces.files import bias_record
 from brainprior_bids.interfaces.fuse import Align
 from brainprior_bids.interfaces.lesion import Lesion
+from brainprior_bids.interfaces.restoration import read_observations
 from brainprior_bids.records import AffineMethod, MaskSource, StructuresSource
 
 METADATA = {"SliceThickness": 5.0}
 PARCELLATION = str(weights.FOLDER / "parcellation.safetensors")
 
 
+LOST = 22
+"""A slice of the demo without signal."""
+
+
 @pytest.fixture(scope="module")
 def files(demo_head, tmp_path_factory):
-    """The demo's scan, stored as LAS so that conforming moves its origin, and a lesion mask."""
+    """The demo's scan, stored as LAS so that conforming moves its origin, in which a
+    slice is lost; and a lesion mask."""
     folder = tmp_path_factory.mktemp("demo")
-    image = nib.Nifti1Image(np.round(demo_head.scan).astype(np.int16), demo_head.scan_grid.affine)
+    scan = np.round(demo_head.scan).astype(np.int16)
+    scan[:, :, LOST] //= 10
+    image = nib.Nifti1Image(scan, demo_head.scan_grid.affine)
     image.set_qform(image.affine, 1)
     image.set_sform(image.affine, 1)
     nib.save(image.as_reoriented(np.array([[0, -1], [1, 1], [2, 1]])), folder / "sub-01_T1w.nii")
@@ -90,6 +98,7 @@ def nodes(files, tmp_path_factory):
             in_file=conform.out_file,
             conform_json=conform.conform_json,
             mask_scan=lesion.measured,
+            structures_json=parcellate.structures_json,
         ),
         out / "n4",
     )
@@ -112,7 +121,7 @@ def test_nodes_and_prepare_agree_bit_for_bit(prepared, nodes):
         nodes["conform"].out_file: prepared.values,
         nodes["parcellate"].mask_scan: prepared.brain.mask_scan,
         nodes["lesion"].mask_scan: prepared.mask,
-        nodes["lesion"].hidden: prepared.hidden,
+        nodes["lesion"].hidden: prepared.lesion.hidden,
         nodes["n4"].log_bias: prepared.log_bias,
     }
     at_1mm = {
@@ -162,7 +171,29 @@ def test_the_facts_name_the_weights_and_the_slices(prepared):
     facts = prepared.brain.facts
     assert facts["mask_source"] == facts["structures_source"] == "embedded"
     assert facts["weights"]["sha256"] == weights.sha256_file(Path(PARCELLATION))
-    assert 0 < facts["slices"]["mismatch"] < 0.7
+    assert facts["slices"]["mismatch"] > 0
+    assert facts["lost_slices"] == [LOST]
+    assert prepared.brain.mask_scan[:, :, LOST].sum() > 1000  # its neighbours stand in
+
+
+def test_what_restore_reads_of_a_lost_slice_is_missing(prepared, nodes):
+    """For the engine, for fusion, and for the bias field."""
+    assert prepared.hidden[:, :, LOST].all()
+    rest = np.delete(np.arange(prepared.grid.shape[2]), LOST)
+    np.testing.assert_array_equal(prepared.hidden[:, :, rest], prepared.lesion.hidden[:, :, rest])
+    inputs = {
+        "in_file": nodes["conform"].out_file,
+        "conform_json": nodes["conform"].conform_json,
+        "structures_json": nodes["parcellate"].structures_json,
+        "mask_scan": nodes["lesion"].mask_scan,
+        "hidden": nodes["lesion"].hidden,
+        "log_bias": nodes["n4"].log_bias,
+    }
+    (observation,) = read_observations(inputs)
+    np.testing.assert_array_equal(observation.hidden.numpy(), prepared.hidden > 0)
+    del inputs["structures_json"]
+    (believed,) = read_observations(inputs)
+    np.testing.assert_array_equal(believed.hidden.numpy(), prepared.lesion.hidden > 0)
 
 
 def test_an_image_in_memory_is_prepared_like_its_file(prepared, files):
@@ -176,7 +207,8 @@ def test_an_image_in_memory_is_prepared_like_its_file(prepared, files):
     np.testing.assert_array_equal(other.values, prepared.values)
     np.testing.assert_array_equal(other.mask, prepared.brain.mask_scan)
     assert other.grid == prepared.grid
-    assert (other.log_bias, other.to_mni305, other.hidden) == (None, None, None)
+    assert (other.log_bias, other.to_mni305, other.lesion) == (None, None, None)
+    assert other.hidden[:, :, LOST].all()
 
 
 def test_another_run_is_prepared_like_the_reference(prepared, files, nodes, tmp_path, monkeypatch):
@@ -191,6 +223,7 @@ def test_another_run_is_prepared_like_the_reference(prepared, files, nodes, tmp_
     }
     reference = {
         "name": "sub-01_run-1_T1w",
+        "structures_json": nodes["parcellate"].structures_json,
         "in_file": nodes["conform"].out_file,
         "conform_json": nodes["conform"].conform_json,
         "mask": nodes["parcellate"].mask,
@@ -208,6 +241,9 @@ def test_another_run_is_prepared_like_the_reference(prepared, files, nodes, tmp_
     assert aligned["shift_mm"] < 0.1
     for role, file in aligned["files"].items():
         assert aligned["hashes"][role] == weights.sha256_file(Path(file))
+    hidden = np.asarray(nib.load(aligned["files"]["hidden"]).dataobj)
+    assert hidden[:, :, LOST].all()
+    assert not np.delete(hidden, LOST, axis=2).any()
     mask = np.asarray(nib.load(aligned["files"]["mask_scan"]).dataobj)
     np.testing.assert_array_equal(mask, prepared.brain.mask_scan)
     gone = {**request, "conform": {"in_file": str(files / "gone.nii"), "metadata": {}}}

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from brainprior_bids.anatomy.slices import check_slices, slice_fit
+from brainprior_bids.anatomy.slices import (
+    bridged,
+    check_slices,
+    hidden_voxels,
+    lost_slices,
+    name_lost,
+    slice_fit,
+)
 from brainprior_bids.bids.qc import concerns, metrics, verdict
 from brainprior_bids.engine.errors import ShapeMismatchError
 from brainprior_bids.records import ScanRecord
@@ -64,6 +71,57 @@ def test_what_does_not_fit_is_found_along_any_axis(made, said, axis):
     assert verdict(values) == ("look" if said else "pass")
     if made is lost:
         assert (fit.faintest, fit.faintest_slice) == (0, 9)
+
+
+def turned(data, axis):
+    """The data with its slices along another axis, as an image."""
+    affine = np.diag([*np.roll(np.diag(AFFINE)[:3], axis - 2), 1.0])
+    return nib.Nifti1Image(np.transpose(data, np.roll(range(3), axis - 2)), affine)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("gone", [(), (9,), (9, 10), (6, 8), (1, 18), (5, 12)])
+@pytest.mark.parametrize("left", [0.0, 0.4])
+def test_lost_slices_are_found_without_a_mask(gone, left, axis):
+    data = still() + np.abs(np.random.default_rng(1).normal(0, 3, SHAPE)).astype(np.float32)
+    data[:, :, list(gone)] *= left
+    found = lost_slices(turned(data, axis), axis=axis)
+    assert found == tuple(k for k in gone if 1 < k < 18)  # too little brain near the ends
+
+
+@pytest.mark.parametrize("made", [still, moved, uneven])
+def test_slices_with_signal_are_not_lost(made):
+    assert lost_slices(nib.Nifti1Image(made(), AFFINE), axis=2) == ()
+    dim = made() * np.linspace(1, 0.3, SHAPE[2], dtype=np.float32)  # a coil that ends
+    assert lost_slices(nib.Nifti1Image(dim, AFFINE), axis=2) == ()
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_lost_slices_are_bridged_and_hidden(axis):
+    shape = (5, 6, 7)
+    ramp = np.indices(shape)[axis]
+    data = np.array(ramp, np.float32)
+    np.moveaxis(data, axis, 0)[[2, 3]] = -9
+    image = bridged(nib.Nifti1Image(data, np.eye(4)), (2, 3), axis=axis)
+    np.testing.assert_allclose(image.get_fdata(), ramp, rtol=1e-6)
+    assert np.moveaxis(data, axis, 0)[2].max() == -9  # the scan itself stays
+    lesion = np.zeros(shape)
+    lesion[0, 0, 0] = 0.5
+    hidden = hidden_voxels(lesion, (2, 3), shape, axis=axis)
+    np.testing.assert_array_equal(hidden > 0, (ramp == 2) | (ramp == 3) | (lesion > 0))
+    np.testing.assert_array_equal(hidden_voxels(None, (), shape, axis=axis) is None, True)
+    np.testing.assert_array_equal(hidden_voxels(lesion, (), shape, axis=axis) > 0, lesion > 0)
+
+
+def test_lost_slices_are_named_once():
+    data = lost()
+    data[:, :, 12] = 0
+    gone = lost_slices(nib.Nifti1Image(data, AFFINE), axis=2)
+    (text,) = name_lost(gone, SHAPE[2], axis=2)
+    assert text.startswith("Slices 10, 13 of 20 (axial, counted from the bottom) have lost their")
+    _, warnings = check_slices(nib.Nifti1Image(data, AFFINE), BRAIN, axis=2, lost=gone)
+    assert [text.split(" (")[0] for text in warnings] == ["Neighbouring slices are inconsistent"]
+    assert name_lost((), 20, axis=2) == []
 
 
 def test_white_noise_has_the_mismatch_of_the_formula():

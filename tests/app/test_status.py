@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,14 @@ def _write_many(folder: str, worker: int) -> None:
     for number in range(10):
         write_summary(Path(folder), summary(f"sub-{worker}{number}_T1w"))
         rebuild_status(Path(folder))
+
+
+def test_a_message_of_any_length_leaves_a_table_that_readers_take(tmp_path):
+    write_summary(tmp_path, replace(summary("sub-01_T1w"), message="a\tb " * 100_000))
+    with rebuild_status(tmp_path).open(newline="") as stream:
+        (row,) = csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)
+    assert row["message"].startswith("a b a b")
+    assert row["message"].endswith("…")
 
 
 def test_processes_that_share_a_folder_lose_nothing(tmp_path):
