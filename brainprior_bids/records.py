@@ -405,8 +405,18 @@ class LesionRecord(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class InterleaveRecord(Record):
+    """Motion of the odd slices of a 2-D scan to the even ones; see ``anatomy.interleaves``."""
+
+    applied: bool
+    to_reference: Matrix
+    rms_mm: float
+    error_mm: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class BiasRecord(Record):
-    """``bias.json``: the slice gains of a 2-D scan; see ``anatomy.slice_gains``.
+    """``bias.json``: slice gains and interleaves of a 2-D scan; see ``anatomy.slice_gains``.
 
     Slices are counted along the closest-canonical axis, from the left, the back or the bottom.
     Without gains, the scan is a 3-D one or they could not be estimated.
@@ -428,6 +438,13 @@ class BiasRecord(Record):
     evidence: float | None
     """Twice the log likelihood ratio of ``random_sd_percent`` against 0."""
     warnings: tuple[str, ...]
+    interleaves: InterleaveRecord | None = field(default=None, metadata=OMIT)
+
+    @property
+    def motion(self) -> Matrix | None:
+        """Odd slices to even ones, where the scan is used with it."""
+        found = self.interleaves
+        return found.to_reference if found is not None and found.applied else None
 
 
 @dataclass(frozen=True, kw_only=True)

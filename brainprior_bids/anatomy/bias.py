@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The bias field of a scan: N4 inside the mask, and one gain per slice of a 2-D scan; log units.
+After it is divided out, the interleaves of a 2-D scan are compared: see ``anatomy.interleaves``.
 
 The scan is averaged (not picked) to voxels of about 4 mm first; an axis whose voxels are already
 that thick is left alone, so thick slices lose nothing. The finest spline spacing is 50 mm: inside
@@ -18,6 +19,7 @@ import SimpleITK as sitk
 from numpy.typing import ArrayLike, NDArray
 from scipy.interpolate import make_interp_spline
 
+from brainprior_bids.anatomy.interleaves import InterleaveMotion, find_interleave_motion
 from brainprior_bids.anatomy.slice_gains import SliceGains, find_slice_gains
 from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.engine.errors import AnatomyError, DivergenceError, ShapeMismatchError
@@ -43,34 +45,33 @@ class BiasField:
     gains : SliceGains or None
         None for a 3-D scan, and where they could not be estimated.
     warnings : list of str
+    interleaves : InterleaveMotion or None
+        None for a 3-D scan, and where there are too few slices.
     """
 
     log_bias: NDArray[np.float32]
     gains: SliceGains | None
     warnings: list[str]
+    interleaves: InterleaveMotion | None = None
 
 
 def find_bias(
     image: nib.Nifti1Image, mask: ArrayLike, acquisition: Acquisition, *, threads: int = 2
 ) -> BiasField:
-    """``n4``, then the gains of the slices.
+    """``n4``, then the gains of the slices and the motion between the interleaves.
 
     Parameters and errors are those of ``n4``; ``acquisition`` is the scan's slice geometry.
     """
-    smooth = n4(image, mask, threads=threads)
-    share = np.asarray(mask, np.float32)
-    gains, warnings = find_slice_gains(
-        image.get_fdata(dtype=np.float32),
-        share,
-        smooth,
-        Grid(image.shape, image.affine),
-        acquisition,
-    )
-    if gains is None or not gains.applied:
-        return BiasField(smooth, gains, warnings)
-    log_bias = smooth + gains.along(acquisition.slice_axis)
-    log_bias -= np.average(log_bias, weights=share * (share > 0.5))
-    return BiasField(log_bias, gains, warnings)
+    share = np.ascontiguousarray(mask, np.float32)  # one order of summation for all callers
+    log_bias = n4(image, share, threads=threads)
+    values, grid = image.get_fdata(dtype=np.float32), Grid(image.shape, image.affine)
+    gains, warnings = find_slice_gains(values, share, log_bias, grid, acquisition)
+    if gains is not None and gains.applied:
+        log_bias = log_bias + gains.along(acquisition.slice_axis)
+        log_bias -= np.average(log_bias, weights=share * (share > 0.5))
+    motion = find_interleave_motion(values, log_bias, share, grid, acquisition)
+    warnings += [] if motion is None else motion.warnings
+    return BiasField(log_bias, gains, warnings, motion)
 
 
 def n4(image: nib.Nifti1Image, mask: ArrayLike, *, threads: int = 2) -> NDArray[np.float32]:

@@ -303,7 +303,7 @@ def sidecars(
         **({} if shift is None else {"IntensityShift": shift}),
         **_resolution(steps.conform.facts.resolution),
         **({"SlicesNotUsed": parcellation.lost_slices} if parcellation.lost_slices else {}),
-        **({} if steps.bias is None else _slice_gains(steps.bias)),
+        **({} if steps.bias is None else _slices(steps.bias)),
         **({"OutsideTrainingContrasts": True} if restore.outside_training else {}),
         **({"FusedRuns": _fused(restore)} if restore.runs else {}),
     }
@@ -443,11 +443,18 @@ def _resolution(resolution: ResolutionRecord) -> dict[str, Any]:
     return {"MeasuredVoxelSize": resolution.measured_mm, "UsedVoxelSize": resolution.used_mm}
 
 
-def _slice_gains(bias: BiasRecord) -> dict[str, Any]:
-    """The slice gains of a 2-D scan, where they were estimated."""
+def _slices(bias: BiasRecord) -> dict[str, Any]:
+    """Slice gains and motion between interleaves of a 2-D scan, where they were estimated."""
+    moved = {}
+    if bias.interleaves is not None and bias.interleaves.applied:
+        moved = {
+            "InterleaveMotion": bias.interleaves.to_reference,
+            "InterleaveMotionRMS": bias.interleaves.rms_mm,
+        }
     if not bias.gains:
-        return {}
+        return moved
     return {
+        **moved,
         "SliceGainsApplied": bias.applied,
         "SliceGains": bias.gains,
         "SliceGainAlternationPercent": bias.alternation_percent,

@@ -111,6 +111,10 @@ METRICS = {
         "half of the difference in log brightness between even and odd slices of a 2-D scan, as "
         "estimated before it was corrected", "percent", high=2.0,
     ),
+    "interleave_motion_mm": Metric(
+        "RMS distance in the brain between the even and the odd slices of a 2-D scan, where it is "
+        "large and certain enough to be used; otherwise 0", "mm", high=0.0,
+    ),
     "asymmetry_percent": Metric(
         "difference of the hemispheres' volumes over their mean", "percent", high=15.0
     ),
@@ -145,6 +149,7 @@ def metrics(summary: ScanRecord) -> dict[str, float | None]:
         "mirrored_forms": None if mirrored is None else float(mirrored),
         **_anatomy(steps.parcellation),
         "slice_gain_alternation": _alternation(steps.bias),
+        "interleave_motion_mm": _interleave_motion(steps.bias),
         "bias_range": restore.bias_range,
         "interpolation": conform.facts.resolution.factor,
         "thickness_mm": conform.acquisition.thickness_mm,
@@ -160,6 +165,13 @@ def _alternation(bias: BiasRecord | None) -> float | None:
     if bias is None or bias.alternation_percent is None:
         return None
     return abs(bias.alternation_percent)
+
+
+def _interleave_motion(bias: BiasRecord | None) -> float | None:
+    """The motion that was used; None where it was not estimated."""
+    if bias is None or bias.interleaves is None:
+        return None
+    return bias.interleaves.rms_mm if bias.interleaves.applied else 0.0
 
 
 def _fallbacks(affine: AffineRecord) -> int | None:

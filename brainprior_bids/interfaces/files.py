@@ -7,6 +7,7 @@ path.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from brainprior_bids.records import (
     BiasRecord,
     ConformFacts,
     ConformRecord,
+    InterleaveRecord,
     LesionRecord,
     ParcellationRecord,
     matrix_rows,
@@ -145,10 +147,17 @@ def write_bias(bias: BiasField, scan_grid: Grid, folder: Path) -> dict[str, str]
 
 
 def bias_record(bias: BiasField) -> BiasRecord:
-    """The slice gains of a bias field, in per cent and as factors."""
-    gains = bias.gains
+    """Slice gains, in per cent and as factors, and the motion between interleaves."""
+    gains, motion = bias.gains, None
+    if bias.interleaves is not None:
+        motion = InterleaveRecord(
+            applied=bias.interleaves.applied,
+            to_reference=matrix_rows(bias.interleaves.to_reference),
+            rms_mm=round(bias.interleaves.rms_mm, 3),
+            error_mm=round(bias.interleaves.error_mm, 3),
+        )
     if gains is None:
-        return BiasRecord.from_json({"warnings": bias.warnings})
+        return replace(BiasRecord.from_json({"warnings": bias.warnings}), interleaves=motion)
     return BiasRecord(
         applied=gains.applied,
         gains=tuple(round(float(gain), 5) for gain in np.exp(gains.log_gains)),
@@ -159,6 +168,7 @@ def bias_record(bias: BiasField) -> BiasRecord:
         rms_percent=round(100 * gains.rms, 3),
         evidence=round(gains.evidence, 2),
         warnings=tuple(bias.warnings),
+        interleaves=motion,
     )
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,9 +31,11 @@ from brainprior_bids.interfaces.files import (
 from brainprior_bids.records import (
     AcquisitionRecord,
     AlignRecord,
+    BiasRecord,
     BoxRecord,
     ChangedRecord,
     EnvironmentRecord,
+    Matrix,
     ProgressRecord,
     RefinedRecord,
     RestoreRecord,
@@ -45,7 +47,7 @@ from brainprior_bids.records import (
 if TYPE_CHECKING:
     from brainprior_bids.engine.denoiser import Prior
     from brainprior_bids.engine.observation import ImageObservation, Observation
-    from brainprior_bids.engine.result import Restoration
+    from brainprior_bids.engine.result import Restoration, ScanFit
 
 Inputs = Mapping[str, Any]
 """Inputs of the restore node that are set, name to value."""
@@ -70,6 +72,7 @@ def read_observations(inputs: Inputs) -> list[Observation | ImageObservation]:
     InputError, GeometryError
         As ``Observation``; if the image to refine or the map of its error cannot be used.
     """
+    from brainprior_bids.anatomy.interleaves import split
     from brainprior_bids.engine.observation import Observation
 
     grid = grid_of(nib.load(inputs["in_file"]))
@@ -88,10 +91,37 @@ def read_observations(inputs: Inputs) -> list[Observation | ImageObservation]:
         noise_sd=None if beside else _trust(inputs, grid),
         name=_reference_name(inputs),
     )
-    scans: list[Observation | ImageObservation] = [reference, *(_read_runs(inputs))]
+    every = [reference, *_read_runs(inputs)]
+    scans: list[Observation | ImageObservation] = [
+        part
+        for scan, motion in zip(every, _interleave_motions(inputs), strict=True)
+        for part in ([scan] if motion is None else split(scan, np.array(motion)))
+    ]
     if beside:
         scans.append(_read_image(Path(inputs["refined"]), float(inputs["trust"]), grid))
     return scans
+
+
+def _interleave_motions(inputs: Inputs) -> list[Matrix | None]:
+    """Of the scan and every fused run: the motion of its odd slices, where it is used."""
+    biases = [BiasRecord.read(inputs["bias_json"]) if "bias_json" in inputs else None]
+    if "runs_json" in inputs:
+        biases += [run.bias for run in AlignRecord.read(inputs["runs_json"]).runs]
+    return [None if bias is None else bias.motion for bias in biases]
+
+
+def _fits(inputs: Inputs, result: Restoration) -> list[list[ScanFit]]:
+    """How the result explains the scan and every fused run: a fit for each of its interleaves."""
+    fits = iter(result.scans)
+    return [
+        [next(fits) for _ in range(1 if motion is None else 2)]
+        for motion in _interleave_motions(inputs)
+    ]
+
+
+def _residual_map(fits: Sequence[ScanFit]) -> NDArray[np.float32]:
+    """On the scan's grid; each interleave's map is 0 in the slices of the other."""
+    return np.sum([fit.residual_map for fit in fits], axis=0, dtype=np.float32)
 
 
 def _optional(inputs: Inputs, name: str) -> NDArray[np.float32] | None:
@@ -219,7 +249,11 @@ def record_of(
         residual_ratios=tuple(result.residual_ratios),
         residual_ratios_final=tuple(r.ratio_final for r in result.residuals),
         residual_correlation=tuple(r.correlation for r in result.residuals),
-        **_shares(result.log_bias, result.residual_map, read_array(inputs["mask_scan"])),
+        **_shares(
+            result.log_bias,
+            _residual_map(_fits(inputs, result)[0]),
+            read_array(inputs["mask_scan"]),
+        ),
         unit=result.unit,
         seconds=result.seconds,
         acquisition=AcquisitionRecord.from_json(acquisition.to_dict()),
@@ -245,16 +279,18 @@ def _run_records(
         to_reference=matrix_rows(np.eye(4)),
         gain=1.0,
     )
-    fits = zip((reference, *table.runs), result.scans, strict=True)
     return tuple(
         replace(
             run,
             files={},
             hashes={},
-            noise_sd=fit.noise_sd,
-            residual_ratios=tuple(residual.ratio for residual in fit.residuals),
+            noise_sd=float(np.mean([fit.noise_sd for fit in fits])),
+            residual_ratios=tuple(
+                float(np.sqrt(np.mean([part.ratio**2 for part in sample])))
+                for sample in zip(*(fit.residuals for fit in fits), strict=True)
+            ),
         )
-        for run, fit in fits
+        for run, fits in zip((reference, *table.runs), _fits(inputs, result), strict=True)
     )
 
 
@@ -267,10 +303,11 @@ def write_images(
     is the scan's own, bit for bit.
     """
     grid = grid_of(nib.load(inputs["in_file"]))
+    fits, *run_fits = _fits(inputs, result)
     outputs: dict[str, Any] = {
         "restored": save(result.mean, result.grid, folder / "restored.nii.gz"),
         "log_bias": save(result.log_bias, grid, folder / "log_bias.nii.gz"),
-        "residual": save(result.residual_map, grid, folder / "residual.nii.gz"),
+        "residual": save(_residual_map(fits), grid, folder / "residual.nii.gz"),
     }
     image, sd, samples, target, changed = result.mean, result.sd, result.samples, result.grid, None
     if inputs["keep_scan"]:
@@ -302,13 +339,11 @@ def write_images(
     if "runs_json" in inputs:
         outputs["run_residuals"] = [
             save(
-                fit.residual_map,
+                _residual_map(fits),
                 grid_of(nib.load(run.files["scan"])),
                 folder / f"{run.name}_residual.nii.gz",
             )
-            for run, fit in zip(
-                AlignRecord.read(inputs["runs_json"]).runs, result.scans[1:], strict=True
-            )
+            for run, fits in zip(AlignRecord.read(inputs["runs_json"]).runs, run_fits, strict=True)
         ]
     return outputs, changed
 

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rigid motion between the two interleaves of a 2-D scan: its even and its odd slices.
+
+Most 2-D scans measure every second slice first. If the person moves in between, the odd slices
+show the brain elsewhere than the even ones. Each interleave is a scan of its own, with slices two
+spacings apart. Both are blurred across their slices until the gaps are filled (Gaussian, FWHM of
+two spacings, so that neither is sharp where the other is not), and registered both ways:
+
+    M_a  even -> odd, with the even slices fixed
+    M_b  odd -> even, with the odd slices fixed
+
+The estimate is the mean of M_b and the inverse of M_a. How far these two are apart is the error
+that the data themselves show. Distances are RMS displacements over the brain, mm.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from scipy import ndimage
+from scipy.spatial.transform import Rotation
+
+from brainprior_bids.anatomy.motion import FWHM, BrainImage, Metric, register_rigid
+from brainprior_bids.anatomy.spaces import resample
+from brainprior_bids.engine.acquisition import Acquisition
+from brainprior_bids.engine.grids import Grid
+from brainprior_bids.engine.observation import Observation
+from brainprior_bids.engine.sensing import is_3d
+
+Matrix = NDArray[np.float64]
+
+FEWEST = 5
+"""Slices with brain that each interleave needs."""
+FINE_MM = 2.0
+"""Spacing of the grid on which the interleaves are compared."""
+AROUND = 2
+"""Voxels of that grid around the brain that are compared, too."""
+LEAST = 0.3
+"""Motion below this share of the slice spacing is left alone: still scans have up to 0.15."""
+LARGEST_ERROR = 0.5
+"""Share of the motion by which both directions may differ."""
+
+
+@dataclass(frozen=True, eq=False)
+class InterleaveMotion:
+    """How the odd slices of a scan lie to the even ones, which are the reference.
+
+    Attributes
+    ----------
+    to_reference : (4, 4) array
+        Scanner RAS mm of the odd slices -> of the even ones; rigid.
+    rms_mm : float
+        RMS displacement over the brain.
+    error_mm : float
+        RMS distance between the estimates of both directions, halved.
+    spacing_mm : float
+        Of the slices.
+    """
+
+    to_reference: Matrix
+    rms_mm: float
+    error_mm: float
+    spacing_mm: float
+
+    @property
+    def applied(self) -> bool:
+        """Whether the motion is large and certain enough to be used."""
+        large = self.rms_mm >= LEAST * self.spacing_mm
+        return large and self.error_mm <= LARGEST_ERROR * self.rms_mm
+
+    @property
+    def warnings(self) -> list[str]:
+        """One where the motion is used."""
+        if not self.applied:
+            return []
+        return [
+            f"The odd slices lie {self.rms_mm:.1f} mm from the even ones (RMS in the brain): the "
+            "person moved between the interleaves. Each is used at its own place."
+        ]
+
+
+def find_interleave_motion(
+    values: ArrayLike,
+    log_bias: ArrayLike,
+    mask: ArrayLike,
+    grid: Grid,
+    acquisition: Acquisition,
+) -> InterleaveMotion | None:
+    """Register the odd slices of a 2-D scan to the even ones.
+
+    Parameters
+    ----------
+    values : (i, j, k)
+        The scan, scanner units.
+    log_bias : (i, j, k)
+        Natural log of its bias field, slice gains included.
+    mask : (i, j, k)
+        Share of brain in its voxels, lesions and lost slices left out.
+    grid : Grid
+    acquisition : Acquisition
+
+    Returns
+    -------
+    InterleaveMotion or None
+        None for a 3-D scan, and where an interleave has fewer than ``FEWEST`` slices with brain.
+    """
+    axis = acquisition.slice_axis
+    if is_3d(grid, acquisition):
+        return None
+    scan = np.nan_to_num(np.asarray(values, np.float32)) / np.exp(np.asarray(log_bias, np.float32))
+    share = np.moveaxis(np.asarray(mask, np.float32), axis, 0)
+    brain = np.flatnonzero((share > 0.5).any((1, 2)))
+    if min((brain % 2 == 0).sum(), (brain % 2 == 1).sum()) < FEWEST:
+        return None
+    slices = np.moveaxis(scan, axis, 0)
+    for k in np.setdiff1d(np.arange(brain[0], brain[-1]), brain):  # lost: from its interleave
+        slices[k] = (slices[max(k - 2, k % 2)] + slices[min(k + 2, len(slices) - 1)]) / 2
+    even, odd = (_interleave(scan, np.asarray(mask), grid, axis, parity) for parity in (0, 1))
+    around = ndimage.binary_dilation(even.mask | odd.mask, iterations=AROUND)
+    there = register_rigid(even, odd, around=around, metric=Metric.CORRELATION)
+    back = register_rigid(odd, even, around=around, metric=Metric.CORRELATION)
+    points = even.grid.points_mm()[:, even.mask].astype(np.float64)
+    to_reference, error = _mean_of(np.linalg.inv(there), back, points)
+    spacing = float(grid.spacing_mm[axis])
+    return InterleaveMotion(
+        to_reference, _rms(to_reference, np.eye(4), points), error / 2, spacing
+    )
+
+
+def split(observation: Observation, motion: Matrix) -> list[Observation]:
+    """The two interleaves of a scan as observations, each at its own place.
+
+    Each has the other's slices hidden.
+
+    Parameters
+    ----------
+    observation : Observation
+        The whole scan.
+    motion : (4, 4) array
+        ``InterleaveMotion.to_reference``.
+    """
+    hidden = observation.hidden
+    whole = torch.zeros(observation.grid.shape, dtype=torch.bool) if hidden is None else hidden
+    without_odd, without_even = whole.clone(), whole.clone()
+    axis = observation.acquisition.slice_axis
+    without_odd.movedim(axis, 0)[1::2] = True
+    without_even.movedim(axis, 0)[0::2] = True
+    # an observation keeps its bias field with mean 0 where it is used
+    brain = observation.mask > 0.5
+    means = [
+        float(observation.log_bias[brain & ~hidden].mean())
+        for hidden in (without_odd, without_even)
+    ]
+    own = means[0] if observation.is_reference else 0.0
+    even, odd = (observation.gain * float(np.exp(own - mean)) for mean in means)
+    return [
+        replace(observation, hidden=without_odd, gain=even),
+        replace(
+            observation,
+            hidden=without_even,
+            gain=odd,
+            to_reference=observation.to_reference @ motion,
+            name=f"{observation.name}, odd slices",
+        ),
+    ]
+
+
+def _interleave(
+    scan: NDArray[np.float32], mask: NDArray[np.float32], grid: Grid, axis: int, parity: int
+) -> BrainImage:
+    """Every second slice on a fine grid of the whole field of view, gaps filled by blurring."""
+    part = np.moveaxis(scan, axis, 0)[parity::2]
+    part = np.moveaxis(np.pad(part, ((1, 1), (0, 0), (0, 0)), mode="edge"), 0, axis)
+    sparse = np.eye(4)  # indices of the padded slices -> of the scan
+    sparse[axis, axis], sparse[axis, 3] = 2.0, parity - 2.0
+    size = np.maximum(np.round(grid.extent_mm / FINE_MM), 1).astype(int)
+    fine = grid.resized((int(size[0]), int(size[1]), int(size[2])))
+    image = resample(part, Grid(part.shape, grid.affine @ sparse), fine, order=1)
+    sd = 2 * grid.spacing_mm[axis] / FWHM / fine.spacing_mm[axis]
+    image = ndimage.gaussian_filter1d(image, float(sd), axis=axis, mode="nearest")
+    return BrainImage(image, fine, resample(mask, grid, fine, order=1) > 0.5)
+
+
+def _mean_of(a: Matrix, b: Matrix, points: Matrix) -> tuple[Matrix, float]:
+    """The mean of two rigid motions about the middle of the points, and their RMS distance."""
+    centre = points.mean(1)
+    rotations = Rotation.from_matrix(np.stack([a[:3, :3], b[:3, :3]])).mean().as_matrix()
+    moved = np.mean([m[:3, :3] @ centre + m[:3, 3] for m in (a, b)], axis=0)
+    mean = np.eye(4)
+    mean[:3, :3], mean[:3, 3] = rotations, moved - rotations @ centre
+    return mean, _rms(a, b, points)
+
+
+def _rms(a: Matrix, b: Matrix, points: Matrix) -> float:
+    """RMS distance between where two motions put the points, (3, n) mm."""
+    apart = (a - b)[:3, :3] @ points + (a - b)[:3, 3:]
+    return float(np.sqrt(np.mean(np.sum(apart**2, axis=0))))
