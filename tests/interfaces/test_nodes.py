@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -38,10 +39,10 @@ SHAPE = (40, 44, 10)
 SPACING = (1.0, 1.0, 4.0)
 
 
-@pytest.fixture
-def raw(tmp_path):
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
     """A data set of one small FLAIR: a bright ellipsoid with a stripe, and noise."""
-    root = tmp_path / "raw"
+    root = tmp_path_factory.mktemp("source") / "raw"
     (root / "sub-01" / "ses-a" / "anat").mkdir(parents=True)
     (root / "dataset_description.json").write_text(
         json.dumps({"Name": "t", "BIDSVersion": "1.10.0", "DatasetType": "raw", "License": "CC0"})
@@ -66,16 +67,22 @@ def raw(tmp_path):
     return root
 
 
+@pytest.fixture
+def raw(source, tmp_path):
+    """A copy of it that a test may change."""
+    return Path(shutil.copytree(source, tmp_path / "raw"))
+
+
 def ellipsoid(grid: Grid) -> np.ndarray:
     return (np.square(grid.points_mm() / np.array([15, 17, 15])[:, None, None, None]).sum(0)) < 1
 
 
-@pytest.fixture
-def prior(tmp_path):
+@pytest.fixture(scope="module")
+def prior(tmp_path_factory):
     """A prior that knows nothing but its spread: an untrained network, white errors."""
     torch.manual_seed(0)
     model = Precondition(UNet(channels=(8, 8), blocks=(1, 1), embedding=16), torch.full((8,), 0.5))
-    path = tmp_path / "prior.safetensors"
+    path = tmp_path_factory.mktemp("prior") / "prior.safetensors"
     weights.write_weights(
         path,
         weights.prior_state(model, {"unknown": ErrorSpectrum.isotropic(0.5)}),
@@ -95,15 +102,16 @@ def run(interface, folder: Path):
     return interface.run(cwd=str(folder)).outputs
 
 
-@pytest.fixture
-def files(raw, prior, tmp_path):
-    """The files of every node before Write, the restoration really made."""
-    source = raw / "sub-01" / "ses-a" / "anat" / "sub-01_ses-a_FLAIR.nii.gz"
-    conformed = run(Conform(in_file=str(source), metadata={"SliceThickness": 4.0}), tmp_path / "c")
+@pytest.fixture(scope="module")
+def files(source, prior, tmp_path_factory):
+    """The files of every node before Write, the restoration really made; not to be changed."""
+    folder = tmp_path_factory.mktemp("files")
+    scan = source / "sub-01" / "ses-a" / "anat" / "sub-01_ses-a_FLAIR.nii.gz"
+    conformed = run(Conform(in_file=str(scan), metadata={"SliceThickness": 4.0}), folder / "c")
     scan = nib.load(conformed.out_file)
     grid = Grid(scan.shape, scan.affine)
     fine = grid.one_millimetre()
-    made = tmp_path / "made"
+    made = folder / "made"
     made.mkdir()
     mask = ellipsoid(fine)
     text = {
@@ -144,7 +152,7 @@ def files(raw, prior, tmp_path):
             seed=3,
             save_samples=True,
         ),
-        tmp_path / "r",
+        folder / "r",
     )
     template = run(
         ToMNI305(
@@ -155,7 +163,7 @@ def files(raw, prior, tmp_path):
             mask=out["mask"],
             structures=out["structures"],
         ),
-        tmp_path / "m",
+        folder / "m",
     )
     out.update(
         scan=conformed.out_file,
