@@ -125,6 +125,9 @@ def n4(image: nib.Nifti1Image, mask: ArrayLike, *, threads: int = 2) -> NDArray[
     coarse = sitk.BinShrink(scan, factors)
     coarse_mask = sitk.BinShrink(_to_itk(usable.astype(np.float32), grid), factors) > 0.5
 
+    # its inner filters take the process' default, on which the rounding depends: what ran before
+    # in this process must not matter
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
     corrector = sitk.N4BiasFieldCorrectionImageFilter()
     corrector.SetNumberOfThreads(threads)
     corrector.SetMaximumNumberOfIterations(list(ITERATIONS))

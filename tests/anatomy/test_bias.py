@@ -50,6 +50,20 @@ def test_the_scale_does_not_matter_and_two_runs_agree(monkeypatch):
     np.testing.assert_allclose(n4(scaled, mask), once, atol=2e-3)
 
 
+def test_what_ran_before_in_the_process_does_not_matter(monkeypatch):
+    """A registration leaves its number of threads to the filters of ITK that follow."""
+    monkeypatch.setattr(bias, "ITERATIONS", (5, 5))
+    image, mask, _ = phantom((2.5, 2.5, 5.0))
+    before = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
+    fields = []
+    for threads in (1, 2, 7):
+        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
+        fields.append(n4(image, mask, threads=2))
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(before)
+    np.testing.assert_array_equal(fields[0], fields[1])
+    np.testing.assert_array_equal(fields[0], fields[2])
+
+
 def test_bad_masks_are_refused():
     image, mask, _ = phantom((3.0, 3.0, 5.0))
     with pytest.raises(ShapeMismatchError, match="mask on the image's grid"):
