@@ -251,16 +251,16 @@ def relative_scores(table: Sequence[StructureRecord]) -> dict[str, float]:
 
 def concerns(values: Mapping[str, float | None]) -> list[str]:
     """The metrics that exceed a limit, as text; empty if none does."""
-    return [text for _, text in _passed(values)]
+    return [text for _, text in _exceeded(values)]
 
 
 def verdict(values: Mapping[str, float | None]) -> str:
     """``pass``; ``look``: a metric is unusual; ``fail``: one exceeds its limit for failure."""
-    return VERDICTS[max((level for level, _ in _passed(values)), default=0)]
+    return VERDICTS[max((level for level, _ in _exceeded(values)), default=0)]
 
 
-def _passed(values: Mapping[str, float | None]) -> list[tuple[int, str]]:
-    """1 (look) or 2 (fail) and the limit, for every figure that passes one."""
+def _exceeded(values: Mapping[str, float | None]) -> list[tuple[int, str]]:
+    """1 (look) or 2 (fail) and the limit, for every metric that exceeds one."""
     limits = []
     for name, metric in METRICS.items():
         value = values.get(name)

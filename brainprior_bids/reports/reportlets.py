@@ -42,6 +42,7 @@ from brainprior_bids.reports.sheet import (
     Panel,
     Picture,
     Sheet,
+    description,
 )
 from brainprior_bids.reports.volumes import (
     PLANES,
@@ -224,7 +225,7 @@ def draw_flicker(images: ScanImages, path: Path) -> Path:
     lesion = images.lesion
     sheet.title(
         f"{result} (mean of {n_samples} samples)" if (n_samples or 1) > 1 else result,
-        note="Hover over the picture to switch between input and result"
+        note="Hover over the picture, or focus it, to switch between input and result"
         + ("; orange: the lesion mask" if lesion is not None else ""),
         before="Input, interpolated linearly to the same grid",
     )
@@ -488,15 +489,18 @@ def draw_gains(images: ScanImages, path: Path) -> Path:
     axes.set_xlim(0, len(at) + 1)
     axes.set_xlabel(f"{plane.lower()} slice", color=INK)
     axes.set_ylabel("gain corrected, %", color=INK)
-    axes.set_title(
+    title = (
         f"Alternation {abs(bias.alternation_percent or 0):.2f} ± "
         f"{bias.alternation_se_percent or 0:.2f} %, "
         f"random gains SD {bias.random_sd_percent or 0:.1f} %: "
-        + ("corrected" if bias.applied else "not corrected"),
-        color=INK,
-        fontsize=10,
+        + ("corrected" if bias.applied else "not corrected")
     )
-    return _save_figure(figure, path)
+    axes.set_title(title, color=INK, fontsize=10)
+    return _save_figure(
+        figure,
+        path,
+        f"Gain of {len(percent)} {plane} slices, up to {np.abs(percent).max():.1f} %. {title}",
+    )
 
 
 def draw_histogram(images: ScanImages, path: Path) -> Path:
@@ -521,7 +525,8 @@ def draw_histogram(images: ScanImages, path: Path) -> Path:
     axes.set_xlabel("value inside the brain mask, scanner units", color=INK)
     axes.set_ylabel("share of voxels, peak = 1", color=INK)
     axes.legend(frameon=False, labelcolor=INK)
-    return _save_figure(figure, path)
+    medians = ", ".join(f"{label} {np.median(values):.4g}" for values, label, _ in curves)
+    return _save_figure(figure, path, f"Medians in scanner units: {medians}")
 
 
 def draw_residual(images: ScanImages, path: Path) -> Path:
@@ -621,8 +626,8 @@ def _plot() -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _save_figure(figure: Figure, path: Path) -> Path:
-    """A matplotlib figure as an SVG whose text stays text."""
+def _save_figure(figure: Figure, path: Path, words: str) -> Path:
+    """A matplotlib figure as an SVG whose text stays text; ``words`` describe it."""
     stream = StringIO()
     with rc_context(
         {
@@ -634,4 +639,5 @@ def _save_figure(figure: Figure, path: Path) -> Path:
         figure.savefig(stream, format="svg", facecolor=GROUND, metadata={"Date": None})
     text = stream.getvalue()
     text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text[text.index("<svg") :], count=2)
-    return write_text(path, f"{XML}{text}")
+    head, _, rest = text.partition(">")
+    return write_text(path, f"{XML}{head}>\n{description(words)}{rest}")

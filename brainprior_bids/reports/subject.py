@@ -117,6 +117,7 @@ def _scan(scan: ScanRecord) -> str:
     ]
     return _render(
         "scan.html.j2",
+        scan=scan.scan,
         warnings=scan.warnings,
         verdict=verdict(metrics(scan)),
         concerns=concerns(metrics(scan)),
@@ -235,6 +236,10 @@ def _anatomy_rows(scan: ScanRecord) -> Rows:
         ("Structures from", parcellation.structures_origin.words),
         ("Structures found", str(len(parcellation.table) or MISSING)),
         ("Volume of all structures", f"{volume / 1000:.0f} ml" if volume else MISSING),
+        (
+            "Its z-score (54 participants, T1w)",
+            _number(metrics(scan)["brain_z"], "+.1f", none="–"),
+        ),
         ("Transform to MNI305", f"{affine.dof} parameters" if affine.dof else MISSING),
         ("Transform based on", affine.method.words),
         ("Structures used for the transform", str(len(affine.used) or MISSING)),
@@ -300,12 +305,8 @@ def _errors(scans: Sequence[ScanRecord]) -> str:
 def _methods(scans: Sequence[ScanRecord]) -> str:
     if not scans:
         return "<p>No scan of this participant was restored.</p>"
-    intro = (
-        '<p class="muted">This text describes the processing of this participant; you can copy '
-        "it into a paper, with the references. The text for all participants is in "
-        "logs/CITATION.md, the BibTeX entries in logs/CITATION.bib.</p>"
-    )
-    return intro + to_html(methods_text([of_summary(scan) for scan in scans]))
+    text = to_html(methods_text([of_summary(scan) for scan in scans]))
+    return _render("methods.html.j2", text=text)
 
 
 def _provenance(
