@@ -17,6 +17,7 @@ from typing import Any
 
 import jinja2
 
+from brainprior_bids.anatomy.tissue_metrics import RATIOS
 from brainprior_bids.bids.files import read_json
 from brainprior_bids.bids.provenance import label
 from brainprior_bids.bids.qc import concerns, metrics, relative_scores, verdict
@@ -123,6 +124,7 @@ def _scan(scan: ScanRecord) -> str:
         concerns=concerns(metrics(scan)),
         groups=groups,
         structures=_structures(scan),
+        tissues=_tissues(scan),
     )
 
 
@@ -281,6 +283,21 @@ def _structures(scan: ScanRecord) -> list[dict[str, str]]:
             }
         )
     return rows
+
+
+def _tissues(scan: ScanRecord) -> list[dict[str, str]]:
+    """Signal and contrast by tissue; empty where they were not computed."""
+    tissues = scan.facts.tissues
+    if tissues is None:
+        return []
+    return [
+        {
+            "name": name,
+            "input": _number(tissues.input.get(name), ".3g", none="–"),
+            "restored": _number(tissues.restored.get(name), ".3g", none="–"),
+        }
+        for name in dict.fromkeys((*RATIOS, *tissues.input, *tissues.restored))
+    ]
 
 
 def _errors(scans: Sequence[ScanRecord]) -> str:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import re
 from dataclasses import replace
@@ -14,7 +15,7 @@ import pytest
 from lxml import etree, html
 
 from brainprior_bids.bids.files import write_json
-from brainprior_bids.bids.qc import reference
+from brainprior_bids.bids.qc import rebuild_qc, reference
 from brainprior_bids.bids.status import write_summary
 from brainprior_bids.engine.weights import find_weights, sha256_file
 from brainprior_bids.records import RestoreRecord, RunRecord, ScanRecord, WeightsRecord
@@ -25,7 +26,10 @@ from brainprior_bids.reports.sheet import XML, Panel, Picture, Sheet
 from brainprior_bids.reports.subject import build_subject_report
 
 SVG = f'{XML}<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 2 1"/>'
-PICTURES = ("flicker", "slices", "uncertainty", "mask", "structures", "bias", "gains", "histogram")
+PICTURES = (
+    *("flicker", "slices", "uncertainty", "mask", "structures", "bias", "gains", "histogram"),
+    "tissues",
+)
 
 
 def summary(scan, **values):
@@ -191,7 +195,7 @@ def test_every_picture_has_a_text_for_those_who_do_not_see_it(output_dir):
     alts = [element.get("alt") for element in page.xpath("//img")]
     assert all(alts)
     assert len(set(alts)) == len(alts)
-    (own,) = (alt for alt in alts if "histogram" in alt.lower() and "acq-x" in alt)
+    (own,) = (alt for alt in alts if "Histograms of the values inside" in alt and "acq-x" in alt)
     assert own == (
         "sub-01_ses-a_acq-x_T1w: Histograms of the values inside the brain mask, input and "
         "restored image."
@@ -252,6 +256,28 @@ def test_the_methods_can_be_copied_with_their_references(output_dir):
         source.text_content().split()
     )
     assert "and others" not in source.text_content()
+
+
+def test_signal_and_contrast_are_shown_before_and_after(tmp_path):
+    value = summary("sub-01_T1w")
+    value["facts"]["tissues"] = {
+        "input": {"snr_gm": 4.0, "cjv": 0.6},
+        "restored": {"snr_gm": 6.25},
+    }
+    store(tmp_path, value)
+    store(tmp_path, summary("sub-02_T1w"))
+    (section,) = read(build_subject_report(tmp_path, "01")).xpath("//section[@id='sub-01_T1w']")
+    rows = [
+        [cell.text_content() for cell in row]
+        for row in section.xpath(".//details[contains(., 'MRIQC')]//tbody/tr")
+    ]
+    assert ["snr_gm", "4", "6.25"] in rows
+    assert ["cjv", "0.6", "–"] in rows
+    assert "MRIQC" not in build_subject_report(tmp_path, "02").read_text()
+    with rebuild_qc(tmp_path).open(newline="") as stream:
+        row, other = csv.DictReader(stream, delimiter="\t")
+    assert (row["snr_gm_input"], row["snr_gm_restored"]) == ("4", "6.25")
+    assert (row["cjv_restored"], other["snr_gm_input"]) == ("n/a", "n/a")
 
 
 def test_the_norms_of_the_volumes_are_named(output_dir):
