@@ -262,6 +262,7 @@ def test_the_reasons_are_next_to_the_verdict_and_the_page_can_be_filtered(tmp_pa
     labels = [label.text_content().strip() for label in page.xpath("//fieldset/label")]
     assert labels == ["pass (8)", "look (1)", "fail (0)"]
     assert page.xpath("//fieldset/@hidden")  # shown by the script that makes it work
+    assert ".filter[hidden] { display: none; }" in text  # its own display would overrule "hidden"
     for name in VERDICTS:
         assert f'[data-hide~="{name}"] .{name}' in text
 
