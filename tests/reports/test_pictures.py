@@ -17,6 +17,8 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from brainprior_bids.engine.grids import MNI305, Grid
+from brainprior_bids.interfaces.derivatives import Reportlets
+from brainprior_bids.records import TissuesRecord
 from brainprior_bids.reports import atlas, volumes
 from brainprior_bids.reports.reportlets import REPORTLETS, make_reportlets, tissues_record
 
@@ -329,6 +331,20 @@ def test_tissues_are_measured_on_each_images_own_voxels(tmp_path):
         {**files, "filled": files["scan"]}, tmp_path / "f", prefix="sub-1", suffix="T1w"
     )
     assert not any("desc-tissues" in path.name for path in paths)
+
+
+def test_the_node_writes_pictures_and_metrics(tmp_path, monkeypatch):
+    files = node_files(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    roles = {"conform": "conform_json", "structures_table": "structures_json",
+             "affine": "affine_json", "restore": "restore_json", "gains": "bias_json"}  # fmt: skip
+    inputs = {roles.get(role, role): str(path) for role, path in files.items()}
+    node = Reportlets(name="sub-1_T1w", image=inputs["restored"], **inputs)
+    outputs = node.run().outputs
+    assert len(outputs.figures) == len(REPORTLETS)
+    found = TissuesRecord.read(outputs.tissues_json)
+    assert found == tissues_record(files)
+    assert found.restored["snr_gm"] > 0
 
 
 def test_the_histograms_of_tissues_have_two_panels_and_a_legend(drawn):
