@@ -129,7 +129,16 @@ def _sidecar() -> dict[str, Any]:
 
 
 def _view(suffix: str, scans: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the page shows of one contrast and task."""
+    """What the page shows of one contrast and task.
+
+    A metric that is the same in all of several scans has no column: it is in a line of its own.
+    """
+    texts = {
+        name: ["–" if scan[name] is None else f"{scan[name]:.4g}" for scan in scans]
+        for name in METRICS
+    }
+    same = {n: column[0] for n, column in texts.items() if len(scans) > 1 and len({*column}) == 1}
+    columns = {name: metric for name, metric in METRICS.items() if name not in same}
     figures = []
     for name, metric in METRICS.items():
         # as in the table: of values that are the same there, no distribution is drawn
@@ -144,19 +153,18 @@ def _view(suffix: str, scans: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     rows = [
         {
             **scan,
-            "cells": [
-                ("–" if scan[name] is None else f"{scan[name]:.4g}", name in scan["outlier"])
-                for name in METRICS
-            ],
+            "cells": [(texts[name][row], name in scan["outlier"]) for name in columns],
         }
-        for scan in scans
+        for row, scan in enumerate(scans)
     ]
     counts = Counter(scan["verdict"] for scan in scans)
     return {
         "suffix": suffix,
         "scans": rows,
         "verdicts": {name: counts[name] for name in VERDICTS},
-        "columns": METRICS,
+        "columns": columns,
+        "same": [(name, text) for name, text in same.items() if text != "–"],
+        "missing": [name for name, text in same.items() if text == "–"],
         "figures": figures,
     }
 
