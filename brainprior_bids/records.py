@@ -693,6 +693,15 @@ class ErrorRecord(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TissuesRecord(Record):
+    """``tissues.json``: metrics by MRIQC's names; see ``anatomy.tissue_metrics``."""
+
+    input: Mapping[str, float]
+    """Of the scan without its bias field."""
+    restored: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepRecords(Record):
     """The records of a scan's steps, and the files of other data sets, by role."""
 
@@ -705,6 +714,8 @@ class StepRecords(Record):
     lesion: LesionRecord | None = field(default=None, metadata=OMIT)
     bias: BiasRecord | None = field(default=None, metadata=OMIT)
     """None for another tool's image that was refined alone."""
+    tissues: TissuesRecord | None = field(default=None, metadata=OMIT)
+    """None where they could not be computed, and for a scan that was inpainted alone."""
     given: Mapping[str, FileRecord] = field(default_factory=dict, metadata=OMIT)
     seed: int | None = field(default=None, metadata=OMIT)
 

@@ -313,7 +313,7 @@ def init_scan_wf(
         (align or parcellate, write, [("mask", "mask")]),
         (affine, write, [("to_mni305", "to_mni305"), ("from_mni305", "from_mni305")]),
         (restore, write, [("samples", "samples"), ("restored_native", "restored_native")]),
-        (reportlets, write, [("figures", "figures")]),
+        (reportlets, write, [("figures", "figures"), ("tissues_json", "tissues_json")]),
         (conform, records, [("record", "in1")]),
         (parcellate, records, [("record", "in2")]),
         (affine, records, [("record", "in4")]),

@@ -23,6 +23,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from brainprior_bids.anatomy.slices import FAINTEST, LARGEST_MISMATCH
+from brainprior_bids.anatomy.tissue_metrics import RATIOS
 from brainprior_bids.bids.files import write_text
 from brainprior_bids.bids.status import read_summaries
 from brainprior_bids.records import (
@@ -32,6 +33,7 @@ from brainprior_bids.records import (
     ParcellationRecord,
     ScanRecord,
     StructureRecord,
+    TissuesRecord,
 )
 
 UNCERTAIN = ("CSF", "Left-Inf-Lat-Vent", "Right-Inf-Lat-Vent")
@@ -263,16 +265,16 @@ def relative_scores(table: Sequence[StructureRecord]) -> dict[str, float]:
 
 def concerns(values: Mapping[str, float | None]) -> list[str]:
     """The metrics that exceed a limit, as text; empty if none does."""
-    return [text for _, text in _passed(values)]
+    return [text for _, text in _exceeded(values)]
 
 
 def verdict(values: Mapping[str, float | None]) -> str:
     """``pass``; ``look``: a metric is unusual; ``fail``: one exceeds its limit for failure."""
-    return VERDICTS[max((level for level, _ in _passed(values)), default=0)]
+    return VERDICTS[max((level for level, _ in _exceeded(values)), default=0)]
 
 
-def _passed(values: Mapping[str, float | None]) -> list[tuple[int, str]]:
-    """1 (look) or 2 (fail) and the limit, for every figure that passes one."""
+def _exceeded(values: Mapping[str, float | None]) -> list[tuple[int, str]]:
+    """1 (look) or 2 (fail) and the limit, for every metric that exceeds one."""
     limits = []
     for name, metric in METRICS.items():
         value = values.get(name)
@@ -292,19 +294,29 @@ def _passed(values: Mapping[str, float | None]) -> list[tuple[int, str]]:
 
 
 def rebuild_qc(output_dir: Path) -> Path:
-    """Write ``logs/qc.tsv``: verdict, reasons and figures of every finished scan, and volumes."""
+    """Write ``logs/qc.tsv``: verdict, reasons, metrics and volumes of every finished scan."""
     names = [name for name in reference() if name != "Brain"]
     stream = io.StringIO()
     writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
     writer.writerow(
-        ["bids_name", "source", "verdict", "reasons", *METRICS, *(f"{name}_mm3" for name in names)]
+        [
+            *("bids_name", "source", "verdict", "reasons"),
+            *METRICS,
+            *(f"{name}_{image}" for image in ("input", "restored") for name in RATIOS),
+            *(f"{name}_mm3" for name in names),
+        ]
     )
     for summary in read_summaries(output_dir):
         if not summary.finished:
             continue
         values = metrics(summary)
         volumes = {row.name: row.volume_mm3 for row in summary.facts.parcellation.table}
-        figures = [*(values[name] for name in METRICS), *(volumes.get(name) for name in names)]
+        tissues = summary.facts.tissues or TissuesRecord.empty()
+        figures = [
+            *(values[name] for name in METRICS),
+            *(image.get(name) for image in (tissues.input, tissues.restored) for name in RATIOS),
+            *(volumes.get(name) for name in names),
+        ]
         writer.writerow(
             [
                 summary.scan,

@@ -46,6 +46,7 @@ from brainprior_bids.records import (
     ScanRecord,
     ScanStatus,
     StepRecords,
+    TissuesRecord,
     total_seconds,
 )
 from brainprior_bids.settings import FILLED, TASKS
@@ -82,16 +83,17 @@ class _ScanFilesInputSpec(MeasuredInputSpec):
 
 class _ReportletsOutputSpec(MeasuredOutputSpec):
     figures = OutputMultiPath(File(), desc="SVG pictures")
+    tissues_json = File(desc="signal and contrast by tissue; see anatomy.tissue_metrics")
 
 
 class Reportlets(MeasuredInterface):
-    """Draw the pictures of one scan."""
+    """Draw the pictures of one scan, and measure signal and contrast by tissue."""
 
     input_spec = _ScanFilesInputSpec
     output_spec = _ReportletsOutputSpec
 
     def _work(self, folder: Path) -> list[str]:
-        from brainprior_bids.reports.reportlets import make_reportlets
+        from brainprior_bids.reports.reportlets import make_reportlets, tissues_record
 
         inputs = self.inputs
         files = {
@@ -117,9 +119,15 @@ class Reportlets(MeasuredInterface):
             files["filled"] = inputs.image
         name = BIDSName.parse(inputs.name)
         prefix = name.stem.removesuffix(f"_{name.suffix}")
+        paths = {role: Path(path) for role, path in files.items()}
         try:
+            tissues = tissues_record(paths)
+            if tissues is not None:
+                target = folder / "tissues.json"
+                _write(target, to_json(tissues.to_json()))
+                self._results["tissues_json"] = str(target)
             figures = make_reportlets(
-                {role: Path(path) for role, path in files.items()},
+                paths,
                 folder / "figures",
                 prefix=prefix,
                 suffix=name.suffix,
@@ -147,6 +155,7 @@ class _WriteInputSpec(_ScanFilesInputSpec):
     structures_mni305 = File(exists=True)
     samples_mni305 = InputMultiPath(File(exists=True))
     figures = InputMultiPath(File(exists=True))
+    tissues_json = File(exists=True, desc="output of Reportlets")
     records = InputMultiPath(File(exists=True), desc="node.json of the preceding nodes")
     source_file = File(exists=True, mandatory=True, desc="the raw image")
     relative = traits.Str(mandatory=True, desc="its path from the data set's root")
@@ -195,6 +204,9 @@ class Write(MeasuredInterface):
                 LesionRecord.read(inputs.lesion_json) if isdefined(inputs.lesion_json) else None
             ),
             bias=BiasRecord.read(inputs.bias_json) if isdefined(inputs.bias_json) else None,
+            tissues=(
+                TissuesRecord.read(inputs.tissues_json) if isdefined(inputs.tissues_json) else None
+            ),
             given={
                 role: FileRecord(uri=file["uri"], sha256=sha256_file(Path(file["path"])))
                 for role, file in inputs.given.items()

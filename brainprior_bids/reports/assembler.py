@@ -8,7 +8,9 @@ whole derivative folder, and supports only a fixed list of entities (see
 
 from __future__ import annotations
 
+import html
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -26,6 +28,8 @@ from brainprior_bids.engine.errors import InputError
 
 SPECIFICATION = "subject.yml"
 TEMPLATE = "report.html.j2"
+HEAD = 4096
+"""Characters at the start of a picture, with its description and the names of its states."""
 
 
 @dataclass
@@ -109,13 +113,46 @@ class SubjectReport(Report):
                     figures, config=settings, out_dir=out_dir, bids_filters={"scan": section.scan}
                 )
                 if not reportlet.is_empty():
-                    alt = f'<img alt="{entry["subtitle"]}, {section.scan}" '  # nireports has none
+                    (picture,) = figures.get(scan=section.scan, desc=entry["bids"]["desc"])
                     reportlet.components = [
-                        (content.replace("<img ", alt, 1), caption)
+                        (
+                            _accessible(
+                                content, entry, reportlet.name, section.scan, Path(picture.path)
+                            ),
+                            caption,
+                        )
                         for content, caption in reportlet.components
                     ]
                     reportlets.append(reportlet)
             self.sections.append(SubReport(section.scan, reportlets=reportlets))
+
+
+def _accessible(
+    content: str, entry: Mapping[str, Any], name: str, scan: str, picture: Path
+) -> str:
+    """A picture's HTML with an alternative text; a flicker also gets links to its states.
+
+    The links set the fragment of the picture's address (``reports.sheet.FLICKER``), which needs
+    neither a pointer nor a script.
+    """
+    with picture.open(encoding="utf-8") as stream:
+        start = stream.read(HEAD)
+    own = re.search(r"<desc>(.*?)</desc>", start, re.DOTALL)
+    alt = html.escape(f"{scan}: {entry['alt']}" + (f" {html.unescape(own[1])}." if own else ""))
+    content = content.replace("<img ", f'<img alt="{alt}" ', 1)
+    content = content.replace("<object ", f'<object name="{name}" aria-label="{alt}" ', 1)
+    address = re.search(r'<object [^>]*data="([^"]*)"', content)
+    if address is None or 'id="input"' not in start:  # earlier versions had no states
+        return content
+    states = (
+        ("input", "input"),
+        ("result", "result"),
+        ("alternate", "alternate on hover or focus"),
+    )
+    links = " · ".join(
+        f'<a href="{address[1]}#{state}" target="{name}">{text}</a>' for state, text in states
+    )
+    return f'{content}<p class="states">Show: {links}</p>\n'
 
 
 def assemble(

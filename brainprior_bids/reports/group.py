@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -19,7 +20,7 @@ import jinja2
 from brainprior_bids import __version__
 from brainprior_bids.bids.files import write_json, write_text
 from brainprior_bids.bids.names import BIDSName
-from brainprior_bids.bids.qc import METRICS, concerns, metrics, verdict
+from brainprior_bids.bids.qc import METRICS, VERDICTS, Metric, concerns, metrics, verdict
 from brainprior_bids.bids.status import read_summaries
 from brainprior_bids.records import unnamed
 
@@ -45,13 +46,15 @@ def build_group(output_dir: Path) -> list[Path]:
     for summary in read_summaries(output_dir):
         if not summary.finished:
             message = unnamed(summary.message, summary.scan)
-            failed.append({"scan": summary.scan, "message": message})
+            report = summary.subject and f"sub-{summary.subject}.html#Errors"
+            failed.append({"scan": summary.scan, "message": message, "report": report})
             continue
         values = metrics(summary)
         name = BIDSName.parse(f"{summary.scan}.nii.gz")
         suffix = f"desc-{name.get('desc')}_{name.suffix}" if name.get("desc") else name.suffix
         row = {"bids_name": summary.scan, "subject": summary.subject, **values}
         row |= {"verdict": verdict(values), "concerns": concerns(values)}
+        row["report"] = f"sub-{summary.subject}.html#{summary.scan}"
         rows.setdefault(suffix, []).append(row)
     if not rows:
         return []
@@ -126,36 +129,84 @@ def _sidecar() -> dict[str, Any]:
 
 
 def _view(suffix: str, scans: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the page shows of one contrast and task.
+
+    A metric that is the same in all of several scans has no column: it is in a line of its own.
+    """
+    texts = {
+        name: ["–" if scan[name] is None else f"{scan[name]:.4g}" for scan in scans]
+        for name in METRICS
+    }
+    same = {n: column[0] for n, column in texts.items() if len(scans) > 1 and len({*column}) == 1}
+    columns = {name: metric for name, metric in METRICS.items() if name not in same}
     figures = []
     for name, metric in METRICS.items():
+        # as in the table: of values that are the same there, no distribution is drawn
         points = [
-            (scan["bids_name"], float(f"{scan[name]:.6g}"))  # as in the table
-            for scan in scans
+            (row, float(f"{scan[name]:.6g}"))
+            for row, scan in enumerate(scans)
             if scan[name] is not None
         ]
         if len({value for _, value in points}) > 1:
-            figures.append({"name": name, "about": metric, "strip": _strip(points, metric)})
-    return {"suffix": suffix, "scans": scans, "columns": METRICS, "figures": figures}
+            strip = _strip(points, [scan["verdict"] for scan in scans], metric)
+            figures.append({"name": name, "about": metric, "strip": strip})
+    rows = [
+        {
+            **scan,
+            "cells": [(texts[name][row], name in scan["outlier"]) for name in columns],
+        }
+        for row, scan in enumerate(scans)
+    ]
+    counts = Counter(scan["verdict"] for scan in scans)
+    return {
+        "suffix": suffix,
+        "scans": rows,
+        "verdicts": {name: counts[name] for name in VERDICTS},
+        "columns": columns,
+        "same": [(name, text) for name, text in same.items() if text != "–"],
+        "missing": [name for name, text in same.items() if text == "–"],
+        "figures": figures,
+    }
 
 
-def _strip(points: Sequence[tuple[str, float]], metric: Any) -> dict[str, Any]:
-    """A strip plot: one dot per scan, the quartiles, and the limits within the plotted range."""
+def _strip(
+    points: Sequence[tuple[int, float]], verdicts: Sequence[str], metric: Metric
+) -> dict[str, Any]:
+    """A strip plot: one dot per scan, the quartiles, and the limits within the plotted range.
+
+    The dots of one verdict are a single path (lines without length and with round ends), because
+    20,000 elements would take seconds to open. ``rows`` has the table's row of each of them.
+
+    Parameters
+    ----------
+    points : sequence of (row in the table, value)
+    verdicts : sequence of str
+        Verdict of every row.
+    metric : Metric
+    """
     values = [value for _, value in points]
     low, high = min(values), max(values)
 
     def x(value: float) -> float:
         return round(10 + (WIDTH - 20) * (value - low) / (high - low), 1)
 
+    paths: dict[str, dict[str, list[str]]] = {}
+    for n, (row, value) in enumerate(points):
+        # scatter the dots by a fixed pattern, so that the page is the same every time
+        y = round(8 + (n * 0.618034 % 1) * (HEIGHT - 26), 1)
+        path = paths.setdefault(verdicts[row], {"d": [], "rows": []})
+        path["d"].append(f"M{x(value)} {y}h0")
+        path["rows"].append(str(row))
     first, middle, third = statistics.quantiles(values, n=4)
     return {
         "low": f"{low:.4g}",
         "high": f"{high:.4g}",
+        "median": f"{middle:.4g}",
         "width": WIDTH,
         "height": HEIGHT,
-        # scatter the dots by a fixed pattern, so that the page is the same every time
-        "dots": [
-            (x(value), round(8 + (n * 0.618034 % 1) * (HEIGHT - 26), 1), name, f"{value:.4g}")
-            for n, (name, value) in enumerate(points)
+        "paths": [
+            {"verdict": name, "d": "".join(path["d"]), "rows": " ".join(path["rows"])}
+            for name, path in paths.items()
         ],
         "box": (x(max(first, low)), x(min(third, high)), x(middle)),
         "limits": [x(limit) for limit in (metric.low, metric.high) if limit is not None

@@ -347,8 +347,11 @@ def to_html(text: str) -> str:
     for key in order:
         entry = {name: html.escape(value) for name, value in known[key].items()}
         url = entry.get("url") or f"https://doi.org/{entry['doi']}"
-        author = f"{entry['author']}. " if "author" in entry else ""
-        where = f" <em>{entry['journal']}</em>," if "journal" in entry else ""
+        author = (
+            f"{entry['author'].replace(' and others', ', et al')}. " if "author" in entry else ""
+        )
+        volume = f" {entry['volume']}" if "volume" in entry else ""
+        where = f" <em>{entry['journal']}</em>{volume}," if "journal" in entry else ""
         shown = url.replace("https://arxiv.org/abs/", "arXiv:").replace("https://doi.org/", "doi:")
         text = f"{author}{entry['title']}.{where} {entry['year']}."
         items.append(f'<li>{text} <a href="{url}">{shown}</a></li>')

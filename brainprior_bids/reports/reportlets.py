@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from brainprior_bids.anatomy.tissue_metrics import FEWEST, Values, tissue_metrics, tissue_values
 from brainprior_bids.bids.files import write_text
 from brainprior_bids.records import (
     AffineRecord,
@@ -28,6 +29,7 @@ from brainprior_bids.records import (
     ConformRecord,
     ParcellationRecord,
     RestoreRecord,
+    TissuesRecord,
 )
 from brainprior_bids.reports import atlas
 from brainprior_bids.reports.sheet import (
@@ -42,6 +44,7 @@ from brainprior_bids.reports.sheet import (
     Panel,
     Picture,
     Sheet,
+    description,
 )
 from brainprior_bids.reports.volumes import (
     PLANES,
@@ -62,6 +65,12 @@ MASK_COLOUR = "#00d5ff"
 LESION_COLOUR = "#ff8a65"
 EXPECTED = "#69f0ae"
 FOUND = "#ffd54f"
+TISSUE_LOOKS = {
+    "csf": ("fluid", "#4fc3f7", "dotted"),
+    "gm": ("cortex", "#ffb74d", "dashed"),
+    "wm": ("white matter", "#e6e6e6", "solid"),
+}
+"""Tissue -> name, colour and line."""
 FACTORS = (1.02, 1.05, 1.1, 1.2, 1.3, 1.4, 1.6, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
 """Ticks of the bias field's colour bar, with their inverses."""
 
@@ -152,6 +161,27 @@ class ScanImages:
             high.append(np.percentile(self.scan.data[inside], 99.5))
         return 0.0, float(max(high))
 
+    @cached_property
+    def unbiased(self) -> Volume:
+        """The input without its bias field, where there is one."""
+        if "log_bias" not in self.files:
+            return self.scan
+        return self.scan.like(self.scan.data * np.exp(-self.load("log_bias").data))
+
+    @cached_property
+    def by_tissue(self) -> dict[str, dict[str, Values]]:
+        """``input``, ``restored`` -> tissue -> values, each image on its own voxels.
+
+        A voxel has the label at its centre; voxels under a lesion mask are left out.
+        """
+        labels, values = self.load("structures"), {}
+        for name, image in (("input", self.unbiased), ("restored", self.restored)):
+            use = np.ones(image.data.shape, bool)
+            if self.lesion is not None:
+                use = self.lesion.regrid(image, order=0).data <= 0.5
+            values[name] = tissue_values(image.data, labels.regrid(image, order=0).data, use)
+        return values
+
     @property
     def footer(self) -> str:
         """How to read the orientation of pictures in the scan's own frame."""
@@ -204,6 +234,8 @@ def make_reportlets(
     images = ScanImages({role: Path(path) for role, path in files.items() if path is not None})
     paths = []
     for what, (needs, draw) in REPORTLETS.items():
+        if what == "tissues" and "filled" in images:
+            continue  # outside the lesion mask it is the scan
         if what == "gains" and not images.record("gains", BiasRecord).gains:
             continue  # a 3-D scan
         if all(role in images for role in needs):
@@ -211,6 +243,24 @@ def make_reportlets(
             path = Path(out_dir) / f"{prefix}{space}_desc-{what}_{suffix}.svg"
             paths.append(draw(images, path))
     return paths
+
+
+def tissues_record(files: Mapping[str, Path]) -> TissuesRecord | None:
+    """Signal and contrast by tissue, before and after.
+
+    Parameters
+    ----------
+    files : Mapping of role to path
+        See ``ScanImages``; ``scan``, ``mask``, ``restored`` and ``structures`` are required.
+
+    Returns
+    -------
+    None for a scan that was filled in (``filled``): the rest of it is the scan.
+    """
+    if "filled" in files:
+        return None
+    values = ScanImages(files).by_tissue
+    return TissuesRecord(**{name: tissue_metrics(image) for name, image in values.items()})
 
 
 def draw_flicker(images: ScanImages, path: Path) -> Path:
@@ -224,7 +274,7 @@ def draw_flicker(images: ScanImages, path: Path) -> Path:
     lesion = images.lesion
     sheet.title(
         f"{result} (mean of {n_samples} samples)" if (n_samples or 1) > 1 else result,
-        note="Hover over the picture to switch between input and result"
+        note="Hover over the picture, or focus it, to switch between input and result"
         + ("; orange: the lesion mask" if lesion is not None else ""),
         before="Input, interpolated linearly to the same grid",
     )
@@ -488,15 +538,18 @@ def draw_gains(images: ScanImages, path: Path) -> Path:
     axes.set_xlim(0, len(at) + 1)
     axes.set_xlabel(f"{plane.lower()} slice", color=INK)
     axes.set_ylabel("gain corrected, %", color=INK)
-    axes.set_title(
+    title = (
         f"Alternation {abs(bias.alternation_percent or 0):.2f} ± "
         f"{bias.alternation_se_percent or 0:.2f} %, "
         f"random gains SD {bias.random_sd_percent or 0:.1f} %: "
-        + ("corrected" if bias.applied else "not corrected"),
-        color=INK,
-        fontsize=10,
+        + ("corrected" if bias.applied else "not corrected")
     )
-    return _save_figure(figure, path)
+    axes.set_title(title, color=INK, fontsize=10)
+    return _save_figure(
+        figure,
+        path,
+        f"Gain of {len(percent)} {plane} slices, up to {np.abs(percent).max():.1f} %. {title}",
+    )
 
 
 def draw_histogram(images: ScanImages, path: Path) -> Path:
@@ -509,8 +562,7 @@ def draw_histogram(images: ScanImages, path: Path) -> Path:
         (images.restored.data[images.mask.data > 0.5], "restored", "#4fc3f7"),
     ]
     if "log_bias" in images:
-        flat = images.scan.data[inside] * np.exp(-images.load("log_bias").data[inside])
-        curves.insert(1, (flat, "input without bias field", "#a1887f"))
+        curves.insert(1, (images.unbiased.data[inside], "input without bias field", "#a1887f"))
     figure, axes = _plot()
     for values, label, colour in curves:
         density, _ = np.histogram(values, bins=bins, density=True)
@@ -521,7 +573,37 @@ def draw_histogram(images: ScanImages, path: Path) -> Path:
     axes.set_xlabel("value inside the brain mask, scanner units", color=INK)
     axes.set_ylabel("share of voxels, peak = 1", color=INK)
     axes.legend(frameon=False, labelcolor=INK)
-    return _save_figure(figure, path)
+    medians = ", ".join(f"{label} {np.median(values):.4g}" for values, label, _ in curves)
+    return _save_figure(figure, path, f"Medians in scanner units: {medians}")
+
+
+def draw_tissues(images: ScanImages, path: Path) -> Path:
+    """Distribution of the values of each tissue, before and after."""
+    high = images.window[1] * 1.15
+    bins = _bins(images.scan.data[images.mask_scan.data > 0.5], high)
+    figure = Figure(figsize=(11, 3.2), facecolor=GROUND, layout="constrained")
+    before = "input, without bias field" if "log_bias" in images else "input"
+    panels = zip(figure.subplots(1, 2), images.by_tissue.items(), strict=True)
+    words = []
+    for axes, (name, tissues) in panels:
+        _dress(axes)
+        for tissue, values in tissues.items():
+            if values.size >= FEWEST:
+                label, colour, line = TISSUE_LOOKS[tissue]
+                density, _ = np.histogram(values, bins=bins, density=True)
+                peak = max(float(density.max()), 1e-12)
+                axes.stairs(
+                    density / peak, bins, label=label, color=colour, linestyle=line, linewidth=1.4
+                )
+                words.append(f"{name} {label} {np.median(values):.4g}")
+        axes.set_title(before if name == "input" else name, color=INK, fontsize=10)
+        axes.set_xlim(0, high)
+        axes.set_ylim(0, 1.05)
+        axes.set_yticks([])
+        axes.set_xlabel("scanner units", color=INK)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, labelcolor=INK)
+    return _save_figure(figure, path, f"Medians in scanner units: {', '.join(words)}")
 
 
 def draw_residual(images: ScanImages, path: Path) -> Path:
@@ -570,6 +652,7 @@ REPORTLETS: dict[str, tuple[tuple[str, ...], Callable[[ScanImages, Path], Path]]
     "bias": (("log_bias",), draw_bias),
     "gains": (("gains",), draw_gains),
     "histogram": ((), draw_histogram),
+    "tissues": (("structures",), draw_tissues),
 }
 """``desc`` -> roles needed besides scan, mask and restored, and the function that draws."""
 
@@ -614,15 +697,20 @@ def _plot() -> tuple[Figure, Axes]:
     """An empty plot in the colours of the report."""
     figure = Figure(figsize=(11, 3.2), facecolor=GROUND, layout="constrained")
     axes = figure.subplots()
+    _dress(axes)
+    return figure, axes
+
+
+def _dress(axes: Axes) -> None:
+    """The colours of the report."""
     axes.set_facecolor(GROUND)
     axes.tick_params(colors=FAINT)
     for spine in axes.spines.values():
         spine.set_color(FAINT)
-    return figure, axes
 
 
-def _save_figure(figure: Figure, path: Path) -> Path:
-    """A matplotlib figure as an SVG whose text stays text."""
+def _save_figure(figure: Figure, path: Path, words: str) -> Path:
+    """A matplotlib figure as an SVG whose text stays text; ``words`` describe it."""
     stream = StringIO()
     with rc_context(
         {
@@ -634,4 +722,5 @@ def _save_figure(figure: Figure, path: Path) -> Path:
         figure.savefig(stream, format="svg", facecolor=GROUND, metadata={"Date": None})
     text = stream.getvalue()
     text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text[text.index("<svg") :], count=2)
-    return write_text(path, f"{XML}{text}")
+    head, _, rest = text.partition(">")
+    return write_text(path, f"{XML}{head}>\n{description(words)}{rest}")

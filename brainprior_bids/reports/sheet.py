@@ -39,8 +39,16 @@ XML = '<?xml version="1.0" encoding="utf-8"?>'
 FLICKER = """<style>
 @keyframes flicker { 0%, 45% { opacity: 1 } 50%, 95% { opacity: 0 } 100% { opacity: 1 } }
 .before { opacity: 0 }
-svg:hover .before { animation: flicker 2s linear infinite }
+svg:hover .before, svg:focus .before { animation: flicker 2s linear infinite }
+@media (prefers-reduced-motion) {
+svg:hover .before, svg:focus .before { animation: none; opacity: 1 }
+}
+#input:target .before { animation: none; opacity: 1 }
+#result:target .before { animation: none; opacity: 0 }
+svg:focus { outline: 4px solid #ffb74d; outline-offset: -4px }
 </style>"""
+"""The "before" state alternates with the other under the pointer and with keyboard focus; it is
+fixed where the picture is opened as ``#input`` or ``#result``."""
 
 
 @dataclass(frozen=True)
@@ -180,12 +188,17 @@ class Sheet:
 
     footer: str = ""
     _body: list[str] = field(default_factory=list)
+    _words: list[str] = field(default_factory=list)
     _y: float = GAP
     _flickers: bool = False
 
     def title(self, text: str, note: str = "", before: str = "") -> None:
-        """A line of text above the next row; ``before`` replaces it in the "before" state."""
+        """A line of text above the next row; ``before`` replaces it in the "before" state.
+
+        Text and note are also the picture's description for those who do not see it.
+        """
         height = 26.0
+        self._words.append(f"{text} ({note})" if note else text)
         self._rect(0, self._y, WIDTH, height, GROUND)
         self._text(10, self._y + 18, text, 15, bold=True)
         if note:
@@ -275,14 +288,18 @@ class Sheet:
         if self.footer:
             self._text(10, self._y + 14, self.footer, 12, colour=FAINT)
             self._y += 22
-        style = FLICKER if self._flickers else ""
+        style, focus, begin, end = "", "", "", ""
+        if self._flickers:
+            style, focus = FLICKER, ' tabindex="0"'
+            begin, end = '<g id="input"><g id="result">\n', "\n</g></g>"
         text = (
             f'{XML}<svg xmlns="http://www.w3.org/2000/svg" '
             f'viewBox="0 0 {WIDTH:g} {self._y:.1f}" preserveAspectRatio="xMidYMid meet" '
-            f'font-family="{FONT}">\n{style}'
+            f'font-family="{FONT}"{focus}>\n{description(". ".join(self._words))}\n{style}'
             f'<rect width="{WIDTH:g}" height="{self._y:.1f}" fill="{GROUND}"/>\n'
+            + begin
             + "\n".join(self._body)
-            + "\n</svg>\n"
+            + f"{end}\n</svg>\n"
         )
         return write_text(path, text)
 
@@ -417,6 +434,11 @@ class Sheet:
         self._body.append(
             f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}"/>'
         )
+
+
+def description(text: str) -> str:
+    """The element with a picture's description; the report uses it as the alternative text."""
+    return f"<desc>{escape(text)}</desc>"
 
 
 def _colour_table(colours: str, at: NDArray[np.float64] | None = None) -> NDArray[np.uint8]:

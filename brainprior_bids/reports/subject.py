@@ -17,6 +17,7 @@ from typing import Any
 
 import jinja2
 
+from brainprior_bids.anatomy.tissue_metrics import RATIOS
 from brainprior_bids.bids.files import read_json
 from brainprior_bids.bids.provenance import label
 from brainprior_bids.bids.qc import concerns, metrics, relative_scores, verdict
@@ -117,11 +118,13 @@ def _scan(scan: ScanRecord) -> str:
     ]
     return _render(
         "scan.html.j2",
+        scan=scan.scan,
         warnings=scan.warnings,
         verdict=verdict(metrics(scan)),
         concerns=concerns(metrics(scan)),
         groups=groups,
         structures=_structures(scan),
+        tissues=_tissues(scan),
     )
 
 
@@ -235,6 +238,10 @@ def _anatomy_rows(scan: ScanRecord) -> Rows:
         ("Structures from", parcellation.structures_origin.words),
         ("Structures found", str(len(parcellation.table) or MISSING)),
         ("Volume of all structures", f"{volume / 1000:.0f} ml" if volume else MISSING),
+        (
+            "Its z-score (54 participants, T1w)",
+            _number(metrics(scan)["brain_z"], "+.1f", none="–"),
+        ),
         ("Transform to MNI305", f"{affine.dof} parameters" if affine.dof else MISSING),
         ("Transform based on", affine.method.words),
         ("Structures used for the transform", str(len(affine.used) or MISSING)),
@@ -278,6 +285,21 @@ def _structures(scan: ScanRecord) -> list[dict[str, str]]:
     return rows
 
 
+def _tissues(scan: ScanRecord) -> list[dict[str, str]]:
+    """Signal and contrast by tissue; empty where they were not computed."""
+    tissues = scan.facts.tissues
+    if tissues is None:
+        return []
+    return [
+        {
+            "name": name,
+            "input": _number(tissues.input.get(name), ".3g", none="–"),
+            "restored": _number(tissues.restored.get(name), ".3g", none="–"),
+        }
+        for name in dict.fromkeys((*RATIOS, *tissues.input, *tissues.restored))
+    ]
+
+
 def _errors(scans: Sequence[ScanRecord]) -> str:
     errors = []
     for scan in scans:
@@ -300,12 +322,8 @@ def _errors(scans: Sequence[ScanRecord]) -> str:
 def _methods(scans: Sequence[ScanRecord]) -> str:
     if not scans:
         return "<p>No scan of this participant was restored.</p>"
-    intro = (
-        '<p class="muted">This text describes the processing of this participant; you can copy '
-        "it into a paper, with the references. The text for all participants is in "
-        "logs/CITATION.md, the BibTeX entries in logs/CITATION.bib.</p>"
-    )
-    return intro + to_html(methods_text([of_summary(scan) for scan in scans]))
+    text = to_html(methods_text([of_summary(scan) for scan in scans]))
+    return _render("methods.html.j2", text=text)
 
 
 def _provenance(

@@ -6,12 +6,14 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 
 import pytest
 from lxml import html
 
 from brainprior_bids.bids.qc import (
     METRICS,
+    VERDICTS,
     concerns,
     metrics,
     rebuild_qc,
@@ -23,7 +25,7 @@ from brainprior_bids.bids.qc import (
 from brainprior_bids.bids.status import write_summary
 from brainprior_bids.cli.run import main
 from brainprior_bids.records import ScanRecord, StructureRecord
-from brainprior_bids.reports.group import build_group, robust_scores
+from brainprior_bids.reports.group import WIDTH, build_group, robust_scores
 
 
 def summary(number: int, suffix: str = "T1w", **values):
@@ -209,8 +211,75 @@ def test_a_table_a_contrast_and_one_page(tmp_path):
     assert len(page.xpath("//section[@id='T1w']//tbody/tr")) == 13
     assert page.xpath("//td[contains(@class, 'apart')]/text()") == ["9.5"]
     assert "<no>" not in text
-    assert "sub-20_T1w: &lt;no&gt; brain" in text
-    assert text.count("sub-20_T1w") == 1
+    (failed,) = page.xpath("//section[@id='failed']//li")
+    assert failed.text_content() == "sub-20_T1w: <no> brain"
+    assert text.count("sub-20_T1w") == 1  # without the name in front of its message
+
+
+def test_rows_and_dots_lead_to_the_reports(tmp_path):
+    for number in range(1, 13):
+        store(tmp_path, summary(number))
+    store(tmp_path, summary(20, status="failed", message="sub-20_T1w: no brain"))
+    build_group(tmp_path)
+    page = html.fromstring((tmp_path / "group.html").read_text())
+    links = page.xpath("//tbody/tr/td[1]/a/@href")
+    assert links == [f"sub-{n:02d}.html#sub-{n:02d}_T1w" for n in range(1, 13)]
+    assert page.xpath("//section[@id='failed']//a/@href") == ["sub-20.html#Errors"]
+    plots = page.xpath("//svg[@data-metric]")
+    assert {plot.get("data-metric") for plot in plots} == {"mni305_residual_mm", "seconds"}
+    for plot in plots:
+        (path,) = plot.xpath("./path")  # all scans have one verdict
+        assert path.get("data-rows") == " ".join(map(str, range(12)))
+        places = [float(x) for x in re.findall(r"M([\d.]+) [\d.]+h0", path.get("d"))]
+        assert places == sorted(places)  # both metrics grow with the number
+        assert places[0] == 10
+        assert places[-1] == WIDTH - 10
+
+
+def test_the_reasons_are_next_to_the_verdict_and_the_page_can_be_filtered(tmp_path):
+    for number in range(1, 10):
+        good = summary(number)
+        good["facts"]["parcellation"]["table"] = brain()
+        if number == 4:
+            good["facts"]["restore"]["residual_ratios"] = [2.0]
+        store(tmp_path, good)
+    build_group(tmp_path)
+    text = (tmp_path / "group.html").read_text()
+    page = html.fromstring(text)
+    heads = [head.text_content() for head in page.xpath("//thead//th")]
+    assert heads == ["scan", "verdict", "reasons", "residual", "mni305_residual_mm", "seconds"]
+    captions = [" ".join(p.text_content().split()) for p in page.xpath("//section/p")]
+    assert captions[0].startswith("The same in all scans: noise_percent 2, brain_ml ")
+    assert captions[1].startswith("Not measured in any scan: inconsistent_percent, affine_fallba")
+    shown = {name for name in METRICS if any(name in text for text in [*heads, *captions])}
+    assert shown == set(METRICS)
+    row = page.xpath("//tbody/tr")[3]
+    assert [cell.text_content() for cell in row[:3]] == [
+        "sub-04_T1w", "look", "residual 2 is above 1.5",
+    ]  # fmt: skip
+    # one class per verdict, which the filter's style sheet hides in table and plots
+    assert [r.get("class") for r in page.xpath("//tbody/tr")].count("look") == 1
+    (plot,) = page.xpath("//svg[@data-metric='residual']")
+    assert {p.get("class"): p.get("data-rows") for p in plot.xpath("./path")} == {
+        "dots pass": "0 1 2 4 5 6 7 8",
+        "dots look": "3",
+    }
+    labels = [label.text_content().strip() for label in page.xpath("//fieldset/label")]
+    assert labels == ["pass (8)", "look (1)", "fail (0)"]
+    assert page.xpath("//fieldset/@hidden")  # shown by the script that makes it work
+    assert ".filter[hidden] { display: none; }" in text  # its own display would overrule "hidden"
+    for name in VERDICTS:
+        assert f'[data-hide~="{name}"] .{name}' in text
+
+
+def test_the_page_of_many_scans_has_few_elements(tmp_path):
+    """A browser opens 1,000 scans in about a second if only the table's cells are elements."""
+    for number in range(1, 61):
+        store(tmp_path, summary(number))
+    build_group(tmp_path)
+    page = html.fromstring((tmp_path / "group.html").read_text())
+    cells = 60 * (2 + 3)  # mni305_residual_mm and seconds differ; two structures are the reasons
+    assert len(page.xpath("//*")) < cells + 2 * 60 + 250
 
 
 def test_the_group_level_of_nothing_says_what_to_do(tmp_path, capsys):

@@ -358,6 +358,16 @@ def test_moved_interleaves_and_lost_slices_are_restored_as_such(files, prior, tm
     assert len(record["residual_ratios"]) == 2
 
 
+def test_signal_and_contrast_reach_the_summary(files, raw, output_dir, tmp_path):
+    tissues = {"input": {"cnr": 1.5}, "restored": {"cnr": 2.5}}
+    (tmp_path / "tissues.json").write_text(json.dumps(tissues))
+    run(
+        writer(files, raw, output_dir, tissues_json=str(tmp_path / "tissues.json")), tmp_path / "w"
+    )
+    (summary,) = read_summaries(output_dir)
+    assert summary.facts.tissues.to_json() == tissues
+
+
 def test_interpolation_is_in_sidecar_and_verdict(files, raw, output_dir, tmp_path):
     record = json.loads(Path(files["conform_json"]).read_text())
     record["facts"]["resolution"] = {

@@ -17,8 +17,10 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from brainprior_bids.engine.grids import MNI305, Grid
+from brainprior_bids.interfaces.derivatives import Reportlets
+from brainprior_bids.records import TissuesRecord
 from brainprior_bids.reports import atlas, volumes
-from brainprior_bids.reports.reportlets import REPORTLETS, make_reportlets
+from brainprior_bids.reports.reportlets import REPORTLETS, make_reportlets, tissues_record
 
 SVG = "{http://www.w3.org/2000/svg}"
 BRAIN_CENTRE = np.array([3.0, -12.0, 20.0])
@@ -300,6 +302,56 @@ def test_the_filled_scan_is_shown_through_the_middle_of_the_lesion(tmp_path):
     axial_new, axial_old = (np.asarray(p.convert("L"), float) for _, p in images(flicker)[4:6])
     inside = axial_old - axial_new > 20  # darker by the fill, and by nothing else
     assert 0.5 * 12 * 16 < inside.sum() * 100 * 124 / inside.size < 2.5 * 12 * 16
+
+
+def test_tissues_are_measured_on_each_images_own_voxels(tmp_path):
+    """In the scan through its bias field and without the lesion; not in a scan filled in."""
+    files = node_files(tmp_path)
+    scan, restored = nb.load(files["scan"]), nb.load(files["restored"])
+    noise = np.random.default_rng(0).normal(0, 2, scan.shape).astype(np.float32)
+    field = nb.load(files["log_bias"]).get_fdata()
+    flat = 100 + noise
+    nb.save(nb.Nifti1Image((flat * np.exp(field)).astype(np.float32), scan.affine), files["scan"])
+    speckle = np.random.default_rng(1).normal(100, 1, restored.shape).astype(np.float32)
+    nb.save(nb.Nifti1Image(speckle, restored.affine), files["restored"])
+    found = tissues_record(files)
+    # labels 3 and 42 only: the cortex alone
+    assert found.input["snr_gm"] == pytest.approx(50, rel=0.1)
+    assert found.restored["snr_gm"] == pytest.approx(100, rel=0.05)
+    assert set(found.restored) == {"snr_gm", "summary_gm_median", "summary_gm_stdv"}
+    lesion = np.zeros(scan.shape, np.float32)
+    lesion[: scan.shape[0] // 2] = 1
+    files["hidden"] = tmp_path / "hidden.nii.gz"
+    nb.save(nb.Nifti1Image(lesion, scan.affine), files["hidden"])
+    bright = (flat + 1000 * lesion) * np.exp(field)
+    nb.save(nb.Nifti1Image(bright.astype(np.float32), scan.affine), files["scan"])
+    assert tissues_record(files).input["snr_gm"] == pytest.approx(50, rel=0.1)
+    assert tissues_record({**files, "filled": files["scan"]}) is None
+    paths = make_reportlets(
+        {**files, "filled": files["scan"]}, tmp_path / "f", prefix="sub-1", suffix="T1w"
+    )
+    assert not any("desc-tissues" in path.name for path in paths)
+
+
+def test_the_node_writes_pictures_and_metrics(tmp_path, monkeypatch):
+    files = node_files(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    roles = {"conform": "conform_json", "structures_table": "structures_json",
+             "affine": "affine_json", "restore": "restore_json", "gains": "bias_json"}  # fmt: skip
+    inputs = {roles.get(role, role): str(path) for role, path in files.items()}
+    node = Reportlets(name="sub-1_T1w", image=inputs["restored"], **inputs)
+    outputs = node.run().outputs
+    assert len(outputs.figures) == len(REPORTLETS)
+    found = TissuesRecord.read(outputs.tissues_json)
+    assert found == tissues_record(files)
+    assert found.restored["snr_gm"] > 0
+
+
+def test_the_histograms_of_tissues_have_two_panels_and_a_legend(drawn):
+    text = drawn["tissues"].read_text()
+    assert "input, without bias field" in text
+    assert "cortex" in text
+    assert "white matter" not in text  # the synthetic head has none
 
 
 def test_without_uncertainty_there_is_no_such_picture(tmp_path):

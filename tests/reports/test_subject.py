@@ -3,26 +3,33 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import re
 from dataclasses import replace
+from itertools import pairwise
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
-from lxml import html
+from lxml import etree, html
 
 from brainprior_bids.bids.files import write_json
-from brainprior_bids.bids.qc import reference
+from brainprior_bids.bids.qc import rebuild_qc, reference
 from brainprior_bids.bids.status import write_summary
 from brainprior_bids.engine.weights import find_weights, sha256_file
 from brainprior_bids.records import RestoreRecord, RunRecord, ScanRecord, WeightsRecord
+from brainprior_bids.reports import volumes
 from brainprior_bids.reports.assembler import SubjectReport
 from brainprior_bids.reports.measured import coverage, lesions
-from brainprior_bids.reports.sheet import XML
+from brainprior_bids.reports.sheet import XML, Panel, Picture, Sheet
 from brainprior_bids.reports.subject import build_subject_report
 
 SVG = f'{XML}<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 2 1"/>'
-PICTURES = ("flicker", "slices", "uncertainty", "mask", "structures", "bias", "gains", "histogram")
+PICTURES = (
+    *("flicker", "slices", "uncertainty", "mask", "structures", "bias", "gains", "histogram"),
+    "tissues",
+)
 
 
 def summary(scan, **values):
@@ -167,12 +174,12 @@ def test_every_link_resolves_and_nothing_comes_from_the_network(output_dir):
         if address.startswith("#"):
             assert unquote(address[1:]) in identifiers
             continue
-        file = output_dir / unquote(address)
+        file = output_dir / unquote(address.partition("#")[0])
         assert file.is_file(), address
         if element.tag in ("img", "object"):
             shown.add(file.name)
     assert shown == {p.name for p in (output_dir / "sub-01" / "figures").iterdir()}
-    assert not page.xpath("//script")
+    assert not page.xpath("//script[@src]")
     assert "@import" not in path.read_text()
     assert "url(" not in path.read_text()
 
@@ -186,8 +193,99 @@ def test_the_flicker_is_an_object_because_an_image_does_not_see_the_pointer(outp
 def test_every_picture_has_a_text_for_those_who_do_not_see_it(output_dir):
     page = read(build_subject_report(output_dir, "01"))
     alts = [element.get("alt") for element in page.xpath("//img")]
-    assert "Uncertainty, sub-01_ses-a_acq-x_T1w" in alts
     assert all(alts)
+    assert len(set(alts)) == len(alts)
+    (own,) = (alt for alt in alts if "Histograms of the values inside" in alt and "acq-x" in alt)
+    assert own == (
+        "sub-01_ses-a_acq-x_T1w: Histograms of the values inside the brain mask, input and "
+        "restored image."
+    )
+    labels = [element.get("aria-label") for element in page.xpath("//object")]
+    assert all("Input and restored image" in label for label in labels)
+
+
+def test_a_picture_describes_itself_and_the_flicker_has_states(tmp_path):
+    """The numbers that the picture shows are in its alternative text; links keep one state."""
+    store(tmp_path, summary("sub-01_T1w"))
+    folder = tmp_path / "sub-01" / "figures"
+    folder.mkdir(parents=True)
+    picture = volumes.Section(np.zeros((4, 4), np.float32), 2, 0.0, (1.0, 1.0))
+    for what, before in (("uncertainty", False), ("flicker", True)):
+        sheet = Sheet()
+        sheet.title("A & B", note="median 3 < 4", before="Input" if before else "")
+        sheet.row([Panel([Picture(picture, (0, 1), before=before)])])
+        sheet.save(folder / f"sub-01_desc-{what}_T1w.svg")
+    page = read(build_subject_report(tmp_path, "01"))
+    (image,) = page.xpath("//img")
+    assert image.get("alt").endswith("three in per cent. A & B (median 3 < 4).")
+    (flicker,) = page.xpath("//object")
+    assert flicker.get("aria-label").endswith("A & B (median 3 < 4).")
+    links = page.xpath("//p[@class='states']/a")
+    assert [link.get("target") for link in links] == [flicker.get("name")] * 3
+    assert [link.get("href") for link in links] == [
+        f"{flicker.get('data')}#{state}" for state in ("input", "result", "alternate")
+    ]
+    root = etree.parse(tmp_path / flicker.get("data")).getroot()
+    assert root.get("tabindex") == "0"
+    assert {"input", "result"} <= {element.get("id") for element in root.iter()}
+    still = etree.parse(tmp_path / image.get("src")).getroot()
+    assert still.get("tabindex") is None
+
+
+def test_headings_are_in_order_and_every_picture_can_be_reached(output_dir):
+    page = read(build_subject_report(output_dir, "01"))
+    levels = [int(heading.tag[1]) for heading in page.xpath("//h1 | //h2 | //h3 | //h4")]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in pairwise(levels))
+    for scan in ("sub-01_ses-a_T1w", "sub-01_ses-a_acq-x_T1w"):
+        links = page.xpath(f"//section[@id='{scan}']/nav/a/@href")
+        headed = page.xpath(f"//section[@id='{scan}']/div[h3[not(ancestor::table)]]/@id")
+        assert links == [f"#{name}" for name in headed]
+        assert len(links) == len(PICTURES) + 1
+
+
+def test_the_methods_can_be_copied_with_their_references(output_dir):
+    page = read(build_subject_report(output_dir, "01"))
+    (button,) = page.xpath("//section[@id='Methods']//button")
+    assert button.get("hidden") is not None  # until the script shows it
+    (source,) = page.xpath(f"//*[@id='{button.get('data-copy')}']")
+    cited = {int(number) for number in re.findall(r"\[(\d+)\]", source.text_content())}
+    assert cited == set(range(1, len(source.xpath("./ol/li")) + 1))
+    assert "IEEE Transactions on Medical Imaging 29, 2010. doi:10.1109" in " ".join(
+        source.text_content().split()
+    )
+    assert "and others" not in source.text_content()
+
+
+def test_signal_and_contrast_are_shown_before_and_after(tmp_path):
+    value = summary("sub-01_T1w")
+    value["facts"]["tissues"] = {
+        "input": {"snr_gm": 4.0, "cjv": 0.6},
+        "restored": {"snr_gm": 6.25},
+    }
+    store(tmp_path, value)
+    store(tmp_path, summary("sub-02_T1w"))
+    (section,) = read(build_subject_report(tmp_path, "01")).xpath("//section[@id='sub-01_T1w']")
+    rows = [
+        [cell.text_content() for cell in row]
+        for row in section.xpath(".//details[contains(., 'MRIQC')]//tbody/tr")
+    ]
+    assert ["snr_gm", "4", "6.25"] in rows
+    assert ["cjv", "0.6", "–"] in rows
+    assert "MRIQC" not in build_subject_report(tmp_path, "02").read_text()
+    with rebuild_qc(tmp_path).open(newline="") as stream:
+        row, other = csv.DictReader(stream, delimiter="\t")
+    assert (row["snr_gm_input"], row["snr_gm_restored"]) == ("4", "6.25")
+    assert (row["cjv_restored"], other["snr_gm_input"]) == ("n/a", "n/a")
+
+
+def test_the_norms_of_the_volumes_are_named(output_dir):
+    page = read(build_subject_report(output_dir, "01"))
+    (details,) = page.xpath("//section[@id='sub-01_ses-a_T1w']//details[contains(., 'Thalamus')]")
+    text = " ".join(details.text_content().split())
+    assert "54 participants (T1w of ds002748" in text
+    assert "they are not clinical ones" in text
 
 
 def test_each_scan_has_its_own_section_with_its_own_pictures(output_dir):
