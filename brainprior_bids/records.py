@@ -408,7 +408,8 @@ class LesionRecord(Record):
 class InterleaveRecord(Record):
     """Motion of the odd slices of a 2-D scan to the even ones; see ``anatomy.interleaves``."""
 
-    applied: bool
+    moved: bool
+    """Whether the motion is large and certain."""
     to_reference: Matrix
     rms_mm: float
     error_mm: float
@@ -439,12 +440,6 @@ class BiasRecord(Record):
     """Twice the log likelihood ratio of ``random_sd_percent`` against 0."""
     warnings: tuple[str, ...]
     interleaves: InterleaveRecord | None = field(default=None, metadata=OMIT)
-
-    @property
-    def motion(self) -> Matrix | None:
-        """Odd slices to even ones, where the scan is used with it."""
-        found = self.interleaves
-        return found.to_reference if found is not None and found.applied else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,6 @@ from typing import Any
 
 import nibabel as nib
 
-from brainprior_bids.anatomy.interleaves import split
 from brainprior_bids.anatomy.prepare import Prepared, prepare
 from brainprior_bids.engine.conditioning import PriorLike
 from brainprior_bids.engine.observation import Observation
@@ -76,9 +75,8 @@ def _restore(
         log_bias=scan.log_bias,
         hidden=scan.hidden,
     )
-    moved = scan.bias.interleaves if scan.bias is not None else None
     return restore(
-        split(observation, moved.to_reference) if moved and moved.applied else observation,
+        observation,
         mask_1mm=scan.mask_1mm,
         to_mni305=scan.to_mni305,
         contrast=contrast,

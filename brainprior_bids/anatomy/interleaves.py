@@ -15,10 +15,9 @@ that the data themselves show. Distances are RMS displacements over the brain, m
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
@@ -27,7 +26,6 @@ from brainprior_bids.anatomy.motion import FWHM, BrainImage, Metric, register_ri
 from brainprior_bids.anatomy.spaces import resample
 from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.engine.grids import Grid
-from brainprior_bids.engine.observation import Observation
 from brainprior_bids.engine.sensing import is_3d
 
 Matrix = NDArray[np.float64]
@@ -39,7 +37,7 @@ FINE_MM = 2.0
 AROUND = 2
 """Voxels of that grid around the brain that are compared, too."""
 LEAST = 0.3
-"""Motion below this share of the slice spacing is left alone: still scans have up to 0.15."""
+"""Motion below this share of the slice spacing is not reported: still scans have up to 0.15."""
 LARGEST_ERROR = 0.5
 """Share of the motion by which both directions may differ."""
 
@@ -66,19 +64,20 @@ class InterleaveMotion:
     spacing_mm: float
 
     @property
-    def applied(self) -> bool:
-        """Whether the motion is large and certain enough to be used."""
+    def moved(self) -> bool:
+        """Whether the motion is large and certain."""
         large = self.rms_mm >= LEAST * self.spacing_mm
         return large and self.error_mm <= LARGEST_ERROR * self.rms_mm
 
     @property
     def warnings(self) -> list[str]:
-        """One where the motion is used."""
-        if not self.applied:
+        """One where the person moved."""
+        if not self.moved:
             return []
         return [
             f"The odd slices lie {self.rms_mm:.1f} mm from the even ones (RMS in the brain): the "
-            "person moved between the interleaves. Each is used at its own place."
+            "person moved between the interleaves. The slices are used as if they had not: expect "
+            "jagged edges across the slices."
         ]
 
 
@@ -128,44 +127,6 @@ def find_interleave_motion(
     return InterleaveMotion(
         to_reference, _rms(to_reference, np.eye(4), points), error / 2, spacing
     )
-
-
-def split(observation: Observation, motion: Matrix) -> list[Observation]:
-    """The two interleaves of a scan as observations, each at its own place.
-
-    Each has the other's slices hidden.
-
-    Parameters
-    ----------
-    observation : Observation
-        The whole scan.
-    motion : (4, 4) array
-        ``InterleaveMotion.to_reference``.
-    """
-    hidden = observation.hidden
-    whole = torch.zeros(observation.grid.shape, dtype=torch.bool) if hidden is None else hidden
-    without_odd, without_even = whole.clone(), whole.clone()
-    axis = observation.acquisition.slice_axis
-    without_odd.movedim(axis, 0)[1::2] = True
-    without_even.movedim(axis, 0)[0::2] = True
-    # an observation keeps its bias field with mean 0 where it is used
-    brain = observation.mask > 0.5
-    means = [
-        float(observation.log_bias[brain & ~hidden].mean())
-        for hidden in (without_odd, without_even)
-    ]
-    own = means[0] if observation.is_reference else 0.0
-    even, odd = (observation.gain * float(np.exp(own - mean)) for mean in means)
-    return [
-        replace(observation, hidden=without_odd, gain=even),
-        replace(
-            observation,
-            hidden=without_even,
-            gain=odd,
-            to_reference=observation.to_reference @ motion,
-            name=f"{observation.name}, odd slices",
-        ),
-    ]
 
 
 def _interleave(

@@ -446,7 +446,7 @@ def _resolution(resolution: ResolutionRecord) -> dict[str, Any]:
 def _slices(bias: BiasRecord) -> dict[str, Any]:
     """Slice gains and motion between interleaves of a 2-D scan, where they were estimated."""
     moved = {}
-    if bias.interleaves is not None and bias.interleaves.applied:
+    if bias.interleaves is not None and bias.interleaves.moved:
         moved = {
             "InterleaveMotion": bias.interleaves.to_reference,
             "InterleaveMotionRMS": bias.interleaves.rms_mm,

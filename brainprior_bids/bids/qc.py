@@ -114,8 +114,8 @@ METRICS = {
         "estimated before it was corrected", "percent", high=2.0,
     ),
     "interleave_motion_mm": Metric(
-        "RMS distance in the brain between the even and the odd slices of a 2-D scan, where it is "
-        "large and certain enough to be used; otherwise 0", "mm", high=0.0,
+        "RMS displacement in the brain between even and odd slices of a 2-D scan, where it is "
+        "large and certain; otherwise 0", "mm", high=0.0,
     ),
     "asymmetry_percent": Metric(
         "difference of the hemispheres' volumes over their mean", "percent", high=15.0
@@ -170,10 +170,10 @@ def _alternation(bias: BiasRecord | None) -> float | None:
 
 
 def _interleave_motion(bias: BiasRecord | None) -> float | None:
-    """The motion that was used; None where it was not estimated."""
+    """The motion that was found; None where it was not estimated."""
     if bias is None or bias.interleaves is None:
         return None
-    return bias.interleaves.rms_mm if bias.interleaves.applied else 0.0
+    return bias.interleaves.rms_mm if bias.interleaves.moved else 0.0
 
 
 def _fallbacks(affine: AffineRecord) -> int | None:

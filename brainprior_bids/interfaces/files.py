@@ -151,7 +151,7 @@ def bias_record(bias: BiasField) -> BiasRecord:
     gains, motion = bias.gains, None
     if bias.interleaves is not None:
         motion = InterleaveRecord(
-            applied=bias.interleaves.applied,
+            moved=bias.interleaves.moved,
             to_reference=matrix_rows(bias.interleaves.to_reference),
             rms_mm=round(bias.interleaves.rms_mm, 3),
             error_mm=round(bias.interleaves.error_mm, 3),

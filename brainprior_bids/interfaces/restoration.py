@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,11 +31,9 @@ from brainprior_bids.interfaces.files import (
 from brainprior_bids.records import (
     AcquisitionRecord,
     AlignRecord,
-    BiasRecord,
     BoxRecord,
     ChangedRecord,
     EnvironmentRecord,
-    Matrix,
     ProgressRecord,
     RefinedRecord,
     RestoreRecord,
@@ -47,7 +45,7 @@ from brainprior_bids.records import (
 if TYPE_CHECKING:
     from brainprior_bids.engine.denoiser import Prior
     from brainprior_bids.engine.observation import ImageObservation, Observation
-    from brainprior_bids.engine.result import Restoration, ScanFit
+    from brainprior_bids.engine.result import Restoration
 
 Inputs = Mapping[str, Any]
 """Inputs of the restore node that are set, name to value."""
@@ -72,7 +70,6 @@ def read_observations(inputs: Inputs) -> list[Observation | ImageObservation]:
     InputError, GeometryError
         As ``Observation``; if the image to refine or the map of its error cannot be used.
     """
-    from brainprior_bids.anatomy.interleaves import split
     from brainprior_bids.engine.observation import Observation
 
     grid = grid_of(nib.load(inputs["in_file"]))
@@ -91,37 +88,10 @@ def read_observations(inputs: Inputs) -> list[Observation | ImageObservation]:
         noise_sd=None if beside else _trust(inputs, grid),
         name=_reference_name(inputs),
     )
-    every = [reference, *_read_runs(inputs)]
-    scans: list[Observation | ImageObservation] = [
-        part
-        for scan, motion in zip(every, _interleave_motions(inputs), strict=True)
-        for part in ([scan] if motion is None else split(scan, np.array(motion)))
-    ]
+    scans: list[Observation | ImageObservation] = [reference, *(_read_runs(inputs))]
     if beside:
         scans.append(_read_image(Path(inputs["refined"]), float(inputs["trust"]), grid))
     return scans
-
-
-def _interleave_motions(inputs: Inputs) -> list[Matrix | None]:
-    """Of the scan and every fused run: the motion of its odd slices, where it is used."""
-    biases = [BiasRecord.read(inputs["bias_json"]) if "bias_json" in inputs else None]
-    if "runs_json" in inputs:
-        biases += [run.bias for run in AlignRecord.read(inputs["runs_json"]).runs]
-    return [None if bias is None else bias.motion for bias in biases]
-
-
-def _fits(inputs: Inputs, result: Restoration) -> list[list[ScanFit]]:
-    """How the result explains the scan and every fused run: a fit for each of its interleaves."""
-    fits = iter(result.scans)
-    return [
-        [next(fits) for _ in range(1 if motion is None else 2)]
-        for motion in _interleave_motions(inputs)
-    ]
-
-
-def _residual_map(fits: Sequence[ScanFit]) -> NDArray[np.float32]:
-    """On the scan's grid; each interleave's map is 0 in the slices of the other."""
-    return np.sum([fit.residual_map for fit in fits], axis=0, dtype=np.float32)
 
 
 def _optional(inputs: Inputs, name: str) -> NDArray[np.float32] | None:
@@ -249,11 +219,7 @@ def record_of(
         residual_ratios=tuple(result.residual_ratios),
         residual_ratios_final=tuple(r.ratio_final for r in result.residuals),
         residual_correlation=tuple(r.correlation for r in result.residuals),
-        **_shares(
-            result.log_bias,
-            _residual_map(_fits(inputs, result)[0]),
-            read_array(inputs["mask_scan"]),
-        ),
+        **_shares(result.log_bias, result.residual_map, read_array(inputs["mask_scan"])),
         unit=result.unit,
         seconds=result.seconds,
         acquisition=AcquisitionRecord.from_json(acquisition.to_dict()),
@@ -279,18 +245,16 @@ def _run_records(
         to_reference=matrix_rows(np.eye(4)),
         gain=1.0,
     )
+    fits = zip((reference, *table.runs), result.scans, strict=True)
     return tuple(
         replace(
             run,
             files={},
             hashes={},
-            noise_sd=float(np.mean([fit.noise_sd for fit in fits])),
-            residual_ratios=tuple(
-                float(np.sqrt(np.mean([part.ratio**2 for part in sample])))
-                for sample in zip(*(fit.residuals for fit in fits), strict=True)
-            ),
+            noise_sd=fit.noise_sd,
+            residual_ratios=tuple(residual.ratio for residual in fit.residuals),
         )
-        for run, fits in zip((reference, *table.runs), _fits(inputs, result), strict=True)
+        for run, fit in fits
     )
 
 
@@ -303,11 +267,10 @@ def write_images(
     is the scan's own, bit for bit.
     """
     grid = grid_of(nib.load(inputs["in_file"]))
-    fits, *run_fits = _fits(inputs, result)
     outputs: dict[str, Any] = {
         "restored": save(result.mean, result.grid, folder / "restored.nii.gz"),
         "log_bias": save(result.log_bias, grid, folder / "log_bias.nii.gz"),
-        "residual": save(_residual_map(fits), grid, folder / "residual.nii.gz"),
+        "residual": save(result.residual_map, grid, folder / "residual.nii.gz"),
     }
     image, sd, samples, target, changed = result.mean, result.sd, result.samples, result.grid, None
     if inputs["keep_scan"]:
@@ -339,11 +302,13 @@ def write_images(
     if "runs_json" in inputs:
         outputs["run_residuals"] = [
             save(
-                _residual_map(fits),
+                fit.residual_map,
                 grid_of(nib.load(run.files["scan"])),
                 folder / f"{run.name}_residual.nii.gz",
             )
-            for run, fits in zip(AlignRecord.read(inputs["runs_json"]).runs, run_fits, strict=True)
+            for run, fit in zip(
+                AlignRecord.read(inputs["runs_json"]).runs, result.scans[1:], strict=True
+            )
         ]
     return outputs, changed
 

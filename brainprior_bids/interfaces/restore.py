@@ -53,7 +53,6 @@ class _RestoreInputSpec(MeasuredInputSpec):
     tile_mm = traits.Range(low=4, nohash=True, desc="the network's slabs; else whole volumes")
     hidden = File(exists=True, desc="1 where the scan is excluded, on its grid")
     structures_json = File(exists=True, desc="output of Parcellate: slices that are not used")
-    bias_json = File(exists=True, desc="output of N4: the motion between interleaves")
     keep_scan = traits.Bool(
         False, usedefault=True, desc="write the scan with its hidden voxels filled in"
     )

@@ -61,7 +61,6 @@ class Method:
     aligned_by: AffineMethod = AffineMethod.STRUCTURES
     widths: tuple[float, ...] = ()
     slice_gains: bool = False
-    moved: bool = False
     reduced: bool = False
 
 
@@ -83,7 +82,6 @@ def of_summary(summary: ScanRecord) -> Method:
         aligned_by=summary.facts.affine.method,
         widths=tuple(sorted(set(restore.slice_widths))),
         slice_gains=summary.facts.bias is not None and bool(summary.facts.bias.applied),
-        moved=summary.facts.bias is not None and summary.facts.bias.motion is not None,
         reduced=summary.facts.conform.facts.resolution.reduced,
     )
 
@@ -218,7 +216,7 @@ def _bias(methods: Sequence[Method]) -> str:
         return ""
     return (
         f"The bias field was estimated by N4 [@n4] (SimpleITK {_version('SimpleITK')}) inside "
-        "the mask.\n" + _slice_gains(methods) + _moved(methods)
+        "the mask.\n" + _slice_gains(methods)
     )
 
 
@@ -244,18 +242,6 @@ def _slice_gains(methods: Sequence[Method]) -> str:
     return (
         f"In {scans}, the brightness of single slices differed; one gain per slice was estimated "
         "from matched tissue\nin neighbouring slices, and became part of the bias field.\n"
-    )
-
-
-def _moved(methods: Sequence[Method]) -> str:
-    """The sentence on scans whose interleaves moved."""
-    count = sum(method.moved for method in methods)
-    if not count:
-        return ""
-    scans = "this scan" if len(methods) == 1 else f"{count} of the {len(methods)} scans"
-    return (
-        f"In {scans}, even and odd slices were displaced; their rigid motion was estimated "
-        "(correlation,\nSimpleITK), and each interleave was used at its own position.\n"
     )
 
 

@@ -72,7 +72,7 @@ def test_motion_is_found_along_any_axis(axis):
     rms = float(np.sqrt(np.mean(np.sum(error**2, axis=0))))
     assert found.rms_mm == pytest.approx(3.6, abs=0.6)
     assert rms < 0.8
-    assert found.applied
+    assert found.moved
     assert "moved between the interleaves" in found.warnings[0]
 
 
@@ -81,7 +81,7 @@ def test_a_still_scan_is_left_alone(axis, lost):
     """Also one that lost a slice."""
     found = find(axis, np.eye(4), lost)
     assert found.rms_mm < 0.15 * THICK
-    assert not found.applied, found
+    assert not found.moved, found
     assert found.warnings == []
 
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from scipy import ndimage
 
-from brainprior_bids.anatomy.interleaves import split
 from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.engine.errors import GeometryError, InputError, UsageError
 from brainprior_bids.engine.grids import Grid
@@ -186,46 +185,6 @@ def test_without_the_motion_the_runs_contradict_each_other(crossed):
     done, explained = together(first, replace(second, to_reference=np.eye(4)), n_samples=1)
     assert max(r.ratio for e in explained for r in e.residuals) > 1.5
     assert any("run-" in text and "residual" in text for text in done.warnings)
-
-
-@pytest.fixture(scope="module")
-def moved_between_interleaves():
-    """A scan whose odd slices were measured after a motion, and its truth."""
-    even, truth = make_run(2, np.eye(4), seed=1)
-    odd, _ = make_run(2, MOTION, seed=2)
-    late = torch.zeros(even.scan.shape, dtype=torch.bool)
-    late[:, :, 1::2] = True
-    both = replace(
-        even,
-        scan=torch.where(late, odd.scan, even.scan),
-        mask=torch.where(late, odd.mask, even.mask),
-        log_bias=torch.where(late, 0.2, 0.0),  # a gain that the slices do have
-    )
-    return replace(both, scan=both.scan * both.log_bias.exp()), truth
-
-
-def test_interleaves_at_their_own_places_show_the_truth(moved_between_interleaves):
-    scan, truth = moved_between_interleaves
-    parts = split(scan, np.linalg.inv(MOTION))
-    assert (parts[0].hidden ^ parts[1].hidden).all()
-    assert not parts[0].hidden[:, :, ::2].any()
-    unbiased = [part.gain * part.scan / part.log_bias.exp() for part in parts]
-    np.testing.assert_allclose(unbiased[0], unbiased[1], rtol=1e-5)  # one brightness
-    apart, explained = together(*parts, n_samples=1)
-    believed, _ = together(scan, n_samples=1)
-    assert error(apart.mean, truth) < 0.75 * error(believed.mean, truth)  # 0.121, 0.181
-    for k, part in enumerate(explained):  # each explains its own slices alone
-        assert part.residual_map[:, :, 2 + k : 6 : 2].any((0, 1)).all()
-        assert not part.residual_map[:, :, 1 - k :: 2].any()
-
-
-def test_interleaves_that_did_not_move_show_what_the_scan_shows():
-    """Up to the draws, and to what the two strategies of the solve make of the brain's border."""
-    scan, truth = make_run(2, np.eye(4), seed=1)
-    whole, _ = together(scan)
-    apart, _ = together(*split(scan, np.eye(4)))
-    assert error(apart.mean, truth) < 1.05 * error(whole.mean, truth)
-    assert apart.unit == pytest.approx(whole.unit, rel=0.01)
 
 
 def test_a_noisy_run_has_less_to_say():
