@@ -39,7 +39,7 @@ AROUND = 2
 LEAST = 0.3
 """Motion below this share of the slice spacing is not reported: still scans have up to 0.15."""
 LARGEST_ERROR = 0.5
-"""Share of the motion by which both directions may differ."""
+"""Largest error of the estimate, as a share of the motion."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from brainprior_bids.interfaces.base import (
     MeasuredInterface,
     MeasuredOutputSpec,
 )
-from brainprior_bids.interfaces.files import given, read_array, read_matrix
+from brainprior_bids.interfaces.files import given, read_array, read_lost, read_matrix
 
 PROGRESS = "progress.json"
 """In the node's folder while it runs: ``sample`` of ``samples``, ``step`` of ``steps``."""
@@ -94,6 +94,9 @@ class Restore(MeasuredInterface):
         inputs = given(self.inputs)
         device, why, unexpected = choose_device(inputs["device"])
         prior = load_prior(Path(inputs["prior"]), device=device, tile_mm=inputs.get("tile_mm"))
+        sampler = inputs["sampler"]
+        if sampler in ("conditional", "mean") and read_lost(inputs.get("structures_json")):
+            sampler = "auto"  # these two cannot leave slices out
         result = restore(
             restoration.read_observations(inputs),
             mask_1mm=read_array(inputs["mask"]),
@@ -102,7 +105,7 @@ class Restore(MeasuredInterface):
             prior=prior,
             rim_mm=RIM_MM,
             on_scan=inputs["native"] or inputs["keep_scan"],
-            sampler=inputs["sampler"],
+            sampler=sampler,
             n_samples=inputs["n_samples"],
             n_steps=inputs["n_steps"],
             seed=inputs["seed"],
@@ -112,6 +115,11 @@ class Restore(MeasuredInterface):
         )
         on_cpu = [f"restored on the CPU: {why}"] if unexpected else []
         warnings = restoration.find_warnings(inputs, result, on_cpu)
+        if inputs["sampler"] != sampler and inputs["sampler"] != result.sampler:
+            warnings.append(
+                f"--sampler {inputs['sampler']} was not used, as slices are missing: the sampler "
+                f"is {result.sampler}."
+            )
         outputs, changed = restoration.write_images(inputs, result, folder)
         record = restoration.record_of(
             inputs,

@@ -338,7 +338,7 @@ def test_lost_slices_are_restored_as_missing(files, prior, tmp_path):
             in_file=files["scan"], conform_json=files["conform_json"], mask=files["mask"],
             mask_scan=files["mask_scan"], affine_json=files["affine_json"], prior=str(prior),
             structures_json=str(tmp_path / "structures.json"),
-            contrast="FLAIR", n_samples=2, n_steps=2,
+            contrast="FLAIR", n_samples=2, n_steps=2, sampler="mean",  # which cannot leave it out
         ),
         tmp_path / "moved",
     )  # fmt: skip
@@ -349,6 +349,7 @@ def test_lost_slices_are_restored_as_missing(files, prior, tmp_path):
     assert explained[[3, 5, 6]].all()
     record = json.loads(Path(done.restore_json).read_text())
     assert record["sampler"] == "exact"
+    assert any("--sampler mean was not used" in text for text in record["warnings"])
     assert len(record["residual_ratios"]) == 2
 
 
