@@ -26,7 +26,7 @@ from brainprior_bids.engine.gaussian.image_space import ImageSpaceSolve, sliced
 from brainprior_bids.engine.gaussian.slices import SlicedImage, SpectralSolve
 from brainprior_bids.engine.gaussian.spectral import SpectralSolver, Spectrum
 from brainprior_bids.engine.grids import MNI305, Grid
-from brainprior_bids.engine.likelihood import Likelihood, Term
+from brainprior_bids.engine.likelihood import FOREIGN, FOREIGN_UNSEEN, Likelihood, Term
 from brainprior_bids.engine.noise import estimate_noise_sd
 from brainprior_bids.engine.nuisance import BiasModel, Nuisances
 from brainprior_bids.engine.observation import Observation
@@ -326,6 +326,7 @@ class Problem:
             hidden=part.hidden,
             excess=part.excess,
             bias_model=model,
+            foreign=FOREIGN if self.is_spectral else FOREIGN_UNSEEN,
             device=self.device,
         )
 

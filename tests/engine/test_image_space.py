@@ -252,6 +252,28 @@ def test_nothing_is_drawn_beyond_the_support():
     torch.testing.assert_close(data.constrain(torch.ones(SHAPE)), support)
 
 
+def test_that_x_is_0_beyond_the_support_is_known_to_the_solve():
+    """Against dense matrices with a row more for every voxel outside."""
+    support = torch.ones(SHAPE)
+    support[:2] = 0
+    data, mean = likelihood(support=support), 0.5 + 0.1 * random(*SHAPE, seed=1)
+    scans = likelihood()
+    a, v, y, noise = dense_problem(scans, 3.0, SHAPE)
+    outside = (support.flatten() == 0).nonzero().flatten()
+    a = torch.cat((a, torch.eye(support.numel(), dtype=a.dtype)[outside]))
+    y = torch.cat((y, y.new_zeros(len(outside))))
+    noise = torch.cat((noise, noise.new_full((len(outside),), NOISE**2)))
+    m = mean.flatten().double()
+    gain = torch.linalg.solve(a @ v @ a.T + noise.diag(), a @ v).T
+    expected, left = m + gain @ (y - a @ m), v - gain @ a @ v
+    result, sd = data.expect(mean, 3.0).flatten().double(), left.diagonal().sqrt()
+    inside = support.flatten() > 0
+    assert float(((result - expected) / sd)[inside].abs().max()) < 0.01
+    # without those rows it is another problem
+    other = scans.expect(mean, 3.0).flatten().double()
+    assert float(((other - expected) / sd)[inside].abs().max()) > 0.5
+
+
 def test_data_must_be_finite_and_fit():
     (operator, _) = two_orientations()
     options = {"operator": operator, "share": torch.ones(operator.out_shape), "noise_sd": NOISE}

@@ -67,10 +67,18 @@ class ImageSpaceSolve:
         limits: SolveLimits = LIMITS,
     ) -> None:
         self.likelihood, self.spectrum, self.limits = likelihood, spectrum, limits
-        terms = likelihood.terms
-        self.operator = VStack([Multiply(term.bias) @ term.operator for term in terms])
-        self.y = torch.cat([term.y.flatten() for term in terms])
-        self.precision = torch.cat([term.precision().flatten() for term in terms])
+        terms, outside = likelihood.terms, 1 - likelihood.support
+        operators: list[LinearOperator] = [Multiply(term.bias) @ term.operator for term in terms]
+        data, precisions = [term.y for term in terms], [term.precision() for term in terms]
+        self.n_data = sum(y.numel() for y in data)
+        if bool(outside.any()):
+            # x is 0 there: as certain as the most certain scan, which a wide V must be told
+            operators.append(Multiply(outside))
+            data.append(torch.zeros_like(outside))
+            precisions.append(outside * min(term.noise_sd for term in terms) ** -2)
+        self.operator = VStack(operators)
+        self.y = torch.cat([y.flatten() for y in data])
+        self.precision = torch.cat([p.flatten() for p in precisions])
         shape = self.operator.in_shape
         axes = [
             torch.fft.fftfreq(shape[0], d=spacing_mm[0]),
@@ -134,7 +142,7 @@ class ImageSpaceSolve:
         def weighted(values: Tensor) -> Tensor:
             return self.operator.adjoint(self.precision * values)
 
-        n = math.sqrt(self.y.numel())
+        n = math.sqrt(self.n_data)
         w, iterations = conjugate_gradients(
             lambda v: level.own * v + forth(weighted(self.operator(back(v)))),
             forth(weighted(data - self.operator(z))),
