@@ -190,11 +190,11 @@ class AcquisitionRecord(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class HeaderRecord(Record):
-    """The header as it came."""
+    """The header as it came; a voxel size that is no number is None."""
 
     format: str | None
     shape: tuple[int, ...]
-    zooms: tuple[float, ...]
+    zooms: tuple[float | None, ...]
     axis_codes: str | None
     axes_to_canonical: tuple[tuple[int, int], ...]
     sform_code: int | None

@@ -19,6 +19,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from nibabel.affines import voxel_sizes
+
 from brainprior_bids import __version__
 from brainprior_bids.anatomy.nifti import open_image
 from brainprior_bids.bids.derivatives import BIDS_VERSION, INHERITED, bids_uri, check_output
@@ -60,7 +62,7 @@ def choose_t1w(scans: Sequence[Scan], *, per: str) -> set[str]:
 
 def _thickest_mm(path: Path) -> float:
     try:
-        return round(float(max(open_image(path, path.name).header.get_zooms()[:3])), 2)
+        return round(float(voxel_sizes(open_image(path, path.name).affine).max()), 2)
     except Exception:  # whatever nibabel says of a broken header: it will fail, and say why
         return float("inf")
 

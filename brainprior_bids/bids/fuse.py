@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from nibabel.affines import voxel_sizes
+
 from brainprior_bids.anatomy.nifti import open_image
 from brainprior_bids.bids.names import BIDSName
 from brainprior_bids.bids.query import Scan
@@ -52,6 +54,6 @@ def _fused(group: list[Scan]) -> Scan:
 def _spacing(path: Path) -> float:
     """Largest voxel size, in steps of 0.1 mm; infinite for a header that cannot be read."""
     try:
-        return round(float(max(open_image(path, path.name).header.get_zooms()[:3])), 1)
+        return round(float(voxel_sizes(open_image(path, path.name).affine).max()), 1)
     except Exception:  # whatever nibabel says of it: the node that opens the image will say it
         return float("inf")

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from nibabel.orientations import apply_orientation, inv_ornt_aff
 
 from brainprior_bids.anatomy.conform import conform, read_geometry
+from brainprior_bids.bids.files import to_json
 from brainprior_bids.bids.qc import concerns, metrics, verdict
 from brainprior_bids.engine.errors import GeometryError, InputError
-from brainprior_bids.records import ScanRecord
+from brainprior_bids.records import HeaderRecord, ScanRecord
 
 ORDERS = [
     np.array([[a, f] for a, f in zip(order, flips, strict=True)], dtype=float)
@@ -196,6 +197,19 @@ def test_odd_voxel_sizes_are_warned_about(tmp_path):
     path.write_bytes(raw)
     warnings = conform(path, metadata={"SliceThickness": 5}).warnings
     assert any("the header's voxel sizes 3 × 1 × 5 mm differ" in w for w in warnings)
+
+
+@pytest.mark.parametrize("size", [np.nan, np.inf])
+def test_a_voxel_size_that_is_no_number_does_not_stop_a_scan_with_an_sform(tmp_path, size):
+    data, affine = a_scan()
+    path = write(tmp_path / "sub-01_T1w.nii", data, affine, qform=0)
+    raw = bytearray(path.read_bytes())
+    raw[80:84] = np.float32(size).tobytes()  # pixdim[1]
+    path.write_bytes(raw)
+    conformed = conform(path, metadata={"SliceThickness": 5})
+    assert any(f"voxel sizes {size:.4g} × 1 × 5 mm differ" in w for w in conformed.warnings)
+    kept = json.loads(to_json(conformed.facts))["original"]
+    assert HeaderRecord.from_json(kept).zooms == (None, 1, 5)
 
 
 def sheared(cosine, shape=(256, 256, 40)):
