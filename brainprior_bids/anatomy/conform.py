@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +128,8 @@ def conform(
     path = Path(path)
     name = _stem(path)
     image = _open(path, name)
-    warnings: list[str] = []
-    grid, orientation, affine_facts = _placed(image, name, warnings)
+    placed = _place(image, name)
+    grid, orientation, warnings = placed.grid, placed.orientation, placed.warnings
     stored = read_values(image, path, name).reshape(_volume_shape(image.shape, name))
     data = np.ascontiguousarray(apply_orientation(stored, orientation), dtype=np.float32)
     data, value_facts = check_values(data, grid, name, warnings)
@@ -139,18 +139,10 @@ def conform(
     if resolution.used_mm != resolution.stored_mm:
         data, grid = reduce_to_measured(data, grid, resolution)
     warnings += _about(resolution, name)
-    acquisition, acquisition_facts = _acquisition(
-        grid,
-        orientation,
-        image.header,
-        metadata,
-        slice_thickness_mm,
-        slice_axis,
-        name,
-        warnings,
-    )
+    placed = replace(placed, grid=grid)
+    acquisition, acquisition_facts = _acquisition(placed, metadata, slice_thickness_mm, slice_axis)
     canonical = nib.Nifti1Image(data, np.array(grid.affine))
-    code = affine_facts["code"]
+    code = placed.facts["code"]
     canonical.set_sform(grid.affine, code)
     canonical.set_qform(grid.affine, code)
     canonical.header.set_xyzt_units("mm", "sec")
@@ -158,7 +150,7 @@ def conform(
     facts = {
         "source": path.name,
         "original": _header_facts(image, orientation),
-        "affine": affine_facts,
+        "affine": placed.facts,
         "values": value_facts,
         "resolution": resolution.to_dict(),
         "acquisition": acquisition_facts,
@@ -212,40 +204,40 @@ def read_geometry(
     """
     path = Path(path)
     name = _stem(path)
-    return _geometry(_open(path, name), name, metadata, slice_thickness_mm, slice_axis)
+    placed = _place(_open(path, name), name)
+    acquisition, facts = _acquisition(placed, metadata, slice_thickness_mm, slice_axis)
+    both = {"affine": placed.facts, "acquisition": facts}
+    return Geometry(placed.grid, acquisition, placed.orientation, both, placed.warnings)
 
 
 def _stem(path: Path) -> str:
     return path.name.removesuffix(".gz").removesuffix(".nii")
 
 
-def _geometry(
-    image: nib.Nifti1Image,
-    name: str,
-    metadata: Mapping[str, Any],
-    slice_thickness_mm: float | None,
-    slice_axis: int | None,
-) -> Geometry:
+@dataclass(frozen=True, eq=False)
+class _Placed:
+    """Where a header puts a scan.
+
+    Attributes
+    ----------
+    grid : Grid
+        On closest-canonical axes.
+    orientation : (3, 2) array
+        nibabel's.
+    facts : dict
+        Of the affine.
+    """
+
+    name: str
+    header: nib.Nifti1Header
+    grid: Grid
+    orientation: NDArray[np.float64]
+    facts: dict[str, Any]
+    warnings: list[str]
+
+
+def _place(image: nib.Nifti1Image, name: str) -> _Placed:
     warnings: list[str] = []
-    grid, orientation, affine_facts = _placed(image, name, warnings)
-    acquisition, facts = _acquisition(
-        grid,
-        orientation,
-        image.header,
-        metadata,
-        slice_thickness_mm,
-        slice_axis,
-        name,
-        warnings,
-    )
-    both = {"affine": affine_facts, "acquisition": facts}
-    return Geometry(grid, acquisition, orientation, both, warnings)
-
-
-def _placed(
-    image: nib.Nifti1Image, name: str, warnings: list[str]
-) -> tuple[Grid, NDArray[np.float64], dict[str, Any]]:
-    """The grid on closest-canonical axes, nibabel's orientation, and facts about the affine."""
     shape = _volume_shape(image.shape, name)
     affine, facts = _choose_affine(image.header, shape, name, warnings)
     original = Grid(shape, affine)  # raises GeometryError where singular
@@ -257,7 +249,7 @@ def _placed(
     # as a NIfTI file stores it: the scan in memory and its file have the same grid
     canonical = np.float32(affine @ inv_ornt_aff(orientation, original.shape))
     grid = Grid((turned[0], turned[1], turned[2]), canonical.astype(np.float64))
-    return grid, orientation, facts
+    return _Placed(name, image.header, grid, orientation, facts, warnings)
 
 
 def _stated_mm(metadata: Mapping[str, Any]) -> list[float]:
@@ -462,18 +454,14 @@ def _check_voxel_size(grid: Grid, name: str) -> None:
 
 
 def _acquisition(
-    grid: Grid,
-    orientation: NDArray[np.float64],
-    header: nib.Nifti1Header,
+    placed: _Placed,
     metadata: Mapping[str, Any],
     slice_thickness_mm: float | None,
     slice_axis: int | None,
-    name: str,
-    warnings: list[str],
 ) -> tuple[Acquisition, dict[str, Any]]:
-    spacing = grid.spacing_mm
+    name, warnings, spacing = placed.name, placed.warnings, placed.grid.spacing_mm
     if slice_axis is None:
-        axis, axis_source = _slice_axis(spacing, orientation, header, metadata, name, warnings)
+        axis, axis_source = _slice_axis(placed, metadata)
     else:
         axis, axis_source = slice_axis, "option"
         largest = int(np.argmax(spacing))
@@ -549,17 +537,11 @@ def _acquisition(
     return acquisition, facts
 
 
-def _slice_axis(
-    spacing: NDArray[np.float64],
-    orientation: NDArray[np.float64],
-    header: nib.Nifti1Header,
-    metadata: Mapping[str, Any],
-    name: str,
-    warnings: list[str],
-) -> tuple[int, str]:
+def _slice_axis(placed: _Placed, metadata: Mapping[str, Any]) -> tuple[int, str]:
     """Slice axis on the canonical axes, and the rule that found it."""
+    spacing, orientation = placed.grid.spacing_mm, placed.orientation
     stated: dict[str, int] = {}
-    in_header = header.get_dim_info()[2]
+    in_header = placed.header.get_dim_info()[2]
     if in_header is not None:
         stated["header dim_info"] = int(orientation[in_header, 0])
     direction = str(metadata.get("SliceEncodingDirection", ""))[:1]
@@ -571,8 +553,8 @@ def _slice_axis(
     if spacing[largest] >= ANISOTROPY * others.max():
         for source, axis in stated.items():
             if axis != largest:
-                warnings.append(
-                    f"{name}: {source} names another slice axis than the one of "
+                placed.warnings.append(
+                    f"{placed.name}: {source} names another slice axis than the one of "
                     f"{spacing[largest]:g} mm spacing; the latter is used."
                 )
         return largest, "largest spacing"

@@ -15,8 +15,9 @@ A voxel wholly inside has noise SD s. Of a voxel partly outside, the rest shows 
 brightness: its variance is ``s^2 + ((1 - share) foreign)^2``. A voxel whose profile lies wholly
 outside is not a measurement of tissue, but x is known to be 0 there by the prior; it enters as
 ``A x = 0`` with SD s. That keeps a stationary V from placing tissue where there can be none, and
-makes the solve nearly stationary (a handful of iterations) at no cost in truth. A map of the noise
-adds its excess over the lowest SD. A hidden voxel has precision 0: not a small one, which would
+makes the solve nearly stationary (a handful of iterations) at no cost in truth. Where A sees the
+brain alone that says nothing, and the image-space solve has a row ``x = 0`` for every voxel beyond
+the support instead. A map of the noise adds its excess over the lowest SD. A hidden voxel has precision 0: not a small one, which would
 still pull x towards a lesion.
 """
 
