@@ -17,8 +17,8 @@ outside is not a measurement of tissue, but x is known to be 0 there by the prio
 ``A x = 0`` with SD s. That keeps a stationary V from placing tissue where there can be none, and
 makes the solve nearly stationary (a handful of iterations) at no cost in truth. Where A sees the
 brain alone that says nothing, and the image-space solve has a row ``x = 0`` for every voxel beyond
-the support instead. A map of the noise adds its excess over the lowest SD. A hidden voxel has precision 0: not a small one, which would
-still pull x towards a lesion.
+the support instead. A map of the noise adds its excess over the lowest SD. A hidden voxel has
+precision 0: not a small one, which would still pull x towards a lesion.
 """
 
 from __future__ import annotations
