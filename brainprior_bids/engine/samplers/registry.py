@@ -93,7 +93,7 @@ SAMPLERS = {
             calls_per_step=1,
             yields_samples=True,
             own_thickness=True,
-            solve_share=0.27,
+            solve_share=0.16,
             help="the network sees the noisy image alone; the measurements enter by exact draws "
             "from the linear-Gaussian conditional",
             estimate="average, over all samples' chains and every second noise level, of the "
@@ -130,7 +130,7 @@ RETIRED = {
         calls_per_step=1,
         yields_samples=False,
         own_thickness=False,
-        solve_share=0.27,
+        solve_share=0.16,
         help="a point estimate; no longer available",
         estimate="point estimate of the last noise level; no posterior mean",
         method=f"{_DAPS}followed from high to low noise without drawing",
