@@ -73,6 +73,8 @@ class Settings:
         percentile, or the pattern of a map's path.
     save_samples : bool
         Write each sample as an image of its own.
+    viewer : bool
+        Write the pages on which a result is looked at in three linked planes.
     exports : mapping
         ``fmriprep``, ``raw`` -> root of the data set to make; in TOML as JSON text.
     export_per : str
@@ -130,6 +132,7 @@ class Settings:
     n_samples: int = 4
     n_steps: int = 20
     save_samples: bool = False
+    viewer: bool = True
     output_spaces: tuple[str, ...] = DEFAULT_SPACES
     output_grid: str = "1mm"
     fuse: str | None = None

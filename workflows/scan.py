@@ -251,7 +251,10 @@ def init_scan_wf(
             threads=threads,
         )
     mni305 = node(ToMNI305(), "mni305")
-    reportlets = node(Reportlets(name=scan.name.stem, image_desc=settings.image), "reportlets")
+    reportlets = node(
+        Reportlets(name=scan.name.stem, image_desc=settings.image, viewer=settings.viewer),
+        "reportlets",
+    )
     write = node(
         Write(
             name=scan.name.stem,

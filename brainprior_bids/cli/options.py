@@ -270,6 +270,12 @@ def output_options(group: Group) -> None:
         help="also write each sample (desc-restoredSample01 …), with its seed and its residual",
     )
     group.add_argument(
+        "--no-viewer",
+        action="store_true",
+        help="do not write the pages on which a result is looked at in three linked planes (about "
+        "10 MB per scan)",
+    )
+    group.add_argument(
         "--output-spaces",
         nargs="+",
         action=_Append,

@@ -197,6 +197,7 @@ def parse_settings(argv: Sequence[str]) -> Settings:
         n_samples=options.n_samples or defaults["n_samples"],
         n_steps=defaults["n_steps"],
         save_samples=options.save_samples,
+        viewer=not options.no_viewer,
         fuse=options.fuse,
         lesion_mask=options.lesion_mask,
         dilate_mm=options.dilate_mm,

@@ -81,15 +81,19 @@ class _ScanFilesInputSpec(MeasuredInputSpec):
     image_desc = traits.Str("restored", usedefault=True, desc="desc- of the image")
 
 
+class _ReportletsInputSpec(_ScanFilesInputSpec):
+    viewer = traits.Bool(True, usedefault=True, desc="write pages with three linked planes, too")
+
+
 class _ReportletsOutputSpec(MeasuredOutputSpec):
-    figures = OutputMultiPath(File(), desc="SVG pictures")
+    figures = OutputMultiPath(File(), desc="SVG pictures, and the viewer's pages")
     tissues_json = File(desc="signal and contrast by tissue; see anatomy.tissue_metrics")
 
 
 class Reportlets(MeasuredInterface):
     """Draw the pictures of one scan, and measure signal and contrast by tissue."""
 
-    input_spec = _ScanFilesInputSpec
+    input_spec = _ReportletsInputSpec
     output_spec = _ReportletsOutputSpec
 
     def _work(self, folder: Path) -> list[str]:
@@ -131,6 +135,7 @@ class Reportlets(MeasuredInterface):
                 folder / "figures",
                 prefix=prefix,
                 suffix=name.suffix,
+                viewer=inputs.viewer,
             )
         except Exception as error:  # a picture that fails must not cost the images
             self._results["figures"] = []

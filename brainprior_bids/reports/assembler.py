@@ -17,6 +17,7 @@ from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 from nireports.assembler.report import Report, SubReport
@@ -28,6 +29,11 @@ from brainprior_bids.engine.errors import InputError
 
 SPECIFICATION = "subject.yml"
 TEMPLATE = "report.html.j2"
+VIEWER_LINKS = {
+    "viewer": "input and result, with a slider between them",
+    "viewerUncertainty": "uncertainty over the result",
+}
+"""``desc`` of a viewer's page -> text of its link."""
 HEAD = 4096
 """Characters at the start of a picture, with its description and the names of its states."""
 
@@ -106,7 +112,8 @@ class SubjectReport(Report):
                 text = TextReportlet(f"{section.name}-text", section.html)
                 self.sections.append(SubReport(section.name, reportlets=[text]))
                 continue
-            reportlets: list[Any] = [TextReportlet(f"{section.scan}-facts", section.html)]
+            facts = section.html + _viewers(figures, section.scan, out_dir)
+            reportlets: list[Any] = [TextReportlet(f"{section.scan}-facts", facts)]
             for entry in config["reportlets"]:
                 settings = {**entry, "name": f"{section.scan}-{entry['bids']['desc']}"}
                 reportlet = Reportlet(
@@ -125,6 +132,18 @@ class SubjectReport(Report):
                     ]
                     reportlets.append(reportlet)
             self.sections.append(SubReport(section.scan, reportlets=reportlets))
+
+
+def _viewers(figures: FigureIndex, scan: str, out_dir: Path) -> str:
+    """A paragraph with links to the scan's pages with three linked planes, if there are any."""
+    links = []
+    for desc, text in VIEWER_LINKS.items():
+        for page in figures.get(scan=scan, desc=desc):
+            address = quote(os.path.relpath(page.path, out_dir))
+            links.append(f'<a href="{address}">{text}</a>')
+    if not links:
+        return ""
+    return f'<p class="viewers">Look at it in three linked planes: {" · ".join(links)}</p>\n'
 
 
 def _accessible(

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from brainprior_bids.anatomy.tissue_metrics import FEWEST, Values, tissue_metrics, tissue_values
 from brainprior_bids.bids.files import write_text
+from brainprior_bids.bids.names import BIDSName
 from brainprior_bids.records import (
     AffineRecord,
     BiasRecord,
@@ -46,6 +47,7 @@ from brainprior_bids.reports.sheet import (
     Sheet,
     description,
 )
+from brainprior_bids.reports.viewer import write_before_after, write_uncertain
 from brainprior_bids.reports.volumes import (
     PLANES,
     Box,
@@ -203,7 +205,7 @@ class ScanImages:
 
 
 def make_reportlets(
-    files: Mapping[str, Path], out_dir: Path, *, prefix: str, suffix: str
+    files: Mapping[str, Path], out_dir: Path, *, prefix: str, suffix: str, viewer: bool = False
 ) -> list[Path]:
     """Draw every picture whose roles are in ``files``.
 
@@ -217,11 +219,14 @@ def make_reportlets(
         Entities of the scan, ``sub-01_ses-2``.
     suffix : str
         ``T1w``, ``T2w``, ``FLAIR`` ...
+    viewer : bool
+        Write the pages of ``VIEWERS``, too.
 
     Returns
     -------
     list of Path
-        ``<prefix>[_space-MNI305]_desc-<what>_<suffix>.svg``, in the order of the report.
+        ``<prefix>[_space-MNI305]_desc-<what>_<suffix>.svg``, in the order of the report, and
+        ``.html`` for the viewers.
 
     Raises
     ------
@@ -242,6 +247,9 @@ def make_reportlets(
             space = "_space-MNI305" if what == "mni305" else ""
             path = Path(out_dir) / f"{prefix}{space}_desc-{what}_{suffix}.svg"
             paths.append(draw(images, path))
+    for what, (needs, write) in VIEWERS.items() if viewer else ():
+        if all(role in images for role in needs):
+            paths.append(write(images, Path(out_dir) / f"{prefix}_desc-{what}_{suffix}.html"))
     return paths
 
 
@@ -655,6 +663,31 @@ REPORTLETS: dict[str, tuple[tuple[str, ...], Callable[[ScanImages, Path], Path]]
     "tissues": (("structures",), draw_tissues),
 }
 """``desc`` -> roles needed besides scan, mask and restored, and the function that draws."""
+
+
+def view_before_after(images: ScanImages, path: Path) -> Path:
+    """The input, interpolated linearly, over the result."""
+    before = images.scan.regrid(images.restored, order=1)
+    title = f"{_scan_of(path)}: input; at opacity 0 the result"
+    return write_before_after(path, before, images.result, images.window, images.box, title)
+
+
+def view_uncertainty(images: ScanImages, path: Path) -> Path:
+    """The standard deviation over the samples, over the result."""
+    title = f"{_scan_of(path)}: SD over the samples, % of white"
+    sd = images.load("uncertainty")
+    return write_uncertain(path, sd, images.result, images.window, images.box, title)
+
+
+def _scan_of(path: Path) -> str:
+    return BIDSName.parse(path.name).derivative(extension="", desc=None)
+
+
+VIEWERS: dict[str, tuple[tuple[str, ...], Callable[[ScanImages, Path], Path]]] = {
+    "viewer": ((), view_before_after),
+    "viewerUncertainty": (("uncertainty",), view_uncertainty),
+}
+"""``desc`` of a page with linked planes -> as ``REPORTLETS``."""
 
 
 def _dim_outside(volume: Volume, mask: Volume) -> Volume:

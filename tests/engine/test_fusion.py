@@ -85,7 +85,9 @@ def make_run(axis, motion, noise=NOISE, seed=0, gain=1.0, around=0.0):
 
     affine = fine_affine @ np.diag([*factor, 1.0])
     affine[:3, 3] = fine_affine[:3, 3] + (np.array(factor) - 1) / 2
-    y = mean(np.where(moved > 0, moved, around)) + noise * np.random.default_rng(seed).normal(size=shape)
+    y = mean(np.where(moved > 0, moved, around)) + noise * np.random.default_rng(seed).normal(
+        size=shape
+    )
     return Observation(
         (UNIT * y / gain).astype(np.float32),
         Grid(tuple(shape), affine),

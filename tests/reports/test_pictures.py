@@ -20,7 +20,13 @@ from brainprior_bids.engine.grids import MNI305, Grid
 from brainprior_bids.interfaces.derivatives import Reportlets
 from brainprior_bids.records import TissuesRecord
 from brainprior_bids.reports import atlas, volumes
-from brainprior_bids.reports.reportlets import REPORTLETS, make_reportlets, tissues_record
+from brainprior_bids.reports.reportlets import (
+    REPORTLETS,
+    ScanImages,
+    make_reportlets,
+    tissues_record,
+)
+from brainprior_bids.reports.viewer import UNCERTAIN
 
 SVG = "{http://www.w3.org/2000/svg}"
 BRAIN_CENTRE = np.array([3.0, -12.0, 20.0])
@@ -430,3 +436,56 @@ def test_values_that_are_not_finite_read_zero(tmp_path):
     loaded = volumes.load_volume(tmp_path / "x.nii").data
     assert loaded[0, 0, 0] == loaded[1, 1, 1] == 0
     assert loaded.sum() == 62
+
+
+# ---- the viewer's pages -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def viewers(tmp_path_factory, reference):
+    """Files of the nodes, and what -> page."""
+    folder = tmp_path_factory.mktemp("viewers")
+    files = node_files(folder / "nodes")
+    paths = make_reportlets(
+        files, folder / "figures", prefix="sub-01_run-02", suffix="T2w", viewer=True
+    )
+    pages = [path for path in paths if path.suffix == ".html"]
+    return files, {re.search("_desc-([A-Za-z]+)_", path.name)[1]: path for path in pages}
+
+
+def mosaics(page):
+    """Grey values and opacity: of the result, and of the layer above it."""
+    found = re.findall(r'src="data:image/png;base64,([^"]+)"', page.read_text(encoding="utf-8"))
+    pictures = [Image.open(io.BytesIO(base64.b64decode(content))) for content in found]
+    return [np.asarray(picture.convert("LA"), float) for picture in (pictures[0], pictures[-1])]
+
+
+def test_the_pages_need_no_network(viewers):
+    _, pages = viewers
+    assert list(pages) == ["viewer", "viewerUncertainty"]
+    for page in pages.values():
+        text = page.read_text(encoding="utf-8")
+        assert not re.search(r"""(src|href)\s*=\s*["'](https?:)?//""", text)
+        assert "sub-01_run-02_T2w" in text
+
+
+def test_input_result_and_uncertainty_lie_over_one_another(viewers):
+    """Bright and coloured pixels of each layer are as many as the voxels that they stand for."""
+    files, pages = viewers
+    restored = nb.load(files["restored"]).get_fdata()
+    mask = nb.load(files["mask"]).get_fdata() > 0.5
+    result, before = mosaics(pages["viewer"])
+    assert result.shape == before.shape
+    inside = (result[..., 0] > 0).sum()
+    assert inside == pytest.approx((restored > 0.004 * restored.max()).sum(), rel=0.03)
+    assert ((before[..., 1] > 0) & (before[..., 0] > 2)).sum() > inside  # the input has a skull
+    _, sd = mosaics(pages["viewerUncertainty"])
+    images = ScanImages(files)
+    share = images.load("uncertainty").data * (100 / images.window[1])
+    coloured = ((sd[..., 1] > 0) & (sd[..., 0] > 2)).sum()  # unused tiles are opaque, and 0
+    assert 0 < coloured == pytest.approx((share >= UNCERTAIN[0]).sum(), rel=0.03)
+    assert coloured < mask.sum() * 1.03
+
+
+def test_without_the_option_there_is_no_page(drawn):
+    assert not any("viewer" in what for what in drawn)

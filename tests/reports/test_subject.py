@@ -184,6 +184,27 @@ def test_every_link_resolves_and_nothing_comes_from_the_network(output_dir):
     assert "url(" not in path.read_text()
 
 
+def test_the_pages_of_the_viewer_are_linked_from_their_scan(tmp_path):
+    for scan, whats in (
+        ("sub-01_acq-x_T1w", ("viewer", "viewerUncertainty")),
+        ("sub-01_T1w", ("viewer",)),
+        ("sub-01_T2w", ()),
+    ):
+        store(tmp_path, summary(scan))
+        pictures(tmp_path, scan)
+        for what in whats:
+            name = scan.replace("_T1w", f"_desc-{what}_T1w.html")
+            (tmp_path / "sub-01" / "figures" / name).write_text("<p>planes</p>")
+    page = read(build_subject_report(tmp_path, "01"))
+    links = page.xpath("//p[@class='viewers']/a")
+    assert [link.get("href") for link in links] == [
+        "sub-01/figures/sub-01_desc-viewer_T1w.html",
+        "sub-01/figures/sub-01_acq-x_desc-viewer_T1w.html",
+        "sub-01/figures/sub-01_acq-x_desc-viewerUncertainty_T1w.html",
+    ]
+    assert "planes" not in page.text_content().replace("linked planes", "")
+
+
 def test_the_flicker_is_an_object_because_an_image_does_not_see_the_pointer(output_dir):
     page = read(build_subject_report(output_dir, "01"))
     assert len(page.xpath("//object")) == 2
