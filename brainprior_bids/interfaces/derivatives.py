@@ -97,7 +97,11 @@ class Reportlets(MeasuredInterface):
     output_spec = _ReportletsOutputSpec
 
     def _work(self, folder: Path) -> list[str]:
-        from brainprior_bids.reports.reportlets import make_reportlets, tissues_record
+        from brainprior_bids.reports.reportlets import (
+            make_reportlets,
+            make_viewers,
+            tissues_record,
+        )
 
         inputs = self.inputs
         files = {
@@ -124,27 +128,27 @@ class Reportlets(MeasuredInterface):
         name = BIDSName.parse(inputs.name)
         prefix = name.stem.removesuffix(f"_{name.suffix}")
         paths = {role: Path(path) for role, path in files.items()}
+        figures: list[Path] = []
+        warnings = []
         try:
             tissues = tissues_record(paths)
             if tissues is not None:
                 target = folder / "tissues.json"
                 _write(target, to_json(tissues.to_json()))
                 self._results["tissues_json"] = str(target)
-            figures = make_reportlets(
-                paths,
-                folder / "figures",
-                prefix=prefix,
-                suffix=name.suffix,
-                viewer=inputs.viewer,
-            )
+            figures = make_reportlets(paths, folder / "figures", prefix=prefix, suffix=name.suffix)
+            if inputs.viewer:
+                figures += make_viewers(
+                    paths, folder / "figures", prefix=prefix, suffix=name.suffix
+                )
         except Exception as error:  # a picture that fails must not cost the images
-            self._results["figures"] = []
-            return [
-                f"{inputs.name}: the pictures could not be drawn "
+            what = "the viewer's pages" if figures else "the pictures"
+            warnings.append(
+                f"{inputs.name}: {what} could not be drawn "
                 f"({type(error).__name__}: {error}); the images are not affected."
-            ]
+            )
         self._results["figures"] = [str(_rename(path, self.inputs.image_desc)) for path in figures]
-        return []
+        return warnings
 
 
 class _WriteInputSpec(_ScanFilesInputSpec):

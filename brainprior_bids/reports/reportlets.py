@@ -205,7 +205,7 @@ class ScanImages:
 
 
 def make_reportlets(
-    files: Mapping[str, Path], out_dir: Path, *, prefix: str, suffix: str, viewer: bool = False
+    files: Mapping[str, Path], out_dir: Path, *, prefix: str, suffix: str
 ) -> list[Path]:
     """Draw every picture whose roles are in ``files``.
 
@@ -219,14 +219,11 @@ def make_reportlets(
         Entities of the scan, ``sub-01_ses-2``.
     suffix : str
         ``T1w``, ``T2w``, ``FLAIR`` ...
-    viewer : bool
-        Write the pages of ``VIEWERS``, too.
 
     Returns
     -------
     list of Path
-        ``<prefix>[_space-MNI305]_desc-<what>_<suffix>.svg``, in the order of the report, and
-        ``.html`` for the viewers.
+        ``<prefix>[_space-MNI305]_desc-<what>_<suffix>.svg``, in the order of the report.
 
     Raises
     ------
@@ -247,7 +244,21 @@ def make_reportlets(
             space = "_space-MNI305" if what == "mni305" else ""
             path = Path(out_dir) / f"{prefix}{space}_desc-{what}_{suffix}.svg"
             paths.append(draw(images, path))
-    for what, (needs, write) in VIEWERS.items() if viewer else ():
+    return paths
+
+
+def make_viewers(
+    files: Mapping[str, Path], out_dir: Path, *, prefix: str, suffix: str
+) -> list[Path]:
+    """Write the pages with three linked planes.
+
+    Returns
+    -------
+    list of Path
+        ``<prefix>_desc-<what>_<suffix>.html``; arguments as of ``make_reportlets``.
+    """
+    images, paths = ScanImages(files), []
+    for what, (needs, write) in VIEWERS.items():
         if all(role in images for role in needs):
             paths.append(write(images, Path(out_dir) / f"{prefix}_desc-{what}_{suffix}.html"))
     return paths

@@ -7,12 +7,14 @@ import base64
 import io
 import json
 import re
+from pathlib import Path
 
 import nibabel as nb
 import numpy as np
 import pytest
 from lxml import etree
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
+from nilearn import plotting
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
@@ -24,6 +26,7 @@ from brainprior_bids.reports.reportlets import (
     REPORTLETS,
     ScanImages,
     make_reportlets,
+    make_viewers,
     tissues_record,
 )
 from brainprior_bids.reports.viewer import UNCERTAIN
@@ -339,18 +342,41 @@ def test_tissues_are_measured_on_each_images_own_voxels(tmp_path):
     assert not any("desc-tissues" in path.name for path in paths)
 
 
-def test_the_node_writes_pictures_and_metrics(tmp_path, monkeypatch):
-    files = node_files(tmp_path)
-    monkeypatch.chdir(tmp_path)
+def reportlets(files, **options):
+    """The node."""
     roles = {"conform": "conform_json", "structures_table": "structures_json",
              "affine": "affine_json", "restore": "restore_json", "gains": "bias_json"}  # fmt: skip
     inputs = {roles.get(role, role): str(path) for role, path in files.items()}
-    node = Reportlets(name="sub-1_T1w", image=inputs["restored"], **inputs)
-    outputs = node.run().outputs
+    return Reportlets(name="sub-1_T1w", image=inputs["restored"], **inputs, **options)
+
+
+def test_the_node_writes_pictures_and_metrics(tmp_path, monkeypatch):
+    files = node_files(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    outputs = reportlets(files, viewer=False).run().outputs
     assert len(outputs.figures) == len(REPORTLETS)
     found = TissuesRecord.read(outputs.tissues_json)
     assert found == tissues_record(files)
     assert found.restored["snr_gm"] > 0
+
+
+def test_a_page_that_fails_costs_no_picture(tmp_path, monkeypatch):
+    files = node_files(tmp_path)
+    del files["uncertainty"]
+    monkeypatch.chdir(tmp_path)
+    node = reportlets(files)
+    outputs = node.run().outputs
+    names = [Path(path).name for path in outputs.figures]
+    assert names[-1] == "sub-1_desc-viewer_T1w.html"
+    monkeypatch.setattr(plotting, "view_img", broken)
+    again = node.run().outputs
+    assert [Path(path).name for path in again.figures] == names[:-1]
+    (warning,) = json.loads(Path(again.record).read_text())["warnings"]
+    assert "the viewer's pages could not be drawn" in warning
+
+
+def broken(*_, **__):
+    raise ValueError("no more memory for a page")
 
 
 def test_the_histograms_of_tissues_have_two_panels_and_a_legend(drawn):
@@ -446,10 +472,7 @@ def viewers(tmp_path_factory, reference):
     """Files of the nodes, and what -> page."""
     folder = tmp_path_factory.mktemp("viewers")
     files = node_files(folder / "nodes")
-    paths = make_reportlets(
-        files, folder / "figures", prefix="sub-01_run-02", suffix="T2w", viewer=True
-    )
-    pages = [path for path in paths if path.suffix == ".html"]
+    pages = make_viewers(files, folder / "figures", prefix="sub-01_run-02", suffix="T2w")
     return files, {re.search("_desc-([A-Za-z]+)_", path.name)[1]: path for path in pages}
 
 
@@ -485,7 +508,3 @@ def test_input_result_and_uncertainty_lie_over_one_another(viewers):
     coloured = ((sd[..., 1] > 0) & (sd[..., 0] > 2)).sum()  # unused tiles are opaque, and 0
     assert 0 < coloured == pytest.approx((share >= UNCERTAIN[0]).sum(), rel=0.03)
     assert coloured < mask.sum() * 1.03
-
-
-def test_without_the_option_there_is_no_page(drawn):
-    assert not any("viewer" in what for what in drawn)
