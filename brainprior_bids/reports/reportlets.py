@@ -47,7 +47,7 @@ from brainprior_bids.reports.sheet import (
     Sheet,
     description,
 )
-from brainprior_bids.reports.viewer import write_before_after, write_uncertain
+from brainprior_bids.reports.viewer import Layer, write_viewer
 from brainprior_bids.reports.volumes import (
     PLANES,
     Box,
@@ -73,6 +73,8 @@ TISSUE_LOOKS = {
     "wm": ("white matter", "#e6e6e6", "solid"),
 }
 """Tissue -> name, colour and line."""
+UNCERTAIN_PERCENT = (2.0, 20.0)
+"""SD over the samples that the viewer colours, per cent of the upper end of the grey window."""
 FACTORS = (1.02, 1.05, 1.1, 1.2, 1.3, 1.4, 1.6, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
 """Ticks of the bias field's colour bar, with their inverses."""
 
@@ -678,16 +680,19 @@ REPORTLETS: dict[str, tuple[tuple[str, ...], Callable[[ScanImages, Path], Path]]
 
 def view_before_after(images: ScanImages, path: Path) -> Path:
     """The input, interpolated linearly, over the result."""
-    before = images.scan.regrid(images.restored, order=1)
+    high = images.window[1]
+    layer = Layer(images.scan.regrid(images.restored, order=1), (0.001 * high, high), "gray")
     title = f"{_scan_of(path)}: input; at opacity 0 the result"
-    return write_before_after(path, before, images.result, images.window, images.box, title)
+    return write_viewer(path, images.result, images.window, layer, images.box, title)
 
 
 def view_uncertainty(images: ScanImages, path: Path) -> Path:
     """The standard deviation over the samples, over the result."""
-    title = f"{_scan_of(path)}: SD over the samples, % of white"
     sd = images.load("uncertainty")
-    return write_uncertain(path, sd, images.result, images.window, images.box, title)
+    share = sd.like(sd.data * (100 / images.window[1]))
+    layer = Layer(share, UNCERTAIN_PERCENT, "inferno", opacity=0.5, scale=True)
+    title = f"{_scan_of(path)}: SD over the samples, % of white"
+    return write_viewer(path, images.result, images.window, layer, images.box, title)
 
 
 def _scan_of(path: Path) -> str:

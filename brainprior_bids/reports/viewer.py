@@ -1,98 +1,83 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pages on which a result is looked at in three linked planes: nilearn's viewer.
 
-Over the result lies a second image, with a slider for its opacity: the input, or the uncertainty.
-Each page is one file that needs no other and no network, but JavaScript.
+Over the result lies a second image, with a slider for its opacity. Each page is one file that
+needs no other and no network, but JavaScript.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 from nilearn import plotting
-from nilearn.plotting.html_stat_map import StatMapView
 
 from brainprior_bids.bids.files import write_text
 from brainprior_bids.reports.volumes import Box, Volume
 
-UNCERTAIN = (2.0, 20.0)
-"""Uncertainty that is coloured, per cent of the upper end of the grey window."""
 
-
-def write_before_after(
-    path: Path, before: Volume, after: Volume, window: tuple[float, float], box: Box, title: str
-) -> Path:
-    """The input over the result; at opacity 0 the result alone.
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """The image that lies over the result, on the result's grid.
 
     Parameters
     ----------
-    before, after : Volume
-        On one grid and in one unit.
+    image : Volume
+    shown : (float, float)
+        Values below the first are transparent, and above the second shown as that.
+    colours : str
+        matplotlib's name of a colour map, from 0 to the end of ``shown``.
+    opacity : float
+        To begin with, 0 to 1.
+    scale : bool
+        Whether there is a colour bar.
+    """
+
+    image: Volume
+    shown: tuple[float, float]
+    colours: str
+    opacity: float = 1.0
+    scale: bool = False
+
+
+def write_viewer(
+    path: Path, result: Volume, window: tuple[float, float], layer: Layer, box: Box, title: str
+) -> Path:
+    """Write a page.
+
+    Parameters
+    ----------
     window : (float, float)
-        Grey window of both.
+        Grey window of the result.
     box : Box
         The part that is shown.
     """
-    layer = _cropped(before.like(np.clip(before.data, *window)), box)
+    low, high = layer.shown
     view = plotting.view_img(
-        layer,
-        bg_img=_background(after, window, box),
+        _clipped(layer.image, (0, high), box),
+        bg_img=_clipped(result, window, box),
         title=title,
-        cmap="gray",
-        vmin=window[0],
-        vmax=window[1],
-        threshold=1e-3 * window[1],
-        colorbar=False,
-        symmetric_cmap=False,
-        black_bg=True,
-        dim=0,
-        resampling_interpolation="nearest",
-    )
-    return _write(view, path)
-
-
-def write_uncertain(
-    path: Path, sd: Volume, image: Volume, window: tuple[float, float], box: Box, title: str
-) -> Path:
-    """The uncertainty over the result, in per cent of the window's upper end.
-
-    Parameters
-    ----------
-    sd, image : Volume
-        On one grid and in one unit.
-    """
-    low, high = UNCERTAIN
-    view = plotting.view_img(
-        _cropped(sd.like(np.clip(sd.data * (100 / window[1]), 0, high)), box),
-        bg_img=_background(image, window, box),
-        title=title,
-        cmap="inferno",
+        cmap=layer.colours,
         vmin=0,
         vmax=high,
         threshold=low,
-        opacity=0.5,
+        opacity=layer.opacity,
+        colorbar=layer.scale,
         symmetric_cmap=False,
         black_bg=True,
         dim=0,
         resampling_interpolation="nearest",
     )
-    return _write(view, path)
-
-
-def _write(view: StatMapView, path: Path) -> Path:
-    """The page without its icon, which is on a server."""
+    # its icon is on a server
     write_text(path, re.sub(r"<link[^>]*favicon[^>]*>", "", view.get_standalone()))
     return path
 
 
-def _background(image: Volume, window: tuple[float, float], box: Box) -> nib.Nifti1Image:
-    return _cropped(image.like(np.clip(image.data, *window)), box)
-
-
-def _cropped(volume: Volume, box: Box) -> nib.Nifti1Image:
+def _clipped(volume: Volume, limits: tuple[float, float], box: Box) -> nib.Nifti1Image:
     affine = volume.affine.copy()
     affine[:3, 3] += affine[:3, :3] @ [start for start, _ in box]
-    return nib.Nifti1Image(volume.data[tuple(slice(*part) for part in box)], affine)
+    part = volume.data[tuple(slice(*ends) for ends in box)]
+    return nib.Nifti1Image(np.clip(part, *limits), affine)

@@ -24,12 +24,12 @@ from brainprior_bids.records import TissuesRecord
 from brainprior_bids.reports import atlas, volumes
 from brainprior_bids.reports.reportlets import (
     REPORTLETS,
+    UNCERTAIN_PERCENT,
     ScanImages,
     make_reportlets,
     make_viewers,
     tissues_record,
 )
-from brainprior_bids.reports.viewer import UNCERTAIN
 
 SVG = "{http://www.w3.org/2000/svg}"
 BRAIN_CENTRE = np.array([3.0, -12.0, 20.0])
@@ -506,5 +506,5 @@ def test_input_result_and_uncertainty_lie_over_one_another(viewers):
     images = ScanImages(files)
     share = images.load("uncertainty").data * (100 / images.window[1])
     coloured = ((sd[..., 1] > 0) & (sd[..., 0] > 2)).sum()  # unused tiles are opaque, and 0
-    assert 0 < coloured == pytest.approx((share >= UNCERTAIN[0]).sum(), rel=0.03)
+    assert 0 < coloured == pytest.approx((share >= UNCERTAIN_PERCENT[0]).sum(), rel=0.03)
     assert coloured < mask.sum() * 1.03
