@@ -19,6 +19,8 @@ from pathlib import Path
 from PIL import Image
 
 LEVELS = {"L": 16, "RGB": 64}
+VIEWERS = re.compile(r'<p class="viewers">.*?</p>', re.DOTALL)
+"""Links to the viewer's pages, which are too large for a repository."""
 PNG = re.compile(r"data:image/png;base64,([A-Za-z0-9+/=\s]+)")
 
 
@@ -47,7 +49,7 @@ def main() -> None:
     for path in files:
         target = args.out / path.relative_to(args.output_dir)
         target.parent.mkdir(parents=True, exist_ok=True)
-        text = PNG.sub(smaller, path.read_text("utf-8"))
+        text = VIEWERS.sub("", PNG.sub(smaller, path.read_text("utf-8")))
         target.write_text("".join(f"{line.rstrip()}\n" for line in text.splitlines()), "utf-8")
         size += target.stat().st_size
     print(f"{args.out}: {len(files)} files, {size / 1e6:.2f} MB")

@@ -273,7 +273,7 @@ def output_options(group: Group) -> None:
         "--no-viewer",
         action="store_true",
         help="do not write the pages on which a result is looked at in three linked planes (about "
-        "10 MB per scan)",
+        "20 MB per scan)",
     )
     group.add_argument(
         "--output-spaces",

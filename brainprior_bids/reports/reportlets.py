@@ -682,8 +682,14 @@ def view_before_after(images: ScanImages, path: Path) -> Path:
     """The input, interpolated linearly, over the result."""
     high = images.window[1]
     layer = Layer(images.scan.regrid(images.restored, order=1), (0.001 * high, high), "gray")
-    title = f"{_scan_of(path)}: input; at opacity 0 the result"
-    return write_viewer(path, images.result, images.window, layer, images.box, title)
+    return write_viewer(
+        path,
+        images.result,
+        images.window,
+        layer,
+        images.box,
+        ("Input over result", _scan_of(path)),
+    )
 
 
 def view_uncertainty(images: ScanImages, path: Path) -> Path:
@@ -691,8 +697,9 @@ def view_uncertainty(images: ScanImages, path: Path) -> Path:
     sd = images.load("uncertainty")
     share = sd.like(sd.data * (100 / images.window[1]))
     layer = Layer(share, UNCERTAIN_PERCENT, "inferno", opacity=0.5, scale=True)
-    title = f"{_scan_of(path)}: SD over the samples, % of white"
-    return write_viewer(path, images.result, images.window, layer, images.box, title)
+    return write_viewer(
+        path, images.result, images.window, layer, images.box, ("SD, % of white", _scan_of(path))
+    )
 
 
 def _scan_of(path: Path) -> str:

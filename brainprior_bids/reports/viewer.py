@@ -7,6 +7,7 @@ needs no other and no network, but JavaScript.
 
 from __future__ import annotations
 
+import html
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,12 @@ class Layer:
 
 
 def write_viewer(
-    path: Path, result: Volume, window: tuple[float, float], layer: Layer, box: Box, title: str
+    path: Path,
+    result: Volume,
+    window: tuple[float, float],
+    layer: Layer,
+    box: Box,
+    title: tuple[str, str],
 ) -> Path:
     """Write a page.
 
@@ -54,12 +60,15 @@ def write_viewer(
         Grey window of the result.
     box : Box
         The part that is shown.
+    title : (str, str)
+        What is shown, above the planes (there is room for 20 letters), and the scan, in the
+        browser's title.
     """
     low, high = layer.shown
     view = plotting.view_img(
         _clipped(layer.image, (0, high), box),
         bg_img=_clipped(result, window, box),
-        title=title,
+        title=title[0],
         cmap=layer.colours,
         vmin=0,
         vmax=high,
@@ -72,7 +81,9 @@ def write_viewer(
         resampling_interpolation="nearest",
     )
     # its icon is on a server
-    write_text(path, re.sub(r"<link[^>]*favicon[^>]*>", "", view.get_standalone()))
+    page = re.sub(r"<link[^>]*favicon[^>]*>", "", view.get_standalone())
+    name = f"<title>{html.escape(' · '.join(title))}</title>"
+    write_text(path, re.sub(r"<title>.*?</title>", lambda _: name, page, count=1, flags=re.S))
     return path
 
 
