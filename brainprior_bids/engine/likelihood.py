@@ -44,8 +44,8 @@ FOREIGN = 0.05
 brain's border may take most of it up (the spectral strategy)."""
 FOREIGN_UNSEEN = 0.2
 """The same where A sees the brain alone, so that nothing else can explain it. Fat and fluid taken
-for noise of 0.05 went into the brain's border as ringing: in slabs of four heads, 5 mm slices, the
-Gaussian estimate at sigma 3 had 1.01 to 1.58 times the error that it has now."""
+for noise of 0.05 went into the brain's border as ringing: in slabs of three heads the Gaussian
+estimate at sigma 3 had 1.02 to 1.58 times the error that it has now."""
 
 
 class Term:
