@@ -554,6 +554,8 @@ class RestoreRecord(Record):
     """Strategy of the linear-Gaussian solve."""
     contrast: str | None
     n_samples: int | None
+    uncertainty_from: str | None = None
+    """What the uncertainty map is: the "prior"'s prediction, or the SD of the "samples"."""
     seed: int | None
     schedule: tuple[float, ...]
     calls: int | None
@@ -594,8 +596,11 @@ class RestoreRecord(Record):
 
     @classmethod
     def _upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """``sampler_reason`` used to be ``not_eps``, and a sampler had another name."""
+        """``sampler_reason`` used to be ``not_eps``, a sampler had another name, and the
+        uncertainty was always from samples."""
         values.setdefault("sampler_reason", values.pop("not_eps", None))
+        if (values.get("n_samples") or 0) > 1:
+            values.setdefault("uncertainty_from", "samples")
         sampler = values.get("sampler")
         if isinstance(sampler, str):
             values["sampler"] = EARLIER_NAMES.get(sampler, sampler)

@@ -58,7 +58,9 @@ class Result:
         """What the result is called in ``logs/scans``."""
         return result_name(self.name, self.image)
 
-    def files(self, n_samples: int, *, save_samples: bool) -> dict[str, str]:
+    def files(
+        self, n_samples: int, *, save_samples: bool, uncertainty: bool = False
+    ) -> dict[str, str]:
         """Role -> path of its files in its own space, from the output folder."""
         names = output_names(
             self.name,
@@ -66,6 +68,7 @@ class Result:
             save_samples=save_samples,
             image=self.image,
             spaces=("anat",),
+            uncertainty=uncertainty or n_samples > 1,
         )
         return {role: f"{self.name.folder}/anat/{file}" for role, file in names.items()}
 
@@ -161,7 +164,9 @@ class Alignment:
     @classmethod
     def of(cls, pair: Pair, summary: ScanRecord, settings: Settings) -> Alignment:
         """From the contrast's summary and the run's settings."""
-        own = pair.other.files(summary.facts.restore.n_samples or 1, save_samples=True)
+        own = pair.other.files(
+            summary.facts.restore.n_samples or 1, save_samples=True, uncertainty=True
+        )
         own = {role: path for role, path in own.items() if path in summary.outputs}
         on_reference = pair.on_reference(own, settings.output_spaces)
         return cls(pair, settings.output_dir, own, on_reference, summary)

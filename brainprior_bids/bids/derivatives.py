@@ -69,7 +69,11 @@ DESCRIPTIONS = {
 """``desc-`` value -> meaning, of the restored image and of the other tasks' images."""
 
 
-UNCERTAINTY = "voxelwise standard deviation of the posterior samples, in the image's units"
+UNCERTAINTY = {
+    "prior": "voxelwise standard deviation of the true image about the restored one, as the prior "
+    "predicts it from the scan, in the image's units",
+    "samples": "voxelwise standard deviation of the posterior samples, in the image's units",
+}
 RESIDUAL = (
     "scan minus what the samples predict for it (mean over samples), in units of the standard "
     "deviation of the noise as estimated before sampling"
@@ -365,9 +369,12 @@ def sidecars(
         }
     if "uncertainty" in outputs:
         contents["uncertainty"] = {
-            "Description": UNCERTAINTY,
+            "Description": UNCERTAINTY[restore.uncertainty_from or "samples"],
             **image,
-            "IntervalHalfWidths": interval_half_widths(restore.n_samples),
+            "UncertaintyFrom": restore.uncertainty_from,
+            "IntervalHalfWidths": interval_half_widths(
+                None if restore.uncertainty_from == "prior" else restore.n_samples
+            ),
         }
     for run in restore.runs or ():
         role = residual_role(run.name)
@@ -478,10 +485,11 @@ def _fused(restore: RestoreRecord) -> list[dict[str, Any]]:
     ]
 
 
-def interval_half_widths(n_samples: int) -> dict[str, float]:
+def interval_half_widths(n_samples: int | None) -> dict[str, float]:
     """Half width of a central interval for the true value, in units of the uncertainty map.
 
-    Few samples have no empirical quantiles; for a Gaussian the next draw (the truth is one more)
+    Where the prior predicted the SD (None), it is the quantile of a Gaussian. Few samples have no
+    empirical quantiles; for a Gaussian the next draw (the truth is one more)
     lies within ``t(n - 1) sqrt(1 + 1/n)`` SDs of the mean.
 
     Returns
@@ -489,6 +497,8 @@ def interval_half_widths(n_samples: int) -> dict[str, float]:
     {"50": ..., "90": ...}
         Per cent of coverage -> factor; n_samples must be 2 or more.
     """
+    if n_samples is None:
+        return {"50": 0.6745, "90": 1.6449}
     return {
         str(percent): round(
             float(student_t.ppf(0.5 + percent / 200, n_samples - 1)) * (1 + 1 / n_samples) ** 0.5,

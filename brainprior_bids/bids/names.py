@@ -188,11 +188,13 @@ def output_names(
     native: bool = False,
     runs: Sequence[BIDSName] = (),
     lesion: bool = True,
+    uncertainty: bool | None = None,
 ) -> dict[str, str]:
     """What one restored scan leaves in ``sub-XX/[ses-YY/]anat``: role -> file name.
 
     ``runs`` are those that were fused with the reference, whose residual is ``residual``.
     ``lesion`` is False where only other runs have a lesion mask, not the reference.
+    ``uncertainty`` says whether there is a map of it; None: as with samples alone, from two on.
 
     Masks and label images of a T1w carry no ``space-``; those of another contrast carry
     ``space-<suffix>``, because without it they would be read as the T1w's. Maps that are no images
@@ -217,7 +219,7 @@ def output_names(
             "xfm", ".txt", from_="MNI305", to=source.suffix, mode="image", **to
         ),
     }
-    if n_samples > 1:
+    if n_samples > 1 if uncertainty is None else uncertainty:
         names["uncertainty"] = source.derivative("uncertainty", mod=source.suffix, desc=image)
     if native:
         names["restored_native"] = source.derivative(res="native", desc=image)

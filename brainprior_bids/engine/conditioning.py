@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from brainprior_bids.engine.observation import ImageObservation
 from brainprior_bids.engine.operators.fourier import resampling_matrix
 from brainprior_bids.engine.operators.slices import SliceProfile
 from brainprior_bids.engine.problem import Problem
+from brainprior_bids.engine.samplers.conditional import BLIND
 from brainprior_bids.engine.stacks import Stack
 from brainprior_bids.engine.voxels import Voxels
 
@@ -48,6 +49,22 @@ SPACING = 1.4
 """Smallest slice spacing, in restored voxels, of the 2-D slices they were trained on."""
 
 Denoise = Callable[[Tensor, float], Tensor]
+
+
+class SpreadPrior(Protocol):
+    """A prior that also predicts the SD of its error (``predicts_spread``)."""
+
+    def estimate(
+        self,
+        x: Tensor,
+        sigma: float,
+        *,
+        coordinates: Tensor,
+        contrast: str,
+        measured: Measured | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As ``PriorLike.denoise``, and the SD of each voxel."""
+        ...
 
 
 class PriorLike(Protocol):
@@ -157,6 +174,28 @@ def _fit(seen: Tensor, scan: Tensor) -> tuple[float, float]:
     return gain, correlation
 
 
+class GivenDenoiser:
+    """``E[x | x_t, y]`` for the samplers: (i, j, k), sigma -> (i, j, k).
+
+    Attributes
+    ----------
+    sd : (i, j, k) tensor or None
+        SD of x given y alone, as the prior predicts it in the blind call; None before that call,
+        and where the prior does not predict it.
+    """
+
+    def __init__(self, view: Conditioning, likelihood: Likelihood, measured: Measured) -> None:
+        self._view, self._likelihood, self._measured = view, likelihood, measured
+        self.sd: Tensor | None = None
+
+    def __call__(self, x_t: Tensor, sigma: float) -> Tensor:
+        blind = sigma >= BLIND
+        mean, sd = self._view.ask(x_t, sigma, spread=blind, measured=self._measured)
+        if blind:
+            self.sd = sd
+        return self._likelihood.constrain(mean)
+
+
 class Conditioning:
     """A prior for one problem: its place in MNI305, its contrast, another tool's image.
 
@@ -198,24 +237,30 @@ class Conditioning:
 
     def denoiser(self) -> Denoise:
         """``E[x | x_t]``, or ``E[x | x_t, z]``: (i, j, k) -> (i, j, k)."""
-        return lambda x_t, sigma: self._ask(x_t, sigma)
+        return lambda x_t, sigma: self.ask(x_t, sigma)[0]
 
-    def denoiser_given(self, likelihood: Likelihood, slice_weights: Tensor) -> Denoise:
+    def denoiser_given(self, likelihood: Likelihood, slice_weights: Tensor) -> GivenDenoiser:
         """The same with the reference's measurements."""
-        measured = self._measurements(likelihood, slice_weights)
-        return lambda x_t, sigma: likelihood.constrain(self._ask(x_t, sigma, measured=measured))
+        return GivenDenoiser(self, likelihood, self._measurements(likelihood, slice_weights))
 
-    def _ask(self, x_t: Tensor, sigma: float, **measured: Measured) -> Tensor:
+    def ask(
+        self, x_t: Tensor, sigma: float, *, spread: bool = False, **measured: Measured
+    ) -> tuple[Tensor, Tensor | None]:
+        """The network's answer, and the SD of its error where that is wanted and predicted.
+
+        Nothing is predicted beside another tool's image: the network has not seen one.
+        """
         if self.image is not None:
             x_t, sigma = self.image.merge(x_t, sigma)
-        answer = self.prior.denoise(
-            x_t[None, None],
-            sigma,
-            coordinates=self.problem.coordinates,
-            contrast=self.contrast,
-            **measured,
-        )
-        return answer[0, 0]
+            spread = False
+        place, contrast = self.problem.coordinates, self.contrast
+        x = x_t[None, None]
+        if not (spread and getattr(self.prior, "predicts_spread", False)):
+            answer = self.prior.denoise(x, sigma, coordinates=place, contrast=contrast, **measured)
+            return answer[0, 0], None
+        prior = cast(SpreadPrior, self.prior)
+        mean, sd = prior.estimate(x, sigma, coordinates=place, contrast=contrast, **measured)
+        return mean[0, 0], None if sd is None else sd[0, 0]
 
     def _measurements(self, likelihood: Likelihood, slice_weights: Tensor) -> Measured:
         """The reference divided by its bias field, 0 outside the brain.

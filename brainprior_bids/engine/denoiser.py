@@ -33,6 +33,7 @@ from brainprior_bids.engine.unet import (
     UNet,
     coordinate_features,
     from_bands,
+    from_blocks,
     to_bands,
 )
 
@@ -40,6 +41,8 @@ LOG = logging.getLogger("brainprior.engine")
 
 MIN_TILE = 4
 """Thinnest tile, mm: the two rows that a residual block reads of its neighbours."""
+LOG_SD = (-8.0, 2.0)
+"""Range of the log of the predicted SD over the one that the linear estimate leaves."""
 FALLBACK_TILES = (64, 32, 16, 8)
 """Tiles that are tried in turn when memory runs out, mm."""
 
@@ -158,9 +161,42 @@ class Precondition(nn.Module):
 
         ``posteriors`` holds each image's posterior given its measurements, or None.
         """
+        return self.estimate(bands, sigma, place, contrast, posteriors, spread=False)[0]
+
+    def estimate(
+        self,
+        bands: Tensor,
+        sigma: Tensor,
+        place: Tensor,
+        contrast: Tensor,
+        posteriors: BandPosteriors = None,
+        *,
+        spread: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``forward`` and, if ``spread``, the predicted SD of its error, (n, 1, 2i, 2j, 2k)."""
         linear, entering, stack, unknown = self._enter(bands, sigma, posteriors)
-        f = self.network(entering, place, sigma.log() / 4, contrast, stack, unknown)
-        return self._leave(linear, f, sigma, posteriors)
+        level = sigma.log() / 4
+        h = self.network.features(entering, place, level, contrast, stack, unknown)
+        f, log_sd = self.network.answer(h, spread=spread)
+        clean = self._leave(linear, f, sigma, posteriors)
+        return clean, None if log_sd is None else self._sd(log_sd, sigma, posteriors)
+
+    def _sd(self, log_sd: Tensor, sigma: Tensor, posteriors: BandPosteriors) -> Tensor:
+        """Predicted SD of each voxel: the linear estimate's, times the network's factor."""
+        left = self.left_open(sigma, posteriors).mean(1).sqrt()
+        return left[:, None, None, None, None] * from_blocks(log_sd).clamp(*LOG_SD).exp()
+
+    def left_open(self, sigma: Tensor, posteriors: BandPosteriors) -> Tensor:
+        """(n, 8): variance that the linear estimate leaves in each band."""
+        rows = self.scales(sigma)[1][:, :, 0, 0, 0]
+        if posteriors is not None:
+            rows = torch.stack(
+                [
+                    row if posterior is None else posterior.c_out.to(row)
+                    for row, posterior in zip(rows, posteriors, strict=True)
+                ]
+            )
+        return rows.square()
 
     def _enter(
         self, bands: Tensor, sigma: Tensor, posteriors: BandPosteriors
@@ -210,8 +246,10 @@ class Precondition(nn.Module):
         contrast: Tensor,
         rows: int,
         posteriors: BandPosteriors = None,
-    ) -> Tensor:
-        """From noisy voxels to denoised voxels as ``forward`` does, ``rows`` rows at a time.
+        *,
+        spread: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """From noisy to denoised voxels and their SD as ``estimate``, ``rows`` rows at a time.
 
         Parameters
         ----------
@@ -224,6 +262,7 @@ class Precondition(nn.Module):
         """
         linear, entering, stack, unknown = self._enter(to_bands(x), sigma, posteriors)
         f = torch.empty_like(linear)
+        log_sd = torch.empty_like(linear) if spread else None
 
         def read(start: int, stop: int) -> tuple[Tensor, ...]:
             place = coordinate_features(coordinates[:, :, 2 * start : 2 * stop])
@@ -231,11 +270,14 @@ class Precondition(nn.Module):
             return entering[:, :, start:stop], place, *also
 
         size, thick = x.shape[2] // 2, max(rows // 2, 1)
-        for start, stop, part in network_in_slabs(
-            self.network, read, size, sigma.log() / 4, contrast, thick, stack
+        for start, stop, part, own in network_in_slabs(
+            self.network, read, size, sigma.log() / 4, contrast, thick, stack, spread=spread
         ):
             f[:, :, start:stop] = part
-        return from_bands(self._leave(linear, f, sigma, posteriors))
+            if log_sd is not None and own is not None:
+                log_sd[:, :, start:stop] = own
+        clean = from_bands(self._leave(linear, f, sigma, posteriors))
+        return clean, None if log_sd is None else self._sd(log_sd, sigma, posteriors)
 
 
 def fast_dtype(device: torch.device) -> torch.dtype | None:
@@ -318,6 +360,11 @@ class Prior:
         return self._spectra.get(contrast, self._spectra["unknown"])
 
     @property
+    def spectra(self) -> dict[str, ErrorSpectrum]:
+        """The measured error spectra by contrast."""
+        return dict(self._spectra)
+
+    @property
     def takes_stacks(self) -> bool:
         """Whether ``denoise`` can be conditioned on measurements."""
         return bool(self.model.network.config["stacks"])
@@ -337,7 +384,16 @@ class Prior:
         """Whether that includes partly hidden scans on the image's own grid."""
         return self.takes_stacks and self.metadata.get("recipe", {}).get("holes", 0) > 0
 
-    @torch.no_grad()
+    @property
+    def predicts_spread(self) -> bool:
+        """Whether ``estimate`` knows the SD of its error."""
+        return bool(self.model.network.config.get("spread", False))
+
+    def spread_factor(self, contrast: str) -> float:
+        """Factor on the predicted SD, calibrated on validation data; else 1."""
+        factors = self.metadata.get("spread_factors", {})
+        return float(factors.get(contrast, factors.get("unknown", 1.0)))
+
     def denoise(
         self,
         x: Tensor,
@@ -347,7 +403,23 @@ class Prior:
         contrast: str,
         measured: Measured | None = None,
     ) -> Tensor:
-        """The estimate of E[clean | x], or of E[clean | x, measured].
+        """The estimate of E[clean | x], or of E[clean | x, measured]; see ``estimate``."""
+        return self.estimate(
+            x, sigma, coordinates=coordinates, contrast=contrast, measured=measured, spread=False
+        )[0]
+
+    @torch.no_grad()
+    def estimate(
+        self,
+        x: Tensor,
+        sigma: float,
+        *,
+        coordinates: Tensor,
+        contrast: str,
+        measured: Measured | None = None,
+        spread: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The estimate of E[clean | x], or of E[clean | x, measured], and the SD of its error.
 
         Parameters
         ----------
@@ -362,10 +434,14 @@ class Prior:
             One of ``CONTRASTS``.
         measured : Stack or Voxels, optional
             Measurements of the same brain.
+        spread : bool
+            Whether the SD is wanted; the network learned it at the highest noise level alone.
 
         Returns
         -------
-        (n, 1, i, j, k) float32, on the device of ``x``.
+        mean, SD
+            Each (n, 1, i, j, k) float32, on the device of ``x``; no SD if it is not wanted, or if
+            the network does not predict it.
 
         Raises
         ------
@@ -390,9 +466,11 @@ class Prior:
             )
         sigmas = torch.full((len(x),), float(sigma), device=self.device)
         kind = torch.full((len(x),), CONTRASTS.index(contrast), device=self.device)
+        spread = spread and self.predicts_spread
         while True:
             try:
-                return self._run(x, sigmas, coordinates, kind, measured)
+                clean, sd = self._run(x, sigmas, coordinates, kind, measured, spread)
+                return clean, None if sd is None else sd * self.spread_factor(contrast)
             except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
@@ -407,7 +485,8 @@ class Prior:
         coordinates: Tensor,
         kind: Tensor,
         measured: Measured | None,
-    ) -> Tensor:
+        spread: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         axis = 2  # of the image, that the network sees as its last
         if isinstance(measured, Stack) and self.slices_last:
             axis, measured = measured.axis, measured.turned()
@@ -428,13 +507,22 @@ class Prior:
         with precision:
             if self.tile_mm is None:
                 place = self._place_features(coordinates, axis, padding)
-                clean = from_bands(self.model(to_bands(noisy), sigmas, place, kind, posteriors))
+                bands, sd = self.model.estimate(
+                    to_bands(noisy), sigmas, place, kind, posteriors, spread=spread
+                )
+                clean = from_bands(bands)
             else:
                 mm = coordinates.to(self.device, torch.float32).movedim(1 + axis, -1)
                 mm = mirrored(mm[None], padding)
-                clean = self.model.in_slabs(noisy, sigmas, mm, kind, self.tile_mm, posteriors)
-        clean = clean[:, :, : shape[0], : shape[1], : shape[2]].movedim(-1, 2 + axis)
-        return clean.contiguous().to(x.device)
+                clean, sd = self.model.in_slabs(
+                    noisy, sigmas, mm, kind, self.tile_mm, posteriors, spread=spread
+                )
+
+        def back(volume: Tensor) -> Tensor:
+            inside = volume[:, :, : shape[0], : shape[1], : shape[2]]
+            return inside.movedim(-1, 2 + axis).contiguous().to(x.device)
+
+        return back(clean), None if sd is None else back(sd)
 
     def _fall_back(self, message: str, shape: tuple[int, ...]) -> None:
         """Take the next thinner tile, and say so."""

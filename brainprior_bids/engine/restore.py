@@ -16,7 +16,13 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from brainprior_bids.engine.conditioning import SIGMA_BLIND, Conditioning, PriorLike
+from brainprior_bids.engine.conditioning import (
+    SIGMA_BLIND,
+    Conditioning,
+    Denoise,
+    GivenDenoiser,
+    PriorLike,
+)
 from brainprior_bids.engine.device import usable_device
 from brainprior_bids.engine.errors import InputError, UsageError
 from brainprior_bids.engine.likelihood import Likelihood
@@ -42,6 +48,10 @@ RIM_MM = 1.5
 """How far the command's restored image goes beyond the mask. Two masks of one brain differ by a
 voxel along their border, and a voxel of brain that is cut off costs more than one of fluid that
 is left."""
+NO_SPREAD = (
+    "The prior does not predict the uncertainty, and nothing was sampled: there is no uncertainty "
+    "map. Use --sampler conditional, or weights that were trained with --spread."
+)
 AS_USUAL = Nuisances()
 SIGMA_MAX = 3.0
 SIGMA_MIN = 0.01
@@ -166,7 +176,7 @@ def restore(
     factors = [nuisances.thickness_factor(index) if varies else 1.0 for index in range(len(seeds))]
     for index, (own_seed, factor) in enumerate(zip(seeds, factors, strict=True)):
         generator = torch.Generator().manual_seed(own_seed)
-        gathering.add(*chain.run(factor, generator, index, observe))
+        gathering.add(*chain.run(factor, generator, index, observe), sd=chain.sd)
     fits = gathering.scan_fits()
     log_bias = gathering.log_bias - gathering.log_bias[scans[0].brain].mean()
     iterations, reference = problem.iterations(), problem.reference
@@ -174,7 +184,8 @@ def restore(
         grid=problem.grid,
         samples=gathering.samples,
         mean=gathering.expected,
-        sd=gathering.samples.std(0, ddof=1, dtype=np.float32) if n > 1 else None,
+        sd=gathering.sd(),
+        sd_from=gathering.sd_from,
         log_bias=log_bias.numpy().astype(np.float32),
         noise_sd_initial=reference.noise_sd / reference.thinned,
         noise_sd=float(np.mean(gathering.noises)),
@@ -190,7 +201,12 @@ def restore(
         inner_iterations=float(np.mean(iterations)) if iterations else 0.0,
         box=problem.box,
         seconds=time.perf_counter() - began,
-        warnings=[*problem.warnings, *gathering.warnings(), *getattr(prior, "warnings", ())],
+        warnings=[
+            *problem.warnings,
+            *gathering.warnings(),
+            *getattr(prior, "warnings", ()),
+            *([NO_SPREAD] if name == "mean" and gathering.sd_from is None else []),
+        ],
         sampler_reason=reason,
         images=[] if view.image is None else list(view.image.fits),
         predictions=gathering.predictions if gathering.predicting else None,
@@ -256,6 +272,8 @@ class Chain:
         The noise levels; the last is 0.
     calls : int
         Network calls of one sample.
+    sd : (i, j, k) tensor or None
+        Of x given the scan, as the prior predicted it in the last run; None where it did not.
     """
 
     def __init__(
@@ -284,6 +302,7 @@ class Chain:
             self.sigmas = edm_schedule(n_steps, *sigmas)
         self._every_level = name == "conditional" and len(problem.scans) == 1
         self.conditional: Tensor | None = None
+        self.sd: Tensor | None = None
 
     def run(
         self, factor: float, generator: torch.Generator, index: int, observe: Observe | None
@@ -324,26 +343,12 @@ class Chain:
     ) -> Tensor:
         problem, view, name = self.problem, self.view, self.facts.name
         shape, device = problem.box.shape, problem.device
-        if name in ("conditional", "mean"):
-            slice_weights = problem.slice_weights(factor)
-            denoise = view.denoiser_given(likelihood, slice_weights)
-        else:
-            denoise = view.denoiser()
-        if name == "mean":
-            x0 = expected_image(denoise, shape=shape, device=device)
-            note(0, self.sigmas[0], x0, x0)
+        if name == "mean" or self._every_level:
+            given = view.denoiser_given(likelihood, problem.slice_weights(factor))
+            x0 = self._draw_given(given, generator, note)
+            self.sd = given.sd
             return x0
-        if self._every_level:
-            inflation = 1.0 if problem.any_hidden else getattr(view.prior, "inflation", 1.0)
-            return sample_conditional(
-                denoise,
-                self.sigmas,
-                shape=shape,
-                generator=generator,
-                inflation=inflation,
-                device=device,
-                observe=note,
-            )
+        denoise: Denoise = view.denoiser()
         bias, noise = problem.nuisances.move_bias, problem.scans[0].noise_sd is None
         if name == "daps":
             return sample_daps(
@@ -357,8 +362,9 @@ class Chain:
                 refine_noise=noise,
                 observe=note,
             )
-        given, guess = name == "conditional", view.guess
-        if given:
+        with_data, guess = name == "conditional", view.guess
+        if with_data:
+            denoise = view.denoiser_given(likelihood, problem.slice_weights(factor))
             guess = expected_image(denoise, shape=shape, device=device)
         return sample_exact(
             denoise,
@@ -367,9 +373,33 @@ class Chain:
             shape=shape,
             generator=generator,
             device=device,
-            start=likelihood.draw(guess, SIGMA_BLIND, generator, given=given),
-            given=given,
+            start=likelihood.draw(guess, SIGMA_BLIND, generator, given=with_data),
+            given=with_data,
             refine_bias=bias,
             refine_noise=noise,
+            observe=note,
+        )
+
+    def _draw_given(
+        self,
+        denoise: GivenDenoiser,
+        generator: torch.Generator,
+        note: Callable[[int, float, Tensor, Tensor], None],
+    ) -> Tensor:
+        """By a network that is given all measurements: a sample, or the mean."""
+        problem = self.problem
+        shape, device = problem.box.shape, problem.device
+        if self.facts.name == "mean":
+            x0 = expected_image(denoise, shape=shape, device=device)
+            note(0, self.sigmas[0], x0, x0)
+            return x0
+        inflation = 1.0 if problem.any_hidden else getattr(self.view.prior, "inflation", 1.0)
+        return sample_conditional(
+            denoise,
+            self.sigmas,
+            shape=shape,
+            generator=generator,
+            inflation=inflation,
+            device=device,
             observe=note,
         )

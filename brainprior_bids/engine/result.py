@@ -34,7 +34,8 @@ class Restoration:
     grid: Grid  # 1 mm: the reference's axes and whole field of view, or MNI305
     samples: NDArray[np.float32]  # (n, i, j, k) posterior samples, 0 beyond mask and rim
     mean: NDArray[np.float32]  # (i, j, k) estimate of the posterior mean, see ``restore``
-    sd: NDArray[np.float32] | None  # (i, j, k) posterior SD; None with fewer than two samples
+    sd: NDArray[np.float32] | None  # (i, j, k) posterior SD, if there is one
+    sd_from: str | None  # "prior" (predicted) or "samples" (at least two)
     log_bias: NDArray[np.float32]  # on the reference's grid; mean 0 inside the mask
     noise_sd_initial: float  # engine unit, a voxel of the reference, before sampling
     noise_sd: float  # after sampling, mean over samples
@@ -81,6 +82,8 @@ class Gathering:
         self.chains = max(n_samples, 1)
         self.samples = np.zeros((n_samples, *problem.grid.shape), np.float32)
         self.expected = np.zeros(problem.grid.shape, np.float32)
+        self.predicted = np.zeros(problem.grid.shape, np.float32)  # variance
+        self._all_predicted = True
         self.residuals: list[Residual] = []
         self.each: list[list[Residual]] = [[] for _ in problem.parts]
         self.left_over = [torch.zeros(part.box.data_shape) for part in problem.parts]
@@ -91,7 +94,14 @@ class Gathering:
         self.predictions = np.zeros(shape, np.float32)
         self.predicting = predicting
 
-    def add(self, likelihood: Likelihood, x0: Tensor, conditional: Tensor | None) -> None:
+    def add(
+        self,
+        likelihood: Likelihood,
+        x0: Tensor,
+        conditional: Tensor | None,
+        *,
+        sd: Tensor | None = None,
+    ) -> None:
         """One chain has ended.
 
         Parameters
@@ -100,6 +110,8 @@ class Gathering:
             Its sample, or the mean where nothing is drawn.
         conditional : (i, j, k), optional
             Its estimate of the posterior mean; the sample's own without.
+        sd : (i, j, k), optional
+            SD of the posterior, where the prior predicted it.
         """
         problem, index = self.problem, len(self.noises)
         x0 = x0 * problem.final
@@ -114,12 +126,30 @@ class Gathering:
         scale, where = problem.unit * gain, problem.box.image_slices
         estimate = x0 if conditional is None else conditional * problem.final
         self.expected[where] += estimate.cpu().numpy() * (scale / self.chains)
+        if sd is None:
+            self._all_predicted = False
+        else:
+            own = (sd * problem.final).square().cpu().numpy()
+            self.predicted[where] += own * (scale**2 / self.chains)
         if self.n:
             self.samples[(index, *where)] = x0.cpu().numpy() * scale
         if self.predicting:
             self.predictions[0] += self._predict(likelihood, estimate) / self.chains
             if self.n:
                 self.predictions[1 + index] = self._predict(likelihood, x0)
+
+    @property
+    def sd_from(self) -> str | None:
+        """Where ``sd`` is from: "prior", "samples", or nowhere."""
+        if self._all_predicted:
+            return "prior"
+        return "samples" if self.n > 1 else None
+
+    def sd(self) -> NDArray[np.float32] | None:
+        """(i, j, k) posterior SD: the prior's prediction, else that of two or more samples."""
+        if self._all_predicted:
+            return np.sqrt(self.predicted)
+        return self.samples.std(0, ddof=1, dtype=np.float32) if self.n > 1 else None
 
     def _explain(self, likelihood: Likelihood, x0: Tensor) -> None:
         for k, term in enumerate(likelihood.terms):

@@ -52,8 +52,10 @@ def network_in_slabs(
     contrast: Tensor,
     rows: int,
     stack: Tensor | None = None,
-) -> Iterator[tuple[int, int, Tensor]]:
-    """``network(bands, place, noise, contrast)``, in slabs from first to last.
+    *,
+    spread: bool = False,
+) -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
+    """``network.answer`` of its features, in slabs from first to last.
 
     Parameters
     ----------
@@ -67,10 +69,12 @@ def network_in_slabs(
         As ``UNet.forward``.
     rows : int
         Of a slab, at every resolution; made even.
+    spread : bool
+        Whether the log SD is wanted.
 
     Yields
     ------
-    (start, stop, rows of the result)
+    (start, stop, rows of the bands, rows of the log SD or None)
     """
     depth = len(network.downs)
     # even, so that no slab cuts a block of the next coarser resolution; the same number of rows
@@ -94,8 +98,9 @@ def network_in_slabs(
             block_in_slabs(block, h, e, rows)
     for start, stop in slabs(size, rows):
         low, high = max(start - 1, 0), min(stop + 1, size)
-        result = network.out(h[:, :, low:high])
-        yield start, stop, result[:, :, start - low : start - low + stop - start].float()
+        bands, log_sd = network.answer(h[:, :, low:high], spread=spread)
+        own = slice(start - low, stop - low)
+        yield start, stop, bands[:, :, own], None if log_sd is None else log_sd[:, :, own]
 
 
 def _empty_like_rows(part: Tensor, rows: int) -> Tensor:

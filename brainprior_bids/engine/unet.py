@@ -51,6 +51,13 @@ def from_bands(bands: Tensor) -> Tensor:
     return voxels.reshape(n, 1, 2 * i, 2 * j, 2 * k)
 
 
+def from_blocks(blocks: Tensor) -> Tensor:
+    """(n, 8, i, j, k), each block's voxels in i, j, k order -> (n, 1, 2i, 2j, 2k)."""
+    n, _, i, j, k = blocks.shape
+    apart = blocks.reshape(n, 2, 2, 2, i, j, k).permute(0, 4, 1, 5, 2, 6, 3)
+    return apart.reshape(n, 1, 2 * i, 2 * j, 2 * k)
+
+
 def coordinate_features(coordinates: Tensor) -> Tensor:
     """(n, 3, i, j, k) mm, even sizes -> (n, 27, i/2, j/2, k/2), low Fourier features.
 
@@ -113,6 +120,10 @@ class UNet(nn.Module):
         Width of the conditioning vector.
     stacks : bool
         Whether it can be conditioned on measured slices.
+    stack_hidden : int
+        Hidden width of a second, nonlinear reading of the numbers that describe them; 0: none.
+    spread : bool
+        Whether a second output predicts how far the first is off.
     """
 
     frequencies: Tensor
@@ -123,6 +134,8 @@ class UNet(nn.Module):
         blocks: Sequence[int] = (1, 2, 2),
         embedding: int = 128,
         stacks: bool = False,
+        stack_hidden: int = 0,
+        spread: bool = False,
     ) -> None:
         super().__init__()
         self.config: dict[str, Any] = {
@@ -131,6 +144,10 @@ class UNet(nn.Module):
             "embedding": embedding,
             "stacks": stacks,
         }
+        if stack_hidden:
+            self.config["stack_hidden"] = stack_hidden
+        if spread:
+            self.config["spread"] = spread
         self.multiple = 2 ** (len(channels) - 1)
         self.image_in = nn.Conv3d(BANDS, channels[0], 3, padding=1)
         self.place_in = nn.Conv3d(COORDINATE_FEATURES, channels[0], 1)
@@ -139,6 +156,12 @@ class UNet(nn.Module):
             self.stack_in = nn.Linear(FEATURES, embedding, bias=False)
             _zero(self.unknown_in)
             _zero(self.stack_in)
+            if stack_hidden:  # without biases: no slices, no answer
+                reading = nn.Linear(FEATURES, stack_hidden, bias=False)
+                nn.init.normal_(reading.weight)
+                answer = nn.Linear(stack_hidden, embedding, bias=False)
+                _zero(answer)
+                self.stack_more = nn.Sequential(reading, nn.SiLU(), answer)
         self.register_buffer(
             "frequencies", torch.exp(torch.linspace(0, math.log(64), 32)) / 4, persistent=False
         )
@@ -157,6 +180,13 @@ class UNet(nn.Module):
                 self.ups.append(nn.ConvTranspose3d(channels[depth + 1], width, 2, stride=2))
         self.out = nn.Conv3d(channels[0], BANDS, 3, padding=1)
         _zero(self.out)
+        if spread:
+            self.spread_out = nn.Sequential(
+                nn.Conv3d(channels[0], channels[0], 3, padding=1),
+                nn.SiLU(),
+                nn.Conv3d(channels[0], BANDS, 1),
+            )
+            _zero(self.spread_out[2])
 
     def embed(self, noise: Tensor, contrast: Tensor, stack: Tensor | None = None) -> Tensor:
         """The conditioning vector, (n, embedding)."""
@@ -164,6 +194,8 @@ class UNet(nn.Module):
         e = self.noise_in(torch.cat([angle.sin(), angle.cos()], 1)) + self.contrast_in(contrast)
         if stack is not None:
             e = e + self.stack_in(stack)
+            if "stack_hidden" in self.config:
+                e = e + self.stack_more(stack)
         return F.silu(e)
 
     def enter(self, bands: Tensor, place: Tensor, unknown: Tensor | None = None) -> Tensor:
@@ -187,7 +219,7 @@ class UNet(nn.Module):
         stack: Tensor | None = None,
         unknown: Tensor | None = None,
     ) -> Tensor:
-        """One pass.
+        """One pass: (n, 8, i, j, k) float32, each band of unit spread.
 
         Parameters
         ----------
@@ -204,6 +236,27 @@ class UNet(nn.Module):
         unknown : (n, 8, i, j, k), optional
             Bands of ``stacks.StackPosterior.unknown_map``.
         """
+        result: Tensor = self.out(self.features(bands, place, noise, contrast, stack, unknown))
+        return result.float()
+
+    def answer(self, h: Tensor, *, spread: bool) -> tuple[Tensor, Tensor | None]:
+        """From ``features``: the bands and, if asked for, the log SD of each voxel's error.
+
+        Both (n, 8, i, j, k) float32. The SD is relative to the one that the linear estimate
+        leaves; its channels are the voxels of a 2 x 2 x 2 block in i, j, k order.
+        """
+        return self.out(h).float(), self.spread_out(h).float() if spread else None
+
+    def features(
+        self,
+        bands: Tensor,
+        place: Tensor,
+        noise: Tensor,
+        contrast: Tensor,
+        stack: Tensor | None = None,
+        unknown: Tensor | None = None,
+    ) -> Tensor:
+        """(n, channels[0], i, j, k): what the outputs are made of; arguments as ``forward``."""
         e = self.embed(noise, contrast, stack)
         h = self.enter(bands, place, unknown)
         skips = []
@@ -217,5 +270,4 @@ class UNet(nn.Module):
             h = self.ups[depth](h) + skips[depth]
             for block in self.up_blocks[depth]:  # type: ignore[attr-defined]
                 h = block(h, e)
-        result: Tensor = self.out(h)
-        return result.float()
+        return h

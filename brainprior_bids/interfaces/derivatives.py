@@ -295,7 +295,8 @@ class Write(MeasuredInterface):
         runs = AlignRecord.read(inputs.runs_json).runs if isdefined(inputs.runs_json) else ()
         names = output_names(
             scan.name,
-            n_samples=steps.restore.n_samples if isdefined(inputs.uncertainty) else 1,
+            n_samples=steps.restore.n_samples or 1,
+            uncertainty=isdefined(inputs.uncertainty),
             spaces=inputs.settings["output_spaces"],
             save_samples=bool(samples),
             image=inputs.image_desc,

@@ -205,6 +205,7 @@ def record_of(
         solve=result.solve,
         contrast=inputs["contrast"],
         n_samples=len(result.samples),
+        uncertainty_from=_uncertainty_from(inputs, result),
         seed=inputs["seed"],
         schedule=tuple(result.schedule),
         calls=result.calls,
@@ -230,6 +231,13 @@ def record_of(
         refined=refined,
         changed_share=changed,
     )
+
+
+def _uncertainty_from(inputs: Inputs, result: Restoration) -> str | None:
+    """Where the uncertainty map is from; that of a scan filled in is its samples'."""
+    if inputs["keep_scan"]:
+        return "samples" if len(result.samples) > 1 else None
+    return result.sd_from
 
 
 def _run_records(

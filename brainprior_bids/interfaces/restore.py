@@ -68,7 +68,7 @@ class _RestoreOutputSpec(MeasuredOutputSpec):
         desc="with native: the scan, with the result's prediction inside the brain"
     )
     restored = File(desc="mean of the samples on the 1 mm grid, scanner units")
-    uncertainty = File(desc="SD of the samples, same grid and units; with 2 samples or more")
+    uncertainty = File(desc="SD of the posterior, same grid and units; where there is one")
     log_bias = File(desc="natural log of the estimated bias field, on the scan's grid")
     residual = File(desc="scan minus its prediction, in SDs of the noise, on the scan's grid")
     run_residuals = OutputMultiPath(

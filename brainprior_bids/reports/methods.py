@@ -62,6 +62,7 @@ class Method:
     widths: tuple[float, ...] = ()
     slice_gains: bool = False
     reduced: bool = False
+    uncertainty_from: str | None = None
 
 
 def of_summary(summary: ScanRecord) -> Method:
@@ -83,6 +84,7 @@ def of_summary(summary: ScanRecord) -> Method:
         widths=tuple(sorted(set(restore.slice_widths))),
         slice_gains=summary.facts.bias is not None and bool(summary.facts.bias.applied),
         reduced=summary.facts.conform.facts.resolution.reduced,
+        uncertainty_from=restore.uncertainty_from,
     )
 
 
@@ -110,9 +112,7 @@ def methods_text(methods: Sequence[Method]) -> str:
         )
     versions = ", ".join(dict.fromkeys(method.version for method in methods))
     drawn = _drawn(methods)
-    spread = " The uncertainty map is the voxelwise standard deviation of the samples."
-    if all(method.n_samples < 2 for method in methods):
-        spread = ""
+    spread = _uncertainty(methods)
     drawing = any(registry.find(method.sampler).yields_samples for method in methods)
     start = "Images were drawn from" if drawing else "Images are estimates of the mean of"
     widths = sorted({width for method in methods for width in method.widths})
@@ -195,6 +195,23 @@ def _drawn(methods: Sequence[Method]) -> str:
     if len(sentences) == 1:
         return sentences[0][0]
     return f"in {len(sentences)} ways. " + " ".join(f"For {who}, {how}" for how, who in sentences)
+
+
+def _uncertainty(methods: Sequence[Method]) -> str:
+    """What the uncertainty maps are."""
+    sources = {method.uncertainty_from for method in methods}
+    predicted = (
+        "predicted by the network from the scan, and calibrated on scans that were not used for "
+        "training"
+    )
+    drawn = "the voxelwise standard deviation of the samples"
+    if sources >= {"prior", "samples"}:
+        return f" The uncertainty map is {predicted}, or, for some images, {drawn}."
+    if "prior" in sources:
+        return (
+            f" The uncertainty map is the posterior's voxelwise standard deviation, {predicted}."
+        )
+    return f" The uncertainty map is {drawn}." if "samples" in sources else ""
 
 
 def _sampling(name: str, n_samples: int, calls: int) -> str:

@@ -348,7 +348,7 @@ def draw_slices(images: ScanImages, path: Path) -> Path:
 
 
 def draw_uncertainty(images: ScanImages, path: Path) -> Path:
-    """Standard deviation over the posterior samples, in scanner units and in % of the signal."""
+    """Standard deviation of the posterior, in scanner units and in % of the signal."""
     sd = images.load("uncertainty")
     inside = images.mask.data > 0.5
     if images.lesion is not None and "filled" in images:  # elsewhere the scan was kept
@@ -357,8 +357,10 @@ def draw_uncertainty(images: ScanImages, path: Path) -> Path:
     where = "under the lesion mask" if "filled" in images else "inside the mask"
     floor = 0.1 * images.window[1]
     relative = sd.like(np.where(inside, 100 * sd.data / np.maximum(images.result.data, floor), 0))
-    n_samples = images.record("restore", RestoreRecord).n_samples
-    of = f" of {n_samples} samples" if n_samples else ""
+    restore = images.record("restore", RestoreRecord)
+    of = f" of {restore.n_samples} samples" if restore.n_samples else ""
+    if restore.uncertainty_from == "prior":
+        of = ", predicted by the prior"
     sheet = Sheet(images.footer)
     for volume, title, unit in (
         (sd.like(np.where(inside, sd.data, 0)), f"Standard deviation{of}", "scanner units"),
@@ -693,7 +695,7 @@ def view_before_after(images: ScanImages, path: Path) -> Path:
 
 
 def view_uncertainty(images: ScanImages, path: Path) -> Path:
-    """The standard deviation over the samples, over the result."""
+    """The standard deviation of the posterior, over the result."""
     sd = images.load("uncertainty")
     share = sd.like(sd.data * (100 / images.window[1]))
     layer = Layer(share, UNCERTAIN_PERCENT, "inferno", opacity=0.5, scale=True)

@@ -172,6 +172,7 @@ def _check_lengths(scan: Scan, settings: Settings) -> None:
         image=settings.image,
         native=settings.output_grid == "native",
         runs=[run.name for run in scan.runs[1:]],
+        uncertainty=True,
     )
     result = result_name(scan.name, settings.image)
     longest = max(

@@ -85,6 +85,7 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
             image=settings.image,
             runs=[run.name for run in scan.runs[1:]],
             lesion="lesion" in found.given,
+            uncertainty=uncertainty_from(settings, len(scan.runs)) is not None,
         )
         for name in names.values():
             print(f"  {scan.name.folder}/anat/{name}")
@@ -117,6 +118,22 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
         "memory. One network call was timed for this. Nothing was written."
     )
     print(busy_now())
+
+
+def uncertainty_from(settings: Settings, n_runs: int) -> str | None:
+    """Where a scan's uncertainty map will be from: the ``prior``, ``samples``, or nowhere.
+
+    A scan that the default sampler turns out not to fit has that of its samples.
+    """
+    from brainprior_bids.engine.weights import FOLDER, read_weights
+
+    sampler = registry.find(settings.sampler)
+    alone = n_runs < 2 and not settings.refines and not settings.fills_scan
+    if sampler.predicts_spread and alone:
+        path = settings.prior or FOLDER / "prior.safetensors"
+        if read_weights(path, kind="prior")[1]["config"].get("spread"):
+            return "prior"
+    return "samples" if settings.n_samples > 1 else None
 
 
 def scan_seconds(voxels: float, n_runs: int, settings: Settings, a_voxel: float) -> float:
@@ -161,7 +178,10 @@ def contrast_names(results: Sequence[Result], settings: Settings) -> list[str]:
     """Paths of the transforms between the contrasts of a session, and of what they resample."""
     paths: list[str] = []
     for pair in pairs(results):
-        own = pair.other.files(settings.n_samples, save_samples=settings.save_samples)
+        uncertain = uncertainty_from(settings, 0) is not None
+        own = pair.other.files(
+            settings.n_samples, save_samples=settings.save_samples, uncertainty=uncertain
+        )
         paths += [*pair.transforms, *pair.on_reference(own, settings.output_spaces).values()]
     return paths
 

@@ -35,7 +35,7 @@ from brainprior_bids.engine.denoiser import ErrorSpectrum, Precondition, Prior, 
 from brainprior_bids.engine.errors import UsageError, WeightsError
 from brainprior_bids.engine.measured import BandPosterior
 from brainprior_bids.engine.stacks import Stack
-from brainprior_bids.engine.unet import CONTRASTS, UNet, coordinate_features, to_bands
+from brainprior_bids.engine.unet import CONTRASTS, UNet, coordinate_features, from_bands, to_bands
 from brainprior_bids.engine.voxels import Voxels
 from brainprior_bids.engine.weights import FOLDER, load_prior, prior_state, write_weights
 from brainprior_bids.training.crops import Crops, matrix_points
@@ -48,7 +48,7 @@ from brainprior_bids.training.preprocess import (
 )
 from brainprior_bids.training.processes import Processes, join, leave
 from brainprior_bids.training.samples import draw_samples
-from brainprior_bids.training.spectra import gains, measure_spectra, stack_errors
+from brainprior_bids.training.spectra import gains, measure_spectra, spread_errors, stack_errors
 from brainprior_bids.training.stacks import draw_stack, draw_voxels, log_uniform, slices_last
 
 log = logging.getLogger(__name__)
@@ -57,6 +57,10 @@ CHECKPOINT = "checkpoint.pt"
 LEVELS = 16
 """Noise levels at which the recent error is kept."""
 BAND_WEIGHT = 0.3
+ADDED = ("stack_hidden", "spread")
+"""Parts of a ``UNet`` that begin at nothing, so a trained one may be given them."""
+OUTSIDE = 0.05
+"""Weight of the background where the SD is learned."""
 PACED = 30
 """Steps after which a training that is given minutes knows how many fit."""
 
@@ -87,6 +91,10 @@ class Recipe:
         no more to learn than through-plane and in-plane. (Weights of before did not.)
     channels, blocks : tuple of int
         Of the ``UNet``.
+    stack_hidden : int
+        Of the ``UNet``.
+    spread : bool
+        Nothing is learned but the SD of the error of E[x | y], by a network that is done.
     """
 
     steps: int = 6000
@@ -105,6 +113,8 @@ class Recipe:
     slices_last: bool = True
     channels: tuple[int, ...] = (48, 96, 128)
     blocks: tuple[int, ...] = (2, 2, 2)
+    stack_hidden: int = 128
+    spread: bool = False
 
     def rate(self, step: int) -> float:
         """Learning rate of step ``step`` (from 0)."""
@@ -220,7 +230,14 @@ class Trainer:
         self.begun_with: dict[str, Any] = {}
         self.recent = torch.zeros(3, LEVELS, 9)
         torch.manual_seed(recipe.seed)  # initial weights only
-        network = UNet(recipe.channels, recipe.blocks, stacks=recipe.stacks + recipe.holes > 0)
+        conditioned = recipe.stacks + recipe.holes > 0
+        network = UNet(
+            recipe.channels,
+            recipe.blocks,
+            stacks=conditioned,
+            stack_hidden=recipe.stack_hidden * conditioned,
+            spread=recipe.spread,
+        )
         if recipe.size < 6 * network.multiple or recipe.size % (2 * network.multiple):
             # below three voxels an axis, oneDNN's bfloat16 gradient of a convolution is garbage
             raise UsageError(
@@ -239,10 +256,14 @@ class Trainer:
     def _optimisers(self) -> list[torch.optim.Optimizer]:
         """Muon for the convolutions inside; AdamW for the first, the last and everything else."""
         inner, rest = [], []
+        rate, decay = self.recipe.learning_rate, self.recipe.weight_decay
+        if self.recipe.spread:
+            self.model.requires_grad_(False)
+            head = self.model.network.spread_out.requires_grad_(True)
+            return [torch.optim.AdamW(head.parameters(), lr=rate, weight_decay=decay)]
         for name, parameter in self.model.network.named_parameters():
             edge = name.startswith(("image_in.", "place_in.", "unknown_in.", "out."))
             (inner if parameter.ndim == 5 and not edge else rest).append(parameter)
-        rate, decay = self.recipe.learning_rate, self.recipe.weight_decay
         return [
             Muon(inner, lr=rate, weight_decay=decay),
             torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.99), weight_decay=decay),
@@ -277,16 +298,19 @@ class Trainer:
     def start_from(self, path: Path) -> None:
         """Begin with the weights of a file instead of random ones.
 
+        Of ``ADDED``, what its network lacks begins at nothing: the function stays the same.
+
         Raises
         ------
         WeightsError
             If it is not a prior's, or its network is another one.
         """
         own, theirs = self.average.network.config, load_prior(path)
-        if theirs.model.network.config != own:
-            raise WeightsError(f"{path}: its network is {theirs.model.network.config}, not {own}.")
+        inherited = theirs.model.network.config
+        if inherited != {k: v for k, v in own.items() if k in inherited or k not in ADDED}:
+            raise WeightsError(f"{path}: its network is {inherited}, not {own}.")
         for model in (self.model, self.average):
-            model.load_state_dict(theirs.model.state_dict())
+            model.load_state_dict(theirs.model.state_dict(), strict=False)
         known = {key: theirs.metadata.get(key) for key in ("sha256", "steps", "begun_with")}
         self.begun_with = {key: value for key, value in known.items() if value is not None}
 
@@ -355,15 +379,17 @@ class Trainer:
             else contextlib.nullcontext()
         )
         with precision:
-            estimate = self.model(
-                noisy, sigma, place, batch["contrast"].to(self.device), posteriors
+            estimate, sd = self.model.estimate(
+                noisy,
+                sigma,
+                place,
+                batch["contrast"].to(self.device),
+                posteriors,
+                spread=self.recipe.spread,
             )
-        c_out = self.model.scales(sigma)[1][:, :, 0, 0, 0]
-        rows = [
-            own if posterior is None else posterior.c_out
-            for own, posterior in zip(c_out, posteriors, strict=True)
-        ]
-        linear = torch.stack(rows).square()  # error of the linear filter, (n, 8)
+        if sd is not None:
+            return spread_loss(from_bands(estimate - clean), sd, inside=image > 0)
+        linear = self.model.left_open(sigma, posteriors)  # error of the linear filter, (n, 8)
         square = (estimate - clean).square().mean((2, 3, 4))
         read = torch.cat(
             [square.sum(1, keepdim=True) / linear.sum(1, keepdim=True), square / linear], 1
@@ -495,6 +521,16 @@ class Trainer:
             file.write(json.dumps({"at": round(self.seconds), **facts}) + "\n")
 
 
+def spread_loss(error: Tensor, sd: Tensor, *, inside: Tensor) -> Tensor:
+    """Log likelihood of errors under N(0, sd²), its sign turned; least where sd² = E[error²].
+
+    Background counts ``OUTSIDE`` as much as the brain: its errors are a thousandth.
+    """
+    weight = torch.where(inside, 1.0, OUTSIDE)
+    each = 0.5 * (error / sd).square() + sd.log()
+    return (weight * each).sum() / weight.sum()
+
+
 def _single_thread(_: int) -> None:
     torch.set_num_threads(1)
 
@@ -507,15 +543,20 @@ def export(
     name: str,
     limit: int,
     inflation: float,
+    finished: Path | None = None,
 ) -> dict[str, Any]:
     """Measure the error spectra on the validation brains and write the weights.
 
-    ``limit`` brains a contrast are measured; ``inflation`` is that of ``sample_eps``. Returns the
-    metadata.
+    ``limit`` brains a contrast are measured; ``inflation`` is that of ``sample_conditional``.
+    Where the SD alone was learned, ``finished`` are the weights that it was learned of: their
+    spectra stay. Returns the metadata.
     """
     prior = trainer.prior()
     held_out = [brain for brain in brains if brain.split == "validation"]
-    spectra = measure_spectra(prior, held_out, limit=limit)
+    if trainer.recipe.spread and finished is not None:
+        spectra = load_prior(finished).spectra
+    else:
+        spectra = measure_spectra(prior, held_out, limit=limit)
     scans = [b for b in brains if b.split == "train" and not b.synthetic]
     maps = {b.name for b in brains if b.split == "train" and b.synthetic}
     metadata = {
@@ -537,6 +578,9 @@ def export(
         "gain": gains(prior, held_out),
         "inflation": inflation,
     }
+    factors = {contrast: ratio for contrast, (ratio, _) in spread_errors(prior, held_out).items()}
+    if factors:
+        metadata["spread_factors"] = {key: round(value, 4) for key, value in factors.items()}
     if trainer.begun_with:
         metadata["begun_with"] = trainer.begun_with
     write_weights(path, prior_state(prior.model, spectra), metadata)
@@ -593,6 +637,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=recipe.blind,
         help="share of those crops that have the highest noise: the network learns E[x | y]",
+    )
+    train.add_argument(
+        "--spread",
+        action="store_true",
+        help="learn the SD of the error of E[x | y] alone; --begin-with has the weights, which "
+        "stay as they are",
     )
     train.add_argument(
         "--begin-with",
@@ -697,6 +747,10 @@ def _print_quality(prior: Prior, held_out: Sequence[Brain]) -> None:
         print("PSNR in dB of E[x | y] in one call, by contrast and slice spacing in mm")
         for contrast, row in stack_errors(prior, held_out, limit=4).items():
             print(contrast, "  ".join(f"{mm}: {value:.2f}" for mm, value in row.items()))
+    if prior.predicts_spread:
+        print("RMS error over the predicted SD, by contrast: all voxels, and by decile of the SD")
+        for contrast, (ratio, parts) in spread_errors(prior, held_out).items():
+            print(contrast, f"{ratio:.3f}", " ".join(f"{part:.2f}" for part in parts))
 
 
 def _train(args: argparse.Namespace, processes: Processes) -> int:
@@ -720,9 +774,10 @@ def _train(args: argparse.Namespace, processes: Processes) -> int:
         stacks=args.stacks,
         holes=args.holes,
         conditioned_sigma=tuple(args.conditioned_sigma),
-        blind=args.blind,
+        blind=1.0 if args.spread else args.blind,
         channels=tuple(args.channels),
         blocks=tuple(args.blocks),
+        spread=args.spread,
     )
     trainer = Trainer(
         [b for b in brains if b.split == "train"],
@@ -734,6 +789,8 @@ def _train(args: argparse.Namespace, processes: Processes) -> int:
     resumed = trainer.resume()
     if args.begin_with is not None and not resumed:
         trainer.start_from(args.begin_with)
+    if args.spread and args.begin_with is None and not resumed:
+        raise UsageError("--spread needs --begin-with: the weights whose error is to be learned.")
     if args.export_only and not resumed:
         raise UsageError(f"{args.work}: no {CHECKPOINT} to export.")
     if not args.export_only:
@@ -753,6 +810,7 @@ def _train(args: argparse.Namespace, processes: Processes) -> int:
             name=args.name,
             limit=args.spectrum_brains,
             inflation=args.inflation,
+            finished=args.begin_with,
         )
         log.info("%s", json.dumps(metadata, indent=1))
     processes.wait()

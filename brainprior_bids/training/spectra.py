@@ -94,51 +94,93 @@ def gains(
     return table
 
 
-def stack_errors(
+def one_calls(
     prior: Prior,
-    brains: Sequence[Brain],
-    spacings: Sequence[float] = (3.0, 5.0, 7.0),
-    limit: int = 2,
-) -> dict[str, dict[str, float]]:
-    """PSNR in dB of ``E[x | y]`` inside central 96³ crops, per contrast and slice spacing.
+    images: Sequence[tuple[NDArray[np.float32], NDArray[np.float64]]],
+    contrast: str,
+    spacings: Sequence[float],
+) -> Iterator[tuple[float, Tensor, Tensor | None]]:
+    """(spacing, error, predicted SD) of ``E[x | y]`` inside central 96³ crops, each (n,).
 
     y: axial slices, a profile of steep flanks as wide as the spacing, noise 0.01; the prior is
     given the trapezoid that the engine assumes. One network call, at a noise that hides x_t.
     """
+    for image, matrix in images:
+        start = [max((size - 96) // 2, 0) for size in image.shape]
+        shift = np.eye(4)
+        shift[:3, 3] = start
+        crop = torch.from_numpy(image[tuple(slice(s, s + 96) for s in start)].copy())
+        place = torch.from_numpy(matrix @ shift).float()[None]
+        coordinates = matrix_points(place, crop.shape)[0]
+        inside = torch.from_numpy(ndimage.binary_fill_holes(crop.numpy() > 0))
+        generator = torch.Generator().manual_seed(11)
+        noise = torch.randn(crop.shape, generator=generator)
+        for spacing in spacings:
+            centres = torch.arange(spacing / 2, crop.shape[2], spacing, dtype=torch.float64)
+            true = sampled_profile(profile(2, spacing), centres, crop.shape[2]).float()
+            y = crop @ true.T
+            y = y + 0.01 * torch.randn(y.shape, generator=generator)
+            known = sampled_profile(trapezoid_profile(spacing), centres, crop.shape[2])
+            mean, sd = prior.estimate(
+                (crop + 100 * noise)[None, None],
+                100.0,
+                coordinates=coordinates,
+                contrast=contrast,
+                measured=Stack(y, known, 2, 0.01),
+            )
+            yield spacing, (mean[0, 0] - crop)[inside], None if sd is None else sd[0, 0][inside]
+
+
+SPACINGS = (3.0, 5.0, 7.0)
+"""Of the slices on which one call is judged, mm."""
+
+
+def stack_errors(
+    prior: Prior,
+    brains: Sequence[Brain],
+    spacings: Sequence[float] = SPACINGS,
+    limit: int = 2,
+) -> dict[str, dict[str, float]]:
+    """PSNR in dB of ``E[x | y]``, per contrast and slice spacing; see ``one_calls``."""
     table: dict[str, dict[str, float]] = {}
     for contrast in CONTRASTS:
         images = examples(brains, contrast, limit)
         sums = dict.fromkeys(spacings, 0.0)
-        for image, matrix in images:
-            start = [max((size - 96) // 2, 0) for size in image.shape]
-            shift = np.eye(4)
-            shift[:3, 3] = start
-            crop = torch.from_numpy(image[tuple(slice(s, s + 96) for s in start)].copy())
-            place = torch.from_numpy(matrix @ shift).float()[None]
-            coordinates = matrix_points(place, crop.shape)[0]
-            inside = torch.from_numpy(ndimage.binary_fill_holes(crop.numpy() > 0))
-            generator = torch.Generator().manual_seed(11)
-            noise = torch.randn(crop.shape, generator=generator)
-            for spacing in spacings:
-                centres = torch.arange(spacing / 2, crop.shape[2], spacing, dtype=torch.float64)
-                true = sampled_profile(profile(2, spacing), centres, crop.shape[2]).float()
-                y = crop @ true.T
-                y = y + 0.01 * torch.randn(y.shape, generator=generator)
-                known = sampled_profile(trapezoid_profile(spacing), centres, crop.shape[2])
-                estimate = prior.denoise(
-                    (crop + 100 * noise)[None, None],
-                    100.0,
-                    coordinates=coordinates,
-                    contrast=contrast,
-                    measured=Stack(y, known, 2, 0.01),
-                )
-                error = (estimate[0, 0] - crop)[inside].square().mean()
-                sums[spacing] += float(error) / len(images)
+        for spacing, error, _ in one_calls(prior, images, contrast, spacings):
+            sums[spacing] += float(error.square().mean()) / len(images)
         if images:
             table[contrast] = {
                 f"{spacing:g}": round(-10 * float(np.log10(value)), 3)
                 for spacing, value in sums.items()
             }
+    return table
+
+
+def spread_errors(
+    prior: Prior,
+    brains: Sequence[Brain],
+    spacings: Sequence[float] = SPACINGS,
+    limit: int = 4,
+) -> dict[str, tuple[float, list[float]]]:
+    """RMS error over the RMS of the predicted SD: of each contrast, in all and by decile of SD.
+
+    All spacings count alike. 1 is right; below 1 the SD is too large. Empty where the prior does
+    not predict it.
+    """
+    table = {}
+    for contrast in CONTRASTS if prior.predicts_spread else ():
+        rows = [
+            torch.stack((error.square(), sd.square()), 1)
+            for _, error, sd in one_calls(
+                prior, examples(brains, contrast, limit), contrast, spacings
+            )
+            if sd is not None
+        ]
+        if rows:
+            every = torch.cat(rows).double()
+            parts = every[every[:, 1].argsort()].tensor_split(10)
+            ratios = [float((part[:, 0].sum() / part[:, 1].sum()).sqrt()) for part in parts]
+            table[contrast] = float((every[:, 0].sum() / every[:, 1].sum()).sqrt()), ratios
     return table
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,8 @@ from brainprior_bids.engine.voxels import Voxels
 
 AXES = (0.25, 0.25, 0.5)
 """How often the slices are sagittal, coronal, axial."""
-SPACING_MM = (1.6, 8.0)
-"""Uniform: most clinical slices are 3 to 6 mm."""
+SPACING_MM = ((1.6, 3.0, 0.2), (3.0, 6.5, 0.7), (6.5, 8.0, 0.1))
+"""Smallest and largest spacing, share of the stacks: most clinical slices are 3 to 6 mm."""
 STATED = ((0.7, trapezoid_profile), (0.85, gaussian_profile), (1.0, boxcar_profile))
 """What a scan's profile is taken for, by cumulative share: mostly ``Acquisition``'s default."""
 WIDTH = (0.75, 1.1)
@@ -47,6 +47,15 @@ def log_uniform(low: float, high: float, generator: torch.Generator) -> float:
     """One number."""
     u = float(torch.rand((), generator=generator))
     return math.exp(math.log(low) + u * math.log(high / low))
+
+
+def piecewise_uniform(pieces: Sequence[tuple[float, float, float]], u: float) -> float:
+    """The number at quantile ``u``; ``pieces`` holds low, high and share, one after the other."""
+    for low, high, share in pieces:
+        if u < share:
+            return low + (high - low) * u / share
+        u -= share
+    return pieces[-1][1]
 
 
 def profile(kind: int, thickness: float) -> Callable[[Tensor], Tensor]:
@@ -75,8 +84,7 @@ def draw_stack(image: Tensor, generator: torch.Generator) -> Stack:
     """
     u = torch.rand(7, generator=generator).tolist()
     axis = 0 if u[0] < AXES[0] else 1 if u[0] < AXES[0] + AXES[1] else 2
-    low, high = SPACING_MM
-    spacing = low + (high - low) * float(torch.rand((), generator=generator))
+    spacing = piecewise_uniform(SPACING_MM, float(torch.rand((), generator=generator)))
     stated = spacing * (WIDTH[0] + u[1] * (WIDTH[1] - WIDTH[0]))
     true = stated * (1 + MISMATCH * (2 * u[2] - 1))
     size = image.shape[axis]

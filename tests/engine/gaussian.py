@@ -11,10 +11,10 @@ from brainprior_bids.engine.unet import UNet
 BAND_SD = torch.tensor([0.5, 0.2, 0.15, 0.05, 0.1, 0.05, 0.06, 0.02])
 
 
-def gaussian_prior(band_sd=BAND_SD, device="cpu", **metadata):
+def gaussian_prior(band_sd=BAND_SD, device="cpu", spread=False, **metadata):
     """A prior that takes measurements; its network answers 0: it is N(0, diag s²) in bands."""
     return Prior(
-        Precondition(UNet((4, 4), (1, 1), stacks=True), band_sd),
+        Precondition(UNet((4, 4), (1, 1), stacks=True, spread=spread), band_sd),
         spectra={"unknown": ErrorSpectrum.isotropic(0.2)},
         metadata=metadata,
         device=device,

@@ -153,6 +153,7 @@ def test_mean_is_one_call_and_draws_nothing():
     assert levels == [100.0]
     assert (result.calls, result.sampler, len(result.samples)) == (1, "mean", 0)
     assert result.sd is None
+    assert any("does not predict the uncertainty" in text for text in result.warnings)
     assert result.thickness_factors == [1.0]
     chain = run(case, prior=prior, sampler="conditional", n_samples=1, n_steps=2)
     difference = result.mean - (3 * chain.mean - chain.samples[0]) / 2  # weights 2/3 and 1/3

@@ -18,10 +18,12 @@ from brainprior_bids.engine.weights import load_prior
 BAND_SD = torch.tensor([1.5, 0.1, 0.1, 0.04, 0.1, 0.04, 0.04, 0.02])
 
 
-def random_prior(channels=(8, 8, 8), blocks=(1, 2, 2), dtype=torch.float32, **options) -> Prior:
+def random_prior(
+    channels=(8, 8, 8), blocks=(1, 2, 2), dtype=torch.float32, spread=False, **options
+) -> Prior:
     """Every weight random, so strong that features of all resolutions reach the output."""
     generator = torch.Generator().manual_seed(4)
-    network = UNet(channels, blocks, embedding=8)
+    network = UNet(channels, blocks, embedding=8, spread=spread)
     for parameter in network.parameters():
         fan = max(parameter[0].numel(), 1) if parameter.ndim > 1 else 4
         parameter.data = torch.randn(parameter.shape, generator=generator) / fan**0.5
@@ -75,6 +77,17 @@ def test_any_size_in_any_tile(shape, tile):
     arguments = case(*shape, n=2)
     whole = answer(random_prior(), arguments)
     assert difference(answer(random_prior(tile_mm=tile), arguments), whole) < 1e-5
+
+
+@pytest.mark.parametrize("tile", [4, 16, 37])
+def test_the_predicted_sd_is_the_same_in_tiles(tile):
+    arguments = case(41, 9, 14, n=2)
+    x, sigma = arguments.pop("x"), arguments.pop("sigma")
+    _, whole = random_prior(spread=True).estimate(x, sigma, **arguments)
+    _, tiled = random_prior(spread=True, tile_mm=tile).estimate(x, sigma, **arguments)
+    assert whole.shape == x.shape
+    assert float(whole.std()) > 0.1 * float(whole.mean())
+    assert difference(tiled, whole) < 1e-5
 
 
 def test_a_block_needs_the_rows_of_its_neighbours(monkeypatch):

@@ -14,8 +14,15 @@ import torch
 from brainprior_bids.engine.denoiser import ErrorSpectrum
 from brainprior_bids.engine.errors import InputError, UsageError, WeightsError
 from brainprior_bids.engine.grids import Grid
-from brainprior_bids.engine.weights import FOLDER, load_prior, sha256_file
+from brainprior_bids.engine.weights import (
+    FOLDER,
+    load_prior,
+    prior_state,
+    sha256_file,
+    write_weights,
+)
 from brainprior_bids.training import crops, preprocess, prior, spectra
+from brainprior_bids.training.stacks import draw_stack
 
 AFFINE = np.array([[1.1, 0.05, 0, -30], [0, 1.0, 0.1, -40], [0.02, 0, 1.2, -35], [0, 0, 0, 1.0]])
 
@@ -283,6 +290,72 @@ def test_a_training_may_begin_with_the_weights_of_another(tmp_path):
     assert any(not torch.equal(tensor, state[name]) for name, tensor in moved.items())
     with pytest.raises(WeightsError, match="its network is"):
         tiny(tmp_path / "other", 1).start_from(FOLDER / "prior.safetensors")
+
+
+def test_the_sd_is_learned_of_weights_that_stay_as_they_are(tmp_path, capsys):
+    """Stage one knows no SD; stage two adds it, with its factor; all else is bit for bit."""
+    brains = [toy_brain(texture=0.05), toy_brain("02", split="validation", texture=0.05)]
+    preprocess.write_pack(brains, tmp_path)
+    parser = argparse.ArgumentParser()
+    prior.add_arguments(parser)
+    words = ["--size", "12", "--batch", "2", "--workers", "0", "--spectrum-brains", "1"]
+    words += ["--channels", "8", "8", "--blocks", "1", "1", "--threads", "1"]
+
+    def train(*more):
+        return prior.main(parser.parse_args([*map(str, (tmp_path, *more)), *words]))
+
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    train("--steps", 3, "--out", one)
+    (tmp_path / prior.CHECKPOINT).unlink()
+    with pytest.raises(UsageError, match="--spread needs --begin-with"):
+        train("--spread", "--steps", 1)
+    train("--spread", "--steps", 30, "--learning-rate", 0.02, "--begin-with", one, "--out", two)
+    before, after = load_prior(one), load_prior(two)
+    assert (before.predicts_spread, after.predicts_spread) == (False, True)
+    state = after.model.state_dict()
+    for name, tensor in before.model.state_dict().items():
+        assert torch.equal(state.pop(name), tensor), name
+    assert all(name.startswith("network.spread_out.") for name in state)
+    held_out = [brain for brain in preprocess.read_pack(tmp_path) if brain.split == "validation"]
+    ratio, parts = spectra.spread_errors(after, held_out)["T1w"]
+    assert ratio == pytest.approx(1, abs=0.01)  # by the factor in the header
+    assert len(parts) == 10
+    assert after.spread_factor("T1w") != 1
+    assert torch.equal(after.spectrum("T1w").variances, before.spectrum("T1w").variances)
+    capsys.readouterr()
+    train("--out", two, "--evaluate")
+    assert f"T1w {ratio:.3f}" in capsys.readouterr().out
+
+
+def test_a_network_is_enlarged_without_a_change_of_what_it_computes(tmp_path):
+    """Weights without the second reading of the slices, as of earlier versions."""
+    plain = replace(tiny(tmp_path, 1).recipe, stack_hidden=0)
+    old = prior.Trainer([toy_brain()], plain, tmp_path / "old", device=torch.device("cpu"))
+    for parameter in old.average.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    path = tmp_path / "old.safetensors"
+    facts = {"kind": "prior", "name": "old", "licence": "x", "training_data": "x"}
+    facts["config"] = old.average.network.config
+    flat = {"unknown": ErrorSpectrum.isotropic(0.5)}
+    write_weights(path, prior_state(old.average, flat), facts)
+    new = tiny(tmp_path / "new", 1)
+    new.start_from(path)
+    image = torch.rand(1, 1, 12, 12, 12, generator=torch.Generator().manual_seed(0))
+    stack = draw_stack(image[0, 0], torch.Generator().manual_seed(1))
+    options = {"coordinates": torch.zeros(3, 12, 12, 12), "contrast": "T1w", "measured": stack}
+    expected = load_prior(path, dtype=torch.float32).denoise(image, 0.5, **options)
+    enlarged = new.prior()
+    enlarged.dtype = torch.float32
+    enlarged.metadata.pop("recipe")
+    assert torch.equal(enlarged.denoise(image, 0.5, **options), expected)
+    torch.nn.init.normal_(enlarged.model.network.stack_more[2].weight)
+    assert not torch.allclose(enlarged.denoise(image, 0.5, **options), expected, atol=1e-3)
+    assert torch.allclose(  # nothing measured, nothing read
+        enlarged.denoise(image, 0.5, coordinates=options["coordinates"], contrast="T1w"),
+        load_prior(path, dtype=torch.float32).denoise(
+            image, 0.5, coordinates=options["coordinates"], contrast="T1w"
+        ),
+    )
 
 
 def test_export_without_a_checkpoint_is_a_usage_error(tmp_path):

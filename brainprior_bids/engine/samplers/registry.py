@@ -23,6 +23,9 @@ class Sampler:
         Network calls at each of them.
     yields_samples : bool
         Whether it draws samples, and with them an uncertainty.
+    predicts_spread : bool
+        Whether it begins with one call that is given the measurements alone, for which a prior
+        may predict the SD too.
     own_thickness : bool
         Whether samples differ in the slice thickness that they assume (``nuisance``).
     solve_share : float
@@ -39,6 +42,7 @@ class Sampler:
     steps: int
     calls_per_step: int
     yields_samples: bool
+    predicts_spread: bool
     own_thickness: bool
     solve_share: float
     help: str
@@ -61,6 +65,7 @@ SAMPLERS = {
             steps=20,
             calls_per_step=1,
             yields_samples=True,
+            predicts_spread=True,
             own_thickness=True,
             solve_share=0.0,
             help="the network is conditioned on the measurements and returns the posterior mean "
@@ -78,20 +83,22 @@ SAMPLERS = {
             steps=1,
             calls_per_step=1,
             yields_samples=False,
+            predicts_spread=True,
             own_thickness=False,
             solve_share=0.0,
-            help="the posterior mean in one network call: fast, no samples, no uncertainty",
+            help="the posterior mean and its SD in one network call: fast, no samples",
             estimate="the network's expectation of the image given the scan, in one call",
             method="in a single step: the denoiser is conditioned on the measured data alone and "
             "returns the posterior mean [@eps]",
             estimate_method="The restored image is the network's estimate of the posterior mean; "
-            "no samples were drawn, and no uncertainty was estimated.",
+            "no samples were drawn.",
         ),
         Sampler(
             "exact",
             steps=20,
             calls_per_step=1,
             yields_samples=True,
+            predicts_spread=False,
             own_thickness=True,
             solve_share=0.16,
             help="the network sees the noisy image alone; the measurements enter by exact draws "
@@ -108,6 +115,7 @@ SAMPLERS = {
             steps=200,
             calls_per_step=5,
             yields_samples=True,
+            predicts_spread=False,
             own_thickness=False,
             solve_share=0.0,
             help="DAPS as published, with its Langevin walk: 50 times the work",
@@ -129,6 +137,7 @@ RETIRED = {
         steps=20,
         calls_per_step=1,
         yields_samples=False,
+        predicts_spread=False,
         own_thickness=False,
         solve_share=0.16,
         help="a point estimate; no longer available",
