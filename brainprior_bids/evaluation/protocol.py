@@ -429,15 +429,15 @@ def tikhonov_sd(
 
 def gaussian_crps(
     mean: NDArray[np.float32],
-    sd: NDArray[np.float64],
+    sd: NDArray[np.floating[Any]],
     truth: NDArray[np.float32],
     inside: NDArray[np.bool_],
 ) -> float:
-    """Mean CRPS of normal laws whose SD depends on the slice axis; the truth's unit.
+    """Mean CRPS of normal laws whose SD may depend on the voxel; the truth's unit.
 
     Gneiting and Raftery, JASA 102 (2007), equation 21.
     """
-    everywhere = np.broadcast_to(sd, truth.shape)[inside]
+    everywhere = np.maximum(np.broadcast_to(sd, truth.shape)[inside], np.finfo(np.float32).tiny)
     z = (truth[inside].astype(np.float64) - mean[inside]) / everywhere
     score = z * (2 * norm.cdf(z) - 1) + 2 * norm.pdf(z) - 1 / math.sqrt(math.pi)
     return float((everywhere * score).mean() / np.percentile(truth[inside], 99))
@@ -552,7 +552,10 @@ def _classical(case: Case, penalties: Mapping[str, float]) -> dict[str, NDArray[
 
 
 def _spread(case: Case, found: Restoration, penalties: Mapping[str, float]) -> dict[str, Any]:
-    """CRPS of the samples and of the tuned Tikhonov posterior; error over predicted SD."""
+    """CRPS of the samples, of the map of the SD and of the tuned Tikhonov posterior; error / SD.
+
+    The map may be the samples' SD, about their mean, or the prior's prediction (``sd_from``).
+    """
     truth, judged = case.truth.data, case.judged
     image = tikhonov(in_slices(case), case.slice_weights, axis=AXIS, penalty=penalties["tikhonov"])
     sd = tikhonov_sd(case.slice_weights, penalties["tikhonov"], penalties["spread"])
@@ -561,12 +564,25 @@ def _spread(case: Case, found: Restoration, penalties: Mapping[str, float]) -> d
         "crps_tikhonov": gaussian_crps(image, sd, truth, judged),
     }
     if found.sd is not None:
-        n = len(found.samples)
         error = (found.mean - truth)[judged]
-        predicted = found.sd[judged] * math.sqrt(1 + 1 / n)
+        predicted = found.sd[judged]
+        if found.sd_from == "prior":
+            facts["crps_predicted"] = gaussian_crps(found.mean, found.sd, truth, judged)
+            facts["error_over_sd_by_decile"] = by_decile(error, predicted)
+        else:
+            predicted = predicted * math.sqrt(1 + 1 / len(found.samples))
         facts["error_over_sd"] = float(np.sqrt(np.mean(error**2) / np.mean(predicted**2)))
         facts["sd_error_correlation"] = float(np.corrcoef(np.abs(error), predicted)[0, 1])
     return facts
+
+
+def by_decile(error: NDArray[np.float32], sd: NDArray[np.float32]) -> list[float]:
+    """RMS of the errors over the RMS of their SD, in ten equal parts from small to large SD."""
+    order = np.argsort(sd, kind="stable")
+    return [
+        float(np.sqrt(np.mean(error[part] ** 2) / np.mean(sd[part] ** 2)))
+        for part in np.array_split(order, 10)
+    ]
 
 
 def tissue_contrast(

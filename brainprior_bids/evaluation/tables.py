@@ -21,8 +21,8 @@ COLUMNS = (
     "study", "variant", "participant", "contrast", "synthetic", "spacing_mm", "in_plane_mm",
     "noise_sd", "width", "sampler_used", "n_samples", "n_steps", "method", "mae", "rmse",
     "psnr_db", "ssim",
-    "lpips", "cnr", "histogram_distance", "crps", "crps_tikhonov", "error_over_sd", "mean_dice",
-    "mean_absolute_volume_error", "seconds", "prior_sha256",
+    "lpips", "cnr", "histogram_distance", "crps", "crps_predicted", "crps_tikhonov",
+    "error_over_sd", "mean_dice", "mean_absolute_volume_error", "seconds", "prior_sha256",
 )  # fmt: skip
 STYLES = {"truth": "k-", "cubic": "C1:", "tv": "C3--", "sample": "C4-", "restored": "C5-"}
 NAMES = {
@@ -180,11 +180,13 @@ def _paired(group: Sequence[Record]) -> list[str]:
     sampled = [r for r in group if r["crps"] is not None]
     crps, other = ([r[key] for r in sampled] for key in ("crps", "crps_tikhonov"))
     better = sum(a < b for a, b in zip(crps, other, strict=True))
+    predicted = [r["crps_predicted"] for r in group if "crps_predicted" in r]
     ratios = [r["error_over_sd"] for r in group if "error_over_sd" in r]
     residuals = [float(np.mean(r["residual_ratios"])) for r in group]
     lines.append(
         f"- CRPS {mean_sd(crps, 4)}, tuned Tikhonov posterior {mean_sd(other, 4)} (better in "
         f"{better} of {len(group)})"
+        + (f", predicted SD {mean_sd(predicted, 4)}" if predicted else "")
         + (f"; RMS error over predicted SD {mean_sd(ratios, 2)}" if ratios else "")
         + f"; residual over noise {mean_sd(residuals, 2)}"
     )
