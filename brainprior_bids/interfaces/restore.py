@@ -87,6 +87,7 @@ class Restore(MeasuredInterface):
     def _work(self, folder: Path) -> list[str]:
         from brainprior_bids.engine.device import choose_device
         from brainprior_bids.engine.restore import RIM_MM, restore
+        from brainprior_bids.engine.samplers import registry
         from brainprior_bids.engine.samplers.daps import DapsSettings
         from brainprior_bids.engine.weights import load_prior, sha256_file
         from brainprior_bids.interfaces import restoration
@@ -95,8 +96,8 @@ class Restore(MeasuredInterface):
         device, why, unexpected = choose_device(inputs["device"])
         prior = load_prior(Path(inputs["prior"]), device=device, tile_mm=inputs.get("tile_mm"))
         sampler = inputs["sampler"]
-        if sampler in ("conditional", "mean") and read_lost(inputs.get("structures_json")):
-            sampler = "auto"  # these two cannot leave slices out
+        if registry.find(sampler).given_data and read_lost(inputs.get("structures_json")):
+            sampler = "auto"  # which takes one that can leave them out
         result = restore(
             restoration.read_observations(inputs),
             mask_1mm=read_array(inputs["mask"]),

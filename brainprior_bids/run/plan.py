@@ -129,7 +129,7 @@ def uncertainty_from(settings: Settings, n_runs: int) -> str | None:
 
     sampler = registry.find(settings.sampler)
     alone = n_runs < 2 and not settings.refines and not settings.fills_scan
-    if sampler.predicts_spread and alone:
+    if sampler.given_data and alone:
         path = settings.prior or FOLDER / "prior.safetensors"
         if read_weights(path, kind="prior")[1]["config"].get("spread"):
             return "prior"

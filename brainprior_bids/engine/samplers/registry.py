@@ -23,9 +23,9 @@ class Sampler:
         Network calls at each of them.
     yields_samples : bool
         Whether it draws samples, and with them an uncertainty.
-    predicts_spread : bool
-        Whether it begins with one call that is given the measurements alone, for which a prior
-        may predict the SD too.
+    given_data : bool
+        Whether the network is given the measurements, and first of all nothing else: for that
+        call a prior may predict the SD too. Slices cannot be left out of what it is given.
     own_thickness : bool
         Whether samples differ in the slice thickness that they assume (``nuisance``).
     solve_share : float
@@ -42,7 +42,7 @@ class Sampler:
     steps: int
     calls_per_step: int
     yields_samples: bool
-    predicts_spread: bool
+    given_data: bool
     own_thickness: bool
     solve_share: float
     help: str
@@ -65,7 +65,7 @@ SAMPLERS = {
             steps=20,
             calls_per_step=1,
             yields_samples=True,
-            predicts_spread=True,
+            given_data=True,
             own_thickness=True,
             solve_share=0.0,
             help="the network is conditioned on the measurements and returns the posterior mean "
@@ -83,7 +83,7 @@ SAMPLERS = {
             steps=1,
             calls_per_step=1,
             yields_samples=False,
-            predicts_spread=True,
+            given_data=True,
             own_thickness=False,
             solve_share=0.0,
             help="the posterior mean and its SD in one network call: fast, no samples",
@@ -98,7 +98,7 @@ SAMPLERS = {
             steps=20,
             calls_per_step=1,
             yields_samples=True,
-            predicts_spread=False,
+            given_data=False,
             own_thickness=True,
             solve_share=0.16,
             help="the network sees the noisy image alone; the measurements enter by exact draws "
@@ -115,7 +115,7 @@ SAMPLERS = {
             steps=200,
             calls_per_step=5,
             yields_samples=True,
-            predicts_spread=False,
+            given_data=False,
             own_thickness=False,
             solve_share=0.0,
             help="DAPS as published, with its Langevin walk: 50 times the work",
@@ -137,7 +137,7 @@ RETIRED = {
         steps=20,
         calls_per_step=1,
         yields_samples=False,
-        predicts_spread=False,
+        given_data=False,
         own_thickness=False,
         solve_share=0.16,
         help="a point estimate; no longer available",
