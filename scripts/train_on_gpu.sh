@@ -3,6 +3,7 @@
 #   scripts/train_on_gpu.sh WORK OUT [MINUTES [DEVICE [STEPS]]]
 # WORK    holds the packs that `brainprior train prior` made (docs/training.md), and gets the checkpoint
 # OUT     gets prior.safetensors, log.jsonl, train.log, quality.txt, checks.txt and timing.txt, all below 16 MB
+# MINUTES of training, a fifth of them for the output that predicts the SD
 # STEPS   the most steps; as many are taken as fit into MINUTES, and the learning rate falls over the last two thirds
 # Environment: PYTHON (python3), BATCH (64 crops), WORKERS (all processors but two), RATE (1e-3).
 # A rehearsal without a GPU: BATCH=2 WORKERS=1 scripts/train_on_gpu.sh WORK OUT 3 cpu 20
@@ -16,9 +17,14 @@ mkdir -p "$out"
 du -shc "$work"/*.npz
 
 "$python" -m brainprior_bids train prior "$work" --begin-with "$weights" --device "$device" \
-  --minutes "$minutes" --steps "$steps" --decay $((steps * 2 / 3)) --batch "${BATCH:-64}" \
+  --minutes "$(awk "BEGIN { print $minutes * 0.8 }")" --steps "$steps" --decay $((steps * 2 / 3)) --batch "${BATCH:-64}" \
   --learning-rate "${RATE:-1e-3}" --stacks 0.8 --holes 0.1 --blind 0.5 --inflation 1.05 --workers "$workers" \
-  --checkpoint-every 1000 --validate-every 1000 --out "$out/prior.safetensors" 2>&1 | tee "$out/train.log"
+  --checkpoint-every 1000 --validate-every 1000 --out "$out/mean.safetensors" 2>&1 | tee "$out/train.log"
+"$python" -m brainprior_bids train prior "$work" --spread --begin-with "$out/mean.safetensors" --device "$device" \
+  --minutes "$(awk "BEGIN { print $minutes * 0.2 }")" --steps "$steps" --decay $((steps * 2 / 3)) --batch "${BATCH:-64}" \
+  --learning-rate "${RATE:-1e-3}" --stacks 0.9 --holes 0.1 --inflation 1.05 --workers "$workers" \
+  --checkpoint-every 1000 --validate-every 1000 --out "$out/prior.safetensors" 2>&1 | tee -a "$out/train.log"
+rm "$out/mean.safetensors"
 cp "$work/log.jsonl" "$out/"
 
 for weights in "$weights" "$out/prior.safetensors"; do

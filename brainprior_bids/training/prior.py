@@ -53,7 +53,8 @@ from brainprior_bids.training.stacks import draw_stack, draw_voxels, log_uniform
 
 log = logging.getLogger(__name__)
 
-CHECKPOINT = "checkpoint.pt"
+CHECKPOINT, SPREAD_CHECKPOINT = "checkpoint.pt", "checkpoint-spread.pt"
+"""In the work folder: of a training, and of the SD alone."""
 LEVELS = 16
 """Noise levels at which the recent error is kept."""
 BAND_WEIGHT = 0.3
@@ -224,6 +225,7 @@ class Trainer:
         processes: Processes | None = None,
     ) -> None:
         self.recipe, self.work, self.device = recipe, work, device
+        self.checkpoint = work / (SPREAD_CHECKPOINT if recipe.spread else CHECKPOINT)
         self.processes = processes or Processes(0, 1, device)
         self.crops = Crops(brains, size=recipe.size, seed=recipe.seed)
         self.step, self.seconds = 0, 0.0
@@ -277,7 +279,7 @@ class Trainer:
         UsageError
             If it saw slices another way: the engine would show it slices as it never did.
         """
-        path = self.work / CHECKPOINT
+        path = self.checkpoint
         if not path.exists():
             return False
         saved = torch.load(path, map_location=self.device, weights_only=True)
@@ -298,7 +300,8 @@ class Trainer:
     def start_from(self, path: Path) -> None:
         """Begin with the weights of a file instead of random ones.
 
-        Of ``ADDED``, what its network lacks begins at nothing: the function stays the same.
+        Of ``ADDED``, what its network lacks begins at nothing: the function stays the same. Its
+        SD is left behind where the rest is trained further: it would no longer be right.
 
         Raises
         ------
@@ -307,7 +310,8 @@ class Trainer:
         """
         own, theirs = self.average.network.config, load_prior(path)
         inherited = theirs.model.network.config
-        if inherited != {k: v for k, v in own.items() if k in inherited or k not in ADDED}:
+        kept = {k: v for k, v in inherited.items() if k in own or k != "spread"}
+        if kept != {k: v for k, v in own.items() if k in inherited or k not in ADDED}:
             raise WeightsError(f"{path}: its network is {inherited}, not {own}.")
         for model in (self.model, self.average):
             model.load_state_dict(theirs.model.state_dict(), strict=False)
@@ -317,7 +321,7 @@ class Trainer:
     def save(self) -> None:
         """Write the checkpoint, replacing the last one only when complete."""
         self.work.mkdir(parents=True, exist_ok=True)
-        path = self.work / CHECKPOINT
+        path = self.checkpoint
         partial = path.with_suffix(".partial")
         torch.save(
             {
@@ -792,7 +796,7 @@ def _train(args: argparse.Namespace, processes: Processes) -> int:
     if args.spread and args.begin_with is None and not resumed:
         raise UsageError("--spread needs --begin-with: the weights whose error is to be learned.")
     if args.export_only and not resumed:
-        raise UsageError(f"{args.work}: no {CHECKPOINT} to export.")
+        raise UsageError(f"{args.work}: no {trainer.checkpoint.name} to export.")
     if not args.export_only:
         trainer.run(
             workers=args.workers,

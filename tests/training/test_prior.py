@@ -306,7 +306,6 @@ def test_the_sd_is_learned_of_weights_that_stay_as_they_are(tmp_path, capsys):
 
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
     train("--steps", 3, "--out", one)
-    (tmp_path / prior.CHECKPOINT).unlink()
     with pytest.raises(UsageError, match="--spread needs --begin-with"):
         train("--spread", "--steps", 1)
     train("--spread", "--steps", 30, "--learning-rate", 0.02, "--begin-with", one, "--out", two)
@@ -322,6 +321,8 @@ def test_the_sd_is_learned_of_weights_that_stay_as_they_are(tmp_path, capsys):
     assert len(parts) == 10
     assert after.spread_factor("T1w") != 1
     assert torch.equal(after.spectrum("T1w").variances, before.spectrum("T1w").variances)
+    train("--steps", 0, "--begin-with", two, "--out", tmp_path / "on.safetensors")
+    assert not load_prior(tmp_path / "on.safetensors").predicts_spread  # trained on without it
     capsys.readouterr()
     train("--out", two, "--evaluate")
     assert f"T1w {ratio:.3f}" in capsys.readouterr().out
