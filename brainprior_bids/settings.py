@@ -61,7 +61,8 @@ class Settings:
     derivatives : mapping
         Name -> root of other derivative data sets; in TOML as JSON text.
     task, sampler, n_samples, n_steps
-        What the engine does; see ``brainprior_bids.engine.restore``.
+        What the engine does; see ``brainprior_bids.engine.restore``. ``n_steps`` is None where
+        the sampler decides.
     lesion_mask : str or None
         Pattern of the lesion masks' paths; None looks them up by their BIDS names.
     fuse : str or None
@@ -130,7 +131,7 @@ class Settings:
     task: str = "restore"
     sampler: str = "auto"
     n_samples: int = 4
-    n_steps: int = 20
+    n_steps: int | None = None
     save_samples: bool = False
     viewer: bool = True
     output_spaces: tuple[str, ...] = DEFAULT_SPACES
@@ -203,6 +204,11 @@ class Settings:
         return self.image in FILLED
 
     @property
+    def simple(self) -> bool:
+        """Whether each result is of one scan that is known everywhere."""
+        return not (self.inpaints or self.fuse)
+
+    @property
     def uses_scan(self) -> bool:
         """False where another tool's image replaces the scan: ``refine`` alone."""
         return self.task != "refine"
@@ -221,7 +227,7 @@ class Settings:
             "task": self.task,
             "sampler": self.sampler,
             "n_samples": self.n_samples,
-            "n_steps": self.n_steps,
+            "n_steps": self.n_steps or "default",
             "save_samples": self.save_samples,
             # what is on the T1w's grid is made from finished scans, and changes none of them
             "output_spaces": [space for space in self.output_spaces if space != "T1w"],

@@ -109,7 +109,9 @@ def field_of_view_l(path: Path) -> float:
 
 def expected_work(settings: Settings) -> dict[str, float]:
     """Node -> share of a scan's time, for the progress: seconds of a thin T1w on one core."""
-    calls = settings.n_samples * registry.find(settings.sampler).calls(settings.n_steps)
+    calls = settings.n_samples * registry.find(settings.sampler).calls(
+        settings.n_steps, simple=settings.simple
+    )
     return {
         "conform": 1.0,
         "parcellate": 8.0,
@@ -217,7 +219,7 @@ def init_scan_wf(
             contrast=scan.contrast,
             sampler=settings.sampler,
             n_samples=settings.n_samples,
-            n_steps=settings.n_steps,
+            **({} if settings.n_steps is None else {"n_steps": settings.n_steps}),
             keep_scan=settings.fills_scan,
             native=settings.output_grid == "native",
             save_samples=settings.save_samples,

@@ -89,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--n-samples", type=int, default=8, help="samples in the study restoration (default: 8)"
     )
-    what.add_argument("--n-steps", type=int, default=20)
+    what.add_argument("--n-steps", type=int, help="default: the sampler's own")
     what.add_argument("--sampler", default="auto")
     what.add_argument("--ablation-participants", type=int, default=2)
     what.add_argument("--segmentation-participants", type=int, default=3)

@@ -160,16 +160,16 @@ def parse_settings(argv: Sequence[str]) -> Settings:
     plugin = read_plugin_file(options.plugin_file)
     nprocs = options.nprocs or resources.available_processors()
     sampler = registry.find(options.sampler)
-    defaults = {"n_samples": 4, "n_steps": sampler.steps}
+    defaults: dict[str, int | None] = {"n_samples": 4, "n_steps": None}
     if options.sloppy:
-        defaults = SLOPPY
+        defaults = dict(SLOPPY)
     if not sampler.yields_samples:
         if (options.n_samples or 1) > 1 or options.save_samples:
             raise UsageError(
                 f"--sampler {sampler.name} draws no samples: leave out --n-samples and "
                 "--save-samples, or use --sampler conditional."
             )
-        defaults = {"n_samples": 1, "n_steps": sampler.steps}
+        defaults = {"n_samples": 1, "n_steps": None}
     filters = (
         read_filters(options.bids_filter_file, modalities)
         if options.bids_filter_file

@@ -82,7 +82,7 @@ def restore(
     nuisances: Nuisances = AS_USUAL,
     sampler: str = "auto",
     n_samples: int = 4,
-    n_steps: int = 20,
+    n_steps: int | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
     observe: Observe | None = None,
@@ -120,8 +120,8 @@ def restore(
         "exact" (``sampler_reason`` says why). "mean" and "conditional" need what is in
         ``Conditioning.obstacle``.
     n_samples, n_steps : int
-        Samples, and noise levels of each chain; "mean" draws none in one call, "daps" has its
-        own levels in ``daps``.
+        Samples, and noise levels of each chain (None: ``samplers.registry``); "mean" draws none
+        in one call, "daps" has its own levels in ``daps``.
     seed : int
         Each sample has a generator of its own, seeded by ``sample_seed(seed, index)``: the same
         bytes on the same machine and settings, whatever the number of samples.
@@ -168,7 +168,11 @@ def restore(
     )
     view = Conditioning(prior, problem, contrast, images)
     name, reason = choose_sampler(sampler, view, n_steps)
-    chain = Chain(name, problem, view, n_samples, n_steps, (sigma_max, sigma_min), daps)
+    levels = n_steps
+    if levels is None:
+        simple = len(scans) == 1 and not problem.any_hidden
+        levels = registry.find(name).levels(None, simple=simple)
+    chain = Chain(name, problem, view, n_samples, levels, (sigma_max, sigma_min), daps)
     n = n_samples if chain.facts.yields_samples else 0
     gathering = Gathering(problem, n, predicting=on_scan or problem.any_hidden)
     seeds = [sample_seed(seed, index) for index in range(max(n, 1))]
@@ -229,7 +233,7 @@ def _check(sampler: str, n_samples: int, home: str, images: Sequence[ImageObserv
         )
 
 
-def choose_sampler(asked: str, view: Conditioning, n_steps: int) -> tuple[str, str | None]:
+def choose_sampler(asked: str, view: Conditioning, n_steps: int | None) -> tuple[str, str | None]:
     """The sampler that runs, and why "auto" did not take the default one.
 
     Raises
@@ -240,7 +244,7 @@ def choose_sampler(asked: str, view: Conditioning, n_steps: int) -> tuple[str, s
     if asked not in ("auto", "conditional", "mean"):
         return asked, None
     obstacle = view.obstacle()
-    if asked != "mean" and n_steps < 2:
+    if asked != "mean" and n_steps is not None and n_steps < 2:
         obstacle = obstacle or "it needs at least 2 network calls"
     if asked == "mean" and len(view.problem.scans) > 1:
         obstacle = obstacle or "one call can be given one scan, and several are fused"

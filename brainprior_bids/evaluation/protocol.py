@@ -212,7 +212,7 @@ class Condition:
     assumed_noise: float | None = None
     sampler: str = "auto"
     n_samples: int = 8
-    n_steps: int = 20
+    n_steps: int | None = None
     crop_mm: tuple[int, int, int] | None = (80, 96, 80)
     segment: bool = False
     seed: int = 0

@@ -165,7 +165,7 @@ def find_warnings(inputs: Inputs, result: Restoration, device_warnings: list[str
     warnings = [*device_warnings]
     if inputs["contrast"] == "unknown":
         warnings.append(OUTSIDE_TRAINING)
-    if inputs["n_steps"] < FEW_STEPS and result.sampler != "mean":
+    if inputs.get("n_steps", FEW_STEPS) < FEW_STEPS and result.sampler != "mean":
         warnings.append(
             f"Sampled in {inputs['n_steps']} steps, as with --sloppy: this result is for "
             "testing the program, not for use."

@@ -42,7 +42,7 @@ class _RestoreInputSpec(MeasuredInputSpec):
     contrast = traits.Enum("T1w", "T2w", "FLAIR", "unknown", mandatory=True)
     sampler = traits.Enum(*registry.NAMES, usedefault=True)
     n_samples = traits.Range(low=1, value=4, usedefault=True)
-    n_steps = traits.Range(low=1, value=20, usedefault=True, desc="noise levels")
+    n_steps = traits.Range(low=1, desc="noise levels; by default the sampler's own")
     seed = traits.Range(low=0, high=2**63 - 1, value=0, usedefault=True)
     device = traits.Str(
         "cpu", usedefault=True, nohash=True, desc="cpu, cuda:N, or auto (resolved by the node)"
@@ -88,7 +88,7 @@ class Restore(MeasuredInterface):
         from brainprior_bids.engine.device import choose_device
         from brainprior_bids.engine.restore import RIM_MM, restore
         from brainprior_bids.engine.samplers import registry
-        from brainprior_bids.engine.samplers.daps import DapsSettings
+        from brainprior_bids.engine.samplers.daps import DAPS_1K, DapsSettings
         from brainprior_bids.engine.weights import load_prior, sha256_file
         from brainprior_bids.interfaces import restoration
 
@@ -108,11 +108,11 @@ class Restore(MeasuredInterface):
             on_scan=inputs["native"] or inputs["keep_scan"],
             sampler=sampler,
             n_samples=inputs["n_samples"],
-            n_steps=inputs["n_steps"],
+            n_steps=inputs.get("n_steps"),
             seed=inputs["seed"],
             device=device,
             observe=restoration.progress_writer(folder / PROGRESS, inputs["n_samples"]),
-            daps=DapsSettings(n_levels=inputs["n_steps"]),
+            daps=DapsSettings(n_levels=inputs["n_steps"]) if "n_steps" in inputs else DAPS_1K,
         )
         on_cpu = [f"restored on the CPU: {why}"] if unexpected else []
         warnings = restoration.find_warnings(inputs, result, on_cpu)

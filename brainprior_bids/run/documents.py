@@ -59,7 +59,7 @@ def write_boilerplate(
             task=settings.task,
             sampler=settings.sampler,
             n_samples=settings.n_samples,
-            calls=registry.find(settings.sampler).calls(settings.n_steps),
+            calls=registry.find(settings.sampler).calls(settings.n_steps, simple=settings.simple),
             version=__version__,
             mask=Origin(MaskSource(settings.skull_strip)),
             structures=Origin(StructuresSource(settings.parcellation)),

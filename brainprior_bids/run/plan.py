@@ -46,7 +46,7 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
     from brainprior_bids.workflows.scan import claims_gb
 
     sampler = registry.find(settings.sampler)
-    calls = settings.n_samples * sampler.calls(settings.n_steps)
+    calls = settings.n_samples * sampler.calls(settings.n_steps, simple=settings.simple)
     a_voxel = seconds_a_voxel(settings)
     total = 0.0
     refused = skipped = 0
@@ -149,7 +149,7 @@ def scan_seconds(voxels: float, n_runs: int, settings: Settings, a_voxel: float)
         Seconds of a network call for each.
     """
     sampler = registry.find(settings.sampler)
-    calls = settings.n_samples * sampler.calls(settings.n_steps)
+    calls = settings.n_samples * sampler.calls(settings.n_steps, simple=settings.simple)
     share = FUSED_SHARE * n_runs if n_runs else sampler.solve_share
     restoration = calls * voxels * a_voxel * (1 + share) + SAMPLE_S * settings.n_samples
     return OTHER_S + restoration + RUN_S * max(0, n_runs - 1)

@@ -107,7 +107,7 @@ def test_what_did_not_change_is_skipped_however_it_is_computed(raw, told):
 OPTIONS = (
     (["--random-seed", "1"], "setting random_seed (0, now 1)"),
     (["--n-samples", "2"], "setting n_samples (4, now 2)"),
-    (["--sloppy"], "setting n_samples (4, now 1), setting n_steps (20, now 3)"),
+    (["--sloppy"], 'setting n_samples (4, now 1), setting n_steps ("default", now 3)'),
     (["--sampler", "exact"], 'setting sampler ("auto", now "exact")'),
     (["--slice-thickness", "4"], "setting slice_thickness_mm (null, now 4.0)"),
     (["--slice-plane", "axial"], 'setting slice_plane (null, now "axial")'),
@@ -254,5 +254,5 @@ def test_a_dry_run_says_which_scans_are_done(raw, capsys):
     said = capsys.readouterr().out
     assert said.count("it would be skipped") == 1
     assert said.count("again, as this changed: image") == 1
-    assert "2 scan(s), of which 1 would be skipped, 80 network calls" in said
+    assert "2 scan(s), of which 1 would be skipped, 40 network calls" in said
     assert read_summary(raw.parent / "out", "sub-01_run-1_T1w") == before

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+import pytest
 from lxml import html
 
 from brainprior_bids.engine.samplers import registry
@@ -19,8 +20,27 @@ from brainprior_bids.reports.methods import (
     write_citation,
 )
 
-ONE = Method("T1w", "restore", "exact", 4, 20, "9.8.7", "p_1, SHA-256 ab…", "n, SHA-256 cd…")
+ONE = Method(
+    "T1w", "restore", "exact", 4, 20, "9.8.7", "p_1, SHA-256 ab…", "n, SHA-256 cd…",
+    uncertainty_from="samples",
+)  # fmt: skip
 MEAN = Method("T2w", "restore", "mean", 0, 1, "9.8.7", "p_1, SHA-256 ab…", "n, SHA-256 cd…")
+
+
+@pytest.mark.parametrize(
+    ("sources", "expected", "absent"),
+    [
+        (["prior"], "deviation, predicted by the network", "deviation of the samples"),
+        (["samples"], "standard deviation of the samples", "predicted by the network"),
+        (["prior", "samples"], "or, for some images, the voxelwise", "no such words"),
+        ([None], "posterior", "uncertainty map"),
+    ],
+)
+def test_it_says_what_the_uncertainty_map_is(sources, expected, absent):
+    several = [replace(ONE, uncertainty_from=source) for source in sources]
+    text = " ".join(methods_text(several).split())
+    assert expected in text
+    assert absent not in text
 
 
 def test_what_ran_and_nothing_else():
@@ -33,7 +53,7 @@ def test_what_ran_and_nothing_else():
     doubted = " ".join(methods_text([replace(ONE, widths=(0.83, 1.0, 1.17))]).split())
     assert "slices was 0.83, 1.00, 1.17 times the stated value in different samples" in doubted
     point = " ".join(methods_text([MEAN]).split())
-    assert "no uncertainty was estimated" in point
+    assert "no samples were drawn" in point
     assert "standard deviation" not in point
     assert "Langevin" not in point
     assert "Images were drawn" not in point
@@ -44,8 +64,8 @@ def test_what_ran_and_nothing_else():
     third = replace(ONE, suffix="FLAIR")
     assert methods_text([ONE, MEAN, third]).startswith("1 T1w, 1 T2w and 1 FLAIR scans were")
     assert "2 ways. For 1 T1w scan, in the manner of decoupled annealing" in both
-    assert "no uncertainty was estimated" in both.split("For 1 T2w scan, ")[1]
-    assert "no uncertainty was estimated" not in both.split("For 1 T2w scan, ")[0]
+    assert "no samples were drawn" in both.split("For 1 T2w scan, ")[1]
+    assert "no samples were drawn" not in both.split("For 1 T2w scan, ")[0]
     filled = " ".join(methods_text([ONE, MEAN, replace(ONE, task="inpaint")]).split())
     assert "scans were restored; 1 T1w scan was inpainted with *brainprior*" in filled
     assert "Voxels under a lesion mask were treated as missing data" in filled

@@ -15,6 +15,7 @@ from brainprior_bids.cli.run import main
 from brainprior_bids.cli.sister_options import HINTS
 from brainprior_bids.cli.values import memory_gb
 from brainprior_bids.engine.errors import UsageError
+from brainprior_bids.engine.samplers import registry
 from brainprior_bids.settings import TASKS
 
 
@@ -39,12 +40,13 @@ def test_samplers_have_their_own_defaults(folders):
         sampler: parse_settings([*folders, "--sampler", sampler])
         for sampler in ("conditional", "mean", "exact", "daps")
     }
-    assert {name: (s.n_samples, s.n_steps) for name, s in chosen.items()} == {
-        "conditional": (4, 20),
-        "mean": (1, 1),
-        "exact": (4, 20),
-        "daps": (4, 200),
-    }
+    assert {name: s.n_samples for name, s in chosen.items()} == {
+        "conditional": 4, "mean": 1, "exact": 4, "daps": 4,
+    }  # fmt: skip
+    calls = {name: registry.find(name).calls(s.n_steps, simple=True) for name, s in chosen.items()}
+    assert calls == {"conditional": 10, "mean": 1, "exact": 20, "daps": 1000}
+    assert registry.find("conditional").calls(None, simple=False) == 20
+    assert registry.find("conditional").calls(3, simple=False) == 3
 
 
 def test_prefixes_are_stripped_and_aliases_taken(folders):

@@ -17,8 +17,9 @@ class Sampler:
     ----------
     name : str
         On the command line and in the provenance.
-    steps : int
-        Noise levels by default (``--sloppy`` takes fewer).
+    steps, more_steps : int
+        Noise levels by default, for one scan that is known everywhere, and for everything else: a
+        hole, several scans (``--sloppy`` takes fewer).
     calls_per_step : int
         Network calls at each of them.
     yields_samples : bool
@@ -40,6 +41,7 @@ class Sampler:
 
     name: str
     steps: int
+    more_steps: int
     calls_per_step: int
     yields_samples: bool
     given_data: bool
@@ -50,9 +52,16 @@ class Sampler:
     method: str
     estimate_method: str
 
-    def calls(self, n_steps: int) -> int:
-        """Network calls for one sample."""
-        return n_steps * self.calls_per_step
+    def levels(self, n_steps: int | None, *, simple: bool) -> int:
+        """Noise levels: those that were asked for (None: the default).
+
+        ``simple``: of one scan that is known everywhere.
+        """
+        return n_steps or (self.steps if simple else self.more_steps)
+
+    def calls(self, n_steps: int | None, *, simple: bool) -> int:
+        """Network calls for one sample; arguments as of ``levels``."""
+        return self.levels(n_steps, simple=simple) * self.calls_per_step
 
 
 _DAPS = "in the manner of decoupled annealing posterior sampling [@daps], "
@@ -62,7 +71,8 @@ SAMPLERS = {
     for sampler in (
         Sampler(
             "conditional",
-            steps=20,
+            steps=10,
+            more_steps=20,
             calls_per_step=1,
             yields_samples=True,
             given_data=True,
@@ -81,6 +91,7 @@ SAMPLERS = {
         Sampler(
             "mean",
             steps=1,
+            more_steps=1,
             calls_per_step=1,
             yields_samples=False,
             given_data=True,
@@ -96,6 +107,7 @@ SAMPLERS = {
         Sampler(
             "exact",
             steps=20,
+            more_steps=20,
             calls_per_step=1,
             yields_samples=True,
             given_data=False,
@@ -113,6 +125,7 @@ SAMPLERS = {
         Sampler(
             "daps",
             steps=200,
+            more_steps=200,
             calls_per_step=5,
             yields_samples=True,
             given_data=False,
@@ -135,6 +148,7 @@ RETIRED = {
     "map": Sampler(
         "map",
         steps=20,
+        more_steps=20,
         calls_per_step=1,
         yields_samples=False,
         given_data=False,
