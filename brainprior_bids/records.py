@@ -170,6 +170,8 @@ class WeightsRecord(Record):
     format: Any = field(default=None, metadata=OMIT)
     version: Any = field(default=None, metadata=OMIT)
     coverage: str | None = field(default=None, metadata=OMIT)
+    regional_error: float | None = field(default=None, metadata=OMIT)
+    """SD of the error that the samples share in the mean over a structure, engine unit."""
     sha256: str | None = None
 
     @property

@@ -376,6 +376,9 @@ def sidecars(
                 None if restore.uncertainty_from == "prior" else restore.n_samples
             ),
         }
+        shared = restore.scanner_units(restore.prior.regional_error)
+        if shared is not None:
+            contents["uncertainty"]["RegionalErrorStandardDeviation"] = shared
     for run in restore.runs or ():
         role = residual_role(run.name)
         if role in outputs:

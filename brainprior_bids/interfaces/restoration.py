@@ -197,7 +197,9 @@ def record_of(
     if result.images:
         gain, correlation = result.images[0]
         refined = RefinedRecord(gain=gain * result.unit, correlation=correlation)
-    keys = ("name", "licence", "training_data", "format", "version", "coverage")
+    keys = (
+        "name", "licence", "training_data", "format", "version", "coverage", "regional_error"
+    )  # fmt: skip
     card = {key: prior.metadata[key] for key in keys if key in prior.metadata}
     return RestoreRecord(
         sampler=result.sampler,

@@ -548,6 +548,7 @@ def export(
     limit: int,
     inflation: float,
     finished: Path | None = None,
+    regional_error: float | None = None,
 ) -> dict[str, Any]:
     """Measure the error spectra on the validation brains and write the weights.
 
@@ -585,6 +586,8 @@ def export(
     factors = {contrast: ratio for contrast, (ratio, _) in spread_errors(prior, held_out).items()}
     if factors:
         metadata["spread_factors"] = {key: round(value, 4) for key, value in factors.items()}
+    if regional_error is not None:
+        metadata["regional_error"] = regional_error
     if trainer.begun_with:
         metadata["begun_with"] = trainer.begun_with
     write_weights(path, prior_state(prior.model, spectra), metadata)
@@ -671,6 +674,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=1.0,
         help="factor on the noise of the sampler conditional, calibrated on validation scans",
+    )
+    out.add_argument(
+        "--regional-error",
+        type=float,
+        help="SD of the error that samples share in the mean over a structure, of the brain's "
+        "99th percentile (benchmarks/coverage.py --choose); kept with the weights",
     )
     out.add_argument(
         "--export-only", action="store_true", help="write --out from the checkpoint, no training"
@@ -815,6 +824,7 @@ def _train(args: argparse.Namespace, processes: Processes) -> int:
             limit=args.spectrum_brains,
             inflation=args.inflation,
             finished=args.begin_with,
+            regional_error=args.regional_error,
         )
         log.info("%s", json.dumps(metadata, indent=1))
     processes.wait()

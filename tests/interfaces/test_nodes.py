@@ -381,6 +381,24 @@ def test_interpolation_is_in_sidecar_and_verdict(files, raw, output_dir, tmp_pat
     assert "This scan had been interpolated" in methods_text([of_summary(summary)])
 
 
+def test_a_predicted_uncertainty_says_so_and_what_regions_need(files, raw, output_dir, tmp_path):
+    facts = json.loads(Path(files["restore_json"]).read_text())
+    assert facts["uncertainty_from"] == "samples"
+    facts["uncertainty_from"] = "prior"
+    facts["prior"]["regional_error"] = 0.002
+    (tmp_path / "restore.json").write_text(json.dumps(facts))
+    run(
+        writer(files, raw, output_dir, restore_json=str(tmp_path / "restore.json")),
+        tmp_path / "w",
+    )
+    name = "sub-01/ses-a/anat/sub-01_ses-a_mod-FLAIR_desc-restored_uncertainty.json"
+    side = json.loads((output_dir / name).read_text())
+    assert side["UncertaintyFrom"] == "prior"
+    assert "as the prior predicts it" in side["Description"]
+    assert side["IntervalHalfWidths"] == {"50": 0.6745, "90": 1.6449}
+    assert side["RegionalErrorStandardDeviation"] == pytest.approx(0.002 * facts["unit"])
+
+
 def test_samples_and_residual_are_what_their_sidecars_say(files, raw, output_dir, tmp_path):
     run(writer(files, raw, output_dir), tmp_path / "w")
     anat = output_dir / "sub-01" / "ses-a" / "anat"
