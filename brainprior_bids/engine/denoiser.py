@@ -175,9 +175,9 @@ class Precondition(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """``forward`` and, if ``spread``, the predicted SD of its error, (n, 1, 2i, 2j, 2k)."""
         linear, entering, stack, unknown = self._enter(bands, sigma, posteriors)
-        level = sigma.log() / 4
-        h = self.network.features(entering, place, level, contrast, stack, unknown)
-        f, log_sd = self.network.answer(h, spread=spread)
+        e = self.network.embed(sigma.log() / 4, contrast, stack)
+        h = self.network.features(entering, place, e, unknown)
+        f, log_sd = self.network.answer(h, e, spread=spread)
         clean = self._leave(linear, f, sigma, posteriors)
         return clean, None if log_sd is None else self._sd(log_sd, sigma, posteriors)
 

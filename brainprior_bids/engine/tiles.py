@@ -98,7 +98,7 @@ def network_in_slabs(
             block_in_slabs(block, h, e, rows)
     for start, stop in slabs(size, rows):
         low, high = max(start - 1, 0), min(stop + 1, size)
-        bands, log_sd = network.answer(h[:, :, low:high], spread=spread)
+        bands, log_sd = network.answer(h[:, :, low:high], e, spread=spread)
         own = slice(start - low, stop - low)
         yield start, stop, bands[:, :, own], None if log_sd is None else log_sd[:, :, own]
 

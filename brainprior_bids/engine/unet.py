@@ -79,6 +79,21 @@ def _zero(layer: nn.Module) -> None:
         nn.init.zeros_(parameter)
 
 
+def modulated(x: Tensor, film: Tensor) -> Tensor:
+    """(n, c, i, j, k) normalised over channels, times 1 + scale, plus shift.
+
+    ``film`` (n, 2 c) holds both. The norm's own affine applies them, in one pass over memory.
+    """
+    scale, shift = film.float().chunk(2, 1)
+    last = x.permute(0, 2, 3, 4, 1)
+    return torch.stack(
+        [
+            F.layer_norm(item, item.shape[-1:], (1 + scale[n]).to(x.dtype), shift[n].to(x.dtype))
+            for n, item in enumerate(last)
+        ]
+    ).permute(0, 4, 1, 2, 3)
+
+
 class Block(nn.Module):
     """x + conv(silu(conv(film(norm(x))))); the last convolution starts at zero."""
 
@@ -92,18 +107,26 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """(n, c, i, j, k), (n, e) -> (n, c, i, j, k)."""
-        scale, shift = self.film(embedding).float().chunk(2, 1)
-        last = x.permute(0, 2, 3, 4, 1)
-        normed = torch.stack(
-            [  # the norm's own affine applies the conditioning, in one pass over memory
-                F.layer_norm(
-                    item, item.shape[-1:], (1 + scale[n]).to(x.dtype), shift[n].to(x.dtype)
-                )
-                for n, item in enumerate(last)
-            ]
-        ).permute(0, 4, 1, 2, 3)
+        normed = modulated(x, self.film(embedding))
         h: Tensor = self.conv2(F.silu(self.conv1(normed)))
         return x + h
+
+
+class SpreadOutput(nn.Module):
+    """conv(silu(conv(film(norm(x))))) -> (n, 8, i, j, k); the last convolution starts at zero."""
+
+    def __init__(self, channels: int, embedding: int) -> None:
+        super().__init__()
+        self.film = nn.Linear(embedding, 2 * channels)
+        self.conv1 = nn.Conv3d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv3d(channels, BANDS, 1)
+        _zero(self.film)
+        _zero(self.conv2)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """(n, c, i, j, k), (n, e) -> (n, 8, i, j, k)."""
+        h: Tensor = self.conv2(F.silu(self.conv1(modulated(x, self.film(embedding)))))
+        return h
 
 
 class UNet(nn.Module):
@@ -181,12 +204,7 @@ class UNet(nn.Module):
         self.out = nn.Conv3d(channels[0], BANDS, 3, padding=1)
         _zero(self.out)
         if spread:
-            self.spread_out = nn.Sequential(
-                nn.Conv3d(channels[0], channels[0], 3, padding=1),
-                nn.SiLU(),
-                nn.Conv3d(channels[0], BANDS, 1),
-            )
-            _zero(self.spread_out[2])
+            self.spread_out = SpreadOutput(channels[0], embedding)
 
     def embed(self, noise: Tensor, contrast: Tensor, stack: Tensor | None = None) -> Tensor:
         """The conditioning vector, (n, embedding)."""
@@ -236,28 +254,24 @@ class UNet(nn.Module):
         unknown : (n, 8, i, j, k), optional
             Bands of ``stacks.StackPosterior.unknown_map``.
         """
-        result: Tensor = self.out(self.features(bands, place, noise, contrast, stack, unknown))
-        return result.float()
+        e = self.embed(noise, contrast, stack)
+        return self.answer(self.features(bands, place, e, unknown), e, spread=False)[0]
 
-    def answer(self, h: Tensor, *, spread: bool) -> tuple[Tensor, Tensor | None]:
+    def answer(
+        self, h: Tensor, embedding: Tensor, *, spread: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """From ``features``: the bands and, if asked for, the log SD of each voxel's error.
 
         Both (n, 8, i, j, k) float32. The SD is relative to the one that the linear estimate
         leaves; its channels are the voxels of a 2 x 2 x 2 block in i, j, k order.
         """
-        return self.out(h).float(), self.spread_out(h).float() if spread else None
+        return self.out(h).float(), self.spread_out(h, embedding).float() if spread else None
 
     def features(
-        self,
-        bands: Tensor,
-        place: Tensor,
-        noise: Tensor,
-        contrast: Tensor,
-        stack: Tensor | None = None,
-        unknown: Tensor | None = None,
+        self, bands: Tensor, place: Tensor, embedding: Tensor, unknown: Tensor | None = None
     ) -> Tensor:
-        """(n, channels[0], i, j, k): what the outputs are made of; arguments as ``forward``."""
-        e = self.embed(noise, contrast, stack)
+        """(n, channels[0], i, j, k): what the outputs are made of; see ``embed``, ``forward``."""
+        e = embedding
         h = self.enter(bands, place, unknown)
         skips = []
         for depth, group in enumerate(self.down_blocks):
