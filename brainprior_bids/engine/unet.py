@@ -113,20 +113,21 @@ class Block(nn.Module):
 
 
 class SpreadOutput(nn.Module):
-    """conv(silu(conv(film(norm(x))))) -> (n, 8, i, j, k); the last convolution starts at zero."""
+    """conv(silu(conv(film(norm(x))))) plus a level of the conditioning's own; starts at zero."""
 
     def __init__(self, channels: int, embedding: int) -> None:
         super().__init__()
         self.film = nn.Linear(embedding, 2 * channels)
         self.conv1 = nn.Conv3d(channels, channels, 3, padding=1)
         self.conv2 = nn.Conv3d(channels, BANDS, 1)
-        _zero(self.film)
-        _zero(self.conv2)
+        self.level = nn.Linear(embedding, BANDS)
+        for layer in (self.film, self.conv2, self.level):
+            _zero(layer)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """(n, c, i, j, k), (n, e) -> (n, 8, i, j, k)."""
         h: Tensor = self.conv2(F.silu(self.conv1(modulated(x, self.film(embedding)))))
-        return h
+        return h + self.level(embedding)[:, :, None, None, None]
 
 
 class UNet(nn.Module):
