@@ -6,7 +6,11 @@ the tutorial changes."""
 import os
 from pathlib import Path
 
+from sphinx.application import Sphinx
+from sphinx.errors import ConfigError
+
 from brainprior_bids import __version__
+from brainprior_bids.evaluation.stamp import check_tables, shipped_prior, with_note
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # waiting threads spin where other programs run
 os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # a warning of the kernel's debugger
@@ -31,10 +35,28 @@ nb_merge_streams = True
 napoleon_use_rtype = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings name types, shapes and units
-exclude_patterns = ["_build", "jupyter_execute"]
+exclude_patterns = ["_build", "jupyter_execute", "tables"]
 html_extra_path = ["sample"]
 html_theme = "alabaster"
 html_theme_options = {
     "description": "Brain MRI restored with a 3-D diffusion prior",
     "page_width": "1100px",
 }
+
+
+def setup(app: Sphinx) -> None:
+    """A table of other weights than the shipped ones ends the build, or has a note if listed."""
+    app.add_config_value("prior_sha256", shipped_prior(), "env")  # new weights: all pages again
+    app.connect("builder-inited", _check_tables)
+    app.connect("include-read", _note_older_weights)
+
+
+def _check_tables(app: Sphinx) -> None:
+    problems = check_tables(Path(__file__).parent / "tables", app.config.prior_sha256)
+    if problems:
+        raise ConfigError("\n".join(["docs/tables:", *problems]))
+
+
+def _note_older_weights(app: Sphinx, path: Path, page: str, content: list[str]) -> None:
+    if path.parent.name == "tables":
+        content[0] = with_note(content[0], app.config.prior_sha256)

@@ -17,13 +17,21 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from brainprior_bids.engine.errors import BrainpriorError, UsageError
-from brainprior_bids.evaluation.studies import ABLATIONS, DAPS, LOW_FIELD, REFERENCE, STUDIES
+from brainprior_bids.evaluation.studies import (
+    ABLATIONS,
+    DAPS,
+    LOW_FIELD,
+    QUICK,
+    REFERENCE,
+    STUDIES,
+)
 from brainprior_bids.run import resources
 
 log = logging.getLogger(__name__)
@@ -115,17 +123,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--tables-only", action="store_true", help="only write the tables of existing results"
     )
+    kind = how.add_mutually_exclusive_group()
+    kind.add_argument(
+        "--tables",
+        type=Path,
+        metavar="FOLDER",
+        help="also write the tables of the documentation: FOLDER/tables/restoration.md and so "
+        "on, one file per study",
+    )
+    kind.add_argument(
+        "--quick",
+        action="store_true",
+        help="a first look in minutes: one participant, 5 mm slices, noise 0.01, four samples",
+    )
 
 
 def evaluate(argv: Sequence[str]) -> int:
     """``brainprior evaluate``; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="brainprior evaluate",
-        description="Make 1 mm brains into thick-slice, noisy scans, restore them, compare with "
-        "the truth and with interpolation, Tikhonov and TV; tables and plots.",
-    )
-    add_arguments(parser)
-    args = parser.parse_args(list(argv))
+    args = parse(argv)
     from brainprior_bids.evaluation.tables import write_tables
 
     failed: list[str] = []
@@ -134,7 +149,46 @@ def evaluate(argv: Sequence[str]) -> int:
     print(write_tables(args.out).read_text(encoding="utf-8"))
     for line in failed:
         log.error("%s", line)
+    if failed and args.tables is not None:
+        log.error("no table was written to %s, because a job failed.", args.tables)
+    elif args.tables is not None:
+        _write_pages(args, argv)
     return 1 if failed else 0
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments; with ``--quick``, those of ``QUICK`` where the command line has none."""
+    parser = argparse.ArgumentParser(
+        prog="brainprior evaluate",
+        description="Make 1 mm brains into thick-slice, noisy scans, restore them, compare with "
+        "the truth and with interpolation, Tikhonov and TV; tables and plots.",
+    )
+    add_arguments(parser)
+    args = parser.parse_args(list(argv))
+    if args.quick:
+        parser.set_defaults(**QUICK)
+        args = parser.parse_args(list(argv))
+    return args
+
+
+def _write_pages(args: argparse.Namespace, argv: Sequence[str]) -> None:
+    """The documentation's tables, from the results of exactly this command."""
+    from brainprior_bids.evaluation.pages import write_pages
+    from brainprior_bids.evaluation.stamp import shown_command
+
+    paths = [_result_path(args.out, *task) for task in conditions(args, find_sources(args))]
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise UsageError(
+            f"evaluate: {len(missing)} of {len(paths)} results for --tables are missing in "
+            f"{args.out}, first {missing[0]}. Run the command without --tables-only."
+        )
+    newest = max(path.stat().st_mtime for path in paths)
+    day = datetime.fromtimestamp(newest, UTC).date().isoformat()
+    records = [_read(path) for path in paths]
+    folder = args.tables / "tables"
+    for path in write_pages(records, folder, command=shown_command(argv), day=day):
+        log.info("wrote %s", path)
 
 
 def _run(args: argparse.Namespace) -> list[str]:
@@ -277,6 +331,9 @@ def find_sources(args: argparse.Namespace) -> list[Source]:
             Source(str(paths[0]), name, contrast, True, name in args.choose_maps)
             for contrast in args.synthetic
         ]
+    if args.quick:
+        first = next(source for source in sources if not source.choosing)
+        sources = [source for source in sources if source.choosing or source == first]
     return sources
 
 
@@ -363,6 +420,11 @@ def _participant_path(out: Path, source: Source) -> Path:
     return out / "participants" / f"{source.stem}.npz"
 
 
+def _result_path(out: Path, source: Source, condition: Any) -> Path:
+    name = condition.name.replace(" ", "-").replace(",", "")
+    return out / "results" / condition.study / f"{source.stem}_{name}.json"
+
+
 def _prepare(source: Source, out: str) -> None:
     from brainprior_bids.engine.weights import FOLDER, sha256_file
     from brainprior_bids.evaluation.protocol import from_labels, from_scan
@@ -417,8 +479,7 @@ def _measure(
     from brainprior_bids.evaluation import protocol
 
     folder = Path(out)
-    stem = f"{source.stem}_{condition.name.replace(' ', '-').replace(',', '')}"
-    path = folder / "results" / condition.study / f"{stem}.json"
+    path = _result_path(folder, source, condition)
     participant = _participant_path(folder, source)
     penalties, tuned_on = tuned(folder, source, condition, choosers)
     mark = _mark(
@@ -438,7 +499,7 @@ def _measure(
         network=_parcellation() if condition.segment else None,
         own_labels=source.synthetic,
         device=device,
-        picture=folder / "pictures" / f"{condition.study}_{stem}.png" if picture else None,
+        picture=folder / "pictures" / f"{condition.study}_{path.stem}.png" if picture else None,
     )
     facts = {"fingerprint": mark, "prior_sha256": sha256, "tuned_on": tuned_on}
     _write(path, {**facts, "synthetic": source.synthetic, **record})

@@ -11,18 +11,26 @@ REFERENCE = {"spacing_mm": 5.0, "noise_sd": 0.01}
 """What ablations and segmentation are done on."""
 BIASED = {"bias_sd": 0.1, "sampler": "exact"}
 ABLATIONS: dict[str, dict[str, Any]] = {
-    "as it comes": {},
+    "default settings": {},
     "sampler exact": {"sampler": "exact"},
     "sampler mean": {"sampler": "mean"},
     "5 calls": {"n_steps": 5},
-    "10 calls": {"n_steps": 10},
+    "20 calls": {"n_steps": 20},
     "40 calls": {"n_steps": 40},
-    "noise said 0.005": {"assumed_noise": 0.005},
-    "noise said 0.01": {"assumed_noise": 0.01},
-    "noise said 0.02": {"assumed_noise": 0.02},
+    "assumed noise 0.005": {"assumed_noise": 0.005},
+    "assumed noise 0.01": {"assumed_noise": 0.01},
+    "assumed noise 0.02": {"assumed_noise": 0.02},
     "field ignored": BIASED,
     "field by N4": {**BIASED, "field": "n4"},
-    "field by N4, moved": {**BIASED, "field": "n4", "move_bias": True},
-    "field moved from 0": {**BIASED, "move_bias": True},
+    "field by N4, refined while sampling": {**BIASED, "field": "n4", "move_bias": True},
+    "field estimated while sampling, from 0": {**BIASED, "move_bias": True},
 }
 DAPS = {"sampler daps": {"sampler": "daps", "n_samples": 1}}
+QUICK: dict[str, Any] = {
+    "studies": ["restoration"],
+    "spacing": [5.0],
+    "noise": [0.01],
+    "n_samples": 4,
+    "nprocs": 1,
+}
+"""Defaults of a first look, with one participant: the one job has all threads."""

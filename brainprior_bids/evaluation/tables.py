@@ -33,7 +33,7 @@ NAMES = {
     "sample": "one sample",
     "restored": "`desc-restored`",
     "true": "truth",
-    "degraded": "slices as they are",
+    "degraded": "thick slices, unprocessed",
 }
 
 
@@ -92,14 +92,16 @@ def _cell(value: Any) -> str:
     return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
-def _groups(records: Sequence[Record], key: Callable[[Record], Any]) -> list[list[Record]]:
+def groups_of(records: Sequence[Record], key: Callable[[Record], Any]) -> list[list[Record]]:
+    """Records of the same key together, in the order of the keys."""
     found: dict[Any, list[Record]] = {}
     for record in records:
         found.setdefault(key(record), []).append(record)
     return [found[k] for k in sorted(found)]
 
 
-def _condition(r: Record) -> tuple[Any, ...]:
+def condition_key(r: Record) -> tuple[Any, ...]:
+    """What the degraded scans of one row or table have in common."""
     return (r["synthetic"], r["contrast"], r["spacing_mm"], r["in_plane_mm"] or 0, r["noise_sd"])
 
 
@@ -111,19 +113,21 @@ def mean_sd(values: Sequence[float], digits: int, sign: bool = False) -> str:
     return shown if len(values) < 2 else f"{shown} ± {np.std(values, ddof=1):.{digits}f}"
 
 
-def _values(records: Sequence[Record], method: str, figure: str) -> list[float]:
+def values_of(records: Sequence[Record], method: str, figure: str) -> list[float]:
+    """One metric of one method, of the records that have it."""
     found = [r["methods"].get(method, {}).get(figure) for r in records]
     return [value for value in found if value is not None]
 
 
 def _methods(records: Sequence[Record]) -> list[str]:
     text: list[str] = []
-    for group in _groups(records, _condition):
+    for group in groups_of(records, condition_key):
         text += _one_condition(group)
     return text
 
 
-def _title(r: Record, count: int) -> str:
+def title(r: Record, count: int) -> str:
+    """The degraded scans in words, and the number of participants or maps."""
     plane = f"{r['in_plane_mm'] or 1:g}"
     kind = "synthetic " if r["synthetic"] else ""
     law = "Rician noise" if r["rician"] else "noise"
@@ -135,25 +139,31 @@ def _title(r: Record, count: int) -> str:
 
 
 def _one_condition(group: Sequence[Record]) -> list[str]:
+    return [
+        "",
+        f"### {title(group[0], len(group))}",
+        "",
+        *methods_table(group),
+        "",
+        *_paired(group),
+    ]
+
+
+def methods_table(group: Sequence[Record]) -> list[str]:
+    """One row per method for the records of one condition."""
     first = group[0]
-    lpips = bool(_values(group, "restored", "lpips"))
+    lpips = bool(values_of(group, "restored", "lpips"))
+    true = [r["truth"]["cnr"] for r in group if r["truth"]["cnr"] is not None]
+    cnr = "grey-white CNR" + (f" (truth {np.mean(true):.2f})" if true else "")
     figures = [("mae", "MAE", 4), ("psnr_db", "PSNR, dB", 2), ("ssim", "SSIM", 3)]
     figures += [("lpips", "LPIPS", 3)] if lpips else []
-    figures += [("cnr", "grey-white CNR", 2), ("histogram_distance", "histogram distance", 4)]
-    text = ["", f"### {_title(first, len(group))}", ""]
-    text += ["| | " + " | ".join(name for _, name, _ in figures) + " |"]
+    figures += [("cnr", cnr, 2), ("histogram_distance", "histogram distance", 4)]
+    text = ["| | " + " | ".join(name for _, name, _ in figures) + " |"]
     text += ["|---" * (len(figures) + 1) + "|"]
     for method in METHODS:
-        cells = [
-            mean_sd(values, digits) if (values := _values(group, method, key)) else "n/a"
-            for key, _, digits in figures
-        ]
+        cells = [mean_sd(values_of(group, method, key), digits) for key, _, digits in figures]
         name = NAMES[method] + (f" ({first['n_samples']})" if method == "restored" else "")
         text.append(f"| {name} | " + " | ".join(cells) + " |")
-    true = [r["truth"]["cnr"] for r in group if r["truth"]["cnr"] is not None]
-    blanks = " | ".join("" for _ in figures[:-2])
-    text.append(f"| truth | {blanks} | {mean_sd(true, 2) if true else 'n/a'} | |")
-    text += ["", *_paired(group)]
     return text
 
 
@@ -162,10 +172,11 @@ def _paired(group: Sequence[Record]) -> list[str]:
     lines = []
     for method in ("cubic", "tv"):
         gain = {
-            key: np.array(_values(group, "restored", key)) - np.array(_values(group, method, key))
+            key: np.array(values_of(group, "restored", key))
+            - np.array(values_of(group, method, key))
             for key in ("psnr_db", "ssim", "mae")
         }
-        share = 100 * gain["mae"] / np.array(_values(group, method, "mae"))
+        share = 100 * gain["mae"] / np.array(values_of(group, method, "mae"))
         lines.append(
             f"- restored minus {method}, paired: PSNR {mean_sd(gain['psnr_db'], 2, True)} dB "
             f"(ahead in {int((gain['psnr_db'] > 0).sum())} of {len(group)}), MAE "
@@ -198,18 +209,23 @@ def _paired(group: Sequence[Record]) -> list[str]:
 
 
 def _ablation(records: Sequence[Record]) -> list[str]:
-    order = list(ABLATIONS | DAPS)
     count = len({r["participant"] for r in records})
-    text = ["", f"### Ablations: {_title(records[0], count)}", ""]
-    text += ["| | sampler | MAE | PSNR, dB | SSIM | one sample, dB | CRPS | residual | s |"]
+    heading = f"### Ablations: {title(records[0], count)}"
+    return ["", heading, "", *ablation_table(records)]
+
+
+def ablation_table(records: Sequence[Record]) -> list[str]:
+    """One row per variant, in the order of the studies; variants of earlier versions are last."""
+    order = {variant: n for n, variant in enumerate(ABLATIONS | DAPS)}
+    text = ["| | sampler | MAE | PSNR, dB | SSIM | one sample, dB | CRPS | residual / noise | s |"]
     text += ["|---" * 9 + "|"]
-    for group in _groups(records, lambda r: order.index(r["variant"])):
+    for group in groups_of(records, lambda r: (order.get(r["variant"], len(order)), r["variant"])):
         cells = [
             group[0]["sampler_used"],
-            mean_sd(_values(group, "restored", "mae"), 4),
-            mean_sd(_values(group, "restored", "psnr_db"), 2),
-            mean_sd(_values(group, "restored", "ssim"), 3),
-            mean_sd(_values(group, "sample", "psnr_db"), 2),
+            mean_sd(values_of(group, "restored", "mae"), 4),
+            mean_sd(values_of(group, "restored", "psnr_db"), 2),
+            mean_sd(values_of(group, "restored", "ssim"), 3),
+            mean_sd(values_of(group, "sample", "psnr_db"), 2),
             mean_sd([r["crps"] for r in group if r["crps"] is not None], 4),
             mean_sd([float(np.mean(r["residual_ratios"])) for r in group], 2),
             f"{np.mean([r['seconds'] for r in group]):.0f}",
@@ -226,28 +242,33 @@ def _ablation(records: Sequence[Record]) -> list[str]:
 
 def _plain(group: Sequence[Record], method: str) -> str:
     figures = (("mae", 4), ("psnr_db", 2), ("ssim", 3))
-    return " | ".join(mean_sd(_values(group, method, k), d) for k, d in figures) + " | | | | |"
+    return " | ".join(mean_sd(values_of(group, method, k), d) for k, d in figures) + " | | | | |"
 
 
 def _segmentation(records: Sequence[Record]) -> list[str]:
     text: list[str] = []
-    for group in _groups(records, _condition):
-        what = "the label map" if group[0]["synthetic"] else "that of the truth"
-        text += ["", f"### Segmentation: {_title(group[0], len(group))}", ""]
-        text += [f"The embedded parcellation of every image against {what}.", ""]
-        text += ["| | mean Dice | cortex | white matter | ventricles | volume error, % |"]
-        text += ["|---" * 6 + "|"]
-        for method in ("true", "degraded", "cubic", "tv", "restored", "sample"):
-            if method not in group[0]["segmentation"]:
-                continue
-            rows = [r["segmentation"][method] for r in group]
-            cells = [mean_sd([row["mean_dice"] for row in rows], 3)]
-            for pair in (("3", "42"), ("2", "41"), ("4", "43")):
-                known = [[row["dice"][i] for i in pair if i in row["dice"]] for row in rows]
-                means = [float(np.mean(values)) for values in known if values]
-                cells.append(mean_sd(means, 3) if means else "n/a")
-            errors = [100 * row["mean_absolute_volume_error"] for row in rows]
-            text.append(f"| {NAMES[method]} | " + " | ".join(cells) + f" | {mean_sd(errors, 1)} |")
+    for group in groups_of(records, condition_key):
+        heading = f"### Segmentation: {title(group[0], len(group))}"
+        text += ["", heading, "", *segmentation_table(group)]
+    return text
+
+
+def segmentation_table(group: Sequence[Record]) -> list[str]:
+    """One row per image for the records of one condition, and what it is compared with."""
+    what = "the label map" if group[0]["synthetic"] else "that of the truth"
+    text = [f"The embedded parcellation of every image against {what}.", ""]
+    text += ["| | mean Dice | cortex | white matter | ventricles | volume error, % |"]
+    text += ["|---" * 6 + "|"]
+    for method in ("true", "degraded", "cubic", "tv", "restored", "sample"):
+        if method not in group[0]["segmentation"]:
+            continue
+        rows = [r["segmentation"][method] for r in group]
+        cells = [mean_sd([row["mean_dice"] for row in rows], 3)]
+        for pair in (("3", "42"), ("2", "41"), ("4", "43")):
+            known = [[row["dice"][i] for i in pair if i in row["dice"]] for row in rows]
+            cells.append(mean_sd([float(np.mean(values)) for values in known if values], 3))
+        errors = [100 * row["mean_absolute_volume_error"] for row in rows]
+        text.append(f"| {NAMES[method]} | " + " | ".join(cells) + f" | {mean_sd(errors, 1)} |")
     return text
 
 
@@ -258,7 +279,7 @@ def _save(figure: Figure, path: Path) -> None:
 
 def _plot(records: Sequence[Record], path: Path) -> None:
     """PSNR, MAE and SSIM of every method and condition: bars are means, dots participants."""
-    groups = _groups(records, _condition)
+    groups = groups_of(records, condition_key)
     figure = Figure(figsize=(max(6, 1.5 * len(groups) + 2), 9))
     for place, (key, label) in zip(
         figure.subplots(3, 1),
@@ -267,11 +288,11 @@ def _plot(records: Sequence[Record], path: Path) -> None:
     ):
         for m, method in enumerate(METHODS):
             at = np.arange(len(groups)) + (m - 2.5) * 0.14
-            values = [_values(group, method, key) for group in groups]
+            values = [values_of(group, method, key) for group in groups]
             place.bar(at, [np.mean(v) for v in values], 0.13, color=f"C{m}", label=method)
             for x, v in zip(at, values, strict=True):
                 place.plot([x] * len(v), v, ".", color="0.15", markersize=3)
-        everything = [v for method in METHODS for g in groups for v in _values(g, method, key)]
+        everything = [v for method in METHODS for g in groups for v in values_of(g, method, key)]
         low, high = min(everything), max(everything)
         place.set_ylim(low - 0.25 * (high - low + 1e-3), high + 0.05 * (high - low + 1e-3))
         place.set_ylabel(label)
@@ -291,7 +312,7 @@ def _plot(records: Sequence[Record], path: Path) -> None:
 
 def _histograms(records: Sequence[Record], path: Path) -> None:
     """Intensities inside the mask, all participants of a condition together."""
-    groups = _groups(records, _condition)
+    groups = groups_of(records, condition_key)
     figure = Figure(figsize=(3.2 * len(groups), 2.8))
     centres = (HISTOGRAM[1:] + HISTOGRAM[:-1]) / 2
     for place, group in zip(

@@ -16,6 +16,7 @@ from brainprior_bids.engine.weights import FOLDER, load_prior, sha256_file
 from brainprior_bids.evaluation import perceptual, protocol, tables
 from brainprior_bids.evaluation.metrics import crps
 from brainprior_bids.evaluation.protocol import Condition, Participant, make_case
+from brainprior_bids.evaluation.stamp import read_stamp
 
 
 def toy_participant(name="01", contrast="T1w", seed=0):
@@ -204,6 +205,45 @@ def test_the_command_measures_once_and_writes_tables(ready, capsys):
     assert paths[1].stat().st_mtime_ns != written[1]
 
 
+def test_the_documentations_tables_are_of_this_command_alone(ready, tmp_path, capsys):
+    words = ready[1]
+    assert main([*words, "--noise", "0.02"]) == 0  # in the same folder
+    asked = [*words, "--tables", str(tmp_path / "pages")]
+    assert main([*asked, "--tables-only"]) == 2
+    assert "2 of 2 results for --tables are missing" in capsys.readouterr().err
+    assert main(asked) == 0
+    (page,) = (tmp_path / "pages" / "tables").iterdir()
+    assert page.name == "restoration.md"
+    text = page.read_text()
+    stamp = read_stamp(text, page.name)
+    assert stamp.weights == sha256_file(FOLDER / "prior.safetensors")[:12]
+    assert (stamp.participants, stamp.maps) == (2, 0)
+    assert stamp.command.startswith("brainprior evaluate data out --choose-label 03 --studies")
+    assert stamp.command.endswith("--nprocs 1 --tables pages")
+    assert str(tmp_path) not in text
+    assert "| T1w, 5 mm, noise 0.01 |" in text
+    assert "noise 0.02" not in text
+    assert "tuned on 03." in text
+    page.unlink()
+    assert main([*asked, "--tables-only"]) == 0
+    assert page.read_text() == text  # the same day and command
+
+
+def test_a_quick_run_is_one_job_unless_told_otherwise(ready):
+    data, out = (word for word in ready[1][1:3])
+    args = command.parse([data, out, "--quick"])
+    ((source, condition),) = command.conditions(args, command.find_sources(args))
+    assert (source.name, condition.name) == ("01", "5mm-noise0.01")
+    assert (condition.study, condition.n_samples, args.nprocs) == ("restoration", 4, 1)
+    more = ["--participant-label", "02", "01", "--choose-label", "03", "--noise", "0.05"]
+    args = command.parse([data, out, "--quick", *more])
+    sources = command.find_sources(args)
+    assert [(s.name, s.choosing) for s in sources] == [("01", False), ("03", True)]
+    assert [c.noise_sd for _, c in command.conditions(args, sources)] == [0.05]
+    with pytest.raises(SystemExit):  # a table of one participant does not enter the pages
+        command.parse([data, out, "--quick", "--tables", "docs"])
+
+
 def test_a_failed_job_does_not_stop_the_others(ready, monkeypatch):
     out, words = ready
     measure = protocol.measure
@@ -214,7 +254,8 @@ def test_a_failed_job_does_not_stop_the_others(ready, monkeypatch):
         return measure(participant, *args, **kwargs)
 
     monkeypatch.setattr(protocol, "measure", fails)
-    assert main(words) == 1
+    assert main([*words, "--tables", str(out)]) == 1
+    assert not (out / "tables").exists()  # a participant would be missing
     assert [p.name[:2] for p in (out / "results" / "restoration").glob("*.json")] == ["02"]
 
 
@@ -279,7 +320,7 @@ def test_ablations_and_segmentation_have_tables(tmp_path):
     parts |= {"restored": parts["tv"], "sample": parts["cubic"]}
     for study, more in (
         ("ablation", {**mean, "variant": "sampler mean"}),
-        ("ablation", {"variant": "as it comes"}),
+        ("ablation", {"variant": "default settings"}),
         ("ablation", {"variant": "field by N4"}),
         ("segmentation", {"segmentation": parts}),
     ):
@@ -288,11 +329,13 @@ def test_ablations_and_segmentation_have_tables(tmp_path):
         path.write_text(json.dumps({**record, **more, **facts, "study": study}))
     text = tables.write_tables(tmp_path).read_text()
     shown = record["methods"]["restored"]
-    assert f"| as it comes | conditional | {shown['mae']:.4f} | {shown['psnr_db']:.2f} |" in text
+    assert (
+        f"| default settings | conditional | {shown['mae']:.4f} | {shown['psnr_db']:.2f} |" in text
+    )
     shown = mean["methods"]["restored"]
     row = f"| sampler mean | mean | {shown['mae']:.4f} | {shown['psnr_db']:.2f} |"
     (row,) = (line for line in text.splitlines() if line.startswith(row))
     assert row.split(" | ")[5:7] == ["n/a", "n/a"]  # no sample, no CRPS
     assert f"| cubic, field by N4 | | {record['methods']['cubic']['mae']:.4f} |" in text
-    assert "| slices as they are | 0.700 | 0.550 | 0.900 | n/a | 6.7 |" in text
+    assert "| thick slices, unprocessed | 0.700 | 0.550 | 0.900 | n/a | 6.7 |" in text
     assert (tmp_path / "segmentation.png").stat().st_size > 3000

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a table of the documentation was made, and whether it is one of the shipped weights.
+
+``brainprior evaluate --tables docs`` writes each table to ``docs/tables/STUDY.md``. The file's
+first line is its stamp: an HTML comment with the attributes of ``Stamp`` as JSON. ``check_tables``
+runs in the documentation build and in the tests. ``older.toml`` in the same folder lists the
+tables that may still be of older weights: file name = first digits of these weights' SHA-256.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import tomllib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePath
+
+from brainprior_bids.engine.errors import UsageError
+from brainprior_bids.engine.weights import find_weights, sha256_file
+
+BEGIN, END = "<!-- brainprior evaluate: ", " -->"
+DIGITS = 12
+OLDER = "older.toml"
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """How a table was made.
+
+    Attributes
+    ----------
+    weights : str
+        The first ``DIGITS`` digits of the SHA-256 of the prior's file.
+    day : str
+        UTC day of the newest result, YYYY-MM-DD.
+    participants, maps : int
+        Participants and label maps in the table.
+    command : str
+        The command as typed; data paths are reduced to their names.
+    """
+
+    weights: str
+    day: str
+    participants: int
+    maps: int
+    command: str
+
+    def line(self) -> str:
+        """The first line of the table's file."""
+        return BEGIN + json.dumps(asdict(self)) + END
+
+    def caption(self) -> str:
+        """The same facts, as a sentence above the table."""
+        counts = ((self.participants, "participant"), (self.maps, "label map"))
+        who = " and ".join(f"{n} {name}{'s' * (n > 1)}" for n, name in counts if n)
+        return f"Weights {self.weights}, {self.day}, {who}: `{self.command}`"
+
+
+def read_stamp(text: str, name: str) -> Stamp:
+    """The stamp of a table.
+
+    Raises
+    ------
+    UsageError
+        If the first line is not a stamp; ``name`` is the file's, for the message.
+    """
+    first = text.partition("\n")[0]
+    try:
+        if not (first.startswith(BEGIN) and first.endswith(END)):
+            raise ValueError(first)
+        return Stamp(**json.loads(first.removeprefix(BEGIN).removesuffix(END)))
+    except (ValueError, TypeError) as error:
+        raise UsageError(
+            f"{name}: expected a first line that begins with '{BEGIN}'. Tables are written by "
+            "`brainprior evaluate … --tables docs`, not by hand."
+        ) from error
+
+
+def shown_command(words: Sequence[str]) -> str:
+    """``brainprior evaluate`` with these arguments, each path reduced to its last name.
+
+    ``--tables-only`` is left out, so that the command makes the results too.
+    """
+
+    def short(word: str) -> str:
+        option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        return f"{option}{equals}{PurePath(value).name or value}" if "/" in value else word
+
+    shown = [short(word) for word in words if word != "--tables-only"]
+    return shlex.join(["brainprior", "evaluate", *shown])
+
+
+def shipped_prior() -> str:
+    """The first digits of the SHA-256 of the embedded prior."""
+    return sha256_file(find_weights(None, kind="prior"))[:DIGITS]
+
+
+def check_tables(folder: Path, shipped: str) -> list[str]:
+    """One sentence for each table that is neither of the shipped weights nor listed as older."""
+    listed = folder / OLDER
+    older = tomllib.loads(listed.read_text(encoding="utf-8")) if listed.is_file() else {}
+    problems = []
+    for path in sorted(folder.glob("*.md")):
+        try:
+            stamp = read_stamp(path.read_text(encoding="utf-8"), path.name)
+        except UsageError as error:
+            problems.append(str(error))
+            continue
+        recorded = older.pop(path.name, None)
+        if recorded is None and stamp.weights != shipped:
+            problems.append(
+                f"{path.name}: made with weights {stamp.weights}, but the shipped weights are "
+                f"{shipped}. Remake it with `{stamp.command}`, or list it in {OLDER}."
+            )
+        elif recorded is not None and (recorded != stamp.weights or recorded == shipped):
+            problems.append(
+                f"{path.name}: made with weights {stamp.weights}, but {OLDER} lists {recorded} "
+                f"(the shipped weights are {shipped}). Correct or remove its line in {OLDER}."
+            )
+    problems += [f"{OLDER} lists {name}, but there is no such table." for name in older]
+    return problems
+
+
+def with_note(text: str, shipped: str) -> str:
+    """A table as its page shows it: one of other than the shipped weights says so above it."""
+    stamp = read_stamp(text, "table")
+    if stamp.weights == shipped:
+        return text
+    note = f"**Older weights** ({stamp.weights}; the shipped weights are {shipped})."
+    return text.replace("\n", f"\n\n{note}\n", 1)

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The documentation's tables, from made-up records."""
+
+import pytest
+
+from brainprior_bids.engine.errors import UsageError
+from brainprior_bids.evaluation.pages import write_pages
+from brainprior_bids.evaluation.stamp import read_stamp
+
+PSNR = {"linear": 20.0, "cubic": 21.0, "tikhonov": 22.0, "tv": 23.0, "sample": 22.5}
+
+
+def record(participant="01", *, restored=25.0, **more):
+    """A restoration whose restored image has this PSNR; MAE and SSIM follow from the PSNR."""
+    psnr = {**PSNR, "restored": restored}
+    return {
+        "study": "restoration",
+        "variant": "",
+        "participant": participant,
+        "contrast": "T1w",
+        "synthetic": False,
+        "spacing_mm": 5.0,
+        "in_plane_mm": None,
+        "noise_sd": 0.01,
+        "rician": False,
+        "crop_mm": [80, 96, 80],
+        "n_samples": 8,
+        "n_steps": 12,
+        "sampler_used": "conditional",
+        "tuned_on": ["04", "05"],
+        "prior_sha256": "ab" * 32,
+        "methods": {
+            method: {
+                "psnr_db": value,
+                "mae": 1 / value,
+                "ssim": value / 100,
+                "cnr": 2.0,
+                "histogram_distance": 0.01,
+            }
+            for method, value in psnr.items()
+        },
+        "truth": {"cnr": 2.25},
+        "crps": 0.02,
+        "crps_tikhonov": 0.03,
+        "error_over_sd": 1.1,
+        "residual_ratios": [0.9, 1.0],
+        "seconds": 10.0,
+        **more,
+    }
+
+
+def written(tmp_path, records, study="restoration"):
+    paths = write_pages(
+        records, tmp_path / "tables", command="brainprior evaluate", day="2026-01-02"
+    )
+    (path,) = (path for path in paths if path.stem == study)
+    return path.read_text()
+
+
+def cells(text, start):
+    (row,) = (line for line in text.splitlines() if line.startswith(f"| {start} |"))
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def test_a_row_of_the_restoration_table_is_the_means_of_its_participants(tmp_path):
+    records = [record("01", restored=25.0), record("02", restored=26.0)]
+    text = written(tmp_path, records)
+    stamp = read_stamp(text, "restoration.md")
+    assert (stamp.weights, stamp.day) == ("abababababab", "2026-01-02")
+    assert (stamp.participants, stamp.maps) == (2, 0)
+    assert "Weights abababababab, 2026-01-02, 2 participants: `brainprior evaluate`" in text
+    assert (
+        "Blocks of 80 × 96 × 80 mm; samples per image: 8, of 12 calls each; penalties of Tikhonov "
+        "and TV tuned on 04, 05." in text
+    )
+    row = cells(text, "T1w, 5 mm, noise 0.01")
+    assert row[1:6] == ["21.00", "22.00", "23.00", "22.50", "**25.50**"]
+    assert row[6:8] == ["+4.50 ± 0.71", "+2.50 ± 0.71"]  # of 4 and 5, of 2 and 3
+    share = ((21 / 25 - 1) + (21 / 26 - 1)) / 2
+    assert row[8:] == [
+        f"{100 * share:+.1f} %", "0.210, 0.230, 0.255", "0.0200, 0.0300", "1.10", "0.95",
+    ]  # fmt: skip
+    assert len(cells(text, "scan")) == len(row)
+    assert "decile" not in text
+
+
+def test_the_cases_in_which_the_restored_image_is_better_are_counted(tmp_path):
+    made = record("map", synthetic=True, contrast="T2w", restored=22.0, crps=0.04, tuned_on=[])
+    text = written(tmp_path, [record(), made])
+    assert cells(text, "synthetic T2w, 5 mm, noise 0.01")[7] == "-1.00"
+    assert "1 participant and 1 label map:" in text
+    assert (
+        "Of 2 cases (a participant or map in one row), `desc-restored` is better in PSNR, MAE and "
+        "SSIM than cubic in 2 and than TV in 1; its CRPS is better than Tikhonov's in 1." in text
+    )
+
+
+def test_a_predicted_sd_has_its_crps_and_its_deciles(tmp_path):
+    predicted = {"crps_predicted": 0.025}
+    first = {**predicted, "error_over_sd_by_decile": [0.5] * 9 + [1.5]}
+    second = {**predicted, "error_over_sd_by_decile": [0.7] * 9 + [1.3]}
+    other = {**predicted, "error_over_sd_by_decile": [9.0] * 10}
+    records = [record("01", **first), record("02", **second)]
+    text = written(tmp_path, [*records, record("01", noise_sd=0.03, **other)])
+    assert cells(text, "scan")[10] == "CRPS: samples, predicted SD, Tikhonov"
+    assert cells(text, "T1w, 5 mm, noise 0.01")[10] == "0.0200, 0.0250, 0.0300"
+    shown = ", ".join(["0.60"] * 9 + ["1.40"])
+    line = f"RMS error / predicted SD by decile of the SD, T1w, 5 mm, noise 0.01: {shown}"
+    assert text.splitlines()[-1] == line
+
+
+def test_without_samples_nothing_is_said_of_them(tmp_path):
+    mean = record(sampler_used="mean", crps=None)
+    del mean["methods"]["sample"]
+    row = cells(written(tmp_path, [mean]), "T1w, 5 mm, noise 0.01")
+    assert row[4] == "n/a"
+    assert row[10] == "n/a, 0.0300"
+
+
+def test_the_other_studies_have_a_file_each(tmp_path):
+    low = {"study": "low-field", "in_plane_mm": 1.6, "noise_sd": 0.05, "rician": True}
+    parts = {
+        method: {"dice": {"3": 0.8}, "mean_dice": 0.75, "mean_absolute_volume_error": 0.02}
+        for method in ("degraded", "cubic", "tv", "restored", "sample")
+    }
+    records = [
+        record("01", **low, restored=24.0),
+        record("02", **low, restored=22.0),
+        record("01", study="ablation", variant="default settings"),
+        record("01", study="ablation", variant="5 calls", n_steps=5),
+        record("01", study="segmentation", crop_mm=None, segmentation=parts),
+    ]
+    text = written(tmp_path, records, "low-field")
+    assert sorted(path.name for path in (tmp_path / "tables").iterdir()) == [
+        "ablation.md", "low-field.md", "segmentation.md",
+    ]  # fmt: skip
+    assert "T1w, 1.6 × 1.6 × 5 mm, Rician noise 0.05, 2 participants:" in text
+    assert "| SSIM | grey-white CNR (truth 2.25) | histogram distance |" in text
+    assert cells(text, "`desc-restored` (8)")[2] == "23.00 ± 1.41"
+    assert "+2.00 ± 1.41 dB over cubic (better in 2 of 2), +0.00 ± 1.41 dB over TV" in text
+    assert "(better in 1 of 2). CRPS 0.020 (tuned Tikhonov posterior 0.030)" in text
+    text = written(tmp_path, records, "ablation")
+    assert "1 participant; each row changes one setting:" in text
+    assert cells(text, "5 calls")[3] == "25.00"
+    text = written(tmp_path, records, "segmentation")
+    assert text.splitlines()[4].startswith("Whole brains; ")
+    assert cells(text, "thick slices, unprocessed")[1:3] == ["0.750", "0.800"]
+
+
+def test_records_of_two_priors_make_no_table(tmp_path):
+    with pytest.raises(UsageError, match="one prior for --tables, got abababababab, cdcdcdcdcdcd"):
+        write_pages([record(), record("02", prior_sha256="cd" * 32)], tmp_path, command="", day="")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The first line of a table of the documentation, and the check of it."""
+
+import pytest
+
+from brainprior_bids.engine.errors import UsageError
+from brainprior_bids.evaluation.stamp import (
+    Stamp,
+    check_tables,
+    read_stamp,
+    shown_command,
+    with_note,
+)
+
+NEW, OLD = "4f968e2e8d81", "259c1d845118"
+COMMAND = "brainprior evaluate BRAINS OUT --tables docs"
+
+
+def put(folder, name, weights, older=None):
+    stamp = Stamp(weights, "2026-01-02", 6, 3, COMMAND)
+    (folder / name).write_text(f"{stamp.line()}\n\n{stamp.caption()}\n")
+    lines = (f'"{key}" = "{value}"\n' for key, value in (older or {}).items())
+    (folder / "older.toml").write_text("".join(lines))
+    return stamp
+
+
+def test_a_stamp_is_read_as_it_was_written(tmp_path):
+    stamp = put(tmp_path, "a.md", NEW)
+    text = (tmp_path / "a.md").read_text()
+    assert read_stamp(text, "a.md") == stamp
+    assert stamp.caption() == (
+        f"Weights {NEW}, 2026-01-02, 6 participants and 3 label maps: `{COMMAND}`"
+    )
+    with pytest.raises(UsageError, match=r"a\.md: expected a first line"):
+        read_stamp("| PSNR |\n", "a.md")
+    with pytest.raises(UsageError, match=r"a\.md: expected a first line"):
+        read_stamp(stamp.line().replace('"day"', '"week"'), "a.md")
+
+
+def test_a_command_has_names_in_place_of_paths():
+    words = [
+        "/data/my brains/",
+        "../out",
+        "--prior=/home/me/new.safetensors",
+        "--labels",
+        "/l/maps",
+    ]
+    words += ["--spacing", "5", "--tables-only", "--tables", "/src/docs"]
+    assert shown_command(words) == (
+        "brainprior evaluate 'my brains' out --prior=new.safetensors --labels maps --spacing 5 "
+        "--tables docs"
+    )
+
+
+@pytest.mark.parametrize(
+    ("weights", "older", "expected"),
+    [
+        (NEW, {}, ""),
+        (OLD, {"a.md": OLD}, ""),
+        (OLD, {}, f"a.md: made with weights {OLD}, but the shipped weights are {NEW}. "
+         f"Remake it with `{COMMAND}`, or list it in older.toml."),
+        (OLD, {"a.md": "0" * 12}, f"but older.toml lists {'0' * 12}"),
+        (NEW, {"a.md": OLD}, "Correct or remove its line"),
+        (NEW, {"a.md": NEW}, "Correct or remove its line"),
+        (NEW, {"b.md": OLD}, "older.toml lists b.md, but there is no such table."),
+    ],
+)  # fmt: skip
+def test_a_table_is_of_the_shipped_weights_or_listed(tmp_path, weights, older, expected):
+    put(tmp_path, "a.md", weights, older)
+    problems = check_tables(tmp_path, NEW)
+    assert len(problems) == bool(expected)
+    assert expected in "".join(problems)
+
+
+def test_a_table_written_by_hand_is_refused(tmp_path):
+    (tmp_path / "a.md").write_text("| PSNR |\n")
+    (problem,) = check_tables(tmp_path, NEW)
+    assert problem.startswith("a.md: expected a first line")
+
+
+def test_the_page_says_that_a_table_is_of_older_weights(tmp_path):
+    stamp = put(tmp_path, "a.md", OLD)
+    text = (tmp_path / "a.md").read_text()
+    assert with_note(text, OLD) == text
+    lines = with_note(text, NEW).splitlines()
+    assert lines[0] == stamp.line()
+    assert lines[2] == f"**Older weights** ({OLD}; the shipped weights are {NEW})."
+    assert lines[4] == stamp.caption()
