@@ -27,7 +27,7 @@ from brainprior_bids.bids.derivatives import bids_uri, resampled, structures_tab
 from brainprior_bids.bids.files import read_json, to_json
 from brainprior_bids.bids.fingerprint import code_version
 from brainprior_bids.bids.names import BIDSName, names_in_space, output_names, result_name
-from brainprior_bids.bids.provenance import sha256_file
+from brainprior_bids.bids.provenance import file_provenance, sha256_file
 from brainprior_bids.records import ContrastRecord, ScanRecord
 from brainprior_bids.settings import FILLED, MODALITIES, OTHER_MODALITIES, TASKS, Settings
 
@@ -195,8 +195,11 @@ class Alignment:
             which.title, *(nib.load(self.output_dir / files[role]) for role in roles)
         )
 
-    def stage(self, staging: Path, motion: ContrastMotion) -> list[str]:
-        """Write everything below ``staging``; the paths, relative."""
+    def stage(self, staging: Path, motion: ContrastMotion, activity: str) -> list[str]:
+        """Write everything below ``staging``; the paths, relative.
+
+        The sidecars name the alignment by its identifier, ``activity``.
+        """
         forward, back = self.pair.transforms
         (staging / forward).parent.mkdir(parents=True)
         matrix = motion.to_reference
@@ -208,11 +211,17 @@ class Alignment:
             ((self.pair.other, self.pair.reference), (self.pair.reference, self.pair.other)),
             strict=True,
         ):
-            staged.append(self._describe(staging, path, source, target, motion))
-        return staged + self._stage_images(staging, matrix)
+            staged.append(self._describe(staging, path, source, target, motion, activity))
+        return staged + self._stage_images(staging, matrix, activity)
 
     def _describe(
-        self, staging: Path, path: str, source: Result, target: Result, motion: ContrastMotion
+        self,
+        staging: Path,
+        path: str,
+        source: Result,
+        target: Result,
+        motion: ContrastMotion,
+        activity: str,
     ) -> str:
         """Write the JSON beside a transform; its path."""
         files = [result.files(1, save_samples=False)["restored"] for result in (source, target)]
@@ -222,12 +231,15 @@ class Alignment:
             "Sources": [bids_uri(file) for file in files],
             "SharedShareOfSmallerBrain": round(motion.shared, 4),
             "ShareWithSameLabel": round(motion.alike, 4),
+            **file_provenance(activity, sha256_file(staging / path)),
         }
         side = path.removesuffix(".txt") + ".json"
         (staging / side).write_text(to_json(content), encoding="utf-8")
         return side
 
-    def _stage_images(self, staging: Path, matrix: NDArray[np.float64]) -> list[str]:
+    def _stage_images(
+        self, staging: Path, matrix: NDArray[np.float64], activity: str
+    ) -> list[str]:
         """Write the images, their JSON and the table on the reference's grid; their paths."""
         if not self.on_reference:
             return []
@@ -258,8 +270,10 @@ class Alignment:
             reference=bids_uri(reference),
         )
         for role, content in sides.items():
-            side = self.on_reference[role].removesuffix(".nii.gz") + ".json"
-            (staging / side).write_text(to_json(content), encoding="utf-8")
+            image = self.on_reference[role]
+            origin = file_provenance(activity, sha256_file(staging / image))
+            side = image.removesuffix(".nii.gz") + ".json"
+            (staging / side).write_text(to_json(content | origin), encoding="utf-8")
             staged.append(side)
         return staged
 

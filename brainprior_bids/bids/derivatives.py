@@ -156,15 +156,7 @@ def write_dataset_files(
         "Name": f"brainprior: restored images of {raw.get('Name', 'an unnamed data set')}",
         "BIDSVersion": BIDS_VERSION,
         "DatasetType": "derivative",
-        "GeneratedBy": [
-            {
-                "Name": "brainprior",
-                "Version": __version__,
-                "Description": "Posterior sampling of 1 mm brain images under a diffusion prior",
-                **({"CodeURL": url} if (url := code_url()) else {}),
-                **({"Container": image} if (image := container()) else {}),
-            }
-        ],
+        "GeneratedBy": [generated_by()],
         "DatasetLinks": links,
         "HowToAcknowledge": "Cite brainprior (CITATION.cff in its repository) and the raw data.",
     }
@@ -184,6 +176,17 @@ def write_dataset_files(
         "logs/status.tsv says which scans were done. The images are estimates under a prior:\n"
         "read the uncertainty map beside each (suffix uncertainty).\n",
     )
+
+
+def generated_by() -> dict[str, Any]:
+    """This program, as ``GeneratedBy`` of a data set describes it."""
+    return {
+        "Name": "brainprior",
+        "Version": __version__,
+        "Description": "Posterior sampling of 1 mm brain images under a diffusion prior",
+        **({"CodeURL": url} if (url := code_url()) else {}),
+        **({"Container": image} if (image := container()) else {}),
+    }
 
 
 def code_url() -> str | None:

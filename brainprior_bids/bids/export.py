@@ -21,12 +21,17 @@ from typing import Any
 
 from nibabel.affines import voxel_sizes
 
-from brainprior_bids import __version__
 from brainprior_bids.anatomy.nifti import open_image
-from brainprior_bids.bids.derivatives import BIDS_VERSION, INHERITED, bids_uri, check_output
+from brainprior_bids.bids.derivatives import (
+    BIDS_VERSION,
+    INHERITED,
+    bids_uri,
+    check_output,
+    generated_by,
+)
 from brainprior_bids.bids.files import decoded, read_json, to_json, write_json, write_text
 from brainprior_bids.bids.names import BIDSName, output_names
-from brainprior_bids.bids.provenance import CHECKSUM, sha256_file
+from brainprior_bids.bids.provenance import checksum, sha256_file
 from brainprior_bids.bids.query import Scan
 from brainprior_bids.engine.errors import InputError
 from brainprior_bids.records import ExportRecord
@@ -42,6 +47,8 @@ HEAD = (
     "matched in brightness, and interpolated where it is not brain"
 )
 DESCRIPTIONS = {"preproc": HEAD, "brain": "brain mask; the sidecar's Sources lead to what made it"}
+OWN_ORIGIN = ("GeneratedBy", "SidecarGeneratedBy", "Digest")
+"""Metadata on the provenance of the scan that do not apply to an image made from it."""
 
 
 def choose_t1w(scans: Sequence[Scan], *, per: str) -> set[str]:
@@ -102,7 +109,8 @@ def prepare(
     UsageError
         If one holds somebody else's data set, or cannot be written.
     """
-    maker = {"Name": "brainprior", "Version": __version__}
+    maker = generated_by()
+    licence = {"License": raw["License"]} if raw.get("License") else {}
     name, made = raw.get("Name", "an unnamed data set"), raw.get("GeneratedBy")
     for kind, root in exports.items():
         folder = Path(root)
@@ -113,6 +121,7 @@ def prepare(
                 "Name": f"brainprior: restored T1w of {name}, for fMRIPrep",
                 "BIDSVersion": BIDS_VERSION,
                 "DatasetType": "derivative",
+                **licence,
                 "GeneratedBy": [maker],
                 "SourceDatasets": [{"URL": bids_dir.as_uri()}],
                 "DatasetLinks": {"raw": bids_dir.as_uri(), "brainprior": output_dir.as_uri()},
@@ -185,7 +194,7 @@ def stage_fmriprep(
             "FeatherMillimetres": export.feather_mm,
             "Fingerprint": fingerprint,
         },
-        "mask": {"Type": "Brain", "Sources": [ours["mask"]]},
+        "mask": {"Description": "brain mask", "Type": "Brain", "Sources": [ours["mask"]]},
         "dseg": {"Description": "likeliest tissue", **tissue},
         **{
             t.lower(): {"Description": f"probability of {t}", **tissue}
@@ -196,7 +205,7 @@ def stage_fmriprep(
         target = staging / names[role]
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(image, target)
-        sides[role][CHECKSUM] = sha256_file(target)
+        sides[role] |= {"SpatialReference": source, "Checksum": checksum(sha256_file(target))}
     (staging / names["dseg_table"]).write_text(TISSUE_TABLE, encoding="utf-8")
     staged = [names["dseg_table"], *(names[role] for role in images)]
     for role, content in sides.items():
@@ -214,7 +223,7 @@ def stage_raw(
     target = staging / path
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(head, target)
-    changed = ("SliceThickness", "SpacingBetweenSlices", "SliceTiming")
+    changed = ("SliceThickness", "SpacingBetweenSlices", "SliceTiming", *OWN_ORIGIN)
     content = {
         **{key: value for key, value in scan.metadata.items() if key not in changed},
         "SliceThickness": 1.0,
@@ -222,7 +231,7 @@ def stage_raw(
         "OriginalFile": str(scan.relative),
         "OutsideGain": export.gain,
         "Fingerprint": fingerprint,
-        CHECKSUM: sha256_file(target),
+        "Checksum": checksum(sha256_file(target)),
     }
     side = path.removesuffix(".nii.gz") + ".json"
     (staging / side).write_text(to_json(content), encoding="utf-8")

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What made a result: hashes, settings, software, and the parameters that were really used.
 
-Files are named as in the draft of BIDS-Prov (BEP028): ``prov/prov-<label>_<record>.json`` with
-the records ``act`` (activities), ``ent`` (entities: files and their SHA-256), ``soft`` (software)
-and ``env`` (machine). A run writes ``soft`` and ``env`` once; each finished scan writes its own
-``act`` and ``ent``. ``data/schemas/<record>.schema.json`` says field by field what they hold.
+Files and fields are named as in the draft of BIDS-Prov (BEP028; docs/decisions/provenance.md
+states which version): ``prov/prov-<label>_<record>.json`` with the records ``act`` (activities),
+``io`` (files and their SHA-256), ``soft`` (software) and ``env`` (machine and packages), and
+``prov/provenance.tsv``, which describes every label. A run writes ``soft`` and ``env`` once; each
+finished scan writes its own ``act`` and ``io``, and the sidecar of every image names the activity
+that wrote the image. ``data/schemas/<record>.schema.json`` specifies every field.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import platform
 import re
 import shlex
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -26,7 +28,7 @@ from urllib.parse import unquote, urlsplit
 from brainprior_bids import __version__
 from brainprior_bids.anatomy.contrasts import ContrastMotion
 from brainprior_bids.bids.derivatives import bids_uri, container
-from brainprior_bids.bids.files import read_json, to_json, write_json
+from brainprior_bids.bids.files import read_json, to_json, write_json, write_text_at_last
 from brainprior_bids.bids.fingerprint import code_version
 from brainprior_bids.bids.names import result_name
 from brainprior_bids.bids.query import Scan
@@ -38,6 +40,12 @@ PACKAGES = (
     "safetensors", "matplotlib", "antspyx", "niworkflows", "nireports", "nilearn",
 )  # fmt: skip
 """Packages whose version can change a result."""
+
+SHA256 = "spdx:checksumAlgorithm_sha256"
+"""Name of the algorithm in the records."""
+
+FILES_RECORDS = ("io", "ent")
+"""Records that list files: their name now, and the name in earlier versions."""
 
 
 def new_run_uuid() -> str:
@@ -56,6 +64,37 @@ def label(*parts: str) -> str:
     return "".join(re.sub(r"[^a-zA-Z0-9]", "", part) for part in parts)
 
 
+def activity_id(kind: str, fingerprint: str) -> str:
+    """Identifier of an activity: ``restore`` or ``align``, and what decides its result.
+
+    It does not depend on the run, because sidecars contain it: the same command with the same
+    data writes the same sidecars.
+    """
+    return f"bids::prov#{kind}-{fingerprint[:12]}"
+
+
+def checksum(digest: str) -> list[dict[str, str]]:
+    """A SHA-256 as the records and sidecars contain it."""
+    return [{"ChecksumAlgorithm": SHA256, "ChecksumValue": digest}]
+
+
+def file_provenance(activity: str, digest: str) -> dict[str, Any]:
+    """What the sidecar of a file contains on its provenance."""
+    return {"GeneratedBy": [activity], "Checksum": checksum(digest)}
+
+
+def recorded_sha256(content: Mapping[str, Any]) -> str | None:
+    """The SHA-256 in a sidecar or in the entry of a file, None where it has none.
+
+    The earlier forms are ``Digest: {sha256: ...}`` in records and ``SHA256`` in sidecars.
+    """
+    for entry in content.get("Checksum", ()):
+        if entry["ChecksumAlgorithm"] == SHA256:
+            return str(entry["ChecksumValue"])
+    before = content.get("Digest", {}).get("sha256") or content.get("SHA256")
+    return None if before is None else str(before)
+
+
 def write_run(settings: Settings) -> list[Path]:
     """Write the run's software and environment records, and its settings."""
     run = label(settings.run_uuid)
@@ -66,8 +105,6 @@ def write_run(settings: Settings) -> list[Path]:
                 "Label": "brainprior",
                 "Version": __version__,
                 "CodeVersion": code_version(),
-                "Python": platform.python_version(),
-                "Packages": {name: _version(name) for name in PACKAGES},
             }
         ]
     }
@@ -77,6 +114,10 @@ def write_run(settings: Settings) -> list[Path]:
                 "Id": f"bids::prov#environment-{run}",
                 "Label": "machine",
                 "OperatingSystem": platform.platform(),
+                "Dependencies": {
+                    "python": platform.python_version(),
+                    **{name: _version(name) for name in PACKAGES},
+                },
                 "Architecture": platform.machine(),
                 "Processors": os.cpu_count(),
                 "Threads": settings.omp_nthreads,
@@ -144,13 +185,12 @@ def verify_records(output_dir: Path) -> Verified:
     """
     outputs: dict[str, str] = {}
     inputs: dict[str, str] = {}
-    for record in sorted((output_dir / "prov").glob("prov-*_ent.json")):  # names begin with time
-        for entity in read_json(record)["Entities"]:
-            digest = entity["Digest"]["sha256"]
-            if "GeneratedBy" in entity:
-                outputs[entity["AtLocation"]] = digest
-            elif re.match(BIDS_ADDRESS, entity["Id"]):
-                inputs[entity["Id"]] = digest
+    for entry in _recorded_files(output_dir):
+        digest = str(recorded_sha256(entry))
+        if "GeneratedBy" in entry:
+            outputs[entry["AtLocation"]] = digest
+        elif re.match(BIDS_ADDRESS, entry["Id"]):
+            inputs[entry["Id"]] = digest
     files = {path: (output_dir / path, digest) for path, digest in sorted(outputs.items())}
     roots = _linked(output_dir)
     away = []
@@ -169,16 +209,25 @@ def verify_records(output_dir: Path) -> Verified:
     return Verified(changes, len(outputs), len(inputs) - len(away), tuple(away))
 
 
+def _recorded_files(output_dir: Path) -> Iterator[dict[str, Any]]:
+    """The entries of all files in all records, older records first."""
+    folder = output_dir / "prov"
+    paths = [path for record in FILES_RECORDS for path in folder.glob(f"prov-*_{record}.json")]
+    for path in sorted(paths):  # names begin with the time
+        content = read_json(path)
+        yield from content.get("Files", content.get("Entities", ()))  # as it was named before
+
+
 def verify_export(root: Path) -> Verified:
-    """As ``verify_records``, for a data set of ``--export``: its sidecars hold the hashes."""
+    """As ``verify_records``, for a data set of ``--export``: its sidecars have the hashes."""
     changes = {}
     outputs = 0
     for side in sorted(root.glob("sub-*/**/*.json")):
-        digest = read_json(side).get(CHECKSUM)
-        if digest is None:
+        digest = None if side.is_symlink() else recorded_sha256(read_json(side))
+        if digest is None:  # a link is a file of the raw data
             continue
         outputs += 1
-        image = side.with_suffix(".nii.gz")
+        image = side.with_suffix(".txt" if side.stem.endswith("_xfm") else ".nii.gz")
         address = image.relative_to(root).as_posix()
         if not image.is_file():
             changes[address] = "missing"
@@ -186,9 +235,6 @@ def verify_export(root: Path) -> Verified:
             changes[address] = "changed"
     return Verified(changes, outputs, 0, ())
 
-
-CHECKSUM = "SHA256"
-"""Key of the sidecars of ``--export``, which has no provenance files of its own."""
 
 BIDS_ADDRESS = r"bids:([a-zA-Z0-9]+):(.+)"
 """A file in another data set: its name among the ``DatasetLinks``, its path."""
@@ -210,6 +256,7 @@ def scan_records(
     scan: Scan,
     *,
     run_uuid: str,
+    activity: str,
     command: list[str],
     settings: Mapping[str, Any],
     seed: int,
@@ -219,10 +266,12 @@ def scan_records(
     nodes: Sequence[NodeRecord],
     warnings: Sequence[str],
 ) -> dict[str, str]:
-    """File name -> text of one scan's activity and entity records.
+    """File name -> text of one scan's records of the activity and of its files.
 
     Parameters
     ----------
+    activity : str
+        Its identifier.
     outputs : (label, path from the output folder, SHA-256)
     steps : StepRecords
         What each node recorded.
@@ -231,7 +280,6 @@ def scan_records(
     """
     run = label(run_uuid)
     name = label(result_name(scan.name, TASKS[settings["task"]]))
-    activity = f"bids::prov#restore-{run}{name}"
     source = bids_uri(str(scan.relative), dataset="raw")
     given, networks = steps.every_file, steps.networks
     unit = steps.restore.unit
@@ -242,14 +290,14 @@ def scan_records(
                 "Id": activity,
                 "Label": f"restore {scan.name.stem}",
                 "Command": shlex.join(command),
-                "AssociatedWith": f"bids::prov#software-{run}",
+                "AssociatedWith": [f"bids::prov#software-{run}"],
                 "Used": [
                     source,
                     *(file.uri for file in given.values()),
                     *(_weights_id(kind, card) for kind, card in networks.items()),
                     f"bids::prov#environment-{run}",
                 ],
-                "StartedAtTime": starts[0] if starts else None,
+                **({"StartedAtTime": starts[0]} if starts else {}),
                 "EndedAtTime": datetime.now(UTC).isoformat(timespec="seconds"),
                 "RunUUID": run_uuid,
                 "Arguments": command,
@@ -269,41 +317,13 @@ def scan_records(
             }
         ]
     }
-    entities = [
-        {
-            "Id": source,
-            "Label": scan.relative.name,
-            "AtLocation": str(scan.relative),
-            "Digest": {"sha256": input_sha256},
-        }
+    files = [
+        *_scan_inputs(scan, input_sha256, steps),
+        *(_output(role, path, activity, digest) for role, path, digest in outputs),
     ]
-    for role, file in given.items():
-        entities.append(
-            {"Id": file.uri, "Label": role, "Digest": {"sha256": file.sha256}},
-        )
-    for kind, card in networks.items():
-        entities.append(
-            {
-                "Id": _weights_id(kind, card),
-                "Label": f"weights: {card.name}",
-                "License": card.licence,
-                "TrainingData": card.training_data,
-                "Digest": {"sha256": card.sha256},
-            }
-        )
-    for role, path, digest in outputs:
-        entities.append(
-            {
-                "Id": bids_uri(path),
-                "Label": role,
-                "AtLocation": path,
-                "GeneratedBy": activity,
-                "Digest": {"sha256": digest},
-            }
-        )
     return {
         f"prov-{run}{name}_act.json": to_json(act),
-        f"prov-{run}{name}_ent.json": to_json({"Entities": entities}),
+        f"prov-{run}{name}_io.json": to_json({"Files": files}),
     }
 
 
@@ -311,29 +331,31 @@ def contrast_records(
     title: str,
     settings: Settings,
     *,
+    activity: str,
     inputs: Mapping[str, str],
     outputs: Iterable[tuple[str, str]],
     motion: ContrastMotion,
 ) -> dict[str, str]:
-    """File name -> text of the activity and entity records of one contrast's alignment.
+    """File name -> text of the records of one contrast's alignment and of its files.
 
     Parameters
     ----------
     title : str
         What the contrast's result is called.
+    activity : str
+        Its identifier.
     inputs : path from the output folder -> SHA-256
     outputs : (path from the output folder, SHA-256)
     """
     run = label(settings.run_uuid)
     name = f"{label(title)}Contrast"
-    activity = f"bids::prov#align-{run}{name}"
     act = {
         "Activities": [
             {
                 "Id": activity,
                 "Label": f"align {title}",
                 "Command": shlex.join(settings.command),
-                "AssociatedWith": f"bids::prov#software-{run}",
+                "AssociatedWith": [f"bids::prov#software-{run}"],
                 "Used": [bids_uri(path) for path in inputs],
                 "EndedAtTime": datetime.now(UTC).isoformat(timespec="seconds"),
                 "RunUUID": settings.run_uuid,
@@ -343,24 +365,79 @@ def contrast_records(
             }
         ]
     }
-    entities = [
-        {
-            "Id": bids_uri(path),
-            "Label": PurePosixPath(path).name,
-            "AtLocation": path,
-            "GeneratedBy": activity,
-            "Digest": {"sha256": digest},
-        }
-        for path, digest in outputs
-    ]
+    files = [_output(PurePosixPath(path).name, path, activity, digest) for path, digest in outputs]
     return {
         f"prov-{run}{name}_act.json": to_json(act),
-        f"prov-{run}{name}_ent.json": to_json({"Entities": entities}),
+        f"prov-{run}{name}_io.json": to_json({"Files": files}),
+    }
+
+
+def write_provenance_table(output_dir: Path) -> None:
+    """Write ``prov/provenance.tsv``: what every label of the records stands for.
+
+    Made from the records that are there, so that several processes may share an output folder;
+    a record does not change, so the rows of an earlier table are kept.
+    """
+    folder = output_dir / "prov"
+    table = folder / "provenance.tsv"
+    names = sorted({path.name.partition("_")[0] for path in folder.glob("prov-*_*.json")})
+    if not names:
+        return
+    earlier = table.read_text(encoding="utf-8").splitlines() if table.is_file() else []
+    known = {line.partition("\t")[0]: line.partition("\t")[2] for line in earlier}
+    rows = [f"{name}\t{known.get(name) or _meaning(folder, name)}" for name in names]
+    write_text_at_last(table, "\n".join(["provenance_id\tdescription", *rows]) + "\n")
+
+
+def _meaning(folder: Path, name: str) -> str:
+    """What was recorded under a label, from the records themselves."""
+    activities, software = folder / f"{name}_act.json", folder / f"{name}_soft.json"
+    try:
+        if software.is_file():
+            version_of = read_json(software)["Software"][0]["Version"]
+            return f"software and environment of a run of brainprior {version_of}"
+        return str(read_json(activities)["Activities"][0]["Label"])
+    except (OSError, ValueError, LookupError):  # removed meanwhile, or not ours
+        return "n/a"
+
+
+def _scan_inputs(scan: Scan, input_sha256: str, steps: StepRecords) -> list[dict[str, Any]]:
+    """The entries of the files that a scan's result was made from, the scan first."""
+    files: list[dict[str, Any]] = [
+        {
+            "Id": bids_uri(str(scan.relative), dataset="raw"),
+            "Label": scan.relative.name,
+            "AtLocation": str(scan.relative),
+            "Checksum": checksum(input_sha256),
+        }
+    ]
+    for role, file in steps.every_file.items():
+        files.append({"Id": file.uri, "Label": role, "Checksum": checksum(str(file.sha256))})
+    for kind, card in steps.networks.items():
+        files.append(
+            {
+                "Id": _weights_id(kind, card),
+                "Label": f"weights: {card.name}",
+                "License": card.licence,
+                "TrainingData": card.training_data,
+                "Checksum": checksum(str(card.sha256)),
+            }
+        )
+    return files
+
+
+def _output(label: str, path: str, activity: str, digest: str) -> dict[str, Any]:
+    """The entry of a file that an activity wrote."""
+    return {
+        "Id": bids_uri(path),
+        "Label": label,
+        "AtLocation": path,
+        **file_provenance(activity, digest),
     }
 
 
 def _weights_id(kind: str, card: WeightsRecord) -> str:
-    return f"bids::prov#weights-{kind}-{str(card.sha256)[:12]}"
+    return f"bids::prov#entity-weights-{kind}-{str(card.sha256)[:12]}"
 
 
 def _version(package: str) -> str:

@@ -118,7 +118,7 @@ def check_dataset(bids_dir: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UsageError(
             f"{bids_dir} has no dataset_description.json, so it is not the root of a BIDS data "
-            'set. Give the root, or write the file: {"Name": "…", "BIDSVersion": "1.10.0"}.'
+            'set. Give the root, or write the file: {"Name": "…", "BIDSVersion": "1.11.1"}.'
         ) from None
     except OSError as error:
         raise UsageError(

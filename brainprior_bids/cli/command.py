@@ -132,7 +132,7 @@ def verify(argv: Sequence[str]) -> int:
     if not found.outputs:
         raise UsageError(
             f"{options.output_dir} has no provenance to verify: expected an output folder "
-            "(prov/*_ent.json), or a data set of --export."
+            "(prov/*_io.json), or a data set of --export."
         )
     for address, what in found.changes.items():
         print(f"{what}\t{address}")

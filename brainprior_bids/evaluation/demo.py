@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
+from brainprior_bids.bids.derivatives import BIDS_VERSION
 from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.engine.grids import Grid
 from brainprior_bids.evaluation.degrade import Recipe, degrade
@@ -248,7 +249,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 _DESCRIPTION: dict[str, Any] = {
     "Name": "brainprior demo: a thick-slice scan of an average brain in a synthetic head",
-    "BIDSVersion": "1.10.0",
+    "BIDSVersion": BIDS_VERSION,
     "DatasetType": "raw",
     "License": "ICBM152: Copyright (C) 1993-2009 Louis Collins, McConnell Brain Imaging Centre, "
     "Montreal Neurological Institute, McGill University; use, copy, modify and distribute freely "

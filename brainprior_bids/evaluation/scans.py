@@ -15,6 +15,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
+from brainprior_bids.bids.derivatives import BIDS_VERSION
 from brainprior_bids.engine.errors import BrainpriorError
 from brainprior_bids.engine.grids import Grid
 
@@ -47,7 +48,7 @@ def write_scan(
     """
     anat = bids_dir / name.partition("_")[0] / "anat"
     anat.mkdir(parents=True, exist_ok=True)
-    description = {"Name": dataset, "BIDSVersion": "1.10.0", "DatasetType": "raw"}
+    description = {"Name": dataset, "BIDSVersion": BIDS_VERSION, "DatasetType": "raw"}
     (bids_dir / "dataset_description.json").write_text(json.dumps(description), encoding="utf-8")
     (bids_dir / "README").write_text(f"{dataset}\n", encoding="utf-8")
     image = nib.Nifti1Image(np.asarray(volume.data, np.float32), np.array(volume.grid.affine))

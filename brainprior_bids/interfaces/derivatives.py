@@ -24,7 +24,12 @@ from brainprior_bids.bids.names import (
     result_name,
     sample_role,
 )
-from brainprior_bids.bids.provenance import scan_records, sha256_file
+from brainprior_bids.bids.provenance import (
+    activity_id,
+    file_provenance,
+    scan_records,
+    sha256_file,
+)
 from brainprior_bids.bids.query import Scan
 from brainprior_bids.bids.status import read_summary, summary_path, write_summary
 from brainprior_bids.interfaces.base import (
@@ -236,6 +241,7 @@ class Write(MeasuredInterface):
             records = scan_records(
                 scan,
                 run_uuid=inputs.run_uuid,
+                activity=activity_id("restore", inputs.fingerprint),
                 command=list(inputs.command),
                 settings=inputs.settings,
                 seed=inputs.seed,
@@ -333,9 +339,11 @@ class Write(MeasuredInterface):
                 table = structures_table(steps.parcellation, measures=own)
                 _write(staging / outputs[role], table)
         staged = list(outputs.values())
+        activity = activity_id("restore", inputs.fingerprint)
         for role, content in sidecars(scan, outputs, steps, image_desc=inputs.image_desc).items():
             path = outputs[role].removesuffix(".nii.gz") + ".json"
-            _write(staging / path, to_json(content))
+            origin = file_provenance(activity, sha256_file(staging / outputs[role]))
+            _write(staging / path, to_json(content | origin))
             staged.append(path)
         return staged, outputs
 

@@ -356,7 +356,7 @@ def _provenance(
         run = label(scan.run_uuid or "")
         shared = [f"prov/prov-{run}_soft.json", f"prov/prov-{run}_env.json"]
         paths += [path for path in shared if (output_dir / path).is_file()]
-        packages |= _packages(output_dir / shared[0])
+        packages |= _packages(output_dir, run)
         nodes = [
             {
                 "name": node.node or MISSING,
@@ -379,11 +379,18 @@ def _activity(output_dir: Path, scan: ScanRecord) -> Mapping[str, Any]:
     return {}
 
 
-def _packages(path: Path) -> dict[str, str]:
-    if not path.is_file():
+def _packages(output_dir: Path, run: str) -> dict[str, str]:
+    """Name -> version of the software below brainprior, in the records of a run."""
+    environment = output_dir / "prov" / f"prov-{run}_env.json"
+    software = environment.with_name(f"prov-{run}_soft.json")
+    if environment.is_file():
+        (first, *_) = read_json(environment).get("Environments") or [{}]
+        if "Dependencies" in first:
+            return dict(first["Dependencies"])
+    if not software.is_file():
         return {}
-    software = read_json(path).get("Software") or [{}]
-    return {"Python": str(software[0].get("Python")), **(software[0].get("Packages") or {})}
+    (first, *_) = read_json(software).get("Software") or [{}]  # in the earlier form
+    return {"python": str(first.get("Python")), **(first.get("Packages") or {})}
 
 
 def _card(weights: WeightsRecord) -> str:

@@ -16,7 +16,13 @@ from brainprior_bids.bids.contrasts import (
     result_of,
 )
 from brainprior_bids.bids.files import publish, temporary_folder, write_json
-from brainprior_bids.bids.provenance import contrast_records, run_path, sha256_file, write_run
+from brainprior_bids.bids.provenance import (
+    activity_id,
+    contrast_records,
+    run_path,
+    sha256_file,
+    write_run,
+)
 from brainprior_bids.engine.errors import InputError, RecordError
 from brainprior_bids.records import ContrastRecord, ScanRecord, matrix_rows
 from brainprior_bids.run.logs import LOG
@@ -69,10 +75,16 @@ def _align(pair: Pair, summary: ScanRecord, settings: Settings) -> None:
         return
     with temporary_folder("contrast", settings.output_dir) as name:
         staging = Path(name)
-        staged = alignment.stage(staging, motion)
+        activity = activity_id("align", fingerprint)
+        staged = alignment.stage(staging, motion, activity)
         outputs = [(path, sha256_file(staging / path)) for path in staged]
         records = contrast_records(
-            pair.other.title, settings, inputs=inputs, outputs=outputs, motion=motion
+            pair.other.title,
+            settings,
+            activity=activity,
+            inputs=inputs,
+            outputs=outputs,
+            motion=motion,
         )
         if not run_path(settings).is_file():  # no scan was restored in this run
             write_run(settings)

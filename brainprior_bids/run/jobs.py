@@ -177,7 +177,7 @@ def _check_lengths(scan: Scan, settings: Settings) -> None:
     result = result_name(scan.name, settings.image)
     longest = max(
         max(map(len, names.values())) + len("rec-brainprior_"),
-        len(f"prov-{label(settings.run_uuid, result)}_ent.json"),
+        len(f"prov-{label(settings.run_uuid, result)}_act.json"),
         len(f"{scan.name.node_name}_wf"),
     )
     if longest > MAX_BYTES:

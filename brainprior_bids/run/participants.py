@@ -14,7 +14,7 @@ from brainprior_bids.bids.claims import Claims
 from brainprior_bids.bids.derivatives import write_dataset_files
 from brainprior_bids.bids.files import readable
 from brainprior_bids.bids.names import result_name
-from brainprior_bids.bids.provenance import write_run
+from brainprior_bids.bids.provenance import write_provenance_table, write_run
 from brainprior_bids.bids.qc import rebuild_qc
 from brainprior_bids.bids.query import (
     Scan,
@@ -99,6 +99,7 @@ def _restore(
         export.describe_raw(Path(settings.exports["raw"]), settings.bids_dir)
     status.rebuild_status(settings.output_dir)
     rebuild_qc(settings.output_dir)
+    write_provenance_table(settings.output_dir)
     reports_made = write_documents({scan.subject for scan in scans}, settings)
     code = _conclude(scans, settings, claims.refused)
     code = code or (0 if reports_made and linked else 1)

@@ -21,6 +21,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from brainprior_bids import __version__
+from brainprior_bids.bids.provenance import recorded_sha256
 from brainprior_bids.bids.validate import find_validator, validate
 from brainprior_bids.engine.grids import MNI305
 from brainprior_bids.engine.restore import RIM_MM
@@ -222,7 +224,7 @@ def schema(record):
     return jsonschema.Draft202012Validator(content)
 
 
-@pytest.mark.parametrize("record", ["act", "ent", "soft", "env"])
+@pytest.mark.parametrize("record", ["act", "io", "soft", "env"])
 def test_provenance_is_as_its_schema_says(ended, record):
     files = list((ended[1] / "prov").glob(f"prov-*_{record}.json"))
     assert len(files) == 1  # of the run, or of the one scan that was done
@@ -241,14 +243,26 @@ def test_provenance_is_as_its_schema_says(ended, record):
 
 def test_every_file_has_its_hash_in_the_provenance(ended):
     _, output_dir, _ = ended
-    (record,) = (output_dir / "prov").glob("prov-*_ent.json")
-    entities = json.loads(record.read_text())["Entities"]
-    written = {e["AtLocation"]: e["Digest"]["sha256"] for e in entities if "GeneratedBy" in e}
+    (record,) = (output_dir / "prov").glob("prov-*_io.json")
+    files = json.loads(record.read_text())["Files"]
+    written = {f["AtLocation"]: recorded_sha256(f) for f in files if "GeneratedBy" in f}
     anat = digests(output_dir / "sub-01" / "anat")
     assert written == {f"sub-01/anat/{name}": digest for name, digest in anat.items()}
-    others = [e["Label"] for e in entities if "GeneratedBy" not in e]
+    others = [f["Label"] for f in files if "GeneratedBy" not in f]
     assert others[0] == "sub-01_T1w.nii.gz"
     assert [label.split(":")[0] for label in others[1:]] == ["weights", "weights"]
+
+
+def test_every_label_of_the_records_is_described_once(ended):
+    folder = ended[1] / "prov"
+    header, *lines = (folder / "provenance.tsv").read_text().splitlines()
+    assert header == "provenance_id\tdescription"
+    rows = [line.split("\t") for line in lines]
+    labels = {path.name.partition("_")[0] for path in folder.glob("*.json")}
+    assert [name for name, _ in rows] == sorted(labels)
+    run, scan = (meaning for _, meaning in rows)
+    assert run == f"software and environment of a run of brainprior {__version__}"
+    assert scan == "restore sub-01_T1w"
 
 
 @pytest.mark.skipif(find_validator() is None, reason="bids-validator-deno is not installed")

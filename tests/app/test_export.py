@@ -15,6 +15,7 @@ from bids.layout import BIDSLayout, Query
 from brainprior_bids.anatomy.pasteback import FEATHER_MM, paste_back
 from brainprior_bids.anatomy.tissues import tissue_labels, tissue_probabilities
 from brainprior_bids.bids import export
+from brainprior_bids.bids.derivatives import generated_by
 from brainprior_bids.bids.query import find_scans
 from brainprior_bids.bids.validate import find_validator, validate
 from brainprior_bids.cli.parser import parse_settings
@@ -316,6 +317,11 @@ def test_smripreps_own_workflow_has_nothing_left_to_do(raw, tmp_path, monkeypatc
 def test_an_export_says_where_it_comes_from_and_can_be_verified(
     raw, tmp_path, monkeypatch, capsys
 ):
+    of_raw = {"ChecksumAlgorithm": "spdx:checksumAlgorithm_sha256", "ChecksumValue": "0"}
+    origin = json.dumps({"GeneratedBy": ["bids::prov#conversion-0"], "Checksum": [of_raw]})
+    (raw / "sub-02/func").mkdir()
+    (raw / "sub-02/func/sub-02_task-rest_bold.json").write_text(origin)  # linked, not checked
+    (raw / "sub-02/anat/sub-02_run-1_T1w.json").write_text(origin)
     for kind, root in deliver(raw, tmp_path, monkeypatch, labels=("02",)).items():
         assert main(["verify", str(root)]) == 0
         checked = {"fmriprep": 6, "raw": 2}[kind]
@@ -323,6 +329,12 @@ def test_an_export_says_where_it_comes_from_and_can_be_verified(
             f"{checked} output(s) and 0 input(s) checked, 0 changed or missing"
             in capsys.readouterr().out
         )
+        side = next(root.rglob("anat/*.json"))
+        content = json.loads(side.read_text())
+        (entry,) = content.pop("Checksum")
+        side.write_text(json.dumps(content | {"SHA256": entry["ChecksumValue"]}))
+        assert main(["verify", str(root)]) == 0  # in the earlier form
+        assert f"{checked} output(s)" in capsys.readouterr().out
         image, *others = sorted(root.rglob("anat/*.nii.gz"))
         image.write_bytes(image.read_bytes() + b"x")
         others[0].unlink()
@@ -331,10 +343,19 @@ def test_an_export_says_where_it_comes_from_and_can_be_verified(
             f"changed\t{image.relative_to(root)}",
             f"missing\t{others[0].relative_to(root)}",
         ]
+    scan = "sub-02/anat/sub-02_run-1"
+    anat = tmp_path / "out-raw/sub-02/anat"
+    assert "GeneratedBy" not in json.loads(
+        (anat / "sub-02_rec-brainprior_run-1_T1w.json").read_text()
+    )
     anat = tmp_path / "out-fmriprep/sub-02/anat"
+    for side in anat.glob("*.json"):
+        content = json.loads(side.read_text())
+        assert content["Description"], side.name
+        assert content["SpatialReference"] == f"bids:raw:{scan}_T1w.nii.gz", side.name
     description = json.loads((tmp_path / "out-fmriprep/dataset_description.json").read_text())
     assert description["DatasetLinks"]["brainprior"] == (tmp_path / "out").as_uri()
-    scan = "sub-02/anat/sub-02_run-1"
+    assert description["GeneratedBy"] == [generated_by()]
     sources = json.loads((anat / "sub-02_desc-preproc_T1w.json").read_text())["Sources"]
     assert sources == [
         f"bids:raw:{scan}_T1w.nii.gz",

@@ -17,7 +17,7 @@ from brainprior_bids.bids.derivatives import sidecars, structures_table
 from brainprior_bids.bids.fingerprint import decisive, fingerprint
 from brainprior_bids.bids.given import find_given
 from brainprior_bids.bids.names import BIDSName, output_names
-from brainprior_bids.bids.provenance import scan_records, sha256_file
+from brainprior_bids.bids.provenance import recorded_sha256, scan_records, sha256_file
 from brainprior_bids.bids.query import Scan
 from brainprior_bids.bids.refined import name_after_images
 from brainprior_bids.cli.run import main
@@ -188,14 +188,13 @@ def test_a_given_mask_and_labels_are_used_and_recorded(settings, tmp_path):
     assert {row["index"] for row in facts["table"]} >= {10, 49, 16, 12, 51}
 
     records = scan_records(
-        scan(), run_uuid="r", command=[], settings={"task": "restore"}, seed=0,
+        scan(), run_uuid="r", activity="bids::prov#restore-0", command=[],
+        settings={"task": "restore"}, seed=0,
         input_sha256="0", outputs={}, steps=StepRecords.from_json({"parcellation": facts}),
         nodes=[], warnings=[],
     )  # fmt: skip
-    (entities,) = (json.loads(t)["Entities"] for n, t in records.items() if "_ent" in n)
-    assert {e["Id"]: e["Digest"]["sha256"] for e in entities}[uri] == sha256_file(
-        given["mask"].path
-    )
+    (files,) = (json.loads(t)["Files"] for n, t in records.items() if "_io" in n)
+    assert {f["Id"]: recorded_sha256(f) for f in files}[uri] == sha256_file(given["mask"].path)
     (activity,) = (json.loads(t)["Activities"][0] for n, t in records.items() if "_act" in n)
     assert uri in activity["Used"]
 

@@ -30,7 +30,7 @@ from brainprior_bids.bids.files import (
     write_json,
     write_text,
 )
-from brainprior_bids.bids.provenance import verify_records
+from brainprior_bids.bids.provenance import verify_records, write_provenance_table
 from brainprior_bids.bids.status import read_summaries, rebuild_status, settle, write_summary
 from brainprior_bids.cli.run import main
 from brainprior_bids.engine.errors import is_full
@@ -198,24 +198,44 @@ def test_files_are_published_all_or_none(tmp_path):
     assert [p.name for p in target.iterdir()] == ["c"]
 
 
-def test_verify_finds_what_changed_and_what_is_gone(tmp_path, capsys):
-    entities = []
+def write_files_record(folder, name, files, *, old):
+    """A record of files, as it is written, or in the form of versions before.
+
+    Parameters
+    ----------
+    files : address -> SHA-256
+        Those of this data set (``bids::``) were written by an activity.
+    """
+    entries = []
+    for address, digest in files.items():
+        entry = {"Id": address, "Label": address}
+        if address.startswith("bids::") and "#" not in address:
+            entry["AtLocation"] = address.removeprefix("bids::")
+            entry["GeneratedBy"] = "bids::prov#a-1" if old else ["bids::prov#a-1"]
+        algorithm = "spdx:checksumAlgorithm_sha256"
+        if old:
+            entry["Digest"] = {"sha256": digest}
+        else:
+            entry["Checksum"] = [{"ChecksumAlgorithm": algorithm, "ChecksumValue": digest}]
+        entries.append(entry)
+    key, record = ("Entities", "ent") if old else ("Files", "io")
+    write_json(folder / "prov" / f"prov-{name}_{record}.json", {key: entries})
+
+
+@pytest.mark.parametrize(("old", "newer_old"), [(False, False), (True, True), (True, False)])
+def test_verify_finds_what_changed_and_what_is_gone(tmp_path, capsys, old, newer_old):
+    recorded = {}
     for name in ("kept", "changed", "gone"):
         (tmp_path / name).write_text(name)
-        digest = hashlib.sha256(name.encode()).hexdigest()
-        entities.append(
-            {"AtLocation": name, "GeneratedBy": "bids::prov#a", "Digest": {"sha256": digest}}
-        )
-        entities[-1]["Id"] = f"bids::{name}"
+        recorded[f"bids::{name}"] = hashlib.sha256(name.encode()).hexdigest()
     raw = tmp_path / "raw data"
     raw.mkdir()
     (raw / "scan").write_text("scan")
-    digest = hashlib.sha256(b"scan").hexdigest()
-    entities += [
-        {"Id": f"bids:{where}:scan", "Digest": {"sha256": digest}} for where in ("raw", "away")
-    ]
-    entities.append({"Id": "bids::prov#weights-prior-0", "Digest": {"sha256": "0"}})  # no file
-    write_json(tmp_path / "prov" / "prov-1_ent.json", {"Entities": entities})
+    recorded |= {
+        f"bids:{where}:scan": hashlib.sha256(b"scan").hexdigest() for where in ("raw", "away")
+    }
+    recorded["bids::prov#entity-weights-prior-0"] = "0"  # no file
+    write_files_record(tmp_path, "1", recorded, old=old)
     links = {"raw": raw.as_uri(), "away": (tmp_path / "gone away").as_uri()}
     write_json(tmp_path / "dataset_description.json", {"DatasetLinks": links})
     assert main(["verify", str(tmp_path)]) == 0
@@ -229,13 +249,60 @@ def test_verify_finds_what_changed_and_what_is_gone(tmp_path, capsys):
     out = capsys.readouterr().out.splitlines()
     assert out[:3] == ["changed\tchanged", "missing\tgone", "changed\tbids:raw:scan"]
     # a newer record of the same scan counts
-    newer = hashlib.sha256(b"other").hexdigest()
-    write_json(
-        tmp_path / "prov" / "prov-2_ent.json",
-        {"Entities": [{**entities[1], "Digest": {"sha256": newer}}]},
-    )
+    newer = {"bids::changed": hashlib.sha256(b"other").hexdigest()}
+    write_files_record(tmp_path, "2", newer, old=newer_old)
     assert verify_records(tmp_path).changes == {"gone": "missing", "bids:raw:scan": "changed"}
     assert main(["verify", str(tmp_path / "prov")]) == 2
+
+
+def test_a_record_in_the_earlier_form_is_verified(tmp_path):
+    """Field by field as it was written before the names of the draft changed."""
+    digest = hashlib.sha256(b"image").hexdigest()
+    text = """
+    {"Entities": [
+      {"Id": "bids:raw:sub-01/anat/sub-01_T1w.nii.gz", "Label": "sub-01_T1w.nii.gz",
+       "AtLocation": "sub-01/anat/sub-01_T1w.nii.gz", "Digest": {"sha256": "DIGEST"}},
+      {"Id": "bids::prov#weights-prior-0123456789ab", "Label": "weights: w", "License": null,
+       "TrainingData": null, "Digest": {"sha256": "DIGEST"}},
+      {"Id": "bids::sub-01_desc-restored_T1w.nii.gz", "Label": "restored",
+       "AtLocation": "sub-01_desc-restored_T1w.nii.gz",
+       "GeneratedBy": "bids::prov#restore-20260101000000abcsub01T1w",
+       "Digest": {"sha256": "DIGEST"}}
+    ]}
+    """
+    record = tmp_path / "prov" / "prov-20260101000000abcsub01T1w_ent.json"
+    record.parent.mkdir()
+    record.write_text(text.replace("DIGEST", digest))
+    image = tmp_path / "sub-01_desc-restored_T1w.nii.gz"
+    image.write_bytes(b"image")
+    found = verify_records(tmp_path)
+    assert (found.changes, found.outputs, found.inputs) == ({}, 1, 0)
+    assert found.out_of_reach == ("bids:raw:sub-01/anat/sub-01_T1w.nii.gz",)
+    image.write_bytes(b"other")
+    assert verify_records(tmp_path).changes == {image.name: "changed"}
+
+
+def test_the_table_of_records_keeps_its_rows_and_forgets_what_is_gone(tmp_path):
+    write_provenance_table(tmp_path)  # there is no record: no table
+    assert not (tmp_path / "prov").exists()
+    act = tmp_path / "prov" / "prov-1sub01T1w_act.json"
+    write_json(act, {"Activities": [{"Label": "restore sub-01_T1w"}]})
+    write_files_record(tmp_path, "0sub02T1w", {}, old=True)  # its activities are gone
+    write_provenance_table(tmp_path)
+    table = tmp_path / "prov" / "provenance.tsv"
+    assert table.read_text().splitlines() == [
+        "provenance_id\tdescription",
+        "prov-0sub02T1w\tn/a",
+        "prov-1sub01T1w\trestore sub-01_T1w",
+    ]
+    write_json(tmp_path / "prov" / "prov-2_soft.json", {"Software": [{"Version": "9.8"}]})
+    (tmp_path / "prov" / "prov-0sub02T1w_ent.json").unlink()
+    act.write_text("{}")  # not read again
+    write_provenance_table(tmp_path)
+    assert table.read_text().splitlines()[1:] == [
+        "prov-1sub01T1w\trestore sub-01_T1w",
+        "prov-2\tsoftware and environment of a run of brainprior 9.8",
+    ]
 
 
 def test_what_a_killed_run_left_is_removed_and_nothing_else(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
@@ -16,7 +17,7 @@ from scipy.spatial.transform import Rotation
 
 from brainprior_bids.anatomy.conform import conform
 from brainprior_bids.bids.derivatives import check_output, write_dataset_files
-from brainprior_bids.bids.provenance import sha256_file
+from brainprior_bids.bids.provenance import recorded_sha256, sha256_file
 from brainprior_bids.bids.qc import concerns, metrics
 from brainprior_bids.bids.status import read_summaries, read_summary
 from brainprior_bids.bids.validate import find_validator, validate, validate_scans
@@ -229,7 +230,7 @@ def test_a_finished_scan_leaves_the_documented_files(files, raw, output_dir, tmp
             "descriptions.tsv",
             "logs/scans/sub-01_ses-a_FLAIR.json",
             f"{run_label}_act.json",
-            f"{run_label}_ent.json",
+            f"{run_label}_io.json",
             f"{anat}_from-FLAIR_to-MNI305_mode-image_xfm.txt",
             f"{anat}_from-MNI305_to-FLAIR_mode-image_xfm.txt",
             f"{anat}_space-FLAIR_desc-structures_dseg.tsv",
@@ -605,25 +606,49 @@ def test_the_whole_head_on_the_scans_own_voxels(files, raw, prior, output_dir, t
 
 def test_the_records_hold_the_hashes_of_what_is_there(files, raw, output_dir, tmp_path):
     run(writer(files, raw, output_dir), tmp_path / "w")
-    (path,) = (output_dir / "prov").glob("*_ent.json")
-    entities = json.loads(path.read_text())["Entities"]
-    source = entities[0]
-    outputs = [entity for entity in entities if "GeneratedBy" in entity]
-    assert source["Digest"]["sha256"] == sha256_file(raw / source["AtLocation"])
-    assert len({entity["Label"] for entity in outputs} - {"sidecar"}) == 17
-    assert {entity["AtLocation"] for entity in outputs} == {
+    (path,) = (output_dir / "prov").glob("*_io.json")
+    recorded = json.loads(path.read_text())["Files"]
+    source = recorded[0]
+    outputs = [file for file in recorded if "GeneratedBy" in file]
+    assert recorded_sha256(source) == sha256_file(raw / source["AtLocation"])
+    assert len({file["Label"] for file in outputs} - {"sidecar"}) == 17
+    assert {file["AtLocation"] for file in outputs} == {
         str(path.relative_to(output_dir)) for path in output_dir.glob("sub-01/**/anat/*")
     }
-    for entity in outputs:
-        assert entity["Digest"]["sha256"] == sha256_file(output_dir / entity["AtLocation"])
+    for file in outputs:
+        assert recorded_sha256(file) == sha256_file(output_dir / file["AtLocation"])
     (path,) = (output_dir / "prov").glob("*_act.json")
     (activity,) = json.loads(path.read_text())["Activities"]
+    assert {name for file in outputs for name in file["GeneratedBy"]} == {activity["Id"]}
+    described = {file["Id"] for file in recorded} - {file["Id"] for file in outputs}
+    assert set(activity["Used"]) - described == {"bids::prov#environment-20260101000000abc"}
     assert activity["ScanSeed"] == 3
     assert activity["Restore"]["sampler"] == "exact"
     assert len(activity["Restore"]["residual_ratios"]) == 2
     assert activity["Restore"]["prior"]["name"] == "untrained"
     assert [node["node"] for node in activity["Nodes"]] == ["Conform", "Restore", "ToMNI305"]
     assert all(node["peak_memory_gb"] > 0.05 for node in activity["Nodes"])
+
+
+def test_sidecars_have_hash_and_origin_of_their_images_in_any_run(
+    files, raw, output_dir, tmp_path
+):
+    run(writer(files, raw, output_dir), tmp_path / "w")
+    anat = output_dir / "sub-01" / "ses-a" / "anat"
+    before = {path.name: path.read_bytes() for path in anat.glob("*.json")}
+    assert len(before) == 13
+    for name in before:
+        side = json.loads(before[name])
+        assert side["GeneratedBy"] == ["bids::prov#restore-ffffffffffff"]
+        (entry,) = side["Checksum"]
+        assert entry["ChecksumAlgorithm"] == "spdx:checksumAlgorithm_sha256"
+        image = anat / name.replace(".json", ".nii.gz")
+        assert entry["ChecksumValue"] == hashlib.sha256(image.read_bytes()).hexdigest()
+    run(writer(files, raw, output_dir, run_uuid="20260102-000000_def"), tmp_path / "w2")
+    assert {path.name: path.read_bytes() for path in anat.glob("*.json")} == before
+    run(writer(files, raw, output_dir, fingerprint="e" * 64), tmp_path / "w3")
+    side = json.loads((anat / "sub-01_ses-a_desc-restored_FLAIR.json").read_text())
+    assert side["GeneratedBy"] == ["bids::prov#restore-eeeeeeeeeeee"]
 
 
 @pytest.mark.skipif(find_validator() is None, reason="bids-validator-deno is not installed")

@@ -452,7 +452,8 @@ def test_a_subject_without_scans_gets_a_page(tmp_path):
     assert "No scan of this participant was restored." in text
 
 
-def test_provenance_is_read_from_the_records(tmp_path):
+@pytest.mark.parametrize("old", [False, True])
+def test_provenance_is_read_from_the_records(tmp_path, old):
     scan = "sub-01_T1w"
     run = "20260102030405abcd"
     act, soft = f"prov/prov-{run}sub01T1w_act.json", f"prov/prov-{run}_soft.json"
@@ -461,17 +462,30 @@ def test_provenance_is_read_from_the_records(tmp_path):
         tmp_path / act,
         {"Activities": [{"Arguments": command, "Settings": {"random_seed": 5}}]},
     )
-    write_json(
-        tmp_path / soft, {"Software": [{"Python": "3.11.7", "Packages": {"torch": "2.13.0"}}]}
-    )
+    env = soft.replace("soft", "env")
+    packages = {"torch": "2.13.0"}
+    if old:  # in the earlier form
+        write_json(tmp_path / soft, {"Software": [{"Python": "3.11.7", "Packages": packages}]})
+        write_json(tmp_path / env, {"Environments": [{"Label": "machine"}]})
+    else:
+        packages["python"] = "3.11.7"
+        write_json(tmp_path / soft, {"Software": [{"Label": "brainprior"}]})
+        write_json(tmp_path / env, {"Environments": [{"Dependencies": packages}]})
     store(tmp_path, summary(scan, outputs=[act]))
     page = read(build_subject_report(tmp_path, "01"))
     (section,) = page.xpath("//section[@id='Provenance']")
     text = section.text_content()
-    for expected in (" ".join(command), "9.8.7", "cd" * 32, str(2**62 + 11), "torch 2.13.0"):
+    for expected in (
+        " ".join(command),
+        "9.8.7",
+        "cd" * 32,
+        str(2**62 + 11),
+        "python 3.11.7",
+        "torch 2.13.0",
+    ):
         assert expected in text
     links = {a for e, a in linked(section) if e.tag == "a"}
-    assert links == {f"./{act}", f"./{soft}"}
+    assert links == {f"./{act}", f"./{soft}", f"./{env}"}
 
 
 def test_methods_name_what_ran(tmp_path):

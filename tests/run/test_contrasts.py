@@ -20,7 +20,7 @@ from scipy.spatial.transform import Rotation
 from brainprior_bids.anatomy.spaces import Kind, move
 from brainprior_bids.bids.contrasts import Result, pairs
 from brainprior_bids.bids.names import BIDSName
-from brainprior_bids.bids.provenance import verify_records
+from brainprior_bids.bids.provenance import recorded_sha256, sha256_file, verify_records
 from brainprior_bids.bids.status import write_summary
 from brainprior_bids.engine.grids import Grid
 from brainprior_bids.records import RestoreRecord, ScanRecord, ScanStatus, StepRecords
@@ -57,7 +57,7 @@ def write_result(root: Path, suffix: str, seed: int, matrix=None) -> None:
         if matrix is not None:
             image = move(image, GRID, matrix, kind=kind)
         nib.save(image, root / f"{stem}.nii.gz")
-        side = {"Description": stem, "SkullStripped": True, "volume_mm3": {}}
+        side = {"Description": stem, "SkullStripped": True, "volume_mm3": {}, "GeneratedBy": ["x"]}
         (root / f"{stem}.json").write_text(json.dumps(side))
     table = f"{ANAT}{space}_desc-structures_dseg.tsv"
     (root / table).write_text("index\tname\n")
@@ -133,15 +133,20 @@ def test_its_records_fit_their_schema_and_are_verified(settings):
     assert (found.changes, found.outputs) == ({}, 11)
     (root / BACK).write_text("")
     assert verify_records(root).changes == {BACK: "changed"}
-    for record in ("act", "ent"):
+    for record in ("act", "io", "soft", "env"):
         text = resources.files("brainprior_bids") / "data" / "schemas" / f"{record}.schema.json"
         check = jsonschema.Draft202012Validator(json.loads(text.read_text()))
         (path,) = (root / "prov").glob(f"*_{record}.json")
         content = json.loads(path.read_text())
         assert not list(check.iter_errors(content))
         if record == "act":
+            activity = content["Activities"][0]["Id"]
             del content["Activities"][0]["ToReference"]
             assert list(check.iter_errors(content))
+    for path in (FORWARD, f"{ANAT}_space-T1w_desc-brainT2w_mask.nii.gz"):
+        side = json.loads((root / f"{path.partition('.')[0]}.json").read_text())
+        assert side["GeneratedBy"] == [activity]
+        assert recorded_sha256(side) == sha256_file(root / path)
 
 
 def test_it_is_done_once_and_again_if_an_image_changed(settings):
@@ -155,7 +160,7 @@ def test_it_is_done_once_and_again_if_an_image_changed(settings):
     plain = replace(settings, output_spaces=("anat",), run_uuid=RUN.replace("0101", "0102"))
     align_contrasts({"01"}, plain)
     assert not [path for path in left(root) if "space-T1w" in path]
-    assert len(list((root / "prov").glob("*_ent.json"))) == 1
+    assert len(list((root / "prov").glob("*_io.json"))) == 1
     write_result(root, "T2w", 1)
     align_contrasts({"01"}, plain)
     record = json.loads((root / "logs/contrasts/sub-01_T2w.json").read_text())
@@ -171,7 +176,7 @@ def test_a_contrast_that_cannot_be_registered_is_named_and_leaves_nothing(settin
     (line,) = [r.getMessage() for r in told.records if r.levelno == logging.WARNING]
     assert line.startswith("sub-01_T2w could not be registered to sub-01_T1w: ")
     assert not left(root)
-    assert not list((root / "prov").glob("*_ent.json"))
+    assert not list((root / "prov").glob("*_io.json"))
     align_contrasts({"01"}, settings)  # the warning is repeated
     assert [r.getMessage() for r in told.records].count(line) == 2
 
