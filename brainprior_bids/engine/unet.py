@@ -126,8 +126,9 @@ class SpreadOutput(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """(n, c, i, j, k), (n, e) -> (n, 8, i, j, k)."""
-        h: Tensor = self.conv2(F.silu(self.conv1(modulated(x, self.film(embedding)))))
-        return h + self.level(embedding)[:, :, None, None, None]
+        h = self.conv2(F.silu(self.conv1(modulated(x, self.film(embedding)))))
+        result: Tensor = h + self.level(embedding)[:, :, None, None, None]
+        return result
 
 
 class UNet(nn.Module):
