@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from brainprior_bids.engine.stacks import Stack
 from brainprior_bids.engine.unet import CONTRASTS
 from brainprior_bids.training.crops import TABLE, intensity_curve, matrix_points
 from brainprior_bids.training.preprocess import Brain
-from brainprior_bids.training.stacks import profile, sampled_profile
+from brainprior_bids.training.stacks import draw_stack, profile, sampled_profile
 
 SIGMAS = (0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 3.0, 10.0, 40.0)
 BINS = 40
@@ -94,60 +95,71 @@ def gains(
     return table
 
 
-def one_calls(
-    prior: Prior,
-    images: Sequence[tuple[NDArray[np.float32], NDArray[np.float64]]],
-    contrast: str,
-    spacings: Sequence[float],
-) -> Iterator[tuple[float, Tensor, Tensor | None]]:
-    """(spacing, error, predicted SD) of ``E[x | y]`` inside central 96³ crops, each (n,).
+@dataclass(frozen=True, eq=False)
+class Crop:
+    """The central 96³ voxels of a brain: image (i, j, k), MNI305 mm (3, i, j, k), brain."""
 
-    y: axial slices, a profile of steep flanks as wide as the spacing, noise 0.01; the prior is
-    given the trapezoid that the engine assumes. One network call, at a noise that hides x_t.
+    image: Tensor
+    coordinates: Tensor
+    inside: Tensor
+
+
+def central_crop(image: NDArray[np.float32], matrix: NDArray[np.float64]) -> Crop:
+    """See ``Crop``; ``matrix`` is voxel to MNI305 mm."""
+    start = [max((size - 96) // 2, 0) for size in image.shape]
+    shift = np.eye(4)
+    shift[:3, 3] = start
+    crop = torch.from_numpy(image[tuple(slice(s, s + 96) for s in start)].copy())
+    place = torch.from_numpy(matrix @ shift).float()[None]
+    inside = torch.from_numpy(ndimage.binary_fill_holes(crop.numpy() > 0))
+    return Crop(crop, matrix_points(place, crop.shape)[0], inside)
+
+
+def one_call(
+    prior: Prior, crop: Crop, contrast: str, stack: Stack, noise: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """(n,) error of ``E[x | y]`` inside the brain, and its predicted SD.
+
+    One network call, at a noise level that hides x_t.
     """
-    for image, matrix in images:
-        start = [max((size - 96) // 2, 0) for size in image.shape]
-        shift = np.eye(4)
-        shift[:3, 3] = start
-        crop = torch.from_numpy(image[tuple(slice(s, s + 96) for s in start)].copy())
-        place = torch.from_numpy(matrix @ shift).float()[None]
-        coordinates = matrix_points(place, crop.shape)[0]
-        inside = torch.from_numpy(ndimage.binary_fill_holes(crop.numpy() > 0))
-        generator = torch.Generator().manual_seed(11)
-        noise = torch.randn(crop.shape, generator=generator)
-        for spacing in spacings:
-            centres = torch.arange(spacing / 2, crop.shape[2], spacing, dtype=torch.float64)
-            true = sampled_profile(profile(2, spacing), centres, crop.shape[2]).float()
-            y = crop @ true.T
-            y = y + 0.01 * torch.randn(y.shape, generator=generator)
-            known = sampled_profile(trapezoid_profile(spacing), centres, crop.shape[2])
-            mean, sd = prior.estimate(
-                (crop + 100 * noise)[None, None],
-                100.0,
-                coordinates=coordinates,
-                contrast=contrast,
-                measured=Stack(y, known, 2, 0.01),
-            )
-            yield spacing, (mean[0, 0] - crop)[inside], None if sd is None else sd[0, 0][inside]
-
-
-SPACINGS = (3.0, 5.0, 7.0)
-"""Of the slices on which one call is judged, mm."""
+    mean, sd = prior.estimate(
+        (crop.image + 100 * noise)[None, None],
+        100.0,
+        coordinates=crop.coordinates,
+        contrast=contrast,
+        measured=stack,
+    )
+    inside = crop.inside
+    return (mean[0, 0] - crop.image)[inside], None if sd is None else sd[0, 0][inside]
 
 
 def stack_errors(
     prior: Prior,
     brains: Sequence[Brain],
-    spacings: Sequence[float] = SPACINGS,
+    spacings: Sequence[float] = (3.0, 5.0, 7.0),
     limit: int = 2,
 ) -> dict[str, dict[str, float]]:
-    """PSNR in dB of ``E[x | y]``, per contrast and slice spacing; see ``one_calls``."""
+    """PSNR in dB of ``E[x | y]``, per contrast and slice spacing.
+
+    y: axial slices, a profile of steep flanks as wide as the spacing, noise 0.01; the prior is
+    given the trapezoid that the engine assumes.
+    """
     table: dict[str, dict[str, float]] = {}
     for contrast in CONTRASTS:
         images = examples(brains, contrast, limit)
         sums = dict.fromkeys(spacings, 0.0)
-        for spacing, error, _ in one_calls(prior, images, contrast, spacings):
-            sums[spacing] += float(error.square().mean()) / len(images)
+        for image, matrix in images:
+            crop = central_crop(image, matrix)
+            size = crop.image.shape[2]
+            generator = torch.Generator().manual_seed(11)
+            noise = torch.randn(crop.image.shape, generator=generator)
+            for spacing in spacings:
+                centres = torch.arange(spacing / 2, size, spacing, dtype=torch.float64)
+                y = crop.image @ sampled_profile(profile(2, spacing), centres, size).float().T
+                y = y + 0.01 * torch.randn(y.shape, generator=generator)
+                known = sampled_profile(trapezoid_profile(spacing), centres, size)
+                error, _ = one_call(prior, crop, contrast, Stack(y, known, 2, 0.01), noise)
+                sums[spacing] += float(error.square().mean()) / len(images)
         if images:
             table[contrast] = {
                 f"{spacing:g}": round(-10 * float(np.log10(value)), 3)
@@ -157,25 +169,25 @@ def stack_errors(
 
 
 def spread_errors(
-    prior: Prior,
-    brains: Sequence[Brain],
-    spacings: Sequence[float] = SPACINGS,
-    limit: int = 4,
+    prior: Prior, brains: Sequence[Brain], limit: int = 4, draws: int = 6
 ) -> dict[str, tuple[float, list[float]]]:
     """RMS error over the RMS of the predicted SD: of each contrast, in all and by decile of SD.
 
-    All spacings count alike. 1 is right; below 1 the SD is too large. Empty where the prior does
-    not predict it.
+    Of ``E[x | y]`` with stacks as in training (``draw_stack``: any spacing and axis, a profile
+    that is not quite the stated one). 1 is right; below 1 the SD is too large. Empty where the
+    prior does not predict it.
     """
     table = {}
     for contrast in CONTRASTS if prior.predicts_spread else ():
-        rows = [
-            torch.stack((error.square(), sd.square()), 1)
-            for _, error, sd in one_calls(
-                prior, examples(brains, contrast, limit), contrast, spacings
-            )
-            if sd is not None
-        ]
+        rows = []
+        for image, matrix in examples(brains, contrast, limit):
+            crop, generator = central_crop(image, matrix), torch.Generator().manual_seed(11)
+            noise = torch.randn(crop.image.shape, generator=generator)
+            for _ in range(draws):
+                stack = draw_stack(crop.image, generator)
+                error, sd = one_call(prior, crop, contrast, stack, noise)
+                assert sd is not None
+                rows.append(torch.stack((error.square(), sd.square()), 1))
         if rows:
             every = torch.cat(rows).double()
             parts = every[every[:, 1].argsort()].tensor_split(10)
