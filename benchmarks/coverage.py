@@ -206,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--crop", type=int, nargs="*", default=[80, 96, 80], help="none: whole")
     parser.add_argument("--region", type=int, default=8, help="edge of the cubes, mm")
     parser.add_argument("--n-samples", type=int, default=8)
-    parser.add_argument("--n-steps", type=int, default=20)
+    parser.add_argument("--n-steps", type=int, help="default: the sampler's own")
     parser.add_argument("--prior", type=Path, help="weights; default: embedded")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
