@@ -35,9 +35,11 @@ from brainprior_bids.engine.weights import load_prior
 from brainprior_bids.evaluation.metrics import compare, crps
 from brainprior_bids.training.preprocess import UNIT, mni305_brain, prepare
 
+CALLS = 20
+"""Of `conditional` and `exact`, so that they are compared at equal work."""
 SETTINGS: dict[str, tuple[str, DapsSettings]] = {
-    "conditional, 20 calls": ("conditional", DAPS_1K),
-    "exact, 20 calls": ("exact", DAPS_1K),
+    f"conditional, {CALLS} calls": ("conditional", DAPS_1K),
+    f"exact, {CALLS} calls": ("exact", DAPS_1K),
     "DAPS 50 x 20": ("daps", DAPS_50),
     "DAPS-1k (200 x 5)": ("daps", DAPS_1K),
 }
@@ -88,6 +90,7 @@ def thick_scan(
         "to_mni305": to_mni305,
         "contrast": "T1w",
         "n_samples": args.n_samples,
+        "n_steps": CALLS,
         "seed": args.seed,
         "nuisances": Nuisances(thickness_sd=0.0),  # the profile is known here, to DAPS as well
     }
