@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 
@@ -120,19 +122,23 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
     print(busy_now())
 
 
+@cache
+def _predicts_spread(prior: Path | None) -> bool:
+    from brainprior_bids.engine.weights import FOLDER, read_weights
+
+    _, facts = read_weights(prior or FOLDER / "prior.safetensors", kind="prior")
+    return bool(facts["config"].get("spread"))
+
+
 def uncertainty_from(settings: Settings, n_runs: int) -> str | None:
     """Where a scan's uncertainty map will be from: the ``prior``, ``samples``, or nowhere.
 
     A scan that the default sampler turns out not to fit has that of its samples.
     """
-    from brainprior_bids.engine.weights import FOLDER, read_weights
-
     sampler = registry.find(settings.sampler)
     alone = n_runs < 2 and not settings.refines and not settings.fills_scan
-    if sampler.given_data and alone:
-        path = settings.prior or FOLDER / "prior.safetensors"
-        if read_weights(path, kind="prior")[1]["config"].get("spread"):
-            return "prior"
+    if sampler.given_data and alone and _predicts_spread(settings.prior):
+        return "prior"
     return "samples" if settings.n_samples > 1 else None
 
 
