@@ -69,3 +69,19 @@ def test_it_says_how_busy_the_machine_is(monkeypatch, load, words):
 
 def test_a_short_time_has_a_decimal():
     assert [plan.minutes(s) for s in (90, 599, 1200)] == ["1.5 min", "10.0 min", "20 min"]
+
+
+@pytest.mark.parametrize(
+    ("given", "n_runs", "expected"),
+    [
+        ({}, 0, "prior"),
+        ({"sampler": "mean", "n_samples": 1}, 0, "prior"),
+        ({}, 2, "samples"),  # fused: the network did not learn it
+        ({"task": "restore+refine"}, 0, "samples"),
+        ({"task": "inpaint"}, 0, "samples"),
+        ({"sampler": "exact"}, 0, "samples"),
+        ({"sampler": "exact", "n_samples": 1}, 0, None),
+    ],
+)
+def test_where_the_uncertainty_will_be_from(settings, given, n_runs, expected):
+    assert plan.uncertainty_from(replace(settings, **given), n_runs) == expected
