@@ -8,14 +8,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from calls import restore_one
+from gaussian import BAND_SD, gaussian_prior
+from test_restore import GAIN, phantom
 
 from brainprior_bids.engine.denoiser import ErrorSpectrum, Precondition, Prior
 from brainprior_bids.engine.stacks import Stack
 from brainprior_bids.engine.unet import UNet, from_bands, from_blocks
 from brainprior_bids.training.prior import spread_loss
-from tests.engine.calls import restore_one
-from tests.engine.gaussian import BAND_SD, gaussian_prior
-from tests.engine.test_restore import GAIN, phantom
 
 SHAPE = (16, 16, 24)
 PHANTOM_SD = torch.tensor([1.0, 0.2, 0.2, 0.06, 0.2, 0.06, 0.06, 0.04])
