@@ -466,6 +466,31 @@ class AffineRecord(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TemplateRecord(Record):
+    """The registration to one template; see ``anatomy.normalise``."""
+
+    space: str
+    address: str | None
+    """Of the image that defines the space."""
+    image_sha256: str | None
+    mask_sha256: str | None
+    metric: str | None
+    """Of the nonlinear stage."""
+    program: str | None
+    agreement: float | None
+    """Dice of the two brain masks after the registration."""
+    agreement_affine: float | None
+    """The same with the affine to MNI305 alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TemplatesRecord(Record):
+    """``templates.json``: every template that a scan was registered to."""
+
+    templates: tuple[TemplateRecord, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunRecord(Record):
     """One run of a fused image, the reference included.
 
@@ -718,6 +743,7 @@ class StepRecords(Record):
     """None for another tool's image that was refined alone."""
     tissues: TissuesRecord | None = field(default=None, metadata=OMIT)
     """None where they could not be computed, and for a scan that was inpainted alone."""
+    templates: tuple[TemplateRecord, ...] = field(default=(), metadata=OMIT)
     given: Mapping[str, FileRecord] = field(default_factory=dict, metadata=OMIT)
     seed: int | None = field(default=None, metadata=OMIT)
 

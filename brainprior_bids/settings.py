@@ -31,7 +31,9 @@ MODALITIES = ("T1w", "T2w", "FLAIR")
 OTHER_MODALITIES = ("PDw", "T2starw")
 """Contrasts that the prior was not trained on; only where they are asked for."""
 FUSE = ("runs",)
-SPACES = ("anat", "T1w", "MNI305")
+TEMPLATE_SPACES = ("MNI152NLin2009cAsym", "MNI152NLin6Asym")
+"""Standard spaces by a nonlinear registration to TemplateFlow's template of 1 mm."""
+SPACES = ("anat", "T1w", "MNI305", *TEMPLATE_SPACES)
 DEFAULT_SPACES = ("anat", "MNI305")
 EXPORT_PER = ("subject", "session")
 LEVELS = ("participant", "group")
@@ -91,7 +93,8 @@ class Settings:
     field_strength_t : float or None
         Overrides the sidecars.
     output_spaces : tuple of str
-        Of ``anat`` (the scan's own), ``T1w`` (other contrasts on the T1w's grid) and ``MNI305``.
+        Of ``anat`` (the scan's own), ``T1w`` (other contrasts on the T1w's grid), ``MNI305`` and
+        ``TEMPLATE_SPACES``.
     output_grid : str
         ``native`` writes the whole head on the scan's own voxels as well.
     skull_strip, parcellation : str
@@ -212,6 +215,11 @@ class Settings:
     def uses_scan(self) -> bool:
         """False where another tool's image replaces the scan: ``refine`` alone."""
         return self.task != "refine"
+
+    @property
+    def template_spaces(self) -> tuple[str, ...]:
+        """Of ``output_spaces``, those that need a template."""
+        return tuple(space for space in TEMPLATE_SPACES if space in self.output_spaces)
 
     @property
     def trust_sd(self) -> float | None:

@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 NOT_IMPORTED = {
     "bids-validator-deno": "a program, started by bids/validate.py",
-    "templateflow": "anatomy/rescue.py reads its folder of templates",
+    "templateflow": "anatomy/templates.py reads its folder",
     "niworkflows": "the self-test loads it; the tests query our exports through it",
     "nitransforms": "the tests read our transforms with it, and so does the tutorial",
 }

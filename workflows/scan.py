@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from nipype.pipeline import engine as pe
 
 from brainprior_bids.anatomy.conform import LARGEST_VIEW_MM
 from brainprior_bids.anatomy.nifti import open_image
+from brainprior_bids.anatomy.templates import find_template
 from brainprior_bids.bids.derivatives import bids_uri
 from brainprior_bids.bids.export import parents
 from brainprior_bids.bids.given import Given
@@ -26,6 +27,7 @@ from brainprior_bids.interfaces.export import Deliver, Export
 from brainprior_bids.interfaces.fuse import Align
 from brainprior_bids.interfaces.lesion import Lesion
 from brainprior_bids.interfaces.restore import Restore
+from brainprior_bids.interfaces.templates import ToTemplates
 from brainprior_bids.settings import LOW_MEMORY_TILE_MM, Settings
 
 MEMORY_GB = {
@@ -37,6 +39,7 @@ MEMORY_GB = {
     "affine": 0.6,
     "restore": 3.0,
     "mni305": 0.8,
+    "templates": 1.5,
     "export": 1.5,
     "deliver": 0.6,
     "reportlets": 0.8,
@@ -54,6 +57,8 @@ SAMPLE_GB = 0.15
 NODES = tuple(MEMORY_GB)
 EXPORT_NODES = ("export", "deliver")
 """Nodes that only scans with an export have."""
+REGISTRATION_S = 270.0
+"""Seconds of one core for each template (benchmarks/standard_space.py)."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,8 @@ class Job:
         The runs that are fused with the scan, each with the mask and labels of its own.
     parts : name -> value or SHA-256
         What the fingerprint was made from.
+    templates : tuple of str
+        Standard spaces whose template the scan itself is registered to.
     """
 
     scan: Scan
@@ -84,11 +91,14 @@ class Job:
     exports: tuple[str, ...] = ()
     others: Sequence[tuple[Scan, Mapping[str, Given]]] = ()
     parts: Mapping[str, str] = field(default_factory=dict)
+    templates: tuple[str, ...] = ()
 
 
 def claims_gb(settings: Settings, field_of_view_l: float = 0.0) -> dict[str, float]:
     """Node -> GiB reserved for it in this run, for a field of view of a head or larger."""
     claims = dict(MEMORY_GB)
+    if not settings.template_spaces:
+        del claims["templates"]
     if settings.low_mem:
         claims["restore"] = RESTORE_IN_TILES_GB
     for name, (least, a_litre) in WIDE_GB.items():
@@ -121,6 +131,11 @@ def expected_work(settings: Settings) -> dict[str, float]:
         "affine": 1.0,
         "restore": 4.0 * calls,
         "mni305": 2.0,
+        **(
+            {"templates": REGISTRATION_S * len(settings.template_spaces)}
+            if settings.template_spaces
+            else {}
+        ),
         **({"export": 4.0, "deliver": 1.0} if settings.exports else {}),
         "reportlets": 8.0,
         "write": 4.0,
@@ -135,11 +150,12 @@ def log_dir(settings: Settings, subject: str) -> Path:
 def init_scan_wf(
     *, job: Job, settings: Settings, prior: Path, parcellation: Path, name: str
 ) -> pe.Workflow:
-    """conform → parcellate → n4 → affine → restore → mni305 → reportlets → write.
+    """conform → parcellate → n4 → affine → restore → mni305 → templates → reportlets → write.
 
     With a lesion mask, ``lesion`` comes before n4: what it hides is excluded from n4, align and
     restore. With other runs, ``align`` comes after n4. Another tool's image alone needs no n4.
-    Where the job has exports: restore → export → deliver, before write.
+    Where the job has exports: restore → export → deliver, before write. ``templates`` is there
+    only where the job has some.
 
     Parameters
     ----------
@@ -253,6 +269,9 @@ def init_scan_wf(
             threads=threads,
         )
     mni305 = node(ToMNI305(), "mni305")
+    templates = None
+    if job.templates:
+        templates = _templates_node(node, job, settings, threads)
     reportlets = node(
         Reportlets(name=scan.name.stem, image_desc=settings.image, viewer=settings.viewer),
         "reportlets",
@@ -280,7 +299,7 @@ def init_scan_wf(
         ),
         "write",
     )
-    records = pe.Node(Merge(11), name="records", run_without_submitting=True)
+    records = pe.Node(Merge(12), name="records", run_without_submitting=True)
 
     workflow = pe.Workflow(name=name)
     # fmt: off
@@ -353,6 +372,19 @@ def init_scan_wf(
             (lesion, write, [("hidden", "hidden"), ("lesion_json", "lesion_json")]),
             (lesion, records, [("record", "in8")]),
         ])
+    if templates is not None:
+        workflow.connect([
+            (restore, templates, [("restored", "in_file")]),
+            (affine, templates, [("affine_json", "affine_json")]),
+            (parcellate, templates, [("structures", "structures")]),
+            (align or parcellate, templates, [("mask", "mask")]),
+            *([] if settings.fills_scan else [
+                (restore, templates, [("uncertainty", "uncertainty"), ("samples", "samples")]),
+            ]),
+            (templates, write, [("files", "template_files"), ("roles", "template_roles"),
+                                ("templates_json", "templates_json")]),
+            (templates, records, [("record", "in12")]),
+        ])
     if align is not None:
         workflow.connect([
             (conform, align, [("out_file", "in_file"), ("conform_json", "conform_json")]),
@@ -394,6 +426,21 @@ def init_scan_wf(
     ])
     # fmt: on
     return workflow
+
+
+def _templates_node(
+    node: Callable[..., pe.Node], job: Job, settings: Settings, threads: int
+) -> pe.Node:
+    """The registration of the restored brain to the job's templates."""
+    found = [find_template(space) for space in job.templates]
+    interface = ToTemplates(
+        contrast=job.scan.name.suffix,
+        spaces=list(job.templates),
+        images=[str(template.image) for template in found],
+        masks=[str(template.mask) for template in found],
+        brain_only=settings.fills_scan,
+    )
+    return node(interface, "templates", threads=threads)
 
 
 def _of_others(others: Sequence[tuple[Scan, Mapping[str, Given]]]) -> dict[str, dict[str, str]]:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +29,7 @@ from brainprior_bids.anatomy.affine import (
     fit_affine,
     judge_affine,
 )
+from brainprior_bids.anatomy.templates import is_fetched, templateflow_home
 from brainprior_bids.engine.errors import AnatomyError
 from brainprior_bids.records import AffineMethod
 
@@ -41,18 +43,13 @@ FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])
 TEMPLATE = "tpl-MNI305/tpl-MNI305_T1w.nii.gz"
 TEMPLATE_MASK = "tpl-MNI305/tpl-MNI305_desc-brain_mask.nii.gz"
 WORK_MM = 3.0
+SEED = "1"
 
 
 def template_folder() -> Path | None:
     """TemplateFlow's folder if it holds MNI305 with its brain mask, else None; no network."""
-    home = os.environ.get("TEMPLATEFLOW_HOME")
-    folder = Path(home) if home else Path(os.path.expanduser("~/.cache/templateflow"))
-    # TemplateFlow's skeleton has empty files in place of what was not fetched
-    there = all(
-        (folder / name).is_file() and (folder / name).stat().st_size > 0
-        for name in (TEMPLATE, TEMPLATE_MASK)
-    )
-    return folder if there else None
+    folder = templateflow_home()
+    return folder if all(is_fetched(folder / n) for n in (TEMPLATE, TEMPLATE_MASK)) else None
 
 
 def find_affine(
@@ -150,24 +147,54 @@ def register_to_template(
     )
     moving = to_ants(image.get_fdata(dtype=np.float32) * (inside > 0.5), image.affine)
     small = ants.resample_image(fixed, (WORK_MM,) * 3)
-    with tempfile.TemporaryDirectory() as folder:
-        options: dict[str, Any] = {}
-        if start is not None:
-            write_transform(Path(folder) / "start.mat", start)
-            options["initial_transform"] = str(Path(folder) / "start.mat")
-        result = ants.registration(
-            fixed=small,
-            moving=moving,
-            type_of_transform="Affine",
-            aff_iterations=(200, 100, 50),
-            aff_shrink_factors=(4, 2, 1),
-            aff_smoothing_sigmas=(2, 1, 0),
-            aff_random_sampling_rate=0.5,
-            random_seed=1,
-            outprefix=f"{folder}/",
-            **options,
-        )
-        return transform_matrix(result["fwdtransforms"][0])
+    with tempfile.TemporaryDirectory() as folder, fixed_seed():
+        return transform_matrix(register_affine(small, moving, start=start, folder=Path(folder)))
+
+
+def register_affine(
+    fixed: ants.ANTsImage, moving: ants.ANTsImage, *, start: Matrix | None, folder: Path
+) -> str:
+    """Path of an ants affine file in ``folder``: affine registration by mutual information.
+
+    Parameters
+    ----------
+    fixed, moving : ants image
+        Of brains, 0 outside.
+    start : (4, 4) array, optional
+        Moving RAS mm to fixed RAS mm, from which it starts; default: the centres of mass.
+    """
+    import ants
+
+    options: dict[str, Any] = {}
+    if start is not None:
+        write_transform(folder / "start.mat", start)
+        options["initial_transform"] = str(folder / "start.mat")
+    result = ants.registration(
+        fixed=fixed,
+        moving=moving,
+        type_of_transform="Affine",
+        aff_iterations=(200, 100, 50),
+        aff_shrink_factors=(4, 2, 1),
+        aff_smoothing_sigmas=(2, 1, 0),
+        aff_random_sampling_rate=0.5,
+        outprefix=f"{folder}/",
+        **options,
+    )
+    return str(result["fwdtransforms"][0])
+
+
+@contextmanager
+def fixed_seed() -> Iterator[None]:
+    """ANTs draws the voxels of mutual information at random: within this, always the same ones."""
+    before = os.environ.get("ANTS_RANDOM_SEED")
+    os.environ["ANTS_RANDOM_SEED"] = SEED
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["ANTS_RANDOM_SEED"]
+        else:
+            os.environ["ANTS_RANDOM_SEED"] = before
 
 
 def to_ants(data: NDArray[np.floating], affine: NDArray[np.float64]) -> ants.ANTsImage:

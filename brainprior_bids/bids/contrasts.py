@@ -3,8 +3,10 @@
 
 A session's reference is its T1w, or the first contrast that it has. Every result of another
 contrast gets a rigid transform to it and back, and with ``--output-spaces T1w`` its images on the
-T1w's grid. All is made from finished results in the output folder, after the scans: a contrast
-that cannot be registered takes nothing from them.
+T1w's grid. The T1w's transform to a template takes the other contrasts there too; a contrast is
+registered to a template itself only where its session has no T1w. All is made from finished
+results in the output folder, after the scans: a contrast that cannot be registered takes nothing
+from them.
 """
 
 from __future__ import annotations
@@ -12,24 +14,38 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import nibabel as nib
 import numpy as np
-from numpy.typing import NDArray
 
 from brainprior_bids.anatomy.contrasts import ContrastMotion, RestoredContrast
+from brainprior_bids.anatomy.normalise import resample_through
 from brainprior_bids.anatomy.spaces import Kind, move, write_itk_affine
+from brainprior_bids.anatomy.templates import find_template
 from brainprior_bids.bids.derivatives import bids_uri, resampled, structures_table
 from brainprior_bids.bids.files import read_json, to_json
 from brainprior_bids.bids.fingerprint import code_version
-from brainprior_bids.bids.names import BIDSName, names_in_space, output_names, result_name
+from brainprior_bids.bids.names import (
+    BIDSName,
+    names_in_space,
+    output_names,
+    result_name,
+    transform_roles,
+)
 from brainprior_bids.bids.provenance import file_provenance, sha256_file
 from brainprior_bids.records import ContrastRecord, ScanRecord
-from brainprior_bids.settings import FILLED, MODALITIES, OTHER_MODALITIES, TASKS, Settings
+from brainprior_bids.settings import (
+    FILLED,
+    MODALITIES,
+    OTHER_MODALITIES,
+    TASKS,
+    Settings,
+)
 
 ORDER = (*MODALITIES, *OTHER_MODALITIES)
 """Of contrasts: the first that a session has is its reference."""
@@ -72,6 +88,11 @@ class Result:
         )
         return {role: f"{self.name.folder}/anat/{file}" for role, file in names.items()}
 
+    def to_template(self, space: str) -> str:
+        """Path of the transform to a template, from the output folder."""
+        names = output_names(self.name, n_samples=1, image=self.image, spaces=(space,))
+        return f"{self.name.folder}/anat/{names[transform_roles(space)[0]]}"
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -106,6 +127,13 @@ class Pair:
         names = names_in_space(self.other.name, own, space, image=self.other.image)
         return {role: f"{self.other.name.folder}/anat/{file}" for role, file in names.items()}
 
+    def on_template(self, own: Mapping[str, str], space: str) -> dict[str, str]:
+        """Role -> path of what is written on a template's grid; arguments as ``on_reference``."""
+        if self.reference.name.suffix != "T1w":
+            return {}
+        names = names_in_space(self.other.name, own, space, image=self.other.image)
+        return {role: f"{self.other.name.folder}/anat/{file}" for role, file in names.items()}
+
 
 def pairs(results: Sequence[Result]) -> Iterator[Pair]:
     """Every result of another contrast than its session's reference, with that reference.
@@ -134,6 +162,31 @@ def result_of(summary: ScanRecord) -> Result:
     return Result(own, image, summary.facts.conform.acquisition.thickness_mm or 0.0)
 
 
+def through_t1w(
+    names: Sequence[BIDSName], summaries: Iterable[ScanRecord], settings: Settings
+) -> set[str]:
+    """Stems of the scans that reach the templates through a T1w of their session.
+
+    Parameters
+    ----------
+    names : sequence of BIDSName
+        Of the scans of this run.
+    summaries : iterable of ScanRecord
+        Of earlier runs: a finished T1w counts if it has a transform to every template.
+    """
+    if not settings.template_spaces:
+        return set()
+    results = [Result(name, settings.image) for name in names]
+    for summary in summaries:
+        if summary.finished and summary.task == settings.task:
+            result = result_of(summary)
+            paths = {result.to_template(space) for space in settings.template_spaces}
+            if result.name.suffix == "T1w" and paths <= set(summary.outputs):
+                results.append(result)
+    found = pairs(list({result.title: result for result in results}.values()))
+    return {pair.other.name.stem for pair in found if pair.reference.name.suffix == "T1w"}
+
+
 def record_path(output_dir: Path, pair: Pair) -> Path:
     """Where the record of a contrast's alignment lies."""
     return output_dir / "logs" / "contrasts" / f"{pair.other.title}.json"
@@ -151,6 +204,8 @@ class Alignment:
         The contrast's files in its own space, as they are there.
     on_reference : role -> path
         What is to be written on the reference's grid.
+    on_templates : space -> role -> path
+        What is to be written on templates' grids, through the reference's transform.
     summary : ScanRecord
         Of the contrast.
     """
@@ -159,6 +214,7 @@ class Alignment:
     output_dir: Path
     own: Mapping[str, str]
     on_reference: Mapping[str, str]
+    on_templates: Mapping[str, Mapping[str, str]]
     summary: ScanRecord
 
     @classmethod
@@ -169,7 +225,14 @@ class Alignment:
         )
         own = {role: path for role, path in own.items() if path in summary.outputs}
         on_reference = pair.on_reference(own, settings.output_spaces)
-        return cls(pair, settings.output_dir, own, on_reference, summary)
+        on_templates = {
+            space: pair.on_template(own, space)
+            for space in settings.template_spaces
+            # one that was registered itself has its images
+            if pair.other.to_template(space) not in summary.outputs
+            and (settings.output_dir / pair.reference.to_template(space)).is_file()
+        }
+        return cls(pair, settings.output_dir, own, on_reference, on_templates, summary)
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -177,14 +240,19 @@ class Alignment:
         reference = self.pair.reference.files(1, save_samples=False)
         used = [reference[role] for role in ("restored", "mask", "structures")]
         moved = {role.removesuffix("_t1w") for role in self.on_reference}
+        for space, roles in self.on_templates.items():
+            moved |= {role.removesuffix(f"_{space.lower()}") for role in roles}
+            used.append(self.pair.reference.to_template(space))
         moved |= {"restored", "mask", "structures"}
         used += [path for role, path in self.own.items() if role in moved]
-        images = [path for path in used if path.endswith(".nii.gz")]
-        return {path: sha256_file(self.output_dir / path) for path in images}
+        binary = [path for path in used if path.endswith((".nii.gz", ".h5"))]
+        return {path: sha256_file(self.output_dir / path) for path in binary}
 
     def fingerprint(self, inputs: Mapping[str, str]) -> str:
         """SHA-256 over everything that decides the files."""
-        parts = [code_version(), dict(inputs), sorted(self.on_reference.values())]
+        written = [self.on_reference, *self.on_templates.values()]
+        paths = sorted(path for roles in written for path in roles.values())
+        parts = [code_version(), dict(inputs), paths]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def images(self, which: Result) -> RestoredContrast:
@@ -212,7 +280,31 @@ class Alignment:
             strict=True,
         ):
             staged.append(self._describe(staging, path, source, target, motion, activity))
-        return staged + self._stage_images(staging, matrix, activity)
+        reference = self.pair.reference
+        if self.on_reference:
+            grid = self.images(reference).grid
+            staged += self._stage_images(
+                staging,
+                "T1w",
+                self.on_reference,
+                partial(move, target=grid, matrix=matrix),
+                [forward],
+                bids_uri(reference.files(1, save_samples=False)["restored"]),
+                activity,
+            )
+        for space, roles in self.on_templates.items():
+            template, warp = find_template(space), reference.to_template(space)
+            chain = [self.output_dir / warp, staging / forward]
+            staged += self._stage_images(
+                staging,
+                space,
+                roles,
+                partial(resample_through, template=template, transforms=chain),
+                [warp, forward],
+                template.address,
+                activity,
+            )
+        return staged
 
     def _describe(
         self,
@@ -238,18 +330,36 @@ class Alignment:
         return side
 
     def _stage_images(
-        self, staging: Path, matrix: NDArray[np.float64], activity: str
+        self,
+        staging: Path,
+        space: str,
+        paths: Mapping[str, str],
+        resample: Callable[..., nib.Nifti1Image],
+        transforms: Sequence[str],
+        address: str,
+        activity: str,
     ) -> list[str]:
-        """Write the images, their JSON and the table on the reference's grid; their paths."""
-        if not self.on_reference:
-            return []
-        reference = self.pair.reference.files(1, save_samples=False)["restored"]
-        grid = self.images(self.pair.reference).grid
+        """Write the images, their JSON and the table in another space; their paths.
+
+        Parameters
+        ----------
+        space : str
+            As in ``space-``.
+        paths : role in that space -> path
+        resample : function
+            An image and its kind -> the image in that space.
+        transforms : sequence of str
+            Paths of what ``resample`` applies, the first one last.
+        address : str
+            Of the image that defines the space.
+        activity : str
+            Identifier of the alignment, for the sidecars.
+        """
         kinds = {"mask": Kind.MASK, "structures": Kind.LABELS, "uncertainty": Kind.SPREAD}
         contents: dict[str, Mapping[str, Any]] = {}
         staged = []
         for role, path in self.own.items():
-            there = self.on_reference.get(f"{role}_t1w")
+            there = paths.get(f"{role}_{space.lower()}")
             if there is None:
                 continue
             if role == "structures_table":
@@ -257,20 +367,19 @@ class Alignment:
                 (staging / there).write_text(table, encoding="utf-8")
             else:
                 image = nib.load(self.output_dir / path)
-                moved = move(image, grid, matrix, kind=kinds.get(role, Kind.IMAGE))
-                nib.save(moved, staging / there)
+                nib.save(resample(image, kind=kinds.get(role, Kind.IMAGE)), staging / there)
                 side = path.removesuffix(".nii.gz") + ".json"
                 contents[role] = read_json(self.output_dir / side)
             staged.append(there)
         sides = resampled(
             contents,
-            {**self.own, **self.on_reference},
-            "T1w",
-            transform=self.pair.transforms[0],
-            reference=bids_uri(reference),
+            {**self.own, **paths},
+            space,
+            transforms=transforms,
+            reference=address,
         )
         for role, content in sides.items():
-            image = self.on_reference[role]
+            image = paths[role]
             origin = file_provenance(activity, sha256_file(staging / image))
             side = image.removesuffix(".nii.gz") + ".json"
             (staging / side).write_text(to_json(content | origin), encoding="utf-8")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
@@ -20,7 +20,7 @@ from brainprior_bids.bids.files import (
     write_json,
     write_text,
 )
-from brainprior_bids.bids.names import named, residual_role, sample_role
+from brainprior_bids.bids.names import named, residual_role, sample_role, transform_roles
 from brainprior_bids.bids.query import Scan
 from brainprior_bids.engine.errors import UsageError, is_full
 from brainprior_bids.engine.samplers import registry
@@ -30,9 +30,16 @@ from brainprior_bids.records import (
     ResolutionRecord,
     RestoreRecord,
     StepRecords,
+    TemplateRecord,
     WeightsRecord,
 )
-from brainprior_bids.settings import FILLED, MODALITIES, OTHER_MODALITIES, TASKS
+from brainprior_bids.settings import (
+    FILLED,
+    MODALITIES,
+    OTHER_MODALITIES,
+    TASKS,
+    TEMPLATE_SPACES,
+)
 
 BIDS_VERSION = "1.11.1"
 
@@ -111,6 +118,7 @@ def descriptions() -> dict[str, str]:
 
 MNI305_URL = "https://templateflow.s3.amazonaws.com/tpl-MNI305/tpl-MNI305_T1w.nii.gz"
 """The image that defines the space; it is not fetched."""
+RESOLUTION = "1 mm, the voxels of TemplateFlow's res-01"
 
 OWN_SPACE = ("volume_mm3", "confidence")
 """Metadata that describe columns of the table beside the labels in the scan's own space."""
@@ -405,9 +413,35 @@ def sidecars(
                 "ResidualRatio": restore.residual_ratios[index],
             }
     contents = {role: {"SpatialReference": raw, **content} for role, content in contents.items()}
-    return contents | resampled(
-        contents, outputs, "MNI305", transform=outputs["to_mni305"], reference=MNI305_URL
+    moved = resampled(
+        contents, outputs, "MNI305", transforms=[outputs["to_mni305"]], reference=MNI305_URL
     )
+    for template in steps.templates:
+        there, back = transform_roles(template.space)
+        moved |= resampled(
+            contents,
+            outputs,
+            template.space,
+            transforms=[outputs[there]],
+            reference=template.address,
+        )
+        moved[there] = _warp(template, f"{scan.name.suffix} to {template.space}", restored)
+        moved[back] = _warp(template, f"{template.space} to {scan.name.suffix}", restored)
+    return contents | moved
+
+
+def _warp(template: TemplateRecord, way: str, image: str) -> dict[str, Any]:
+    """The JSON beside a nonlinear transform."""
+    return {
+        "Description": f"nonlinear transform, {way}: composite ITK transform in HDF5, which "
+        "antsApplyTransforms takes as one",
+        "Sources": [image, str(template.address)],
+        "Metric": template.metric,
+        "Software": template.program,
+        "TemplateSHA256": template.image_sha256,
+        "BrainMaskDice": template.agreement,
+        "BrainMaskDiceAffine": template.agreement_affine,
+    }
 
 
 def resampled(
@@ -415,8 +449,8 @@ def resampled(
     outputs: Mapping[str, str],
     space: str,
     *,
-    transform: str,
-    reference: str,
+    transforms: Sequence[str],
+    reference: str | None,
 ) -> dict[str, dict[str, Any]]:
     """The JSON of the images that were resampled to a space: role -> content.
 
@@ -426,8 +460,8 @@ def resampled(
         Of the images in the scan's own space.
     outputs : role -> path
         Of both.
-    transform : str
-        Path of the transform that was applied.
+    transforms : sequence of str
+        Paths of the transforms that were applied, the first one last.
     reference : str
         ``SpatialReference``: address of the image that defines the space.
     """
@@ -438,8 +472,9 @@ def resampled(
             moved[there] = {
                 **{key: value for key, value in content.items() if key not in OWN_SPACE},
                 "Description": f"{content['Description']}; resampled once to {space}",
-                "Sources": [bids_uri(outputs[role]), bids_uri(transform)],
+                "Sources": [bids_uri(path) for path in (outputs[role], *transforms)],
                 "SpatialReference": reference,
+                **({"Resolution": RESOLUTION} if space in TEMPLATE_SPACES else {}),
             }
     return moved
 

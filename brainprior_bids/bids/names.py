@@ -16,7 +16,7 @@ from pathlib import PurePosixPath
 
 from brainprior_bids.bids.files import readable
 from brainprior_bids.engine.errors import InputError
-from brainprior_bids.settings import FILLED, TASKS
+from brainprior_bids.settings import FILLED, TASKS, TEMPLATE_SPACES
 
 ENTITY_ORDER = (
     "sub", "tpl", "ses", "cohort", "sample", "task", "tracksys", "acq", "nuc", "voi", "ce",
@@ -231,9 +231,27 @@ def output_names(
         names[residual_role(run.stem)] = run.derivative("residual", mod=run.suffix, desc="fused")
     if lesion and "inpainted" in image.lower():
         names["hidden"] = source.derivative("mask", space=space, label="lesion", desc=image)
+    own = dict(names)
     if "MNI305" in spaces:
-        names |= names_in_space(source, names, "MNI305", image=image)
+        names |= names_in_space(source, own, "MNI305", image=image)
+    for template in TEMPLATE_SPACES:
+        if template in spaces:
+            names |= names_in_space(source, own, template, image=image)
+            there, back = transform_roles(template)
+            xfm = {"suffix": "xfm", "extension": ".h5", "mode": "image", **to}
+            names[there] = source.derivative(from_=source.suffix, to=template, **xfm)
+            names[back] = source.derivative(from_=template, to=source.suffix, **xfm)
     return names
+
+
+def transform_roles(space: str) -> tuple[str, str]:
+    """Roles of the transform to a space and of the one back."""
+    return f"to_{space.lower()}", f"from_{space.lower()}"
+
+
+def in_common_space(role: str) -> bool:
+    """Whether a role is that of an image in MNI305 or on a template's grid."""
+    return role.endswith(tuple(f"_{space.lower()}" for space in ("MNI305", *TEMPLATE_SPACES)))
 
 
 def names_in_space(
@@ -241,7 +259,8 @@ def names_in_space(
 ) -> dict[str, str]:
     """Of the files of ``output_names``, those that are resampled to a space: role -> file name.
 
-    The role is that of the file, with ``_`` and the space in small letters. The scan inpainted
+    The role is that of the file, with ``_`` and the space in small letters. On a template's grid
+    the names have ``res-1``, as TemplateFlow calls its 1 mm. The scan inpainted
     keeps its own grid, skull and bias: only its mask and structures are resampled.
 
     Masks and labels of other contrasts than T1w have the contrast in their ``desc-``: in a common
@@ -249,6 +268,7 @@ def names_in_space(
     """
     brain = ("mask", "structures", "structures_table")
     images = () if image in FILLED else ("restored", "uncertainty")
+    grid = {"res": "1"} if space in TEMPLATE_SPACES else {}
     moved = {}
     for role, file in names.items():
         name = BIDSName.parse(file)
@@ -259,7 +279,7 @@ def names_in_space(
         else:
             continue
         moved[f"{role}_{space.lower()}"] = name.derivative(
-            extension=name.extension, space=space, desc=desc
+            extension=name.extension, space=space, desc=desc, **grid
         )
     return moved
 

@@ -32,7 +32,7 @@ from brainprior_bids.bids.files import read_json, to_json, write_json, write_tex
 from brainprior_bids.bids.fingerprint import code_version
 from brainprior_bids.bids.names import result_name
 from brainprior_bids.bids.query import Scan
-from brainprior_bids.records import NodeRecord, StepRecords, WeightsRecord
+from brainprior_bids.records import NodeRecord, StepRecords, TemplateRecord, WeightsRecord
 from brainprior_bids.settings import TASKS, Settings
 
 PACKAGES = (
@@ -295,6 +295,7 @@ def scan_records(
                     source,
                     *(file.uri for file in given.values()),
                     *(_weights_id(kind, card) for kind, card in networks.items()),
+                    *(_template_id(template) for template in steps.templates),
                     f"bids::prov#environment-{run}",
                 ],
                 **({"StartedAtTime": starts[0]} if starts else {}),
@@ -312,6 +313,7 @@ def scan_records(
                 "Affine": steps.affine.to_json(),
                 "Lesion": None if steps.lesion is None else steps.lesion.to_json(),
                 "Restore": steps.restore.to_json(),
+                "Templates": [template.to_json() for template in steps.templates],
                 "Nodes": [node.to_json() for node in nodes],
                 "Warnings": list(warnings),
             }
@@ -423,6 +425,14 @@ def _scan_inputs(scan: Scan, input_sha256: str, steps: StepRecords) -> list[dict
                 "Checksum": checksum(str(card.sha256)),
             }
         )
+    for template in steps.templates:
+        files.append(
+            {
+                "Id": _template_id(template),
+                "Label": f"template: {template.address}",
+                "Checksum": checksum(str(template.image_sha256)),
+            }
+        )
     return files
 
 
@@ -438,6 +448,10 @@ def _output(label: str, path: str, activity: str, digest: str) -> dict[str, Any]
 
 def _weights_id(kind: str, card: WeightsRecord) -> str:
     return f"bids::prov#entity-weights-{kind}-{str(card.sha256)[:12]}"
+
+
+def _template_id(template: TemplateRecord) -> str:
+    return f"bids::prov#entity-template-{template.space}-{str(template.image_sha256)[:12]}"
 
 
 def _version(package: str) -> str:

@@ -8,12 +8,20 @@ import re
 import reprlib
 import shutil
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
+from brainprior_bids.anatomy.templates import find_template
 from brainprior_bids.bids import patterns
 from brainprior_bids.cli.options import WORK_DIR
 from brainprior_bids.engine.errors import UsageError, WeightsError
-from brainprior_bids.settings import DEFAULT_SPACES, MODALITIES, OTHER_MODALITIES, SPACES
+from brainprior_bids.settings import (
+    DEFAULT_SPACES,
+    MODALITIES,
+    OTHER_MODALITIES,
+    SPACES,
+    TEMPLATE_SPACES,
+)
 
 
 def chosen_spaces(asked: Sequence[str]) -> tuple[str, ...]:
@@ -176,6 +184,23 @@ def check_anatomy(options: argparse.Namespace) -> None:
             "--parcellation synthseg: mri_synthseg (FreeSurfer 7.3 or later) is not on the PATH. "
             "Install FreeSurfer, or use --parcellation embedded."
         )
+
+
+def check_templates(spaces: Sequence[str]) -> None:
+    """Refuse a standard space without its template, or without the program that registers to it.
+
+    Raises
+    ------
+    UsageError
+    """
+    asked = [space for space in TEMPLATE_SPACES if space in spaces]
+    if asked and find_spec("ants") is None:
+        raise UsageError(
+            f"--output-spaces {asked[0]}: antspyx, which registers to the template, is not "
+            "installed. Install it (pip install antspyx), or leave the space out."
+        )
+    for space in asked:
+        find_template(space)
 
 
 def check_paths(bids_dir: Path, output_dir: Path, work_dir: Path) -> None:

@@ -32,6 +32,7 @@ from brainprior_bids.settings import (
     OUTPUT_GRIDS,
     PARCELLATIONS,
     SKULL_STRIPS,
+    TEMPLATE_SPACES,
 )
 
 WORDS = ("restore", "inpaint", "refine")
@@ -283,8 +284,9 @@ def output_options(group: Group) -> None:
         default=[],
         metavar="SPACE",
         help="anat (the scan's own frame, always written) and MNI305 (default: both); T1w: also "
-        "the other contrasts of a session on the grid of its T1w. Other templates need a "
-        "nonlinear registration: use fMRIPrep on the result",
+        "the other contrasts of a session on the grid of its T1w; "
+        f"{', '.join(TEMPLATE_SPACES)}: nonlinear registration to that template, which must be "
+        "in TemplateFlow's folder (never downloaded)",
     )
     group.add_argument(
         "--output-grid",

@@ -17,6 +17,7 @@ from brainprior_bids.cli.checks import (
     check_anatomy,
     check_paths,
     check_task,
+    check_templates,
     chosen_modalities,
     chosen_spaces,
     export_roots,
@@ -155,6 +156,9 @@ def parse_settings(argv: Sequence[str]) -> Settings:
     check_paths(bids_dir, output_dir, work_dir)
     exports = export_roots(options.exports, bids_dir, output_dir)
     check_anatomy(options)
+    spaces = chosen_spaces(options.output_spaces)
+    if not (options.reports_only or options.boilerplate_only):  # which compute nothing
+        check_templates(spaces)
     prior = named_prior(options.prior)
 
     plugin = read_plugin_file(options.plugin_file)
@@ -202,7 +206,7 @@ def parse_settings(argv: Sequence[str]) -> Settings:
         lesion_mask=options.lesion_mask,
         dilate_mm=options.dilate_mm,
         trust=options.trust,
-        output_spaces=chosen_spaces(options.output_spaces),
+        output_spaces=spaces,
         output_grid=options.output_grid,
         exports=exports,
         export_per=options.export_per,

@@ -41,14 +41,20 @@ def export_kind(text: str) -> tuple[str, str]:
 
 
 def space_name(text: str) -> str:
-    """``anat``, ``T1w`` or ``MNI305``, with or without ``:res-1``; ``T2w`` … mean ``anat``."""
-    name, _, resolution = text.partition(":")
+    """One of ``SPACES``, with or without ``:res-1``; ``T2w`` … mean ``anat``."""
+    name, colon, modifier = text.partition(":")
     own = [suffix for suffix in (*MODALITIES, *OTHER_MODALITIES) if suffix not in SPACES]
     space = "anat" if name in own else name
-    if space not in SPACES or resolution not in ("", "res-1"):
+    if space not in SPACES:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not among {', '.join(SPACES)} (1 mm). Another template needs a "
-            "nonlinear registration: run fMRIPrep on the result"
+            f"{text!r} is not among {', '.join(SPACES)}. For another template, run fMRIPrep on "
+            "the result"
+        )
+    if colon and modifier not in ("res-1", "res-01"):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: the only modifier is res-1, as the results have 1 mm, got "
+            f"{reprlib.repr(modifier)}. Leave it out; for other voxel sizes or a cohort, run "
+            "fMRIPrep on the result"
         )
     return space
 

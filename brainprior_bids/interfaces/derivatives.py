@@ -18,6 +18,7 @@ from brainprior_bids.bids.derivatives import sidecars, structures_table
 from brainprior_bids.bids.files import publish, temporary_folder, to_json
 from brainprior_bids.bids.names import (
     BIDSName,
+    in_common_space,
     named,
     output_names,
     residual_role,
@@ -51,10 +52,11 @@ from brainprior_bids.records import (
     ScanRecord,
     ScanStatus,
     StepRecords,
+    TemplatesRecord,
     TissuesRecord,
     total_seconds,
 )
-from brainprior_bids.settings import FILLED, TASKS
+from brainprior_bids.settings import FILLED, TASKS, TEMPLATE_SPACES
 
 IMAGES = (
     "hidden", "uncertainty", "restored_mni305", "uncertainty_mni305", "mask_mni305",
@@ -168,6 +170,9 @@ class _WriteInputSpec(_ScanFilesInputSpec):
     mask_mni305 = File(exists=True)
     structures_mni305 = File(exists=True)
     samples_mni305 = InputMultiPath(File(exists=True))
+    template_files = InputMultiPath(File(exists=True), desc="output of ToTemplates")
+    template_roles = traits.List(traits.Str, desc="role of each of them")
+    templates_json = File(exists=True, desc="output of ToTemplates")
     figures = InputMultiPath(File(exists=True))
     tissues_json = File(exists=True, desc="output of Reportlets")
     records = InputMultiPath(File(exists=True), desc="node.json of the preceding nodes")
@@ -220,6 +225,11 @@ class Write(MeasuredInterface):
             bias=BiasRecord.read(inputs.bias_json) if isdefined(inputs.bias_json) else None,
             tissues=(
                 TissuesRecord.read(inputs.tissues_json) if isdefined(inputs.tissues_json) else None
+            ),
+            templates=(
+                TemplatesRecord.read(inputs.templates_json).templates
+                if isdefined(inputs.templates_json)
+                else ()
             ),
             given={
                 role: FileRecord(uri=file["uri"], sha256=sha256_file(Path(file["path"])))
@@ -303,7 +313,10 @@ class Write(MeasuredInterface):
             scan.name,
             n_samples=steps.restore.n_samples or 1,
             uncertainty=isdefined(inputs.uncertainty),
-            spaces=inputs.settings["output_spaces"],
+            spaces=[
+                *(s for s in inputs.settings["output_spaces"] if s not in TEMPLATE_SPACES),
+                *(template.space for template in steps.templates),
+            ],
             save_samples=bool(samples),
             image=inputs.image_desc,
             native=isdefined(inputs.restored_native),
@@ -323,6 +336,12 @@ class Write(MeasuredInterface):
         if isdefined(inputs.samples_mni305):
             moved = enumerate(inputs.samples_mni305)
             files |= {f"{sample_role(index)}_mni305": sample for index, sample in moved}
+        transforms = {role: getattr(inputs, role) for role in TEXTS}
+        if steps.templates:
+            moved_to = dict(zip(inputs.template_roles, inputs.template_files, strict=True))
+            warps = {role for role, file in moved_to.items() if file.endswith(".h5")}
+            transforms |= {role: moved_to.pop(role) for role in warps}
+            files |= moved_to
         for role, file in files.items():
             if role in outputs:
                 header = original if role in own_grid else None
@@ -331,8 +350,8 @@ class Write(MeasuredInterface):
             role = residual_role(run.name)
             header = _header(ConformRecord.read(run.files["conform"]))
             copy_image(Path(file), staging / outputs[role], role, *header)
-        for role in TEXTS:
-            shutil.copyfile(getattr(inputs, role), staging / outputs[role])
+        for role, file in transforms.items():
+            shutil.copyfile(file, staging / outputs[role])
         for role in outputs:
             if role.startswith("structures_table"):
                 own = role == "structures_table"
@@ -341,7 +360,7 @@ class Write(MeasuredInterface):
         staged = list(outputs.values())
         activity = activity_id("restore", inputs.fingerprint)
         for role, content in sidecars(scan, outputs, steps, image_desc=inputs.image_desc).items():
-            path = outputs[role].removesuffix(".nii.gz") + ".json"
+            path = outputs[role].removesuffix(".nii.gz").removesuffix(".h5") + ".json"
             origin = file_provenance(activity, sha256_file(staging / outputs[role]))
             _write(staging / path, to_json(content | origin))
             staged.append(path)
@@ -379,7 +398,7 @@ def _replaced(
         replaced = [
             PurePosixPath(path).name
             for _, path, digest in digests
-            if path.endswith((".nii.gz", ".txt"))
+            if path.endswith((".nii.gz", ".txt", ".h5"))
             and previous is not None
             and path in previous.outputs
             and (output_dir / path).is_file()
@@ -422,7 +441,7 @@ def copy_image(
     if original is not None:
         axes = axcodes2ornt(tuple(original.axis_codes))  # such as "LPS"
         image = image.as_reoriented(ornt_transform(axcodes2ornt("RAS"), axes))
-    if not role.endswith("_mni305"):
+    if not in_common_space(role):
         image.set_sform(image.affine, code)
         image.set_qform(image.affine, code)
     array = np.asanyarray(image.dataobj)

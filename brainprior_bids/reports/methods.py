@@ -25,6 +25,7 @@ from brainprior_bids.records import (
     Origin,
     ScanRecord,
     StructuresSource,
+    TemplateRecord,
 )
 
 CITATION = re.compile(r"\[@([A-Za-z0-9]+)\]")
@@ -63,6 +64,7 @@ class Method:
     slice_gains: bool = False
     reduced: bool = False
     uncertainty_from: str | None = None
+    templates: tuple[TemplateRecord, ...] = ()
 
 
 def of_summary(summary: ScanRecord) -> Method:
@@ -85,6 +87,7 @@ def of_summary(summary: ScanRecord) -> Method:
         slice_gains=summary.facts.bias is not None and bool(summary.facts.bias.applied),
         reduced=summary.facts.conform.facts.resolution.reduced,
         uncertainty_from=restore.uncertainty_from,
+        templates=summary.facts.templates,
     )
 
 
@@ -130,7 +133,7 @@ PyTorch {_version("torch")}.
 
 Each scan was reoriented to the closest-canonical axis order without resampling.
 {_anatomy(methods)}
-{_bias(methods)}{_aligned(methods)}{hidden}
+{_bias(methods)}{_aligned(methods)}{_standard_spaces(methods)}{hidden}
 
 The scan was modelled as *y* = *b* (*A* *x*) + noise, where *x* is the unknown 1 mm image of the
 brain, *A* is the linear operator of the slice profile and the in-plane voxels of the scan, and
@@ -277,6 +280,33 @@ def _aligned(methods: Sequence[Method]) -> str:
         way = AffineMethod.TEMPLATE.words
         sentences.append(f"{which} by {way} (ANTsPy {_version('antspyx')}).")
     return "\n".join(sentences)
+
+
+def _standard_spaces(methods: Sequence[Method]) -> str:
+    """The sentences on nonlinear registration to templates."""
+    used = [template for method in methods for template in method.templates]
+    if not used:
+        return ""
+    spaces = _listed(list(dict.fromkeys(template.space for template in used)))
+    programs = ", ".join(dict.fromkeys(str(template.program) for template in used))
+    metrics = _listed(
+        [
+            f"{metric} ({_listed(list(dict.fromkeys(suffixes)))})"
+            for metric in dict.fromkeys(str(template.metric) for template in used)
+            if (suffixes := [m.suffix for m in methods for t in m.templates if t.metric == metric])
+        ]
+    )
+    sentence = (
+        f"\nRestored brains were registered to {spaces} (TemplateFlow [@templateflow]) by an "
+        f"affine and\nsymmetric diffeomorphic registration (SyN [@syn], {programs}; metric: "
+        f"{metrics}),\nstarting from the affine to MNI305."
+    )
+    if any(not method.templates and method.suffix != "T1w" for method in methods):
+        sentence += (
+            "\nOther contrasts were taken there by the rigid transform to the T1w of their "
+            "session and the\ntransform of that T1w."
+        )
+    return sentence
 
 
 def _anatomy(methods: Sequence[Method]) -> str:

@@ -118,7 +118,10 @@ def _run(
 
     folders = {folder.name: folder for folder in jobs}
     scans = {folder.name: job.scan.name.stem for folder, job in jobs.items()}
-    progress = Progress(scans, folders, expected_work(settings))
+    work = expected_work(settings)
+    # a scan that reaches the templates through a T1w is not registered itself
+    without = [job for job in jobs.values() if "templates" in work and not job.templates]
+    progress = Progress(scans, folders, work, left_out=["templates"] * len(without))
     monitor = (
         ResourceMonitor(
             settings.output_dir / "logs" / f"{settings.run_uuid}_resources.tsv",

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from brainprior_bids.anatomy.templates import Template, find_template
 from brainprior_bids.bids import export, status
 from brainprior_bids.bids.claims import Claims
+from brainprior_bids.bids.contrasts import through_t1w
 from brainprior_bids.bids.fingerprint import changes, decisive, fingerprint, short
 from brainprior_bids.bids.fuse import fuse_runs
 from brainprior_bids.bids.given import Given, find_given
@@ -42,10 +45,11 @@ def plan_jobs(
 
     jobs = []
     to_fmriprep = exported_t1w(scans, settings)
+    through = via_t1w(scans, settings)
     _say_export(scans, settings, to_fmriprep)
     for scan in scans:
         try:
-            found = look_up(scan, settings, weights)
+            found = look_up(scan, settings, weights, via_t1w=scan.name.stem in through)
         except InputError as error:
             write_failure(scan, settings, ErrorRecord(type="InputError", message=str(error)))
             continue
@@ -99,6 +103,7 @@ def plan_jobs(
                 tuple(roots),
                 found.others,
                 found.parts,
+                found.templates,
             )
         )
     return jobs
@@ -118,20 +123,33 @@ class Found:
         Files of other data sets.
     others : sequence of (Scan, role -> Given)
         Runs that are fused with it.
+    templates : tuple of str
+        Standard spaces whose template it is registered to itself.
     """
 
     parts: dict[str, str]
     fingerprint: str
     given: Mapping[str, Given]
     others: Sequence[tuple[Scan, Mapping[str, Given]]]
+    templates: tuple[str, ...] = ()
 
 
-def look_up(scan: Scan, settings: Settings, weights: Mapping[str, str]) -> Found:
+def via_t1w(scans: Sequence[Scan], settings: Settings) -> set[str]:
+    """Stems of the scans that reach the templates through a T1w of their session."""
+    names = [scan.name for scan in scans if scan.problem is None]
+    return through_t1w(names, status.read_summaries(settings.output_dir), settings)
+
+
+def look_up(
+    scan: Scan, settings: Settings, weights: Mapping[str, str], *, via_t1w: bool = False
+) -> Found:
     """Find and hash everything that determines a scan's result.
 
     Parameters
     ----------
     weights : role -> SHA-256
+    via_t1w : bool
+        Whether the scan reaches the templates through a T1w of its session.
 
     Raises
     ------
@@ -159,8 +177,18 @@ def look_up(scan: Scan, settings: Settings, weights: Mapping[str, str]) -> Found
         raise InputError(
             f"{what} cannot be read ({error.strerror}). Check its permissions."
         ) from error
+    templates = () if via_t1w else settings.template_spaces
+    if via_t1w:
+        hashes["way to the templates"] = "through the T1w"
+    hashes |= {f"template {space}": template_sha256(find_template(space)) for space in templates}
     parts = decisive(scan, settings, input_sha256=image, weights=weights, given=hashes)
-    return Found(parts, fingerprint(scan, parts), given, others)
+    return Found(parts, fingerprint(scan, parts), given, others, templates)
+
+
+@cache
+def template_sha256(template: Template) -> str:
+    """SHA-256 over those of a template's image and mask."""
+    return short([sha256_file(template.image), sha256_file(template.mask)])
 
 
 def _check_lengths(scan: Scan, settings: Settings) -> None:
@@ -172,6 +200,7 @@ def _check_lengths(scan: Scan, settings: Settings) -> None:
         image=settings.image,
         native=settings.output_grid == "native",
         runs=[run.name for run in scan.runs[1:]],
+        spaces=("anat", "MNI305", *settings.template_spaces),
         uncertainty=True,
     )
     result = result_name(scan.name, settings.image)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -21,9 +21,16 @@ from brainprior_bids.engine.acquisition import PLANES
 from brainprior_bids.engine.errors import BrainpriorError
 from brainprior_bids.engine.samplers import registry
 from brainprior_bids.records import ConformFacts
-from brainprior_bids.run.jobs import Found, export_roots_of, exported_t1w, look_up, why_again
+from brainprior_bids.run.jobs import (
+    Found,
+    export_roots_of,
+    exported_t1w,
+    look_up,
+    via_t1w,
+    why_again,
+)
 from brainprior_bids.run.preflight import checked_weights
-from brainprior_bids.settings import Settings
+from brainprior_bids.settings import TEMPLATE_SPACES, Settings
 
 TIMED = 64
 """Edge of the block, in voxels, whose network call is timed."""
@@ -45,7 +52,7 @@ BUSY = 0.5
 
 def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
     """Print every scan's outputs, seed, time and memory; nothing is written."""
-    from brainprior_bids.workflows.scan import claims_gb
+    from brainprior_bids.workflows.scan import REGISTRATION_S, claims_gb
 
     sampler = registry.find(settings.sampler)
     calls = settings.n_samples * sampler.calls(settings.n_steps, simple=settings.simple)
@@ -54,12 +61,13 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
     refused = skipped = 0
     to_align: list[Result] = []
     to_fmriprep = exported_t1w(scans, settings)
+    through = via_t1w(scans, settings)
     weights = {role: digest for role, (_, digest) in checked_weights(settings).items()}
     for scan in scans:
         seed = scan_seed(settings.random_seed, scan.name)
         print(f"{scan.relative}  {settings.task}, seed {seed}")
         try:
-            found = look_up(scan, settings, weights)
+            found = look_up(scan, settings, weights, via_t1w=scan.name.stem in through)
             why = why_again(scan, found, settings, export_roots_of(scan, settings, to_fmriprep))
             if why is None:
                 print("  done: it would be skipped")
@@ -75,13 +83,14 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
             refused += 1
             continue
         seconds = scan_seconds(voxels, len(scan.runs), settings, a_voxel)
+        seconds += REGISTRATION_S * len(found.templates)
         total += seconds
         print(f"  about {minutes(seconds)} ({voxels / 1e6:.1f} million voxels)")
         to_align.append(Result(scan.name, settings.image))
         names = output_names(
             scan.name,
             n_samples=settings.n_samples,
-            spaces=settings.output_spaces,
+            spaces=(*plain_spaces(settings), *found.templates),
             save_samples=settings.save_samples,
             native=settings.output_grid == "native",
             image=settings.image,
@@ -97,7 +106,7 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
                 print(f"  {root}/{path}")
         if "raw" in settings.exports:
             print(f"  {settings.exports['raw']}/{export.raw_name(scan.name)}")
-    for name in contrast_names(to_align, settings):
+    for name in contrast_names(to_align, settings, through):
         print(f"  {name}")
     for subject in subjects_without(scans, settings):
         print(f"sub-{readable(subject)}: no scan of it matches")
@@ -180,7 +189,9 @@ def busy_now() -> str:
     )
 
 
-def contrast_names(results: Sequence[Result], settings: Settings) -> list[str]:
+def contrast_names(
+    results: Sequence[Result], settings: Settings, through: Collection[str]
+) -> list[str]:
     """Paths of the transforms between the contrasts of a session, and of what they resample."""
     paths: list[str] = []
     for pair in pairs(results):
@@ -189,7 +200,15 @@ def contrast_names(results: Sequence[Result], settings: Settings) -> list[str]:
             settings.n_samples, save_samples=settings.save_samples, uncertainty=uncertain
         )
         paths += [*pair.transforms, *pair.on_reference(own, settings.output_spaces).values()]
+        if pair.other.name.stem in through:
+            for space in settings.template_spaces:
+                paths += pair.on_template(own, space).values()
     return paths
+
+
+def plain_spaces(settings: Settings) -> list[str]:
+    """Of the output spaces, those that need no template."""
+    return [space for space in settings.output_spaces if space not in TEMPLATE_SPACES]
 
 
 def _planned(scan: Scan, settings: Settings, found: Found) -> float:

@@ -30,8 +30,8 @@ SUBMIT = {
 }  # fmt: skip
 """What each plugin submits with."""
 STEPS = (
-    "conform", "parcellate", "lesion", "n4", "align", "affine", "restore", "mni305", "export",
-    "deliver", "reportlets", "write",
+    "conform", "parcellate", "lesion", "n4", "align", "affine", "restore", "mni305", "templates",
+    "export", "deliver", "reportlets", "write",
 )  # fmt: skip
 
 

@@ -36,6 +36,8 @@ class Progress:
         Of the scan's nodes.
     work : node -> float
         Share of a scan's time that a node is expected to take, in any unit.
+    left_out : sequence of str
+        Nodes that a scan does not have, once for each scan.
     terminal : bool, optional
         Whether a line may be overwritten; by default, whether stderr is a terminal.
     """
@@ -46,10 +48,12 @@ class Progress:
         folders: Mapping[str, Path],
         work: Mapping[str, float],
         *,
+        left_out: Sequence[str] = (),
         terminal: bool | None = None,
     ) -> None:
         self._scans, self._folders, self._work = scans, folders, work
         self._running: dict[str, tuple[str, str]] = {}
+        self._steps = len(scans) * len(work) - len(left_out)
         self._done = 0.0
         self._ended = 0
         self._quarter: dict[str, int] = {}
@@ -57,7 +61,7 @@ class Progress:
         self._lock = threading.Lock()
         shown = sys.stderr.isatty() if terminal is None else terminal
         self._bar = tqdm(
-            total=len(scans) * sum(work.values()),
+            total=len(scans) * sum(work.values()) - sum(work[step] for step in left_out),
             disable=not shown,
             smoothing=0,
             **({"ncols": 80, "nrows": 24} if _unsized() else {"dynamic_ncols": True}),
@@ -107,8 +111,7 @@ class Progress:
             self._ended += 1
             self._done += self._work[step]
         what = "done" if event == "end" else "FAILED"
-        total = len(self._scans) * len(self._work)
-        LOG.info("[%d/%d] %s: %s %s", self._ended, total, name, step, what)
+        LOG.info("[%d/%d] %s: %s %s", self._ended, self._steps, name, step, what)
 
     def _watch(self) -> None:
         while not self._stop.wait(INTERVAL_S):

@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from brainprior_bids.anatomy.templates import MNI152_FROM_MNI305
 from brainprior_bids.engine.errors import AnatomyError, GeometryError, InputError, UsageError
 from brainprior_bids.training.synthesis import (
     bounding_box,
@@ -44,16 +45,6 @@ UNIT = 200
 
 PART_BYTES = 56 * 2**20
 """Uncompressed size is not the limit: a part is closed once its compressed brains exceed this."""
-
-MNI152_FROM_MNI305 = np.array(
-    [
-        [0.9975, -0.0073, 0.0176, -0.0429],
-        [0.0146, 1.0009, -0.0024, 1.5496],
-        [-0.0130, -0.0093, 0.9971, 1.1840],
-        [0.0, 0.0, 0.0, 1.0],
-    ]
-)
-"""FreeSurfer's published affine, mm to mm."""
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 

@@ -10,7 +10,7 @@ import pytest
 from lxml import html
 
 from brainprior_bids.engine.samplers import registry
-from brainprior_bids.records import AffineMethod
+from brainprior_bids.records import AffineMethod, TemplateRecord
 from brainprior_bids.reports.methods import (
     CITATION,
     Method,
@@ -25,6 +25,11 @@ ONE = Method(
     uncertainty_from="samples",
 )  # fmt: skip
 MEAN = Method("T2w", "restore", "mean", 0, 1, "9.8.7", "p_1, SHA-256 ab…", "n, SHA-256 cd…")
+
+TEMPLATE = TemplateRecord(
+    space="MNI152NLin2009cAsym", address="a", image_sha256="b", mask_sha256="c",
+    metric="local cross-correlation", program="ANTsPy 1", agreement=0.98, agreement_affine=0.9,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -80,7 +85,7 @@ def test_slice_gains_are_named_where_they_were_corrected():
 
 def test_every_citation_has_its_reference():
     known = references()
-    both = [ONE, replace(ONE, sampler="conditional")]
+    both = [ONE, replace(ONE, sampler="conditional", templates=(TEMPLATE,))]
     assert set(CITATION.findall(methods_text(both))) == set(known)
     for entry in known.values():
         assert {"title", "year"} <= set(entry)
@@ -124,3 +129,13 @@ def test_steps_that_did_not_run_are_not_described():
 def test_every_sampler_can_be_described_those_of_earlier_outputs_too():
     for sampler in (*registry.NAMES, *registry.EARLIER_NAMES, *registry.RETIRED):
         assert "weights p_1" in methods_text([replace(ONE, sampler=sampler)])
+
+
+def test_registration_to_templates_is_named_where_it_ran():
+    moved = replace(ONE, templates=(TEMPLATE,))
+    text = " ".join(methods_text([moved]).split())
+    assert "registered to MNI152NLin2009cAsym (TemplateFlow [@templateflow]) by an affine" in text
+    assert "(SyN [@syn], ANTsPy 1; metric: local cross-correlation (T1w))" in text
+    assert "Other contrasts" not in text
+    assert "Other contrasts were taken there" in methods_text([moved, MEAN])
+    assert "TemplateFlow" not in methods_text([ONE, MEAN])

@@ -12,7 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from brainprior_bids.bids.derivatives import BIDS_VERSION, descriptions
-from brainprior_bids.bids.names import BIDSName, output_names, scan_seed, split_desc
+from brainprior_bids.bids.names import (
+    BIDSName,
+    in_common_space,
+    output_names,
+    scan_seed,
+    split_desc,
+)
 from brainprior_bids.engine.errors import InputError
 from brainprior_bids.settings import MODALITIES, OTHER_MODALITIES, TASKS
 
@@ -62,6 +68,28 @@ def test_in_a_common_space_masks_of_two_contrasts_differ():
         "sub-01_space-MNI305_desc-brain_mask.nii.gz",
         "sub-01_space-MNI305_desc-brainT2w_mask.nii.gz",
     ]
+
+
+def test_on_a_templates_grid_names_have_res_1_and_the_transforms_are_h5():
+    source = BIDSName.parse("sub-01_run-2_T2w.nii")
+    spaces = ("anat", "MNI305", "MNI152NLin2009cAsym")
+    names = output_names(source, n_samples=2, save_samples=True, spaces=spaces)
+    plain = output_names(source, n_samples=2, save_samples=True, spaces=spaces[:2])
+    at = "sub-01_run-2_space-MNI152NLin2009cAsym_res-1"
+    assert set(names.values()) - set(plain.values()) == {
+        f"{at}_desc-restored_T2w.nii.gz",
+        f"{at}_desc-restoredSample01_T2w.nii.gz",
+        f"{at}_desc-restoredSample02_T2w.nii.gz",
+        f"{at}_desc-brainT2w_mask.nii.gz",
+        f"{at}_desc-structuresT2w_dseg.nii.gz",
+        f"{at}_desc-structuresT2w_dseg.tsv",
+        "sub-01_run-2_mod-T2w_space-MNI152NLin2009cAsym_res-1_desc-restored_uncertainty.nii.gz",
+        "sub-01_run-2_from-T2w_to-MNI152NLin2009cAsym_mode-image_xfm.h5",
+        "sub-01_run-2_from-MNI152NLin2009cAsym_to-T2w_mode-image_xfm.h5",
+    }
+    assert in_common_space("restored_mni152nlin2009casym")
+    assert in_common_space("mask_mni305")
+    assert not in_common_space("restored_native")
 
 
 def test_the_scan_inpainted_has_no_image_in_mni305():

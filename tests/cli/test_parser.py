@@ -6,10 +6,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+from templates import write_template
 
 from brainprior_bids import __version__
+from brainprior_bids.cli import checks
 from brainprior_bids.cli.parser import WORK_DIR, build_parser, parse_settings
 from brainprior_bids.cli.run import main
 from brainprior_bids.cli.sister_options import HINTS
@@ -281,7 +285,10 @@ def test_names_as_fmriprep_has_them(folders, tmp_path):
 @pytest.mark.parametrize(
     ("extra", "said"),
     [
-        (["--output-spaces", "MNI152NLin2009cAsym"], "fMRIPrep"),
+        (["--output-spaces", "MNIInfant"], "fMRIPrep"),
+        (["--output-spaces", "MNI305:res-2"], "the only modifier is res-1"),
+        (["--output-spaces", "MNI152NLin2009cAsym:cohort-1"], "the only modifier is res-1"),
+        (["--output-spaces", "MNI305:"], "the only modifier is res-1"),
         (["--ignore", "t1w", "t2w", "flair"], "leaves nothing"),
         (["-d", "nowhere"], "no dataset_description.json"),
         (["--dry-run", "--reports-only"], "not allowed with"),
@@ -333,3 +340,29 @@ def test_a_word_that_is_no_option_gets_no_hint(folders):
 def test_no_hint_names_an_option_that_there_is():
     known = {option for action in build_parser()._actions for option in action.option_strings}
     assert not known & set(HINTS)
+
+
+def test_a_standard_space_needs_its_template(folders, tmp_path, monkeypatch, capsys):
+    """Without it the command ends at once, and nothing is written; with it, res-1 is the same."""
+    home = tmp_path / "templates"
+    monkeypatch.setenv("TEMPLATEFLOW_HOME", str(home))
+    asked = [*folders, "--output-spaces", "MNI152NLin2009cAsym:res-1", "anat"]
+    assert main(asked) == 2
+    said = capsys.readouterr().err
+    assert "--output-spaces MNI152NLin2009cAsym: " in said
+    assert "from templateflow.api import get" in said
+    assert not Path(folders[1]).exists()
+    assert not home.exists()
+    write_template(home, np.ones((3, 3, 3)), np.eye(4))
+    settings = parse_settings(asked)
+    assert settings.output_spaces == ("anat", "MNI152NLin2009cAsym")
+    assert settings.template_spaces == ("MNI152NLin2009cAsym",)
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    assert main(asked) == 2
+    assert "antspyx" in capsys.readouterr().err
+
+
+def test_reports_need_no_template(folders, monkeypatch, tmp_path):
+    monkeypatch.setenv("TEMPLATEFLOW_HOME", str(tmp_path / "none"))
+    asked = [*folders, "--output-spaces", "MNI152NLin2009cAsym", "--reports-only"]
+    assert parse_settings(asked).template_spaces == ("MNI152NLin2009cAsym",)

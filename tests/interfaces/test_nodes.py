@@ -7,17 +7,23 @@ import hashlib
 import json
 import shutil
 import time
+from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 
+import jsonschema
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from scipy.spatial.transform import Rotation
+from templates import SPACE, write_template
 
+from brainprior_bids.anatomy import normalise
 from brainprior_bids.anatomy.conform import conform
+from brainprior_bids.anatomy.templates import find_template
 from brainprior_bids.bids.derivatives import check_output, write_dataset_files
-from brainprior_bids.bids.provenance import recorded_sha256, sha256_file
+from brainprior_bids.bids.provenance import recorded_sha256, sha256_file, verify_records
 from brainprior_bids.bids.qc import concerns, metrics
 from brainprior_bids.bids.status import read_summaries, read_summary
 from brainprior_bids.bids.validate import find_validator, validate, validate_scans
@@ -33,7 +39,8 @@ from brainprior_bids.interfaces.derivatives import Write, copy_image
 from brainprior_bids.interfaces.files import save
 from brainprior_bids.interfaces.lesion import Lesion
 from brainprior_bids.interfaces.restore import Restore
-from brainprior_bids.records import HeaderRecord
+from brainprior_bids.interfaces.templates import ToTemplates, disagreements
+from brainprior_bids.records import HeaderRecord, TemplatesRecord
 from brainprior_bids.reports.methods import methods_text, of_summary
 
 SHAPE = (40, 44, 10)
@@ -287,6 +294,95 @@ def test_a_finished_scan_leaves_the_documented_files(files, raw, output_dir, tmp
     assert restored.get_data_dtype() == np.float32
     assert restored.shape == (40, 44, 40)
     np.testing.assert_array_equal(restored.get_sform(), restored.get_qform())
+
+
+@pytest.fixture(scope="module")
+def on_template(files, tmp_path_factory):
+    """The restored brain registered to a small template: one iteration, no more than the files."""
+    home = tmp_path_factory.mktemp("templates")
+    restored = nib.load(files["restored"])
+    template = np.where(nib.load(files["mask"]).get_fdata() > 0, restored.get_fdata(), 0)
+    write_template(home, template[::2, ::2, ::2], restored.affine @ np.diag([2, 2, 2, 1]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TEMPLATEFLOW_HOME", str(home))
+        patch.setattr(normalise, "ITERATIONS", (1,))
+        found = find_template(SPACE)
+        return run(
+            ToTemplates(
+                in_file=files["restored"], mask=files["mask"], affine_json=files["affine_json"],
+                contrast="FLAIR", spaces=[SPACE], images=[str(found.image)],
+                masks=[str(found.mask)], uncertainty=files["uncertainty"],
+                samples=files["samples"], structures=files["structures"],
+            ),
+            tmp_path_factory.mktemp("t"),
+        )  # fmt: skip
+
+
+def test_what_is_on_a_templates_grid_is_written_and_recorded(
+    files, on_template, raw, output_dir, tmp_path
+):
+    settings = {"task": "restore", "random_seed": 0, "output_spaces": ["anat", SPACE]}
+    asked = {
+        "template_files": on_template.files,
+        "template_roles": on_template.roles,
+        "templates_json": on_template.templates_json,
+        "settings": settings,
+    }
+    run(writer(files, raw, output_dir, **asked), tmp_path / "w")
+    anat = "sub-01/ses-a/anat/sub-01_ses-a"
+    images = [
+        f"{anat}_mod-FLAIR_space-{SPACE}_res-1_desc-restored_uncertainty",
+        *(
+            f"{anat}_space-{SPACE}_res-1_{name}"
+            for name in (
+                "desc-restored_FLAIR", "desc-restoredSample01_FLAIR",
+                "desc-restoredSample02_FLAIR", "desc-brainFLAIR_mask",
+                "desc-structuresFLAIR_dseg",
+            )
+        ),
+    ]  # fmt: skip
+    there = f"{anat}_from-FLAIR_to-{SPACE}_mode-image_xfm"
+    back = f"{anat}_from-{SPACE}_to-FLAIR_mode-image_xfm"
+    assert [path for path in tree(output_dir) if SPACE in path] == sorted([
+        *(f"{stem}{end}" for stem in images for end in (".nii.gz", ".json")),
+        *(f"{stem}{end}" for stem in (there, back) for end in (".h5", ".json")),
+        f"{images[-1]}.tsv",
+    ])  # fmt: skip
+    assert not [path for path in tree(output_dir) if "space-MNI305" in path]
+    for stem in images:
+        image = nib.load(output_dir / f"{stem}.nii.gz")
+        assert (image.shape, int(image.header["sform_code"])) == ((20, 22, 20), 4)
+        side = json.loads((output_dir / f"{stem}.json").read_text())
+        assert side["SpatialReference"].endswith(f"tpl-{SPACE}_res-01_T1w.nii.gz")
+        assert side["Resolution"].startswith("1 mm")
+        assert side["Sources"][1] == f"bids::{there}.h5"
+    side = json.loads((output_dir / f"{there}.json").read_text())
+    assert side["Metric"] == "mutual information"
+    assert side["BrainMaskDice"] > 0.9
+    (summary,) = read_summaries(output_dir)
+    (record,) = summary.facts.templates
+    assert (record.space, record.program[:6]) == (SPACE, "ANTsPy")
+    (act,) = (output_dir / "prov").glob("*_act.json")
+    (activity,) = json.loads(act.read_text())["Activities"]
+    assert activity["Templates"] == [record.to_json()]
+    (used,) = (output_dir / "prov").glob("*_io.json")
+    ids = [entry["Id"] for entry in json.loads(used.read_text())["Files"]]
+    assert f"bids::prov#entity-template-{SPACE}-{record.image_sha256[:12]}" in ids
+    schemas = resources.files("brainprior_bids") / "data" / "schemas"
+    for path in (act, used):
+        text = (schemas / f"{path.stem.rpartition('_')[2]}.schema.json").read_text()
+        errors = jsonschema.Draft202012Validator(json.loads(text)).iter_errors(
+            json.loads(path.read_text())
+        )
+        assert not [e.message for e in errors if "Templates" in e.json_path or path == used]
+    assert verify_records(output_dir).changes == {}
+
+
+def test_masks_that_do_not_agree_on_the_template_are_warned_about(on_template):
+    (record,) = TemplatesRecord.read(on_template.templates_json).templates
+    assert disagreements([record]) == []
+    (warning,) = disagreements([record, replace(record, agreement=0.5)])
+    assert f"that of {SPACE} agree badly after the registration (Dice 0.50" in warning
 
 
 def test_slice_gains_are_in_sidecar_provenance_and_verdict(files, raw, output_dir, tmp_path):

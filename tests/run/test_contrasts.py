@@ -16,12 +16,13 @@ import pytest
 import SimpleITK as sitk
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
+from templates import SPACE, write_template
 
 from brainprior_bids.anatomy.spaces import Kind, move
-from brainprior_bids.bids.contrasts import Result, pairs
+from brainprior_bids.bids.contrasts import Result, pairs, through_t1w
 from brainprior_bids.bids.names import BIDSName
 from brainprior_bids.bids.provenance import recorded_sha256, sha256_file, verify_records
-from brainprior_bids.bids.status import write_summary
+from brainprior_bids.bids.status import read_summaries, write_summary
 from brainprior_bids.engine.grids import Grid
 from brainprior_bids.records import RestoreRecord, ScanRecord, ScanStatus, StepRecords
 from brainprior_bids.run.contrasts import align_contrasts
@@ -185,6 +186,69 @@ def test_an_unreadable_image_stops_nothing(settings, told):
     (settings.output_dir / f"{ANAT}_desc-restored_T2w.nii.gz").write_bytes(b"\x1f\x8b")
     align_contrasts({"01"}, settings)
     assert any("sub-01_T2w could not be aligned with sub-01_T1w" in t for t in told.messages)
+
+
+@pytest.fixture
+def with_template(settings, tmp_path, monkeypatch):
+    """The T1w has a transform to a template that lies 4 mm to its right."""
+    home = tmp_path / "templates"
+    monkeypatch.setenv("TEMPLATEFLOW_HOME", str(home))
+    write_template(home, np.ones(SHAPE), GRID.affine)
+    shift = sitk.TranslationTransform(3, (4.0, 0.0, 0.0))  # LPS points of the template to the T1w
+    sitk.WriteTransform(sitk.CompositeTransform([shift]), str(settings.output_dir / TO_TEMPLATE))
+    return replace(settings, output_spaces=("anat", SPACE))
+
+
+TO_TEMPLATE = f"{ANAT}_from-T1w_to-{SPACE}_mode-image_xfm.h5"
+ON_TEMPLATE = f"{ANAT}_space-{SPACE}_res-1"
+
+
+def test_the_t1ws_transform_takes_a_contrast_to_a_template(with_template):
+    root = with_template.output_dir
+    align_contrasts({"01"}, with_template)
+    made = sorted(str(p.relative_to(root)) for p in root.glob(f"{ON_TEMPLATE}*"))
+    assert made == sorted([
+        f"{ON_TEMPLATE}_desc-restored_T2w.json", f"{ON_TEMPLATE}_desc-restored_T2w.nii.gz",
+        f"{ON_TEMPLATE}_desc-brainT2w_mask.json", f"{ON_TEMPLATE}_desc-brainT2w_mask.nii.gz",
+        f"{ON_TEMPLATE}_desc-structuresT2w_dseg.json",
+        f"{ON_TEMPLATE}_desc-structuresT2w_dseg.nii.gz",
+        f"{ON_TEMPLATE}_desc-structuresT2w_dseg.tsv",
+    ])  # fmt: skip
+    # the T1w's labels, moved by 4 mm to the right, are where the T2w's are
+    labels = nib.load(root / f"{ON_TEMPLATE}_desc-structuresT2w_dseg.nii.gz").get_fdata()
+    truth = nib.load(root / f"{ANAT}_desc-structures_dseg.nii.gz").get_fdata()
+    there = np.roll(truth, 4, axis=0)
+    assert (labels == there)[there > 0].mean() > 0.85
+    assert (labels == truth)[truth > 0].mean() < 0.7
+    side = json.loads((root / f"{ON_TEMPLATE}_desc-restored_T2w.json").read_text())
+    assert side["Sources"] == [
+        f"bids::{ANAT}_desc-restored_T2w.nii.gz", f"bids::{TO_TEMPLATE}", f"bids::{FORWARD}",
+    ]  # fmt: skip
+    assert side["SpatialReference"].endswith(f"tpl-{SPACE}_res-01_T1w.nii.gz")
+    assert side["Resolution"].startswith("1 mm")
+    assert verify_records(root).changes == {}
+
+
+def test_a_contrast_that_was_registered_itself_keeps_its_images(with_template):
+    root = with_template.output_dir
+    (summary,) = [s for s in read_summaries(root) if s.scan == "sub-01_T2w"]
+    own = f"{ANAT}_from-T2w_to-{SPACE}_mode-image_xfm.h5"
+    write_summary(root, replace(summary, outputs=(*summary.outputs, own)))
+    align_contrasts({"01"}, with_template)
+    assert not list(root.glob(f"{ON_TEMPLATE}*"))
+    assert (root / FORWARD).is_file()
+
+
+def test_a_finished_t1w_without_the_transform_takes_no_contrast_along(with_template):
+    """The scan is then registered to the template itself."""
+    summaries = read_summaries(with_template.output_dir)
+    t2w = [BIDSName.parse("sub-01_T2w.nii.gz")]
+    assert through_t1w(t2w, summaries, with_template) == set()
+    done = [
+        replace(s, outputs=(*s.outputs, TO_TEMPLATE)) if s.scan == "sub-01_T1w" else s
+        for s in summaries
+    ]
+    assert through_t1w(t2w, done, with_template) == {"sub-01_T2w"}
 
 
 def result(stem: str, thickness: float = 1.0, image: str = "restored") -> Result:

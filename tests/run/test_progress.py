@@ -130,3 +130,15 @@ def test_lines_go_to_what_standard_error_is_now(monkeypatch):
     monkeypatch.setattr(sys, "stderr", now)
     logging.getLogger("brainprior").info("still heard")
     assert "still heard" in now.getvalue()
+
+
+def test_a_step_that_a_scan_does_not_have_is_not_counted(tmp_path, lines):
+    scans = {"a_wf": "sub-01_T1w", "b_wf": "sub-01_T2w"}
+    work = {"conform": 1.0, "templates": 9.0}
+    folders = dict.fromkeys(scans, tmp_path)
+    said = Progress(scans, folders, work, left_out=["templates"], terminal=False)
+    for name in ("a_wf.conform", "a_wf.templates", "b_wf.conform"):
+        step = SimpleNamespace(fullname=f"brainprior_wf.{name}")
+        said(step, "start")
+        said(step, "end")
+    assert lines[-1] == "[3/3] sub-01_T2w: conform done"

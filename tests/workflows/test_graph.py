@@ -12,12 +12,22 @@ import nibabel as nib
 import numpy as np
 import pytest
 from brainprior_bids.workflows.base import init_brainprior_wf
-from brainprior_bids.workflows.scan import EXPORT_NODES, NODES, Job, expected_work
+from brainprior_bids.workflows.scan import (
+    EXPORT_NODES,
+    NODES,
+    Job,
+    claims_gb,
+    expected_work,
+)
+from templates import SPACE, paths_of, write_template
 
+from brainprior_bids.bids.contrasts import Result
 from brainprior_bids.bids.fuse import fuse_runs
 from brainprior_bids.bids.given import Given
 from brainprior_bids.bids.names import scan_seed
 from brainprior_bids.bids.query import find_scans
+from brainprior_bids.run.jobs import look_up, template_sha256, via_t1w
+from brainprior_bids.run.plan import contrast_names
 from brainprior_bids.settings import TASKS, Settings
 
 SKELETON = [
@@ -229,7 +239,7 @@ def test_a_lesion_mask_of_another_run_alone_is_used(raw, tmp_path):
 def test_every_scan_goes_its_own_way_through_every_step(raw, tmp_path):
     workflow = build(Settings(raw, tmp_path / "out", tmp_path / "work"), tmp_path)
     steps = by_step(workflow)
-    assert set(steps) == {*NODES, "records"} - {"lesion", "align", *EXPORT_NODES}
+    assert set(steps) == {*NODES, "records"} - {"lesion", "align", "templates", *EXPORT_NODES}
     assert {len(nodes) for nodes in steps.values()} == {len(SKELETON)}
     graph = workflow._create_flat_graph()
     import networkx as nx
@@ -272,6 +282,63 @@ def test_what_is_resampled_to_mni305(raw, tmp_path, task, spaces, moved):
     )  # fmt: skip
     links = sources_of(build(settings, tmp_path), "mni305")
     assert set(links) - {"affine_json"} == moved
+
+
+@pytest.mark.parametrize(("task", "moved"), [
+    ("restore", {"in_file", "uncertainty", "samples", "mask", "structures"}),
+    ("inpaint", {"in_file", "mask", "structures"}),
+])  # fmt: skip
+def test_a_template_has_a_node_where_the_scan_is_registered_to_it(
+    raw, tmp_path, monkeypatch, task, moved
+):
+    write_template(tmp_path / "templates", np.ones((3, 3, 3)), np.eye(4))
+    monkeypatch.setenv("TEMPLATEFLOW_HOME", str(tmp_path / "templates"))
+    settings = Settings(
+        raw, tmp_path / "out", tmp_path / "work", task=task, modalities=("T1w",),
+        output_spaces=("anat", SPACE), omp_nthreads=3,
+    )  # fmt: skip
+    (scan,) = find_scans(settings)
+    (tmp_path / "weights").touch()
+    parts = {"prior": tmp_path / "weights", "parcellation": tmp_path / "weights"}
+    job = Job(scan, 0, "f" * 64, templates=(SPACE,))
+    workflow = init_brainprior_wf(jobs=[job], settings=settings, **parts)
+    links = sources_of(workflow, "templates")
+    assert set(links) - {"affine_json"} == moved
+    (node,) = by_step(workflow)["templates"]
+    assert (node.n_procs, node.inputs.brain_only) == (3, task == "inpaint")
+    assert [Path(p) for p in (*node.inputs.images, *node.inputs.masks)] == list(
+        paths_of(tmp_path / "templates")
+    )
+    written = sources_of(workflow, "write")
+    assert written["template_files"] == ("templates", "files")
+    assert claims_gb(settings)["templates"] == node.mem_gb
+    assert "templates" not in claims_gb(replace(settings, output_spaces=("anat",)))
+
+
+def test_a_t2w_reaches_a_template_through_its_t1w(raw, tmp_path, monkeypatch):
+    """In sub-02, which has no T1w, every FLAIR is registered itself."""
+    write_template(tmp_path / "templates", np.ones((3, 3, 3)), np.eye(4))
+    monkeypatch.setenv("TEMPLATEFLOW_HOME", str(tmp_path / "templates"))
+    settings = Settings(raw, tmp_path / "out", tmp_path / "work", output_spaces=("anat", SPACE))
+    scans = find_scans(settings)
+    through = via_t1w(scans, settings)
+    assert through == {"sub-01_acq-thick_run-1_T2w", "sub-01_acq-thick_run-2_T2w"}
+    found = {s.name.stem: look_up(s, settings, {}, via_t1w=s.name.stem in through) for s in scans}
+    assert {stem for stem, one in found.items() if not one.templates} == through
+    t1w, t2w = found["sub-01_T1w"], found["sub-01_acq-thick_run-1_T2w"]
+    assert f"template {SPACE}" in t1w.parts
+    assert t2w.parts["way to the templates"] == "through the T1w"
+    announced = contrast_names([Result(s.name, "restored") for s in scans], settings, through)
+    at = f"sub-01/anat/sub-01_acq-thick_run-1_space-{SPACE}_res-1_desc-restored_T2w.nii.gz"
+    assert at in announced
+    assert not any("sub-02" in name and SPACE in name for name in announced)
+    assert via_t1w(scans, replace(settings, task="inpaint")) == set()
+    assert via_t1w(scans, replace(settings, output_spaces=("anat", "MNI305"))) == set()
+    # a template that changed changes the result
+    write_template(tmp_path / "templates", np.ones((3, 3, 3)) * 2, np.eye(4))
+    template_sha256.cache_clear()
+    t1w_scan = next(s for s in scans if s.name.stem == "sub-01_T1w")
+    assert look_up(t1w_scan, settings, {}).fingerprint != t1w.fingerprint
 
 
 def test_restore_is_a_gpu_node_only_on_cuda(raw, tmp_path):
