@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # the way of the work (tests/engine/test_voxels.py, two threads: 253 s, and 17 s if they sleep).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # make test runs several processes
+os.environ.setdefault("ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS", "1")
 
 
 @pytest.hookimpl(wrapper=True)
