@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import csv
 import errno
+import json
 import re
 from dataclasses import replace
+from importlib.resources import files
 from itertools import pairwise
 from urllib.parse import unquote
 
@@ -17,7 +19,6 @@ from lxml import etree, html
 from brainprior_bids.bids.files import write_json
 from brainprior_bids.bids.qc import rebuild_qc, reference
 from brainprior_bids.bids.status import write_summary
-from brainprior_bids.engine.weights import find_weights, sha256_file
 from brainprior_bids.records import RestoreRecord, RunRecord, ScanRecord, WeightsRecord
 from brainprior_bids.reports import volumes
 from brainprior_bids.reports.assembler import SubjectReport
@@ -403,9 +404,10 @@ def test_the_caution_about_lesions_is_in_the_summary(output_dir):
 
 
 def test_what_was_measured_of_the_prior_is_said_of_it_alone(tmp_path):
-    """The embedded weights have the figures; a contrast, sampler or task beyond them is named."""
-    embedded = sha256_file(find_weights(None, kind="prior"))
-    restore = {"prior": {"sha256": embedded}, "contrast": "T1w", "sampler": "conditional"}
+    """A contrast, sampler or task beyond the measurement is named; other weights: no figures."""
+    held = json.loads((files("brainprior_bids") / "data" / "measured.json").read_text())
+    measured = {"sha256": held["prior_sha256"]}
+    restore = {"prior": measured, "contrast": "T1w", "sampler": "conditional"}
     record = RestoreRecord.from_json(restore)
     store(tmp_path, summary("sub-2_T1w", facts={"restore": restore}))
     text = build_subject_report(tmp_path, "2").read_text()
