@@ -24,9 +24,6 @@ PROFILES = {
     "boxcar": boxcar_profile,
 }
 
-PLANES = ("sagittal", "coronal", "axial")
-"""Of slices that follow each other along the first, second, third closest-canonical axis."""
-
 
 @dataclass(frozen=True)
 class Acquisition:

@@ -160,6 +160,23 @@ def test_version_and_help_come_from_the_command(command):
         assert word in text
 
 
+def test_help_and_usage_errors_do_not_wait_for_torch(tmp_path):
+    """``import torch`` takes seconds, nipype and pandas another one."""
+    code = (
+        "import sys; from brainprior_bids.cli.run import main; code = main(sys.argv[1:]); "
+        "print(sorted({'torch', 'nipype', 'bids', 'pandas', 'scipy.stats'} & set(sys.modules))); "
+        "sys.exit(code)"
+    )
+    refused = f"{tmp_path} {tmp_path}/out participant --sampler mean --n-samples 2".split()
+    for words in ["status", str(tmp_path)], refused:
+        result = subprocess.run(
+            [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 2, result.stderr
+        assert "brainprior: error: " in result.stderr
+        assert result.stdout == "[]\n"
+
+
 def test_train_needs_to_be_told_what(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["train"])
