@@ -182,11 +182,11 @@ def init_scan_wf(
 
     def node(interface: pe.nodes.Interface, name: str, *, threads: int = 1) -> pe.Node:
         interface.inputs.num_threads = threads
-        made = pe.Node(
+        result = pe.Node(
             interface, name=name, mem_gb=memory_gb[name], n_procs=threads, overwrite=settings.force
         )
-        made.config = {"execution": {"crashdump_dir": str(log_dir(settings, scan.subject))}}
-        return made
+        result.config = {"execution": {"crashdump_dir": str(log_dir(settings, scan.subject))}}
+        return result
 
     metadata = dict(scan.metadata)
     if settings.field_strength_t is not None:
@@ -432,12 +432,12 @@ def _templates_node(
     node: Callable[..., pe.Node], job: Job, settings: Settings, threads: int
 ) -> pe.Node:
     """The registration of the restored brain to the job's templates."""
-    found = [find_template(space) for space in job.templates]
+    templates = [find_template(space) for space in job.templates]
     interface = ToTemplates(
         contrast=job.scan.name.suffix,
         spaces=list(job.templates),
-        images=[str(template.image) for template in found],
-        masks=[str(template.mask) for template in found],
+        images=[str(template.image) for template in templates],
+        masks=[str(template.mask) for template in templates],
         brain_only=settings.fills_scan,
     )
     return node(interface, "templates", threads=threads)

@@ -143,21 +143,21 @@ def _match(
 ) -> _Match:
     rows = []
     for row in table:
-        known = structures.get(row["name"])
-        if known is None or row["confidence"] < smallest_confidence:
+        expected = structures.get(row["name"])
+        if expected is None or row["confidence"] < smallest_confidence:
             continue
-        share = row["volume_mm3"] / known["volume_mm3"]
+        share = row["volume_mm3"] / expected["volume_mm3"]
         if share > 0.2:  # less is a fragment, its centroid means nothing
-            rows.append((row, known, min(share, 1.0)))
+            rows.append((row, expected, min(share, 1.0)))
     whole = [entry for entry in rows if entry[0].get("cut_share", 0.0) <= CUT_SHARE]
     if len(whole) >= NEEDED[12]:
         rows = whole
-    spread = [float(np.linalg.norm(known["sd_mm"])) for _, known, _ in rows]
+    spread = [float(np.linalg.norm(expected["sd_mm"])) for _, expected, _ in rows]
     d = np.array(spread) + OWN_ERROR_MM
     return _Match(
         names=[str(row["name"]) for row, _, _ in rows],
         x=np.array([row["centroid_mm"] for row, _, _ in rows], float),
-        y=np.array([known["centroid_mm"] for _, known, _ in rows], float),
+        y=np.array([expected["centroid_mm"] for _, expected, _ in rows], float),
         d=d,
         w=np.array([row["confidence"] ** 2 * share for row, _, share in rows]) / d**2,
     )
@@ -317,11 +317,11 @@ def _with_hull(
     similar = similarity(x, y, w, scale=True)
     matrix, factor = start, np.ones(len(wanted))
     for _ in range(HULL_ITERATIONS):
-        height, place, seen = supports(points, matrix, towards, cut)
-        if seen.mean() < SMALLEST_SHARE_SEEN:
+        height, place, measured = supports(points, matrix, towards, cut)
+        if measured.mean() < SMALLEST_SHARE_SEEN:
             return None
         ratio = np.abs(height - wanted) / spread
-        factor = np.minimum(1.0, HUBER / np.maximum(ratio, 1e-9)) * seen
+        factor = np.minimum(1.0, HUBER / np.maximum(ratio, 1e-9)) * measured
         factor[ratio > 4 * HUBER] = 0.0  # a bulge of the mask, or a piece that is missing
         v = HULL_SHARE * w.sum() / len(wanted) * factor
         matrix = _joint(x, y, w, place, towards, wanted, v, similar)
@@ -333,10 +333,10 @@ def _hull_residual(
 ) -> float | None:
     """Median distance in mm of the reach from the reference's, over what is seen."""
     points, cut = surface
-    height, _, seen = supports(points, matrix, np.array(hull["directions"]), cut)
-    if not seen.any():
+    height, _, measured = supports(points, matrix, np.array(hull["directions"]), cut)
+    if not measured.any():
         return None
-    return round(float(np.median(np.abs(height - np.array(hull["height_mm"]))[seen])), 3)
+    return round(float(np.median(np.abs(height - np.array(hull["height_mm"]))[measured])), 3)
 
 
 def _joint(
@@ -366,10 +366,10 @@ def _joint(
     right = np.concatenate(
         [root_w[:, 0] * y.ravel(), root_v[:, 0] * h, ridge @ towards[:3, :3].ravel()]
     )
-    found = np.linalg.lstsq(left, right, rcond=None)[0]
+    solution = np.linalg.lstsq(left, right, rcond=None)[0]
     matrix = np.eye(4)
-    matrix[:3, :3] = found[:9].reshape(3, 3)
-    matrix[:3, 3] = found[9:] - matrix[:3, :3] @ centre
+    matrix[:3, :3] = solution[:9].reshape(3, 3)
+    matrix[:3, 3] = solution[9:] - matrix[:3, :3] @ centre
     return matrix
 
 

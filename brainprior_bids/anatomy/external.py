@@ -190,12 +190,12 @@ def mask_from_file(path: Path, grid: Grid, *, name: str) -> Mask:
     values, source = _read(path, name)
     inside = values > 0.5 * float(values.max())
     moved: Mask = resample(inside.astype(np.float32), source, grid, order=1) >= 0.5
-    given = float(inside.sum() * np.prod(source.spacing_mm))
-    kept = float(moved.sum() * np.prod(grid.spacing_mm))
-    if kept < 0.5 * given:
+    total_mm3 = float(inside.sum() * np.prod(source.spacing_mm))
+    inside_mm3 = float(moved.sum() * np.prod(grid.spacing_mm))
+    if inside_mm3 < 0.5 * total_mm3:
         raise InputError(
-            f"{name}: only {100 * kept / max(given, 1e-9):.0f} % of the mask {path.name} is in "
-            "the scan's field of view. Was it drawn in this scan's space?"
+            f"{name}: only {100 * inside_mm3 / max(total_mm3, 1e-9):.0f} % of the mask "
+            f"{path.name} is in the scan's field of view. Was it drawn in this scan's space?"
         )
     return moved
 

@@ -83,5 +83,5 @@ def supports(
     n = max(round(len(points) * (1 - QUANTILE)), 1)
     outermost = np.argpartition(-reach, n - 1, axis=0)[:n]  # (n, m)
     height = np.take_along_axis(reach, outermost, axis=0).mean(0)
-    seen = np.ones(len(towards), bool) if cut is None else cut[outermost].mean(0) < 0.05
-    return height, points[outermost].mean(0), seen
+    measured = np.ones(len(towards), bool) if cut is None else cut[outermost].mean(0) < 0.05
+    return height, points[outermost].mean(0), measured

@@ -209,7 +209,7 @@ def common_mask(
     """
     grid = reference.grid.one_millimetre()
     votes = (np.asarray(reference.mask) > 0.5).astype(np.float32)
-    seen = np.ones(grid.shape, np.float32)
+    coverage = np.ones(grid.shape, np.float32)
     lesion = reference.lesion
     for scan, motion in others:
         there = scan.grid.one_millimetre()
@@ -220,8 +220,8 @@ def common_mask(
             np.asarray(scan.mask) > 0.5, there, grid, matrix=motion.to_reference, order=1
         )
         whole = np.ones(there.shape, np.float32)
-        seen += resample(whole, there, grid, matrix=motion.to_reference, order=1)
-    brain = (votes > 0.5 * seen) | lesion
+        coverage += resample(whole, there, grid, matrix=motion.to_reference, order=1)
+    brain = (votes > 0.5 * coverage) | lesion
     labels, n = ndimage.label(brain)
     if n > 1:
         sizes = np.bincount(labels.ravel())

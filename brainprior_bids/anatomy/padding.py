@@ -94,9 +94,9 @@ def _flat(data: NDArray[np.float32]) -> Mask:
                                              :: data.shape[2] - 1].ravel()}  # fmt: skip
     for axis in range(3):
         for end in (0, -1):
-            found, counts = np.unique(data.take(end, axis), return_counts=True)
+            values_there, counts = np.unique(data.take(end, axis), return_counts=True)
             if counts.max() > 0.2 * counts.sum():
-                values.add(float(found[counts.argmax()]))
+                values.add(float(values_there[counts.argmax()]))
     limit = FLAT * float(np.percentile(data, 99.5) - data.min())
     flat = np.zeros(data.shape, bool)
     for value in values:

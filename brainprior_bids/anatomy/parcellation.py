@@ -365,11 +365,11 @@ def structures_table(
         As ``Parcellation.table``.
     """
     names = structure_names()
-    where = np.nonzero(structures)
-    found, size = structures[where], max(names) + 1
-    counts = np.bincount(found, minlength=size)
-    confidence = np.bincount(found, best[where], minlength=size)
-    moments = [np.bincount(found, index, minlength=size) for index in where]
+    indices = np.nonzero(structures)
+    labels, size = structures[indices], max(names) + 1
+    counts = np.bincount(labels, minlength=size)
+    confidence = np.bincount(labels, best[indices], minlength=size)
+    moments = [np.bincount(labels, index, minlength=size) for index in indices]
     voxel_mm3 = float(np.prod(grid.spacing_mm))
     cut_mm2 = _cut_mm2(structures, grid, view, beyond, size)
     table = []
@@ -412,7 +412,7 @@ def _cut_mm2(
             (start[axis] + grid.shape[axis] >= view.shape[axis], -1),
         ):
             if touches:
-                found = structures.take(plane, axis).ravel()
-                area += np.bincount(found, minlength=size)[:size] * face_mm2
+                face = structures.take(plane, axis).ravel()
+                area += np.bincount(face, minlength=size)[:size] * face_mm2
     area[0] = 0
     return area

@@ -154,18 +154,18 @@ def find_resolution(
             )
         return Resolution(stored, wanted, wanted, "option")
     cliffs = find_cliffs(data, step=step)
-    found = [
+    factors = [
         _factor(data, axis, cliff, [known / stored[axis] for known in stated_mm])
         if cliff is not None and cliff.interpolated
         else _AS_STORED
         for axis, cliff in enumerate(cliffs)
     ]
-    measured = _sizes([one.factor * s for one, s in zip(found, stored, strict=True)])
-    strong = [one.sure and one.factor >= STRONGLY for one in found]
+    measured = _sizes([one.factor * s for one, s in zip(factors, stored, strict=True)])
+    strong = [one.sure and one.factor >= STRONGLY for one in factors]
     if all(strong):  # no scanner does that: the image is smooth
         strong = [False] * 3
     used = _sizes([m if yes else s for m, s, yes in zip(measured, stored, strong, strict=True)])
-    curves = found[0].curve, found[1].curve, found[2].curve
+    curves = factors[0].curve, factors[1].curve, factors[2].curve
     return Resolution(stored, measured, used, "measured", curves)
 
 
@@ -238,8 +238,8 @@ def _inner(data: NDArray[np.float32]) -> NDArray[np.float64]:
     """The middle of the head's box."""
     bright = (data > 0.2 * np.percentile(data, 98)).astype(np.int8)
     parts = []
-    for found, size in zip(ndimage.find_objects(bright)[0], data.shape, strict=True):
-        middle, half = (found.start + found.stop) / 2, INNER * (found.stop - found.start) / 2
+    for extent, size in zip(ndimage.find_objects(bright)[0], data.shape, strict=True):
+        middle, half = (extent.start + extent.stop) / 2, INNER * (extent.stop - extent.start) / 2
         parts.append(slice(max(int(middle - half), 0), min(int(middle + half) + 1, size)))
     return np.asarray(data[tuple(parts)], np.float64)
 

@@ -220,13 +220,13 @@ def _blocks(shape: tuple[int, ...], in_plane_mm: Array) -> NDArray[np.intp]:
 def _median_and_error(step: Array, block: NDArray[np.intp]) -> tuple[float, float]:
     """Median over voxels, and its standard error from the blocks; NaN from too few of them."""
     counts = np.bincount(block)
-    kept = np.flatnonzero(counts >= FEWEST_IN_BLOCK)
-    if len(kept) < FEWEST_BLOCKS:
+    blocks = np.flatnonzero(counts >= FEWEST_IN_BLOCK)
+    if len(blocks) < FEWEST_BLOCKS:
         return np.nan, np.nan
     median = float(np.median(step))
-    away = np.array([np.median(step[block == number]) for number in kept]) - median
+    away = np.array([np.median(step[block == number]) for number in blocks]) - median
     limit = 3 * 1.4826 * float(np.median(np.abs(away)))
-    weights = np.minimum(counts[kept], 2 * np.median(counts[kept])).astype(np.float64)
+    weights = np.minimum(counts[blocks], 2 * np.median(counts[blocks])).astype(np.float64)
     total = np.sqrt(np.sum((weights * np.clip(away, -limit, limit)) ** 2))
     return median, float(total / weights.sum())
 

@@ -169,9 +169,9 @@ def lost_slices(image: nib.Nifti1Image, *, axis: int) -> tuple[int, ...]:
 def bridged(image: nib.Nifti1Image, lost: Sequence[int], *, axis: int) -> nib.Nifti1Image:
     """A float32 copy in which lost slices are interpolated between the nearest others."""
     data = np.moveaxis(image.get_fdata(dtype=np.float32).copy(), axis, 0)
-    kept = np.setdiff1d(np.arange(len(data)), lost)
+    intact = np.setdiff1d(np.arange(len(data)), lost)
     for k in lost:
-        below, above = kept[kept < k].max(), kept[kept > k].min()
+        below, above = intact[intact < k].max(), intact[intact > k].min()
         share = np.float32((k - below) / (above - below))
         data[k] = (1 - share) * data[below] + share * data[above]
     return nib.Nifti1Image(np.moveaxis(data, 0, axis), image.affine)
@@ -179,9 +179,9 @@ def bridged(image: nib.Nifti1Image, lost: Sequence[int], *, axis: int) -> nib.Ni
 
 def without_slices(values: ArrayLike, lost: Sequence[int], *, axis: int) -> NDArray[Any]:
     """A copy of a mask on the scan's grid that is 0 in lost slices."""
-    kept = np.array(values)
-    np.moveaxis(kept, axis, 0)[list(lost)] = 0
-    return kept
+    copy = np.array(values)
+    np.moveaxis(copy, axis, 0)[list(lost)] = 0
+    return copy
 
 
 def hidden_voxels(

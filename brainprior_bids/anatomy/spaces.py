@@ -131,12 +131,12 @@ def resample_labels(
         On ``target``; 0 outside the source.
     """
     values = np.pad(np.asarray(labels, np.int16), 1)
-    found = np.zeros(target.shape, np.int16)
+    result = np.zeros(target.shape, np.int16)
     near = resample(values[1:-1, 1:-1, 1:-1] != 0, source, target, matrix=matrix, order=1) > 0
-    where = np.argwhere(near)
+    voxels = np.argwhere(near)
     mm_to_mm = np.linalg.inv(_checked(np.eye(4) if matrix is None else matrix))
     index = np.linalg.inv(source.affine) @ mm_to_mm @ target.affine
-    points = where @ index[:3, :3].T + index[:3, 3]
+    points = voxels @ index[:3, :3].T + index[:3, 3]
     low = np.floor(points).astype(int)
     share = points - low
     corners, weights = [], []
@@ -144,14 +144,14 @@ def resample_labels(
         at = np.clip(low + np.array(corner) + 1, 0, np.array(values.shape) - 1)
         corners.append(values[tuple(at.T)])
         weights.append(np.where(corner, share, 1 - share).prod(1))
-    most = np.zeros(len(where))
-    winner = np.zeros(len(where), np.int16)
+    most = np.zeros(len(voxels))
+    winner = np.zeros(len(voxels), np.int16)
     for label in corners:
         total = sum(w * (other == label) for w, other in zip(weights, corners, strict=True))
         better = (total > most) | ((total == most) & (label > winner))
         most, winner = np.where(better, total, most), np.where(better, label, winner)
-    found[tuple(where.T)] = winner
-    return found
+    result[tuple(voxels.T)] = winner
+    return result
 
 
 def move(

@@ -63,9 +63,9 @@ def tissue_probabilities(
         If one of the three tissues has no label at all.
     """
     inside = np.asarray(mask) > 0
-    found = np.asarray(labels)
+    label_values = np.asarray(labels)
     values = np.asarray(image, np.float32)[inside]
-    members = {kind: np.isin(found, which) & inside for kind, (_, which) in KINDS.items()}
+    members = {kind: np.isin(label_values, which) & inside for kind, (_, which) in KINDS.items()}
     kinds = [kind for kind, member in members.items() if member.any()]
     missing = set(TISSUES) - {KINDS[kind][0] for kind in kinds}
     if missing:

@@ -64,10 +64,10 @@ class Claims:
 
         On a file system without locks nothing is claimed, a warning says so, and it is True.
         """
-        taken = self._try(scan)
-        if not taken:
+        claimed = self._try(scan)
+        if not claimed:
             self.refused.append(scan)
-        return taken
+        return claimed
 
     def _try(self, scan: str) -> bool:
         for number, file in enumerate(self._files):
@@ -75,8 +75,8 @@ class Claims:
                 _lock(file, _byte(scan), fcntl.LOCK_EX)
             except OSError as error:
                 if error.errno in TAKEN:
-                    for held in self._files[:number]:
-                        _lock(held, _byte(scan), fcntl.LOCK_UN)
+                    for locked in self._files[:number]:
+                        _lock(locked, _byte(scan), fcntl.LOCK_UN)
                     return False
                 LOG.warning(
                     "%s cannot be locked (%s): make sure that no other process works on these "

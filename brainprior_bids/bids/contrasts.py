@@ -183,8 +183,8 @@ def through_t1w(
             paths = {result.to_template(space) for space in settings.template_spaces}
             if result.name.suffix == "T1w" and paths <= set(summary.outputs):
                 results.append(result)
-    found = pairs(list({result.title: result for result in results}.values()))
-    return {pair.other.name.stem for pair in found if pair.reference.name.suffix == "T1w"}
+    all_pairs = pairs(list({result.title: result for result in results}.values()))
+    return {pair.other.name.stem for pair in all_pairs if pair.reference.name.suffix == "T1w"}
 
 
 def record_path(output_dir: Path, pair: Pair) -> Path:

@@ -243,9 +243,9 @@ def check_output(output_dir: Path) -> None:
             there = read_json(path)
         except (OSError, ValueError) as error:
             raise UsageError(f"{path} cannot be read ({error}). Repair or remove it.") from error
-        made = there.get("GeneratedBy")
-        made = made if isinstance(made, list) else []
-        makers = [maker.get("Name") for maker in made if isinstance(maker, dict)]
+        generated_by = there.get("GeneratedBy")
+        generated_by = generated_by if isinstance(generated_by, list) else []
+        makers = [maker.get("Name") for maker in generated_by if isinstance(maker, dict)]
         if "brainprior" not in makers:
             raise UsageError(
                 f"output_dir {output_dir} is a data set that brainprior did not make "

@@ -76,8 +76,8 @@ def _thickest_mm(path: Path) -> float:
 
 def fmriprep_names(source: BIDSName) -> dict[str, str]:
     """Role -> path in the ``fmriprep`` root; subject and session of the source stay."""
-    kept = tuple((key, value) for key, value in source.entities if key in ("sub", "ses"))
-    name = BIDSName(kept, "T1w")
+    entities = tuple((key, value) for key, value in source.entities if key in ("sub", "ses"))
+    name = BIDSName(entities, "T1w")
     files = {
         "head": name.derivative(desc="preproc"),
         "mask": name.derivative("mask", desc="brain"),
@@ -111,7 +111,7 @@ def prepare(
     """
     maker = generated_by()
     licence = {"License": raw["License"]} if raw.get("License") else {}
-    name, made = raw.get("Name", "an unnamed data set"), raw.get("GeneratedBy")
+    name, makers = raw.get("Name", "an unnamed data set"), raw.get("GeneratedBy")
     for kind, root in exports.items():
         folder = Path(root)
         check_output(folder)
@@ -130,13 +130,13 @@ def prepare(
             table = "\n".join(["desc_id\tdescription", *rows]) + "\n"
             write_text(folder / "descriptions.tsv", table)
         else:
-            kept = {key: value for key, value in raw.items() if key != "GeneratedBy"}
+            inherited = {key: value for key, value in raw.items() if key != "GeneratedBy"}
             described = {
-                **kept,
+                **inherited,
                 "Name": f"{name}, with heads restored by brainprior",
                 "BIDSVersion": raw.get("BIDSVersion", BIDS_VERSION),
                 "DatasetType": "raw",
-                "GeneratedBy": [*(made if isinstance(made, list) else []), maker],
+                "GeneratedBy": [*(makers if isinstance(makers, list) else []), maker],
                 "SourceDatasets": [{"URL": bids_dir.as_uri()}],
             }
         write_json(folder / "dataset_description.json", described)
@@ -270,10 +270,10 @@ def is_delivered(exports: Mapping[str, str], scan: Scan, fingerprint: str) -> bo
             return False
         side = Path(root) / (paths[0].removesuffix(".nii.gz") + ".json")
         try:
-            found = read_json(side).get("Fingerprint")
+            recorded = read_json(side).get("Fingerprint")
         except (OSError, ValueError):
             return False
-        if found != fingerprint:
+        if recorded != fingerprint:
             return False
     return True
 
@@ -363,9 +363,9 @@ def _link(link: Path, target: Path) -> None:
             return
     elif link.exists():
         raise InputError(f"--export raw: {link} is in the way. Remove it and run again.")
-    made = link.with_name(f".{link.name}.{os.getpid()}")
-    made.symlink_to(target)
-    made.replace(link)  # another process may be making the same link
+    partial = link.with_name(f".{link.name}.{os.getpid()}")
+    partial.symlink_to(target)
+    partial.replace(link)  # another process may be making the same link
 
 
 def _write_participants(root: Path, bids_dir: Path) -> None:
@@ -379,9 +379,9 @@ def _write_participants(root: Path, bids_dir: Path) -> None:
     if "participant_id" not in header:
         return
     column = header.index("participant_id")
-    kept = [row for row in rows if len(row) > column and (root / row[column]).is_dir()]
+    present = [row for row in rows if len(row) > column and (root / row[column]).is_dir()]
     stream_out = io.StringIO()
-    for row in (header, *kept):
+    for row in (header, *present):
         stream_out.write("\t".join(row) + "\n")
     write_text(root / "participants.tsv", stream_out.getvalue())
 

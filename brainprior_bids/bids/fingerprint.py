@@ -93,15 +93,15 @@ def changes(before: Mapping[str, str] | None, now: Mapping[str, str]) -> str:
     """What differs, for a message: ``setting n_samples (2, now 4), weights of prior``."""
     if not before:
         return "what it was made from is not known"
-    found = []
+    differences = []
     for key in sorted({*before, *now}):
         old, new = before.get(key), now.get(key)
         if old == new:
             continue
-        said = [value for value in (old, new) if value is not None]
-        plain = key.startswith(("metadata", "setting")) and max(map(len, said)) <= SHOWN
+        values = [value for value in (old, new) if value is not None]
+        plain = key.startswith(("metadata", "setting")) and max(map(len, values)) <= SHOWN
         if plain:
-            found.append(f"{key} ({old or 'absent'}, now {new or 'absent'})")
+            differences.append(f"{key} ({old or 'absent'}, now {new or 'absent'})")
         else:
-            found.append(key)
-    return ", ".join(found)
+            differences.append(key)
+    return ", ".join(differences)

@@ -38,8 +38,8 @@ def fuse_runs(scans: Sequence[Scan]) -> list[Scan]:
 
 def fused_name(name: BIDSName) -> BIDSName:
     """Without run and acquisition."""
-    kept = tuple((key, value) for key, value in name.entities if key not in DROPPED)
-    return BIDSName(kept, name.suffix, name.extension)
+    entities = tuple((key, value) for key, value in name.entities if key not in DROPPED)
+    return BIDSName(entities, name.suffix, name.extension)
 
 
 def _fused(group: list[Scan]) -> Scan:

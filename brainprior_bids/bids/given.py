@@ -67,23 +67,23 @@ def _lesions(runs: Sequence[Scan], settings: Settings) -> Sequence[Path | None]:
 
 def _refined(scan: Scan, settings: Settings) -> dict[str, Given]:
     """Another tool's image, and the map of its error where there is one."""
-    found = {"refined": find_refined(scan, settings)}
+    files = {"refined": find_refined(scan, settings)}
     if settings.trust is not None and settings.trust_sd is None:
-        found["trust"] = _as_given(_find_trust(scan, settings), settings)
-    return found
+        files["trust"] = _as_given(_find_trust(scan, settings), settings)
+    return files
 
 
 def _anatomy(scan: Scan, settings: Settings) -> dict[str, Given]:
     """Mask and labels, where they are to come from other data sets."""
-    found = {}
-    asked = {
+    files = {}
+    requested = {
         "mask": settings.skull_strip == "mask",
         "dseg": settings.parcellation == "derivatives",
     }
-    for suffix, wanted in asked.items():
+    for suffix, wanted in requested.items():
         if wanted:
-            found[suffix] = _find(scan, suffix, settings.derivatives)
-    return found
+            files[suffix] = _find(scan, suffix, settings.derivatives)
+    return files
 
 
 def _as_given(path: Path, settings: Settings) -> Given:
@@ -95,13 +95,13 @@ def _as_given(path: Path, settings: Settings) -> Given:
 
 
 def _find_trust(scan: Scan, settings: Settings) -> Path:
-    found, pattern = by_pattern(str(settings.trust), scan, settings)
-    if len(found) != 1:
+    matches, pattern = by_pattern(str(settings.trust), scan, settings)
+    if len(matches) != 1:
         raise InputError(
-            f"{scan.name.stem}: --trust {pattern} names {len(found)} files; one is needed. "
+            f"{scan.name.stem}: --trust {pattern} names {len(matches)} files; one is needed. "
             "Make it more specific, or correct the path."
         )
-    return found[0]
+    return matches[0]
 
 
 def _find(scan: Scan, suffix: str, derivatives: Mapping[str, str]) -> Given:

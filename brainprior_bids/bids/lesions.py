@@ -43,8 +43,8 @@ def find_lesion(scan: Scan, settings: Settings) -> Path:
     """
     name = scan.name
     if settings.lesion_mask is not None:
-        found, pattern = by_pattern(settings.lesion_mask, scan, settings)
-        return _one(found, scan, f"--lesion-mask {pattern}", "")
+        matches, pattern = by_pattern(settings.lesion_mask, scan, settings)
+        return _one(matches, scan, f"--lesion-mask {pattern}", "")
     places = [(Path(path), "mask") for path in settings.derivatives.values()]
     places.append((settings.bids_dir, "roi"))
     looked, others = [], []
@@ -71,22 +71,22 @@ def find_lesions_of_runs(runs: Sequence[Scan], settings: Settings) -> list[Path 
     InputError
         If no run has one, or a run has more than one.
     """
-    found: list[Path | None] = []
+    masks: list[Path | None] = []
     missing = ""
     for run in runs:
         try:
-            found.append(find_lesion(run, settings))
+            masks.append(find_lesion(run, settings))
         except NoLesionError as error:
-            found.append(None)
+            masks.append(None)
             missing = missing or str(error)
-    if not any(found):
+    if not any(masks):
         raise InputError(f"{missing} None of the runs that are fused has one.")
-    for path in {path for path in found if path is not None and found.count(path) > 1}:
-        named = [index for index, mask in enumerate(found) if mask == path]
+    for path in {path for path in masks if path is not None and masks.count(path) > 1}:
+        named = [index for index, mask in enumerate(masks) if mask == path]
         fitting = [index for index in named if _same_grid(path, runs[index].path)]
         for index in set(named) - set(fitting or named[:1]):
-            found[index] = None
-    return found
+            masks[index] = None
+    return masks
 
 
 def _same_grid(one: Path, other: Path) -> bool:
@@ -114,15 +114,15 @@ def by_pattern(pattern: str, scan: Scan, settings: Settings) -> tuple[list[Path]
 
 
 def _candidates(paths: Iterable[Path]) -> list[tuple[Path, BIDSName]]:
-    found = []
+    candidates = []
     for path in sorted(paths):
         try:
             name = BIDSName.parse(path.name)
         except InputError:
             continue
         if name.get("label") == "lesion" and name.extension in (".nii", ".nii.gz"):
-            found.append((path, name))
-    return found
+            candidates.append((path, name))
+    return candidates
 
 
 def _belongs(mask: BIDSName, scan: BIDSName) -> bool:

@@ -146,8 +146,8 @@ def gpu_facts(device: str) -> dict[str, Any]:
 
     try:
         text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
-        found = re.search(r"Kernel Module\D*([\d.]+)", text)
-        driver = found[1] if found else "unknown"
+        match = re.search(r"Kernel Module\D*([\d.]+)", text)
+        driver = match[1] if match else "unknown"
     except OSError:  # not shown to this container
         driver = "unknown"
     return {
@@ -386,8 +386,8 @@ def write_provenance_table(output_dir: Path) -> None:
     if not names:
         return
     earlier = table.read_text(encoding="utf-8").splitlines() if table.is_file() else []
-    known = {line.partition("\t")[0]: line.partition("\t")[2] for line in earlier}
-    rows = [f"{name}\t{known.get(name) or _meaning(folder, name)}" for name in names]
+    descriptions = {line.partition("\t")[0]: line.partition("\t")[2] for line in earlier}
+    rows = [f"{name}\t{descriptions.get(name) or _meaning(folder, name)}" for name in names]
     write_text_at_last(table, "\n".join(["provenance_id\tdescription", *rows]) + "\n")
 
 

@@ -157,7 +157,7 @@ def misnamed_folders(bids_dir: Path) -> dict[str, str]:
     path in the data set -> message
         Such as ``SUB-01``, ``sub_02``, ``subject03``, ``sub-04/Ses-1``.
     """
-    found = {}
+    messages = {}
     every = (bids_dir / f"sub-{label}" for label in list_subjects(bids_dir))
     subjects = [subject for subject in every if _locked(subject) is None]
     for folder, key, word in ((bids_dir, "sub", "ject"), *((s, "ses", "sion") for s in subjects)):
@@ -167,11 +167,11 @@ def misnamed_folders(bids_dir: Path) -> dict[str, str]:
                 continue
             label = re.sub("[^a-zA-Z0-9]", "", entry.name[start.end() :])
             place = readable(entry.relative_to(bids_dir))
-            found[place] = (
+            messages[place] = (
                 f"{place}: this folder is ignored, as its name does not begin with '{key}-' in "
                 f"small letters. Rename it (and its files), for example to {key}-{label}."
             )
-    return found
+    return messages
 
 
 def locked_folders(
@@ -270,9 +270,9 @@ def find_scans(settings: Settings) -> list[Scan]:
                 f"--bids-filter-file: the filter for {suffix} cannot be used: "
                 f"{str(error).partition(' If you')[0]}"  # pybids goes on to its own arguments
             ) from error
-        found = {path: _described(path, suffix, sidecars) for path in listed}
-        _require_fields(fields, found.values(), suffix)
-        files |= {path: file for path, file in found.items() if file.fits(fields)}
+        described = {path: _described(path, suffix, sidecars) for path in listed}
+        _require_fields(fields, described.values(), suffix)
+        files |= {path: file for path, file in described.items() if file.fits(fields)}
         ends = tuple(f"_{suffix}{end}" for end in EXTENSIONS)
         for path in entries:
             problem = _no_file(path, settings.bids_dir) if path.name.endswith(ends) else None
@@ -333,8 +333,8 @@ def _fits(value: Any, asked: Any) -> bool:
 def _require_fields(fields: Mapping[str, Any], files: Iterable[_File], suffix: str) -> None:
     """Refuse a filter by what is no entity and in no sidecar."""
     files = list(files)
-    known = {key for file in files for key in file.metadata}
-    unknown = sorted(set(fields) - known)
+    keys = {key for file in files for key in file.metadata}
+    unknown = sorted(set(fields) - keys)
     if unknown and files and all(file.problem is None for file in files):
         raise UsageError(
             f"--bids-filter-file: the filter for {suffix} cannot be used: '{unknown[0]}' is not a "
@@ -496,36 +496,36 @@ def _index(
 
 def _kept_index(bids_dir: Path, ignore: Sequence[str], database_dir: Path) -> Any:
     """The layout in ``--bids-database-dir``, made where it is not there yet."""
-    where = f"--bids-database-dir {database_dir}"
-    made = database_dir / "layout_index.sqlite"
-    kept = {"database_path": str(database_dir)}
+    option = f"--bids-database-dir {database_dir}"
+    index = database_dir / "layout_index.sqlite"
+    database = {"database_path": str(database_dir)}
     try:
         database_dir.mkdir(parents=True, exist_ok=True)
-        exists = made.exists()
+        exists = index.exists()
     except OSError as error:
         raise UsageError(
-            f"{where}: the folder cannot be created ({error.strerror}). Choose another."
+            f"{option}: the folder cannot be created ({error.strerror}). Choose another."
         ) from error
     try:
         if exists:
-            layout = _layout(bids_dir, None, metadata=False, **kept)
+            layout = _layout(bids_dir, None, metadata=False, **database)
         else:
             try:
-                layout = _layout(bids_dir, ignore, metadata=True, **kept)
+                layout = _layout(bids_dir, ignore, metadata=True, **database)
             except (OSError, ValueError, RecursionError) as error:  # a sidecar of any participant
                 for path in database_dir.glob("layout_*"):
                     path.unlink()
-                LOG.warning("%s: kept without metadata: %s", where, error)
+                LOG.warning("%s: kept without metadata: %s", option, error)
                 ignore = [*ignore, r"\.json$"]
-                layout = _layout(bids_dir, ignore, metadata=False, **kept)
+                layout = _layout(bids_dir, ignore, metadata=False, **database)
     except Exception as error:  # whatever pybids and its database say of it
         raise UsageError(
-            f"{where} cannot be used for {bids_dir}: {error} Remove that folder, and it is made "
+            f"{option} cannot be used for {bids_dir}: {error} Remove that folder, and it is made "
             "anew."
         ) from error
     if Path(layout.root).resolve() != bids_dir.resolve():
         raise UsageError(
-            f"{where} is the index of {layout.root}, not of {bids_dir}. Use another folder."
+            f"{option} is the index of {layout.root}, not of {bids_dir}. Use another folder."
         )
     return layout
 
@@ -610,16 +610,16 @@ class Sidecars:
 
 def _read_sidecar(path: Path) -> tuple[dict[str, Any], str | None]:
     """A sidecar's content, and its encoding where that is not what BIDS asks for."""
-    where = f"the sidecar {readable(path)}"
+    title = f"the sidecar {readable(path)}"
     if os.path.islink(path) and not os.path.exists(path):
         raise InputError(_without_content(path))
     if not os.path.isfile(path):
-        raise InputError(f"{where} is no file. Replace or remove it.")
+        raise InputError(f"{title} is no file. Replace or remove it.")
     try:
         if path.stat().st_size > LARGEST_SIDECAR:
             size = path.stat().st_size / 2**20
             raise InputError(
-                f"{where} has {size:.0f} MiB, expected less than {LARGEST_SIDECAR / 2**20:.0f}. "
+                f"{title} has {size:.0f} MiB, expected less than {LARGEST_SIDECAR / 2**20:.0f}. "
                 "Is it one? Replace or remove it."
             )
         text, other = decoded(path.read_bytes())
@@ -628,13 +628,13 @@ def _read_sidecar(path: Path) -> tuple[dict[str, Any], str | None]:
             content = _as_text(content)
     except OSError as error:
         raise InputError(
-            f"{where} cannot be read ({error.strerror}). Check its permissions."
+            f"{title} cannot be read ({error.strerror}). Check its permissions."
         ) from error
     except ValueError as error:
-        raise InputError(f"{where} is not JSON ({error}). Repair or remove it.") from error
+        raise InputError(f"{title} is not JSON ({error}). Repair or remove it.") from error
     if not isinstance(content, dict):
         raise InputError(
-            f"{where}: expected a JSON object, got {type(content).__name__}. Repair or remove it."
+            f"{title}: expected a JSON object, got {type(content).__name__}. Repair or remove it."
         )
     return content, other
 

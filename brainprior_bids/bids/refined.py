@@ -98,11 +98,11 @@ def name_after_images(scans: Sequence[Scan], settings: Settings) -> list[Scan]:
     named = []
     for scan in scans:
         try:
-            found = None if scan.problem else find_refined(scan, settings)
+            refined = None if scan.problem else find_refined(scan, settings)
         except InputError:  # said when the scan's turn comes
-            found = None
-        if found is not None:
-            suffix = BIDSName.parse(found.path.name).suffix
+            refined = None
+        if refined is not None:
+            suffix = BIDSName.parse(refined.path.name).suffix
             name = BIDSName(scan.name.entities, suffix, scan.name.extension)
             scan = replace(scan, name=name)
         named.append(scan)

@@ -102,7 +102,7 @@ def descriptor() -> dict[str, Any]:
 
 def _option(action: argparse.Action) -> dict[str, Any]:
     flag = next(text for text in action.option_strings if text.startswith("--"))
-    made: dict[str, Any] = {
+    entry: dict[str, Any] = {
         "id": action.dest,
         "name": flag,
         "type": "String",
@@ -113,16 +113,16 @@ def _option(action: argparse.Action) -> dict[str, Any]:
     }
     kind = getattr(action.type, "__name__", "")
     if action.nargs == 0:
-        made["type"] = "Flag"
+        entry["type"] = "Flag"
     elif action.dest in FILES:
-        made["type"] = "File"
+        entry["type"] = "File"
     elif kind in NUMBERS:
-        made |= {"type": "Number", **NUMBERS[kind]}
+        entry |= {"type": "Number", **NUMBERS[kind]}
     if action.choices is not None:
-        made["value-choices"] = list(action.choices)
+        entry["value-choices"] = list(action.choices)
     if action.nargs == "+":
-        made["list"] = True
-    return made
+        entry["list"] = True
+    return entry
 
 
 if __name__ == "__main__":

@@ -193,13 +193,13 @@ def check_templates(spaces: Sequence[str]) -> None:
     ------
     UsageError
     """
-    asked = [space for space in TEMPLATE_SPACES if space in spaces]
-    if asked and find_spec("ants") is None:
+    templates = [space for space in TEMPLATE_SPACES if space in spaces]
+    if templates and find_spec("ants") is None:
         raise UsageError(
-            f"--output-spaces {asked[0]}: antspyx, which registers to the template, is not "
+            f"--output-spaces {templates[0]}: antspyx, which registers to the template, is not "
             "installed. Install it (pip install antspyx), or leave the space out."
         )
-    for space in asked:
+    for space in templates:
         find_template(space)
 
 
@@ -247,8 +247,8 @@ def export_roots(
                 f"files would be lost. Name a mounted folder: --export {kind}=/exports, or use an "
                 "output_dir one level deeper."
             )
-        taken = [bids_dir, output_dir, *map(Path, exports.values())]
-        for other in (path.resolve() for path in taken):
+        folders = [bids_dir, output_dir, *map(Path, exports.values())]
+        for other in (path.resolve() for path in folders):
             own = root.resolve()
             in_derivatives = bids_dir.resolve() / "derivatives" in own.parents
             clash = own == other or (other in own.parents and not in_derivatives)

@@ -86,7 +86,7 @@ def command(arguments: list[str]) -> int:
 
 def _not_foreseen(error: Exception, logs: Path | None, arguments: Sequence[str]) -> str:
     """One line about an error that no message was written for; its traceback goes to a file."""
-    said = " ".join(str(error).split()) or "an error without a message"
+    message = " ".join(str(error).split()) or "an error without a message"
     text = f"brainprior {__version__}: {shlex.join(arguments)}\n\n"
     text += "".join(traceback.format_exception(error))
     name = f"crash-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}.txt"
@@ -96,8 +96,8 @@ def _not_foreseen(error: Exception, logs: Path | None, arguments: Sequence[str])
                 path = write_text(folder / name, text)
             except OSError:  # full or read-only: the next one
                 continue
-            return f"{said}. This was not foreseen: please report it, with {path}."
-    return f"{said}. This was not foreseen: please report it ({type(error).__name__})."
+            return f"{message}. This was not foreseen: please report it, with {path}."
+    return f"{message}. This was not foreseen: please report it ({type(error).__name__})."
 
 
 def train(argv: Sequence[str]) -> int:
@@ -126,20 +126,20 @@ def verify(argv: Sequence[str]) -> int:
         "output_dir", type=Path, help="output folder of a run, or a data set of --export"
     )
     options = parser.parse_args(list(argv))
-    found = verify_records(options.output_dir)
-    if not found.outputs:
-        found = verify_export(options.output_dir)
-    if not found.outputs:
+    report = verify_records(options.output_dir)
+    if not report.outputs:
+        report = verify_export(options.output_dir)
+    if not report.outputs:
         raise UsageError(
             f"{options.output_dir} has no provenance to verify: expected an output folder "
             "(prov/*_io.json), or a data set of --export."
         )
-    for address, what in found.changes.items():
+    for address, what in report.changes.items():
         print(f"{what}\t{address}")
-    for address in found.out_of_reach:
+    for address in report.out_of_reach:
         print(f"not checked\t{address}")
     print(
-        f"{found.outputs} output(s) and {found.inputs} input(s) checked, {len(found.changes)} "
+        f"{report.outputs} output(s) and {report.inputs} input(s) checked, {len(report.changes)} "
         "changed or missing."
     )
-    return 1 if found.changes else 0
+    return 1 if report.changes else 0

@@ -282,11 +282,11 @@ def _with_first(
     tasks: Sequence[tuple[Source, Any]],
 ) -> Iterator[tuple[bool, tuple[Source, Any]]]:
     """Whether a task is the first of its condition and contrast; that one is drawn."""
-    seen = set()
+    conditions = set()
     for source, condition in tasks:
         key = (condition.study, condition.name, source.contrast)
-        yield key not in seen, (source, condition)
-        seen.add(key)
+        yield key not in conditions, (source, condition)
+        conditions.add(key)
 
 
 def find_sources(args: argparse.Namespace) -> list[Source]:
@@ -307,10 +307,10 @@ def find_sources(args: argparse.Namespace) -> list[Source]:
             f"evaluate: {', '.join(both)} cannot be in both the test and the validation set. "
             "Name each once."
         )
-    found = find_brains(args.data, validation=sorted(report | choosing), exclude=())
+    brains = find_brains(args.data, validation=sorted(report | choosing), exclude=())
     sources = [
         Source(str(path), name, contrast, synthetic=False, choosing=name in choosing)
-        for name, contrast, _, path in found
+        for name, contrast, _, path in brains
         if contrast in args.modalities and (name in choosing or name in report or not report)
     ]
     stems = [source.stem for source in sources]
@@ -358,12 +358,12 @@ def conditions(
 
     number = {source: n for n, source in enumerate(reporting)}
     real = [source for source in reporting if not source.synthetic]
-    made = [source for source in reporting if source.synthetic]
+    synthetic = [source for source in reporting if source.synthetic]
     few = min(args.n_samples, 4)
     for study in [study for study in STUDIES if study in args.studies]:
         own = replace(base, study=study)
         if study == "restoration":
-            for group, noises in ((real, args.noise), (made, args.noise[:1])):
+            for group, noises in ((real, args.noise), (synthetic, args.noise[:1])):
                 for n, spacing in enumerate(args.spacing):
                     for noise in noises:
                         for source in group:
@@ -439,12 +439,12 @@ def _prepare(source: Source, out: str) -> None:
     if path.is_file() and _is_done(note, mark):
         return
     if source.synthetic:
-        made = from_labels(
+        participant = from_labels(
             Path(source.path), source.name, source.contrast, _parcellation(), path.parent
         )
     else:
-        made = from_scan(Path(source.path), source.name, source.contrast, _parcellation())
-    made.save(path)
+        participant = from_scan(Path(source.path), source.name, source.contrast, _parcellation())
+    participant.save(path)
     _write(note, {"fingerprint": mark, "source": Path(source.path).name})
 
 
@@ -462,8 +462,8 @@ def _tune(source: Source, condition: Any, out: str) -> None:
     grids = (protocol.TIKHONOV_PENALTIES, protocol.TV_PENALTIES, protocol.SPREADS)
     mark = _mark(participant=_read(participant.with_suffix(".json")), condition=used, grids=grids)
     if not _is_done(path, mark):
-        found = protocol.tune(protocol.Participant.load(participant), condition)
-        _write(path, {"fingerprint": mark, "errors": found})
+        errors = protocol.tune(protocol.Participant.load(participant), condition)
+        _write(path, {"fingerprint": mark, "errors": errors})
 
 
 def _measure(
@@ -532,8 +532,8 @@ def _is_done(path: Path, mark: str) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:

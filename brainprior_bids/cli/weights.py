@@ -49,13 +49,13 @@ def _files(names: Sequence[str]) -> dict[str, Path]:
     from brainprior_bids.engine.weights import FOLDER, SUFFIX, find_weights, user_folder
 
     if names:
-        found = {}
+        files = {}
         for name in names:
             if name == "embedded" or name in [f"embedded {kind}" for kind in KINDS]:
-                found |= {f"embedded {kind}": FOLDER / f"{kind}{SUFFIX}" for kind in KINDS}
+                files |= {f"embedded {kind}": FOLDER / f"{kind}{SUFFIX}" for kind in KINDS}
             else:
-                found[name] = find_weights(name, kind="prior")
-        return found
+                files[name] = find_weights(name, kind="prior")
+        return files
     own = {path.stem: path for path in sorted(user_folder().glob(f"*{SUFFIX}"))}
     return {f"embedded {kind}": FOLDER / f"{kind}{SUFFIX}" for kind in KINDS} | own
 
@@ -99,16 +99,16 @@ def _verify(files: dict[str, Path]) -> int:
     for name, path in files.items():
         note = _note(path)
         try:
-            found = read_any(path)["sha256"]
+            sha256 = read_any(path)["sha256"]
             what = "tensors as written"
             if note.is_file():
                 recorded = note.read_text(encoding="utf-8").split()[0]
-                if recorded != found:
+                if recorded != sha256:
                     raise WeightsError(
-                        f"SHA-256 is {found}, was {recorded} when it was added. Add it again."
+                        f"SHA-256 is {sha256}, was {recorded} when it was added. Add it again."
                     )
                 what += ", file as added"
-            print(f"ok\t{name}\t{what}\t{found}")
+            print(f"ok\t{name}\t{what}\t{sha256}")
         except WeightsError as error:
             bad += 1
             hash_now = sha256_file(path) if path.is_file() else "no file"

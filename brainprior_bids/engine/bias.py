@@ -93,8 +93,8 @@ def gauss_newton_step(
     ridge = field.precision.to(coefficients)
 
     def weigh(volume: Tensor) -> Tensor:
-        seen = field.project(prediction * whiten(volume), basis)
-        return trust * seen.to(coefficients)
+        projection = field.project(prediction * whiten(volume), basis)
+        return trust * projection.to(coefficients)
 
     def hessian(d: Tensor) -> Tensor:
         return weigh(prediction * field.evaluate(d, basis).to(prediction)) + ridge * d

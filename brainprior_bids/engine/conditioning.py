@@ -274,14 +274,14 @@ class Conditioning:
             alone = term.brain_alone(torch.zeros_like(likelihood.support))
             return Voxels(alone.cpu(), term.partly_seen().cpu(), term.noise_sd)
         alone = term.brain_alone(likelihood.expect(self.guess, SIGMA_BLIND)).cpu()
-        axis, kept = self.problem.scans[0].acquisition.slice_axis, []
+        axis, shares = self.problem.scans[0].acquisition.slice_axis, []
         for a in range(3):
             n, m = alone.shape[a], box.shape[a]
             if a != axis:
-                kept.append(n / m)
+                shares.append(n / m)
                 alone = SliceProfile(resampling_matrix(n, m), tuple(alone.shape), a)(alone)
-        noise_sd = term.noise_sd / math.sqrt(kept[0] * kept[1])
-        return Stack(alone, slice_weights.double().cpu(), axis, noise_sd, (kept[0], kept[1]))
+        noise_sd = term.noise_sd / math.sqrt(shares[0] * shares[1])
+        return Stack(alone, slice_weights.double().cpu(), axis, noise_sd, (shares[0], shares[1]))
 
     def obstacle(self) -> str | None:
         """Why the network cannot be given the reference's measurements, or None."""

@@ -98,16 +98,17 @@ def judge(residuals: Sequence[Residual]) -> list[str]:
             "explain. Look at the residual map; check the slice thickness, the mask and motion."
         )
     n = len(residuals)
-    found = []
+    correlations = []
     for axis, name in enumerate(AXES):
         rho = sum(r.correlation[axis] for r in residuals) / n
         error = max(r.standard_error[axis] for r in residuals)  # samples share the scan's noise
         if rho > MAX_CORRELATION and rho > STANDARD_ERRORS * error:
-            found.append(f"{rho:.2f} {name}")
-    if found:
+            correlations.append(f"{rho:.2f} {name}")
+    if correlations:
         warnings.append(
-            f"The residual is spatially correlated (neighbouring voxels: {', '.join(found)}; "
-            f"white noise: 0, warned above {MAX_CORRELATION}): anatomy or a smooth field is left "
-            "in it, or the scanner interpolated the image. Look at the residual map."
+            "The residual is spatially correlated (neighbouring voxels: "
+            f"{', '.join(correlations)}; white noise: 0, warned above {MAX_CORRELATION}): anatomy "
+            "or a smooth field is left in it, or the scanner interpolated the image. Look at the "
+            "residual map."
         )
     return warnings

@@ -30,17 +30,17 @@ def usable_device(device: torch.device | str) -> torch.device:
         If the name is none of torch's, or the device is not there.
     """
     try:
-        found = torch.device(device)
+        torch_device = torch.device(device)
     except RuntimeError as error:
         raise UsageError(f"device: expected 'cpu' or 'cuda:N', got {device!r}.") from error
-    if found.type == "cuda":
+    if torch_device.type == "cuda":
         count = visible_gpus()
-        if (found.index or 0) >= count:
+        if (torch_device.index or 0) >= count:
             raise UsageError(
-                f"device: {found} requested, but torch sees {count} CUDA device(s) here. Use "
-                "'cpu', or check the driver (in a container: --gpus all, --nv)."
+                f"device: {torch_device} requested, but torch sees {count} CUDA device(s) here. "
+                "Use 'cpu', or check the driver (in a container: --gpus all, --nv)."
             )
-    return found
+    return torch_device
 
 
 def choose_device(
@@ -67,9 +67,9 @@ def choose_device(
         return _no_gpu(build, os.environ if environ is None else environ, driver)
     index = int(asked.partition(":")[2] or 0)
     if index >= count:
-        seen = f"{count} GPU(s)" if count else "no GPU"
+        gpus = f"{count} GPU(s)" if count else "no GPU"
         raise UsageError(
-            f"--device {asked}: this process sees {seen}{f' ({build})' if build else ''}. "
+            f"--device {asked}: this process sees {gpus}{f' ({build})' if build else ''}. "
             f"{HOW}; or use --device cpu."
         )
     device = f"cuda:{index}"

@@ -218,14 +218,14 @@ class Problem:
         if scan.hidden is not None:
             hidden = hidden_voxels(scan.hidden, shape)[box.data_slices]
         share, y = share[box.data_slices], data[box.data_slices]
-        said = list(scan.warnings)
+        messages = list(scan.warnings)
         if scan.noise_sd is None:
-            seen = share if hidden is None else share * ~hidden
-            noise_sd, excess = _estimated_noise(y, seen, axis, said), None
+            measured_share = share if hidden is None else share * ~hidden
+            noise_sd, excess = _estimated_noise(y, measured_share, axis, messages), None
         else:
             noise_sd, excess = given_noise(scan.noise_sd, scan.mask > 0.5, thinned, shape)
         prefix = "" if len(self.scans) == 1 else f"{scan.name}: "
-        self.warnings += [prefix + text for text in said]
+        self.warnings += [prefix + text for text in messages]
         return Part(
             observation=scan,
             data_shape=shape,
@@ -271,10 +271,10 @@ class Problem:
     def bias_on_scan(self, coefficients: Tensor) -> Tensor:
         """What the coefficients add to the log bias, on the whole grid of the reference."""
         grid, part = self.scans[0].grid, tuple(slice(0, n) for n in self.scans[0].grid.shape)
-        where = relative_positions(
+        positions = relative_positions(
             self.reference.box, grid.shape, grid.one_millimetre().shape, part
         )
-        return self.bias_field.evaluate(coefficients, self.bias_field.basis(where))
+        return self.bias_field.evaluate(coefficients, self.bias_field.basis(positions))
 
     # ---- the likelihood under one slice thickness ------------------------------------------
 
@@ -282,13 +282,13 @@ class Problem:
         """All scans, their slices ``thickness_factor`` times as thick as stated; made once."""
         if thickness_factor not in self._likelihoods:
             terms = [self._term(part, thickness_factor) for part in self.parts]
-            made = Likelihood(terms, self.support, self.device)
+            likelihood = Likelihood(terms, self.support, self.device)
             if self.is_spectral:
-                made.solve = SpectralSolve(made, spectrum)
+                likelihood.solve = SpectralSolve(likelihood, spectrum)
             else:
                 i, j, k = (float(s) for s in self.home.spacing_mm)
-                made.solve = ImageSpaceSolve(made, spectrum, (i, j, k))
-            self._likelihoods[thickness_factor] = made
+                likelihood.solve = ImageSpaceSolve(likelihood, spectrum, (i, j, k))
+            self._likelihoods[thickness_factor] = likelihood
         return self._likelihoods[thickness_factor]
 
     def slice_weights(self, thickness_factor: float = 1.0) -> Tensor:
@@ -309,18 +309,20 @@ class Problem:
 
     def _term(self, part: Part, thickness_factor: float) -> Term:
         scan = part.observation
-        profile, seen = sensitivity(scan.grid, scan.acquisition, part.data_shape, thickness_factor)
+        profile, axis_weights = sensitivity(
+            scan.grid, scan.acquisition, part.data_shape, thickness_factor
+        )
         model = None
         if self.nuisances.move_bias and self.is_spectral:
-            where = relative_positions(
+            positions = relative_positions(
                 part.box, part.data_shape, scan.grid.one_millimetre().shape, part.box.data_slices
             )
-            basis = [axis.to(self.device) for axis in self.bias_field.basis(where)]
+            basis = [axis.to(self.device) for axis in self.bias_field.basis(positions)]
             model = BiasModel(self.bias_field, basis)
         return Term(
             part.y,
             operator=self._operator(part, profile, thickness_factor),
-            share=brain_share(part.brain, seen)[part.box.data_slices],
+            share=brain_share(part.brain, axis_weights)[part.box.data_slices],
             noise_sd=part.noise_sd,
             log_bias=part.log_bias,
             hidden=part.hidden,
@@ -368,9 +370,9 @@ def _on_mni305(brain: Tensor, fine: Grid, to_mni305: NDArray[np.float64]) -> Ten
     stop = triple(tuple(np.clip(np.ceil(mapped.max(1)) + 1, 0, MNI305.shape)))
     inside = torch.zeros(MNI305.shape, dtype=torch.bool)
     if all(a < b for a, b in zip(start, stop, strict=True)):
-        where = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
+        region = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
         part = AffineResample(fine, MNI305.crop(start, stop), np.linalg.inv(to_mni305))
-        inside[where] = part(brain) > 0.5
+        inside[region] = part(brain) > 0.5
     if not bool(inside.any()):
         raise GeometryError(
             "restore: no voxel of the brain lies on the MNI305 grid. Check to_mni305."

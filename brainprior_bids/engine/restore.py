@@ -153,7 +153,7 @@ def restore(
     began = time.perf_counter()
     scans, images = observations_of(observations)
     _check(sampler, n_samples, home, images)
-    where = usable_device(device)
+    torch_device = usable_device(device)
     mask = as_volume("mask_1mm", mask_1mm, scans[0].grid.one_millimetre().shape, "restore")
     if not bool(torch.isfinite(mask).all()):
         raise InputError("restore: mask_1mm holds NaN or infinite values. Recreate it.")
@@ -164,7 +164,7 @@ def restore(
         to_mni305=checked_matrix(to_mni305, "restore: to_mni305"),
         home=home,
         nuisances=nuisances,
-        device=where,
+        device=torch_device,
     )
     view = Conditioning(prior, problem, contrast, images)
     name, reason = choose_sampler(sampler, view, n_steps)

@@ -123,16 +123,16 @@ class Gathering:
             moved = problem.bias_on_scan(reference.nuisance.coefficients)
             gain = float(moved[problem.scans[0].mask > 0.5].mean().exp())
             self.log_bias += moved / self.chains
-        scale, where = problem.unit * gain, problem.box.image_slices
+        scale, region = problem.unit * gain, problem.box.image_slices
         estimate = x0 if conditional is None else conditional * problem.final
-        self.expected[where] += estimate.cpu().numpy() * (scale / self.chains)
+        self.expected[region] += estimate.cpu().numpy() * (scale / self.chains)
         if sd is None:
             self._all_predicted = False
         else:
             own = (sd * problem.final).square().cpu().numpy()
-            self.predicted[where] += own * (scale**2 / self.chains)
+            self.predicted[region] += own * (scale**2 / self.chains)
         if self.n:
-            self.samples[(index, *where)] = x0.cpu().numpy() * scale
+            self.samples[(index, *region)] = x0.cpu().numpy() * scale
         if self.predicting:
             self.predictions[0] += self._predict(likelihood, estimate) / self.chains
             if self.n:

@@ -71,11 +71,11 @@ def sensitivity(
         )
 
     boxes = [boxcar_profile(float(fine.extent_mm[a]) / data_shape[a]) for a in range(3)]
-    seen = [matrix(a, boxes[a]) for a in range(3)]
+    weights = [matrix(a, boxes[a]) for a in range(3)]
     if is_3d(grid, acquisition):
-        return resampling_matrix(fine.shape[axis], data_shape[axis]), seen
-    seen[axis] = matrix(axis, acquisition.cumulative(thickness_factor))
-    return seen[axis], seen
+        return resampling_matrix(fine.shape[axis], data_shape[axis]), weights
+    weights[axis] = matrix(axis, acquisition.cumulative(thickness_factor))
+    return weights[axis], weights
 
 
 def brain_share(mask_1mm: Tensor, seen: list[Tensor]) -> Tensor:

@@ -244,8 +244,10 @@ class StackPosterior:
         with torch.autocast(noisy.device.type, enabled=False):  # bfloat16 is coarser than a scan
             alone = from_columns(self.skip * columns(noisy.float(), axis), axis, shape)
             image = from_bands(alone[None])[0, 0]
-            seen = torch.tensordot(self.slice_weights, image, dims=([1], [axis])).movedim(0, axis)
-            rest = self._measured(self.stack.y.to(seen) - seen)
+            prediction = torch.tensordot(self.slice_weights, image, dims=([1], [axis])).movedim(
+                0, axis
+            )
+            rest = self._measured(self.stack.y.to(prediction) - prediction)
             more = from_columns(self.gain @ slice_columns(rest, axis), axis, shape)
             return alone + self._measured_bands(more)
 

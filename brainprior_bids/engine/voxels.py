@@ -138,8 +138,8 @@ class VoxelPosterior:
         """(8, i, j, k) bands of x_t -> those of w."""
         with torch.autocast(noisy.device.type, enabled=False):
             image = from_bands(noisy.float()[None])[0, 0]
-            seen = self.rest * image + self.trust * self.y
-            together = torch.where(self.hidden, image, seen)
+            measured = self.rest * image + self.trust * self.y
+            together = torch.where(self.hidden, image, measured)
             result = self.skip * to_bands(together[None, None])[0]
             own = _blocks(together)[:, self.border].T[..., None]  # (m, 8, 1)
             result[:, self.border] = (self.border_skip @ own)[..., 0].T
@@ -155,5 +155,5 @@ class VoxelPosterior:
 
     def unknown_map(self, shape: tuple[int, ...]) -> Tensor:
         """(1, 1, i, j, k): sqrt(C) / sigma."""
-        seen = 1 / math.sqrt(1 + (self.sigma / self.voxels.noise_sd) ** 2)
-        return torch.where(self.hidden, 1.0, seen).reshape(1, 1, *shape)
+        ratio = 1 / math.sqrt(1 + (self.sigma / self.voxels.noise_sd) ** 2)
+        return torch.where(self.hidden, 1.0, ratio).reshape(1, 1, *shape)

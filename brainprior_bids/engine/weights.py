@@ -62,10 +62,10 @@ def find_weights(asked: str | Path | None, *, kind: str) -> Path:
     named = user_folder() / f"{asked}{SUFFIX}"
     if path.name == str(asked) and named.is_file():
         return named
-    known = sorted(found.stem for found in user_folder().glob(f"*{SUFFIX}"))
+    names = sorted(file.stem for file in user_folder().glob(f"*{SUFFIX}"))
     raise WeightsError(
         f"{asked}: expected a weights file, or one of the names embedded"
-        f"{''.join(f', {name}' for name in known)}. Add a file with `brainprior weights add`."
+        f"{''.join(f', {name}' for name in names)}. Add a file with `brainprior weights add`."
     )
 
 

@@ -363,8 +363,8 @@ def _changed(
     """Share of the voxels of a scan that are not as they were, inside and outside of a mask."""
     changed = image != scan
     shares = {
-        where: round(float(changed[part].mean()), 6) if part.any() else None
-        for where, part in (("inside", inside), ("outside", ~inside))
+        region: round(float(changed[part].mean()), 6) if part.any() else None
+        for region, part in (("inside", inside), ("outside", ~inside))
     }
     return ChangedRecord(**shares)
 

@@ -95,11 +95,11 @@ def methods_text(methods: Sequence[Method]) -> str:
     """The paragraphs, in Markdown."""
     if not methods:
         return "No scan was restored.\n"
-    done = [(method.suffix, method.task) for method in methods]
+    pairs = [(method.suffix, method.task) for method in methods]
     counts = "; ".join(
-        _listed([f"{done.count((s, t))} {s}" for s, t in dict.fromkeys(done) if t == task])
-        + f" {'scan was' if sum(t == task for _, t in done) == 1 else 'scans were'} {DONE[task]}"
-        for task in dict.fromkeys(task for _, task in done)
+        _listed([f"{pairs.count((s, t))} {s}" for s, t in dict.fromkeys(pairs) if t == task])
+        + f" {'scan was' if sum(t == task for _, t in pairs) == 1 else 'scans were'} {DONE[task]}"
+        for task in dict.fromkeys(task for _, task in pairs)
     )
     hidden = _reduced(methods) + _missing(methods) + _refined(methods)
     fused = [method.runs for method in methods if method.runs > 1]

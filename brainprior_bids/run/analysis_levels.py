@@ -96,16 +96,16 @@ def _rewrite(settings: Settings) -> int:
             "Run the participant level for them first."
         )
     check_output(settings.output_dir)
-    made = True
+    complete = True
     with _claims(settings):
         status.rebuild_status(settings.output_dir)
         rebuild_qc(settings.output_dir)
         if "participant" in settings.analysis_level:
-            made = write_documents(subjects, settings)
+            complete = write_documents(subjects, settings)
         if "group" in settings.analysis_level:
             run_group(settings)
     LOG.info("%d report(s) in %s", len(subjects), settings.output_dir)
-    return 0 if made else 1
+    return 0 if complete else 1
 
 
 def _fit_memory(settings: Settings) -> Settings:

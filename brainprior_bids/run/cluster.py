@@ -166,10 +166,10 @@ class _FaultTolerant(RecordsFailures):
         if taskid in self._refused:
             return killed(self._refused[taskid])
         folder = self._pending.get(taskid)
-        found = super()._get_result(taskid)
-        if found is not None and isinstance(found["traceback"], str):
+        result = super()._get_result(taskid)
+        if result is not None and isinstance(result["traceback"], str):
             return killed(f"{LOST} {_last_words(folder, taskid)}".strip())
-        return found
+        return result
 
     def _report_crash(self, node: Any, result: dict[str, Any] | None = None) -> str:
         if result is not None and isinstance(result["traceback"], str):
@@ -198,26 +198,26 @@ class FaultTolerantSlurm(_FaultTolerant, plugins.SLURMPlugin):
         name = ".".join(reversed(node.fullname.split(".")))
         line = [*shlex.split(node.plugin_args["sbatch_args"]), "-J", name, scriptfile]
         for tries_left in reversed(range(self._max_tries)):
-            done = _quiet(["sbatch", *line])
-            if done.returncode == 0:
+            answer = _quiet(["sbatch", *line])
+            if answer.returncode == 0:
                 break
             if not tries_left:
-                raise RuntimeError(done.stderr.strip())
+                raise RuntimeError(answer.stderr.strip())
             time.sleep(self._retry_timeout)
-        found = re.search(self._jobid_re, done.stdout)
-        if found is None:
-            raise RuntimeError(f"expected a job number of sbatch, got {done.stdout.strip()!r}")
-        job = int(found[1])
+        match = re.search(self._jobid_re, answer.stdout)
+        if match is None:
+            raise RuntimeError(f"expected a job number of sbatch, got {answer.stdout.strip()!r}")
+        job = int(match[1])
         self._pending[job] = node.output_dir()
         return job
 
     def _is_pending(self, taskid: int) -> bool:
-        done = _quiet(["squeue", "-j", str(taskid)])
-        if done.returncode == 0 or "Invalid job id" in done.stderr:
+        answer = _quiet(["squeue", "-j", str(taskid)])
+        if answer.returncode == 0 or "Invalid job id" in answer.stderr:
             self._silent_since.pop(taskid, None)
-            return str(taskid) in done.stdout
+            return str(taskid) in answer.stdout
         since = self._silent_since.setdefault(taskid, time.monotonic())
-        LOG.debug("job %s: squeue: %s", taskid, done.stderr.strip())
+        LOG.debug("job %s: squeue: %s", taskid, answer.stderr.strip())
         return time.monotonic() - since < SILENCE_S
 
 
@@ -247,10 +247,10 @@ class WaitingGraph(RecordsFailures, plugins.SLURMGraphPlugin):
 
     def _jobs(self) -> list[str] | None:
         """Numbers of this run's jobs that wait or run; None if Slurm does not answer."""
-        done = _quiet(["squeue", "--noheader", "--format=%A %k"])
-        if done.returncode:
+        answer = _quiet(["squeue", "--noheader", "--format=%A %k"])
+        if answer.returncode:
             return None
-        rows = [line.split() for line in done.stdout.splitlines()]
+        rows = [line.split() for line in answer.stdout.splitlines()]
         return [row[0] for row in rows if row[1:] == [self._tag]]
 
     def stop(self) -> None:
@@ -272,6 +272,6 @@ def _last_words(folder: str | None, taskid: int) -> str:
         for pattern in (f"slurm-{taskid}.out", f"*.e{taskid}"):
             for output in (parent / "batch").glob(pattern):
                 lines = output.read_text(encoding="utf-8", errors="replace").split("\n")
-                said = [line.strip() for line in lines if line.strip()]
-                return f"It last said: {said[-1]}" if said else ""
+                messages = [line.strip() for line in lines if line.strip()]
+                return f"It last said: {messages[-1]}" if messages else ""
     return ""

@@ -49,14 +49,14 @@ def plan_jobs(
     _say_export(scans, settings, to_fmriprep)
     for scan in scans:
         try:
-            found = look_up(scan, settings, weights, via_t1w=scan.name.stem in through)
+            job = look_up(scan, settings, weights, via_t1w=scan.name.stem in through)
         except InputError as error:
             write_failure(scan, settings, ErrorRecord(type="InputError", message=str(error)))
             continue
         except Exception as error:  # not foreseen: this scan's failure all the same
             LOG.debug("%s", scan.name.stem, exc_info=True)
-            kind, said = type(error).__name__, " ".join(str(error).split())
-            message = f"it cannot be begun ({kind}: {said}). Please report this, with -vv."
+            kind, reason = type(error).__name__, " ".join(str(error).split())
+            message = f"it cannot be begun ({kind}: {reason}). Please report this, with -vv."
             write_failure(scan, settings, ErrorRecord(type=kind, message=message))
             continue
         for text in scan.warnings:
@@ -70,7 +70,7 @@ def plan_jobs(
             )
             continue
         roots = export_roots_of(scan, settings, to_fmriprep)
-        why = why_again(scan, found, settings, roots)
+        why = why_again(scan, job, settings, roots)
         if why is None:
             LOG.info("%s: already done with the same input and settings", scan.name.stem)
             previous = status.read_summary(
@@ -98,12 +98,12 @@ def plan_jobs(
             Job(
                 scan,
                 scan_seed(settings.random_seed, scan.name),
-                found.fingerprint,
-                found.given,
+                job.fingerprint,
+                job.given,
                 tuple(roots),
-                found.others,
-                found.parts,
-                found.templates,
+                job.others,
+                job.parts,
+                job.templates,
             )
         )
     return jobs

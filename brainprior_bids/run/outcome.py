@@ -203,9 +203,9 @@ def no_room(settings: Settings) -> str:
     folders |= {f"--export {kind}": Path(root) for kind, root in settings.exports.items()}
     folders["TMPDIR"] = Path(tempfile.gettempdir())
     full = {name: folder for name, folder in folders.items() if _has_no_room(folder)}
-    where = " or ".join(f"{name} {folder}" for name, folder in (full or folders).items())
+    places = " or ".join(f"{name} {folder}" for name, folder in (full or folders).items())
     return (
-        f"no space left on the disk of {where} (its size, a quota or the number of files). Make "
+        f"no space left on the disk of {places} (its size, a quota or the number of files). Make "
         "room or choose another folder, and rerun the same command"
     )
 

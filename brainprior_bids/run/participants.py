@@ -100,9 +100,9 @@ def _restore(
     status.rebuild_status(settings.output_dir)
     rebuild_qc(settings.output_dir)
     write_provenance_table(settings.output_dir)
-    reports_made = write_documents({scan.subject for scan in scans}, settings)
+    reports_complete = write_documents({scan.subject for scan in scans}, settings)
     code = _conclude(scans, settings, claims.refused)
-    code = code or (0 if reports_made and linked else 1)
+    code = code or (0 if reports_complete and linked else 1)
     return code or (1 if failed else 0)
 
 

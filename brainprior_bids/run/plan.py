@@ -67,8 +67,8 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
         seed = scan_seed(settings.random_seed, scan.name)
         print(f"{scan.relative}  {settings.task}, seed {seed}")
         try:
-            found = look_up(scan, settings, weights, via_t1w=scan.name.stem in through)
-            why = why_again(scan, found, settings, export_roots_of(scan, settings, to_fmriprep))
+            job = look_up(scan, settings, weights, via_t1w=scan.name.stem in through)
+            why = why_again(scan, job, settings, export_roots_of(scan, settings, to_fmriprep))
             if why is None:
                 print("  done: it would be skipped")
                 skipped += 1
@@ -76,26 +76,26 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
                 continue
             if why:
                 print(f"  {why}")
-            voxels = _planned(scan, settings, found)
+            voxels = _planned(scan, settings, job)
         except Exception as error:  # as `plan_jobs`: whatever it is, the others go on
             known = isinstance(error, BrainpriorError)
             print(f"  would fail: {error if known else f'{type(error).__name__}: {error}'}")
             refused += 1
             continue
         seconds = scan_seconds(voxels, len(scan.runs), settings, a_voxel)
-        seconds += REGISTRATION_S * len(found.templates)
+        seconds += REGISTRATION_S * len(job.templates)
         total += seconds
         print(f"  about {minutes(seconds)} ({voxels / 1e6:.1f} million voxels)")
         to_align.append(Result(scan.name, settings.image))
         names = output_names(
             scan.name,
             n_samples=settings.n_samples,
-            spaces=(*plain_spaces(settings), *found.templates),
+            spaces=(*plain_spaces(settings), *job.templates),
             save_samples=settings.save_samples,
             native=settings.output_grid == "native",
             image=settings.image,
             runs=[run.name for run in scan.runs[1:]],
-            lesion="lesion" in found.given,
+            lesion="lesion" in job.given,
             uncertainty=uncertainty_from(settings, len(scan.runs)) is not None,
         )
         for name in names.values():
@@ -228,23 +228,23 @@ def _planned(scan: Scan, settings: Settings, found: Found) -> float:
     alone = not settings.uses_scan  # then that image stands for the scan
     for run in scan.runs or (scan,):
         plane = settings.slice_plane
-        taken = read_geometry(
+        geometry = read_geometry(
             given["refined"].path if alone else run.path,
             metadata={} if alone else run.metadata,
             slice_thickness_mm=None if alone else settings.slice_thickness_mm,
             slice_axis=PLANES.index(plane) if plane is not None and not alone else None,
         )
-        acquisition = taken.acquisition
-        source = ConformFacts.from_json(taken.facts).acquisition.thickness_source
+        acquisition = geometry.acquisition
+        source = ConformFacts.from_json(geometry.facts).acquisition.thickness_source
         print(
-            f"  {' × '.join(str(n) for n in taken.grid.shape)} voxels of "
-            f"{' × '.join(f'{size:.3g}' for size in taken.grid.spacing_mm)} mm; "
+            f"  {' × '.join(str(n) for n in geometry.grid.shape)} voxels of "
+            f"{' × '.join(f'{size:.3g}' for size in geometry.grid.spacing_mm)} mm; "
             f"{PLANES[acquisition.slice_axis]} slices, {acquisition.thickness_mm:.3g} mm thick "
             f"({source})"
         )
-        for warning in (*run.warnings, *taken.warnings):
+        for warning in (*run.warnings, *geometry.warnings):
             print(f"  warning: {warning}")
-        voxels = voxels or float(np.prod(np.minimum(taken.grid.extent_mm, BOX_MM)))
+        voxels = voxels or float(np.prod(np.minimum(geometry.grid.extent_mm, BOX_MM)))
     return voxels
 
 
@@ -266,9 +266,9 @@ def seconds_a_voxel(settings: Settings) -> float:
     x = torch.zeros((1, 1, *shape), device=device)
     coordinates = torch.zeros((3, *shape), device=device)
     clock = time.thread_time if device == "cpu" else time.monotonic
-    taken = []
+    seconds = []
     for _ in range(4):  # the first one warms up, others may be disturbed
         start = clock()
         prior.denoise(x, 1.0, coordinates=coordinates, contrast="T1w").cpu()
-        taken.append(clock() - start)
-    return min(taken) / TIMED**3
+        seconds.append(clock() - start)
+    return min(seconds) / TIMED**3

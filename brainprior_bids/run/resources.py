@@ -122,15 +122,15 @@ def fit_memory(
     if steps_gb + 0.01 >= needed_gb:
         return replace(settings, mem_gb=steps_gb)
     if there_gb < needed_gb:
-        found = f"{who} {limit_gb:.3g} GiB"
+        available = f"{who} {limit_gb:.3g} GiB"
         give = f"Give it {needed_gb + MAIN_GB:.3g} GiB"
     else:
-        found = f"--mem allows its steps {settings.mem_gb:.3g} GiB"
+        available = f"--mem allows its steps {settings.mem_gb:.3g} GiB"
         give = f"Pass --mem {needed_gb:.3g}G"
     low = f", or pass --low-mem, with which {largest_low_gb + MAIN_GB:.3g} GiB are enough"
     raise UsageError(
         f"not enough memory: the largest step needs up to {needed_gb:.3g} GiB and the command "
-        f"itself {MAIN_GB:.3g}; {found}. {give}{'' if settings.low_mem else low}."
+        f"itself {MAIN_GB:.3g}; {available}. {give}{'' if settings.low_mem else low}."
     )
 
 

@@ -47,10 +47,10 @@ def label_table(labels: NDArray[np.integer], affine: NDArray[np.float64]) -> lis
     for value, target in MERGED_INTO.items():
         if value < len(merging):
             merging[value] = target
-    where = np.nonzero((labels > 0) & (labels < 500))
-    found = merging[labels[where]]
-    counts = np.bincount(found)
-    moments = [np.bincount(found, index) for index in where]
+    indices = np.nonzero((labels > 0) & (labels < 500))
+    structures = merging[labels[indices]]
+    counts = np.bincount(structures)
+    moments = [np.bincount(structures, index) for index in indices]
     voxel_mm3 = abs(float(np.linalg.det(affine[:3, :3])))
     table = []
     for index, name in structure_names().items():
@@ -115,14 +115,14 @@ def average(
 ) -> dict[str, Any]:
     """Name -> index, centroid, SD over maps (mm) and mean volume, symmetrised about x = 0."""
     names = structure_names()
-    found: dict[int, list[tuple[NDArray[np.float64], float]]] = {index: [] for index in names}
+    points_of: dict[int, list[tuple[NDArray[np.float64], float]]] = {index: [] for index in names}
     for table, matrix in zip(tables, matrices, strict=True):
         for row in table:
             point = (matrix @ [*row["centroid_mm"], 1.0])[:3]
-            found[row["index"]].append((point, row["volume_mm3"]))
-            found[mirrored(row["index"])].append((point * [-1, 1, 1], row["volume_mm3"]))
+            points_of[row["index"]].append((point, row["volume_mm3"]))
+            points_of[mirrored(row["index"])].append((point * [-1, 1, 1], row["volume_mm3"]))
     structures = {}
-    for index, entries in found.items():
+    for index, entries in points_of.items():
         if not entries:
             continue
         points = np.array([point for point, _ in entries])

@@ -116,8 +116,10 @@ class Crops(Dataset[dict[str, Tensor]]):
         self._add(shares, scans, None, mix.real)
         for contrast in CONTRASTS:
             self._add(shares, t1w, contrast, mix.curved.get(contrast, 0))
-            made = [n for n, b in enumerate(self.brains) if b.synthetic and b.contrast == contrast]
-            self._add(shares, made, None, mix.synthetic.get(contrast, 0))
+            synthetic = [
+                n for n, b in enumerate(self.brains) if b.synthetic and b.contrast == contrast
+            ]
+            self._add(shares, synthetic, None, mix.synthetic.get(contrast, 0))
         if not self.kinds:
             raise UsageError("Crops: no brain of any kind that the mix asks for.")
         self.shares = np.array(shares) / sum(shares)

@@ -89,9 +89,9 @@ def segmentation_loss(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 def hard_dice(predicted: Tensor, target: Tensor, classes: int) -> Tensor:
     """(classes,) Dice of two integer maps; NaN where ``target`` lacks the class."""
     count = torch.bincount(target.reshape(-1), minlength=classes)
-    found = torch.bincount(predicted.reshape(-1), minlength=classes)
+    predicted_count = torch.bincount(predicted.reshape(-1), minlength=classes)
     both = torch.bincount(target[predicted == target].reshape(-1), minlength=classes)
-    return torch.where(count > 0, 2 * both / (count + found), torch.nan)
+    return torch.where(count > 0, 2 * both / (count + predicted_count), torch.nan)
 
 
 @torch.no_grad()
@@ -114,10 +114,12 @@ def evaluate(
                 settings = HeadSettings(contrast, thickness, damage=False, noise_sd=0.02)
                 image, target = synthesiser.draw(generator, settings, index)
                 with torch.autocast(device.type, precision, enabled=precision is not None):
-                    found = network(image[None].to(device)).argmax(1)[0].cpu()
-                dice = hard_dice(found, target, len(CLASSES))
+                    predicted = network(image[None].to(device)).argmax(1)[0].cpu()
+                dice = hard_dice(predicted, target, len(CLASSES))
                 structure.append(float(dice[1 : CLASSES.index(24)].nanmean()))
-                inside = ((t >= STRUCTURES.start) & (t < STRUCTURES.stop) for t in (found, target))
+                inside = (
+                    (t >= STRUCTURES.start) & (t < STRUCTURES.stop) for t in (predicted, target)
+                )
                 mask.append(float(hard_dice(*(m.long() for m in inside), 2)[1]))
             result[f"{contrast}_{thickness:g}mm"] = float(np.mean(structure))
             result[f"{contrast}_{thickness:g}mm_mask"] = float(np.mean(mask))
@@ -175,8 +177,8 @@ class TrainingState:
     def average_step(self) -> None:
         """Update the moving average; short memory at first, 1000 steps later."""
         keep = min(0.999, (1 + self.step) / (10 + self.step))
-        for kept, new in zip(self.average.parameters(), self.network.parameters(), strict=True):
-            kept.lerp_(new, 1 - keep)
+        for mean, new in zip(self.average.parameters(), self.network.parameters(), strict=True):
+            mean.lerp_(new, 1 - keep)
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:

@@ -51,19 +51,19 @@ def measure(
     affine[2, 3] = (slice_mm - 1) / 2
     scan = nib.Nifti1Image(data, affine)
     started = time.monotonic()
-    found = parcellate(
+    parcellation = parcellate(
         scan, network=network, restored_grid=Grid(data.shape, affine).one_millimetre()
     )
     seconds = time.monotonic() - started
-    table = {row["index"]: row for row in found.table}
+    table = {row["index"]: row for row in parcellation.table}
     result: dict[str, Any] = {"seconds": seconds, "dice": {}, "centroid_mm": {}}
     inside = np.isin(truth, list(structure_names()))
-    result["mask"] = dice(found.mask > 0, inside)
+    result["mask"] = dice(parcellation.mask > 0, inside)
     for index, name in structure_names().items():
         true = truth == index
         if not true.any():
             continue
-        result["dice"][name] = dice(found.structures == index, true)
+        result["dice"][name] = dice(parcellation.structures == index, true)
         if index in table and index != CSF:
             centre = np.argwhere(true).mean(0)
             away = np.array(table[index]["centroid_mm"]) - centre

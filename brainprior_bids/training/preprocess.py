@@ -98,7 +98,7 @@ def find_brains(
         If there are none, a name in ``validation`` or ``exclude`` is not among them, or there are
         outputs of brainprior: a prior must learn from scans, and be judged by them.
     """
-    found = []
+    scans = []
     for path in sorted(folder.rglob("sub-*.nii*")):
         if {"derivatives", "sourcedata"} & set(path.relative_to(folder).parts):
             continue
@@ -111,9 +111,9 @@ def find_brains(
             r"sub-([0-9A-Za-z]+)_(?:.*_)?(T1w|T2w|FLAIR)\.nii(?:\.gz)?", path.name
         )
         if match:
-            found.append((match[1], match[2], path))
-    names = {name for name, _, _ in found}
-    if not found:
+            scans.append((match[1], match[2], path))
+    names = {name for name, _, _ in scans}
+    if not scans:
         raise UsageError(
             f"{folder}: no sub-*_T1w, _T2w or _FLAIR image found. Give a folder of skull-stripped "
             "brains with BIDS names."
@@ -125,7 +125,7 @@ def find_brains(
         )
     return [
         (name, contrast, "validation" if name in validation else "train", path)
-        for name, contrast, path in found
+        for name, contrast, path in scans
         if name not in exclude
     ]
 
@@ -284,18 +284,20 @@ def prepare_head(name: str, contrast: str, split: str, path: Path) -> Brain | No
     sidecar = path.with_name(path.name.split(".")[0] + ".json")
     metadata = json.loads(sidecar.read_text(encoding="utf-8")) if sidecar.is_file() else {}
     try:
-        found = extract_brain(path, network=load_parcellation(), metadata=metadata)
+        extracted = extract_brain(path, network=load_parcellation(), metadata=metadata)
     except (AnatomyError, GeometryError, InputError) as error:
         log.warning("%s is left out: %s", path.name, error)
         return None
-    for warning in found.warnings:
+    for warning in extracted.warnings:
         log.warning("%s: %s", path.name, warning)
-    box = bounding_box(found.mask, 0)
+    box = bounding_box(extracted.mask, 0)
     shift = np.eye(4)
     shift[:3, 3] = [edge.start for edge in box]
-    stored = np.clip(np.round(found.data[box] * UNIT), 0, 255).astype(np.uint8)
-    to_mni305 = found.to_mni305 @ found.grid.affine @ shift
-    return Brain(name, contrast, split, stored, to_mni305, tissue_means(found.data[found.mask]))
+    stored = np.clip(np.round(extracted.data[box] * UNIT), 0, 255).astype(np.uint8)
+    to_mni305 = extracted.to_mni305 @ extracted.grid.affine @ shift
+    return Brain(
+        name, contrast, split, stored, to_mni305, tissue_means(extracted.data[extracted.mask])
+    )
 
 
 def _prepare_star(job: tuple[Any, ...]) -> Brain | None:

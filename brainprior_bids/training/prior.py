@@ -191,13 +191,13 @@ class Pace:
 
     def facts(self) -> dict[str, float]:
         """Loss, time and wait of a step, the latter two since this was last asked."""
-        told = {
+        facts = {
             "loss": round(self._smooth, 4),
             "seconds_a_step": round(self.seconds_a_step, 3),
             "waited": round(self._waited / max(self._since, 1), 3),
         }
         self._waited, self._spent, self._since = 0.0, 0.0, 0
-        return told
+        return facts
 
 
 class Trainer:
@@ -310,13 +310,13 @@ class Trainer:
         """
         own, theirs = self.average.network.config, load_prior(path)
         inherited = theirs.model.network.config
-        kept = {k: v for k, v in inherited.items() if k in own or k != "spread"}
-        if kept != {k: v for k, v in own.items() if k in inherited or k not in ADDED}:
+        comparable = {k: v for k, v in inherited.items() if k in own or k != "spread"}
+        if comparable != {k: v for k, v in own.items() if k in inherited or k not in ADDED}:
             raise WeightsError(f"{path}: its network is {inherited}, not {own}.")
         for model in (self.model, self.average):
             model.load_state_dict(theirs.model.state_dict(), strict=False)
-        known = {key: theirs.metadata.get(key) for key in ("sha256", "steps", "begun_with")}
-        self.begun_with = {key: value for key, value in known.items() if value is not None}
+        origin = {key: theirs.metadata.get(key) for key in ("sha256", "steps", "begun_with")}
+        self.begun_with = {key: value for key, value in origin.items() if value is not None}
 
     def save(self) -> None:
         """Write the checkpoint, replacing the last one only when complete."""
@@ -361,7 +361,7 @@ class Trainer:
             u = float(torch.rand((), generator=generator))
             if u < self.recipe.stacks + self.recipe.holes:
                 kinds[n] = 1 if u < self.recipe.stacks else 2
-                known: Stack | Voxels = (
+                measurements: Stack | Voxels = (
                     draw_stack(crop[0], generator)
                     if kinds[n] == 1
                     else draw_voxels(crop[0], generator)
@@ -369,10 +369,12 @@ class Trainer:
                 sigma[n] = log_uniform(*self.recipe.conditioned_sigma, generator)
                 if float(torch.rand((), generator=generator)) < self.recipe.blind:
                     sigma[n] = self.recipe.conditioned_sigma[1]
-                if isinstance(known, Stack) and self.recipe.slices_last:
-                    turned, place[n], known = slices_last(crop, place[n], known)
+                if isinstance(measurements, Stack) and self.recipe.slices_last:
+                    turned, place[n], measurements = slices_last(crop, place[n], measurements)
                     image[n] = turned
-                posteriors[n] = known.posterior(self.model.band_sd, float(sigma[n]), self.device)
+                posteriors[n] = measurements.posterior(
+                    self.model.band_sd, float(sigma[n]), self.device
+                )
         sigma, noise = sigma.to(self.device), noise.to(self.device)
         place = coordinate_features(matrix_points(place.to(self.device), image.shape[2:]))
         clean = to_bands(image)
@@ -408,8 +410,8 @@ class Trainer:
         The crops of all processes count, in the order of their numbers.
         """
         conditioned = torch.tensor(kinds, device=self.device, dtype=read.dtype)
-        known = torch.cat([sigma[:, None], conditioned[:, None], read], 1)
-        everyone = self.processes.gather(known).cpu()
+        own = torch.cat([sigma[:, None], conditioned[:, None], read], 1)
+        everyone = self.processes.gather(own).cpu()
         place = (everyone[:, 0].log() - math.log(0.005)) / math.log(100 / 0.005) * (LEVELS - 1)
         rows = []
         for n, at in enumerate(place.round().long().clamp(0, LEVELS - 1).tolist()):
@@ -721,7 +723,7 @@ def _build_packs(args: argparse.Namespace) -> None:
     if args.data is not None and args.heads is not None:
         raise UsageError("train prior: give --data or --heads, not both.")
     there = [stem for stem in ("pack", "synthetic") if list(args.work.glob(f"{stem}-*.npz"))]
-    known: dict[str, set[str]] = {}
+    labels: dict[str, set[str]] = {}
     for option in ("data", "heads", "labels"):
         source = getattr(args, option)
         if source is None or ("synthetic" if option == "labels" else "pack") in there:
@@ -729,25 +731,28 @@ def _build_packs(args: argparse.Namespace) -> None:
         if args.average is None and option != "heads":
             raise UsageError(f"--{option} needs --average, the MNI305 average head.")
         stems = {path.name.split(".")[0] for path in source.rglob("*.nii*")}
-        known[option] = stems | {stem.split("_")[0].removeprefix("sub-") for stem in stems}
-    asked = {
+        labels[option] = stems | {stem.split("_")[0].removeprefix("sub-") for stem in stems}
+    requested = {
         what: [name.removeprefix("sub-") for name in getattr(args, what)]
         for what in ("validation", "exclude")
     }
-    unknown = sorted(set().union(*asked.values()) - set().union(*known.values()))
-    if known and unknown:
-        found = f"train prior: no participant and no label map {', '.join(unknown)}"
+    unknown = sorted(set().union(*requested.values()) - set().union(*labels.values()))
+    if labels and unknown:
+        problem = f"train prior: no participant and no label map {', '.join(unknown)}"
         if not there:
-            raise UsageError(f"{found} in what was given. Correct --validation or --exclude.")
-        log.warning("%s in what is prepared now; are they in the packs that are there?", found)
-    for option, names in known.items():
+            raise UsageError(f"{problem} in what was given. Correct --validation or --exclude.")
+        log.warning("%s in what is prepared now; are they in the packs that are there?", problem)
+    for option, names in labels.items():
         build = build_synthetic_pack if option == "labels" else build_pack
         build(
             getattr(args, option),
             None if option == "heads" else args.average,
             args.work,
             processes=max(args.workers, 1),
-            **{what: [name for name in given if name in names] for what, given in asked.items()},
+            **{
+                what: [name for name in given if name in names]
+                for what, given in requested.items()
+            },
         )
 
 

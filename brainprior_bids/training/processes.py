@@ -66,9 +66,9 @@ class Processes:
         flat = torch.cat([*(part.float() for part in parts), has, loss.reshape(1)])
         dist.all_reduce(flat)
         flat /= self.size
-        found = flat[-1 - len(own) : -1] > 0
+        has_gradient = flat[-1 - len(own) : -1] > 0
         start = 0
-        for p, some in zip(own, found.tolist(), strict=True):
+        for p, some in zip(own, has_gradient.tolist(), strict=True):
             if some:
                 p.grad = flat[start : start + p.numel()].reshape(p.shape).to(p.dtype)
             start += p.numel()

@@ -35,7 +35,7 @@ def examples(
     The curves are drawn from a fixed seed, so every measurement sees the same images.
     """
     plain = [b for b in brains if b.contrast == contrast and not b.synthetic]
-    made = [b for b in brains if b.contrast == contrast and b.synthetic]
+    synthetic = [b for b in brains if b.contrast == contrast and b.synthetic]
     images = [(TABLE.astype(np.float32)[b.data], b.to_mni305) for b in plain[:limit]]
     if not plain:
         rng = np.random.default_rng(7)
@@ -43,7 +43,7 @@ def examples(
             images.append(
                 (intensity_curve(brain.tissues, contrast, rng)[brain.data], brain.to_mni305)
             )
-    images += [(TABLE.astype(np.float32)[b.data], b.to_mni305) for b in made]
+    images += [(TABLE.astype(np.float32)[b.data], b.to_mni305) for b in synthetic]
     return images[:limit]
 
 
@@ -157,8 +157,8 @@ def stack_errors(
                 centres = torch.arange(spacing / 2, size, spacing, dtype=torch.float64)
                 y = crop.image @ sampled_profile(profile(2, spacing), centres, size).float().T
                 y = y + 0.01 * torch.randn(y.shape, generator=generator)
-                known = sampled_profile(trapezoid_profile(spacing), centres, size)
-                error, _ = one_call(prior, crop, contrast, Stack(y, known, 2, 0.01), noise)
+                weights = sampled_profile(trapezoid_profile(spacing), centres, size)
+                error, _ = one_call(prior, crop, contrast, Stack(y, weights, 2, 0.01), noise)
                 sums[spacing] += float(error.square().mean()) / len(images)
         if images:
             table[contrast] = {
@@ -231,10 +231,10 @@ def measure_spectra(
                 power, number = radial_power(error, share)
                 sums[row] += power
             counts += number
-        seen = counts > 0  # the lowest bins may hold no frequency of a small volume
+        occupied = counts > 0  # the lowest bins may hold no frequency of a small volume
         spectra[contrast] = ErrorSpectrum(
             torch.tensor(sigmas, dtype=torch.float64),
-            centres[seen],
-            (sums / counts)[:, seen],
+            centres[occupied],
+            (sums / counts)[:, occupied],
         )
     return spectra

@@ -91,24 +91,24 @@ def draw_stack(image: Tensor, generator: torch.Generator) -> Stack:
     three_d = u[6] < THREE_D
     if three_d:
         n_slices = round(size / log_uniform(*THREE_D_MM, generator))
-        known = resampling_matrix(size, n_slices)
+        stated_weights = resampling_matrix(size, n_slices)
     centres = torch.arange((u[3] - 0.5) * spacing, size, spacing, dtype=torch.float64)
     kind = int(torch.randint(3, (), generator=generator))
     noise_sd = log_uniform(*NOISE_SD, generator)
-    measured = (known if three_d else sampled_profile(profile(kind, true), centres, size)).to(
-        image
-    )
+    measured = (
+        stated_weights if three_d else sampled_profile(profile(kind, true), centres, size)
+    ).to(image)
     y = torch.tensordot(measured, image, dims=([1], [axis])).movedim(0, axis)
     y = y + noise_sd * torch.randn(y.shape, generator=generator)
     if not three_d:
         guess = next(profile for share, profile in STATED if u[4] <= share)
-        known = sampled_profile(guess(stated), centres, size)
-    kept = (1.0, 1.0)
+        stated_weights = sampled_profile(guess(stated), centres, size)
+    in_plane = (1.0, 1.0)
     if u[5] < COARSE:
         share = 1 / log_uniform(*IN_PLANE_MM, generator)
-        kept = (share, min(share * log_uniform(0.9, 1.1, generator), 1.0))
-        y = keep(y, axis, kept)
-    return Stack(y, known, axis, noise_sd, kept)
+        in_plane = (share, min(share * log_uniform(0.9, 1.1, generator), 1.0))
+        y = keep(y, axis, in_plane)
+    return Stack(y, stated_weights, axis, noise_sd, in_plane)
 
 
 def slices_last(image: Tensor, matrix: Tensor, stack: Stack) -> tuple[Tensor, Tensor, Stack]:
@@ -142,7 +142,7 @@ def draw_voxels(image: Tensor, generator: torch.Generator) -> Voxels:
         return Voxels(y, hidden, noise_sd)
     brain = (image > 0.05).nonzero()
     for _ in range(int(torch.randint(1, 4, (), generator=generator))):
-        where = brain if len(brain) else torch.tensor([[n // 2 for n in image.shape]])
-        at = where[int(torch.randint(len(where), (), generator=generator))]
+        candidates = brain if len(brain) else torch.tensor([[n // 2 for n in image.shape]])
+        at = candidates[int(torch.randint(len(candidates), (), generator=generator))]
         hidden |= draw_hole(image.shape, at, generator)
     return Voxels(y, hidden, noise_sd)

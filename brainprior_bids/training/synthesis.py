@@ -321,13 +321,13 @@ class HeadMap:
             elif merged not in CLASSES:
                 merged = _CLASS_OF_OUTSIDE.get(value, HEAD) if value >= 500 else CSF
             targets.append(CLASSES.index(merged))
-        where = np.argwhere(mask)
+        inside = np.argwhere(mask)
         shell = np.argwhere(mask & ~ndimage.binary_erosion(mask))[::37]
         return cls(
             codes=torch.from_numpy(codes),
             values=tuple(values),
             targets=torch.tensor(targets),
-            centre=torch.from_numpy((where.min(0) + where.max(0)) / 2).float(),
+            centre=torch.from_numpy((inside.min(0) + inside.max(0)) / 2).float(),
             surface=torch.from_numpy(shell).float(),
         )
 
@@ -369,8 +369,8 @@ def slice_matrix(
     low = torch.maximum(centres[:, None] - thickness_mm / 2, positions - voxel_mm / 2)
     high = torch.minimum(centres[:, None] + thickness_mm / 2, positions + voxel_mm / 2)
     average = (high - low).clamp_min(0)
-    kept = average.sum(1) > 0
-    average, centres = average[kept], centres[kept]
+    covered = average.sum(1) > 0
+    average, centres = average[covered], centres[covered]
     average = average / average.sum(1, keepdim=True)
     if len(centres) == 1:
         return average, torch.ones((n, 1))
@@ -672,8 +672,8 @@ def _rotation(angles: Tensor) -> Tensor:
 def _grid_sample(volume: Tensor, points: Tensor, mode: str) -> Tensor:
     """(1, 1, i, j, k) at (a, b, c, 3) voxel coordinates -> (a, b, c); zero outside."""
     size = torch.tensor(volume.shape[2:]) - 1
-    where = (points / size * 2 - 1).flip(-1)[None]  # grid_sample wants the last axis first
-    return functional.grid_sample(volume, where, mode=mode, align_corners=True)[0, 0]
+    locations = (points / size * 2 - 1).flip(-1)[None]  # grid_sample wants the last axis first
+    return functional.grid_sample(volume, locations, mode=mode, align_corners=True)[0, 0]
 
 
 def _halfway(volume: Tensor) -> Tensor:

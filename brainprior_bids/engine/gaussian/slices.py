@@ -105,10 +105,10 @@ class SpectralSolve:
         """As ``Likelihood.draw``."""
         factors = self._level(sigma)
         variance = self._divided_variance()
-        prior_k, seen = self.solver.draw_prior(factors, generator)
+        prior_k, drawn_data = self.solver.draw_prior(factors, generator)
         noise = torch.randn(variance.shape, generator=generator).to(self.solver.device)
         drawn = variance.sqrt() * noise
-        return self._conditional(mean, sigma, prior_k, seen, drawn, variance, given=given)
+        return self._conditional(mean, sigma, prior_k, drawn_data, drawn, variance, given=given)
 
     def expect(self, mean: Tensor, sigma: float, *, given: bool = False) -> Tensor:
         """As ``Likelihood.expect``."""
@@ -126,11 +126,11 @@ class SpectralSolve:
         if not (bias or noise):
             return
         term, factors, lead = self.term, self._level(sigma), self.operator.lead
-        seen = term.operator(mean)
+        prediction_alone = term.operator(mean)
 
         def innovation() -> tuple[Tensor, Tensor]:
-            prediction = torch.where(term.core, term.bias * seen, 0.0)
-            return prediction, torch.where(term.core, term.y - term.bias * seen, 0.0)
+            prediction = torch.where(term.core, term.bias * prediction_alone, 0.0)
+            return prediction, torch.where(term.core, term.y - term.bias * prediction_alone, 0.0)
 
         if bias:
             term.nuisance.step_bias(

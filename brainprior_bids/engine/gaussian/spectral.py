@@ -252,11 +252,11 @@ class SpectralSolver:
         """Traces of ``(A V A^T + noise)^-1`` and of its square."""
         s, ma, mb = self.data_shape
         inverse = factors.inverse.to("cpu", torch.float64)
-        unseen = s * (ma * mb - float(self._bin_counts.sum()))
+        n_unmeasured = s * (ma * mb - float(self._bin_counts.sum()))
         noise = factors.noise_variance
         trace = self._bin_counts @ inverse.diagonal(dim1=1, dim2=2).sum(1)
         squared = self._bin_counts @ inverse.square().sum((1, 2))
-        return float(trace) + unseen / noise, float(squared) + unseen / noise**2
+        return float(trace) + n_unmeasured / noise, float(squared) + n_unmeasured / noise**2
 
     def draw_prior(
         self, factors: LevelFactors, generator: torch.Generator
@@ -269,8 +269,8 @@ class SpectralSolver:
         white = torch.randn(nz, 2 * len(self._column), generator=generator).to(self.device)
         white *= self._white
         k = self._by_bin(factors.root, torch.view_as_complex(white.view(nz, -1, 2)), self._starts)
-        seen = k if self.same_plane else k.index_select(1, self._data_position)
-        flat = torch.view_as_real(seen.contiguous()).flatten(1)
+        data_k = k if self.same_plane else k.index_select(1, self._data_position)
+        flat = torch.view_as_real(data_k.contiguous()).flatten(1)
         thick = torch.view_as_complex((self.slice_weights @ flat).view(self.data_shape[0], -1, 2))
         s, ma, mb = self.data_shape
         thick = thick * (self._phase * self.scale)

@@ -119,10 +119,10 @@ class SparseResample(LinearOperator):
         self.in_shape, self.out_shape = source.shape, target.shape
         n, size = len(points), torch.tensor(source.shape)
         # most of a box is far from the brain
-        seen = within.cpu().nonzero()
-        if not len(seen):
+        voxels = within.cpu().nonzero()
+        if not len(voxels):
             raise InputError("SparseResample: no voxel of the image lies within. Check the mask.")
-        low, high = seen.amin(0) - 1, seen.amax(0) + 1
+        low, high = voxels.amin(0) - 1, voxels.amax(0) + 1
         every = ((points >= low) & (points <= high)).all(1).nonzero().flatten()
         points = points[every]
         first = points.floor()
@@ -171,10 +171,10 @@ def _sparse(row: Tensor, column: Tensor, value: Tensor, shape: tuple[int, int]) 
     starts[1:] = torch.bincount(row, minlength=shape[0]).cumsum(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls its sparse matrices a beta feature
-        made: Tensor = torch.sparse_csr_tensor(
+        matrix: Tensor = torch.sparse_csr_tensor(
             starts, column[order].to(torch.int32), value[order], size=shape
         )
-    return made
+    return matrix
 
 
 def _product(

@@ -103,13 +103,13 @@ def sample_conditional(
             if before is not None:
                 half = size / (2 * step_before)
                 ahead = (1 + half) * mean - half * before
-            kept = following / sigma
+            ratio = following / sigma
             if following > QUIET:
-                fresh = inflation * following * math.sqrt(1 - kept**2)
+                fresh = inflation * following * math.sqrt(1 - ratio**2)
                 noise = torch.randn(shape, generator=generator).to(device)
-                x = kept**2 * x + (1 - kept**2) * ahead + fresh * noise
+                x = ratio**2 * x + (1 - ratio**2) * ahead + fresh * noise
             else:
-                x = kept * x + (1 - kept) * ahead
+                x = ratio * x + (1 - ratio) * ahead
             before, step_before = mean, size
         if observe is not None:
             observe(step, sigma, mean, x)
