@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a command line to an exit code: which command it is, and what is said of its errors."""
+"""From a command line to an exit code: choose the command and report its errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TRAINERS = ("prior", "parcellation")
 
 
 def command(arguments: list[str]) -> int:
-    """Carry out one command line; the exit code, as of ``run.main``.
+    """Execute one command line; returns the exit code as defined by ``run.main``.
 
     Raises
     ------
@@ -74,7 +74,7 @@ def command(arguments: list[str]) -> int:
         return 1
     except BrokenPipeError:
         raise
-    except Exception as error:  # one place for what nobody thought of
+    except Exception as error:  # the one place for unforeseen errors
         if settings is not None and is_full(error):
             text = f"{no_room(settings)}."
         else:
@@ -85,7 +85,7 @@ def command(arguments: list[str]) -> int:
 
 
 def _not_foreseen(error: Exception, logs: Path | None, arguments: Sequence[str]) -> str:
-    """One line about an error that no message was written for; its traceback goes to a file."""
+    """One line about an unforeseen error; its traceback is written to a file."""
     message = " ".join(str(error).split()) or "an error without a message"
     text = f"brainprior {__version__}: {shlex.join(arguments)}\n\n"
     text += "".join(traceback.format_exception(error))
@@ -101,7 +101,7 @@ def _not_foreseen(error: Exception, logs: Path | None, arguments: Sequence[str])
 
 
 def train(argv: Sequence[str]) -> int:
-    """``brainprior train prior|parcellation``; the trainer is imported when it is asked for."""
+    """``brainprior train prior|parcellation``; the trainer is imported on demand."""
     parser = argparse.ArgumentParser(prog="brainprior train", description="Train a network.")
     commands = parser.add_subparsers(dest="network", required=True, metavar="|".join(TRAINERS))
     chosen = next((word for word in argv if word in TRAINERS), None)

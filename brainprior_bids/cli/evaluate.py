@@ -37,12 +37,12 @@ from brainprior_bids.run import resources
 log = logging.getLogger(__name__)
 
 VERSION = 2
-"""Of the protocol: raise it when a record's meaning changes."""
+"""Version of the protocol: increase it when a record's meaning changes."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a participant comes from."""
+    """The source of a participant: a scan or a label map."""
 
     path: str
     name: str
@@ -117,7 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--whole", action="store_true", help="evaluate whole brains, in eight times the time"
     )
     how = parser.add_argument_group("how")
-    how.add_argument("--prior", help="weights: a file, or a name of `brainprior weights list`")
+    how.add_argument("--prior", help="weights: a file, or a name from `brainprior weights list`")
     how.add_argument("--nprocs", type=int, default=resources.available_processors())
     how.add_argument("--device", default="cpu", help="cpu or cuda[:N]")
     how.add_argument(
@@ -240,7 +240,7 @@ def _run(args: argparse.Namespace) -> list[str]:
 
 @contextmanager
 def _pool(nprocs: int) -> Iterator[ProcessPoolExecutor | None]:
-    """Processes with one thread each, or None where this one does the work."""
+    """A pool of processes with one thread each, or None if this process does the work."""
     if nprocs == 1:
         yield None
         return
@@ -256,7 +256,7 @@ def _done(
     pool: ProcessPoolExecutor | None,
     jobs: Sequence[tuple[Callable[..., Any], tuple[Any, ...], str]],
 ) -> Iterator[tuple[str, BrainpriorError | None]]:
-    """(name, error) of every job as it ends."""
+    """Yield (name, error) of every job when it ends."""
     if pool is None:
         for job, arguments, name in jobs:
             try:
@@ -290,12 +290,12 @@ def _with_first(
 
 
 def find_sources(args: argparse.Namespace) -> list[Source]:
-    """The scans and label maps that were asked for.
+    """The requested scans and label maps.
 
     Raises
     ------
     UsageError
-        If one is not there, or a participant both reports and chooses.
+        If one is missing, or a participant is in both the test and the validation set.
     """
     from brainprior_bids.training.preprocess import find_brains
 
@@ -537,7 +537,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:
-    """In place only once complete."""
+    """Write a file under a temporary name, then rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``brainprior selftest``: is everything that a run needs installed, and does it compute?
+"""``brainprior selftest``: check that everything a run needs is installed and computes.
 
-A container's build ends with it. It needs no data and no network.
+It is the last step of a container's build, and needs no data and no network.
 """
 
 from __future__ import annotations

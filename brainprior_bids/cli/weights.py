@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``brainprior weights list|verify|add``: which weights there are, and whether they are whole.
+"""``brainprior weights list|verify|add``: list, check and add weights files.
 
-Nothing is downloaded. A user's own files are copied into one folder, each with its SHA-256 beside
-it, and are found by their name.
+Nothing is downloaded. A user's own files are copied into one folder, each next to a file with its
+SHA-256, and are found by their name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ KINDS = ("prior", "parcellation")
 
 
 def weights(argv: Sequence[str]) -> int:
-    """The command; 1 if `verify` finds a file that is not as it was."""
+    """Run the command; returns 1 if `verify` finds a changed file."""
     parser = argparse.ArgumentParser(
         prog="brainprior weights",
         description="Weights of the networks: the embedded ones, and files of your own in "
@@ -61,12 +61,12 @@ def _files(names: Sequence[str]) -> dict[str, Path]:
 
 
 def read_any(path: Path) -> dict[str, Any]:
-    """The facts of a weights file of either kind, its tensors checked against their hash.
+    """The header of a weights file of either kind; its tensors are checked against their hash.
 
     Raises
     ------
     WeightsError
-        As ``engine.weights.read_weights``; with the text for a prior where it is of no kind.
+        As ``engine.weights.read_weights``; with the message for a prior if it is of neither kind.
     """
     from brainprior_bids.engine.weights import read_weights
 

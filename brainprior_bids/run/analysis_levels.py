@@ -60,7 +60,7 @@ def run(settings: Settings) -> int:
         except UsageError as error:
             if not code:
                 raise
-            LOG.error("%s", error)  # the scans failed: that is how this call ended
+            LOG.error("%s", error)  # the scans failed, which determines the exit code of this call
     return code
 
 
@@ -111,7 +111,7 @@ def _rewrite(settings: Settings) -> int:
 def _fit_memory(settings: Settings) -> Settings:
     """Settings whose steps fit into this process's memory; refused otherwise."""
     if settings.boilerplate_only or read_plugin_file(settings.plugin_file).is_batch:
-        return settings  # nothing is computed, or each step has a job of its own
+        return settings  # nothing is computed, or each step is a separate job
     from brainprior_bids.workflows.scan import claims_gb
 
     return fit_memory(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run writes besides images: the participants' reports and the methods text."""
+"""The participants' reports and the methods text of a run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def write_documents(subjects: Iterable[str], settings: Settings) -> bool:
     for subject in sorted(subjects):
         try:
             build_subject_report(settings.output_dir, subject)
-        except Exception as error:  # the images are there: say it, and go on
+        except Exception as error:  # the images exist: report the error and continue
             LOG.error("sub-%s: the report could not be written: %s. %s", subject, error, AGAIN)
             LOG.debug("traceback", exc_info=True)
             complete = False

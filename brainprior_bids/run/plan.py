@@ -33,7 +33,7 @@ from brainprior_bids.run.preflight import checked_weights
 from brainprior_bids.settings import TEMPLATE_SPACES, Settings
 
 TIMED = 64
-"""Edge of the block, in voxels, whose network call is timed."""
+"""Edge of the block whose network call is timed, in voxels."""
 BOX_MM = (160, 200, 164)
 """Typical box around a brain, its margins included, along right, anterior and superior: 5.2
 million voxels. In 60 participants it had 4.4 to 6.4 million, in a tilted head 6.4."""
@@ -45,7 +45,7 @@ RUN_S = 60.0
 OTHER_S = 90.0
 """All steps before and after the network calls, in processor seconds of one thread."""
 SAMPLE_S = 5.0
-"""What each sample adds beside its network calls."""
+"""Seconds per sample in addition to its network calls."""
 BUSY = 0.5
 """Load per processor above which the machine is called busy."""
 
@@ -77,7 +77,7 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
             if why:
                 print(f"  {why}")
             voxels = _planned(scan, settings, job)
-        except Exception as error:  # as `plan_jobs`: whatever it is, the others go on
+        except Exception as error:  # as in `plan_jobs`: the other scans continue after any error
             known = isinstance(error, BrainpriorError)
             print(f"  would fail: {error if known else f'{type(error).__name__}: {error}'}")
             refused += 1
@@ -140,9 +140,8 @@ def _predicts_spread(prior: Path | None) -> bool:
 
 
 def uncertainty_from(settings: Settings, n_runs: int) -> str | None:
-    """Where a scan's uncertainty map will be from: the ``prior``, ``samples``, or nowhere.
-
-    A scan that the default sampler turns out not to fit has that of its samples.
+    """Source of a scan's uncertainty map: the ``prior``, ``samples``, or None. If the default
+    sampler turns out not to be applicable to a scan, its map is from the samples.
     """
     sampler = registry.find(settings.sampler)
     alone = n_runs < 2 and not settings.refines and not settings.fills_scan
@@ -157,11 +156,11 @@ def scan_seconds(voxels: float, n_runs: int, settings: Settings, a_voxel: float)
     Parameters
     ----------
     voxels : float
-        1 mm voxels of the box that the network sees.
+        Number of 1 mm voxels in the box that the network processes.
     n_runs : int
-        Of a fused scan, all of them; 0 where nothing is fused.
+        Number of fused runs; 0 if nothing is fused.
     a_voxel : float
-        Seconds of a network call for each.
+        Seconds of a network call per voxel.
     """
     sampler = registry.find(settings.sampler)
     calls = settings.n_samples * sampler.calls(settings.n_steps, simple=settings.simple)
@@ -207,16 +206,15 @@ def contrast_names(
 
 
 def plain_spaces(settings: Settings) -> list[str]:
-    """Of the output spaces, those that need no template."""
+    """The output spaces that need no template."""
     return [space for space in settings.output_spaces if space not in TEMPLATE_SPACES]
 
 
 def _planned(scan: Scan, settings: Settings, found: Found) -> float:
     """Print the geometry of a scan and the other files that it uses.
 
-    Returns
-    -------
-    1 mm voxels of the box that the network sees: a brain's, or the field of view if that is less.
+    Returns ------- Number of 1 mm voxels in the box that the network processes: a typical brain's,
+    or the field of view if that is smaller.
     """
     given = found.given
     for run, files in [(scan.runs[0] if scan.runs else scan, given), *found.others]:
@@ -225,7 +223,7 @@ def _planned(scan: Scan, settings: Settings, found: Found) -> float:
         for file in files.values():
             print(f"  uses {file.uri}")
     voxels = 0.0
-    alone = not settings.uses_scan  # then that image stands for the scan
+    alone = not settings.uses_scan  # then that image replaces the scan
     for run in scan.runs or (scan,):
         plane = settings.slice_plane
         geometry = read_geometry(
@@ -249,10 +247,9 @@ def _planned(scan: Scan, settings: Settings, found: Found) -> float:
 
 
 def seconds_a_voxel(settings: Settings) -> float:
-    """Time of a network call on this machine if it is idle, over its voxels.
-
-    On the CPU that is the processor time of the calling thread: what other programs take does not
-    count, and the thread sleeps while it waits for the others of the call.
+    """Time of a network call per voxel on this machine when it is idle. On the CPU it is the
+    processor time of the calling thread: time taken by other programs does not count, and the
+    thread sleeps while it waits for the other threads of the call.
     """
     import torch
 
