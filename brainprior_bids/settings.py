@@ -233,14 +233,14 @@ class Settings:
             return None
 
     def scan_settings(self) -> dict[str, Any]:
-        """The settings that determine a scan's result, given its image, metadata and the weights."""
+        """The settings that determine a scan's result, for given image, metadata and weights."""
         return {
             "task": self.task,
             "sampler": self.sampler,
             "n_samples": self.n_samples,
             "n_steps": self.n_steps or "default",
             "save_samples": self.save_samples,
-            # files on the T1w's grid are derived from finished scans and change none of them
+            # files on the T1w's grid are derived from finished scans
             "output_spaces": [space for space in self.output_spaces if space != "T1w"],
             "output_grid": self.output_grid,
             "fuse": self.fuse,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From one grid to another, and affines as ITK text.
+"""Resampling between grids, and affines as ITK text.
 
-An ITK file named ``from-T1w_to-MNI305`` maps *points* the other way, from MNI305 to the T1w, as
-fMRIPrep's and ANTs' do: it is what resampling the T1w on the MNI305 grid needs, so that
+An ITK file named ``from-T1w_to-MNI305`` maps *points* the other way, from MNI305 to the T1w, as in
+fMRIPrep and ANTs. This is the direction needed to resample the T1w on the MNI305 grid, so that
 ``antsApplyTransforms -i T1w -r MNI305 -t from-T1w_to-MNI305_mode-image_xfm.txt`` does what the
 name says. ITK's millimetres are LPS, ours RAS.
 """
@@ -42,7 +42,7 @@ def resample(
     data : (i, j, k) array
         On ``source``.
     source, target : Grid
-        Where the values are, and where they are wanted.
+        Grids of the values and of the result.
     matrix : (4, 4) array, optional
         mm of ``source`` to mm of ``target``; default identity.
     order : int
@@ -99,7 +99,7 @@ def check_placed(image: nib.spatialimages.SpatialImage, who: str) -> None:
 
 
 class Kind(StrEnum):
-    """What an image holds, which decides how it is interpolated."""
+    """The content of an image, which determines its interpolation."""
 
     IMAGE = "image"
     """Intensities: cubic splines."""
@@ -108,15 +108,15 @@ class Kind(StrEnum):
     MASK = "mask"
     """0 and 1: linear, then cut at one half."""
     LABELS = "labels"
-    """Values that name structures: the one with the largest share of the linear weights."""
+    """Labels of structures: the one with the largest linear weight."""
 
 
 def resample_labels(
     labels: ArrayLike, source: Grid, target: Grid, *, matrix: ArrayLike | None = None
 ) -> NDArray[np.int16]:
-    """Labels on another grid: of the eight voxels around a point, the label with most weight.
-
-    Where two weigh the same, the larger value counts, so that brain wins over background.
+    """Labels on another grid: the label with the largest weight of the eight voxels around a
+    point. If two have the same weight, the larger value is used, so that brain takes precedence
+    over background.
 
     Parameters
     ----------
@@ -159,8 +159,8 @@ def move(
 ) -> nib.Nifti1Image:
     """The image on another grid, interpolated once; a skull-stripped one stays so.
 
-    A voxel of an image or a spread is 0 where most of what it is made of is exactly 0: a cubic
-    spline rings beyond the edge of a mask.
+    A voxel of an image or an SD is 0 if most of the voxels around it are exactly 0, because a
+    cubic spline rings beyond the edge of a mask.
 
     Parameters
     ----------

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets for other programs, each in a root of its own: ``--export fmriprep|raw``.
+"""Data sets for other programs, each with its own root: ``--export fmriprep|raw``.
 
-``fmriprep`` is a derivative data set for ``--derivatives``. fMRIPrep and sMRIPrep look there by
-subject (and session), blind to run, acquisition, reconstruction and resolution, so it holds one
-T1w a subject (or a session), and nothing else that their queries could match.
+``fmriprep`` is a derivative data set for ``--derivatives``. fMRIPrep and sMRIPrep query it by
+subject (and session) and ignore run, acquisition, reconstruction and resolution, so it contains
+one T1w per subject (or session), and nothing else that their queries could match.
 
 ``raw`` is a raw data set: every restored head as ``rec-brainprior``, and links to the functional
 images and fieldmaps of the original.
@@ -52,9 +52,8 @@ OWN_ORIGIN = ("GeneratedBy", "SidecarGeneratedBy", "Digest")
 
 
 def choose_t1w(scans: Sequence[Scan], *, per: str) -> set[str]:
-    """The T1w of each subject, or of each session, that goes to fMRIPrep: their stems.
-
-    The one with the smallest thickest voxel edge; the first by name where they are equal.
+    """Stems of the T1w of each subject, or of each session, that are exported to fMRIPrep: those
+    with the smallest longest voxel edge; if equal, the first by name.
     """
     best: dict[tuple[str, str | None], tuple[float, str]] = {}
     for scan in scans:
@@ -70,7 +69,7 @@ def choose_t1w(scans: Sequence[Scan], *, per: str) -> set[str]:
 def _thickest_mm(path: Path) -> float:
     try:
         return round(float(voxel_sizes(open_image(path, path.name).affine).max()), 2)
-    except Exception:  # whatever nibabel says of a broken header: it will fail, and say why
+    except Exception:  # any error of nibabel for a broken header: the scan will fail and report it
         return float("inf")
 
 
@@ -89,7 +88,7 @@ def fmriprep_names(source: BIDSName) -> dict[str, str]:
 
 
 def raw_name(source: BIDSName) -> str:
-    """Path in the ``raw`` root: ``rec-brainprior``, and behind it a ``rec-`` that was there."""
+    """Path in the ``raw`` root: ``rec-brainprior``, followed by the source's own ``rec-``."""
     before = source.get("rec")
     label = "brainprior" + (before[:1].upper() + before[1:] if before else "")
     return str(source.folder / "anat" / source.derivative(rec=label))
@@ -102,12 +101,12 @@ def prepare(
     output_dir: Path,
     raw: Mapping[str, Any],
 ) -> None:
-    """Make the roots and describe them.
+    """Create the roots and their descriptions.
 
     Raises
     ------
     UsageError
-        If one holds somebody else's data set, or cannot be written.
+        If a root contains another program's data set, or cannot be written.
     """
     maker = generated_by()
     licence = {"License": raw["License"]} if raw.get("License") else {}
@@ -148,9 +147,8 @@ def prepare(
 
 
 def parents(source: BIDSName, image: str) -> dict[str, str]:
-    """Role -> path of what an export is made from, in the output folder.
-
-    Where the image is the scan filled in, the 1 mm brain in the head is no output of its own.
+    """Role -> path of the sources of an export, in the output folder. If the image is the
+    filled-in scan, the 1 mm brain in the head is not a separate output.
     """
     names = output_names(source, n_samples=1, image=image)
     roles = ("mask", "structures") if image in FILLED else ("restored", "mask", "structures")
@@ -323,7 +321,9 @@ def describe_raw(root: Path, bids_dir: Path) -> None:
 def _rest(
     bids_dir: Path, subject: str, folders: set[PurePosixPath], sessions: Sequence[str]
 ) -> Iterator[Path]:
-    """What is linked of one subject with scans in ``folders``; of the root for no subject."""
+    """The files to link for one subject with scans in ``folders``; without a subject, those of the
+    root.
+    """
     if not subject:
         yield from _inherited(bids_dir)
         return
@@ -369,7 +369,7 @@ def _link(link: Path, target: Path) -> None:
 
 
 def _write_participants(root: Path, bids_dir: Path) -> None:
-    """``participants.tsv``: the rows of the subjects that are here."""
+    """Write ``participants.tsv`` with the rows of the subjects that are present."""
     table = bids_dir / "participants.tsv"
     if not table.is_file():
         return
@@ -387,7 +387,7 @@ def _write_participants(root: Path, bids_dir: Path) -> None:
 
 
 def _filters(root: Path) -> dict[str, Any]:
-    """A filter for ``--bids-filter-file`` that takes the restored heads and no other."""
+    """A filter for ``--bids-filter-file`` that selects only the restored heads."""
     labels: dict[str, set[str]] = {}
     for path in root.glob("sub-*/**/anat/*_rec-brainprior*.nii.gz"):
         name = BIDSName.parse(path.name)

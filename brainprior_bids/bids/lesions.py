@@ -4,7 +4,7 @@
 In this order: ``--lesion-mask PATTERN``; ``label-lesion_mask`` in every ``--derivatives`` set;
 ``label-lesion_roi`` in the raw ``anat`` folder (fMRIPrep's convention). A mask belongs to a scan
 of the same participant and session whose other entities do not contradict it. Without ``space-``
-it is drawn on the T1w; ``space-<suffix>`` says another scan.
+it is drawn on the T1w; ``space-<suffix>`` names another scan.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from brainprior_bids.engine.errors import InputError
 from brainprior_bids.settings import Settings
 
 OWN = ("label", "desc", "space", "res", "den")
-"""Entities of a mask that are not its scan's."""
+"""Entities of a mask that do not come from its scan."""
 
 
 class NoLesionError(InputError):
@@ -37,7 +37,7 @@ def find_lesion(scan: Scan, settings: Settings) -> Path:
     Raises
     ------
     NoLesionError
-        If there is none (the message says where was looked, and which other sessions have one).
+        If there is none (the message lists the searched paths, and other sessions that have one).
     InputError
         If there is more than one.
     """
@@ -61,10 +61,9 @@ def find_lesion(scan: Scan, settings: Settings) -> Path:
 
 
 def find_lesions_of_runs(runs: Sequence[Scan], settings: Settings) -> list[Path | None]:
-    """The mask of every run that has one; a run without is used everywhere.
-
-    A mask that fits several runs by its name belongs to those on whose grid it lies, and to the
-    first of them by name if it lies on none (a later step says what is wrong with it).
+    """The mask of every run that has one; a run without a mask is used everywhere. A mask that
+    matches several runs by its name belongs to those that have its grid, or to the first of them
+    by name if none has (a later step reports the problem).
 
     Raises
     ------
@@ -90,17 +89,17 @@ def find_lesions_of_runs(runs: Sequence[Scan], settings: Settings) -> list[Path 
 
 
 def _same_grid(one: Path, other: Path) -> bool:
-    """Whether two images lie on one grid, up to the order of their axes; by their headers."""
+    """Whether two images have one grid, up to the order of their axes, by their headers."""
     try:
         images = [nib.as_closest_canonical(open_image(path, path.name)) for path in (one, other)]
-    except Exception:  # whatever nibabel says of it: the step that opens the image will say it
+    except Exception:  # any error of nibabel: the step that opens the image reports it
         return False
     a, b = images
     return a.shape[:3] == b.shape[:3] and bool(np.allclose(a.affine, b.affine, atol=0.05))
 
 
 def by_pattern(pattern: str, scan: Scan, settings: Settings) -> tuple[list[Path], str]:
-    """The files that a pattern with ``{subject}`` … names, and the pattern filled in."""
+    """The files that match a pattern with ``{subject}`` …, and the pattern filled in."""
     name = scan.name
     values = {
         "subject": scan.subject,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a scan was made: what the slice operator needs to know."""
+"""How a scan was acquired: the facts that the slice operator needs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROFILES = {
 }
 
 PLANES = ("sagittal", "coronal", "axial")
-"""Of slices that follow each other along the first, second, third closest-canonical axis."""
+"""Plane of slices that are stacked along the first, second, third closest-canonical axis."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Acquisition:
     spacing_mm : float
         Distance between the centres of neighbouring slices; spacing - thickness is the gap.
     profile : {"trapezoid", "gaussian", "boxcar"}, or pairs of (mm, sensitivity)
-        Shape of the slice profile; a measured one is given at rising distances from the slice's
-        centre, linear in between and 0 beyond, in any unit.
+        Shape of the slice profile. A measured profile lists sensitivities (any unit) at ascending
+        distances from the slice's centre; it is linear in between and 0 beyond.
 
     Raises
     ------
@@ -104,5 +104,5 @@ class Acquisition:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Acquisition:
-        """From ``to_dict``; keys that are not ours are ignored."""
+        """Read the result of ``to_dict``; unknown keys are ignored."""
         return cls(**{name: values[name] for name in cls.__dataclass_fields__ if name in values})

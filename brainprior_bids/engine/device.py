@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which device is used, and why; a GPU that was asked for and is not there stops the run."""
+"""Which device is used, and why; a requested GPU that is missing stops the run."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def visible_gpus() -> int:
 
 
 def usable_device(device: torch.device | str) -> torch.device:
-    """The device, if this machine and this torch have it.
+    """The device, if it exists for this machine and this torch.
 
     Raises
     ------
     UsageError
-        If the name is none of torch's, or the device is not there.
+        If torch does not know the name, or the device does not exist.
     """
     try:
         torch_device = torch.device(device)
@@ -57,7 +57,7 @@ def choose_device(
     Raises
     ------
     UsageError
-        If CUDA was asked for and this process sees no such GPU, or cannot compute on it.
+        If CUDA was requested and this process sees no such GPU, or cannot compute on it.
     """
     if asked == "cpu":
         return "cpu", "requested", False

@@ -23,7 +23,7 @@ from brainprior_bids.interfaces.base import (
 from brainprior_bids.records import TemplateRecord, TemplatesRecord
 
 LOW_AGREEMENT = 0.9
-"""Dice of the brain masks below which a warning is given."""
+"""Dice of the brain masks below which there is a warning."""
 
 
 def disagreements(records: Sequence[TemplateRecord]) -> list[str]:
@@ -121,7 +121,7 @@ class ToTemplates(MeasuredInterface):
         )
 
     def _images(self) -> dict[str, tuple[str, str]]:
-        """Role -> file and kind of what is resampled."""
+        """Role -> file and kind of the images to resample."""
         from brainprior_bids.anatomy.spaces import Kind
 
         inputs = self.inputs

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figures of the parcellation's model card.
+"""The values of the parcellation's model card.
 
 ``python -m brainprior_bids.training.parcellation_report LABELS OUT.json``.
 
-Whole heads are drawn at 1 mm from the reporting label maps, undeformed, in three contrasts, noise
-SD 0.02 of the bright tissue; the thick-slice ones are means of five 1 mm slices stored as such.
-They go through ``parcellate`` as a scan would, and the result is compared with the map itself.
+Whole heads are drawn at 1 mm from the label maps of the test set, undeformed, in three contrasts,
+noise SD 0.02 of the bright tissue; the thick-slice ones are means of five 1 mm slices stored as
+such. They go through ``parcellate`` as a scan would, and the result is compared with the map
+itself.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How well a denoiser does on brains it has not seen: gain and error spectrum."""
+"""Accuracy of a denoiser on validation brains: gain and error spectrum."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def examples(
 ) -> list[tuple[NDArray[np.float32], NDArray[np.float64]]]:
     """(image, voxel to MNI305) of one contrast: scans, then scans through a curve, then synthetic.
 
-    The curves are drawn from a fixed seed, so every measurement sees the same images.
+    The curves are drawn from a fixed seed, so every measurement uses the same images.
     """
     plain = [b for b in brains if b.contrast == contrast and not b.synthetic]
     synthetic = [b for b in brains if b.contrast == contrast and b.synthetic]
@@ -75,7 +75,7 @@ def gains(
 ) -> dict[str, dict[str, float]]:
     """RMS error inside the brain divided by sigma, per contrast and level, on a central 96³ crop.
 
-    Below 1 the denoiser does better than leaving the image alone.
+    Below 1, the denoised image is better than the noisy one.
     """
     table: dict[str, dict[str, float]] = {}
     for contrast in CONTRASTS:
@@ -141,8 +141,8 @@ def stack_errors(
 ) -> dict[str, dict[str, float]]:
     """PSNR in dB of ``E[x | y]``, per contrast and slice spacing.
 
-    y: axial slices, a profile of steep flanks as wide as the spacing, noise 0.01; the prior is
-    given the trapezoid that the engine assumes.
+    y has axial slices, a profile with steep flanks as wide as the spacing, and noise 0.01; the
+    prior is conditioned on the trapezoid that the engine assumes.
     """
     table: dict[str, dict[str, float]] = {}
     for contrast in CONTRASTS:
@@ -210,7 +210,7 @@ def radial_power(error: Tensor, inside_share: float) -> tuple[Tensor, Tensor]:
 def measure_spectra(
     prior: Prior, brains: Sequence[Brain], *, sigmas: Sequence[float] = SIGMAS, limit: int = 3
 ) -> dict[str, ErrorSpectrum]:
-    """The error spectrum of every contrast there are brains for; "unknown" always.
+    """The error spectrum of every contrast for which there are brains, and of "unknown".
 
     "unknown" is measured on one brain of the first and one of the last contrast, with the
     contrast hidden from the network.

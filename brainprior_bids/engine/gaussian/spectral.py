@@ -1,19 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Slices along a grid axis under a spectral covariance, one in-plane frequency at a time.
 
-Symbols
--------
-z, a, b : the slice axis and the two in-plane axes of the 1 mm image (in this order)
-W : (s, z) slice profile
-P : in-plane k-space crop (na, nb) -> (ma, mb), diagonal in k: ``scale * exp(i phase)``
-A = P W : what the scanner does
-V_sigma : covariance of the denoiser's error, diagonal in 3-D k with values V(sigma, |k|)
-V_q, G_q : V at one in-plane frequency as a (z, z) matrix, and ``scale^2 W V_q W^T`` (s, s)
+Symbols ------- z, a, b : the slice axis and the two in-plane axes of the 1 mm image (in this
+order) W : (s, z) slice profile P : in-plane k-space crop (na, nb) -> (ma, mb), diagonal in k:
+``scale * exp(i phase)`` A = P W : the scanner's operator V_sigma : covariance of the denoiser's
+error, diagonal in 3-D k with values V(sigma, |k|) V_q, G_q : V at one in-plane frequency as a (z,
+z) matrix, and ``scale^2 W V_q W^T`` (s, s)
 
-V depends on the in-plane frequency through its radius alone. Radii are gathered into bins, and
-one radius stands for a bin: that is again a valid covariance, used alike for the draw and for
-the solve, so that nothing is approximated but V itself. A bin costs one small matrix in float64
-and one matrix product with all its frequencies.
+V depends on the in-plane frequency only through its radius. Radii are grouped into bins, each
+represented by one radius. This is again a valid covariance, which the draw and the solve share, so
+that only V itself is approximated. A bin costs one small matrix in float64 and one matrix product
+with all its frequencies.
 """
 
 from __future__ import annotations
@@ -40,7 +37,7 @@ class Spectrum(Protocol):
 
 @dataclass(frozen=True)
 class LevelFactors:
-    """What one noise level needs, per bin q (all on the solver's device)."""
+    """Matrices of one noise level, per bin q (all on the solver's device)."""
 
     root: Tensor  # (q, z, z) V_q^1/2
     gain: Tensor  # (q, z, s) scale V_q W^T
@@ -64,7 +61,7 @@ class SpectralSolver:
     spacing_mm : (z, a, b)
         Voxel size of the image.
     n_bins : int
-        At most so many radii; fewer if the grid has fewer different ones.
+        Maximum number of radii; fewer if the grid has fewer different ones.
 
     Raises
     ------
@@ -238,7 +235,7 @@ class SpectralSolver:
         solved = self._by_bin(factors.inverse, k, self._data_starts)
         if self.same_plane:
             return self.k_to_data(solved)
-        # frequencies that A does not reach hold noise alone
+        # frequencies outside the range of A contain noise only
         solved.sub_(k / factors.noise_variance)
         return self.k_to_data(solved) + r / factors.noise_variance
 

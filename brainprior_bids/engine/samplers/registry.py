@@ -55,14 +55,14 @@ class Sampler:
     estimate_method: str
 
     def levels(self, n_steps: int | None, *, simple: bool) -> int:
-        """Noise levels: those that were asked for (None: the default).
+        """Number of noise levels: as requested, or the default (None).
 
-        ``simple``: of one scan that is known everywhere.
+        ``simple``: the problem is one scan without hidden voxels.
         """
         return n_steps or (self.steps if simple else self.more_steps)
 
     def calls(self, n_steps: int | None, *, simple: bool) -> int:
-        """Network calls for one sample; arguments as of ``levels``."""
+        """Network calls for one sample; arguments as in ``levels``."""
         return self.levels(n_steps, simple=simple) * self.calls_per_step
 
 
