@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each step of a scan reports, as frozen dataclasses.
+"""The record of each step of a scan, as frozen dataclasses.
 
 A node writes its record as JSON into its folder. The last node gathers the records into the scan's
 summary (``ScanRecord``, ``logs/scans/<scan>.json``), from which tables, reports, the methods text
-and the provenance are made.
+and the provenance are derived.
 
 A record is constructed with all of its fields and read leniently (``typed_json``): a key that
-another version did not write reads as "not recorded". What older versions wrote in another form is
+another version did not write reads as "not recorded". Other forms written by older versions are
 translated in ``_upgraded``, and nowhere else.
 
 Units are in the names; coordinates are scanner RAS mm. Axes are closest-canonical (RAS).
@@ -37,7 +37,7 @@ Pairs = tuple[tuple[float, float], ...]
 
 
 def matrix_rows(matrix: Any) -> Matrix:
-    """A (4, 4) array as a record holds it.
+    """A (4, 4) array in the form of a record.
 
     Raises
     ------
@@ -55,7 +55,7 @@ OTHER_DATA = "another data set (--derivatives)"
 
 
 class MaskSource(StrEnum):
-    """Where a brain mask came from; those that can be asked for are ``--skull-strip``'s words."""
+    """Source of a brain mask; those that can be requested have the names of ``--skull-strip``."""
 
     EMBEDDED = "embedded"
     OWN_EDGE = "own-edge"
@@ -65,7 +65,7 @@ class MaskSource(StrEnum):
 
     @property
     def words(self) -> str:
-        """In words, for logs and reports."""
+        """Description for logs and reports."""
         return {
             MaskSource.EMBEDDED: EMBEDDED,
             MaskSource.OWN_EDGE: "the scan's own edge: it is already skull-stripped",
@@ -76,12 +76,12 @@ class MaskSource(StrEnum):
 
     @property
     def scan_is_stripped(self) -> bool:
-        """Whether the scan had no skull to begin with."""
+        """Whether the scan was already skull-stripped."""
         return self in (MaskSource.OWN_EDGE, MaskSource.SKIP)
 
 
 class StructuresSource(StrEnum):
-    """Where the labels of structures came from: the words of ``--parcellation``."""
+    """Source of the labels of structures, by the names of ``--parcellation``."""
 
     EMBEDDED = "embedded"
     SYNTHSEG = "synthseg"
@@ -89,7 +89,7 @@ class StructuresSource(StrEnum):
 
     @property
     def words(self) -> str:
-        """In words, for logs and reports."""
+        """Description for logs and reports."""
         return {
             StructuresSource.EMBEDDED: EMBEDDED,
             StructuresSource.SYNTHSEG: "SynthSeg",
@@ -98,14 +98,14 @@ class StructuresSource(StrEnum):
 
 
 class AffineMethod(StrEnum):
-    """What the affine to MNI305 was found from."""
+    """Source of the affine to MNI305."""
 
     STRUCTURES = "structures"
     TEMPLATE = "template"
 
     @property
     def words(self) -> str:
-        """In words, for logs and reports."""
+        """Description for logs and reports."""
         return {
             AffineMethod.STRUCTURES: "structures",
             AffineMethod.TEMPLATE: "registration to the template",
@@ -114,7 +114,7 @@ class AffineMethod(StrEnum):
 
 @dataclass(frozen=True)
 class Origin:
-    """A source, and where it is a file, its name.
+    """A source, and its name if it is a file.
 
     Parameters
     ----------
@@ -128,23 +128,23 @@ class Origin:
 
     @property
     def embedded(self) -> bool:
-        """Whether it is our own network's."""
+        """Whether the source is the embedded network."""
         return self.source in (MaskSource.EMBEDDED, StructuresSource.EMBEDDED)
 
     @property
     def words(self) -> str:
-        """For sidecars, reports and messages: the file, or the source in words."""
+        """Description for sidecars, reports and messages: the file, or the source in words."""
         return self.uri or self.source.words
 
     @property
     def data_set(self) -> str:
-        """For the methods text: a file by its data set's name, others in words."""
+        """Description for the methods text: a file by its data set's name, others in words."""
         scheme, _, rest = (self.uri or "").partition(":")
         return f"the data set {rest.partition(':')[0]}" if scheme == "bids" else self.words
 
 
 class ScanStatus(StrEnum):
-    """How far a scan is."""
+    """State of a scan."""
 
     DONE = "done"
     SKIPPED = "skipped"
@@ -154,7 +154,7 @@ class ScanStatus(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class FileRecord(Record):
-    """A file of another data set that was used."""
+    """A file from another data set that was used."""
 
     uri: str
     sha256: str | None = None
@@ -162,7 +162,7 @@ class FileRecord(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsRecord(Record):
-    """What identifies a network's weights, and what their header says of them."""
+    """Identity of a network's weights, and facts from their header."""
 
     name: str | None = None
     licence: str | None = field(default=None, metadata=OMIT)
@@ -192,7 +192,7 @@ class AcquisitionRecord(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class HeaderRecord(Record):
-    """The header as it came; a voxel size that is no number is None."""
+    """The original header; a voxel size that is not a number is None."""
 
     format: str | None
     shape: tuple[int, ...]
@@ -232,12 +232,12 @@ class ValuesRecord(Record):
     non_finite_voxels_set_to_0: int | None
     negative_voxels: int | None
     shift: float | None = field(default=None, metadata=OMIT)
-    """Added to an image without a zero of its own."""
+    """Constant added to an image without a zero of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResolutionRecord(Record):
-    """The voxels that the scan was measured with; see ``anatomy.resolution``."""
+    """The measured voxels of the scan; see ``anatomy.resolution``."""
 
     stored_mm: tuple[float, ...]
     measured_mm: tuple[float, ...]
@@ -247,7 +247,7 @@ class ResolutionRecord(Record):
 
     @property
     def factor(self) -> float | None:
-        """The largest ratio of measured and stored voxel size; None where nothing is known."""
+        """The largest ratio of measured and stored voxel size; None if not recorded."""
         pairs = zip(self.measured_mm, self.stored_mm, strict=True)
         return max((measured / stored for measured, stored in pairs), default=None)
 
@@ -264,7 +264,7 @@ class ResolutionRecord(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class StatedAcquisitionRecord(AcquisitionRecord):
-    """The slice geometry, where each value came from, and what the sidecars state."""
+    """The slice geometry, the source of each value, and the values in the sidecars."""
 
     gap_mm: float | None
     in_plane_mm: tuple[float, ...]
@@ -276,7 +276,7 @@ class StatedAcquisitionRecord(AcquisitionRecord):
 
     @property
     def field_strength_t(self) -> float | None:
-        """As the sidecars state it."""
+        """Field strength from the sidecars."""
         value = self.metadata.get("MagneticFieldStrength")
         return float(value) if isinstance(value, int | float) else None
 
@@ -327,7 +327,7 @@ class StructureRecord(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class SliceFitRecord(Record):
-    """How the slices fit together; see ``anatomy.slices``."""
+    """Consistency of the slices; see ``anatomy.slices``."""
 
     mismatch: float | None
     faintest: float | None
@@ -336,7 +336,7 @@ class SliceFitRecord(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class ProgramRecord(Record):
-    """An external program as it was run."""
+    """An external program that was run."""
 
     command: tuple[str, ...]
     program: str | None
@@ -344,7 +344,7 @@ class ProgramRecord(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class ParcellationRecord(Record):
-    """``structures.json``: mask and structures, and what made them."""
+    """``structures.json``: mask and structures, and their sources."""
 
     table: tuple[StructureRecord, ...]
     warnings: tuple[str, ...]
@@ -360,12 +360,12 @@ class ParcellationRecord(Record):
 
     @property
     def mask_origin(self) -> Origin:
-        """Where the mask came from."""
+        """Source of the mask."""
         return Origin(self.mask_source, self._uri("mask"))
 
     @property
     def structures_origin(self) -> Origin:
-        """Where the labels came from."""
+        """Source of the labels."""
         return Origin(self.structures_source, self._uri("dseg"))
 
     def _uri(self, role: str) -> str | None:
@@ -395,7 +395,7 @@ class ParcellationRecord(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class LesionRecord(Record):
-    """``lesion.json``: the lesion mask as it was used."""
+    """``lesion.json``: the lesion mask that was used."""
 
     volume_ml: float | None
     hidden_ml: float | None
@@ -408,7 +408,7 @@ class LesionRecord(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class InterleaveRecord(Record):
-    """Motion of the odd slices of a 2-D scan to the even ones; see ``anatomy.interleaves``."""
+    """Motion between odd and even slices of a 2-D scan; see ``anatomy.interleaves``."""
 
     moved: bool
     """Whether the motion is large and certain."""
@@ -428,16 +428,16 @@ class BiasRecord(Record):
     applied: bool | None
     """Whether the scan was corrected: the gains are large and significant."""
     gains: tuple[float, ...]
-    """Factor by which each slice is brighter than the smooth bias field says; 1 if not applied."""
+    """Brightness of each slice relative to the smooth bias field; 1 if not applied."""
     compared: tuple[bool, ...]
     """Whether the slice could be compared with its neighbours; others follow the alternation."""
     alternation_percent: float | None
     """Half of the difference in log gain between even and odd slices."""
     alternation_se_percent: float | None
     random_sd_percent: float | None
-    """SD of what else differs between slices; 0 if not significant."""
+    """SD of the random gains; 0 if not significant."""
     rms_percent: float | None
-    """Of the log gains that were applied."""
+    """RMS of the log gains that were applied."""
     evidence: float | None
     """Twice the log likelihood ratio of ``random_sd_percent`` against 0."""
     warnings: tuple[str, ...]
@@ -446,7 +446,7 @@ class BiasRecord(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class AffineRecord(Record):
-    """``affine.json``: scanner RAS mm to MNI305 RAS mm, and how well it fits."""
+    """``affine.json``: scanner RAS mm to MNI305 RAS mm, and its residuals."""
 
     matrix: Matrix | None
     method: AffineMethod = AffineMethod.STRUCTURES
@@ -471,11 +471,11 @@ class TemplateRecord(Record):
 
     space: str
     address: str | None
-    """Of the image that defines the space."""
+    """Address of the image that defines the space."""
     image_sha256: str | None
     mask_sha256: str | None
     metric: str | None
-    """Of the nonlinear stage."""
+    """Metric of the nonlinear stage."""
     program: str | None
     agreement: float | None
     """Dice of the two brain masks after the registration."""
@@ -494,8 +494,8 @@ class TemplatesRecord(Record):
 class RunRecord(Record):
     """One run of a fused image, the reference included.
 
-    Motion and agreement are those with the reference, which has none; files and hashes are only in
-    ``runs.json``, noise and residuals only in ``restore.json``.
+    Motion and agreement are relative to the reference, which has none itself; files and hashes are
+    only in ``runs.json``, noise and residuals only in ``restore.json``.
     """
 
     name: str
@@ -511,9 +511,9 @@ class RunRecord(Record):
     noise_sd: float | None = field(default=None, metadata=OMIT)
     residual_ratios: tuple[float, ...] = field(default=(), metadata=OMIT)
     lesion: LesionRecord | None = field(default=None, metadata=OMIT)
-    """Of a run other than the reference that has a lesion mask."""
+    """Set for a run other than the reference that has a lesion mask."""
     bias: BiasRecord | None = field(default=None, metadata=OMIT)
-    """Of a run other than the reference."""
+    """Set for a run other than the reference."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -534,7 +534,7 @@ class BoxRecord(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class EnvironmentRecord(Record):
-    """What else the bytes of a result depend on."""
+    """Further facts on which the bytes of a result depend."""
 
     device: str | None
     threads: int | None
@@ -553,7 +553,7 @@ class EnvironmentRecord(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class RefinedRecord(Record):
-    """Another tool's image beside the scan: its gain to scanner units, and their correlation."""
+    """Another tool's image used with the scan: gain to scanner units, and correlation."""
 
     gain: float | None
     correlation: float | None
@@ -561,7 +561,7 @@ class RefinedRecord(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class ChangedRecord(Record):
-    """Share of the scan's voxels that are not as they were, inside and outside of the mask."""
+    """Share of the scan's voxels that have changed, inside and outside of the mask."""
 
     inside: float | None
     outside: float | None
@@ -569,34 +569,34 @@ class ChangedRecord(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class RestoreRecord(Record):
-    """``restore.json``: sampler, noise, and how the result agrees with the scan.
+    """``restore.json``: sampler, noise, and agreement of the result with the scan.
 
     Noise levels are in ``unit``, the brain's 99th percentile in scanner units.
     """
 
     sampler: str | None
     sampler_reason: str | None
-    """Why another sampler than the default was taken."""
+    """Why another sampler than the default was used."""
     solve: str | None = field(default=None, metadata=OMIT)
     """Strategy of the linear-Gaussian solve."""
     contrast: str | None
     n_samples: int | None
     uncertainty_from: str | None = None
-    """What the uncertainty map is: the "prior"'s prediction, or the SD of the "samples"."""
+    """Source of the uncertainty map: the "prior"'s prediction, or the SD of the "samples"."""
     seed: int | None
     schedule: tuple[float, ...]
     calls: int | None
     tile_mm: float | None
     sample_seeds: tuple[int, ...]
     slice_widths: tuple[float, ...]
-    """Assumed slice thickness over the stated one, per sample."""
+    """Ratio of assumed to stated slice thickness, per sample."""
     inner_iterations: float | None
     rim_mm: float | None
     box: BoxRecord | None
     noise_sd_initial: float | None
     noise_sd: float | None
     residual_ratios: tuple[float, ...]
-    """RMS of scan minus prediction over the noise before sampling, per sample."""
+    """RMS of scan minus prediction, divided by the noise SD before sampling, per sample."""
     residual_ratios_final: tuple[float, ...]
     residual_correlation: tuple[Triple, ...]
     """Lag-one autocorrelation of the residual along i, j, k, per sample."""
@@ -613,7 +613,7 @@ class RestoreRecord(Record):
     changed_share: ChangedRecord | None = field(default=None, metadata=OMIT)
 
     def scanner_units(self, value: float | None) -> float | None:
-        """A value in ``unit`` as scanner units; None where either is not recorded."""
+        """A value in ``unit`` as scanner units; None if either is not recorded."""
         return None if value is None or self.unit is None else value * self.unit
 
     @property
@@ -645,13 +645,13 @@ class ProgressRecord(Record):
 
     @property
     def share(self) -> float:
-        """Of all steps of all samples."""
+        """Completed share of all steps of all samples."""
         return ((self.sample - 1) * self.steps + self.step) / (self.samples * self.steps)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportRecord(Record):
-    """``export.json``: how the brain was put back into its head."""
+    """``export.json``: how the brain was inserted into its head."""
 
     gain: float
     feather_mm: float
@@ -672,7 +672,7 @@ class UsageRecord(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class NodeRecord(UsageRecord):
-    """``node.json``: what a node took, and its warnings."""
+    """``node.json``: time, memory and warnings of a node."""
 
     node: str | None
     threads: int | None
@@ -680,7 +680,7 @@ class NodeRecord(UsageRecord):
 
 
 FULL_DISK = "FullDisk"
-"""``type`` of a failure for want of room: the disk, the quota or the number of files."""
+"""``type`` of a failure because the disk is full: its size, a quota or the number of files."""
 OUT_OF_MEMORY = (
     "memory ran out. Allow more (the limit of the job, container or shell), or pass --low-mem"
 )
@@ -688,7 +688,7 @@ OUT_OF_MEMORY = (
 
 @dataclass(frozen=True, kw_only=True)
 class FailureRecord(UsageRecord):
-    """``failure.json``: why a node failed; an error that is expected explains itself."""
+    """``failure.json``: why a node failed; expected errors have a self-explanatory message."""
 
     node: str
     type: str
@@ -697,7 +697,7 @@ class FailureRecord(UsageRecord):
 
     @classmethod
     def of(cls, error: BaseException | None, **known: Any) -> FailureRecord:
-        """Of a step that failed with ``error``, or as ``known`` says."""
+        """The record of a step that failed with ``error``, or for the ``known`` reason."""
         facts: dict[str, Any] = dict.fromkeys(f.name for f in fields(UsageRecord))
         facts |= {"node": "", "expected": error is None or isinstance(error, BrainpriorError)}
         if error is not None:
@@ -724,13 +724,13 @@ class TissuesRecord(Record):
     """``tissues.json``: metrics by MRIQC's names; see ``anatomy.tissue_metrics``."""
 
     input: Mapping[str, float]
-    """Of the scan without its bias field."""
+    """Metrics of the scan without its bias field."""
     restored: Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecords(Record):
-    """The records of a scan's steps, and the files of other data sets, by role."""
+    """The records of a scan's steps, and the files from other data sets, by role."""
 
     conform: ConformRecord = field(default_factory=ConformRecord.empty, metadata=OMIT)
     parcellation: ParcellationRecord = field(
@@ -742,19 +742,19 @@ class StepRecords(Record):
     bias: BiasRecord | None = field(default=None, metadata=OMIT)
     """None for another tool's image that was refined alone."""
     tissues: TissuesRecord | None = field(default=None, metadata=OMIT)
-    """None where they could not be computed, and for a scan that was inpainted alone."""
+    """None if they could not be computed, and for a scan that was only inpainted."""
     templates: tuple[TemplateRecord, ...] = field(default=(), metadata=OMIT)
     given: Mapping[str, FileRecord] = field(default_factory=dict, metadata=OMIT)
     seed: int | None = field(default=None, metadata=OMIT)
 
     @property
     def every_file(self) -> dict[str, FileRecord]:
-        """Role -> file of another data set, those of the parcellation included."""
+        """Role -> file from another data set, including those of the parcellation."""
         return {**self.parcellation.given, **self.given}
 
     @property
     def networks(self) -> dict[str, WeightsRecord]:
-        """``parcellation``, ``prior`` -> weights, where recorded."""
+        """``parcellation``, ``prior`` -> weights, if recorded."""
         cards = {"parcellation": self.parcellation.weights, "prior": self.restore.prior}
         return {kind: card for kind, card in cards.items() if card.sha256 is not None}
 
@@ -773,19 +773,19 @@ class ScanRecord(Record):
     """Sum of the nodes' times."""
     message: str = ""
     job: str | None = field(default=None, metadata=OMIT)
-    """Of the scheduler, while the scan runs."""
+    """Job number of the scheduler, while the scan runs."""
     run_uuid: str | None = None
     version: str | None = None
     fingerprint: str | None = None
-    """Of everything that decides the result."""
+    """SHA-256 over everything that determines the result."""
     parts: Mapping[str, str] = field(default_factory=dict, metadata=OMIT)
-    """What the fingerprint was made from: name -> value or SHA-256."""
+    """The inputs of the fingerprint: name -> value or SHA-256."""
     seed: int | None = field(default=None, metadata=OMIT)
     outputs: tuple[str, ...] = ()
-    """Paths from the output folder, as ``figures`` and ``left``."""
+    """Paths from the output folder, also for ``figures`` and ``left``."""
     figures: tuple[str, ...] = ()
     left: tuple[str, ...] = field(default=(), metadata=OMIT)
-    """Files that an earlier run made and that are still in place."""
+    """Files of an earlier run that are still in place."""
     warnings: tuple[str, ...] = ()
     facts: StepRecords = field(default_factory=StepRecords)
     nodes: tuple[NodeRecord, ...] = ()
@@ -803,7 +803,7 @@ class ScanRecord(Record):
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Every path that this scan put into the output folder."""
+        """Every path that this scan wrote in the output folder."""
         return (*self.outputs, *self.figures, *self.left)
 
     @property
@@ -819,7 +819,7 @@ def total_seconds(nodes: Iterable[NodeRecord]) -> float:
 
 
 def named(text: str, scan: str) -> str:
-    """A message that begins with the scan's name; one that names a scan of the subject stays."""
+    """A message that begins with the scan's name, unless it names one of the subject already."""
     subject = scan.partition("_")[0]
     return text if text.startswith(f"{subject}_") else f"{scan}: {text}"
 
@@ -831,10 +831,9 @@ def unnamed(text: str, scan: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class ContrastRecord(Record):
-    """How a contrast of a session lies to the reference contrast (``logs/contrasts``).
-
-    ``to_reference`` is RAS mm to RAS mm, and None where the two could not be registered;
-    ``message`` then says why. ``outputs`` are paths in the output folder.
+    """Alignment of a contrast with the session's reference contrast (``logs/contrasts``).
+    ``to_reference`` is RAS mm to RAS mm, and None if the two could not be registered; ``message``
+    then states why. ``outputs`` are paths in the output folder.
     """
 
     scan: str

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The settings of a run: one frozen object, passed as an argument, written as TOML.
 
-Nothing in the package reads a global setting: what a function needs, it is given.
+Nothing in the package reads a global setting: every function receives what it needs.
 """
 
 from __future__ import annotations
@@ -24,29 +24,30 @@ TASKS = {
     "inpaint+refine": "inpaintedRefined",
     "restore+inpaint+refine": "restoredInpaintedRefined",
 }
-"""What may be asked for -> the ``desc-`` of its image (docs/tasks/combinations.md)."""
+"""Task -> the ``desc-`` of its image (docs/tasks/combinations.md)."""
 FILLED = ("inpainted", "inpaintedRefined")
-"""Images that are the scan on its own grid, only the voxels under the lesion mask replaced."""
+"""Images that are the scan on its own grid, in which only the voxels under the lesion mask are
+replaced."""
 SKULL_STRIPS = ("embedded", "synthstrip", "skip", "mask")
 PARCELLATIONS = ("embedded", "synthseg", "derivatives")
 MODALITIES = ("T1w", "T2w", "FLAIR")
 OTHER_MODALITIES = ("PDw", "T2starw")
-"""Contrasts that the prior was not trained on; only where they are asked for."""
+"""Contrasts on which the prior was not trained; processed only on request."""
 FUSE = ("runs",)
 TEMPLATE_SPACES = ("MNI152NLin2009cAsym", "MNI152NLin6Asym")
-"""Standard spaces by a nonlinear registration to TemplateFlow's template of 1 mm."""
+"""Standard spaces that are reached by nonlinear registration to TemplateFlow's 1 mm template."""
 SPACES = ("anat", "T1w", "MNI305", *TEMPLATE_SPACES)
 DEFAULT_SPACES = ("anat", "MNI305")
 EXPORT_PER = ("subject", "session")
 LEVELS = ("participant", "group")
 OUTPUT_GRIDS = ("1mm", "native")
 LOW_MEMORY_TILE_MM = 32
-"""Tiles of the prior under ``--low-mem``."""
+"""Width of the prior's tiles with ``--low-mem``."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that was asked for, with the defaults filled in.
+    """All settings of a run, with the defaults filled in.
 
     Parameters
     ----------
@@ -55,9 +56,9 @@ class Settings:
     analysis_level : tuple of str
         ``participant``, ``group`` or both.
     participant_label, session_label, run_id : tuple of str
-        Labels without their ``sub-``, ``ses-``, ``run-``; empty means all.
+        Labels without ``sub-``, ``ses-``, ``run-``; empty means all.
     modalities : tuple of str
-        Suffixes of the scans to take.
+        Suffixes of the scans to process.
     bids_filters : mapping
         Suffix -> pybids query, from ``--bids-filter-file``; in TOML as JSON text.
     bids_database_dir : Path or None
@@ -65,58 +66,58 @@ class Settings:
     derivatives : mapping
         Name -> root of other derivative data sets; in TOML as JSON text.
     task, sampler, n_samples, n_steps
-        What the engine does; see ``brainprior_bids.engine.restore``. ``n_steps`` is None where
-        the sampler decides.
+        Options of the engine; see ``brainprior_bids.engine.restore``. ``n_steps`` is None for the
+        sampler's default.
     lesion_mask : str or None
         Pattern of the lesion masks' paths; None looks them up by their BIDS names.
     fuse : str or None
-        ``runs``: all runs and acquisitions of one contrast of a session make one result.
+        ``runs``: all runs and acquisitions of one contrast of a session are combined in one
+        result.
     dilate_mm : float
-        By how much a lesion mask is widened.
+        Dilation of the lesion mask.
     trust : str or None
-        How far the image to refine is trusted: the SD of its error, as a share of the brain's 99th
-        percentile, or the pattern of a map's path.
+        SD of the error of the image to refine, as a fraction of the brain's 99th percentile, or
+        the pattern of the path of an error map.
     save_samples : bool
-        Write each sample as an image of its own.
+        Write each sample as a separate image.
     viewer : bool
-        Write the pages on which a result is looked at in three linked planes.
+        Write the pages that show a result in three linked planes.
     exports : mapping
-        ``fmriprep``, ``raw`` -> root of the data set to make; in TOML as JSON text.
+        ``fmriprep``, ``raw`` -> root of the data set to write; in TOML as JSON text.
     export_per : str
-        One T1w for fMRIPrep a ``subject`` or a ``session``.
+        ``subject`` or ``session``: export one T1w for each.
     prior : Path or None
-        Weights of the prior; None is the embedded one.
+        Weights of the prior; None for the embedded ones.
     slice_thickness_mm : float or None
         Overrides the sidecars.
     slice_plane : str or None
         ``sagittal``, ``coronal`` or ``axial``; overrides header and sidecars.
     effective_resolution : str
-        ``auto``, ``off``, or the voxel sizes in mm that the scan was measured with: ``0,0,5``.
+        ``auto``, ``off``, or the measured voxel size in mm: ``0,0,5``.
     field_strength_t : float or None
         Overrides the sidecars.
     output_spaces : tuple of str
-        Of ``anat`` (the scan's own), ``T1w`` (other contrasts on the T1w's grid), ``MNI305`` and
-        ``TEMPLATE_SPACES``.
+        Any of ``anat`` (the scan's own), ``T1w`` (other contrasts on the T1w's grid), ``MNI305``
+        and ``TEMPLATE_SPACES``.
     output_grid : str
         ``native`` writes the whole head on the scan's own voxels as well.
     skull_strip, parcellation : str
-        Where brain mask and structures come from.
+        Source of the brain mask and of the structures.
     synthstrip_model : Path or None
-        Weights of SynthStrip, for programs that bring none.
+        Weights of SynthStrip, for programs that do not include them.
     random_seed : int
         Each scan's seed is derived from it and the scan's name.
     device : str
         ``cpu`` or ``cuda:N``; ``auto`` is resolved before a run starts, or, where the steps are
         jobs of a scheduler, by the restoration itself.
     nprocs, omp_nthreads, n_gpu_procs : int
-        Processors in all, threads of one node, restorations at once on the GPU.
+        Processors in total, threads per node, simultaneous restorations on the GPU.
     mem_gb : float
-        Upper bound of the memory that the running nodes may claim together.
+        Upper bound of the memory that the running nodes may reserve together.
     low_mem : bool
-        No two steps at once that are larger together than the largest step; the prior runs in
-        tiles.
+        Never use more memory at once than the largest step needs; the prior runs in tiles.
     job_id : str or None
-        The scheduler's job that a participant runs in, or, at the group level, that has ended.
+        The scheduler's job in which a participant runs or, at the group level, that has ended.
     plugin_file : Path or None
         Nipype's execution plugin and its arguments, YAML; None is our own pool.
     """
@@ -180,12 +181,12 @@ class Settings:
 
     @property
     def use_gpu(self) -> bool:
-        """True only where the device was resolved to CUDA."""
+        """True if the device was resolved to CUDA."""
         return self.device.startswith("cuda")
 
     @property
     def nipype_level(self) -> str:
-        """Of Nipype's own log: silent (we report failures), tracebacks, everything."""
+        """Level of Nipype's own log: silent (we report failures), tracebacks, everything."""
         return ("CRITICAL", "ERROR", "INFO", "DEBUG")[min(self.verbose, 3)]
 
     @property
@@ -205,41 +206,43 @@ class Settings:
 
     @property
     def fills_scan(self) -> bool:
-        """Whether the image is the scan itself, only the voxels under the lesion mask replaced."""
+        """Whether the image is the scan itself, with only the voxels under the lesion mask
+        replaced.
+        """
         return self.image in FILLED
 
     @property
     def simple(self) -> bool:
-        """Whether each result is of one scan that is known everywhere."""
+        """Whether each result is computed from one scan without hidden voxels."""
         return not (self.inpaints or self.fuse)
 
     @property
     def uses_scan(self) -> bool:
-        """False where another tool's image replaces the scan: ``refine`` alone."""
+        """False if another tool's image replaces the scan (``refine`` alone)."""
         return self.task != "refine"
 
     @property
     def template_spaces(self) -> tuple[str, ...]:
-        """Of ``output_spaces``, those that need a template."""
+        """The ``output_spaces`` that need a template."""
         return tuple(space for space in TEMPLATE_SPACES if space in self.output_spaces)
 
     @property
     def trust_sd(self) -> float | None:
-        """``trust`` as a number; None where it names a map, or nothing."""
+        """``trust`` as a number; None if it names a map or is not set."""
         try:
             return float(self.trust or "")
         except ValueError:
             return None
 
     def scan_settings(self) -> dict[str, Any]:
-        """What decides a scan's result, given its image, metadata and the weights."""
+        """The settings that determine a scan's result, for given image, metadata and weights."""
         return {
             "task": self.task,
             "sampler": self.sampler,
             "n_samples": self.n_samples,
             "n_steps": self.n_steps or "default",
             "save_samples": self.save_samples,
-            # what is on the T1w's grid is made from finished scans, and changes none of them
+            # files on the T1w's grid are derived from finished scans
             "output_spaces": [space for space in self.output_spaces if space != "T1w"],
             "output_grid": self.output_grid,
             "fuse": self.fuse,
@@ -268,7 +271,7 @@ class Settings:
 
     @classmethod
     def from_toml(cls, text: str) -> Settings:
-        """From ``to_toml``.
+        """Read a text written by ``to_toml``.
 
         Raises
         ------

@@ -3,8 +3,8 @@
 
 A field may be text, a whole number, a number, a bool, a ``StrEnum``, another ``Record``, a tuple,
 a mapping from text, ``Any``, or one of several of these. A missing key reads as the field's
-default, else as None, an empty tuple, mapping or record; it is an error only where none of these
-fits. Keys without a field are ignored.
+default, else as None, an empty tuple, mapping or record; it is an error only if none of these is
+possible. Keys without a field are ignored.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from typing import Any, Self, Union, get_args, get_origin, get_type_hints
 from brainprior_bids.engine.errors import RecordError
 
 OMIT: Mapping[str, bool] = {"omit": True}
-"""``field(metadata=OMIT)``: not written where it is the field's default."""
+"""``field(metadata=OMIT)``: the field is not written if it has its default."""
 SCALARS: dict[type, tuple[type, str]] = {
     str: (str, "text"),
     int: (Integral, "a whole number"),
     float: (Real, "a number"),
     bool: (bool, "true or false"),
 }
-"""Type of a field -> types that it accepts (NumPy's among them), and what they are called."""
+"""Type of a field -> types that it accepts (including NumPy's), and their name."""
 
 
 class _Mismatch(Exception):
-    """A value that does not fit, and its key, which grows from the inside to the outside."""
+    """A value of the wrong type, and its key, to which outer keys are added."""
 
     def __init__(self, problem: str, key: str = "") -> None:
         super().__init__(problem)
         self.problem, self.key = problem, key
 
     def inside(self, name: str) -> _Mismatch:
-        """The same seen from the object or list that holds the value."""
+        """The same error, with the key of the enclosing object or list."""
         glue = "." if self.key and not self.key.startswith("[") else ""
         return _Mismatch(self.problem, f"{name}{glue}{self.key}")
 
@@ -58,12 +58,12 @@ class Record:
         value : Any
             As ``json.loads`` returns it; NumPy numbers and arrays are accepted.
         source : str, optional
-            File that it came from, for messages.
+            Name of the file, for messages.
 
         Raises
         ------
         RecordError
-            If it is no object, or a value is of the wrong type; names file and key.
+            If it is not an object, or a value has the wrong type; the message names file and key.
         """
         try:
             record: Self = _decode_record(cls, value)
@@ -108,7 +108,7 @@ class Record:
 
     @classmethod
     def _upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """``values`` with what older versions wrote in today's form."""
+        """``values``, with forms of older versions converted to the current one."""
         return values
 
 
@@ -129,12 +129,12 @@ def _encode(value: Any) -> Any:
 
 
 def _decode(kind: Any, value: Any) -> Any:
-    """``value`` as a field's type.
+    """``value`` converted to a field's type.
 
     Raises
     ------
     _Mismatch
-        If it is of another.
+        If it has another type.
     """
     if type(value) is kind or kind is Any:
         return value
@@ -221,7 +221,7 @@ def _decode_record(cls: Any, value: Any) -> Any:
 
 @cache
 def _plan(cls: Any) -> list[tuple[str, Any, bool]]:
-    """Of each field its name and type, and whether it has a default."""
+    """Name and type of each field, and whether it has a default."""
     kinds = get_type_hints(cls)
     return [
         (
@@ -234,7 +234,7 @@ def _plan(cls: Any) -> list[tuple[str, Any, bool]]:
 
 
 def _not_recorded(kind: Any) -> Any:
-    """What a field without its key is."""
+    """The value of a field whose key is missing."""
     if kind is Any or types.NoneType in get_args(kind):
         return None
     origin = get_origin(kind)

@@ -23,15 +23,15 @@ def init_brainprior_wf(
     jobs : sequence of Job
         Scans to be restored.
     settings : Settings
-        Of the run.
+        Settings of the run.
     prior, parcellation : Path
         Weights.
 
     Returns
     -------
     Workflow
-        Its folders below ``settings.work_dir`` depend on the scans' names alone, so that a later
-        run goes on where this one stopped.
+        Its folders below ``settings.work_dir`` depend only on the scans' names, so that a later
+        run resumes where this one stopped.
     """
     workflow = pe.Workflow(name="brainprior_wf", base_dir=str(settings.work_dir))
     workflow.add_nodes(
@@ -52,8 +52,8 @@ def init_brainprior_wf(
 def configure_nipype(settings: Settings, *, crash_dir: Path) -> None:
     """Set Nipype's configuration for this process; workers receive it with the nodes.
 
-    Results are looked up by the content of the inputs, nothing that a node left is removed, and
-    a crash of one scan is written down and does not stop the others.
+    Results are looked up by the content of the inputs, nothing that a node wrote is removed, and a
+    crash of one scan is recorded and does not stop the others.
     """
     config.update_config(
         {

@@ -71,17 +71,17 @@ class Job:
     seed : int
         The scan's own, derived from the run's.
     fingerprint : str
-        Of everything that decides the result.
+        SHA-256 over everything that determines the result.
     given : role -> Given
-        Mask and labels that are taken from other data sets.
+        Mask and labels from other data sets.
     exports : tuple of str
-        Of ``settings.exports``, those that this scan goes to.
+        The ``settings.exports`` that include this scan.
     others : sequence of (Scan, role -> Given)
-        The runs that are fused with the scan, each with the mask and labels of its own.
+        The runs that are fused with the scan, each with its own mask and labels.
     parts : name -> value or SHA-256
-        What the fingerprint was made from.
+        The values from which the fingerprint was computed.
     templates : tuple of str
-        Standard spaces whose template the scan itself is registered to.
+        Standard spaces to whose template the scan itself is registered.
     """
 
     scan: Scan
@@ -113,7 +113,7 @@ def field_of_view_l(path: Path) -> float:
         header: Any = open_image(path, path.name).header
         size_mm = np.multiply(header.get_data_shape()[:3], header.get_zooms()[:3])
         return float(np.prod(size_mm)) / 1e6 if size_mm.max() <= LARGEST_VIEW_MM else 0.0
-    except Exception:  # whatever nibabel says of a quaternion, an offset, an extension
+    except Exception:  # any error of nibabel: a quaternion, an offset, an extension
         return 0.0
 
 
@@ -152,22 +152,22 @@ def init_scan_wf(
 ) -> pe.Workflow:
     """conform → parcellate → n4 → affine → restore → mni305 → templates → reportlets → write.
 
-    With a lesion mask, ``lesion`` comes before n4: what it hides is excluded from n4, align and
-    restore. With other runs, ``align`` comes after n4. Another tool's image alone needs no n4.
-    Where the job has exports: restore → export → deliver, before write. ``templates`` is there
-    only where the job has some.
+    With a lesion mask, ``lesion`` precedes n4, and the voxels that it hides are excluded from n4,
+    align and restore. With other runs, ``align`` follows n4. Another tool's image alone needs no
+    n4. For exports, restore → export → deliver precede write. ``templates`` exists only if the job
+    has some.
 
     Parameters
     ----------
     job : Job
         The scan; its image and metadata are the graph's only inputs.
     settings : Settings
-        Of the run. ``restore`` is a GPU node only where ``settings.use_gpu``; on the CPU the
+        Settings of the run. ``restore`` is a GPU node only if ``settings.use_gpu``; on the CPU the
         nodes that compute take ``omp_nthreads`` processors.
     prior, parcellation : Path
         Weights.
     name : str
-        Of the workflow: letters, digits, underscore.
+        Name of the workflow: letters, digits, underscore.
 
     Returns
     -------
@@ -182,17 +182,17 @@ def init_scan_wf(
 
     def node(interface: pe.nodes.Interface, name: str, *, threads: int = 1) -> pe.Node:
         interface.inputs.num_threads = threads
-        made = pe.Node(
+        result = pe.Node(
             interface, name=name, mem_gb=memory_gb[name], n_procs=threads, overwrite=settings.force
         )
-        made.config = {"execution": {"crashdump_dir": str(log_dir(settings, scan.subject))}}
-        return made
+        result.config = {"execution": {"crashdump_dir": str(log_dir(settings, scan.subject))}}
+        return result
 
     metadata = dict(scan.metadata)
     if settings.field_strength_t is not None:
         metadata["MagneticFieldStrength"] = settings.field_strength_t
     given = job.given
-    # refined alone, the other tool's image is the scan: what its header says of slices holds
+    # with refine alone, the other tool's image is the scan, and its header describes the slices
     alone = not settings.uses_scan
     conform = node(
         Conform(in_file=str(given["refined"].path), metadata={})
@@ -286,7 +286,7 @@ def init_scan_wf(
             given={
                 role: {"path": str(file.path), "uri": file.uri}
                 for role, file in given.items()
-                if role not in ("mask", "dseg")  # recorded where they are used
+                if role not in ("mask", "dseg")  # recorded by the node that uses them
             }
             | _of_others(job.others),
             output_dir=str(settings.output_dir),
@@ -432,12 +432,12 @@ def _templates_node(
     node: Callable[..., pe.Node], job: Job, settings: Settings, threads: int
 ) -> pe.Node:
     """The registration of the restored brain to the job's templates."""
-    found = [find_template(space) for space in job.templates]
+    templates = [find_template(space) for space in job.templates]
     interface = ToTemplates(
         contrast=job.scan.name.suffix,
         spaces=list(job.templates),
-        images=[str(template.image) for template in found],
-        masks=[str(template.mask) for template in found],
+        images=[str(template.image) for template in templates],
+        masks=[str(template.mask) for template in templates],
         brain_only=settings.fills_scan,
     )
     return node(interface, "templates", threads=threads)
@@ -465,8 +465,8 @@ def _other(
 ) -> dict[str, Any]:
     """One run for Align: the reference's settings, its own files.
 
-    Nipype hashes the table of runs, not the files that it names: their SHA-256, from the
-    fingerprint's ``parts``, are in it.
+    Nipype hashes the table of runs, not the files named in it; therefore it contains their
+    SHA-256, from the fingerprint's ``parts``.
     """
     metadata = dict(run.metadata)
     if settings.field_strength_t is not None:

@@ -7,19 +7,19 @@ weight.
 
     w_s = confidence_s^2 / (d_s + 3 mm)^2 * min(volume_s / mean volume_s, 1)
 
-A weighted similarity (7 degrees of freedom, Umeyama) is fitted first, then the full affine
-(12) by weighted least squares that pulls its linear part towards the similarity, since centroids
-lie deep in the brain and say little about its corners. Both are repeated with Huber weights on the
-residuals in units of d_s + 3 mm (the 3 mm being the parcellation's own error), so a few wrong
-structures do not matter.
+A weighted similarity (7 degrees of freedom, Umeyama) is fitted first, then the full affine (12) by
+weighted least squares with a ridge that pulls its linear part towards the similarity, because
+centroids lie deep in the brain and determine its corners poorly. Both are repeated with Huber
+weights on the residuals in units of d_s + 3 mm (3 mm is the parcellation's own error), so a few
+wrong structures do not matter.
 
-Where the brain's surface is given, the 12 degrees are then fitted once more to the centroids and
-to how far the brain reaches in many directions u (``anatomy/hull.py``; h_u, the reference):
+If the brain's surface is supplied, the 12 degrees are then fitted once more to the centroids and
+to the extent of the brain in many directions u (``anatomy/hull.py``; h_u, the reference):
 
     argmin_A  sum_s w_s |A x_s - y_s|^2 + sum_u v_u (u . A p_u - h_u)^2 + ridge
 
-with Huber weights on both. Directions in which the field of view cuts the brain do not enter, nor
-do structures that it cuts, as long as enough others are whole.
+with Huber weights on both. Directions in which the field of view cuts the brain are excluded, and
+so are structures that it cuts, if enough others are whole.
 
 Reference: Umeyama, doi:10.1109/34.88573.
 """
@@ -43,35 +43,37 @@ from brainprior_bids.records import AffineMethod
 Matrix = NDArray[np.float64]
 
 OWN_ERROR_MM = 3.0
-"""Added to the spread over participants."""
+"""The parcellation's own error in mm, added to the SD over participants."""
 RIDGE_MM = 12.0
-"""How strongly 12 degrees are pulled to 7: as much as a centroid spread of this many mm.
+"""Strength with which 12 degrees are pulled to 7, as an SD of the centroids in mm.
 
 This and OWN_ERROR_MM were chosen by leave-one-out on the training maps."""
 HUBER = 1.0
-"""Residuals beyond this many (d_s + 3 mm) count linearly, beyond four times that not at all."""
+"""Residuals above this many (d_s + 3 mm) count linearly; above four times that, they are
+ignored."""
 ITERATIONS = 20
 HULL_SHARE = 9.0
 """Weight of all directions of the hull together, over that of all centroids together."""
 HULL_RIDGE_MM = 6.0
-"""As RIDGE_MM, where the hull is known."""
+"""RIDGE_MM for fits that include the hull."""
 HULL_OWN_ERROR_MM = 2.0
 HULL_ITERATIONS = 5
 SMALLEST_SHARE_SEEN = 0.4
-"""Of the hull's directions; with less in view the centroids decide alone."""
+"""Smallest share of the hull's directions in view; with less, only the centroids are used."""
 CUT_SHARE = 0.05
-"""A structure is cut where this share of its cross-section lies on the edge of the view."""
+"""A structure counts as cut if this share of its cross-section is on the edge of the view."""
 NEEDED = {12: 10, 7: 4, 6: 3}
-"""Fewest structures for that many degrees of freedom."""
+"""Degrees of freedom -> fewest structures needed."""
 PLAUSIBLE_SCALE = (0.65, 1.6)
 """Singular values of the linear part: MNI305 is larger than most heads, children's more so."""
 LARGEST_RATIO = 1.5
 """Largest over smallest singular value."""
 LARGEST_RESIDUAL_MM = 12.0
-"""Weighted median residual beyond which the structures are not where a brain has them."""
+"""Weighted median residual above which the structures are not at plausible positions."""
 UNUSUAL_RESIDUAL_MM = 5.0
 LARGEST_STRANGE_SHARE = 0.3
-"""Weight of structures that do not fit at all; more of them than this is no brain."""
+"""Largest share of the weight of structures that do not fit; above it, the image shows no
+brain."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,9 @@ class AffineFit:
         Structure name to distance of its mapped centroid from the reference.
     median_residual_mm : float
     used : list of str
-        Structures that entered, by name.
+        Names of the structures used.
     hull_residual_mm : float or None
-        Median distance of the brain's reach from the reference's; None where it did not enter.
+        Median difference between the brain's extent and the reference's; None if it was not used.
     method : AffineMethod
         ``STRUCTURES``, or ``TEMPLATE`` (``anatomy/rescue.py``).
     warnings : list of str
@@ -115,7 +117,7 @@ def mni305_centroids() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Match:
-    """Structures found and their places: names, x (n, 3), y (n, 3), d (n), w (n)."""
+    """The matched structures: names, x (n, 3), y (n, 3), d (n), w (n)."""
 
     names: list[str]
     x: Matrix
@@ -124,13 +126,13 @@ class _Match:
     w: Matrix
 
     def judge(self, matrix: Matrix) -> tuple[Matrix, float, str]:
-        """Residuals in mm, their weighted median, and what is wrong (empty: nothing)."""
+        """Residuals in mm, their weighted median, and a description of the problem, if any."""
         residual = np.linalg.norm(self.x @ matrix[:3, :3].T + matrix[:3, 3] - self.y, axis=1)
         median = _weighted_median(residual, self.w)
         problem = _implausible(matrix, median)
         strangers = float(self.w[residual > 4 * HUBER * self.d].sum() / self.w.sum())
         if not problem and strangers > LARGEST_STRANGE_SHARE:
-            problem = f"{strangers:.0%} of the structures are far from their places"
+            problem = f"{strangers:.0%} of the structures are far from their expected positions"
         return residual, median, problem
 
     def named(self, residual: Matrix) -> dict[str, float]:
@@ -143,21 +145,21 @@ def _match(
 ) -> _Match:
     rows = []
     for row in table:
-        known = structures.get(row["name"])
-        if known is None or row["confidence"] < smallest_confidence:
+        expected = structures.get(row["name"])
+        if expected is None or row["confidence"] < smallest_confidence:
             continue
-        share = row["volume_mm3"] / known["volume_mm3"]
+        share = row["volume_mm3"] / expected["volume_mm3"]
         if share > 0.2:  # less is a fragment, its centroid means nothing
-            rows.append((row, known, min(share, 1.0)))
+            rows.append((row, expected, min(share, 1.0)))
     whole = [entry for entry in rows if entry[0].get("cut_share", 0.0) <= CUT_SHARE]
     if len(whole) >= NEEDED[12]:
         rows = whole
-    spread = [float(np.linalg.norm(known["sd_mm"])) for _, known, _ in rows]
+    spread = [float(np.linalg.norm(expected["sd_mm"])) for _, expected, _ in rows]
     d = np.array(spread) + OWN_ERROR_MM
     return _Match(
         names=[str(row["name"]) for row, _, _ in rows],
         x=np.array([row["centroid_mm"] for row, _, _ in rows], float),
-        y=np.array([known["centroid_mm"] for _, known, _ in rows], float),
+        y=np.array([expected["centroid_mm"] for _, expected, _ in rows], float),
         d=d,
         w=np.array([row["confidence"] ** 2 * share for row, _, share in rows]) / d**2,
     )
@@ -180,7 +182,7 @@ def judge_affine(
     surface: tuple[Matrix, NDArray[np.bool_]] | None = None,
     smallest_confidence: float = 0.3,
 ) -> AffineFit:
-    """A transform found by other means, judged by the structures; arguments as ``fit_affine``.
+    """Judge a transform from another source by the structures; arguments as ``fit_affine``.
 
     Raises
     ------
@@ -226,9 +228,9 @@ def fit_affine(
     reference : mapping, optional
         As :func:`mni305_centroids`, the default.
     surface : (points, cut), optional
-        Of the brain mask, from ``hull.surface``.
+        Surface of the brain mask, from ``hull.surface``.
     smallest_confidence : float
-        Structures below it do not enter.
+        Structures with a lower confidence are not used.
 
     Raises
     ------
@@ -292,7 +294,7 @@ def _robust(
         if dof == 12 and iteration >= ITERATIONS // 2:
             matrix = _ridge_affine(x, y, weights, matrix)
         ratio = np.linalg.norm(x @ matrix[:3, :3].T + matrix[:3, 3] - y, axis=1) / d
-        # while far off, judge by the spread at hand
+        # while far from the solution, use the current scatter
         spread = max(1.0, float(np.median(ratio)))
         factor = np.minimum(1.0, HUBER * spread / np.maximum(ratio, 1e-9))
         factor[ratio > 4 * HUBER * spread] = 0.0
@@ -307,9 +309,8 @@ def _with_hull(
     surface: tuple[Matrix, NDArray[np.bool_]],
     hull: Mapping[str, Any],
 ) -> Matrix | None:
-    """12 degrees to centroids and hull; None where too little of the hull is seen.
-
-    The points that decide a direction change with the affine, so the fit is repeated.
+    """12 degrees fitted to centroids and hull; None if too little of the hull is in view. The
+    outermost points of a direction change with the affine, so the fit is repeated.
     """
     points, cut = surface
     towards, wanted = np.array(hull["directions"]), np.array(hull["height_mm"])
@@ -317,11 +318,11 @@ def _with_hull(
     similar = similarity(x, y, w, scale=True)
     matrix, factor = start, np.ones(len(wanted))
     for _ in range(HULL_ITERATIONS):
-        height, place, seen = supports(points, matrix, towards, cut)
-        if seen.mean() < SMALLEST_SHARE_SEEN:
+        height, place, measured = supports(points, matrix, towards, cut)
+        if measured.mean() < SMALLEST_SHARE_SEEN:
             return None
         ratio = np.abs(height - wanted) / spread
-        factor = np.minimum(1.0, HUBER / np.maximum(ratio, 1e-9)) * seen
+        factor = np.minimum(1.0, HUBER / np.maximum(ratio, 1e-9)) * measured
         factor[ratio > 4 * HUBER] = 0.0  # a bulge of the mask, or a piece that is missing
         v = HULL_SHARE * w.sum() / len(wanted) * factor
         matrix = _joint(x, y, w, place, towards, wanted, v, similar)
@@ -331,12 +332,12 @@ def _with_hull(
 def _hull_residual(
     matrix: Matrix, surface: tuple[Matrix, NDArray[np.bool_]], hull: Mapping[str, Any]
 ) -> float | None:
-    """Median distance in mm of the reach from the reference's, over what is seen."""
+    """Median difference in mm between the extent and the reference's, where in view."""
     points, cut = surface
-    height, _, seen = supports(points, matrix, np.array(hull["directions"]), cut)
-    if not seen.any():
+    height, _, measured = supports(points, matrix, np.array(hull["directions"]), cut)
+    if not measured.any():
         return None
-    return round(float(np.median(np.abs(height - np.array(hull["height_mm"]))[seen])), 3)
+    return round(float(np.median(np.abs(height - np.array(hull["height_mm"]))[measured])), 3)
 
 
 def _joint(
@@ -366,10 +367,10 @@ def _joint(
     right = np.concatenate(
         [root_w[:, 0] * y.ravel(), root_v[:, 0] * h, ridge @ towards[:3, :3].ravel()]
     )
-    found = np.linalg.lstsq(left, right, rcond=None)[0]
+    solution = np.linalg.lstsq(left, right, rcond=None)[0]
     matrix = np.eye(4)
-    matrix[:3, :3] = found[:9].reshape(3, 3)
-    matrix[:3, 3] = found[9:] - matrix[:3, :3] @ centre
+    matrix[:3, :3] = solution[:9].reshape(3, 3)
+    matrix[:3, 3] = solution[9:] - matrix[:3, :3] @ centre
     return matrix
 
 
@@ -385,7 +386,7 @@ def corner_distance(one: Matrix, other: Matrix) -> float:
 
 
 def similarity(x: Matrix, y: Matrix, w: Matrix, *, scale: bool) -> Matrix:
-    """(4, 4) rotation, shift and, if asked, one scale that takes x (n, 3) to y, weighted."""
+    """(4, 4) rotation, shift and, optionally, one scale that maps x (n, 3) to y, weighted."""
     total = w.sum()
     x_mean, y_mean = w @ x / total, w @ y / total
     xc, yc = x - x_mean, y - y_mean
@@ -420,7 +421,7 @@ def _weighted_median(values: Matrix, w: Matrix) -> float:
 
 
 def _implausible(matrix: Matrix, median: float) -> str:
-    """What is wrong with a transform, empty if nothing."""
+    """A description of what is wrong with a transform; empty if nothing."""
     linear = matrix[:3, :3]
     s = np.linalg.svd(linear, compute_uv=False)
     low, high = PLAUSIBLE_SCALE

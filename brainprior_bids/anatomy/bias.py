@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The bias field of a scan: N4 inside the mask, and one gain per slice of a 2-D scan; log units.
-After it is divided out, the interleaves of a 2-D scan are compared: see ``anatomy.interleaves``.
+Afterwards, the interleaves of a 2-D scan are compared: see ``anatomy.interleaves``.
 
 The scan is averaged (not picked) to voxels of about 4 mm first; an axis whose voxels are already
-that thick is left alone, so thick slices lose nothing. The finest spline spacing is 50 mm: inside
-a brain-only mask a finer field starts to follow the anatomy.
+that thick is not averaged, so thick slices lose nothing. The finest spline spacing is 50 mm:
+inside a brain-only mask a finer field starts to follow the anatomy.
 
 Tustison et al., N4ITK: improved N3 bias correction, IEEE TMI 2010.
 """
@@ -28,25 +28,25 @@ from brainprior_bids.engine.grids import Grid
 FIT_SPACING_MM = 4.0
 FIRST_KNOT_SPACING_MM = 200.0
 ITERATIONS = (50, 50, 50)
-"""One entry a level; each level halves the knot spacing: 200, 100, 50 mm."""
+"""One entry per level; each level halves the knot spacing: 200, 100, 50 mm."""
 CONVERGENCE = 1e-4
 MIN_VOLUME_MM3 = 50_000.0
-"""Less brain than this (a twentieth of an adult's) says that the mask is wrong."""
+"""With less brain than this (a twentieth of an adult's), the mask is wrong."""
 
 
 @dataclass(frozen=True, eq=False)
 class BiasField:
-    """Natural log of the factor by which a scan differs from the tissue's own signal.
+    """The natural logarithm of a scan's bias field.
 
     Attributes
     ----------
     log_bias : (i, j, k) float32 array
         Smooth field and slice gains together, on the scan's grid, mean 0 in the brain.
     gains : SliceGains or None
-        None for a 3-D scan, and where they could not be estimated.
+        None for a 3-D scan, and if they could not be estimated.
     warnings : list of str
     interleaves : InterleaveMotion or None
-        None for a 3-D scan, and where there are too few slices.
+        None for a 3-D scan, and if there are too few slices.
     """
 
     log_bias: NDArray[np.float32]
@@ -117,7 +117,7 @@ def n4(image: nib.Nifti1Image, mask: ArrayLike, *, threads: int = 2) -> NDArray[
             f"got {volume / 1000:.1f} ml with a 99th percentile of {bright:g}. Look at the mask."
         )
 
-    floor = 0.02 * bright  # the log of what is darker than noise would dominate the fit
+    floor = 0.02 * bright  # the log of voxels darker than the noise would dominate the fit
     usable = inside & (data > floor)
     factors = [max(1, round(FIT_SPACING_MM / s)) for s in grid.spacing_mm]
     factors = [min(f, n) for f, n in zip(factors, data.shape, strict=True)]
@@ -147,10 +147,9 @@ def n4(image: nib.Nifti1Image, mask: ArrayLike, *, threads: int = 2) -> NDArray[
 
 
 def _spread(coarse: NDArray[np.float32], factors: list[int], grid: Grid) -> NDArray[np.float32]:
-    """The field of the averaged voxels on the scan's grid, one axis after the other.
-
-    ITK's own evaluation on a finer image stretches the lattice to that image's edges, which lie
-    elsewhere than the averaged image's.
+    """Interpolate the field of the averaged voxels to the scan's grid, axis by axis. ITK's own
+    evaluation on a finer image stretches the lattice to that image's edges, which differ from
+    those of the averaged image.
     """
     for axis, (factor, n) in enumerate(zip(factors, grid.shape, strict=True)):
         if factor == 1:
@@ -164,7 +163,7 @@ def _spread(coarse: NDArray[np.float32], factors: list[int], grid: Grid) -> NDAr
 
 
 def _to_itk(data: NDArray[np.float32], grid: Grid) -> sitk.Image:
-    """ITK image with the grid's spacing; N4 does not care where and how it lies."""
+    """ITK image with the grid's spacing; N4 does not depend on position and orientation."""
     image = sitk.GetImageFromArray(np.ascontiguousarray(data.T))
     image.SetSpacing([float(s) for s in grid.spacing_mm])
     return image

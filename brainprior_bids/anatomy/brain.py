@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Brain mask and structures of one scan, from whichever source is asked for.
+"""Brain mask and structures of one scan, from the requested source.
 
-The embedded network is always run: even where a mask and labels are supplied, its mask is compared
-with the supplied one. The mask may instead be the scan's own edge (always, where the scan is
-already skull-stripped), SynthStrip's, or a file; the structures may be SynthSeg's, or a file. All
-of them end on the scan's 1 mm grid and pass the same checks (``anatomy.external``).
+The embedded network is always run: even if a mask and labels are supplied, its mask is compared
+with the supplied one. The mask can also be the scan's own edge (always, if the scan is already
+skull-stripped), SynthStrip's, or a file; the structures can be SynthSeg's, or a file. All are
+moved to the scan's 1 mm grid and pass the same checks (``anatomy.external``).
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ EMPTY_BACKGROUND = 0.9
 
 @dataclass(frozen=True)
 class SuppliedFile:
-    """A file that was made elsewhere, and the name under which the records list it."""
+    """A file from another source, and the name under which the records list it."""
 
     path: Path
     uri: str | None = None
 
     @property
     def name(self) -> str:
-        """The URI, or the file's name where there is none."""
+        """The URI, or the file's name if there is none."""
         return self.uri or self.path.name
 
     def facts(self) -> dict[str, str]:
@@ -52,7 +52,7 @@ class SuppliedFile:
 
 @dataclass(frozen=True)
 class BrainSources:
-    """Where mask and structures come from.
+    """Sources of mask and structures.
 
     Parameters
     ----------
@@ -74,7 +74,7 @@ class BrainSources:
 
     @property
     def need_network(self) -> bool:
-        """Whether the embedded network's result is used, not only compared with."""
+        """Whether the embedded network's result is used, rather than only compared."""
         return "embedded" in (self.skull_strip, self.parcellation)
 
     def file(self, role: Literal["mask", "dseg"]) -> SuppliedFile:
@@ -134,12 +134,12 @@ def find_brain(
     sources : BrainSources, optional
         Default: the embedded network for both.
     slice_axis : {0, 1, 2}, optional
-        Where given, every slice is compared with its neighbours, and those without signal are
-        replaced by them (``anatomy.slices``).
+        If set, every slice is compared with its neighbours, and slices without signal are replaced
+        by them (``anatomy.slices``).
     threads : int
         For external programs.
     folder : Path, optional
-        Where external programs write; default: a temporary folder.
+        Folder in which external programs write; default: a temporary folder.
 
     Returns
     -------
@@ -184,14 +184,14 @@ def find_brain(
 def _network_brain(
     image: nib.Nifti1Image, network: ParcellationNetwork, grid: Grid, *, required: bool
 ) -> tuple[Parcellation | None, list[str]]:
-    """The embedded network's result and its warnings; None where it fails and is not required."""
+    """The embedded network's result and its warnings; None if it fails and is not required."""
     try:
         brain = parcellate(image, network=network, restored_grid=grid)
     except AnatomyError as error:
         if required:
             raise
         return None, [
-            "The given mask could not be compared with the embedded network's, which found "
+            "The supplied mask could not be compared with the embedded network's, which found "
             f"no brain: {error}"
         ]
     return brain, list(brain.warnings)
@@ -204,7 +204,7 @@ def _find_mask(
     sources: BrainSources,
     programs: _Programs,
 ) -> _Replacement | None:
-    """The checked mask where it is not the network's."""
+    """The checked mask, if it is not the network's."""
     if sources.skull_strip == "embedded":
         assert own is not None
         mask = _stripped_mask(image, grid, own)
@@ -279,7 +279,7 @@ def _synthstrip_mask(
 def _find_labels(
     image: nib.Nifti1Image, grid: Grid, sources: BrainSources, programs: _Programs
 ) -> _Replacement | None:
-    """The labels where they are not the network's."""
+    """The labels, if they are not the network's."""
     if sources.parcellation == "embedded":
         return None
     if sources.parcellation == "derivatives":
@@ -303,7 +303,7 @@ def _combine(
     mask: _Replacement | None,
     labels: _Replacement | None,
 ) -> Parcellation:
-    """The network's result with what replaces a part of it."""
+    """The network's result, with the parts that are replaced."""
     if mask is None and labels is None:
         assert own is not None
         return own
@@ -334,7 +334,7 @@ def _facts(
     mask: _Replacement | None,
     labels: _Replacement | None,
 ) -> dict[str, Any]:
-    """What made mask and structures, for the records; JSON-able."""
+    """Facts about the sources of mask and structures, for the records; JSON-able."""
     card = ("name", "licence", "training_data", "sha256")
     facts: dict[str, Any] = {
         "mask_source": MaskSource.EMBEDDED if mask is None else mask.origin.source,

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conform: read a scan, check it, turn it to closest-canonical axes, say how it was made.
+"""Conform: read a scan, check it, bring it to closest-canonical axes, find its slice geometry.
 
 Voxels are permuted and flipped; an image that was interpolated is reduced to the voxels that were
 measured (``anatomy.resolution``), and nothing else is resampled. The rules, in one place:
 
-*Affine.* The sform where its code is above 0, otherwise the qform; a singular sform gives way to
-a usable qform. Where both are set and move a corner of the image by more than
-``AFFINE_TOLERANCE_MM`` relative to each other, the sform is used and a warning says so. Where
-neither is set, left and right cannot be distinguished: refused. Axes that are not at right angles
-(beyond rounding) are refused, too; so is a field of view that no scanner has.
+*Affine.* The sform where its code is above 0, otherwise the qform; a singular sform is replaced by
+a usable qform. If both are set and differ by more than ``AFFINE_TOLERANCE_MM`` at a corner of the
+image, the sform is used, with a warning. If neither is set, left and right cannot be
+distinguished: refused. Axes that are not at right angles (beyond rounding) are refused, too; so is
+a field of view that no scanner has.
 
 *Values.* float32, the header's slope and intercept applied. Non-finite voxels outside the head
 become 0 with a warning; inside the head they are refused. Negative values are kept and counted;
@@ -53,15 +53,16 @@ from brainprior_bids.engine.errors import GeometryError, InputError
 from brainprior_bids.engine.grids import PLANES, Grid
 
 AFFINE_TOLERANCE_MM = 0.1
-"""sform and qform may differ by this much at a corner: float32 quaternions are good to 0.001."""
+"""Largest accepted difference of sform and qform at a corner: float32 quaternions have an accuracy
+of 0.001."""
 ANISOTROPY = 1.5
 """A spacing this many times the next one makes its axis the slice axis."""
 THIN_MM = 1.5
-"""Near-isotropic scans up to this spacing have a boxcar one voxel wide: nothing to undo."""
+"""Near-isotropic scans up to this spacing have a boxcar profile one voxel wide."""
 LARGEST_VIEW_MM = 600.0
-"""Longest field of view: the bore of a scanner is no wider."""
+"""Longest field of view: the bore of a scanner is not wider."""
 FARTHEST_MM = 10_000.0
-"""Farthest first voxel from the origin: scanners put the origin into their bore."""
+"""Largest distance of the first voxel from the origin, which scanners place in their bore."""
 ITK_COSINE = 1e-4
 """Cosine between two axes up to which ITK reads an sform as it is; beyond, it takes the qform
 (whose axes are always at right angles) or refuses the file. Measured with SimpleITK 2.5."""
@@ -78,7 +79,7 @@ class Conformed:
     acquisition : Acquisition
         Slice geometry on the axes of ``image``.
     facts : dict
-        JSON-able: the original header and where each value came from.
+        JSON-able: the original header and the source of each value.
     warnings : list of str
         Sentences for the log, the report and the provenance.
     """
@@ -166,18 +167,18 @@ def conform(
 
 @dataclass(frozen=True, eq=False)
 class Geometry:
-    """What header and sidecars say of a scan, its values unread.
+    """Geometry of a scan from header and sidecars, without its values.
 
     Attributes
     ----------
     grid : Grid
-        Of the scan on closest-canonical axes.
+        Grid of the scan on closest-canonical axes.
     acquisition : Acquisition
         Slice geometry on those axes.
     orientation : (3, 2) array
         nibabel's: the stored axes to the canonical ones.
     facts : dict
-        JSON-able: ``affine`` and ``acquisition``, with where each value came from.
+        JSON-able: ``affine`` and ``acquisition``, with the source of each value.
     warnings : list of str
     """
 
@@ -195,7 +196,7 @@ def read_geometry(
     slice_thickness_mm: float | None = None,
     slice_axis: int | None = None,
 ) -> Geometry:
-    """As ``conform``, from the header alone: a scan that it refuses is refused there too.
+    """As ``conform``, from the header alone: ``conform`` refuses every scan that this refuses.
 
     Raises
     ------
@@ -216,7 +217,7 @@ def _stem(path: Path) -> str:
 
 @dataclass(frozen=True, eq=False)
 class _Placed:
-    """Where a header puts a scan.
+    """Position of a scan according to its header.
 
     Attributes
     ----------
@@ -225,7 +226,7 @@ class _Placed:
     orientation : (3, 2) array
         nibabel's.
     facts : dict
-        Of the affine.
+        Facts about the affine.
     """
 
     name: str
@@ -246,14 +247,14 @@ def _place(image: nib.Nifti1Image, name: str) -> _Placed:
     turned = [0, 0, 0]
     for axis, (to, _) in enumerate(orientation):
         turned[int(to)] = shape[axis]
-    # as a NIfTI file stores it: the scan in memory and its file have the same grid
+    # rounded as in a NIfTI file, so that a scan in memory and its file have the same grid
     canonical = np.float32(affine @ inv_ornt_aff(orientation, original.shape))
     grid = Grid((turned[0], turned[1], turned[2]), canonical.astype(np.float64))
     return _Placed(name, image.header, grid, orientation, facts, warnings)
 
 
 def _stated_mm(metadata: Mapping[str, Any]) -> list[float]:
-    """Spacing and thickness of slices as far as the sidecars state them."""
+    """Spacing and thickness of slices, if the sidecars state them."""
     values = (metadata.get(key) for key in ("SpacingBetweenSlices", "SliceThickness"))
     return [
         float(v)
@@ -263,14 +264,14 @@ def _stated_mm(metadata: Mapping[str, Any]) -> list[float]:
 
 
 def _step(image: nib.Nifti1Image) -> float:
-    """Distance between stored values; 0 where they are floating-point."""
+    """Distance between stored values; 0 if they are floating-point."""
     if image.get_data_dtype().kind == "f":
         return 0.0
     return float(abs(image.dataobj.slope))
 
 
 def _about(resolution: Resolution, name: str) -> list[str]:
-    """What a user has to know about an interpolated image."""
+    """The warning about an interpolated image."""
     if resolution.measured_mm == resolution.stored_mm:
         return []
     stored, measured, used = (
@@ -292,7 +293,7 @@ def _about(resolution: Resolution, name: str) -> list[str]:
 
 
 def _open(path: Path, name: str) -> nib.Nifti1Image:
-    """The image, its values unread; InputError where its header alone rules it out."""
+    """The image, without reading its values; InputError if its header alone is refused."""
     image = open_image(path, name)
     if not isinstance(image, nib.Nifti1Image):  # Nifti2Image derives from it
         raise InputError(
@@ -301,14 +302,14 @@ def _open(path: Path, name: str) -> nib.Nifti1Image:
         )
     if image.get_data_dtype().kind not in "iuf":
         raise InputError(
-            f"{name}: expected one real number a voxel, got {image.get_data_dtype()} in {path}. "
+            f"{name}: expected real scalar voxels, got {image.get_data_dtype()} in {path}. "
             "Export the magnitude image."
         )
     return image
 
 
 def _volume_shape(shape: tuple[int, ...], name: str) -> tuple[int, int, int]:
-    """Without trailing axes of length 1: (i, j, k), or InputError."""
+    """Shape without trailing axes of length 1: (i, j, k), or InputError."""
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
     if len(shape) > 3:
@@ -325,7 +326,7 @@ def _volume_shape(shape: tuple[int, ...], name: str) -> tuple[int, int, int]:
 
 
 def _form(header: nib.Nifti1Header, which: str) -> tuple[NDArray[np.float64] | None, int, str]:
-    """The sform or qform: (affine or None where it is unusable, code, why it is unusable)."""
+    """The sform or qform: (affine or None if unusable, code, why it is unusable)."""
     code = int(header[f"{which}_code"])
     if code == 0:
         return None, 0, "its code is 0"
@@ -399,9 +400,8 @@ def _choose_affine(
 def _at_right_angles(
     affine: NDArray[np.float64], shape: tuple[int, ...], who: str
 ) -> tuple[NDArray[np.float64], float]:
-    """An affine that ITK and a qform can hold, and the cosine between its axes as they came.
-
-    Axes that are oblique by rounding are straightened about the centre of the image.
+    """An affine that ITK and a qform can represent, and the cosine between its original axes. Axes
+    that are oblique by rounding are straightened about the centre of the image.
 
     Raises
     ------
@@ -538,7 +538,7 @@ def _acquisition(
 
 
 def _slice_axis(placed: _Placed, metadata: Mapping[str, Any]) -> tuple[int, str]:
-    """Slice axis on the canonical axes, and the rule that found it."""
+    """Slice axis on the canonical axes, and the rule that determined it."""
     spacing, orientation = placed.grid.spacing_mm, placed.orientation
     stated: dict[str, int] = {}
     in_header = placed.header.get_dim_info()[2]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rigid transform between two restored contrasts of one brain.
 
-The images are compared by their mutual information. Whether they show one brain is judged by what
-does not depend on the contrast: both have a brain mask and labelled structures, which must lie on
-each other after the alignment.
+The images are compared by their mutual information. Whether they show one brain is judged
+independently of the contrast: their brain masks and labelled structures must overlap after the
+alignment.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class RestoredContrast:
 
     @property
     def grid(self) -> Grid:
-        """That all three are on."""
+        """Grid of all three."""
         return Grid(self.image.shape, self.image.affine)
 
     @property
@@ -62,7 +62,7 @@ class RestoredContrast:
 
 @dataclass(frozen=True, eq=False)
 class ContrastMotion:
-    """How a contrast lies to the reference.
+    """The position of a contrast relative to the reference.
 
     Parameters
     ----------
@@ -85,7 +85,7 @@ def align_contrast(reference: RestoredContrast, other: RestoredContrast) -> Cont
     Raises
     ------
     InputError
-        If a mask is empty, or the two do not lie on each other after the alignment.
+        If a mask is empty, or the two do not overlap after the alignment.
     """
     fixed, moving = reference.brain, other.brain
     around = ndimage.binary_dilation(fixed.mask, iterations=AROUND_MM)

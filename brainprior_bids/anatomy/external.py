@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Masks and labels that were made elsewhere: other programs, derivatives, the scan's own edge.
+"""Masks and labels from other sources: other programs, derivatives, the scan's own edge.
 
-Whatever its source, a mask ends as one piece without holes on the restored grid, and labels end as
-the structures of ``data/structures.tsv``; both are checked before they are used.
+From any source, a mask becomes one piece without holes on the restored grid, and labels become the
+structures of ``data/structures.tsv``; both are checked before they are used.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SMALL_PARTS = {25: 2, 57: 41, 77: 0, 30: 12, 62: 51, 31: 4, 63: 43, 72: 14}
 0: the white matter of the nearer side, as the parts of the corpus callosum."""
 NEARER_SIDE = (77, 78, 79, 251, 252, 253, 254, 255)
 AGREEMENT = 0.85
-"""Dice with the network's own mask below which a given mask is reported with a warning."""
+"""Dice with the network's own mask below which a supplied mask causes a warning."""
 FEWEST_STRUCTURES = 4
 
 
@@ -62,7 +62,8 @@ def assemble(
     Parameters
     ----------
     structures : (I, J, K) integer array
-        Values of ``data/structures.tsv``; dropped outside ``mask``, fluid (24) where it has none.
+        Values of ``data/structures.tsv``; removed outside ``mask``; fluid (24) where the mask has
+        no label.
     mask : (I, J, K) bool array
         Where the image was padded with one value, it is cut off (``padding.unmeasured``).
     confidence : mapping
@@ -97,12 +98,12 @@ def assemble(
 def checked_mask(
     mask: Mask, grid: Grid, *, source: str, network_mask: Mask | None = None
 ) -> tuple[Mask, list[str]]:
-    """One piece, no holes, a plausible volume; warnings where something had to be mended.
+    """A mask in one piece, without holes, with a plausible volume; warnings about corrections.
 
     Raises
     ------
     AnatomyError
-        If the volume is no brain's.
+        If the volume is not plausible.
     """
     warnings = []
     voxel_ml = float(np.prod(grid.spacing_mm)) / 1000
@@ -131,23 +132,21 @@ def checked_mask(
 
 
 def dice(one: Mask, other: Mask) -> float:
-    """Overlap of two masks of one shape: 1 the same, 0 apart."""
+    """Overlap of two masks of one shape: 1 if equal, 0 if disjoint."""
     return 2 * float((one & other).sum()) / max(float(one.sum() + other.sum()), 1.0)
 
 
 def own_edge(image: nib.Nifti1Image) -> tuple[Mask, float]:
-    """What is not background in a scan that may be skull-stripped.
-
-    Background is what equals the value on the faces of the field of view, up to a hundredth of
-    the bright end (interpolation rings).
+    """The foreground of a scan that may be skull-stripped. Background has the value on the faces
+    of the field of view, up to a hundredth of the bright end (interpolation rings).
 
     Returns
     -------
     support : (i, j, k) bool array
         One piece, holes filled.
     empty : float
-        Share of the rest that is background exactly: near 1 for a stripped scan, near 0 where
-        there is air with noise.
+        Share of the other voxels that are exactly background: near 1 for a stripped scan, near 0
+        if there is air with noise.
     """
     data = image.get_fdata(dtype=np.float32)
     faces = np.concatenate([data.take(i, a).ravel() for a in range(3) for i in (0, -1)])
@@ -163,8 +162,8 @@ def own_edge(image: nib.Nifti1Image) -> tuple[Mask, float]:
 def stripped_edge(image: nib.Nifti1Image, mask_scan: NDArray[np.float32]) -> Mask | None:
     """The scan's own edge if it is already skull-stripped, else None.
 
-    It is when its background is exactly empty and nearly all that is not background lies within
-    5 mm of the brain that the network found.
+    A scan counts as stripped if its background is exactly empty and nearly all of its foreground
+    lies within 5 mm of the network's brain.
     """
     support, empty = own_edge(image)
     brain = mask_scan > 0.5
@@ -183,19 +182,19 @@ def mask_from_file(path: Path, grid: Grid, *, name: str) -> Mask:
     Raises
     ------
     InputError
-        If it cannot be read, is no 3-D mask, or lies outside of the scan.
+        If it cannot be read, is not a 3-D mask, or is outside of the scan.
     GeometryError
         If its header does not say where it lies.
     """
     values, source = _read(path, name)
     inside = values > 0.5 * float(values.max())
     moved: Mask = resample(inside.astype(np.float32), source, grid, order=1) >= 0.5
-    given = float(inside.sum() * np.prod(source.spacing_mm))
-    kept = float(moved.sum() * np.prod(grid.spacing_mm))
-    if kept < 0.5 * given:
+    total_mm3 = float(inside.sum() * np.prod(source.spacing_mm))
+    inside_mm3 = float(moved.sum() * np.prod(grid.spacing_mm))
+    if inside_mm3 < 0.5 * total_mm3:
         raise InputError(
-            f"{name}: only {100 * kept / max(given, 1e-9):.0f} % of the mask {path.name} is in "
-            "the scan's field of view. Was it drawn in this scan's space?"
+            f"{name}: only {100 * inside_mm3 / max(total_mm3, 1e-9):.0f} % of the mask "
+            f"{path.name} is in the scan's field of view. Was it drawn in this scan's space?"
         )
     return moved
 
@@ -253,12 +252,12 @@ def synthseg_command(image: Path, labels: Path, *, threads: int, cuda: bool) -> 
 def synthstrip_command(
     image: Path, mask: Path, *, model: Path | None, threads: int, cuda: bool
 ) -> list[str]:
-    """SynthStrip of FreeSurfer, or nipreps-synthstrip where a model file is given.
+    """SynthStrip of FreeSurfer, or nipreps-synthstrip if there is a model file.
 
     Raises
     ------
     InputError
-        If neither is there.
+        If neither is installed.
     """
     gpu = ["-g"] if cuda else []
     if model is not None and shutil.which("nipreps-synthstrip"):
@@ -274,12 +273,12 @@ def synthstrip_command(
 
 
 def run_program(command: Sequence[str], output: Path) -> dict[str, Any]:
-    """Run a program that writes ``output``; what was run, for the provenance.
+    """Run a program that writes ``output``; returns the command, for the provenance.
 
     Raises
     ------
     AnatomyError
-        If it fails or leaves no output; with its last lines.
+        If it fails or writes no output; the message has its last lines.
     """
     try:
         result = subprocess.run(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The brain of a scan at 1 mm, without bias field: what training and evaluation start from."""
+"""The brain of a scan at 1 mm, without bias field, for training and evaluation."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from brainprior_bids.engine.grids import Grid
 from brainprior_bids.engine.parcellation_network import ParcellationNetwork
 
 THICKEST_MM = 1.5
-"""A voxel above this is no 1 mm scan."""
+"""Largest voxel size of a 1 mm scan."""
 
 
 @dataclass(frozen=True, eq=False)
 class ExtractedBrain:
-    """A brain as the prior sees it.
+    """A brain in the form that the prior processes.
 
     Attributes
     ----------
@@ -34,7 +34,7 @@ class ExtractedBrain:
     structures : (i, j, k) int16 array
         FreeSurfer values.
     grid : Grid
-        Of all three: about 1 mm, the scan's axes and edges, RAS.
+        Grid of all three: about 1 mm, the scan's axes and edges, RAS.
     to_mni305 : (4, 4) array
         Scanner RAS mm to MNI305 RAS mm.
     warnings : list of str
@@ -65,7 +65,7 @@ def extract_brain(
     metadata : Mapping, optional
         The scan's BIDS metadata.
     unbias : bool
-        Divide by the field that N4 finds.
+        Divide by N4's field.
 
     Raises
     ------

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rigid motion between the two interleaves of a 2-D scan: its even and its odd slices.
 
-Most 2-D scans measure every second slice first. If the person moves in between, the odd slices
-show the brain elsewhere than the even ones. Each interleave is a scan of its own, with slices two
-spacings apart. Both are blurred across their slices until the gaps are filled (Gaussian, FWHM of
-two spacings, so that neither is sharp where the other is not), and registered both ways:
+Most 2-D scans measure every second slice first. If the participant moves in between, the odd
+slices show the brain in another position than the even ones. Each interleave is treated as a
+separate scan, with slices two spacings apart. Both are blurred across their slices to fill the
+gaps (Gaussian, FWHM of two spacings, so that both have the same resolution everywhere), and are
+registered in both directions:
 
     M_a  even -> odd, with the even slices fixed
     M_b  odd -> even, with the odd slices fixed
 
-The estimate is the mean of M_b and the inverse of M_a. How far these two are apart is the error
-that the data themselves show. Distances are RMS displacements over the brain, mm.
+The estimate is the mean of M_b and the inverse of M_a. Their difference is an estimate of the
+error. Distances are RMS displacements over the brain, mm.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ from brainprior_bids.engine.sensing import is_3d
 Matrix = NDArray[np.float64]
 
 FEWEST = 5
-"""Slices with brain that each interleave needs."""
+"""Smallest number of slices with brain in each interleave."""
 FINE_MM = 2.0
 """Spacing of the grid on which the interleaves are compared."""
 AROUND = 2
-"""Voxels of that grid around the brain that are compared, too."""
+"""Margin around the brain that is compared too, in voxels of that grid."""
 LEAST = 0.3
 """Motion below this share of the slice spacing is not reported: still scans have up to 0.15."""
 LARGEST_ERROR = 0.5
@@ -44,7 +45,7 @@ LARGEST_ERROR = 0.5
 
 @dataclass(frozen=True, eq=False)
 class InterleaveMotion:
-    """How the odd slices of a scan lie to the even ones, which are the reference.
+    """Position of the odd slices of a scan relative to the even ones, which are the reference.
 
     Attributes
     ----------
@@ -55,7 +56,7 @@ class InterleaveMotion:
     error_mm : float
         RMS distance between the estimates of both directions, halved.
     spacing_mm : float
-        Of the slices.
+        Spacing of the slices.
     """
 
     to_reference: Matrix
@@ -71,13 +72,13 @@ class InterleaveMotion:
 
     @property
     def warnings(self) -> list[str]:
-        """One where the person moved."""
+        """A warning if the participant moved."""
         if not self.moved:
             return []
         return [
             f"The odd slices lie {self.rms_mm:.1f} mm from the even ones (RMS in the brain): the "
-            "person moved between the interleaves. The slices are used as if they had not: expect "
-            "jagged edges across the slices."
+            "participant moved between the interleaves. This is not corrected: expect jagged "
+            "edges across the slices."
         ]
 
 
@@ -97,14 +98,14 @@ def find_interleave_motion(
     log_bias : (i, j, k)
         Natural log of its bias field, slice gains included.
     mask : (i, j, k)
-        Share of brain in its voxels, lesions and lost slices left out.
+        Share of brain in its voxels, without lesions and lost slices.
     grid : Grid
     acquisition : Acquisition
 
     Returns
     -------
     InterleaveMotion or None
-        None for a 3-D scan, and where an interleave has fewer than ``FEWEST`` slices with brain.
+        None for a 3-D scan, and if an interleave has fewer than ``FEWEST`` slices with brain.
     """
     axis = acquisition.slice_axis
     if is_3d(grid, acquisition):
@@ -156,6 +157,6 @@ def _mean_of(a: Matrix, b: Matrix, points: Matrix) -> tuple[Matrix, float]:
 
 
 def _rms(a: Matrix, b: Matrix, points: Matrix) -> float:
-    """RMS distance between where two motions put the points, (3, n) mm."""
+    """RMS distance between the points, (3, n) mm, mapped by two motions."""
     apart = (a - b)[:3, :3] @ points + (a - b)[:3, 3:]
     return float(np.sqrt(np.mean(np.sum(apart**2, axis=0))))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A lesion mask checked against its scan and its brain, and the masks that follow from it."""
+"""A lesion mask, checked against its scan and brain, and the masks derived from it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ from brainprior_bids.engine.grids import Grid
 MOSTLY_INSIDE = 0.5
 LITTLE_LEFT = 0.25
 DEEP_MM = 15.0
-"""A hole larger than this part of the brain, or deeper than this, is mostly the prior's."""
+"""A hole larger than this part of the brain, or deeper than this, is filled mostly by the
+prior."""
 
 
 @dataclass(frozen=True, eq=False)
 class Lesion:
-    """What the engine needs of a lesion."""
+    """The masks of a lesion that the engine needs."""
 
     hidden: NDArray[np.uint8]  # on the scan's grid: 1 where the scan is treated as missing
     mask_1mm: NDArray[np.uint8]  # brain and lesion, 1 mm grid
@@ -41,14 +42,14 @@ def read_lesion(path: Path, grid: Grid) -> NDArray[np.bool_]:
     """The mask on the scan's closest-canonical grid.
 
     A scan that was interpolated is reduced to larger voxels (``anatomy.resolution``): a mask drawn
-    on the scan as it is stored has the same edges, and hides what it touches.
+    on the stored scan has the same edges, and hides every voxel that it touches.
 
     Raises
     ------
     InputError
         If the file cannot be read, is not one volume, holds NaN, or is empty.
     GeometryError
-        If it lies on another grid than the scan.
+        If it is on another grid than the scan.
     """
     try:
         image = nib.as_closest_canonical(open_image(path, path.name))
@@ -96,7 +97,7 @@ def find_lesion(
     mask_scan: NDArray[Any],
     dilate_mm: float = 0.0,
 ) -> Lesion:
-    """``read_lesion``, then ``prepare_lesion``; parameters and errors are theirs."""
+    """``read_lesion``, then ``prepare_lesion``, with their parameters and errors."""
     return prepare_lesion(
         read_lesion(path, grid), grid, mask_1mm=mask_1mm, mask_scan=mask_scan, dilate_mm=dilate_mm
     )
@@ -110,10 +111,9 @@ def prepare_lesion(
     mask_scan: NDArray[Any],
     dilate_mm: float = 0.0,
 ) -> Lesion:
-    """Dilate the lesion within the head's brain, and add it to the brain.
-
-    A network that labels structures may leave a lesion out of the brain: the brain is the union
-    of both, or x would be 0 there. The dilation does not leave that union.
+    """Dilate the lesion inside the brain, and add it to the brain. A parcellation may exclude a
+    lesion from the brain. The brain is therefore the union of both; otherwise x would be 0 there.
+    The dilation does not extend beyond that union.
 
     Parameters
     ----------
@@ -156,8 +156,8 @@ def prepare_lesion(
     if part > LITTLE_LEFT or depth > DEEP_MM:
         warnings.append(
             f"The mask hides {part:.0%} of the brain and reaches {depth:.0f} mm from the nearest "
-            "measured voxel: little is left to condition on, and what is filled in is mostly the "
-            "prior's guess."
+            "measured voxel: few measurements are left, and the filled-in region is mostly "
+            "determined by the prior."
         )
     fine = grid.one_millimetre()
     added = resample(hidden, grid, fine, order=1) >= 0.5

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rigid motion between two scans of one brain, and whether they show one brain at all.
 
-Two scans of thick slices in different directions are blurred in different directions, which
-would pull a registration. So each is first blurred across its slices as the other one is: then
-both show the same image, and their correlation is at its best where they lie on each other.
-Symbols: millimetres are scanner RAS+ of each scan.
+Two scans of thick slices in different directions are blurred in different directions, which would
+bias a registration. Therefore each is first blurred by the slice profile of the other: then both
+have the same resolution, and their correlation is highest when they are aligned. Symbols:
+millimetres are scanner RAS+ of each scan.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from brainprior_bids.engine.errors import InputError
 from brainprior_bids.engine.grids import Grid
 
 FWHM = 2.3548
-"""Of a Gaussian with SD 1."""
+"""Full width at half maximum of a Gaussian with SD 1."""
 BINS = 32
-"""Of the joint histogram, for the mutual information."""
+"""Bins of the joint histogram, for the mutual information."""
 AROUND_MM = 4
-"""The brain and so much around it is compared."""
+"""Margin around the brain that is compared too."""
 THICK_MM = 1.5
-"""Thinner slices blur nothing."""
+"""Thinner slices cause no blur."""
 SHARED = 0.5
 """At least this part of the smaller brain must be in both scans after alignment."""
 ALIKE = 0.85
@@ -76,7 +76,7 @@ class PlacedScan:
 
     @property
     def across(self) -> NDArray[np.float64]:
-        """Direction in which slices follow each other, (3,) RAS, length 1."""
+        """Direction in which slices are stacked, (3,) RAS, length 1."""
         column = self.grid.affine[:3, self.acquisition.slice_axis]
         return np.asarray(column / np.linalg.norm(column), np.float64)
 
@@ -98,9 +98,8 @@ class PlacedScan:
         return cls(name, unbiased, grid, acquisition, mask, hidden)
 
     def fine(self, other: PlacedScan) -> Image:
-        """On its 1 mm grid, blurred across the other's slices as these are.
-
-        A lesion holds the nearest voxels, so that it is not blurred into its surroundings.
+        """The scan on its 1 mm grid, blurred by the other's slice profile. A lesion is filled with
+        the nearest voxels, so that it is not blurred into its surroundings.
         """
         grid, data = self.grid.one_millimetre(), self.data
         if self.hidden is not None:
@@ -123,16 +122,16 @@ class PlacedScan:
 
 @dataclass(frozen=True, eq=False)
 class Motion:
-    """How a scan lies to the reference.
+    """Position of a scan relative to the reference.
 
     Parameters
     ----------
     to_reference : (4, 4)
         Scanner RAS mm of the scan -> of the reference; rigid.
     gain : float
-        By which the scan is multiplied to be as bright as the reference.
+        Factor that scales the scan to the brightness of the reference.
     correlation : float
-        Of the two inside both brains, after alignment.
+        Correlation of the two inside both brains, after alignment.
     shared : float
         Part of the smaller brain that both show.
     """
@@ -144,18 +143,18 @@ class Motion:
 
     @property
     def angle_deg(self) -> float:
-        """Of the rotation."""
+        """Angle of the rotation in degrees."""
         cosine = (np.trace(self.to_reference[:3, :3]) - 1) / 2
         return float(np.degrees(np.arccos(np.clip(cosine, -1, 1))))
 
     def shift_mm(self, at: NDArray[np.float64]) -> float:
-        """How far the point ``at`` (mm of the scan) moves."""
+        """Displacement of the point ``at`` (mm of the scan)."""
         moved = self.to_reference[:3, :3] @ at + self.to_reference[:3, 3]
         return float(np.linalg.norm(moved - at))
 
 
 def find_motion(reference: PlacedScan, scan: PlacedScan) -> Motion:
-    """Rigid registration of a scan to the reference, by what neither has as a lesion.
+    """Rigid registration of a scan to the reference, by the tissue outside both lesions.
 
     Raises
     ------
@@ -202,14 +201,13 @@ def find_motion(reference: PlacedScan, scan: PlacedScan) -> Motion:
 def common_mask(
     reference: PlacedScan, others: Sequence[tuple[PlacedScan, Motion]]
 ) -> NDArray[np.uint8]:
-    """Where most of the scans that see a voxel call it brain; on the reference's 1 mm grid.
-
-    A thick slice does not know where within it the brain ends; a scan in another direction does.
-    A lesion of any of them is brain.
+    """Majority vote of the scans that cover a voxel, on the reference's 1 mm grid. A thick slice
+    does not resolve where within it the brain ends; a scan in another direction does. A lesion of
+    any of them counts as brain.
     """
     grid = reference.grid.one_millimetre()
     votes = (np.asarray(reference.mask) > 0.5).astype(np.float32)
-    seen = np.ones(grid.shape, np.float32)
+    coverage = np.ones(grid.shape, np.float32)
     lesion = reference.lesion
     for scan, motion in others:
         there = scan.grid.one_millimetre()
@@ -220,8 +218,8 @@ def common_mask(
             np.asarray(scan.mask) > 0.5, there, grid, matrix=motion.to_reference, order=1
         )
         whole = np.ones(there.shape, np.float32)
-        seen += resample(whole, there, grid, matrix=motion.to_reference, order=1)
-    brain = (votes > 0.5 * seen) | lesion
+        coverage += resample(whole, there, grid, matrix=motion.to_reference, order=1)
+    brain = (votes > 0.5 * coverage) | lesion
     labels, n = ndimage.label(brain)
     if n > 1:
         sizes = np.bincount(labels.ravel())
@@ -231,17 +229,17 @@ def common_mask(
 
 
 class Metric(StrEnum):
-    """How two images are compared during a registration."""
+    """The metric of a registration."""
 
     CORRELATION = "correlation"
-    """Of one contrast."""
+    """For images of one contrast."""
     INFORMATION = "mutual information"
-    """Of two contrasts."""
+    """For images of two contrasts."""
 
 
 @dataclass(frozen=True, eq=False)
 class BrainImage:
-    """An image, and where it shows brain.
+    """An image and its brain mask.
 
     Parameters
     ----------
@@ -278,7 +276,7 @@ def register_rigid(
     method.SetInterpolator(sitk.sitkLinear)
     start = sitk.Euler3DTransform()
     start.SetCenter(_LPS @ centre)
-    # as they lie in the scanner, or centre on centre: what fits better
+    # start: scanner coordinates, or centre on centre, whichever fits better
     offsets = (np.zeros(3), _centre(moving.mask, moving.grid) - centre)
     values = []
     for offset in offsets:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Open an image file, and refuse it before anything of the size that it claims is allocated.
+"""Open an image file, and check the size that it claims before any allocation.
 
 A few kilobytes can claim gigabytes: a header with large dimensions, a header extension, a gzip of
 zeros. What a NIfTI header claims is therefore compared with the size of the file and with
@@ -24,26 +24,26 @@ from brainprior_bids.engine.errors import InputError
 MAX_VOXELS = 2**28
 """645 along each axis: a head of 258 mm at 0.4 mm."""
 MAX_HEADER_BYTES = 16 * 2**20
-"""Header and extensions; a DICOM header kept there has some hundred thousand bytes."""
+"""Limit for header and extensions; a DICOM header stored there has some hundred thousand bytes."""
 CHUNK = 2**16
 """Bytes of a gzip file that are unpacked at a time."""
 DEFLATE_RATIO = 1032
-"""Bytes that one byte of a gzip file can become at most (zlib's technical details)."""
+"""Maximum number of bytes from one byte of a gzip file (zlib's technical details)."""
 
 
 def open_image(path: Path, name: str) -> nib.spatialimages.SpatialImage:
-    """The image in any of nibabel's formats, its values unread.
+    """The image, in any of nibabel's formats, without reading its values.
 
     Parameters
     ----------
     path : Path
     name : str
-        Whose image it is, for messages.
+        Name of the image, for messages.
 
     Raises
     ------
     InputError
-        If it is not there or not readable, claims more than its file can hold, or is larger than
+        If it is missing or unreadable, claims more than its file can contain, or is larger than
         any head scan.
     """
     if path.is_symlink() and not path.exists():
@@ -62,7 +62,7 @@ def open_image(path: Path, name: str) -> nib.spatialimages.SpatialImage:
 
 
 def read_values(image: nib.spatialimages.SpatialImage, path: Path, name: str) -> NDArray[Any]:
-    """The image's values; InputError where the file is truncated or damaged."""
+    """The image's values; InputError if the file is truncated or damaged."""
     with _reading(path, name):
         values = np.asanyarray(image.dataobj)
         if path.name.endswith(".nii.gz"):
@@ -74,7 +74,7 @@ def read_values(image: nib.spatialimages.SpatialImage, path: Path, name: str) ->
 def _check_sums(path: Path, needed: int) -> None:
     """Compare a gzip file with its check sums, up to the end of the stream that fills ``needed``.
 
-    gzip's own reader comes to the sums only where someone reads beyond the last value.
+    gzip's own reader checks the sums only if a caller reads beyond the last value.
     """
     stream, count = zlib.decompressobj(wbits=31), 0
     with path.open("rb") as file:
@@ -93,8 +93,7 @@ def _check_sums(path: Path, needed: int) -> None:
 
 @contextmanager
 def _reading(path: Path, name: str) -> Generator[None]:
-    """Whatever a parser raises of the file's bytes (nibabel, gzip, the XML in an extension) is an
-    InputError."""
+    """Convert any parser's error (nibabel, gzip, the XML in an extension) to an InputError."""
     try:
         yield
     except (InputError, MemoryError):
@@ -104,7 +103,7 @@ def _reading(path: Path, name: str) -> Generator[None]:
 
 
 def unreadable(path: Path, name: str, error: BaseException) -> InputError:
-    """What to say of a file that nibabel cannot read."""
+    """The message about a file that nibabel cannot read."""
     return InputError(
         f"{name}: {path} cannot be read, it is truncated, damaged or no NIfTI file "
         f"({' '.join(str(error).split())}). Copy or convert it again."
@@ -112,7 +111,7 @@ def unreadable(path: Path, name: str, error: BaseException) -> InputError:
 
 
 def _check_claims(path: Path, name: str) -> None:
-    """Refuse a NIfTI file that claims more than it can hold, or than a scan has."""
+    """Refuse a NIfTI file that claims more than it can contain, or than a scan has."""
     with ImageOpener(path) as stream:
         header = _header(stream)
         if header is None:
@@ -137,7 +136,7 @@ def _check_claims(path: Path, name: str) -> None:
 
 
 def _header(stream: IO[bytes]) -> nib.Nifti1Header | None:
-    """The header alone, unchecked; None for what is none."""
+    """The header alone, unchecked; None if the bytes are not a header."""
     block = stream.read(nib.Nifti2Header.template_dtype.itemsize)
     for kind in (nib.Nifti1Header, nib.Nifti2Header):
         length = kind.template_dtype.itemsize
@@ -158,7 +157,7 @@ def _extension_ends(stream: IO[bytes], header: nib.Nifti1Header, offset: float) 
     while end <= MAX_HEADER_BYTES and (end < offset or offset <= 0):
         stream.seek(end)
         length = int.from_bytes(stream.read(4), order)
-        if length < 8:  # no extension: nibabel says what it thinks of it
+        if length < 8:  # not an extension: left to nibabel
             return
         end += length
         yield end

@@ -2,9 +2,9 @@
 """Standard spaces: nonlinear registration to a template (ANTs' SyN), and resampling through it.
 
 The restored brain is registered to the template's brain: an affine by mutual information, starting
-from the affine to MNI305, then SyN. SyN compares local correlations where the image is a
-T1w, as the template is, and mutual information for other contrasts. The transforms are composite
-ITK files in HDF5, as fMRIPrep writes them, which ``antsApplyTransforms -t`` takes as one.
+from the affine to MNI305, then SyN. SyN uses the local correlation for a T1w, the contrast of the
+template, and mutual information for other contrasts. The transforms are composite ITK files in
+HDF5, as fMRIPrep writes them, which ``antsApplyTransforms -t`` takes as one.
 
 ``from-A_to-B`` resamples A on the grid of B, as in ``anatomy.spaces``.
 """
@@ -27,11 +27,11 @@ from brainprior_bids.anatomy.templates import MNI152_FROM_MNI305, Template
 from brainprior_bids.engine.errors import AnatomyError
 
 WORK_MM = 2.0
-"""Voxels of the registration, and of the displacement field in the files."""
+"""Voxel size of the registration, and of the displacement field in the files."""
 ITERATIONS = (100, 70, 20)
-"""Of SyN, at 8, 4 and 2 mm."""
+"""Iterations of SyN at 8, 4 and 2 mm."""
 CORRELATION_RADIUS = 2
-"""Voxels of ``WORK_MM``: 4 mm, as fMRIPrep has it."""
+"""In voxels of ``WORK_MM``: 4 mm, as in fMRIPrep."""
 HISTOGRAM_BINS = 32
 MARGIN_MM = 16.0
 """Around the template's brain, in which the displacement is found; beyond it the affine holds."""
@@ -46,14 +46,14 @@ INTERPOLATORS = {
 
 
 class Metric(StrEnum):
-    """What the nonlinear stage compares; the names are ANTs'."""
+    """Metric of the nonlinear stage, by ANTs' names."""
 
     CORRELATION = "CC"
     INFORMATION = "mattes"
 
     @property
     def words(self) -> str:
-        """In words, for records and the methods text."""
+        """Description in words, for records and the methods text."""
         return {
             Metric.CORRELATION: "local cross-correlation",
             Metric.INFORMATION: "mutual information",
@@ -66,7 +66,7 @@ class Metric(StrEnum):
 
 
 def metric(contrast: str) -> Metric:
-    """For an image of this contrast; the templates are T1w."""
+    """The metric for an image of this contrast; the templates are T1w."""
     return Metric.CORRELATION if contrast == "T1w" else Metric.INFORMATION
 
 

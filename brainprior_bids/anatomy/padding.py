@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where an image was filled up with one value, so that nothing was measured there.
+"""Regions of an image that were padded with one value, so that nothing was measured there.
 
 A scan whose field of view ends in the brain may have been padded, or resampled onto another grid.
-The values that fill it up are not background: the brain continues there, as it does beyond the
-border of the field of view. Their neighbours distinguish them from background: between brain and
-air there are always skull and scalp.
+The padding is not background: the brain continues there, as it does beyond the border of the field
+of view. Its neighbours distinguish it from background: between brain and air there are always
+skull and scalp.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ Mask = NDArray[np.bool_]
 
 WORK_MM = 2.0
 FLAT = 0.002
-"""Largest difference from the value that fills the image up, over the bright end: the rings of a
-spline leave a little."""
+"""Largest difference from the value of the padding, relative to the bright end: splines cause
+small rings."""
 OPEN_MM = 6.0
-"""Half of the smallest width of a filled region inside the image: a dark skull is thinner."""
+"""Half of the smallest width of a padded region inside the image: a dark skull is thinner."""
 NEAR_MM = 1.0
-"""A brain that is cut is at most this far from what fills the image up. Scalp and skull are
-thicker; the roof of an orbit that defacing has emptied is not much thicker."""
+"""A brain that is cut is at most this far from the padding. Scalp and skull are thicker; the roof
+of an orbit that defacing has emptied is not much thicker."""
 STRIPPED_SHARE, STRIPPED_MM = 0.03, 5.0
 """With less than this share of a brain's volume beyond this distance from it, there is no head."""
 FLAT_CM2, FLAT_RATIO, DEEPER_MM = 10.0, 0.75, 6.0
-"""A brain ends flat where its last plane has at least this area, and this share of its area that
-much deeper inside. A round end has half of it in slices of 6 mm."""
+"""A brain ends flat if its last plane has at least this area, and at least this share of the area
+at that depth inside. A round end has half of it in slices of 6 mm."""
 
 
 def unmeasured(image: nib.Nifti1Image, brain: NDArray[np.generic]) -> Mask:
-    """Where the image was filled up with one value.
+    """Where the image was padded with one value.
 
     Parameters
     ----------
@@ -49,8 +49,8 @@ def unmeasured(image: nib.Nifti1Image, brain: NDArray[np.generic]) -> Mask:
     Returns
     -------
     bool array
-        On the grid of ``brain``. In a skull-stripped scan all that surrounds the brain has one
-        value: there, True only where the brain ends flat, across an axis of the image.
+        On the grid of ``brain``. In a skull-stripped scan all surroundings of the brain have one
+        value; there, True only where the brain ends flat, across an axis of the image.
     """
     data = image.get_fdata(dtype=np.float32)
     spacing = Grid(image.shape, image.affine).spacing_mm
@@ -71,7 +71,7 @@ def unmeasured(image: nib.Nifti1Image, brain: NDArray[np.generic]) -> Mask:
 def beyond(
     unmeasured: Mask, brain: Mask, spacing_mm: NDArray[np.float64], *, near_mm: float = NEAR_MM
 ) -> Mask:
-    """Outside of the brain and so near to what was not measured that the brain is cut there."""
+    """Voxels outside the brain, so close to an unmeasured region that the brain is cut there."""
     size = [2 * max(round(near_mm / s), 1) + 1 for s in spacing_mm]
     near: Mask = ndimage.maximum_filter(unmeasured.astype(np.uint8), size) > 0
     return near & ~brain
@@ -94,9 +94,9 @@ def _flat(data: NDArray[np.float32]) -> Mask:
                                              :: data.shape[2] - 1].ravel()}  # fmt: skip
     for axis in range(3):
         for end in (0, -1):
-            found, counts = np.unique(data.take(end, axis), return_counts=True)
+            values_there, counts = np.unique(data.take(end, axis), return_counts=True)
             if counts.max() > 0.2 * counts.sum():
-                values.add(float(found[counts.argmax()]))
+                values.add(float(values_there[counts.argmax()]))
     limit = FLAT * float(np.percentile(data, 99.5) - data.min())
     flat = np.zeros(data.shape, bool)
     for value in values:
@@ -105,7 +105,7 @@ def _flat(data: NDArray[np.float32]) -> Mask:
 
 
 def _at_border(flat: Mask, spacing_mm: NDArray[np.float64]) -> Mask:
-    """The wide parts of a region that reach the border, where it is taken to go on."""
+    """The wide parts of a region that reach the border, beyond which it is assumed to continue."""
     margin = [int(np.ceil(OPEN_MM / s)) + 1 for s in spacing_mm]
     wide = np.pad(flat, [(n, n) for n in margin], constant_values=True)
     sampling = tuple(spacing_mm)
@@ -118,7 +118,7 @@ def _at_border(flat: Mask, spacing_mm: NDArray[np.float64]) -> Mask:
 
 
 def _behind_flat_ends(inside: Mask, spacing_mm: NDArray[np.float64]) -> Mask:
-    """The planes of the image on the far side of where a brain ends flat instead of round."""
+    """The planes of the image beyond a flat end of the brain."""
     behind = np.zeros(inside.shape, bool)
     for axis, step in enumerate(spacing_mm):
         face_cm2 = float(np.prod(np.delete(spacing_mm, axis))) / 100

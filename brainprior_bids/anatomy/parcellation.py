@@ -5,8 +5,8 @@ The scan is averaged or interpolated to 2 mm along its own axes, the network giv
 of every class, and the probabilities are interpolated to the grid of the restored image (same
 axes and edges, about 1 mm). No step rotates anything, so left stays left.
 
-The brain mask is every structure together with the fluid between the gyri: the hull that
-skull-strippers cut, not the bare tissue.
+The brain mask consists of all structures and the fluid between the gyri: the hull, as from
+skull-stripping programs, not the tissue alone.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ NETWORK_MM = 2.0
 SMALLEST_ML, LARGEST_ML = 400.0, 2500.0
 """Plausible volume of a whole brain with its fluid, neonates excluded."""
 SMALLEST_PART_ML = 150.0
-"""The least that is taken for a brain when the field of view cuts through it."""
+"""Smallest volume that counts as a brain if the field of view cuts through it."""
 CSF = 24
 SCATTERED = (2, 3, 5, 41, 42, 44, CSF)
-"""Structures that need not be in one piece at 2 mm: white matter, cortex, fluid, and the inferior
-horns of the ventricles, whose front and back are joined by less than a voxel."""
+"""Structures that can consist of several pieces at 2 mm: white matter, cortex, fluid, and the
+inferior horns of the ventricles, whose front and back are joined by less than a voxel."""
 
 
 @dataclass(frozen=True)
 class Parcellation:
-    """Where the brain and its structures are.
+    """The brain mask and the structures of a scan.
 
     Attributes
     ----------
@@ -84,7 +84,7 @@ def structure_names() -> dict[int, str]:
 
 
 def mirrored(value: int) -> int:
-    """The structure on the other side, itself for one without sides."""
+    """The structure on the other side; the same one for midline structures."""
     names = structure_names()
     name = names.get(value, "")
     for side, other in (("Left-", "Right-"), ("Right-", "Left-")):
@@ -147,7 +147,7 @@ def parcellate(
     ShapeMismatchError
         If ``restored_grid`` does not share the scan's axes and edges.
     AnatomyError
-        If nothing that could be a brain is found.
+        If no plausible brain is found.
     """
     scan_grid = Grid(image.shape, image.affine)
     _check_edges(scan_grid, restored_grid)
@@ -229,7 +229,7 @@ def largest_component(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def fill_holes(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Everything that the outside does not reach; faster than scipy's iteration."""
+    """Fill everything that is not connected to the outside; faster than scipy's iteration."""
     outside, _ = ndimage.label(~np.pad(mask, 1))
     filled: NDArray[np.bool_] = (outside != outside[0, 0, 0])[1:-1, 1:-1, 1:-1]
     return filled
@@ -274,7 +274,7 @@ def _clean_mask(
 
 
 def _filled_up(cut_cm2: float) -> str:
-    """Where the border is one inside the image, for the warning."""
+    """The part of the warning about a border inside the image."""
     return f", {cut_cm2:.0f} of them where the image was padded with one value" * (cut_cm2 > 1)
 
 
@@ -284,7 +284,9 @@ Box = tuple[slice, slice, slice]
 def _box(
     values: NDArray[np.float32], matrices: Sequence[NDArray[np.float32]]
 ) -> tuple[Box, Box, list[NDArray[np.float32]]]:
-    """Where ``values`` is not 0, what that becomes on the fine grid, the matrices between."""
+    """The box where ``values`` is not 0, the same box on the fine grid, and the matrices between
+    them.
+    """
     (found,) = ndimage.find_objects((values > 0).astype(np.int8))
     coarse, fine, cut = [], [], []
     for s, n, matrix in zip(found, values.shape, matrices, strict=True):
@@ -348,16 +350,16 @@ def structures_table(
     *,
     beyond: NDArray[np.bool_],
 ) -> list[dict[str, Any]]:
-    """Volume, confidence and centroid of every structure present, and how far it is cut.
+    """Volume, confidence, centroid and cut share of every structure present.
 
     Parameters
     ----------
     structures, best : (i, j, k) arrays
-        Labels, and how sure each is, on ``grid``.
+        Labels and their probabilities, on ``grid``.
     grid, view : Grid
         ``grid`` is ``view``, the whole field of view, or a box of it.
     beyond : (i, j, k) bool array
-        Where the brain goes on but was not measured (``padding.beyond``), on ``grid``.
+        Where the brain continues but was not measured (``padding.beyond``), on ``grid``.
 
     Returns
     -------
@@ -365,11 +367,11 @@ def structures_table(
         As ``Parcellation.table``.
     """
     names = structure_names()
-    where = np.nonzero(structures)
-    found, size = structures[where], max(names) + 1
-    counts = np.bincount(found, minlength=size)
-    confidence = np.bincount(found, best[where], minlength=size)
-    moments = [np.bincount(found, index, minlength=size) for index in where]
+    indices = np.nonzero(structures)
+    labels, size = structures[indices], max(names) + 1
+    counts = np.bincount(labels, minlength=size)
+    confidence = np.bincount(labels, best[indices], minlength=size)
+    moments = [np.bincount(labels, index, minlength=size) for index in indices]
     voxel_mm3 = float(np.prod(grid.spacing_mm))
     cut_mm2 = _cut_mm2(structures, grid, view, beyond, size)
     table = []
@@ -412,7 +414,7 @@ def _cut_mm2(
             (start[axis] + grid.shape[axis] >= view.shape[axis], -1),
         ):
             if touches:
-                found = structures.take(plane, axis).ravel()
-                area += np.bincount(found, minlength=size)[:size] * face_mm2
+                face = structures.take(plane, axis).ravel()
+                area += np.bincount(face, minlength=size)[:size] * face_mm2
     area[0] = 0
     return area

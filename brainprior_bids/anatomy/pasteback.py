@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The restored brain put back into its head, for programs that want a whole head.
+"""The restored brain inserted into its head, for programs that need a whole head.
 
 Outside the brain nothing is restored: the scan is divided by the bias field (the smooth part held
 within the range that it has in the brain, where it was measured, and one gain per slice, which is
-never smoothed) and interpolated. Its brightness is matched
-to the restored brain, and the two are blended over the outermost millimetres *inside* the mask,
-so that outside of it there is only scan.
+never smoothed) and interpolated. Its brightness is matched to the restored brain, and the two are
+blended over the outermost millimetres *inside* the mask, so that outside of it there is only the
+scan.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from brainprior_bids.engine.grids import Grid
 
 FEATHER_MM = 3.0
 USUAL_GAIN = 1.2
-"""A gain beyond this, either way, says that restored brain and scan do not fit together."""
+"""With a gain beyond this, in either direction, restored brain and scan do not match."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Pasted:
     head : (i, j, k) float32 array
         On the grid of the restored image, in its units, not below 0.
     gain : float
-        What the scan was multiplied by to meet the restored brain.
+        Factor that scales the scan to the restored brain.
     warnings : list of str
     """
 
@@ -79,7 +79,7 @@ def paste_back(
         raise AnatomyError("Paste back: the brain mask is empty. Look at the mask.")
     corrected = values / np.exp(np.clip(field, measured.min(), measured.max()) + jumps)
     index = np.linalg.inv(scan_grid.affine) @ grid.affine
-    head = affine_transform(  # "nearest": the head goes on to the edge of the outermost slices
+    head = affine_transform(  # "nearest": the head continues to the edge of the outermost slices
         corrected,
         index[:3, :3],
         index[:3, 3],

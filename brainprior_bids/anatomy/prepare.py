@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a scan to a scan ready to restore: conform, parcellate, lesion, bias, affine to MNI305.
+"""Preprocessing of a scan: conform, parcellate, lesion, bias, affine to MNI305.
 
-``prepare`` runs all steps on one scan and holds the results in memory. Each node of the command
+``prepare`` runs all steps on one scan and keeps the results in memory. Each node of the command
 runs one of them and writes files; both call the same functions:
 
 ==============  ========================================
@@ -48,7 +48,7 @@ ScanLike = str | Path | nib.spatialimages.SpatialImage
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A scan with everything that the engine needs, and what each step found.
+    """A scan with everything that the engine needs, and the result of each step.
 
     Attributes
     ----------
@@ -57,11 +57,11 @@ class Prepared:
     brain : Parcellation
         Mask, structures and their table, without the lesion.
     lesion : Lesion or None
-        Where a lesion mask was given.
+        Set if there is a lesion mask.
     bias : BiasField or None
-        N4's field with the slice gains; None if not asked for.
+        N4's field with the slice gains; None if not requested.
     affine : AffineFit or None
-        Scanner to MNI305 and its residuals; None if not asked for.
+        Scanner to MNI305 and its residuals; None if not requested.
     """
 
     conformed: Conformed
@@ -110,12 +110,12 @@ class Prepared:
 
     @property
     def to_mni305(self) -> NDArray[np.float64] | None:
-        """(4, 4) scanner RAS mm to MNI305 RAS mm; None if not asked for."""
+        """(4, 4) scanner RAS mm to MNI305 RAS mm; None if not requested."""
         return None if self.affine is None else np.asarray(self.affine.matrix, np.float64)
 
     @property
     def warnings(self) -> list[str]:
-        """Of all steps, in their order."""
+        """Warnings of all steps, in their order."""
         steps = (self.conformed, self.brain, self.lesion, self.bias, self.affine)
         return [text for step in steps if step is not None for text in step.warnings]
 
@@ -153,7 +153,7 @@ def prepare(
     network : ParcellationNetwork, optional
         Default: the embedded one, on the CPU.
     sources : BrainSources, optional
-        Where mask and structures come from; default: ``network``.
+        Sources of mask and structures; default: ``network``.
     lesion : Path, optional
         Mask on the scan's grid, above 0 in the lesion; the scan is treated as missing there.
     dilate_mm : float
@@ -163,7 +163,7 @@ def prepare(
     threads : int
         For N4 and external programs.
     folder : Path, optional
-        Where external programs write; default: a temporary folder.
+        Folder in which external programs write; default: a temporary folder.
 
     Raises
     ------
@@ -214,7 +214,7 @@ def conform_scan(
     slice_axis: int | None = None,
     effective_resolution: str | Sizes = "auto",
 ) -> Conformed:
-    """``conform`` of a file, or of an image in memory, which is read as its file would be.
+    """``conform`` for a file, or for an image in memory, which is treated like its file.
 
     Parameters and errors are those of ``conform``; an image is called "scan" in messages.
     """
@@ -235,7 +235,7 @@ def conform_scan(
 def align_to_mni305(
     image: nib.Nifti1Image, mask_1mm: ArrayLike, table: Sequence[Mapping[str, Any]]
 ) -> AffineFit:
-    """Scanner to MNI305: from structures and brain surface; by the template where they fail.
+    """Scanner to MNI305: from structures and brain surface, or by the template if they fail.
 
     Parameters
     ----------
@@ -249,7 +249,7 @@ def align_to_mni305(
     Raises
     ------
     AnatomyError
-        If neither way gives a plausible transform; with both reasons.
+        If neither way yields a plausible transform; the message has both reasons.
     """
     grid = Grid(image.shape, image.affine).one_millimetre()
     inside = np.asarray(mask_1mm) > 0

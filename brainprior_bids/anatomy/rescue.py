@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When the structures do not lead to MNI305: register the brain to the template itself.
+"""Registration of the brain to the template, if the structures yield no affine to MNI305.
 
-``find_affine`` is what the node calls: structures first; where they fail or lie too far from their
-places, an affine registration (antspyx, mutual information) of the brain to TemplateFlow's MNI305,
-if that is on this machine; and it is judged by the same structures and the same rules before it
-is used. Nothing is downloaded.
+The node calls ``find_affine``. It uses the structures first. If they fail or are too far from
+their expected positions, the brain is registered affinely (antspyx, mutual information) to
+TemplateFlow's MNI305, if that is on this machine. The result is judged by the same structures and
+the same rules before it is used. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from brainprior_bids.anatomy.templates import is_fetched, templateflow_home
 from brainprior_bids.engine.errors import AnatomyError
 from brainprior_bids.records import AffineMethod
 
-if TYPE_CHECKING:  # antspyx takes seconds to import and is needed only where the structures fail
+if TYPE_CHECKING:  # antspyx takes seconds to import and is needed only if the structures fail
     import ants
 
 Matrix = NDArray[np.float64]
@@ -60,7 +60,7 @@ def find_affine(
     mask: nib.Nifti1Image,
     templates: Path | None,
 ) -> AffineFit:
-    """Scanner to MNI305: structures, or the template where they fail.
+    """Scanner to MNI305: from structures, or by the template if they fail.
 
     Parameters
     ----------
@@ -76,14 +76,16 @@ def find_affine(
     Raises
     ------
     AnatomyError
-        If neither way gives a plausible transform; with both reasons.
+        If neither way yields a plausible transform; the message has both reasons.
     """
     fit: AffineFit | None = None
     try:
         fit = fit_affine(table, surface=surface)
         if fit.median_residual_mm <= UNUSUAL_RESIDUAL_MM:
             return fit
-        problem = f"the structures lie {fit.median_residual_mm:.1f} mm from their places"
+        problem = (
+            f"the structures lie {fit.median_residual_mm:.1f} mm from their expected positions"
+        )
     except AnatomyError as error:
         problem = str(error)
     why = None
@@ -121,7 +123,7 @@ def find_affine(
         rescued,
         method=AffineMethod.TEMPLATE,
         warnings=[
-            "The structures did not lead to MNI305; the brain was registered to the template "
+            "The structures yielded no affine to MNI305; the brain was registered to the template "
             f"instead (antspyx). The reason: {problem}",
             *rescued.warnings,
         ],
@@ -159,7 +161,7 @@ def register_affine(
     Parameters
     ----------
     fixed, moving : ants image
-        Of brains, 0 outside.
+        Images of brains, 0 outside.
     start : (4, 4) array, optional
         Moving RAS mm to fixed RAS mm, from which it starts; default: the centres of mass.
     """
@@ -185,7 +187,7 @@ def register_affine(
 
 @contextmanager
 def fixed_seed() -> Iterator[None]:
-    """ANTs draws the voxels of mutual information at random: within this, always the same ones."""
+    """Fix the seed of ANTs, which draws the voxels for mutual information at random."""
     before = os.environ.get("ANTS_RANDOM_SEED")
     os.environ["ANTS_RANDOM_SEED"] = SEED
     try:

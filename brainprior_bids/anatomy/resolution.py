@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""With how large voxels an image was measured: scans that were interpolated are recognised.
+"""The voxel size with which an image was measured; recognises scans that were interpolated.
 
-Scanners and earlier pipelines deliver slices of 5 mm as voxels of 1 mm, or 2 mm in plane as
-0.5 mm. Nothing was measured in between: noise and detail are missing beyond the spatial frequency
-that the measured voxels could hold. Along each axis, the power of what is fine along another axis
-(there noise counts more than anatomy) is therefore compared between low and high frequencies. That
-of a measured image falls slowly; that of an interpolated one ends in a cliff, with zero-filling,
-linear and cubic interpolation alike.
+Scanners and earlier pipelines deliver slices of 5 mm as voxels of 1 mm, or 2 mm in plane as 0.5
+mm. Nothing was measured in between: noise and detail are missing beyond the spatial frequency that
+the measured voxels could hold. Along each axis, the power at low and at high frequencies is
+therefore compared, for structure that is fine along another axis (where noise dominates anatomy).
+The spectrum of a measured image falls slowly; that of an interpolated one ends in a cliff, after
+zero-filling as well as linear or cubic interpolation.
 """
 
 from __future__ import annotations
@@ -26,35 +26,36 @@ from brainprior_bids.engine.grids import Grid
 Sizes = tuple[float, float, float]
 
 SMALLEST = 24
-"""Voxels along an axis of the inner part below which nothing is said of that axis."""
+"""Smallest number of voxels of the inner part along an axis for which the axis is judged."""
 INNER = 0.55
-"""Edge of the inner part over that of the head's box: inside a brain, away from cut edges."""
+"""Edge of the inner part relative to that of the head's box: inside a brain, away from cut
+edges."""
 GENTLE, SHEER = 0.16, 0.01
 """The cliff is where the power falls below ``GENTLE``: linear interpolation does so at the Nyquist
-frequency of the measured voxels, splines within a tenth of it. Where the slope is below ``SHEER``
-(zero-filling) it is where half of the power just before it is left."""
+frequency of the measured voxels, splines within a tenth of it. If the slope is below ``SHEER``
+(zero-filling), the cliff is where the power falls to half of that just before it."""
 BEFORE, BEYOND = 0.8, 1.3
-"""Frequencies over that of the cliff between which its slope is measured."""
+"""Frequencies relative to that of the cliff between which its slope is measured."""
 LARGEST_LEFT, LARGEST_SLOPE = 0.012, 0.18
 """An image is interpolated if less power than this is left beyond the cliff, and less than this
 share of the power before it. Heads and brains interpolated twofold and fivefold: at most 0.007 and
-0.12; those that were measured as they are have more in one of the two (docs/tasks/restore.md)."""
+0.12; images with measured voxels exceed one of the two (docs/tasks/restore.md)."""
 CLEARLY = 1.4
-"""Measured over stored voxel size from which it is reported."""
+"""Smallest ratio of measured to stored voxel size that is reported."""
 MIRRORED = 0.5
-"""Correlation of the coefficients on both sides from which they are copies of each other."""
+"""Smallest correlation at which the coefficients on both sides count as copies of each other."""
 STEP = 3.0
-"""Power of one frequency over that of the next where zero-filling begins."""
+"""Ratio of the power of neighbouring frequencies at the start of zero-filling."""
 NEAR = 0.15
-"""The cliff's place is known about as well."""
+"""Relative uncertainty of the cliff's position."""
 STRONGLY = 2.5
-"""From here on the image is reduced to the measured voxels, if their size is exact or stated, and
-not along all axes: an image that is smooth along all was smoothed, or made by a program."""
+"""Smallest ratio at which the image is reduced to the measured voxels, if their size is exact or
+stated, and not along all axes: an image that is smooth along all axes was smoothed or computed."""
 
 
 @dataclass(frozen=True)
 class Cliff:
-    """Where the power along an axis ends.
+    """The frequency at which the power along an axis ends.
 
     Parameters
     ----------
@@ -72,22 +73,22 @@ class Cliff:
 
     @property
     def interpolated(self) -> bool:
-        """Whether nothing was measured beyond."""
+        """Whether the image was interpolated."""
         return self.factor >= CLEARLY and self.left < LARGEST_LEFT and self.slope < LARGEST_SLOPE
 
 
 @dataclass(frozen=True)
 class Resolution:
-    """With how large voxels an image was measured, and what was done about it.
+    """The voxel size with which an image was measured, and the one that is used.
 
     Parameters
     ----------
     stored_mm : 3 floats
         The voxels of the file, on closest-canonical axes.
     measured_mm : 3 floats
-        The voxels that it was measured with; ``stored_mm`` where no interpolation is recognised.
+        The measured voxels; ``stored_mm`` if no interpolation is recognised.
     used_mm : 3 floats
-        The voxels that it was reduced to, or ``stored_mm``.
+        The voxels to which the image was reduced, or ``stored_mm``.
     source : str
         ``measured`` (from the image), ``option`` or ``off``.
     interpolant : 3 bools
@@ -119,7 +120,7 @@ def find_resolution(
     step: float = 0.0,
     stated_mm: Sequence[float] = (),
 ) -> Resolution:
-    """With how large voxels an image was measured, and which ones to use.
+    """The voxel size with which an image was measured, and the one to use.
 
     Parameters
     ----------
@@ -131,14 +132,14 @@ def find_resolution(
     step : float
         Distance between stored values; 0 where they are floating-point.
     stated_mm : sequence of float
-        Spacing and thickness of slices as the sidecars state them. Where the image does not say
-        how many measured voxels fill the field of view, the first that is within ``NEAR`` of the
-        estimate takes its place.
+        Spacing and thickness of slices from the sidecars. If the image does not determine how many
+        measured voxels fill the field of view, the first value within ``NEAR`` of the estimate
+        replaces it.
 
     Raises
     ------
     UsageError
-        If a voxel size that was asked for leaves fewer than 4 voxels.
+        If a requested voxel size leaves fewer than 4 voxels.
     """
     stored = _sizes(grid.spacing_mm)
     if asked == "off":
@@ -154,18 +155,18 @@ def find_resolution(
             )
         return Resolution(stored, wanted, wanted, "option")
     cliffs = find_cliffs(data, step=step)
-    found = [
+    factors = [
         _factor(data, axis, cliff, [known / stored[axis] for known in stated_mm])
         if cliff is not None and cliff.interpolated
         else _AS_STORED
         for axis, cliff in enumerate(cliffs)
     ]
-    measured = _sizes([one.factor * s for one, s in zip(found, stored, strict=True)])
-    strong = [one.sure and one.factor >= STRONGLY for one in found]
+    measured = _sizes([one.factor * s for one, s in zip(factors, stored, strict=True)])
+    strong = [one.sure and one.factor >= STRONGLY for one in factors]
     if all(strong):  # no scanner does that: the image is smooth
         strong = [False] * 3
     used = _sizes([m if yes else s for m, s, yes in zip(measured, stored, strong, strict=True)])
-    curves = found[0].curve, found[1].curve, found[2].curve
+    curves = factors[0].curve, factors[1].curve, factors[2].curve
     return Resolution(stored, measured, used, "measured", curves)
 
 
@@ -190,9 +191,10 @@ def reduce_to_measured(
 ) -> tuple[NDArray[np.float32], Grid]:
     """The image with the voxels of ``used_mm``, on a grid with the same edges.
 
-    By its cosine series, which continues the field of view by its mirror image, so that nothing
-    wraps around: its values at the centres of the larger voxels. Where the measured values are not
-    known to lie on the curve, the series is cropped first to the frequencies of larger voxels.
+    It is evaluated from its cosine series at the centres of the larger voxels. The series
+    continues the field of view by its mirror image, so that nothing wraps around. If the measured
+    values are not known to lie on the curve, the series is first cropped to the frequencies of the
+    larger voxels.
     """
     shape = list(data.shape)
     for axis, (extent, size, spacing) in enumerate(
@@ -221,7 +223,7 @@ def _values_at(n: int, m: int, terms: int) -> NDArray[np.float32]:
 
 
 def find_cliffs(data: NDArray[np.float32], *, step: float = 0.0) -> list[Cliff | None]:
-    """Where the power along each axis ends; None where nothing can be said of it.
+    """Where the power along each axis ends; None if this cannot be determined.
 
     ``data`` is (i, j, k); ``step`` is the distance between stored values.
     """
@@ -238,14 +240,14 @@ def _inner(data: NDArray[np.float32]) -> NDArray[np.float64]:
     """The middle of the head's box."""
     bright = (data > 0.2 * np.percentile(data, 98)).astype(np.int8)
     parts = []
-    for found, size in zip(ndimage.find_objects(bright)[0], data.shape, strict=True):
-        middle, half = (found.start + found.stop) / 2, INNER * (found.stop - found.start) / 2
+    for extent, size in zip(ndimage.find_objects(bright)[0], data.shape, strict=True):
+        middle, half = (extent.start + extent.stop) / 2, INNER * (extent.stop - extent.start) / 2
         parts.append(slice(max(int(middle - half), 0), min(int(middle + half) + 1, size)))
     return np.asarray(data[tuple(parts)], np.float64)
 
 
 def _cliff(data: NDArray[np.float64], axis: int, rounding: float) -> Cliff | None:
-    """Where the power along an axis ends; None where nothing can be said."""
+    """Where the power along an axis ends; None if this cannot be determined."""
     spectrum = _spectrum(data, axis, rounding)
     if spectrum is None:
         return None
@@ -263,7 +265,7 @@ def _cliff(data: NDArray[np.float64], axis: int, rounding: float) -> Cliff | Non
 def _factor(
     data: NDArray[np.float32], axis: int, cliff: Cliff, stated: Sequence[float]
 ) -> _Factor:
-    """Exact, stated, or that of the cliff, whichever is known first."""
+    """The exact factor, the stated one, or that of the cliff, in this order."""
     exact = _exact_factor(data, axis, cliff)
     if exact is not None:
         return exact
@@ -272,7 +274,8 @@ def _factor(
 
 
 def _exact_factor(data: NDArray[np.float32], axis: int, cliff: Cliff) -> _Factor | None:
-    """As ``_factor``, where so many measured voxels fill the field of view; else None.
+    """As ``_factor``, if a whole number of measured voxels fills the field of view; otherwise
+    None.
 
     Interpolation repeats the spectrum of the measured voxels, mirrored at their Nyquist frequency,
     and attenuates it: about the right number, cosine coefficients on both sides are copies of each
@@ -320,10 +323,9 @@ def _crossing(
 
 
 def _spectrum(data: NDArray[np.float64], axis: int, rounding: float) -> NDArray[np.float64] | None:
-    """Power over 0 to 0.5 cycles a voxel of what is fine along another axis; 1 at low ones.
-
-    Of the three ways of being fine along another axis the one with the most power counts: the
-    others may be empty, where the image is interpolated along those axes too.
+    """Power at 0 to 0.5 cycles per voxel of structure that is fine along another axis, relative to
+    the lowest frequencies. Of the three combinations of other axes, the one with the most power is
+    used: the others may be empty, if the image is interpolated along those axes too.
     """
     x = np.moveaxis(data, axis, -1)
     if x.shape[-1] < SMALLEST or min(x.shape[:2]) < 8:

@@ -45,7 +45,7 @@ def align_run(name: str, run: Prepared, reference: PlacedScan) -> AlignedRun:
     Parameters
     ----------
     name : str
-        Of the run, for messages.
+        Name of the run, for messages.
     run : Prepared
         With ``log_bias``; its affine to MNI305 is not used.
     reference : PlacedScan
@@ -72,7 +72,7 @@ def align_run(name: str, run: Prepared, reference: PlacedScan) -> AlignedRun:
 
 @contextmanager
 def errors_name(run: str) -> Iterator[None]:
-    """Errors of the block begin with the run's name, unless they hold it already."""
+    """Errors of the block begin with the run's name, unless they contain it already."""
     try:
         yield
     except BrainpriorError as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One gain per slice of a 2-D scan, where its slices differ in brightness.
+"""One gain per slice of a 2-D scan whose slices differ in brightness.
 
 Interleaved slices often alternate in brightness (cross-talk, slice order). Deconvolution along the
 slice axis amplifies this into stripes, so the gains are part of the bias field b.
@@ -15,14 +15,14 @@ Only voxels deep in the brain whose two neighbours across the slices are alike a
 
     r = D g + t + e,    g_k = a (-1)^k + h_k,    h_k ~ N(0, s^2)
 
-D is the second difference in the definition of r; t is what anatomy adds to r, a straight line
-plus a Gaussian process that is smooth over ``TREND_SLICES``. Slow changes of gain cannot be
-distinguished from t and stay with the smooth field. s maximises the restricted likelihood, a is
-the generalised least-squares estimate and h the posterior mean. a and h are each applied only
-where they are both large and significant; a scan without gains stays as it is.
+D is the second difference in the definition of r; t is the contribution of anatomy to r, a
+straight line plus a Gaussian process that is smooth over ``TREND_SLICES``. Slow changes of gain
+cannot be distinguished from t and remain part of the smooth field. s maximises the restricted
+likelihood, a is the generalised least-squares estimate and h the posterior mean. a and h are each
+applied only if they are large and significant; a scan without gains is not changed.
 
 The thresholds were chosen on 89 scans without gains (twenty 3-D brains averaged to 3 and 5 mm
-slices along three axes, and nine 2-D T2w heads) and the same scans with gains put on them; the
+slices along three axes, and nine 2-D T2w heads) and the same scans with simulated gains; the
 results are in ``docs/tasks/restore.md``.
 """
 
@@ -50,11 +50,12 @@ BLOCK_MM = 30.0
 """Edge of the blocks whose scatter gives e; smaller ones are correlated through the anatomy."""
 FEWEST_IN_BLOCK, FEWEST_BLOCKS, FEWEST_SLICES = 15, 4, 7
 LEAST_AREA = 0.25
-"""Slices with less of the fullest slice's voxels are too near the ends of the brain."""
+"""Slices with a smaller share of the largest slice's voxels are too close to the ends of the
+brain."""
 MIDLINE_MM = 15.0
-"""Sagittal slices this near to the middle show the fissure between unlike neighbours."""
+"""Sagittal slices this close to the middle show the fissure between different neighbours."""
 OUTLIER = 0.2
-"""|r| of a lost or corrupted slice: it and its neighbours are left out."""
+"""|r| of a lost or corrupted slice: it and its neighbours are excluded."""
 SPREAD_FACTOR, SPREAD_FLOOR = 1.2, 0.003
 TREND_SLICES, TREND_SD = 3.0, 0.03
 GAIN_SDS = (
@@ -69,7 +70,7 @@ LEAST_GAIN_SD, EVIDENCE = 0.0075, 8.0
 
 @dataclass(frozen=True, eq=False)
 class SliceGains:
-    """Gains of a scan's slices, and how well they are known.
+    """Gains of a scan's slices, and their significance.
 
     Attributes
     ----------
@@ -81,7 +82,7 @@ class SliceGains:
     alternation_se : float
         Its standard error.
     gain_sd : float
-        s: SD of what else differs from slice to slice, 0 if not significant.
+        s: SD of the random gains, 0 if not significant.
     evidence : float
         Twice the log likelihood ratio of s against 0.
     compared : (n,) bool array
@@ -102,7 +103,7 @@ class SliceGains:
 
     @property
     def rms(self) -> float:
-        """Of the log gains."""
+        """RMS of the log gains."""
         return float(np.sqrt(np.mean(self.log_gains**2)))
 
     def along(self, axis: int) -> NDArray[np.float32]:
@@ -140,7 +141,7 @@ def find_slice_gains(
     Returns
     -------
     SliceGains or None
-        None for a 3-D scan, and where too few slices can be compared.
+        None for a 3-D scan, and if too few slices can be compared.
     list of str
         A warning in the latter case.
 
@@ -182,7 +183,7 @@ def slice_steps(
 ) -> SliceSteps:
     """Compare every slice along the first axis with its two neighbours.
 
-    Slices within ``midline_slices`` of the middle of the mask are left out.
+    Slices within ``midline_slices`` of the middle of the mask are excluded.
     """
     n = len(values)
     r, e, counts = np.full(n, np.nan), np.full(n, np.nan), np.zeros(n)
@@ -220,13 +221,13 @@ def _blocks(shape: tuple[int, ...], in_plane_mm: Array) -> NDArray[np.intp]:
 def _median_and_error(step: Array, block: NDArray[np.intp]) -> tuple[float, float]:
     """Median over voxels, and its standard error from the blocks; NaN from too few of them."""
     counts = np.bincount(block)
-    kept = np.flatnonzero(counts >= FEWEST_IN_BLOCK)
-    if len(kept) < FEWEST_BLOCKS:
+    blocks = np.flatnonzero(counts >= FEWEST_IN_BLOCK)
+    if len(blocks) < FEWEST_BLOCKS:
         return np.nan, np.nan
     median = float(np.median(step))
-    away = np.array([np.median(step[block == number]) for number in kept]) - median
+    away = np.array([np.median(step[block == number]) for number in blocks]) - median
     limit = 3 * 1.4826 * float(np.median(np.abs(away)))
-    weights = np.minimum(counts[kept], 2 * np.median(counts[kept])).astype(np.float64)
+    weights = np.minimum(counts[blocks], 2 * np.median(counts[blocks])).astype(np.float64)
     total = np.sqrt(np.sum((weights * np.clip(away, -limit, limit)) ** 2))
     return median, float(total / weights.sum())
 
@@ -260,7 +261,7 @@ def fit_gains(steps: SliceSteps) -> SliceGains:
         best = fits[0]
     a, se = best.alternation, best.alternation_se
     gains = best.others
-    # with s > 0, se is mostly how far random gains alternate by chance: a itself is well known
+    # with s > 0, se mostly reflects chance alternation of random gains; a itself is well known
     if best.gain_sd > 0 or abs(a) >= max(LEAST_ALTERNATION, SIGNIFICANT * se):
         gains = gains + a * _signs(len(gains))
     if gains.any():

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the slices of a scan fit together: a lost one, interleaves that moved or differ in gain.
+"""Consistency of the slices of a scan: lost slices, interleaves that moved or differ in gain.
 
-The model of a scan takes its slices for one still brain. Where they are not, 1 mm of unknowns
-explain them nevertheless, so that no residual tells.
+The model of a scan assumes that its slices show one brain at rest. If they do not, a 1 mm image
+can explain them nevertheless, so that the residual does not reveal it.
 
 Symbols: s_k, slice k inside the brain, smoothed in its plane; m_k, its median.
 
     mismatch = RMS_k(s_k - (s_{k-1} + s_{k+1}) / 2) / RMS_k(s_{k+1} - s_{k-1})
 
-A slice of a still brain lies between its neighbours: white noise would have 0.87, anatomy less.
-Where every second slice was measured at another place or with another gain, its neighbours are
-alike and it is not: more than that.
+A slice of a brain at rest is similar to the mean of its neighbours: white noise would have 0.87,
+anatomy less. If every second slice was measured in another position or with another gain, its
+neighbours are alike but it differs: the value is higher.
 
-Slices whose signal is lost are found before there is a mask, and are not used: for mask and
+Slices that lost their signal are detected before there is a mask, and are not used: for mask and
 structures they are replaced by their neighbours, for bias field and likelihood they are missing.
 """
 
@@ -31,16 +31,17 @@ from brainprior_bids.engine.errors import ShapeMismatchError
 from brainprior_bids.engine.grids import PLANES, Grid
 
 SMOOTH_MM = 2.5
-"""SD of the smoothing: noise and detail of the plane hardly count."""
+"""SD of the in-plane smoothing, which suppresses noise and detail."""
 INSIDE = 0.9
-"""A voxel with this share of brain counts."""
+"""Smallest share of brain in a voxel that is compared."""
 LEAST_CM2 = 30.0
-"""Of brain, in a slice and in its neighbours; less is too near the border to be judged."""
+"""Smallest area of brain in a slice and in its neighbours; with less, it is too close to the
+border."""
 FEWEST = 3
 FAINTEST = 0.6
-"""Brightness of a slice over its neighbours' below which its signal is taken to be lost."""
+"""Brightness of a slice relative to its neighbours below which its signal counts as lost."""
 LARGEST_MISMATCH = 0.7
-"""Mismatch above which the slices do not show one still brain."""
+"""Mismatch above which the slices are inconsistent."""
 BRIGHT = 0.25
 """Voxels above this share of the image's 99th percentile show the head."""
 ENDS = ("left", "back", "bottom")
@@ -49,12 +50,12 @@ ENDS = ("left", "back", "bottom")
 
 @dataclass(frozen=True)
 class SliceFit:
-    """How the slices of a scan fit together.
+    """Consistency of the slices of a scan.
 
     Attributes
     ----------
     mismatch : float
-        See above; 0.4 to 0.6 of a still brain.
+        See above; 0.4 to 0.6 for a brain at rest.
     faintest : float
         Smallest m_k over the mean of m_{k-1} and m_{k+1}.
     faintest_slice : int
@@ -78,9 +79,7 @@ def slice_fit(image: nib.Nifti1Image, mask: ArrayLike, *, axis: int) -> SliceFit
     axis : {0, 1, 2}
         Slice axis.
 
-    Returns
-    -------
-    SliceFit, or None where fewer than three slices hold enough brain.
+    Returns ------- SliceFit, or None if fewer than three slices contain enough brain.
 
     Raises
     ------
@@ -125,9 +124,10 @@ def slice_fit(image: nib.Nifti1Image, mask: ArrayLike, *, axis: int) -> SliceFit
 def lost_slices(image: nib.Nifti1Image, *, axis: int) -> tuple[int, ...]:
     """Slices that are much darker than those on both sides.
 
-    The darker side counts: where the head ends, brightness falls from slice to slice. Compared are
-    the mean, and the median of the voxels that show the head on both sides, with the brighter one
-    of the two nearest slices of each side: two lost slices in a row are found.
+    A slice must be darker than both sides, because brightness falls from slice to slice at the
+    ends of the head. The mean, and the median of the voxels that show the head on both sides, are
+    compared with the brighter one of the two nearest slices of each side, so that two lost slices
+    in a row are detected.
 
     Parameters
     ----------
@@ -139,7 +139,7 @@ def lost_slices(image: nib.Nifti1Image, *, axis: int) -> tuple[int, ...]:
     Returns
     -------
     tuple of int
-        Their numbers from 0 on the axes of the scan; the outermost slices are not judged.
+        Their numbers from 0 on the axes of the scan; the outermost slices are not tested.
     """
     data = np.moveaxis(np.nan_to_num(image.get_fdata(dtype=np.float32)), axis, 0)
     spacing = np.delete(Grid(image.shape, image.affine).spacing_mm, axis)
@@ -168,9 +168,9 @@ def lost_slices(image: nib.Nifti1Image, *, axis: int) -> tuple[int, ...]:
 def bridged(image: nib.Nifti1Image, lost: Sequence[int], *, axis: int) -> nib.Nifti1Image:
     """A float32 copy in which lost slices are interpolated between the nearest others."""
     data = np.moveaxis(image.get_fdata(dtype=np.float32).copy(), axis, 0)
-    kept = np.setdiff1d(np.arange(len(data)), lost)
+    intact = np.setdiff1d(np.arange(len(data)), lost)
     for k in lost:
-        below, above = kept[kept < k].max(), kept[kept > k].min()
+        below, above = intact[intact < k].max(), intact[intact > k].min()
         share = np.float32((k - below) / (above - below))
         data[k] = (1 - share) * data[below] + share * data[above]
     return nib.Nifti1Image(np.moveaxis(data, 0, axis), image.affine)
@@ -178,9 +178,9 @@ def bridged(image: nib.Nifti1Image, lost: Sequence[int], *, axis: int) -> nib.Ni
 
 def without_slices(values: ArrayLike, lost: Sequence[int], *, axis: int) -> NDArray[Any]:
     """A copy of a mask on the scan's grid that is 0 in lost slices."""
-    kept = np.array(values)
-    np.moveaxis(kept, axis, 0)[list(lost)] = 0
-    return kept
+    copy = np.array(values)
+    np.moveaxis(copy, axis, 0)[list(lost)] = 0
+    return copy
 
 
 def hidden_voxels(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From one grid to another, and affines as ITK text.
+"""Resampling between grids, and affines as ITK text.
 
-An ITK file named ``from-T1w_to-MNI305`` maps *points* the other way, from MNI305 to the T1w, as
-fMRIPrep's and ANTs' do: it is what resampling the T1w on the MNI305 grid needs, so that
+An ITK file named ``from-T1w_to-MNI305`` maps *points* the other way, from MNI305 to the T1w, as in
+fMRIPrep and ANTs. This is the direction needed to resample the T1w on the MNI305 grid, so that
 ``antsApplyTransforms -i T1w -r MNI305 -t from-T1w_to-MNI305_mode-image_xfm.txt`` does what the
 name says. ITK's millimetres are LPS, ours RAS.
 """
@@ -42,7 +42,7 @@ def resample(
     data : (i, j, k) array
         On ``source``.
     source, target : Grid
-        Where the values are, and where they are wanted.
+        Grids of the values and of the result.
     matrix : (4, 4) array, optional
         mm of ``source`` to mm of ``target``; default identity.
     order : int
@@ -99,7 +99,7 @@ def check_placed(image: nib.spatialimages.SpatialImage, who: str) -> None:
 
 
 class Kind(StrEnum):
-    """What an image holds, which decides how it is interpolated."""
+    """The content of an image, which determines its interpolation."""
 
     IMAGE = "image"
     """Intensities: cubic splines."""
@@ -108,15 +108,15 @@ class Kind(StrEnum):
     MASK = "mask"
     """0 and 1: linear, then cut at one half."""
     LABELS = "labels"
-    """Values that name structures: the one with the largest share of the linear weights."""
+    """Labels of structures: the one with the largest linear weight."""
 
 
 def resample_labels(
     labels: ArrayLike, source: Grid, target: Grid, *, matrix: ArrayLike | None = None
 ) -> NDArray[np.int16]:
-    """Labels on another grid: of the eight voxels around a point, the label with most weight.
-
-    Where two weigh the same, the larger value counts, so that brain wins over background.
+    """Labels on another grid: the label with the largest weight of the eight voxels around a
+    point. If two have the same weight, the larger value is used, so that brain takes precedence
+    over background.
 
     Parameters
     ----------
@@ -131,12 +131,12 @@ def resample_labels(
         On ``target``; 0 outside the source.
     """
     values = np.pad(np.asarray(labels, np.int16), 1)
-    found = np.zeros(target.shape, np.int16)
+    result = np.zeros(target.shape, np.int16)
     near = resample(values[1:-1, 1:-1, 1:-1] != 0, source, target, matrix=matrix, order=1) > 0
-    where = np.argwhere(near)
+    voxels = np.argwhere(near)
     mm_to_mm = np.linalg.inv(_checked(np.eye(4) if matrix is None else matrix))
     index = np.linalg.inv(source.affine) @ mm_to_mm @ target.affine
-    points = where @ index[:3, :3].T + index[:3, 3]
+    points = voxels @ index[:3, :3].T + index[:3, 3]
     low = np.floor(points).astype(int)
     share = points - low
     corners, weights = [], []
@@ -144,14 +144,14 @@ def resample_labels(
         at = np.clip(low + np.array(corner) + 1, 0, np.array(values.shape) - 1)
         corners.append(values[tuple(at.T)])
         weights.append(np.where(corner, share, 1 - share).prod(1))
-    most = np.zeros(len(where))
-    winner = np.zeros(len(where), np.int16)
+    most = np.zeros(len(voxels))
+    winner = np.zeros(len(voxels), np.int16)
     for label in corners:
         total = sum(w * (other == label) for w, other in zip(weights, corners, strict=True))
         better = (total > most) | ((total == most) & (label > winner))
         most, winner = np.where(better, total, most), np.where(better, label, winner)
-    found[tuple(where.T)] = winner
-    return found
+    result[tuple(voxels.T)] = winner
+    return result
 
 
 def move(
@@ -159,8 +159,8 @@ def move(
 ) -> nib.Nifti1Image:
     """The image on another grid, interpolated once; a skull-stripped one stays so.
 
-    A voxel of an image or a spread is 0 where most of what it is made of is exactly 0: a cubic
-    spline rings beyond the edge of a mask.
+    A voxel of an image or an SD is 0 if most of the voxels around it are exactly 0, because a
+    cubic spline rings beyond the edge of a mask.
 
     Parameters
     ----------

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Templates of standard spaces, where TemplateFlow's folder has them; nothing is downloaded.
+"""Templates of standard spaces in TemplateFlow's folder; nothing is downloaded.
 
 The files are looked up by their paths: importing ``templateflow`` alone writes a skeleton of empty
 files into its folder, and its ``get`` fetches what is missing.
@@ -38,7 +38,7 @@ def templateflow_home() -> Path:
 
 
 def is_fetched(path: Path) -> bool:
-    """Whether a file is there; TemplateFlow's skeleton has empty ones in place of the others."""
+    """Whether a file exists; TemplateFlow's skeleton has empty files in place of missing ones."""
     return path.is_file() and path.stat().st_size > 0
 
 
@@ -59,12 +59,14 @@ class Template:
 
     @property
     def address(self) -> str:
-        """Where TemplateFlow publishes the image that defines the space; it is not fetched."""
+        """Address at which TemplateFlow publishes the image that defines the space; it is not
+        fetched.
+        """
         return f"{SERVER}/tpl-{self.space}/{self.image.name}"
 
     @cached_property
     def grid(self) -> Grid:
-        """That both are on."""
+        """Grid of both."""
         image = nib.load(self.image)
         return Grid(image.shape, image.affine)
 
@@ -84,7 +86,7 @@ def find_template(space: str) -> Template:
     Raises
     ------
     UsageError
-        If it is not there or cannot be read; with how to fetch it.
+        If it is missing or unreadable; the message says how to fetch it.
     """
     folder = templateflow_home()
     stem = folder / f"tpl-{space}" / f"tpl-{space}_res-01"
@@ -102,7 +104,7 @@ def find_template(space: str) -> Template:
             same = image.shape == template.grid.shape and np.allclose(
                 image.affine, template.grid.affine, atol=1e-3
             )
-        except Exception as error:  # whatever nibabel says of a broken file
+        except Exception as error:  # any error of nibabel for a broken file
             raise UsageError(_not_there(space, f"{path} cannot be read ({error})")) from error
         if len(image.shape) != 3 or not same:
             raise UsageError(

@@ -12,7 +12,7 @@ voxels of a tissue:
 MRIQC takes the tissues from a segmentation of the intensities, and its grey matter includes the
 deep nuclei; here they are labels of the parcellation (cortex alone), all of their voxels. MRIQC's
 ``cnr`` has the noise of the air around the head as a third term, which the restored image lacks.
-Both images are taken without the bias field, as in MRIQC. Its metrics that need air, scalp,
+Both images are used without the bias field, as in MRIQC. Its metrics that need air, scalp,
 partial-volume maps or a template (``snrd``, ``efc``, ``fber``, ``qi``, ``wm2max``, ``rpve``,
 ``tpm_overlap``) have no counterpart.
 """
@@ -71,7 +71,7 @@ def tissue_values(
 
 
 def tissue_metrics(values: Mapping[str, Values]) -> dict[str, float]:
-    """The metrics that the voxels allow, by MRIQC's names.
+    """The metrics that can be computed, by MRIQC's names.
 
     Parameters
     ----------

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Grey matter, white matter and fluid from structures and intensities, for fMRIPrep.
 
-Every structure is grey, white or fluid; its label, blurred by one millimetre, is the prior
-probability, and the intensities around a border decide: one Gaussian a kind of structure, its
-moments taken from the voxels of that kind, in a few rounds of expectation and maximisation. This
-is no finer than the structures: it does not find what the parcellation missed.
+Every structure is grey, white or fluid. Its label, blurred by one millimetre, is the prior
+probability, and the intensities refine the borders: one Gaussian per kind of structure, estimated
+in a few rounds of expectation and maximisation. The result is no finer than the structures: tissue
+that the parcellation missed is not found.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def tissue_probabilities(
     image : (i, j, k) array
         Skull-stripped, bias-free.
     labels : (i, j, k) integer array
-        FreeSurfer's values; brain without a label may be anything, its intensity decides.
+        FreeSurfer's values; the tissue of brain without a label is determined by its intensity.
     mask : (i, j, k) array
         Brain.
     spacing_mm : (3,)
@@ -63,9 +63,9 @@ def tissue_probabilities(
         If one of the three tissues has no label at all.
     """
     inside = np.asarray(mask) > 0
-    found = np.asarray(labels)
+    label_values = np.asarray(labels)
     values = np.asarray(image, np.float32)[inside]
-    members = {kind: np.isin(found, which) & inside for kind, (_, which) in KINDS.items()}
+    members = {kind: np.isin(label_values, which) & inside for kind, (_, which) in KINDS.items()}
     kinds = [kind for kind, member in members.items() if member.any()]
     missing = set(TISSUES) - {KINDS[kind][0] for kind in kinds}
     if missing:
@@ -91,7 +91,7 @@ def tissue_probabilities(
         square = (posterior * (values - mean[:, None]) ** 2).sum(1) / weight
         sd = np.maximum(np.sqrt(square), 0.02 * spread)
         density = np.exp(-0.5 * ((values - mean[:, None]) / sd[:, None]) ** 2) / sd[:, None]
-        joint = prior * (density + 1e-6 / spread)  # far from every mean, the prior alone decides
+        joint = prior * (density + 1e-6 / spread)  # far from every mean, only the prior is used
         posterior = joint / np.maximum(joint.sum(0), 1e-30)
     out = {}
     for tissue in TISSUES:

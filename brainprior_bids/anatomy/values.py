@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The values of a scan: what is refused, and what is put right."""
+"""The values of a scan: checks and corrections."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ zero of its own. The rings of an interpolation and the noise of real-valued imag
 LARGEST_VALUE = 1e15
 """Sums of squares of larger values do not fit float32."""
 EMPTY_EDGE = 0.5
-"""Where more of the outermost voxels than this have one value, that is the background."""
+"""If a larger share of the outermost voxels has one value, that is the background."""
 
 
 def check_values(
@@ -30,17 +30,17 @@ def check_values(
     ----------
     data : (i, j, k) array
     grid : Grid
-        Of ``data``.
+        Grid of ``data``.
     name : str
-        The scan's, for messages.
+        Name of the scan, for messages.
     warnings : list of str
-        Receives a sentence for everything that was put right.
+        Receives a sentence for every correction.
 
     Returns
     -------
     data : (i, j, k) array
     facts : dict
-        As ``records.ValuesRecord``; of the values as they came.
+        As ``records.ValuesRecord``, for the original values.
 
     Raises
     ------
@@ -100,7 +100,7 @@ def check_values(
 
 
 def _shift(data: NDArray[np.float32], name: str) -> float:
-    """What has to be added to an image without a zero of its own; 0 for others.
+    """The constant to add to an image without a zero of its own; 0 for others.
 
     The model of a scan is multiplicative: bias field and brightness scale what is above zero.
 
@@ -123,7 +123,9 @@ def _shift(data: NDArray[np.float32], name: str) -> float:
 
 
 def _shifted(data: NDArray[np.float32], shift: float) -> NDArray[np.float32]:
-    """The image moved up; where most of its faces have one value, this background becomes 0."""
+    """The image with the constant added; if most of its faces have one value, this background
+    becomes 0.
+    """
     faces = np.concatenate([data.take(i, a).ravel() for a in range(3) for i in (0, -1)])
     values, counts = np.unique(faces, return_counts=True)
     empty = values[counts.argmax()] if counts.max() > EMPTY_EDGE * faces.size else np.nan

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process per scan: a process that works on a scan keeps others from it.
-
-Two runs of one scan at the same time would meet in its work folder. A claim is a lock on one byte
-of a file, the byte being given by the scan's name: POSIX record locks hold on NFS too, need one
-open file for any number of scans, and end with their process, however it ends.
-
-A run claims its own name as an owner in the same way: temporary files whose owner's byte can be
-locked belong to a run that was killed.
+"""One process per scan: a process that works on a scan locks it for others. Otherwise two
+simultaneous runs of one scan would use the same work folder. A claim is a lock on one byte of a
+file; the byte is derived from the scan's name. POSIX record locks work on NFS too, need one open
+file for any number of scans, and are released when their process ends for any reason. A run claims
+its own name as an owner in the same way: temporary files whose owner's byte can be locked belong
+to a run that was killed.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ LOG = logging.getLogger("brainprior")
 FILE = ".lock"
 TAKEN = (errno.EACCES, errno.EAGAIN)
 ANYONE = 1 << 41
-"""The byte that every process locks, shared; those of names are below 1 << 40."""
+"""The byte that every process locks, shared; bytes of names are below 1 << 40."""
 
 
 class Claims:
@@ -37,13 +35,13 @@ class Claims:
     Parameters
     ----------
     folders : paths
-        Where the lock files lie: the output folder's ``logs`` and the work folder, either of
-        which another run may share. Made if absent.
+        Folders of the lock files: the output folder's ``logs`` and the work folder, both of which
+        another run may share. Created if absent.
 
     Attributes
     ----------
     refused : list of str
-        Scans that another process holds.
+        Scans that another process has claimed.
     """
 
     def __init__(self, folders: Iterable[Path]) -> None:
@@ -55,19 +53,18 @@ class Claims:
         self._owner = become_owner()
         for file in self._files:
             with suppress(OSError):  # without locks; `take` warns of it
-                # others hold these while they ask who is there, or clean up: it is waited for
+                # other processes hold these while they check for others or clean up: wait for them
                 fcntl.lockf(file, fcntl.LOCK_SH, 1, ANYONE, os.SEEK_SET)
                 fcntl.lockf(file, fcntl.LOCK_EX, 1, _byte(self._owner), os.SEEK_SET)
 
     def take(self, scan: str) -> bool:
-        """Claim a scan; False where another process has it.
-
-        On a file system without locks nothing is claimed, a warning says so, and it is True.
+        """Claim a scan; False if another process has it. On a file system without locks nothing is
+        claimed; the result is True, with a warning.
         """
-        taken = self._try(scan)
-        if not taken:
+        claimed = self._try(scan)
+        if not claimed:
             self.refused.append(scan)
-        return taken
+        return claimed
 
     def _try(self, scan: str) -> bool:
         for number, file in enumerate(self._files):
@@ -75,8 +72,8 @@ class Claims:
                 _lock(file, _byte(scan), fcntl.LOCK_EX)
             except OSError as error:
                 if error.errno in TAKEN:
-                    for held in self._files[:number]:
-                        _lock(held, _byte(scan), fcntl.LOCK_UN)
+                    for locked in self._files[:number]:
+                        _lock(locked, _byte(scan), fcntl.LOCK_UN)
                     return False
                 LOG.warning(
                     "%s cannot be locked (%s): make sure that no other process works on these "
@@ -87,7 +84,7 @@ class Claims:
         return True
 
     def give_back(self, scan: str) -> None:
-        """Let others have a scan."""
+        """Release a scan."""
         for file in self._files:
             with suppress(OSError):
                 _lock(file, _byte(scan), fcntl.LOCK_UN)
@@ -101,7 +98,7 @@ class Claims:
 
     @contextmanager
     def alone(self) -> Iterator[bool]:
-        """Whether no other process has claims in the folders; if so, one that comes waits."""
+        """Whether no other process has claims in the folders; if so, a new process waits."""
         alone = True
         try:
             for file in self._files:
@@ -133,7 +130,7 @@ class Claims:
                         path.unlink(missing_ok=True)
 
     def _is_dead(self, owner: str) -> bool:
-        """Whether an owner's byte is free in every folder; False where there are no locks."""
+        """Whether an owner's byte is free in every folder; False if there are no locks."""
         try:
             for file in self._files:
                 _lock(file, _byte(owner), fcntl.LOCK_EX)
@@ -153,7 +150,7 @@ class Claims:
 def _listed(folder: Path) -> list[Path]:
     try:
         return list(folder.iterdir())
-    except OSError:  # not there, or not readable
+    except OSError:  # missing or unreadable
         return []
 
 

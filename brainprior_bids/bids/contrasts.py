@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contrasts of a session on each other: which go together, and the files that say how.
+"""Alignment of the contrasts of a session: the pairs, and the files that describe it.
 
 A session's reference is its T1w, or the first contrast that it has. Every result of another
 contrast gets a rigid transform to it and back, and with ``--output-spaces T1w`` its images on the
-T1w's grid. The T1w's transform to a template takes the other contrasts there too; a contrast is
-registered to a template itself only where its session has no T1w. All is made from finished
-results in the output folder, after the scans: a contrast that cannot be registered takes nothing
-from them.
+T1w's grid. The T1w's transform to a template is used for the other contrasts too; a contrast is
+registered to a template itself only if its session has no T1w. Everything is derived from finished
+results in the output folder, after the scans: a contrast that cannot be registered does not affect
+them.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from brainprior_bids.settings import (
 )
 
 ORDER = (*MODALITIES, *OTHER_MODALITIES)
-"""Of contrasts: the first that a session has is its reference."""
+"""Order of contrasts: the first that a session has is its reference."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ class Result:
     Parameters
     ----------
     name : BIDSName
-        Of the scan.
+        Name of the scan.
     image : str
         ``desc-`` of the result.
     thickness_mm : float
-        Of the scan's slices.
+        Thickness of the scan's slices.
     """
 
     name: BIDSName
@@ -71,7 +71,7 @@ class Result:
 
     @property
     def title(self) -> str:
-        """What the result is called in ``logs/scans``."""
+        """Name of the result in ``logs/scans``."""
         return result_name(self.name, self.image)
 
     def files(
@@ -114,7 +114,7 @@ class Pair:
         return forward, back
 
     def on_reference(self, own: Mapping[str, str], spaces: Iterable[str]) -> dict[str, str]:
-        """Role -> path of what is written on the reference's grid.
+        """Role -> path of the files on the reference's grid.
 
         Parameters
         ----------
@@ -128,7 +128,7 @@ class Pair:
         return {role: f"{self.other.name.folder}/anat/{file}" for role, file in names.items()}
 
     def on_template(self, own: Mapping[str, str], space: str) -> dict[str, str]:
-        """Role -> path of what is written on a template's grid; arguments as ``on_reference``."""
+        """Role -> path of the files on a template's grid; arguments as in ``on_reference``."""
         if self.reference.name.suffix != "T1w":
             return {}
         names = names_in_space(self.other.name, own, space, image=self.other.image)
@@ -155,7 +155,7 @@ def pairs(results: Sequence[Result]) -> Iterator[Pair]:
 
 
 def result_of(summary: ScanRecord) -> Result:
-    """The result that a finished scan's summary names."""
+    """The result in a finished scan's summary."""
     image = TASKS[summary.task or "restore"]
     name = BIDSName.parse(summary.scan)
     own = BIDSName.parse(name.derivative(extension=".nii.gz", desc=None))
@@ -170,9 +170,9 @@ def through_t1w(
     Parameters
     ----------
     names : sequence of BIDSName
-        Of the scans of this run.
+        Names of the scans of this run.
     summaries : iterable of ScanRecord
-        Of earlier runs: a finished T1w counts if it has a transform to every template.
+        Summaries of earlier runs: a finished T1w counts if it has a transform to every template.
     """
     if not settings.template_spaces:
         return set()
@@ -183,31 +183,31 @@ def through_t1w(
             paths = {result.to_template(space) for space in settings.template_spaces}
             if result.name.suffix == "T1w" and paths <= set(summary.outputs):
                 results.append(result)
-    found = pairs(list({result.title: result for result in results}.values()))
-    return {pair.other.name.stem for pair in found if pair.reference.name.suffix == "T1w"}
+    all_pairs = pairs(list({result.title: result for result in results}.values()))
+    return {pair.other.name.stem for pair in all_pairs if pair.reference.name.suffix == "T1w"}
 
 
 def record_path(output_dir: Path, pair: Pair) -> Path:
-    """Where the record of a contrast's alignment lies."""
+    """Path of the record of a contrast's alignment."""
     return output_dir / "logs" / "contrasts" / f"{pair.other.title}.json"
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """What a pair's files are made from, and their names.
+    """The inputs of a pair's alignment, and the names of its files.
 
     Parameters
     ----------
     pair : Pair
     output_dir : Path
     own : role -> path
-        The contrast's files in its own space, as they are there.
+        The existing files of the contrast in its own space.
     on_reference : role -> path
-        What is to be written on the reference's grid.
+        Files to write on the reference's grid.
     on_templates : space -> role -> path
-        What is to be written on templates' grids, through the reference's transform.
+        Files to write on templates' grids, through the reference's transform.
     summary : ScanRecord
-        Of the contrast.
+        Summary of the contrast.
     """
 
     pair: Pair
@@ -219,7 +219,7 @@ class Alignment:
 
     @classmethod
     def of(cls, pair: Pair, summary: ScanRecord, settings: Settings) -> Alignment:
-        """From the contrast's summary and the run's settings."""
+        """The alignment, from the contrast's summary and the run's settings."""
         own = pair.other.files(
             summary.facts.restore.n_samples or 1, save_samples=True, uncertainty=True
         )
@@ -228,7 +228,7 @@ class Alignment:
         on_templates = {
             space: pair.on_template(own, space)
             for space in settings.template_spaces
-            # one that was registered itself has its images
+            # a contrast that was registered itself already has its images
             if pair.other.to_template(space) not in summary.outputs
             and (settings.output_dir / pair.reference.to_template(space)).is_file()
         }
@@ -249,7 +249,7 @@ class Alignment:
         return {path: sha256_file(self.output_dir / path) for path in binary}
 
     def fingerprint(self, inputs: Mapping[str, str]) -> str:
-        """SHA-256 over everything that decides the files."""
+        """SHA-256 over everything that determines the files."""
         written = [self.on_reference, *self.on_templates.values()]
         paths = sorted(path for roles in written for path in roles.values())
         parts = [code_version(), dict(inputs), paths]
@@ -264,7 +264,7 @@ class Alignment:
         )
 
     def stage(self, staging: Path, motion: ContrastMotion, activity: str) -> list[str]:
-        """Write everything below ``staging``; the paths, relative.
+        """Write everything below ``staging``; returns the relative paths.
 
         The sidecars name the alignment by its identifier, ``activity``.
         """
@@ -315,7 +315,7 @@ class Alignment:
         motion: ContrastMotion,
         activity: str,
     ) -> str:
-        """Write the JSON beside a transform; its path."""
+        """Write the JSON next to a transform; returns its path."""
         files = [result.files(1, save_samples=False)["restored"] for result in (source, target)]
         content = {
             "Description": f"rigid transform from {source.title} to {target.title}; ITK text, "
@@ -339,7 +339,7 @@ class Alignment:
         address: str,
         activity: str,
     ) -> list[str]:
-        """Write the images, their JSON and the table in another space; their paths.
+        """Write the images, their JSON and the table in another space; returns their paths.
 
         Parameters
         ----------
@@ -349,9 +349,9 @@ class Alignment:
         resample : function
             An image and its kind -> the image in that space.
         transforms : sequence of str
-            Paths of what ``resample`` applies, the first one last.
+            Paths of the transforms that ``resample`` applies, the first one last.
         address : str
-            Of the image that defines the space.
+            Address of the image that defines the space.
         activity : str
             Identifier of the alignment, for the sidecars.
         """
@@ -388,6 +388,6 @@ class Alignment:
 
 
 def remove_stale(output_dir: Path, previous: ContrastRecord | None, kept: Iterable[str]) -> None:
-    """Remove what an earlier alignment of the contrast left and this one did not replace."""
+    """Remove files of an earlier alignment of the contrast that this one did not replace."""
     for path in set(previous.outputs if previous else ()) - set(kept):
         (output_dir / PurePosixPath(path)).unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The derivative data set: its description, what the validator is to ignore, and sidecars."""
+"""The derivative data set: its description, the files for the validator to ignore, and
+sidecars."""
 
 from __future__ import annotations
 
@@ -71,7 +72,7 @@ DESCRIPTIONS = {
     "brain": "brain mask; its sidecar states the source",
     "structures": "brain structures, FreeSurfer's label values; the sidecar states the source",
 }
-"""``desc-`` value -> meaning, of the restored image and of the other tasks' images."""
+"""``desc-`` value -> meaning, for the restored image and the other tasks' images."""
 
 
 UNCERTAINTY = {
@@ -90,7 +91,7 @@ REFINED_RESIDUAL = (
 
 
 def descriptions() -> dict[str, str]:
-    """``desc-`` value -> meaning, every one that any task writes, for ``descriptions.tsv``."""
+    """``desc-`` value -> meaning, for all values of any task; for ``descriptions.tsv``."""
     images = [image for image in TASKS.values() if image != "restored"]
     parts = {
         image: ("sample01", *(("brain", "structures") if image == "refined" else ()))
@@ -119,7 +120,7 @@ MNI305_URL = "https://templateflow.s3.amazonaws.com/tpl-MNI305/tpl-MNI305_T1w.ni
 RESOLUTION = "1 mm, the voxels of TemplateFlow's res-01"
 
 OWN_SPACE = ("volume_mm3", "confidence")
-"""Metadata that describe columns of the table beside the labels in the scan's own space."""
+"""Metadata that describe columns of the table next to the labels in the scan's own space."""
 
 INHERITED = (
     "Manufacturer",
@@ -130,7 +131,7 @@ INHERITED = (
     "InversionTime",
     "FlipAngle",
 )
-"""Metadata of the source that stays true of the restored image."""
+"""Metadata of the source that remains valid for the restored image."""
 
 
 def write_dataset_files(
@@ -145,7 +146,7 @@ def write_dataset_files(
     Parameters
     ----------
     output_dir : Path
-        Root of the derivative data set; made if absent.
+        Root of the derivative data set; created if absent.
     bids_dir : Path
         Root of the raw data set.
     raw : mapping
@@ -154,7 +155,7 @@ def write_dataset_files(
         Other data sets to link.
     """
     described = output_dir / "dataset_description.json"
-    # those of earlier runs too: the sidecars that they left name files by them
+    # earlier runs' links are kept: their sidecars name files by them
     links = read_json(described).get("DatasetLinks", {}) if described.is_file() else {}
     links |= {name: Path(path).as_uri() for name, path in (derivatives or {}).items()}
     links["raw"] = bids_dir.as_uri()
@@ -196,7 +197,7 @@ def generated_by() -> dict[str, Any]:
 
 
 def code_url() -> str | None:
-    """Address of the source code, as the installed package states it; None where it does not."""
+    """Address of the source code, from the installed package's metadata; None if not stated."""
     try:
         stated = metadata("brainprior")
     except PackageNotFoundError:  # run from a checkout that is not installed
@@ -211,7 +212,7 @@ def code_url() -> str | None:
 def container() -> dict[str, str] | None:
     """The container that this process runs in, as BIDS describes it; None outside of one.
 
-    The digest is known where whoever starts the container passes it on: an image cannot hold its
+    The digest is known if it is passed at the start of the container: an image cannot contain its
     own. ``BRAINPRIOR_IMAGE`` and ``BRAINPRIOR_IMAGE_DIGEST`` are read.
     """
     apptainer = os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER")
@@ -229,7 +230,7 @@ def container() -> dict[str, str] | None:
 
 
 def check_output(output_dir: Path) -> None:
-    """Refuse an output folder that holds somebody else's data set, or cannot be written.
+    """Refuse an output folder that contains another program's data set, or cannot be written.
 
     Raises
     ------
@@ -241,9 +242,9 @@ def check_output(output_dir: Path) -> None:
             there = read_json(path)
         except (OSError, ValueError) as error:
             raise UsageError(f"{path} cannot be read ({error}). Repair or remove it.") from error
-        made = there.get("GeneratedBy")
-        made = made if isinstance(made, list) else []
-        makers = [maker.get("Name") for maker in made if isinstance(maker, dict)]
+        generated_by = there.get("GeneratedBy")
+        generated_by = generated_by if isinstance(generated_by, list) else []
+        makers = [maker.get("Name") for maker in generated_by if isinstance(maker, dict)]
         if "brainprior" not in makers:
             raise UsageError(
                 f"output_dir {output_dir} is a data set that brainprior did not make "
@@ -265,7 +266,7 @@ def check_output(output_dir: Path) -> None:
 
 
 def bids_uri(path: str, *, dataset: str = "") -> str:
-    """``bids:<dataset>:<path>``; an empty data set is this one."""
+    """``bids:<dataset>:<path>``; an empty data set name means this one."""
     return f"bids:{dataset}:{path}"
 
 
@@ -276,7 +277,7 @@ def sidecars(
     *,
     image_desc: str = "restored",
 ) -> dict[str, dict[str, Any]]:
-    """The JSON of every image that gets one: role -> content.
+    """The JSON of every image that has one: role -> content.
 
     Parameters
     ----------
@@ -285,7 +286,7 @@ def sidecars(
     outputs : role -> path
         Relative to the output folder.
     steps : StepRecords
-        At least ``restore`` and ``parcellation``, and ``lesion`` where there was one.
+        At least ``restore`` and ``parcellation``, and ``lesion`` if there was one.
     image_desc : str
         ``desc-`` of the image.
     """
@@ -298,7 +299,7 @@ def sidecars(
     hidden = [bids_uri(outputs["hidden"])] if "hidden" in outputs else []
     lesion = [steps.given["lesion"].uri] if "lesion" in steps.given else []
     alone = image_desc == "refined"
-    if alone:  # another tool's image stands for the scan: nothing of this is the scan's
+    if alone:  # another tool's image replaces the scan: none of this applies to the scan
         raw = steps.given["refined"].uri
     sources = [*([] if alone else [raw]), *used, mask, *hidden]
     shift = steps.conform.facts.values.shift
@@ -429,7 +430,7 @@ def sidecars(
 
 
 def _warp(template: TemplateRecord, way: str, image: str) -> dict[str, Any]:
-    """The JSON beside a nonlinear transform."""
+    """The JSON next to a nonlinear transform."""
     return {
         "Description": f"nonlinear transform, {way}: composite ITK transform in HDF5, which "
         "antsApplyTransforms takes as one",
@@ -455,9 +456,9 @@ def resampled(
     Parameters
     ----------
     contents : role -> content
-        Of the images in the scan's own space.
+        The JSON of the images in the scan's own space.
     outputs : role -> path
-        Of both.
+        Paths of both.
     transforms : sequence of str
         Paths of the transforms that were applied, the first one last.
     reference : str
@@ -482,15 +483,16 @@ def _card(weights: WeightsRecord) -> dict[str, str | None]:
 
 
 def _resolution(resolution: ResolutionRecord) -> dict[str, Any]:
-    """The voxels that an interpolated scan was measured with, and those that were used; mm, along
-    the closest-canonical axes."""
+    """The measured voxels of an interpolated scan, and those that were used; mm, along the
+    closest-canonical axes.
+    """
     if not resolution.interpolated:
         return {}
     return {"MeasuredVoxelSize": resolution.measured_mm, "UsedVoxelSize": resolution.used_mm}
 
 
 def _slices(bias: BiasRecord) -> dict[str, Any]:
-    """Slice gains and motion between interleaves of a 2-D scan, where they were estimated."""
+    """Slice gains and motion between interleaves of a 2-D scan, if they were estimated."""
     moved = {}
     if bias.interleaves is not None and bias.interleaves.moved:
         moved = {
@@ -527,9 +529,9 @@ def _fused(restore: RestoreRecord) -> list[dict[str, Any]]:
 def interval_half_widths(n_samples: int | None) -> dict[str, float]:
     """Half width of a central interval for the true value, in units of the uncertainty map.
 
-    Where the prior predicted the SD (None), it is the quantile of a Gaussian. Few samples have no
-    empirical quantiles; for a Gaussian the next draw (the truth is one more)
-    lies within ``t(n - 1) sqrt(1 + 1/n)`` SDs of the mean.
+    If the prior predicted the SD (None), it is the quantile of a Gaussian. Few samples have no
+    empirical quantiles; for a Gaussian the next draw (the truth is one more) lies within ``t(n -
+    1) sqrt(1 + 1/n)`` SDs of the mean.
 
     Returns
     -------
@@ -552,8 +554,8 @@ def interval_half_widths(n_samples: int | None) -> dict[str, float]:
 def structures_table(parcellation: ParcellationRecord, *, measures: bool = True) -> str:
     """The ``dseg.tsv``: label value, name, colour, volume and the network's confidence.
 
-    Labels that are not the network's have no confidence. Without ``measures`` there are neither
-    volume nor confidence: both are those of the scan's own space.
+    Labels from other sources than the network have no confidence. Without ``measures`` there are
+    neither volume nor confidence, because both refer to the scan's own space.
     """
     own = parcellation.structures_origin.embedded
     colours = _colours()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets for other programs, each in a root of its own: ``--export fmriprep|raw``.
+"""Data sets for other programs, each with its own root: ``--export fmriprep|raw``.
 
-``fmriprep`` is a derivative data set for ``--derivatives``. fMRIPrep and sMRIPrep look there by
-subject (and session), blind to run, acquisition, reconstruction and resolution, so it holds one
-T1w a subject (or a session), and nothing else that their queries could match.
+``fmriprep`` is a derivative data set for ``--derivatives``. fMRIPrep and sMRIPrep query it by
+subject (and session) and ignore run, acquisition, reconstruction and resolution, so it contains
+one T1w per subject (or session), and nothing else that their queries could match.
 
 ``raw`` is a raw data set: every restored head as ``rec-brainprior``, and links to the functional
 images and fieldmaps of the original.
@@ -51,9 +51,8 @@ OWN_ORIGIN = ("GeneratedBy", "SidecarGeneratedBy", "Digest")
 
 
 def choose_t1w(scans: Sequence[Scan], *, per: str) -> set[str]:
-    """The T1w of each subject, or of each session, that goes to fMRIPrep: their stems.
-
-    The one with the smallest thickest voxel edge; the first by name where they are equal.
+    """Stems of the T1w of each subject, or of each session, that are exported to fMRIPrep: those
+    with the smallest longest voxel edge; if equal, the first by name.
     """
     best: dict[tuple[str, str | None], tuple[float, str]] = {}
     for scan in scans:
@@ -69,14 +68,14 @@ def choose_t1w(scans: Sequence[Scan], *, per: str) -> set[str]:
 def _thickest_mm(path: Path) -> float:
     try:
         return round(float(voxel_sizes(open_image(path, path.name).affine).max()), 2)
-    except Exception:  # whatever nibabel says of a broken header: it will fail, and say why
+    except Exception:  # any error of nibabel for a broken header: the scan will fail and report it
         return float("inf")
 
 
 def fmriprep_names(source: BIDSName) -> dict[str, str]:
     """Role -> path in the ``fmriprep`` root; subject and session of the source stay."""
-    kept = tuple((key, value) for key, value in source.entities if key in ("sub", "ses"))
-    name = BIDSName(kept, "T1w")
+    entities = tuple((key, value) for key, value in source.entities if key in ("sub", "ses"))
+    name = BIDSName(entities, "T1w")
     files = {
         "head": name.derivative(desc="preproc"),
         "mask": name.derivative("mask", desc="brain"),
@@ -88,7 +87,7 @@ def fmriprep_names(source: BIDSName) -> dict[str, str]:
 
 
 def raw_name(source: BIDSName) -> str:
-    """Path in the ``raw`` root: ``rec-brainprior``, and behind it a ``rec-`` that was there."""
+    """Path in the ``raw`` root: ``rec-brainprior``, followed by the source's own ``rec-``."""
     before = source.get("rec")
     label = "brainprior" + (before[:1].upper() + before[1:] if before else "")
     return str(source.folder / "anat" / source.derivative(rec=label))
@@ -101,16 +100,16 @@ def prepare(
     output_dir: Path,
     raw: Mapping[str, Any],
 ) -> None:
-    """Make the roots and describe them.
+    """Create the roots and their descriptions.
 
     Raises
     ------
     UsageError
-        If one holds somebody else's data set, or cannot be written.
+        If a root contains another program's data set, or cannot be written.
     """
     maker = generated_by()
     licence = {"License": raw["License"]} if raw.get("License") else {}
-    name, made = raw.get("Name", "an unnamed data set"), raw.get("GeneratedBy")
+    name, makers = raw.get("Name", "an unnamed data set"), raw.get("GeneratedBy")
     for kind, root in exports.items():
         folder = Path(root)
         check_output(folder)
@@ -129,13 +128,13 @@ def prepare(
             table = "\n".join(["desc_id\tdescription", *rows]) + "\n"
             write_text(folder / "descriptions.tsv", table)
         else:
-            kept = {key: value for key, value in raw.items() if key != "GeneratedBy"}
+            inherited = {key: value for key, value in raw.items() if key != "GeneratedBy"}
             described = {
-                **kept,
+                **inherited,
                 "Name": f"{name}, with heads restored by brainprior",
                 "BIDSVersion": raw.get("BIDSVersion", BIDS_VERSION),
                 "DatasetType": "raw",
-                "GeneratedBy": [*(made if isinstance(made, list) else []), maker],
+                "GeneratedBy": [*(makers if isinstance(makers, list) else []), maker],
                 "SourceDatasets": [{"URL": bids_dir.as_uri()}],
             }
         write_json(folder / "dataset_description.json", described)
@@ -147,9 +146,8 @@ def prepare(
 
 
 def parents(source: BIDSName, image: str) -> dict[str, str]:
-    """Role -> path of what an export is made from, in the output folder.
-
-    Where the image is the scan filled in, the 1 mm brain in the head is no output of its own.
+    """Role -> path of the sources of an export, in the output folder. If the image is the
+    filled-in scan, the 1 mm brain in the head is not a separate output.
     """
     names = output_names(source, n_samples=1, image=image)
     roles = ("mask", "structures") if image in FILLED else ("restored", "mask", "structures")
@@ -269,10 +267,10 @@ def is_delivered(exports: Mapping[str, str], scan: Scan, fingerprint: str) -> bo
             return False
         side = Path(root) / (paths[0].removesuffix(".nii.gz") + ".json")
         try:
-            found = read_json(side).get("Fingerprint")
+            recorded = read_json(side).get("Fingerprint")
         except (OSError, ValueError):
             return False
-        if found != fingerprint:
+        if recorded != fingerprint:
             return False
     return True
 
@@ -322,7 +320,9 @@ def describe_raw(root: Path, bids_dir: Path) -> None:
 def _rest(
     bids_dir: Path, subject: str, folders: set[PurePosixPath], sessions: Sequence[str]
 ) -> Iterator[Path]:
-    """What is linked of one subject with scans in ``folders``; of the root for no subject."""
+    """The files to link for one subject with scans in ``folders``; without a subject, those of the
+    root.
+    """
     if not subject:
         yield from _inherited(bids_dir)
         return
@@ -362,13 +362,13 @@ def _link(link: Path, target: Path) -> None:
             return
     elif link.exists():
         raise InputError(f"--export raw: {link} is in the way. Remove it and run again.")
-    made = link.with_name(f".{link.name}.{os.getpid()}")
-    made.symlink_to(target)
-    made.replace(link)  # another process may be making the same link
+    partial = link.with_name(f".{link.name}.{os.getpid()}")
+    partial.symlink_to(target)
+    partial.replace(link)  # another process may be making the same link
 
 
 def _write_participants(root: Path, bids_dir: Path) -> None:
-    """``participants.tsv``: the rows of the subjects that are here."""
+    """Write ``participants.tsv`` with the rows of the subjects that are present."""
     table = bids_dir / "participants.tsv"
     if not table.is_file():
         return
@@ -378,15 +378,15 @@ def _write_participants(root: Path, bids_dir: Path) -> None:
     if "participant_id" not in header:
         return
     column = header.index("participant_id")
-    kept = [row for row in rows if len(row) > column and (root / row[column]).is_dir()]
+    present = [row for row in rows if len(row) > column and (root / row[column]).is_dir()]
     stream_out = io.StringIO()
-    for row in (header, *kept):
+    for row in (header, *present):
         stream_out.write("\t".join(row) + "\n")
     write_text(root / "participants.tsv", stream_out.getvalue())
 
 
 def _filters(root: Path) -> dict[str, Any]:
-    """A filter for ``--bids-filter-file`` that takes the restored heads and no other."""
+    """A filter for ``--bids-filter-file`` that selects only the restored heads."""
     labels: dict[str, set[str]] = {}
     for path in root.glob("sub-*/**/anat/*_rec-brainprior*.nii.gz"):
         name = BIDSName.parse(path.name)

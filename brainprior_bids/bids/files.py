@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files put in place whole or not at all, and text as others write it."""
+"""Atomic writing of files, and reading of text in other encodings."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ MARKS = {
 }
 """Byte order marks of text files, and the encoding that each announces."""
 LISTED = 10
-"""Names of files in one message, at most."""
+"""Maximum number of file names in one message."""
 OWNER = "BRAINPRIOR_OWNER"
-"""Environment variable: the run that a process and its workers make temporary files for."""
+"""Environment variable: the run to which the temporary files of a process and its workers
+belong."""
 TEMPORARY = re.compile(r"\.(?:.*\.)?brainprior-(?:[a-z]+-)?([0-9]+x[0-9a-f]{12})\.[a-z0-9_]{8}")
 """The name of a temporary file or folder; the group is its owner."""
 
 
 def become_owner() -> str:
-    """Name this process as the owner of what it and its workers leave for a moment.
-
-    Workers inherit the name with the environment. A step that a scheduler starts without the
-    environment has none: nobody can tell whether its files are still in use, so they are kept.
+    """Make this process the owner of the temporary files that it and its workers write. Workers
+    inherit the name with the environment. A step that a scheduler starts without the environment
+    has no owner: it is unknown whether its files are still in use, so they are kept.
     """
     if not os.environ.get(OWNER, "").startswith(f"{os.getpid()}x"):
         os.environ[OWNER] = f"{os.getpid()}x{secrets.token_hex(6)}"
@@ -43,7 +43,7 @@ def become_owner() -> str:
 
 
 def temporary_folder(what: str, parent: Path) -> tempfile.TemporaryDirectory[str]:
-    """A hidden folder on the file system of ``parent``, removed when it is left."""
+    """A hidden folder on the file system of ``parent``, removed at the end of the block."""
     return tempfile.TemporaryDirectory(
         prefix=f".brainprior-{what}-{_owner()}.", dir=parent, ignore_cleanup_errors=True
     )
@@ -55,18 +55,18 @@ def _owner() -> str:
 
 @contextmanager
 def reserved(folder: Path, size: int) -> Iterator[None]:
-    """Keep ``size`` bytes and one file free for what has to be written after this block.
+    """Reserve ``size`` bytes and one file for what has to be written after this block.
 
     Raises
     ------
     OSError
-        If the room is not there.
+        If there is not enough space.
     """
     folder.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".reserve.brainprior-{_owner()}.", dir=folder)
     try:
         with os.fdopen(handle, "wb") as stream:
-            stream.write(os.urandom(size))  # zeros would take no room on some file systems
+            stream.write(os.urandom(size))  # zeros would take no space on some file systems
             stream.flush()
             os.fsync(stream.fileno())
         yield
@@ -77,7 +77,7 @@ def reserved(folder: Path, size: int) -> Iterator[None]:
 def to_json(value: Mapping[str, Any]) -> str:
     """Readable JSON; NumPy numbers and arrays, paths and tuples become plain JSON.
 
-    NaN and infinities become null: JSON has no word for them.
+    NaN and infinities become null, because JSON cannot represent them.
     """
     return json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -99,7 +99,7 @@ def _plain(value: Any) -> Any:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write ``text`` beside ``path``, flush it to the disk and rename it into place."""
+    """Write ``text`` to a temporary file next to ``path``, flush it to the disk and rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # owner and random part have to fit into a name of 255 bytes, too
     handle, temporary = tempfile.mkstemp(
@@ -120,7 +120,7 @@ def write_text(path: Path, text: str) -> Path:
 
 
 def write_text_at_last(path: Path, text: str) -> Path:
-    """``write_text``; on a full disk the old file makes room, as it is wrong from now on."""
+    """``write_text``; on a full disk the old file is removed first, because it is outdated."""
     try:
         return write_text(path, text)
     except OSError as error:
@@ -155,7 +155,7 @@ def parse_json(text: str) -> Any:
     Raises
     ------
     ValueError
-        Saying where and why; nesting without end is one more way of not being JSON.
+        The message states the position and the reason; excessive nesting is an error too.
     """
     try:
         return json.loads(text, parse_int=_whole_number)
@@ -170,7 +170,7 @@ def _whole_number(digits: str) -> int | float:
 
 
 def decoded(data: bytes) -> tuple[str, str | None]:
-    """Text, and what it is where it is not the UTF-8 without a byte order mark of BIDS."""
+    """Text, and its encoding if that is not UTF-8 without a byte order mark, as BIDS requires."""
     for mark, encoding in MARKS.items():
         if data.startswith(mark):
             with suppress(UnicodeDecodeError):
@@ -182,9 +182,8 @@ def decoded(data: bytes) -> tuple[str, str | None]:
 
 
 def readable(path: Path | PurePath | str) -> str:
-    """A path on one line that any terminal and file can hold.
-
-    Control characters and bytes that are no text are escaped.
+    """A path on one line, for any terminal and file. Control characters and bytes that are not
+    text are escaped.
     """
     text = str(path).encode("utf-8", "backslashreplace").decode("utf-8")
     return "".join(
@@ -193,7 +192,7 @@ def readable(path: Path | PurePath | str) -> str:
 
 
 def listing(paths: Sequence[Path]) -> str:
-    """Names of files for a message; of many the first ones."""
+    """Names of files for a message; only the first ones if there are many."""
     names = ", ".join(readable(path.name) for path in paths[:LISTED])
     rest = len(paths) - LISTED
     return f"{names} and {rest} more" if rest > 0 else names
@@ -205,8 +204,8 @@ def publish(staged: Mapping[Path, Path]) -> None:
     Parameters
     ----------
     staged : temporary file -> final path
-        On the same file system. Where one rename fails, those done before it are taken back
-        (a file that was replaced is not restored).
+        On the same file system. If one rename fails, the earlier ones are undone (a file that was
+        replaced is not restored).
     """
     for source in staged:
         with source.open("rb") as stream:

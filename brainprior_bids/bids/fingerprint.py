@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What decides a scan's result: whether a finished scan is still the same, and if not, why.
+"""The inputs that determine a scan's result: whether they have changed, and which ones.
 
-A finished scan is skipped only where every part is what it was: the version and the code that
-computes results, the image, its metadata, the settings, both networks' weights, and what was
-taken from other data sets. The parts are in the scan's summary, so that a later run can say
-which of them changed. Device and number of threads are no part: they change the last bits, and
-are recorded.
+A finished scan is skipped only if every part is unchanged: the version and the code that computes
+results, the image, its metadata, the settings, both networks' weights, and files from other data
+sets. The parts are in the scan's summary, so that a later run can report which of them changed.
+Device and number of threads are not included: they change the last bits only, and are recorded.
 """
 
 from __future__ import annotations
@@ -24,18 +23,18 @@ from brainprior_bids.settings import Settings
 
 PACKAGE = Path(__file__).parents[1]
 COMPUTES = ("engine", "anatomy", "interfaces", "data/mni305_centroids.json", "data/structures.tsv")
-"""Where a result comes from. Reports and records are made again without a restoration."""
+"""Packages that compute results. Reports and records are rebuilt without a restoration."""
 WIRING = "brainprior_bids.workflows.scan"
-"""What the steps of a scan hand to each other; its folder is elsewhere in a checkout."""
+"""The graph of a scan; its folder is elsewhere in a checkout."""
 SHOWN = 40
-"""Values up to this length are kept as they are, longer ones by their SHA-256."""
+"""Values up to this length are stored, longer ones are replaced by their SHA-256."""
 
 
 @cache
 def code_version() -> str:
     """The version, and a SHA-256 over the source that computes results.
 
-    A version is not enough: a checkout that is brought up to date keeps its number.
+    The version is not sufficient: it does not change when a checkout is updated.
     """
     digest = hashlib.sha256()
     for name in COMPUTES:
@@ -56,16 +55,16 @@ def decisive(
     weights: Mapping[str, str],
     given: Mapping[str, str],
 ) -> dict[str, str]:
-    """Everything that decides a scan's result: what it is called in messages -> its value.
+    """Everything that determines a scan's result: name in messages -> value.
 
     Parameters
     ----------
     input_sha256 : str
-        Of the image.
+        SHA-256 of the image.
     weights : role -> SHA-256
-        Of the prior and the parcellation network.
+        Weights of the prior and of the parcellation network.
     given : role -> SHA-256
-        Of files taken from other data sets, of the lesion mask, and of fused runs.
+        Files from other data sets, the lesion mask, and fused runs.
     """
     return {
         "program": code_version(),
@@ -78,7 +77,7 @@ def decisive(
 
 
 def short(value: Any) -> str:
-    """A value as JSON; its SHA-256 where that is long."""
+    """A value as JSON; its SHA-256 if it is long."""
     text = json.dumps(value, sort_keys=True, default=str)
     return text if len(text) <= SHOWN else hashlib.sha256(text.encode()).hexdigest()
 
@@ -90,18 +89,18 @@ def fingerprint(scan: Scan, parts: Mapping[str, str]) -> str:
 
 
 def changes(before: Mapping[str, str] | None, now: Mapping[str, str]) -> str:
-    """What differs, for a message: ``setting n_samples (2, now 4), weights of prior``."""
+    """The differences, for a message: ``setting n_samples (2, now 4), weights of prior``."""
     if not before:
         return "what it was made from is not known"
-    found = []
+    differences = []
     for key in sorted({*before, *now}):
         old, new = before.get(key), now.get(key)
         if old == new:
             continue
-        said = [value for value in (old, new) if value is not None]
-        plain = key.startswith(("metadata", "setting")) and max(map(len, said)) <= SHOWN
+        values = [value for value in (old, new) if value is not None]
+        plain = key.startswith(("metadata", "setting")) and max(map(len, values)) <= SHOWN
         if plain:
-            found.append(f"{key} ({old or 'absent'}, now {new or 'absent'})")
+            differences.append(f"{key} ({old or 'absent'}, now {new or 'absent'})")
         else:
-            found.append(key)
-    return ", ".join(found)
+            differences.append(key)
+    return ", ".join(differences)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``--fuse runs``: which scans are runs of one contrast, and what their result is called.
-
-Scans are fused when their names differ in ``run-`` and ``acq-`` alone. The result drops both, as
+"""``--fuse runs``: which scans are runs of one contrast, and the name of their result. Scans are
+fused if their names differ only in ``run-`` and ``acq-``. The result drops both:
 ``sub-01_run-1_T1w`` and ``sub-01_run-2_T1w`` become ``sub-01_desc-restored_T1w``.
 """
 
@@ -21,25 +20,26 @@ DROPPED = ("run", "acq")
 
 
 def fuse_runs(scans: Sequence[Scan]) -> list[Scan]:
-    """Every group of runs as one scan, the others as they are; in the order of the first.
+    """Combine every group of runs to one scan; other scans are unchanged; in the order of the
+    first.
 
-    A fused scan has its runs, the reference first, in ``runs``; path and metadata are the
-    reference's: that with the thinnest slices, and of those the first. It has a problem if one
-    of its runs has.
+    A fused scan has its runs, the reference first, in ``runs``; path and metadata are those of the
+    reference: the run with the thinnest slices; if equal, the first. It has a problem if one of
+    its runs has.
     """
     groups: dict[str, list[Scan]] = {}
     for scan in scans:
         usable = scan.name.stem == scan.path.name.partition(".")[0]
-        # a file whose name or place cannot be used is part of no run, and fails alone
+        # a file whose name or folder cannot be used belongs to no group, and fails alone
         key = fused_name(scan.name).stem if usable else scan.name.stem
         groups.setdefault(key, []).append(scan)
     return [_fused(group) if len(group) > 1 else group[0] for group in groups.values()]
 
 
 def fused_name(name: BIDSName) -> BIDSName:
-    """Without run and acquisition."""
-    kept = tuple((key, value) for key, value in name.entities if key not in DROPPED)
-    return BIDSName(kept, name.suffix, name.extension)
+    """The name without run and acquisition."""
+    entities = tuple((key, value) for key, value in name.entities if key not in DROPPED)
+    return BIDSName(entities, name.suffix, name.extension)
 
 
 def _fused(group: list[Scan]) -> Scan:
@@ -55,5 +55,5 @@ def _spacing(path: Path) -> float:
     """Largest voxel size, in steps of 0.1 mm; infinite for a header that cannot be read."""
     try:
         return round(float(voxel_sizes(open_image(path, path.name).affine).max()), 1)
-    except Exception:  # whatever nibabel says of it: the node that opens the image will say it
+    except Exception:  # any error of nibabel: the node that opens the image reports it
         return float("inf")

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Masks and labels of a scan that lie in other derivative data sets (``--derivatives``).
-
-A file belongs to a scan when it lies in the same ``sub-XX/[ses-YY/]anat``, names no entity that
-contradicts the scan's, and is in the scan's space: for a T1w no ``space-`` or ``space-T1w``, for
-another contrast ``space-<suffix>`` (fMRIPrep's convention, and ours). The data sets are asked in
-the order of the command line; in one data set the file that shares most entities with the scan is
-taken.
+"""Masks and labels of a scan in other derivative data sets (``--derivatives``). A file belongs to
+a scan if it is in the same ``sub-XX/[ses-YY/]anat``, names no entity that contradicts the scan's,
+and is in the scan's space: for a T1w no ``space-`` or ``space-T1w``, for another contrast
+``space-<suffix>`` (fMRIPrep's convention, and ours). The data sets are searched in the order of
+the command line; within a data set, the file that shares most entities with the scan is used.
 """
 
 from __future__ import annotations
@@ -22,23 +20,22 @@ from brainprior_bids.engine.errors import InputError
 from brainprior_bids.settings import Settings
 
 PREFERRED = {"mask": ("brain",), "dseg": ("aseg", "aparcaseg", "synthseg", "structures")}
-"""``desc-`` (or ``seg-``) of each kind, best first. A ``dseg`` without either comes last: that of
-fMRIPrep is a map of three tissues."""
+"""``desc-`` (or ``seg-``) of each kind, best first. A ``dseg`` without either is last, because
+that of fMRIPrep is a map of three tissues."""
 OPTIONS = {"mask": "--skull-strip mask", "dseg": "--parcellation derivatives"}
 
 
 def find_given(scan: Scan, settings: Settings) -> list[dict[str, Given]]:
-    """What each run of a scan needs besides itself, the reference first: role -> file.
-
-    Roles: ``mask`` and ``dseg`` (anatomy), ``lesion``, and of the reference alone ``refined``
-    (another tool's image, in its space) and ``trust`` (a map of its SD). A scan that is not fused
-    is its own reference.
+    """Additional files of each run of a scan, the reference first: role -> file. Roles: ``mask``
+    and ``dseg`` (anatomy), ``lesion``, and for the reference only ``refined`` (another tool's
+    image, in its space) and ``trust`` (a map of its SD). A scan that is not fused is its own
+    reference.
 
     Raises
     ------
     InputError
-        If a file that is asked for is not there, or cannot be distinguished from another; of fused
-        runs, if none has a lesion mask, or the one whose lesion is to be filled has none.
+        If a required file is missing or ambiguous; for fused runs, if none has a lesion mask, or
+        the one whose lesion is to be filled has none.
     """
     runs = scan.runs or (scan,)
     every = [_anatomy(run, settings) for run in runs]
@@ -52,7 +49,7 @@ def find_given(scan: Scan, settings: Settings) -> list[dict[str, Given]]:
 
 
 def _lesions(runs: Sequence[Scan], settings: Settings) -> Sequence[Path | None]:
-    """The lesion mask of every run; None where a run that is fused has none."""
+    """The lesion mask of every run; None for a fused run that has none."""
     if len(runs) == 1:
         return [find_lesion(runs[0], settings)]
     masks = find_lesions_of_runs(runs, settings)
@@ -66,28 +63,28 @@ def _lesions(runs: Sequence[Scan], settings: Settings) -> Sequence[Path | None]:
 
 
 def _refined(scan: Scan, settings: Settings) -> dict[str, Given]:
-    """Another tool's image, and the map of its error where there is one."""
-    found = {"refined": find_refined(scan, settings)}
+    """Another tool's image, and the map of its error if there is one."""
+    files = {"refined": find_refined(scan, settings)}
     if settings.trust is not None and settings.trust_sd is None:
-        found["trust"] = _as_given(_find_trust(scan, settings), settings)
-    return found
+        files["trust"] = _as_given(_find_trust(scan, settings), settings)
+    return files
 
 
 def _anatomy(scan: Scan, settings: Settings) -> dict[str, Given]:
-    """Mask and labels, where they are to come from other data sets."""
-    found = {}
-    asked = {
+    """Mask and labels, if they are requested from other data sets."""
+    files = {}
+    requested = {
         "mask": settings.skull_strip == "mask",
         "dseg": settings.parcellation == "derivatives",
     }
-    for suffix, wanted in asked.items():
+    for suffix, wanted in requested.items():
         if wanted:
-            found[suffix] = _find(scan, suffix, settings.derivatives)
-    return found
+            files[suffix] = _find(scan, suffix, settings.derivatives)
+    return files
 
 
 def _as_given(path: Path, settings: Settings) -> Given:
-    """With its name in the data set in which it lies."""
+    """The file with its name in its data set."""
     for dataset, root in {**settings.derivatives, "raw": settings.bids_dir}.items():
         if path.is_relative_to(root):
             return Given(path, f"bids:{dataset}:{PurePosixPath(path.relative_to(root))}")
@@ -95,13 +92,13 @@ def _as_given(path: Path, settings: Settings) -> Given:
 
 
 def _find_trust(scan: Scan, settings: Settings) -> Path:
-    found, pattern = by_pattern(str(settings.trust), scan, settings)
-    if len(found) != 1:
+    matches, pattern = by_pattern(str(settings.trust), scan, settings)
+    if len(matches) != 1:
         raise InputError(
-            f"{scan.name.stem}: --trust {pattern} names {len(found)} files; one is needed. "
+            f"{scan.name.stem}: --trust {pattern} names {len(matches)} files; one is needed. "
             "Make it more specific, or correct the path."
         )
-    return found[0]
+    return matches[0]
 
 
 def _find(scan: Scan, suffix: str, derivatives: Mapping[str, str]) -> Given:
@@ -131,7 +128,7 @@ def _find(scan: Scan, suffix: str, derivatives: Mapping[str, str]) -> Given:
 
 
 def _rank(source: BIDSName, file_name: str, suffix: str) -> tuple[int, int] | None:
-    """How well a file fits a scan, lower is better; None where it is another scan's or kind's."""
+    """How well a file matches a scan, lower is better; None if it is of another scan or kind."""
     try:
         name = BIDSName.parse(file_name)
     except InputError:

@@ -4,7 +4,7 @@
 In this order: ``--lesion-mask PATTERN``; ``label-lesion_mask`` in every ``--derivatives`` set;
 ``label-lesion_roi`` in the raw ``anat`` folder (fMRIPrep's convention). A mask belongs to a scan
 of the same participant and session whose other entities do not contradict it. Without ``space-``
-it is drawn on the T1w; ``space-<suffix>`` says another scan.
+it is drawn on the T1w; ``space-<suffix>`` names another scan.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from brainprior_bids.engine.errors import InputError
 from brainprior_bids.settings import Settings
 
 OWN = ("label", "desc", "space", "res", "den")
-"""Entities of a mask that are not its scan's."""
+"""Entities of a mask that do not come from its scan."""
 
 
 class NoLesionError(InputError):
@@ -37,14 +37,14 @@ def find_lesion(scan: Scan, settings: Settings) -> Path:
     Raises
     ------
     NoLesionError
-        If there is none (the message says where was looked, and which other sessions have one).
+        If there is none (the message lists the searched paths, and other sessions that have one).
     InputError
         If there is more than one.
     """
     name = scan.name
     if settings.lesion_mask is not None:
-        found, pattern = by_pattern(settings.lesion_mask, scan, settings)
-        return _one(found, scan, f"--lesion-mask {pattern}", "")
+        matches, pattern = by_pattern(settings.lesion_mask, scan, settings)
+        return _one(matches, scan, f"--lesion-mask {pattern}", "")
     places = [(Path(path), "mask") for path in settings.derivatives.values()]
     places.append((settings.bids_dir, "roi"))
     looked, others = [], []
@@ -61,46 +61,45 @@ def find_lesion(scan: Scan, settings: Settings) -> Path:
 
 
 def find_lesions_of_runs(runs: Sequence[Scan], settings: Settings) -> list[Path | None]:
-    """The mask of every run that has one; a run without is used everywhere.
-
-    A mask that fits several runs by its name belongs to those on whose grid it lies, and to the
-    first of them by name if it lies on none (a later step says what is wrong with it).
+    """The mask of every run that has one; a run without a mask is used everywhere. A mask that
+    matches several runs by its name belongs to those that have its grid, or to the first of them
+    by name if none has (a later step reports the problem).
 
     Raises
     ------
     InputError
         If no run has one, or a run has more than one.
     """
-    found: list[Path | None] = []
+    masks: list[Path | None] = []
     missing = ""
     for run in runs:
         try:
-            found.append(find_lesion(run, settings))
+            masks.append(find_lesion(run, settings))
         except NoLesionError as error:
-            found.append(None)
+            masks.append(None)
             missing = missing or str(error)
-    if not any(found):
+    if not any(masks):
         raise InputError(f"{missing} None of the runs that are fused has one.")
-    for path in {path for path in found if path is not None and found.count(path) > 1}:
-        named = [index for index, mask in enumerate(found) if mask == path]
+    for path in {path for path in masks if path is not None and masks.count(path) > 1}:
+        named = [index for index, mask in enumerate(masks) if mask == path]
         fitting = [index for index in named if _same_grid(path, runs[index].path)]
         for index in set(named) - set(fitting or named[:1]):
-            found[index] = None
-    return found
+            masks[index] = None
+    return masks
 
 
 def _same_grid(one: Path, other: Path) -> bool:
-    """Whether two images lie on one grid, up to the order of their axes; by their headers."""
+    """Whether two images have one grid, up to the order of their axes, by their headers."""
     try:
         images = [nib.as_closest_canonical(open_image(path, path.name)) for path in (one, other)]
-    except Exception:  # whatever nibabel says of it: the step that opens the image will say it
+    except Exception:  # any error of nibabel: the step that opens the image reports it
         return False
     a, b = images
     return a.shape[:3] == b.shape[:3] and bool(np.allclose(a.affine, b.affine, atol=0.05))
 
 
 def by_pattern(pattern: str, scan: Scan, settings: Settings) -> tuple[list[Path], str]:
-    """The files that a pattern with ``{subject}`` … names, and the pattern filled in."""
+    """The files that match a pattern with ``{subject}`` …, and the pattern filled in."""
     name = scan.name
     values = {
         "subject": scan.subject,
@@ -114,15 +113,15 @@ def by_pattern(pattern: str, scan: Scan, settings: Settings) -> tuple[list[Path]
 
 
 def _candidates(paths: Iterable[Path]) -> list[tuple[Path, BIDSName]]:
-    found = []
+    candidates = []
     for path in sorted(paths):
         try:
             name = BIDSName.parse(path.name)
         except InputError:
             continue
         if name.get("label") == "lesion" and name.extension in (".nii", ".nii.gz"):
-            found.append((path, name))
-    return found
+            candidates.append((path, name))
+    return candidates
 
 
 def _belongs(mask: BIDSName, scan: BIDSName) -> bool:

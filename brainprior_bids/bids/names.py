@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BIDS names: a scan's name taken apart, and the names of what is made from it.
-
-A derivative keeps every entity of its source, in the source's spelling (``run-01`` stays
-``run-01``), so two different scans never share a name. Only ``space``, ``res``, ``desc`` and
-the like are put between them, in the order of the specification.
+"""BIDS names: the parts of a scan's name, and the names of its derivatives. A derivative keeps
+every entity of its source, in the source's spelling (``run-01`` remains ``run-01``), so two
+different scans never share a name. Only ``space``, ``res``, ``desc`` and the like are inserted, in
+the order of the specification.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ ENTITY_ORDER = (
 
 _PAIR = re.compile(r"(?P<key>[a-zA-Z]+)-(?P<value>[a-zA-Z0-9+]+)")
 MAX_BYTES = 255
-"""Longest file name of nearly every file system."""
+"""Longest file name in nearly every file system."""
 SAFE_LABEL = 60
-"""Characters of a participant's label, of what cannot be used, that its report keeps."""
+"""Maximum length of an unusable participant's label in the name of its report."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +85,8 @@ class BIDSName:
 
     @classmethod
     def stand_in(cls, relative: PurePosixPath, suffix: str) -> BIDSName:
-        """A name under which a file is reported whose own name or place cannot be used.
-
-        It belongs to the participant (and session) in whose folder the file lies, is no other
-        file's, and is short.
+        """A name under which a file is reported if its own name or folder cannot be used. It has
+        the participant (and session) of the file's folder, is unique, and is short.
         """
         digest = hashlib.sha256(str(relative).encode("utf-8", "surrogateescape")).hexdigest()[:8]
         entities = []
@@ -121,12 +118,12 @@ class BIDSName:
     def derivative(
         self, suffix: str | None = None, extension: str = ".nii.gz", **entities: str | None
     ) -> str:
-        """The name of something made from this scan.
+        """The name of a derivative of this scan.
 
         Parameters
         ----------
         suffix : str, optional
-            The scan's own where not given.
+            By default the scan's own.
         entities : str or None
             Added or replaced; None removes one. ``from_`` stands for ``from``.
         """
@@ -147,24 +144,24 @@ class BIDSName:
     def node_name(self) -> str:
         """A name that Nipype accepts (letters, digits, underscore), unique to this scan."""
         name = re.sub(r"[^a-zA-Z0-9]", "_", self.stem)
-        if "+" in self.stem:  # replaced above: tell a+b from what it could be taken for
+        if "+" in self.stem:  # replaced above: distinguish a+b from similar names
             name += "_" + hashlib.sha256(self.stem.encode()).hexdigest()[:6]
         return name
 
 
 def _rank(key: str, given: list[str]) -> tuple[int, int]:
-    """Position of an entity; one that BIDS does not know goes where the source had it, last."""
+    """Position of an entity; entities unknown to BIDS are last, in the order of the source."""
     place = ENTITY_ORDER.index(key) if key in ENTITY_ORDER else ENTITY_ORDER.index("space") - 1
     return place, given.index(key)
 
 
 def same_value(one: str | None, other: str) -> bool:
-    """Whether two values of an entity are one; ``run-1`` is ``run-01``."""
+    """Whether two values of an entity are equal; ``run-1`` equals ``run-01``."""
     return one is not None and bare_number(one) == bare_number(other)
 
 
 def bare_number(value: str) -> str:
-    """``01`` -> ``1``; what is no number stays as it is."""
+    """``01`` -> ``1``; other text is unchanged."""
     return value.lstrip("0") or "0" if re.fullmatch("[0-9]+", value) else value
 
 
@@ -174,7 +171,7 @@ def sample_role(index: int) -> str:
 
 
 def residual_role(run: str) -> str:
-    """Of the residual of a fused run that is not the reference; ``run`` is its name's stem."""
+    """Role of the residual of a fused run other than the reference; ``run`` is its name's stem."""
     return f"residual of {run}"
 
 
@@ -190,18 +187,18 @@ def output_names(
     lesion: bool = True,
     uncertainty: bool | None = None,
 ) -> dict[str, str]:
-    """What one restored scan leaves in ``sub-XX/[ses-YY/]anat``: role -> file name.
+    """The files of one restored scan in ``sub-XX/[ses-YY/]anat``: role -> file name.
 
     ``runs`` are those that were fused with the reference, whose residual is ``residual``.
-    ``lesion`` is False where only other runs have a lesion mask, not the reference.
-    ``uncertainty`` says whether there is a map of it; None: as with samples alone, from two on.
+    ``lesion`` is False if only other runs have a lesion mask, not the reference. ``uncertainty``
+    states whether there is a map; None: there is one from two samples on.
 
     Masks and label images of a T1w carry no ``space-``; those of another contrast carry
     ``space-<suffix>``, because without it they would be read as the T1w's. Maps that are no images
     of a contrast have a suffix of their own (docs/decisions/names-of-maps.md).
     """
     space = None if source.suffix == "T1w" else source.suffix
-    # another tool's image alone has a mask, structures and a transform of its own
+    # another tool's image alone has its own mask, structures and transform
     own = image if image == "refined" else "restored"
     to = {"desc": image} if image == "refined" else {}
     names = {
@@ -250,21 +247,20 @@ def transform_roles(space: str) -> tuple[str, str]:
 
 
 def in_common_space(role: str) -> bool:
-    """Whether a role is that of an image in MNI305 or on a template's grid."""
+    """Whether a role is an image in MNI305 or on a template's grid."""
     return role.endswith(tuple(f"_{space.lower()}" for space in ("MNI305", *TEMPLATE_SPACES)))
 
 
 def names_in_space(
     source: BIDSName, names: Mapping[str, str], space: str, *, image: str
 ) -> dict[str, str]:
-    """Of the files of ``output_names``, those that are resampled to a space: role -> file name.
+    """The files of ``output_names`` that are resampled to a space: role -> file name.
 
     The role is that of the file, with ``_`` and the space in small letters. On a template's grid
-    the names have ``res-1``, as TemplateFlow calls its 1 mm. The scan inpainted
-    keeps its own grid, skull and bias: only its mask and structures are resampled.
-
-    Masks and labels of other contrasts than T1w have the contrast in their ``desc-``: in a common
-    space, those of the T1w have the same name otherwise.
+    the names have ``res-1``, as TemplateFlow calls its 1 mm. An inpainted scan keeps its own grid,
+    skull and bias: only its mask and structures are resampled. Masks and labels of other contrasts
+    than T1w have the contrast in their ``desc-``; otherwise they would have the names of the T1w's
+    in a common space.
     """
     brain = ("mask", "structures", "structures_table")
     images = () if image in FILLED else ("restored", "uncertainty")
@@ -285,7 +281,7 @@ def names_in_space(
 
 
 def named(image: str, what: str) -> str:
-    """The ``desc-`` of what belongs to an image: plain for the restored one."""
+    """The ``desc-`` of a file that belongs to an image: without prefix for the restored one."""
     return what if image == "restored" else image + what[:1].upper() + what[1:]
 
 
@@ -300,7 +296,7 @@ def split_desc(desc: str) -> tuple[str, str]:
 
 
 def result_name(source: BIDSName, image: str) -> str:
-    """What a scan's result is called in ``logs/scans`` and the report: one for each image."""
+    """Name of a scan's result in ``logs/scans`` and the report: one for each image."""
     return source.stem if image == "restored" else source.derivative(extension="", desc=image)
 
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patterns of paths with ``{subject}`` and the like: names alone, no attributes, no widths.
-
-``str.format`` would look up attributes of what it is given, and pad it to any width.
+"""Patterns of paths with ``{subject}`` and the like: names only, no attributes, no widths.
+``str.format`` would look up attributes of its arguments, and pad them to any width.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ def fill(pattern: str, values: Mapping[str, str]) -> str:
     Raises
     ------
     ValueError
-        Saying what of it is no such name.
+        The message names the part that is not such a name.
     """
     parts = []
     for literal, name, width, conversion in Formatter().parse(pattern):
@@ -34,7 +33,9 @@ def fill(pattern: str, values: Mapping[str, str]) -> str:
 
 
 def place(pattern: str, otherwise: Path) -> tuple[Path, str]:
-    """Where to look and for what: a pattern without a leading slash is one in ``otherwise``."""
+    """Folder and pattern of a search: a pattern without a leading slash is relative to
+    ``otherwise``.
+    """
     return (Path("/"), pattern.lstrip("/")) if pattern[:1] == "/" else (otherwise, pattern)
 
 
@@ -44,7 +45,7 @@ def check(pattern: str) -> None:
     Raises
     ------
     ValueError
-        Saying why it cannot be used.
+        The message states why it cannot be used.
     """
     root, text = place(fill(pattern, dict.fromkeys(NAMES, "x")), Path("/nonexistent"))
     try:

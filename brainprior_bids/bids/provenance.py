@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What made a result: hashes, settings, software, and the parameters that were really used.
+"""Provenance of a result: hashes, settings, software, and the parameters that were used.
 
 Files and fields are named as in the draft of BIDS-Prov (BEP028; docs/decisions/provenance.md
 states which version): ``prov/prov-<label>_<record>.json`` with the records ``act`` (activities),
@@ -67,7 +67,7 @@ def label(*parts: str) -> str:
 
 
 def activity_id(kind: str, fingerprint: str) -> str:
-    """Identifier of an activity: ``restore`` or ``align``, and what decides its result.
+    """Identifier of an activity: ``restore`` or ``align``, and the hash of its inputs.
 
     It does not depend on the run, because sidecars contain it: the same command with the same
     data writes the same sidecars.
@@ -81,12 +81,12 @@ def checksum(digest: str) -> list[dict[str, str]]:
 
 
 def file_provenance(activity: str, digest: str) -> dict[str, Any]:
-    """What the sidecar of a file contains on its provenance."""
+    """The provenance in the sidecar of a file."""
     return {"GeneratedBy": [activity], "Checksum": checksum(digest)}
 
 
 def recorded_sha256(content: Mapping[str, Any]) -> str | None:
-    """The SHA-256 in a sidecar or in the entry of a file, None where it has none.
+    """The SHA-256 in a sidecar or in the entry of a file; None if it has none.
 
     The earlier forms are ``Digest: {sha256: ...}`` in records and ``SHA256`` in sidecars.
     """
@@ -136,7 +136,7 @@ def write_run(settings: Settings) -> list[Path]:
 
 
 def run_path(settings: Settings) -> Path:
-    """Where the run's software record lies."""
+    """Path of the run's software record."""
     return settings.output_dir / "prov" / f"prov-{label(settings.run_uuid)}_soft.json"
 
 
@@ -148,9 +148,9 @@ def gpu_facts(device: str) -> dict[str, Any]:
 
     try:
         text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
-        found = re.search(r"Kernel Module\D*([\d.]+)", text)
-        driver = found[1] if found else "unknown"
-    except OSError:  # not shown to this container
+        match = re.search(r"Kernel Module\D*([\d.]+)", text)
+        driver = match[1] if match else "unknown"
+    except OSError:  # not visible in this container
         driver = "unknown"
     return {
         "GPU": torch.cuda.get_device_name(device),
@@ -162,7 +162,7 @@ def gpu_facts(device: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Verified:
-    """What ``brainprior verify`` found.
+    """The result of ``brainprior verify``.
 
     Attributes
     ----------
@@ -181,9 +181,8 @@ class Verified:
 
 
 def verify_records(output_dir: Path) -> Verified:
-    """Compare outputs, and inputs where they are within reach, with their recorded SHA-256.
-
-    Where a scan was done more than once, its newest record counts.
+    """Compare outputs, and reachable inputs, with their recorded SHA-256. If a scan was processed
+    more than once, its newest record counts.
     """
     outputs: dict[str, str] = {}
     inputs: dict[str, str] = {}
@@ -217,7 +216,9 @@ def _recorded_files(output_dir: Path) -> Iterator[dict[str, Any]]:
     paths = [path for record in FILES_RECORDS for path in folder.glob(f"prov-*_{record}.json")]
     for path in sorted(paths):  # names begin with the time
         content = read_json(path)
-        yield from content.get("Files", content.get("Entities", ()))  # as it was named before
+        yield from content.get(
+            "Files", content.get("Entities", ())
+        )  # its name in earlier versions
 
 
 def verify_export(root: Path) -> Verified:
@@ -243,7 +244,7 @@ BIDS_ADDRESS = r"bids:([a-zA-Z0-9]+):(.+)"
 
 
 def _linked(output_dir: Path) -> dict[str, Path]:
-    """Name -> root of the linked data sets that are there."""
+    """Name -> root of the linked data sets that exist."""
     description = output_dir / "dataset_description.json"
     links = read_json(description).get("DatasetLinks", {}) if description.is_file() else {}
     roots = {
@@ -276,7 +277,7 @@ def scan_records(
         Its identifier.
     outputs : (label, path from the output folder, SHA-256)
     steps : StepRecords
-        What each node recorded.
+        The records of the nodes.
     nodes : sequence of NodeRecord
         Time and memory of every node.
     """
@@ -345,7 +346,7 @@ def contrast_records(
     Parameters
     ----------
     title : str
-        What the contrast's result is called.
+        Name of the contrast's result.
     activity : str
         Its identifier.
     inputs : path from the output folder -> SHA-256
@@ -377,10 +378,9 @@ def contrast_records(
 
 
 def write_provenance_table(output_dir: Path) -> None:
-    """Write ``prov/provenance.tsv``: what every label of the records stands for.
-
-    Made from the records that are there, so that several processes may share an output folder;
-    a record does not change, so the rows of an earlier table are kept.
+    """Write ``prov/provenance.tsv``, which describes every label of the records. It is derived
+    from the existing records, so that several processes may share an output folder; records do not
+    change, so the rows of an earlier table are kept.
     """
     folder = output_dir / "prov"
     table = folder / "provenance.tsv"
@@ -388,25 +388,25 @@ def write_provenance_table(output_dir: Path) -> None:
     if not names:
         return
     earlier = table.read_text(encoding="utf-8").splitlines() if table.is_file() else []
-    known = {line.partition("\t")[0]: line.partition("\t")[2] for line in earlier}
-    rows = [f"{name}\t{known.get(name) or _meaning(folder, name)}" for name in names]
+    descriptions = {line.partition("\t")[0]: line.partition("\t")[2] for line in earlier}
+    rows = [f"{name}\t{descriptions.get(name) or _meaning(folder, name)}" for name in names]
     write_text_at_last(table, "\n".join(["provenance_id\tdescription", *rows]) + "\n")
 
 
 def _meaning(folder: Path, name: str) -> str:
-    """What was recorded under a label, from the records themselves."""
+    """Description of a label, from its records."""
     activities, software = folder / f"{name}_act.json", folder / f"{name}_soft.json"
     try:
         if software.is_file():
             version_of = read_json(software)["Software"][0]["Version"]
             return f"software and environment of a run of brainprior {version_of}"
         return str(read_json(activities)["Activities"][0]["Label"])
-    except (OSError, ValueError, LookupError):  # removed meanwhile, or not ours
+    except (OSError, ValueError, LookupError):  # removed meanwhile, or not written by brainprior
         return "n/a"
 
 
 def _scan_inputs(scan: Scan, input_sha256: str, steps: StepRecords) -> list[dict[str, Any]]:
-    """The entries of the files that a scan's result was made from, the scan first."""
+    """The entries of the input files of a scan's result, the scan first."""
     files: list[dict[str, Any]] = [
         {
             "Id": bids_uri(str(scan.relative), dataset="raw"),

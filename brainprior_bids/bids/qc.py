@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quality figures of a restored scan, and a verdict: pass, look, or fail.
-
-The limits separate the usual from the unusual; they are chosen, not measured, and a scan inside
-all of them can be wrong (docs/outputs.md says how often they spoke on scans whose truth is
-known). They are in one table, and every verdict names the limits that were exceeded.
+"""Quality metrics of a restored scan, and a verdict: pass, look, or fail. The limits mark unusual
+values; they were set by judgement, and a scan within all of them can be wrong
+(docs/models/parcellation.md reports how they performed where this could be measured). They are in
+one table, and every verdict names the limits that were exceeded.
 
 Volumes are compared with those of 54 participants (``data/volumes.json``): z is the distance of a
 volume's logarithm from their mean, in their SDs.
@@ -136,7 +135,7 @@ METRICS = {
 
 
 def metrics(summary: ScanRecord) -> dict[str, float | None]:
-    """Every metric in ``METRICS`` from a finished scan's summary; None where not recorded."""
+    """Every metric in ``METRICS`` from a finished scan's summary; None if not recorded."""
     steps = summary.facts
     restore, conform = steps.restore, steps.conform
     in_plane = conform.facts.acquisition.in_plane_mm
@@ -163,28 +162,28 @@ def metrics(summary: ScanRecord) -> dict[str, float | None]:
 
 
 def _alternation(bias: BiasRecord | None) -> float | None:
-    """Size of the alternation, in per cent; None where it was not estimated."""
+    """Size of the alternation, in per cent; None if it was not estimated."""
     if bias is None or bias.alternation_percent is None:
         return None
     return abs(bias.alternation_percent)
 
 
 def _interleave_motion(bias: BiasRecord | None) -> float | None:
-    """The motion that was found; None where it was not estimated."""
+    """The estimated motion; None if it was not estimated."""
     if bias is None or bias.interleaves is None:
         return None
     return bias.interleaves.rms_mm if bias.interleaves.moved else 0.0
 
 
 def _fallbacks(affine: AffineRecord) -> int | None:
-    """How far the affine is from the usual one: 12 degrees of freedom, from structures."""
+    """The number of fallbacks from the usual affine: 12 degrees of freedom, from structures."""
     if affine.dof is None:
         return None
     return {12: 0, 7: 1, 6: 2}[affine.dof] + (affine.method is not AffineMethod.STRUCTURES)
 
 
 def _anatomy(parcellation: ParcellationRecord) -> dict[str, float | None]:
-    """Figures of mask and structures."""
+    """Metrics of mask and structures."""
     figures = dict.fromkeys(
         ("brain_ml", "brain_z", "structure_z", "cut_cm2", "mask_agreement", "confidence",
          "lowest_confidence", "structures", "slice_mismatch", "faintest_slice",
@@ -239,7 +238,7 @@ def reference() -> dict[str, dict[str, float]]:
 
 
 def z_score(name: str, volume_mm3: float) -> float | None:
-    """How unusual a volume is, in SDs; None for an unknown structure, or for nothing."""
+    """How unusual a volume is, in SDs; None for an unknown structure or an empty one."""
     known = reference().get(name)
     if known is None or volume_mm3 <= 0:
         return None
@@ -247,9 +246,8 @@ def z_score(name: str, volume_mm3: float) -> float | None:
 
 
 def relative_scores(table: Sequence[StructureRecord]) -> dict[str, float]:
-    """Structure -> how unusual its share of the brain is, in SDs of its volume; thin parts not.
-
-    A large brain has large structures: the brain's own departure is taken away first.
+    """Structure -> how unusual its share of the brain is, in SDs of its volume; without thin
+    parts. A large brain has large structures, so the brain's own deviation is subtracted first.
     """
     total = sum(row.volume_mm3 or 0.0 for row in table)
     if total <= 0:

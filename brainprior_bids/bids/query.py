@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which scans were asked for, and what their sidecars say.
-
-pybids reads the names and answers the query; it is shown only the images in the ``anat`` folders
-of the requested subjects and sessions, so a large data set costs what was asked of it. Sidecars
-are read here, by the inheritance principle of BIDS, for the scans that were found: pybids does
-it for every file of its index, which takes most of its time. Nothing is written to the data set:
-the index lives in memory.
+"""The requested scans, and the metadata in their sidecars. pybids reads the names and answers the
+query. It indexes only the images in the ``anat`` folders of the requested subjects and sessions,
+so that the time depends on the request, not on the data set. Sidecars are read here, by the
+inheritance principle of BIDS, and only for the scans found: pybids reads them for every file of
+its index, which takes most of its time. Nothing is written to the data set: the index is in
+memory.
 """
 
 from __future__ import annotations
@@ -30,28 +29,28 @@ from brainprior_bids.settings import MODALITIES, OTHER_MODALITIES, Settings
 LOG = logging.getLogger("brainprior")
 EXTENSIONS = (".nii", ".nii.gz")
 FOREIGN = {"bold", "sbref", "fmap", "roi", "dwi", "asl", "pdt2"}
-"""Keys of ``--bids-filter-file`` that fMRIPrep and its kin know."""
+"""Keys of ``--bids-filter-file`` in fMRIPrep and related programs."""
 RESERVED = {
     "return_type", "target", "scope", "regex_search", "absolute_paths", "invalid_filters",
     "filters", "self",
 }  # fmt: skip
-"""Arguments of pybids that are no entities."""
+"""Arguments of pybids that are not entities."""
 LARGEST_SIDECAR = 16 * 2**20
-"""Bytes; that of a scan has a few thousand."""
+"""Largest sidecar in bytes; that of a scan has a few thousand."""
 NOT_TEXT = re.compile(r"[\ud800-\udfff]")
-"""Bytes of a file's name that are not UTF-8, as Python spells them."""
+"""Bytes of a file's name that are not UTF-8, in Python's representation."""
 LARGEST_NUMBER = 2**53
-"""From here on JSON numbers are not exact, and those of a database end."""
+"""From this number on, JSON numbers are not exact and exceed those of a database."""
 LONGEST_STEM = 220
-"""Characters; with a longer name not even its failure could be written down."""
+"""Longest name in characters; with a longer one, not even its failure could be recorded."""
 NO_CONFIG = ".brainprior-reads-no-layout-config"
-"""Stands for ``layout_config.json``, with which a folder could change how pybids reads it."""
+"""Replaces ``layout_config.json``, with which a folder could change how pybids reads it."""
 DERIVED = ("space", "res", "desc")
-"""Entities of derivatives: ours replace them, so that two results would have one name."""
+"""Entities of derivatives: outputs replace them, so that two results would have one name."""
 
 
 class NoScanError(UsageError):
-    """Nothing that was asked for is there."""
+    """No requested scan exists."""
 
 
 @dataclass(frozen=True)
@@ -65,15 +64,15 @@ class Scan:
     relative : PurePosixPath
         The same, from the data set's root.
     name : BIDSName
-        Its name taken apart.
+        Its parsed name.
     metadata : mapping
-        Of every sidecar that applies, by BIDS inheritance.
+        Metadata from every sidecar that applies, by BIDS inheritance.
     problem : str or None
-        Why it cannot be processed, where that is known without opening it.
+        Why it cannot be processed, if that is known without opening it.
     runs : tuple of Scan
         With ``--fuse``: the scans that are fused, the reference first; empty otherwise.
     warnings : tuple of str
-        What had to be put right to read its sidecars.
+        Corrections that were needed to read its sidecars.
     """
 
     path: Path
@@ -91,7 +90,7 @@ class Scan:
 
     @property
     def contrast(self) -> str:
-        """The contrast that the network is given: ``T1w``, ``T2w``, ``FLAIR`` or ``unknown``."""
+        """The contrast for the network: ``T1w``, ``T2w``, ``FLAIR`` or ``unknown``."""
         return self.name.suffix if self.name.suffix in ("T1w", "T2w", "FLAIR") else "unknown"
 
 
@@ -150,14 +149,14 @@ def list_subjects(bids_dir: Path) -> list[str]:
 
 
 def misnamed_folders(bids_dir: Path) -> dict[str, str]:
-    """Folders that are meant as participants or sessions, but not named so, and what to do.
+    """Folders that seem to be participants or sessions but are misnamed, and what to do.
 
     Returns
     -------
     path in the data set -> message
         Such as ``SUB-01``, ``sub_02``, ``subject03``, ``sub-04/Ses-1``.
     """
-    found = {}
+    messages = {}
     every = (bids_dir / f"sub-{label}" for label in list_subjects(bids_dir))
     subjects = [subject for subject in every if _locked(subject) is None]
     for folder, key, word in ((bids_dir, "sub", "ject"), *((s, "ses", "sion") for s in subjects)):
@@ -167,11 +166,11 @@ def misnamed_folders(bids_dir: Path) -> dict[str, str]:
                 continue
             label = re.sub("[^a-zA-Z0-9]", "", entry.name[start.end() :])
             place = readable(entry.relative_to(bids_dir))
-            found[place] = (
+            messages[place] = (
                 f"{place}: this folder is ignored, as its name does not begin with '{key}-' in "
                 f"small letters. Rename it (and its files), for example to {key}-{label}."
             )
-    return found
+    return messages
 
 
 def locked_folders(
@@ -200,7 +199,7 @@ def locked_folders(
 
 
 def _locked(folder: Path) -> str | None:
-    """Why a folder cannot be read; None where it can, or is not there."""
+    """Why a folder cannot be read; None if it can, or does not exist."""
     try:
         os.stat(os.path.join(folder, "."))  # its files can be reached
         with os.scandir(folder):  # and listed
@@ -212,7 +211,7 @@ def _locked(folder: Path) -> str | None:
 
 
 def requested_subjects(settings: Settings) -> list[str]:
-    """Labels of the participants that were asked for, or of all, sorted.
+    """Labels of the requested participants, or of all, sorted.
 
     Raises
     ------
@@ -225,21 +224,19 @@ def requested_subjects(settings: Settings) -> list[str]:
 
 
 def subjects_without(scans: Iterable[Scan], settings: Settings) -> list[str]:
-    """The requested participants in whose folders not one scan of the request lies."""
+    """The requested participants without any requested scan in their folders."""
     having = {scan.relative.parts[0] for scan in scans}
     return [label for label in requested_subjects(settings) if f"sub-{label}" not in having]
 
 
 def find_scans(settings: Settings) -> list[Scan]:
-    """Every scan that was asked for, sorted by path.
-
-    What is wrong with one file is that scan's ``problem``, whatever it is.
+    """Every requested scan, sorted by path. Any error in one file becomes that scan's ``problem``.
 
     Raises
     ------
     UsageError
-        An unknown label, a filter that pybids does not know, or nothing found; the message prints
-        what is there, or the filters in force.
+        An unknown label, a filter that pybids does not know, or no scan found; the message lists
+        the existing labels, or the active filters.
     """
     subjects = requested_subjects(settings)
     sessions = sorted(
@@ -265,14 +262,14 @@ def find_scans(settings: Settings) -> list[Scan]:
         query, fields = _query(settings, suffix)
         try:
             listed = [Path(file.path) for file in layout.get(**query, invalid_filters="error")]
-        except Exception as error:  # whatever pybids and its database say of a value
+        except Exception as error:  # any error of pybids and its database about a value
             raise UsageError(
                 f"--bids-filter-file: the filter for {suffix} cannot be used: "
-                f"{str(error).partition(' If you')[0]}"  # pybids goes on to its own arguments
+                f"{str(error).partition(' If you')[0]}"  # pybids continues with its own arguments
             ) from error
-        found = {path: _described(path, suffix, sidecars) for path in listed}
-        _require_fields(fields, found.values(), suffix)
-        files |= {path: file for path, file in found.items() if file.fits(fields)}
+        described = {path: _described(path, suffix, sidecars) for path in listed}
+        _require_fields(fields, described.values(), suffix)
+        files |= {path: file for path, file in described.items() if file.fits(fields)}
         ends = tuple(f"_{suffix}{end}" for end in EXTENSIONS)
         for path in entries:
             problem = _no_file(path, settings.bids_dir) if path.name.endswith(ends) else None
@@ -296,7 +293,7 @@ def find_scans(settings: Settings) -> list[Scan]:
 
 @dataclass(frozen=True)
 class _File:
-    """An image that was found: the suffix it was asked for by, and what its sidecars say."""
+    """An image that was found: the suffix of its request, and the metadata of its sidecars."""
 
     suffix: str
     metadata: Mapping[str, Any] = field(default_factory=dict)
@@ -304,7 +301,9 @@ class _File:
     problem: str | None = None
 
     def fits(self, fields: Mapping[str, Any]) -> bool:
-        """Whether the metadata is as asked; True where it cannot be read: that is reported."""
+        """Whether the metadata match the filter; True if they cannot be read, which is reported
+        later.
+        """
         if self.problem is not None:
             return True
         return all(_fits(self.metadata.get(key), asked) for key, asked in fields.items())
@@ -320,7 +319,7 @@ def _described(path: Path, suffix: str, sidecars: Sidecars) -> _File:
 
 
 def _fits(value: Any, asked: Any) -> bool:
-    """Whether a sidecar's value is one of those asked for; null: absent, "*": present."""
+    """Whether a sidecar's value is one of those requested; null: absent, "*": present."""
     own = value if isinstance(value, list) else [value]
     for item in asked if isinstance(asked, list) else [asked]:
         if (value is None and item is None) or (item == "*" and value is not None):
@@ -331,10 +330,10 @@ def _fits(value: Any, asked: Any) -> bool:
 
 
 def _require_fields(fields: Mapping[str, Any], files: Iterable[_File], suffix: str) -> None:
-    """Refuse a filter by what is no entity and in no sidecar."""
+    """Refuse a filter whose key is neither an entity nor in any sidecar."""
     files = list(files)
-    known = {key for file in files for key in file.metadata}
-    unknown = sorted(set(fields) - known)
+    keys = {key for file in files for key in file.metadata}
+    unknown = sorted(set(fields) - keys)
     if unknown and files and all(file.problem is None for file in files):
         raise UsageError(
             f"--bids-filter-file: the filter for {suffix} cannot be used: '{unknown[0]}' is not a "
@@ -343,7 +342,7 @@ def _require_fields(fields: Mapping[str, Any], files: Iterable[_File], suffix: s
 
 
 def _anat_entries(bids_dir: Path, subjects: Iterable[str], sessions: Sequence[str]) -> list[Path]:
-    """What lies in the ``anat`` folders of these subjects and sessions (empty: all)."""
+    """The content of the ``anat`` folders of these subjects and sessions (empty: all)."""
     entries: list[Path] = []
     for subject in subjects:
         for anat in _anat_folders(bids_dir / f"sub-{subject}", sessions):
@@ -361,7 +360,7 @@ def _anat_folders(folder: Path, sessions: Sequence[str]) -> list[Path]:
 
 
 def _no_file(path: Path, bids_dir: Path) -> str | None:
-    """Why pybids does not list what is called like an image; None where it does."""
+    """Why pybids does not list a file with an image's name; None if it does."""
     stem = readable(path.name).partition(".")[0]
     if NOT_TEXT.search(str(path.relative_to(bids_dir))):
         return (
@@ -380,16 +379,19 @@ def _scans(bids_dir: Path, files: Mapping[Path, _File]) -> list[Scan]:
         relative = PurePosixPath(path.relative_to(bids_dir))
         name, problem = _named(relative, file)
         if problem is None:
-            if name.get("part") not in (None, "mag"):  # phase, real, imaginary: no brain picture
+            if name.get("part") not in (
+                None,
+                "mag",
+            ):  # phase, real, imaginary: not magnitude images
                 continue
             problem = file.problem or _unusable(path, name)
-        result = name.derivative()  # entities in the order of BIDS: one for each set of results
+        result = name.derivative()  # entities in the order of BIDS, unique for each set of results
         if result in scans:
             twin = scans[result]
             both = f"two files are this scan ({twin.relative} and {readable(relative)})"
             if twin.name.stem == name.stem:
                 problem = f"{name.stem}: {both}. Remove one of them."
-            else:  # the same entities in another order: the first one has the name
+            else:  # the same entities in another order: the first one keeps the name
                 problem = f"{name.stem}: {both}. Rename or remove this one."
                 name = BIDSName.stand_in(relative, file.suffix)
                 result = name.derivative()
@@ -401,7 +403,7 @@ def _scans(bids_dir: Path, files: Mapping[Path, _File]) -> list[Scan]:
 
 
 def _named(relative: PurePosixPath, file: _File) -> tuple[BIDSName, str | None]:
-    """A scan's name; where it or the file's place cannot be used, one to report it by, and why."""
+    """A scan's name; if it or the file's folder cannot be used, a name for the report, and why."""
     stem = readable(relative.name).partition(".")[0]
     problem = file.problem if NOT_TEXT.search(str(relative)) else None
     if problem is None:
@@ -423,7 +425,7 @@ def _named(relative: PurePosixPath, file: _File) -> tuple[BIDSName, str | None]:
 
 
 def _unusable(path: Path, name: BIDSName) -> str | None:
-    """Why an image cannot be begun, from its name and what lies there; None where it can."""
+    """Why an image cannot be processed, from its name and file type; None if it can."""
     added = [f"{key}-" for key in DERIVED if name.get(key) is not None]
     if added:
         return (
@@ -443,7 +445,7 @@ def _unusable(path: Path, name: BIDSName) -> str | None:
 
 
 def _without_content(path: Path) -> str:
-    """What to do about a link that leads nowhere."""
+    """Advice about a broken link."""
     return (
         f"{path.name} is a link whose content is not here. Fetch it (datalad get, or "
         "git annex get) and run again; if it is not of git-annex, correct the link."
@@ -459,14 +461,14 @@ def _index(
 ) -> Any:
     """A pybids layout of the images in the ``anat`` folders of these subjects (empty: all).
 
-    With ``database_dir`` the index of the whole data set, metadata included, is kept there, or
+    With ``database_dir``, the index of the whole data set, metadata included, is stored there or
     read from there.
     """
-    # pybids matches files too: the sidecars above an anat folder have to pass
+    # pybids matches files too: the sidecars above an anat folder must pass
     ignore = [
         r"^/(?!sub-)[^/]+(?<!\.json)$",
         r"^/sub-[^/]+/(?:ses-[^/]+/)?(?!ses-|anat(?:/|$))[^/]+(?<!\.json)$",
-        NOT_TEXT.pattern,  # its database cannot hold them
+        NOT_TEXT.pattern,  # its database cannot store them
     ]
     everyone = list_subjects(bids_dir) if database_dir is not None or not subjects else subjects
     # it would enter what lies in an anat folder, also through a link that leads anywhere, and
@@ -495,37 +497,37 @@ def _index(
 
 
 def _kept_index(bids_dir: Path, ignore: Sequence[str], database_dir: Path) -> Any:
-    """The layout in ``--bids-database-dir``, made where it is not there yet."""
-    where = f"--bids-database-dir {database_dir}"
-    made = database_dir / "layout_index.sqlite"
-    kept = {"database_path": str(database_dir)}
+    """The layout in ``--bids-database-dir``, created if it does not exist."""
+    option = f"--bids-database-dir {database_dir}"
+    index = database_dir / "layout_index.sqlite"
+    database = {"database_path": str(database_dir)}
     try:
         database_dir.mkdir(parents=True, exist_ok=True)
-        exists = made.exists()
+        exists = index.exists()
     except OSError as error:
         raise UsageError(
-            f"{where}: the folder cannot be created ({error.strerror}). Choose another."
+            f"{option}: the folder cannot be created ({error.strerror}). Choose another."
         ) from error
     try:
         if exists:
-            layout = _layout(bids_dir, None, metadata=False, **kept)
+            layout = _layout(bids_dir, None, metadata=False, **database)
         else:
             try:
-                layout = _layout(bids_dir, ignore, metadata=True, **kept)
+                layout = _layout(bids_dir, ignore, metadata=True, **database)
             except (OSError, ValueError, RecursionError) as error:  # a sidecar of any participant
                 for path in database_dir.glob("layout_*"):
                     path.unlink()
-                LOG.warning("%s: kept without metadata: %s", where, error)
+                LOG.warning("%s: kept without metadata: %s", option, error)
                 ignore = [*ignore, r"\.json$"]
-                layout = _layout(bids_dir, ignore, metadata=False, **kept)
-    except Exception as error:  # whatever pybids and its database say of it
+                layout = _layout(bids_dir, ignore, metadata=False, **database)
+    except Exception as error:  # any error of pybids and its database
         raise UsageError(
-            f"{where} cannot be used for {bids_dir}: {error} Remove that folder, and it is made "
+            f"{option} cannot be used for {bids_dir}: {error} Remove that folder, and it is made "
             "anew."
         ) from error
     if Path(layout.root).resolve() != bids_dir.resolve():
         raise UsageError(
-            f"{where} is the index of {layout.root}, not of {bids_dir}. Use another folder."
+            f"{option} is the index of {layout.root}, not of {bids_dir}. Use another folder."
         )
     return layout
 
@@ -533,7 +535,7 @@ def _kept_index(bids_dir: Path, ignore: Sequence[str], database_dir: Path) -> An
 def _layout(
     bids_dir: Path, ignore: Sequence[str] | None, *, metadata: bool, **arguments: str
 ) -> Any:
-    """pybids' layout; its own deprecations are nothing that a user could act on."""
+    """pybids' layout; its deprecation warnings are hidden, because users cannot act on them."""
     from bids.layout import BIDSLayout, BIDSLayoutIndexer
 
     indexer = None
@@ -563,12 +565,12 @@ class Sidecars:
         self._warnings: dict[Path, str] = {}
 
     def metadata(self, image: Path) -> tuple[dict[str, Any], list[str]]:
-        """What all sidecars of an image say together, and what is amiss with how they say it.
+        """The combined metadata of all sidecars of an image, and warnings about their encoding.
 
         Raises
         ------
         InputError
-            If one of them cannot be read or does not hold a JSON object.
+            If one of them cannot be read or is not a JSON object.
         """
         suffix, entities = _taken_apart(image)
         merged: dict[str, Any] = {}
@@ -609,17 +611,17 @@ class Sidecars:
 
 
 def _read_sidecar(path: Path) -> tuple[dict[str, Any], str | None]:
-    """A sidecar's content, and its encoding where that is not what BIDS asks for."""
-    where = f"the sidecar {readable(path)}"
+    """A sidecar's content, and its encoding if that is not the one BIDS requires."""
+    title = f"the sidecar {readable(path)}"
     if os.path.islink(path) and not os.path.exists(path):
         raise InputError(_without_content(path))
     if not os.path.isfile(path):
-        raise InputError(f"{where} is no file. Replace or remove it.")
+        raise InputError(f"{title} is no file. Replace or remove it.")
     try:
         if path.stat().st_size > LARGEST_SIDECAR:
             size = path.stat().st_size / 2**20
             raise InputError(
-                f"{where} has {size:.0f} MiB, expected less than {LARGEST_SIDECAR / 2**20:.0f}. "
+                f"{title} has {size:.0f} MiB, expected less than {LARGEST_SIDECAR / 2**20:.0f}. "
                 "Is it one? Replace or remove it."
             )
         text, other = decoded(path.read_bytes())
@@ -628,19 +630,19 @@ def _read_sidecar(path: Path) -> tuple[dict[str, Any], str | None]:
             content = _as_text(content)
     except OSError as error:
         raise InputError(
-            f"{where} cannot be read ({error.strerror}). Check its permissions."
+            f"{title} cannot be read ({error.strerror}). Check its permissions."
         ) from error
     except ValueError as error:
-        raise InputError(f"{where} is not JSON ({error}). Repair or remove it.") from error
+        raise InputError(f"{title} is not JSON ({error}). Repair or remove it.") from error
     if not isinstance(content, dict):
         raise InputError(
-            f"{where}: expected a JSON object, got {type(content).__name__}. Repair or remove it."
+            f"{title}: expected a JSON object, got {type(content).__name__}. Repair or remove it."
         )
     return content, other
 
 
 def _as_text(value: Any) -> Any:
-    """A value of JSON whose strings a file can hold: halves of surrogate pairs become U+FFFD."""
+    """A JSON value with storable strings: halves of surrogate pairs become U+FFFD."""
     if isinstance(value, dict):
         return {_as_text(key): _as_text(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -658,7 +660,7 @@ def _taken_apart(path: Path) -> tuple[str, dict[str, str]]:
 
 
 def _query(settings: Settings, suffix: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What pybids is asked for, by the names of files, and what the sidecars have to say."""
+    """The part of a filter for pybids, by file names, and the part for the sidecars."""
     from bids.layout import Config, Query
 
     words = {None: Query.NONE, "*": Query.ANY}
@@ -688,11 +690,9 @@ def _query(settings: Settings, suffix: str) -> tuple[dict[str, Any], dict[str, A
 def read_filters(path: Path, modalities: Iterable[str]) -> dict[str, Any]:
     """``--bids-filter-file``: ``{"t1w": {"acquisition": "mprage", "session": null}}``.
 
-    Returns
-    -------
-    suffix -> {pybids entity -> value}; null means "the entity is absent", "*" "it is present",
-    alone or in a list. Keys that fMRIPrep knows and this does not, and those of modalities that
-    were not asked for, are passed over: one file may serve several programs.
+    Returns ------- suffix -> {pybids entity -> value}; null means "the entity is absent", "*" "it
+    is present", alone or in a list. Keys that only fMRIPrep knows, and those of modalities that
+    were not requested, are ignored: one file may serve several programs.
 
     Raises
     ------
@@ -710,12 +710,12 @@ def read_filters(path: Path, modalities: Iterable[str]) -> dict[str, Any]:
 
 
 def checked_filters(filters: Any, modalities: Iterable[str], who: str) -> dict[str, Any]:
-    """Filters as ``read_filters`` returns them, from what a file holds; ``who`` is that file.
+    """Filters as ``read_filters`` returns them, from the content of a file; ``who`` is that file.
 
     Raises
     ------
     UsageError
-        Naming the key or value that cannot be used.
+        The message names the key or value that cannot be used.
     """
     by_key = {suffix.lower(): suffix for suffix in modalities}
     others = {suffix.lower() for suffix in (*MODALITIES, *OTHER_MODALITIES)} - set(by_key)
@@ -741,7 +741,7 @@ def checked_filters(filters: Any, modalities: Iterable[str], who: str) -> dict[s
 
 
 def _check_filter(who: str, suffix: str, entity: str, value: Any) -> None:
-    """Refuse what pybids would take for something else than an entity's value, or not take."""
+    """Refuse values that pybids would misinterpret or reject."""
     if entity in RESERVED:
         raise UsageError(f"{who} is an argument of pybids, not an entity of BIDS. Remove it.")
     fixed = {"datatype": ("anat",), "suffix": (suffix,), "extension": EXTENSIONS}

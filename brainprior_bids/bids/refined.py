@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Another tool's image of a scan (``--task refine``), and what its result is called.
-
-An image belongs to a scan when it lies in the same ``sub-XX/[ses-YY/]anat`` of a derivative data
-set, names no entity that contradicts the scan's (``desc-``, ``rec-`` and the like are the tool's),
-and lies in the scan's space: no ``space-``, ``orig`` or the scan's suffix. The tool may have made
-another contrast of it, as SynthSR makes a T1w of anything. Such an image is taken where no scan of
-the raw data could be its own, and its result is named after it: what is refined of
-``sub-01_FLAIR`` and ``sub-01_desc-SynthSR_T1w`` is ``sub-01_desc-refined_T1w``.
+"""Another tool's image of a scan (``--task refine``), and the name of its result. An image belongs
+to a scan if it is in the same ``sub-XX/[ses-YY/]anat`` of a derivative data set, names no entity
+that contradicts the scan's (``desc-``, ``rec-`` and the like are the tool's), and is in the scan's
+space: no ``space-``, ``orig`` or the scan's suffix. The tool may have produced another contrast;
+SynthSR always returns a T1w. Such an image is used if no other raw scan could be its source, and
+its result is named after it: ``sub-01_FLAIR`` and ``sub-01_desc-SynthSR_T1w`` give
+``sub-01_desc-refined_T1w``.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ IMAGES = (*MODALITIES, *OTHER_MODALITIES)
 
 @dataclass(frozen=True)
 class Given:
-    """A file of another data set that is used for a scan.
+    """A file from another data set that is used for a scan.
 
     Parameters
     ----------
@@ -47,8 +46,8 @@ def find_refined(scan: Scan, settings: Settings) -> Given:
     Raises
     ------
     InputError
-        If there is none, or more than one, or it is of another contrast than the scan together
-        with which it is to be used.
+        If there is none or more than one, or if it has another contrast than the scan with which
+        it is combined.
     """
     raw = BIDSName.parse(scan.relative.name)
     for dataset, root in settings.derivatives.items():
@@ -91,18 +90,17 @@ def find_refined(scan: Scan, settings: Settings) -> Given:
 
 
 def name_after_images(scans: Sequence[Scan], settings: Settings) -> list[Scan]:
-    """Scans whose image is of another contrast get that contrast's name.
-
-    Two scans to which one image could belong, and that would be called the same, have a problem.
+    """Name scans after their image if it has another contrast. Two scans to which one image could
+    belong, and that would have the same name, get a ``problem``.
     """
     named = []
     for scan in scans:
         try:
-            found = None if scan.problem else find_refined(scan, settings)
-        except InputError:  # said when the scan's turn comes
-            found = None
-        if found is not None:
-            suffix = BIDSName.parse(found.path.name).suffix
+            refined = None if scan.problem else find_refined(scan, settings)
+        except InputError:  # reported when the scan is processed
+            refined = None
+        if refined is not None:
+            suffix = BIDSName.parse(refined.path.name).suffix
             name = BIDSName(scan.name.entities, suffix, scan.name.extension)
             scan = replace(scan, name=name)
         named.append(scan)
@@ -136,7 +134,7 @@ def _shows(source: BIDSName, file_name: str) -> bool:
 
 
 def _has_own(file_name: str, scan: Scan) -> bool:
-    """Whether a scan of the image's contrast could be its source, or needs the result's name."""
+    """Whether another scan could be the image's source, or needs the result's name."""
     image, raw = BIDSName.parse(file_name), BIDSName.parse(scan.relative.name)
     wanted = BIDSName(raw.entities, image.suffix).stem
     for path in Path(scan.path).parent.glob(f"*_{image.suffix}.nii*"):

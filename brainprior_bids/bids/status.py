@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One summary file a scan, and the table rebuilt from all of them.
+"""One summary file per scan, and the table that is rebuilt from all of them.
 
 ``logs/scans/<scan>.json`` is put in place by rename, by whichever process finished the scan;
-``logs/status.tsv`` is made from those files alone, so several processes may share an output
-folder (appending to one table is not atomic on NFS). A summary is a ``records.ScanRecord``.
+``logs/status.tsv`` is derived from those files alone, so that several processes may share an
+output folder (appending to one table is not atomic on NFS). A summary is a ``records.ScanRecord``.
 
-``logs/participants/sub-XX.json`` stands for a participant of whom there is no scan to restore:
-the table has a row for them, too.
+``logs/participants/sub-XX.json`` records a participant without a scan to restore, who has a row in
+the table too.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ KILLED_JOB = "KilledJob"
 """``ErrorRecord.type`` of a scan whose job ended before it did."""
 NO_SCAN = "no scan"
 LONGEST_CELL = 10_000
-"""Characters of a value in the table; readers refuse more than 131,072."""
+"""Longest value in the table, in characters; readers refuse more than 131,072."""
 """Status of a participant without a scan."""
 COLUMNS = ("source", "task", "status", "seconds", "message")
 
 
 def summary_path(output_dir: Path, scan: str) -> Path:
-    """Where a scan's summary lies."""
+    """Path of a scan's summary."""
     return output_dir / "logs" / "scans" / f"{scan}.json"
 
 
 def write_summary(output_dir: Path, summary: ScanRecord) -> Path:
-    """Put one scan's summary in place."""
+    """Write one scan's summary."""
     path = summary_path(output_dir, summary.scan)
     return write_text_at_last(path, to_json(summary.to_json()))
 
 
 def read_summary(output_dir: Path, scan: str) -> ScanRecord | None:
-    """A scan's summary; None where there is none, or where it cannot be read (with a warning)."""
+    """A scan's summary; None if there is none, or if it cannot be read (with a warning)."""
     try:
         return ScanRecord.read(summary_path(output_dir, scan))
     except OSError:
@@ -64,7 +64,7 @@ def read_summary(output_dir: Path, scan: str) -> ScanRecord | None:
 
 @cache
 def _warn(text: str) -> None:
-    """Once for each text: the tables are rebuilt as scans finish."""
+    """Warn once for each text: the tables are rebuilt whenever a scan finishes."""
     logging.getLogger("brainprior").warning("%s", text)
 
 
@@ -76,8 +76,8 @@ def read_summaries(output_dir: Path) -> list[ScanRecord]:
 
 
 def write_absent(output_dir: Path, absent: Mapping[str, str], present: Iterable[str]) -> None:
-    """Write down the participants without a scan, or with a folder that cannot be read, and remove
-    what was written of the others.
+    """Record the participants without a scan, or with a folder that cannot be read, and remove the
+    records of the others.
 
     Parameters
     ----------
@@ -94,7 +94,7 @@ def write_absent(output_dir: Path, absent: Mapping[str, str], present: Iterable[
 
 
 def write_misnamed(output_dir: Path, misnamed: Mapping[str, str]) -> None:
-    """Write down the folders that are ignored because of their names, instead of earlier ones.
+    """Record the folders that are ignored because of their names, and remove earlier records.
 
     Parameters
     ----------
@@ -114,11 +114,10 @@ def forget_gone(output_dir: Path, bids_dir: Path, subjects: Iterable[str]) -> li
     Parameters
     ----------
     subjects : labels
-        Only in their folders, so that a part of the data set can be processed elsewhere.
+        Only their folders are checked, so that a part of the data set can be processed elsewhere.
 
-    Returns
-    -------
-    Names of the scans. Results stay, and failures that left some in place.
+    Returns ------- Names of the scans. Results are kept, and so are failures with results of an
+    earlier run.
     """
     folders = {f"sub-{subject}" for subject in subjects}
     gone = []
@@ -153,7 +152,7 @@ def rebuild_status(output_dir: Path) -> Path:
 
 
 def settle(output_dir: Path, job: str) -> list[str]:
-    """Scans that were being processed by a job, or an array task, that has ended: they failed.
+    """Mark scans as failed that were being processed by a job, or array task, that has ended.
 
     Returns
     -------

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The BIDS validator, shown only what was asked for.
-
-The validator reads a whole data set. It is given a folder of links instead: the files of the
-root (their metadata is inherited) and the ``anat`` folders of the requested subjects. An error
-elsewhere in the data set is not this run's concern.
+"""The BIDS validator, applied to the requested part only. The validator reads a whole data set.
+Therefore it runs on a folder of links: to the files of the root (whose metadata are inherited) and
+to the ``anat`` folders of the requested subjects. Errors elsewhere in the data set do not affect
+this run.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class Issue:
 
 
 def find_validator() -> str | None:
-    """The command ``bids-validator-deno``, beside this Python or on the path; None if absent."""
+    """The command ``bids-validator-deno``, next to this Python or on the path; None if absent."""
     beside = Path(sys.executable).with_name("bids-validator-deno")
     return str(beside) if beside.exists() else shutil.which("bids-validator-deno")
 
@@ -76,14 +75,14 @@ def validate_scans(
     """``validate`` on the root's files and the ``anat`` folders of ``scans``.
 
     Sidecars above those folders may be of images that are not in the view (functional ones, other
-    participants'): that they have no data there is no error.
+    participants'): missing data for them are not an error.
     """
     folders = sorted({scan.relative.parent for scan in scans})
     with tempfile.TemporaryDirectory(prefix="validate-", dir=scratch) as name:
         view = Path(name)
         for entry in bids_dir.iterdir():
-            # participants.tsv lists people who are not in the view, and other tables and
-            # gradients at the root are of images that are not
+            # participants.tsv lists participants outside the view, and other tables and gradients
+            # at the root are of images that are not
             other = entry.suffix in (".tsv", ".bval", ".bvec") or entry.name.startswith(
                 (".", "participants.")
             )

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Boutiques descriptor of the command, made from its parser so that it cannot lag behind.
+"""The Boutiques descriptor of the command, generated from its parser so that it stays up to date.
 
     python -m brainprior_bids.cli.boutiques >docs/boutiques/brainprior.json
 
-``bosh validate --bids`` would have the output folder as two inputs with one key, a name for the
-participant level and a folder for the group level. Then bosh 0.5 loses the folder from the group
-level's command line, so here it is one input for both.
+``bosh validate --bids`` requires the output folder as two inputs with one key, a name for the
+participant level and a folder for the group level. With those, bosh 0.5 omits the folder from the
+group level's command line, so here it is one input for both.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from brainprior_bids.run.resources import MAIN_GB
 from brainprior_bids.settings import LEVELS
 
 FILES = ("bids_filter_file", "synthstrip_model", "prior", "plugin_file", "config_file")
-"""Paths of files that must be there; other paths may be made, and are strings to Boutiques."""
+"""Paths of files that must exist; other paths may be created, and are strings for Boutiques."""
 NUMBERS: dict[str, dict[str, Any]] = {
     "positive_int": {"integer": True, "minimum": 1},
     "positive_float": {"minimum": 0, "exclusive-minimum": True},
     "distance": {"minimum": 0},
     "seed": {"integer": True, "minimum": 0},
 }
-"""Type of an option -> what Boutiques calls it."""
+"""Type of an option -> its name in Boutiques."""
 ERROR_CODES = {
-    1: "A scan failed, the others were done: logs/status.tsv says which and why.",
+    1: "A scan failed, the others were processed: logs/status.tsv lists which and why.",
     2: "The command line or the data set cannot be used, or the memory does not suffice.",
 }
 
@@ -102,7 +102,7 @@ def descriptor() -> dict[str, Any]:
 
 def _option(action: argparse.Action) -> dict[str, Any]:
     flag = next(text for text in action.option_strings if text.startswith("--"))
-    made: dict[str, Any] = {
+    entry: dict[str, Any] = {
         "id": action.dest,
         "name": flag,
         "type": "String",
@@ -113,16 +113,16 @@ def _option(action: argparse.Action) -> dict[str, Any]:
     }
     kind = getattr(action.type, "__name__", "")
     if action.nargs == 0:
-        made["type"] = "Flag"
+        entry["type"] = "Flag"
     elif action.dest in FILES:
-        made["type"] = "File"
+        entry["type"] = "File"
     elif kind in NUMBERS:
-        made |= {"type": "Number", **NUMBERS[kind]}
+        entry |= {"type": "Number", **NUMBERS[kind]}
     if action.choices is not None:
-        made["value-choices"] = list(action.choices)
+        entry["value-choices"] = list(action.choices)
     if action.nargs == "+":
-        made["list"] = True
-    return made
+        entry["list"] = True
+    return entry
 
 
 if __name__ == "__main__":

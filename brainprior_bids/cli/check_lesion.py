@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``brainprior check-lesion``: a table of what is left of lesions that are put into a scan."""
+"""``brainprior check-lesion``: how much of synthetic lesions in a scan a restoration keeps."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from brainprior_bids.run.logs import LOG
 
 
 def check_lesion(argv: Sequence[str]) -> int:
-    """``brainprior check-lesion IMAGE``: a table of what is left of lesions put into a scan."""
+    """Print a table of the contrast that is kept of lesions added to ``IMAGE``."""
     parser = argparse.ArgumentParser(
         prog="brainprior check-lesion",
-        description="Put a synthetic lesion into a scan, restore it, and say how much of its "
-        "contrast is left.",
+        description="Add a synthetic lesion to a scan, restore it, and print how much of its "
+        "contrast is kept.",
     )
     parser.add_argument("image", type=Path, help="NIfTI file of a scan")
     parser.add_argument("--modality", choices=("T1w", "T2w", "FLAIR"), default="T1w")
@@ -58,7 +58,7 @@ def check_lesion(argv: Sequence[str]) -> int:
     parser.add_argument("--n-samples", type=int, default=2)
     parser.add_argument("--random-seed", type=int, default=0)
     parser.add_argument(
-        "--prior", type=Path, help="a file, or a name of `brainprior weights list`"
+        "--prior", type=Path, help="a file, or a name from `brainprior weights list`"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda[:N]")
     options = parser.parse_args(list(argv))  # fmt: skip

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What goes together on a command line and what does not: what one value alone cannot tell."""
+"""Checks of options against each other, which the parser cannot make on one value alone."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def run_labels(given: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_task(options: argparse.Namespace, task: str) -> None:
-    """Refuse options that this task does not take; every combination of its words is a task."""
+    """Refuse options that this task does not use; every combination of its words is a task."""
     if options.output_grid == "native" and "restore" not in task:
         why = (
             "the result is on the scan's own grid already"
@@ -159,7 +159,7 @@ def _check_pattern(option: str, pattern: str | None) -> None:
 
 
 def check_anatomy(options: argparse.Namespace) -> None:
-    """Refuse what needs a program or a file that is not there, before anything runs."""
+    """Refuse options whose program or file is missing, before anything runs."""
     model = options.synthstrip_model
     for option, value in (("--skull-strip", "mask"), ("--parcellation", "derivatives")):
         if getattr(options, option[2:].replace("-", "_")) == value and not options.derivatives:
@@ -193,13 +193,13 @@ def check_templates(spaces: Sequence[str]) -> None:
     ------
     UsageError
     """
-    asked = [space for space in TEMPLATE_SPACES if space in spaces]
-    if asked and find_spec("ants") is None:
+    templates = [space for space in TEMPLATE_SPACES if space in spaces]
+    if templates and find_spec("ants") is None:
         raise UsageError(
-            f"--output-spaces {asked[0]}: antspyx, which registers to the template, is not "
+            f"--output-spaces {templates[0]}: antspyx, which registers to the template, is not "
             "installed. Install it (pip install antspyx), or leave the space out."
         )
-    for space in asked:
+    for space in templates:
         find_template(space)
 
 
@@ -247,8 +247,8 @@ def export_roots(
                 f"files would be lost. Name a mounted folder: --export {kind}=/exports, or use an "
                 "output_dir one level deeper."
             )
-        taken = [bids_dir, output_dir, *map(Path, exports.values())]
-        for other in (path.resolve() for path in taken):
+        folders = [bids_dir, output_dir, *map(Path, exports.values())]
+        for other in (path.resolve() for path in folders):
             own = root.resolve()
             in_derivatives = bids_dir.resolve() / "derivatives" in own.parents
             clash = own == other or (other in own.parents and not in_derivatives)
@@ -262,7 +262,7 @@ def export_roots(
 
 
 def named_prior(asked: Path | None) -> Path | None:
-    """The file of ``--prior``: a path, or a name that `brainprior weights add` knows.
+    """The file of ``--prior``: a path, or a name recorded by `brainprior weights add`.
 
     Raises
     ------
@@ -271,7 +271,7 @@ def named_prior(asked: Path | None) -> Path | None:
     """
     if asked is None:
         return None
-    from brainprior_bids.engine.weights import find_weights  # torch: only where it is asked for
+    from brainprior_bids.engine.weights import find_weights  # imports torch: only if needed
 
     try:
         return find_weights(asked, kind="prior")

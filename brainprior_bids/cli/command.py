@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a command line to an exit code: which command it is, and what is said of its errors."""
+"""From a command line to an exit code: choose the command and report its errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TRAINERS = ("prior", "parcellation")
 
 
 def command(arguments: list[str]) -> int:
-    """Carry out one command line; the exit code, as of ``run.main``.
+    """Execute one command line; returns the exit code as defined by ``run.main``.
 
     Raises
     ------
@@ -74,7 +74,7 @@ def command(arguments: list[str]) -> int:
         return 1
     except BrokenPipeError:
         raise
-    except Exception as error:  # one place for what nobody thought of
+    except Exception as error:  # the one place for unforeseen errors
         if settings is not None and is_full(error):
             text = f"{no_room(settings)}."
         else:
@@ -85,8 +85,8 @@ def command(arguments: list[str]) -> int:
 
 
 def _not_foreseen(error: Exception, logs: Path | None, arguments: Sequence[str]) -> str:
-    """One line about an error that no message was written for; its traceback goes to a file."""
-    said = " ".join(str(error).split()) or "an error without a message"
+    """One line about an unforeseen error; its traceback is written to a file."""
+    message = " ".join(str(error).split()) or "an error without a message"
     text = f"brainprior {__version__}: {shlex.join(arguments)}\n\n"
     text += "".join(traceback.format_exception(error))
     name = f"crash-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}.txt"
@@ -96,12 +96,12 @@ def _not_foreseen(error: Exception, logs: Path | None, arguments: Sequence[str])
                 path = write_text(folder / name, text)
             except OSError:  # full or read-only: the next one
                 continue
-            return f"{said}. This was not foreseen: please report it, with {path}."
-    return f"{said}. This was not foreseen: please report it ({type(error).__name__})."
+            return f"{message}. This was not foreseen: please report it, with {path}."
+    return f"{message}. This was not foreseen: please report it ({type(error).__name__})."
 
 
 def train(argv: Sequence[str]) -> int:
-    """``brainprior train prior|parcellation``; the trainer is imported when it is asked for."""
+    """``brainprior train prior|parcellation``; the trainer is imported on demand."""
     parser = argparse.ArgumentParser(prog="brainprior train", description="Train a network.")
     commands = parser.add_subparsers(dest="network", required=True, metavar="|".join(TRAINERS))
     chosen = next((word for word in argv if word in TRAINERS), None)
@@ -128,20 +128,20 @@ def verify(argv: Sequence[str]) -> int:
     options = parser.parse_args(list(argv))
     from brainprior_bids.bids.provenance import verify_export, verify_records
 
-    found = verify_records(options.output_dir)
-    if not found.outputs:
-        found = verify_export(options.output_dir)
-    if not found.outputs:
+    report = verify_records(options.output_dir)
+    if not report.outputs:
+        report = verify_export(options.output_dir)
+    if not report.outputs:
         raise UsageError(
             f"{options.output_dir} has no provenance to verify: expected an output folder "
             "(prov/*_io.json), or a data set of --export."
         )
-    for address, what in found.changes.items():
+    for address, what in report.changes.items():
         print(f"{what}\t{address}")
-    for address in found.out_of_reach:
+    for address in report.out_of_reach:
         print(f"not checked\t{address}")
     print(
-        f"{found.outputs} output(s) and {found.inputs} input(s) checked, {len(found.changes)} "
+        f"{report.outputs} output(s) and {report.inputs} input(s) checked, {len(report.changes)} "
         "changed or missing."
     )
-    return 1 if found.changes else 0
+    return 1 if report.changes else 0

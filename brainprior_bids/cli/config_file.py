@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``--config-file``: settings of an earlier run, as a command line would say them."""
+"""``--config-file``: settings of an earlier run, converted to command-line options."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ NOT_IN_CONFIG = (
     "job_id", "bids_dir", "output_dir", "analysis_level", "run_uuid", "command", "n_steps",
     "dry_run", "boilerplate_only", "reports_only",
 )  # fmt: skip
-"""Settings that belong to one run, or follow from others."""
+"""Settings that belong to a single run, or are derived from others."""
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The settings in a file, without those of the one run that wrote it."""
+    """The settings in a file, without those specific to the run that wrote it."""
     try:
         if "\\u0000" in (text := path.read_bytes().decode("latin-1")) or "\0" in text:
             raise ValueError("a setting holds a zero byte. Remove it.")
@@ -44,7 +44,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def as_tokens(parser: argparse.ArgumentParser, config: dict[str, Any]) -> list[str]:
-    """Settings as the command line would say them.
+    """Settings as command-line options.
 
     Raises
     ------

@@ -37,12 +37,12 @@ from brainprior_bids.run import resources
 log = logging.getLogger(__name__)
 
 VERSION = 2
-"""Of the protocol: raise it when a record's meaning changes."""
+"""Version of the protocol: increase it when a record's meaning changes."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a participant comes from."""
+    """The source of a participant: a scan or a label map."""
 
     path: str
     name: str
@@ -117,7 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--whole", action="store_true", help="evaluate whole brains, in eight times the time"
     )
     how = parser.add_argument_group("how")
-    how.add_argument("--prior", help="weights: a file, or a name of `brainprior weights list`")
+    how.add_argument("--prior", help="weights: a file, or a name from `brainprior weights list`")
     how.add_argument("--nprocs", type=int, default=resources.available_processors())
     how.add_argument("--device", default="cpu", help="cpu or cuda[:N]")
     how.add_argument(
@@ -240,7 +240,7 @@ def _run(args: argparse.Namespace) -> list[str]:
 
 @contextmanager
 def _pool(nprocs: int) -> Iterator[ProcessPoolExecutor | None]:
-    """Processes with one thread each, or None where this one does the work."""
+    """A pool of processes with one thread each, or None if this process does the work."""
     if nprocs == 1:
         yield None
         return
@@ -256,7 +256,7 @@ def _done(
     pool: ProcessPoolExecutor | None,
     jobs: Sequence[tuple[Callable[..., Any], tuple[Any, ...], str]],
 ) -> Iterator[tuple[str, BrainpriorError | None]]:
-    """(name, error) of every job as it ends."""
+    """Yield (name, error) of every job when it ends."""
     if pool is None:
         for job, arguments, name in jobs:
             try:
@@ -282,20 +282,20 @@ def _with_first(
     tasks: Sequence[tuple[Source, Any]],
 ) -> Iterator[tuple[bool, tuple[Source, Any]]]:
     """Whether a task is the first of its condition and contrast; that one is drawn."""
-    seen = set()
+    conditions = set()
     for source, condition in tasks:
         key = (condition.study, condition.name, source.contrast)
-        yield key not in seen, (source, condition)
-        seen.add(key)
+        yield key not in conditions, (source, condition)
+        conditions.add(key)
 
 
 def find_sources(args: argparse.Namespace) -> list[Source]:
-    """The scans and label maps that were asked for.
+    """The requested scans and label maps.
 
     Raises
     ------
     UsageError
-        If one is not there, or a participant both reports and chooses.
+        If one is missing, or a participant is in both the test and the validation set.
     """
     from brainprior_bids.training.preprocess import find_brains
 
@@ -307,10 +307,10 @@ def find_sources(args: argparse.Namespace) -> list[Source]:
             f"evaluate: {', '.join(both)} cannot be in both the test and the validation set. "
             "Name each once."
         )
-    found = find_brains(args.data, validation=sorted(report | choosing), exclude=())
+    brains = find_brains(args.data, validation=sorted(report | choosing), exclude=())
     sources = [
         Source(str(path), name, contrast, synthetic=False, choosing=name in choosing)
-        for name, contrast, _, path in found
+        for name, contrast, _, path in brains
         if contrast in args.modalities and (name in choosing or name in report or not report)
     ]
     stems = [source.stem for source in sources]
@@ -358,12 +358,12 @@ def conditions(
 
     number = {source: n for n, source in enumerate(reporting)}
     real = [source for source in reporting if not source.synthetic]
-    made = [source for source in reporting if source.synthetic]
+    synthetic = [source for source in reporting if source.synthetic]
     few = min(args.n_samples, 4)
     for study in [study for study in STUDIES if study in args.studies]:
         own = replace(base, study=study)
         if study == "restoration":
-            for group, noises in ((real, args.noise), (made, args.noise[:1])):
+            for group, noises in ((real, args.noise), (synthetic, args.noise[:1])):
                 for n, spacing in enumerate(args.spacing):
                     for noise in noises:
                         for source in group:
@@ -439,12 +439,12 @@ def _prepare(source: Source, out: str) -> None:
     if path.is_file() and _is_done(note, mark):
         return
     if source.synthetic:
-        made = from_labels(
+        participant = from_labels(
             Path(source.path), source.name, source.contrast, _parcellation(), path.parent
         )
     else:
-        made = from_scan(Path(source.path), source.name, source.contrast, _parcellation())
-    made.save(path)
+        participant = from_scan(Path(source.path), source.name, source.contrast, _parcellation())
+    participant.save(path)
     _write(note, {"fingerprint": mark, "source": Path(source.path).name})
 
 
@@ -462,8 +462,8 @@ def _tune(source: Source, condition: Any, out: str) -> None:
     grids = (protocol.TIKHONOV_PENALTIES, protocol.TV_PENALTIES, protocol.SPREADS)
     mark = _mark(participant=_read(participant.with_suffix(".json")), condition=used, grids=grids)
     if not _is_done(path, mark):
-        found = protocol.tune(protocol.Participant.load(participant), condition)
-        _write(path, {"fingerprint": mark, "errors": found})
+        errors = protocol.tune(protocol.Participant.load(participant), condition)
+        _write(path, {"fingerprint": mark, "errors": errors})
 
 
 def _measure(
@@ -532,12 +532,12 @@ def _is_done(path: Path, mark: str) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:
-    """In place only once complete."""
+    """Write a file under a temporary name, then rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

@@ -183,8 +183,9 @@ def task_options(group: Group) -> None:
         "--n-samples",
         type=positive_int,
         metavar="N",
-        help="number of posterior samples, from which the image and its uncertainty are computed "
-        "(default: 4; with 1 there is no uncertainty map)",
+        help="number of posterior samples; the image is an average over them (default: 4). If the "
+        "network cannot predict the uncertainty map, it is the SD of the samples, and with 1 "
+        "sample there is none",
     )
     group.add_argument(
         "--slice-thickness",
@@ -273,8 +274,8 @@ def output_options(group: Group) -> None:
     group.add_argument(
         "--no-viewer",
         action="store_true",
-        help="do not write the pages on which a result is looked at in three linked planes (about "
-        "20 MB per scan)",
+        help="do not write the pages that show a result in three linked planes (about 20 MB per "
+        "scan)",
     )
     group.add_argument(
         "--output-spaces",

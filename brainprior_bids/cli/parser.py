@@ -136,7 +136,7 @@ def parse_settings(argv: Sequence[str]) -> Settings:
     Raises
     ------
     UsageError
-        With what to do.
+        With advice what to do.
     SystemExit
         After ``--help`` and ``--version``.
     """
@@ -157,7 +157,7 @@ def parse_settings(argv: Sequence[str]) -> Settings:
     exports = export_roots(options.exports, bids_dir, output_dir)
     check_anatomy(options)
     spaces = chosen_spaces(options.output_spaces)
-    if not (options.reports_only or options.boilerplate_only):  # which compute nothing
+    if not (options.reports_only or options.boilerplate_only):  # these compute nothing
         check_templates(spaces)
     prior = named_prior(options.prior)
 

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             prepare_process()
             code = command(list(sys.argv[1:] if argv is None else argv))
             sys.stdout.flush()
-    except BrokenPipeError as error:  # `brainprior … | head`: nobody reads on
+    except BrokenPipeError as error:  # `brainprior … | head`: the reader has closed the pipe
         print(f"brainprior: stopped: {error}", file=sys.stderr)
         closed = os.open(os.devnull, os.O_WRONLY)
         os.dup2(closed, sys.stdout.fileno())  # Python flushes once more when it ends

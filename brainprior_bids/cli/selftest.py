@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``brainprior selftest``: is everything that a run needs installed, and does it compute?
+"""``brainprior selftest``: check that everything a run needs is installed and computes.
 
-A container's build ends with it. It needs no data and no network.
+It is the last step of a container's build, and needs no data and no network.
 """
 
 from __future__ import annotations
@@ -75,15 +75,15 @@ def _libraries() -> None:
     if command is None:
         print("bids-validator-deno is not installed: data sets will not be validated")
         return
-    done = subprocess.run(
+    result = subprocess.run(
         [command, "--version"], capture_output=True, text=True, check=False, timeout=120
     )
-    if done.returncode:
+    if result.returncode:
         raise BrainpriorError(
-            f"self-test: {command} --version ended with {done.returncode}: "
-            f"{done.stderr.strip()[-500:]}. Reinstall it."
+            f"self-test: {command} --version ended with {result.returncode}: "
+            f"{result.stderr.strip()[-500:]}. Reinstall it."
         )
-    print(done.stdout.strip())
+    print(result.stdout.strip())
 
 
 def _weights() -> None:
@@ -119,7 +119,7 @@ def _restoration(device: str) -> None:
         for g in (grid, fine)
     )
     scan = mask * (100 + np.random.default_rng(0).normal(0, 2, shape)).astype(np.float32)
-    done = restore(
+    result = restore(
         Observation(scan, grid, Acquisition(2, thickness_mm=5.0, spacing_mm=5.0), mask),
         mask_1mm=mask_1mm,
         to_mni305=np.eye(4),
@@ -129,8 +129,8 @@ def _restoration(device: str) -> None:
         n_steps=2,
         device=device,
     )
-    inside = done.mean[mask_1mm > 0]
-    if not np.isfinite(done.mean).all() or not 80 < np.median(inside) < 120:
+    inside = result.mean[mask_1mm > 0]
+    if not np.isfinite(result.mean).all() or not 80 < np.median(inside) < 120:
         raise BrainpriorError(
             f"self-test: a restored ball of 100 has the median {np.median(inside):.4g}, from "
             f"{inside.min():.4g} to {inside.max():.4g}. Check the weights: "

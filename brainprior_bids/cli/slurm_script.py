@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``brainprior slurm-script``: an array job, one participant a task, and a group job after it."""
+"""``brainprior slurm-script``: an array job with one task per participant, then a group job."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from brainprior_bids.settings import Settings
 
 PROCESSORS = 4
 MEMORY_GB = 5.0
-"""What the steps of a task may claim together."""
+"""Memory that the steps of a task may reserve together, in GiB."""
 
 DESCRIPTION = """\
-Writes a bash script that submits one array job with a task for each participant, and a group job
-that runs when all tasks have ended, however they ended. Options that are not listed here are
+Write a bash script that submits one array job with a task for each participant, and a group job
+that runs when all tasks have ended, successfully or not. Options that are not listed here are
 brainprior's own, and go to every task.
 
   brainprior slurm-script --sbatch "--partition=gpu --gres=gpu:1 --time=2:00:00" \\
@@ -36,7 +36,7 @@ def slurm_script(argv: Sequence[str]) -> int:
     Raises
     ------
     UsageError
-        As the main command: what a task would be refused for is refused here.
+        As the main command: options that a task would refuse are refused here.
     """
     parser = argparse.ArgumentParser(
         prog="brainprior slurm-script",
@@ -93,7 +93,7 @@ def slurm_script(argv: Sequence[str]) -> int:
 def _array_job(
     own: argparse.Namespace, rest: Sequence[str], settings: Settings, *, made_by: str
 ) -> ArrayJob:
-    """The job for this command line; processors and memory have defaults of their own."""
+    """The job for this command line; processors and memory have their own defaults."""
     participants = sorted({scan.subject for scan in find_scans(settings)})
     own_cpus = _given(rest, "--nprocs", "--nthreads", "--n-cpus", "--n_cpus")
     own_memory = _given(rest, "--mem", "--mem-mb", "--mem_mb")

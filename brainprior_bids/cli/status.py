@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``brainprior status OUT``: what is done, failed and running, and how long it will take yet."""
+"""``brainprior status OUT``: scans done, failed and running, and the remaining time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.records import ScanRecord
 
 STARTED = re.compile(r"(\d{8}-\d{6})_")
-"""The beginning of a run's identifier: its start, UTC."""
+"""The beginning of a run's identifier: its start time, UTC."""
 WIDTH = 100
 
 
@@ -49,7 +49,7 @@ def status(argv: Sequence[str]) -> int:
 def remaining(summaries: Sequence[ScanRecord], now: datetime) -> str:
     """A sentence on the remaining time of the newest run with scans that have not ended.
 
-    The run is taken to go on at the rate at which it has ended scans so far.
+    It assumes that scans continue to end at the same rate.
     """
     running = [summary for summary in summaries if summary.running and summary.run_uuid]
     if not running:

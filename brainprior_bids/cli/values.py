@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one value of an option may be: text -> value, or an error that says what is expected."""
+"""Conversion of one option's text to a value, with an error that states what is expected."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def distance(text: str) -> float:
 
 
 def _number(text: str) -> float:
-    """A number; NaN, which is in no range, where the text is none."""
+    """The number in a text; NaN, which is in no range, if it is none."""
     try:
         return float(text)
     except ValueError:
@@ -126,7 +126,7 @@ def memory_gb(text: str) -> float:
 
 
 def device_name(text: str) -> str:
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:N``; whether it is there is asked later."""
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N``; whether it exists is checked later."""
     kind, colon, index = text.partition(":")
     if text in ("auto", "cpu", "cuda") or (
         kind == "cuda" and colon and re.fullmatch("[0-9]{1,4}", index)

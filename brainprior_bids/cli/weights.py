@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``brainprior weights list|verify|add``: which weights there are, and whether they are whole.
+"""``brainprior weights list|verify|add``: list, check and add weights files.
 
-Nothing is downloaded. A user's own files are copied into one folder, each with its SHA-256 beside
-it, and are found by their name.
+Nothing is downloaded. A user's own files are copied into one folder, each next to a file with its
+SHA-256, and are found by their name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ KINDS = ("prior", "parcellation")
 
 
 def weights(argv: Sequence[str]) -> int:
-    """The command; 1 if `verify` finds a file that is not as it was."""
+    """Run the command; returns 1 if `verify` finds a changed file."""
     parser = argparse.ArgumentParser(
         prog="brainprior weights",
         description="Weights of the networks: the embedded ones, and files of your own in "
@@ -49,24 +49,24 @@ def _files(names: Sequence[str]) -> dict[str, Path]:
     from brainprior_bids.engine.weights import FOLDER, SUFFIX, find_weights, user_folder
 
     if names:
-        found = {}
+        files = {}
         for name in names:
             if name == "embedded" or name in [f"embedded {kind}" for kind in KINDS]:
-                found |= {f"embedded {kind}": FOLDER / f"{kind}{SUFFIX}" for kind in KINDS}
+                files |= {f"embedded {kind}": FOLDER / f"{kind}{SUFFIX}" for kind in KINDS}
             else:
-                found[name] = find_weights(name, kind="prior")
-        return found
+                files[name] = find_weights(name, kind="prior")
+        return files
     own = {path.stem: path for path in sorted(user_folder().glob(f"*{SUFFIX}"))}
     return {f"embedded {kind}": FOLDER / f"{kind}{SUFFIX}" for kind in KINDS} | own
 
 
 def read_any(path: Path) -> dict[str, Any]:
-    """The facts of a weights file of either kind, its tensors checked against their hash.
+    """The header of a weights file of either kind; its tensors are checked against their hash.
 
     Raises
     ------
     WeightsError
-        As ``engine.weights.read_weights``; with the text for a prior where it is of no kind.
+        As ``engine.weights.read_weights``; with the message for a prior if it is of neither kind.
     """
     from brainprior_bids.engine.weights import read_weights
 
@@ -99,16 +99,16 @@ def _verify(files: dict[str, Path]) -> int:
     for name, path in files.items():
         note = _note(path)
         try:
-            found = read_any(path)["sha256"]
+            sha256 = read_any(path)["sha256"]
             what = "tensors as written"
             if note.is_file():
                 recorded = note.read_text(encoding="utf-8").split()[0]
-                if recorded != found:
+                if recorded != sha256:
                     raise WeightsError(
-                        f"SHA-256 is {found}, was {recorded} when it was added. Add it again."
+                        f"SHA-256 is {sha256}, was {recorded} when it was added. Add it again."
                     )
                 what += ", file as added"
-            print(f"ok\t{name}\t{what}\t{found}")
+            print(f"ok\t{name}\t{what}\t{sha256}")
         except WeightsError as error:
             bad += 1
             hash_now = sha256_file(path) if path.is_file() else "no file"

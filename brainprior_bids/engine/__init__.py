@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Posterior sampling under a diffusion prior; torch and numpy only, knows no file and no BIDS."""
+"""Posterior sampling under a diffusion prior; needs torch and numpy only, not files or BIDS."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a scan was made: what the slice operator needs to know."""
+"""How a scan was acquired: the facts that the slice operator needs."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Acquisition:
     spacing_mm : float
         Distance between the centres of neighbouring slices; spacing - thickness is the gap.
     profile : {"trapezoid", "gaussian", "boxcar"}, or pairs of (mm, sensitivity)
-        Shape of the slice profile; a measured one is given at rising distances from the slice's
-        centre, linear in between and 0 beyond, in any unit.
+        Shape of the slice profile. A measured profile lists sensitivities (any unit) at ascending
+        distances from the slice's centre; it is linear in between and 0 beyond.
 
     Raises
     ------
@@ -101,5 +101,5 @@ class Acquisition:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Acquisition:
-        """From ``to_dict``; keys that are not ours are ignored."""
+        """Read the result of ``to_dict``; unknown keys are ignored."""
         return cls(**{name: values[name] for name in cls.__dataclass_fields__ if name in values})

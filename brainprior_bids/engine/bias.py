@@ -2,9 +2,9 @@
 """The multiplicative bias field on a low-frequency cosine basis.
 
 ``log b(t) = log b_0(t) + sum_f c_f prod_axis cos(pi f_axis t_axis)`` with t in [0, 1] along each
-axis of the data box; b_0 is where the estimate starts (N4's field). The constant is a gain: the
-prior knows how bright a brain is in its unit, and a percentile of thick slices hits that unit
-only roughly. ``restore`` hands the gain over to the image, so that b has mean log 0.
+axis of the data box; b_0 is the initial estimate (N4's field). The constant term is a gain: the
+prior has learned the brightness of a brain in its unit, and a percentile of thick slices matches
+that unit only roughly. ``restore`` moves the gain to the image, so that log b has mean 0.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor
 
 
 class CosineField:
-    """A smooth field given by cosine coefficients.
+    """A smooth field on a basis of cosines.
 
     Parameters
     ----------
     extent_mm : three floats
         Size of the data box along each axis.
     shortest_mm : float
-        Half waves shorter than this are left out.
+        Half waves shorter than this are omitted.
     sd : float
         Prior SD of the coefficients (log units) at frequency 0; falls as 1 / (1 + |f|^2).
     """
@@ -88,13 +88,13 @@ def gauss_newton_step(
     whiten : function
         ``C^-1 v``, C the covariance of e.
     trust : float
-        Weight of the data against the ridge: below 1 where C leaves out how errors hang together.
+        Weight of the data relative to the ridge; below 1 if C neglects correlations of the errors.
     """
     ridge = field.precision.to(coefficients)
 
     def weigh(volume: Tensor) -> Tensor:
-        seen = field.project(prediction * whiten(volume), basis)
-        return trust * seen.to(coefficients)
+        projection = field.project(prediction * whiten(volume), basis)
+        return trust * projection.to(coefficients)
 
     def hessian(d: Tensor) -> Tensor:
         return weigh(prediction * field.evaluate(d, basis).to(prediction)) + ridge * d

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which part of the 1 mm grid is computed, and which data voxels go with it."""
+"""The part of the 1 mm grid that is computed, and the data voxels that correspond to it."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Box:
 
     @property
     def shape(self) -> Triple:
-        """Voxels of the image in the box."""
+        """Number of voxels of the image in the box, along each axis."""
         return _difference(self.stop, self.start)
 
     @property
     def data_shape(self) -> Triple:
-        """Voxels of the data in the box."""
+        """Number of voxels of the data in the box, along each axis."""
         return _difference(self.data_stop, self.data_start)
 
     @property
@@ -62,9 +62,9 @@ def brain_box(
     """The brain with a margin.
 
     Within a slice the k-space of image and data must stay commensurate: with n image and m data
-    voxels over the same field of view the box grows in steps of ``n / gcd(n, m)``, up to the
-    whole field of view if they have no common divisor. Among the possible sizes the one is taken
-    that costs the network least, which pads to ``multiple``.
+    voxels over the same field of view the box grows in steps of ``n / gcd(n, m)``, up to the whole
+    field of view if they have no common divisor. The chosen size is the one that costs the network
+    least; the network pads to ``multiple``.
     """
     start, stop, data_start, data_stop = [], [], [], []
     for axis in range(3):
@@ -91,7 +91,7 @@ def _triple(values: list[int]) -> Triple:
 
 
 def _interval(first: int, last: int, n: int, step: int, multiple: int) -> tuple[int, int]:
-    """A run of whole steps that covers [first, last), as cheap as possible."""
+    """The cheapest sequence of whole steps that covers [first, last)."""
     need = last // step * step + (step if last % step else 0) - first // step * step
     sizes = range(need, n + 1, step)
     best = min(sizes, key=lambda size: (-(-size // multiple), -size))

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the network is given beside x_t: another tool's image, and measurements.
+"""The inputs of the network in addition to x_t: another tool's image, and measurements.
 
 Another tool's image z, ``z = x + N(0, tau^2)``, and x_t, ``x_t = x + N(0, sigma^2)``, are two
-images of one brain with white noise, and together one with less noise:
+images of one brain with white noise. Together they are equivalent to one image with less noise:
 
     E[x | x_t, z] = D((x_t / sigma^2 + z / tau^2) s^2; s),   1 / s^2 = 1 / sigma^2 + 1 / tau^2.
 
-So an image turns the prior p(x) into p(x | z), whose denoiser and error spectrum V_s are known;
-likelihood, solve and samplers need not know of it.
+So an image changes the prior p(x) to p(x | z), whose denoiser and error spectrum V_s are known;
+likelihood, solve and samplers do not depend on it.
 
-Measurements y (``Measured``: a stack of slices, or voxels on the image's grid) can be given to a
-network that was trained for it; it then answers E[x | x_t, y].
+Measurements y (``Measured``: a stack of slices, or voxels on the image's grid) can be passed to a
+network that was trained for it, which then returns E[x | x_t, y].
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from brainprior_bids.engine.stacks import Stack
 from brainprior_bids.engine.voxels import Voxels
 
 SIGMA_BLIND = 30.0
-"""A level at which a denoiser sees next to nothing: V there is the power of the images
-themselves. A chain starts from a draw given the data under that Gaussian alone, which costs no
-network call and lets the levels begin where the network has something to say."""
+"""A noise level at which x_t contains almost no information, so that V is the power of the images
+themselves. A chain starts from a draw conditional on the data under this Gaussian alone. This
+costs no network call, and the levels can begin where the network contributes."""
 UNLIKE = 0.2
-"""Below this correlation with the scan an image shows something else."""
+"""An image with a lower correlation with the scan shows something else."""
 IN_PLANE = 2.2
 """Largest in-plane voxel size, in restored voxels, for which networks that take stacks were
 trained."""
 SPACING = 1.4
-"""Smallest slice spacing, in restored voxels, of the 2-D slices they were trained on."""
+"""Smallest slice spacing, in restored voxels, of the 2-D slices on which they were trained."""
 
 Denoise = Callable[[Tensor, float], Tensor]
 
@@ -68,7 +68,7 @@ class SpreadPrior(Protocol):
 
 
 class PriorLike(Protocol):
-    """What ``restore`` asks of a prior (``denoiser.Prior`` is one)."""
+    """What ``restore`` requires of a prior (such as ``denoiser.Prior``)."""
 
     def denoise(
         self,
@@ -79,7 +79,7 @@ class PriorLike(Protocol):
         contrast: str,
         measured: Measured | None = None,
     ) -> Tensor:
-        """(n, 1, i, j, k) noisy -> Tweedie mean; ``measured`` only where ``takes_stacks``."""
+        """(n, 1, i, j, k) noisy -> Tweedie mean; ``measured`` only if ``takes_stacks``."""
         ...
 
     def spectrum(self, contrast: str) -> Spectrum:
@@ -89,7 +89,7 @@ class PriorLike(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class WhiteImage:
-    """Other tools' images of the brain as one with white noise.
+    """Other tools' images of the brain, combined to one with white noise.
 
     Parameters
     ----------
@@ -98,7 +98,7 @@ class WhiteImage:
     tau : float
         SD of its error.
     fits : tuple of (gain, correlation)
-        Of each image with the scan, in voxels wholly inside the brain.
+        Gain and correlation of each image with the scan, in voxels wholly inside the brain.
     """
 
     z: Tensor
@@ -106,7 +106,7 @@ class WhiteImage:
     fits: tuple[tuple[float, float], ...]
 
     def sd(self, sigma: float) -> float:
-        """s: noise of x_t and z together."""
+        """s, the noise SD of x_t and z together."""
         return sigma * self.tau / math.hypot(sigma, self.tau)
 
     def merge(self, x_t: Tensor, sigma: float) -> tuple[Tensor, float]:
@@ -117,7 +117,7 @@ class WhiteImage:
 
 @dataclass(frozen=True)
 class GivenSpectrum:
-    """V of ``spectrum`` where the denoiser is given a white image too."""
+    """V of ``spectrum`` for a denoiser whose input includes another tool's image."""
 
     spectrum: Spectrum
     image: WhiteImage
@@ -128,7 +128,7 @@ class GivenSpectrum:
 
 
 def fit_images(images: Sequence[ImageObservation], problem: Problem) -> WhiteImage | None:
-    """Bring other tools' images to the scan's unit and join them; None if there is none.
+    """Scale other tools' images to the scan's unit and combine them; None if there is none.
 
     Raises
     ------
@@ -136,7 +136,7 @@ def fit_images(images: Sequence[ImageObservation], problem: Problem) -> WhiteIma
         If an image is 0 where the scan shows brain, or correlates with it by less than
         ``UNLIKE``.
     ShapeMismatchError
-        If it does not lie on the reference's 1 mm grid.
+        If an image is not on the reference's 1 mm grid.
     """
     if not images:
         return None
@@ -180,8 +180,8 @@ class GivenDenoiser:
     Attributes
     ----------
     sd : (i, j, k) tensor or None
-        SD of x given y alone, as the prior predicts it in the blind call; None before that call,
-        and where the prior does not predict it.
+        SD of x given y alone, predicted by the prior in the blind call; None before that call, and
+        if the prior does not predict it.
     """
 
     def __init__(self, view: Conditioning, likelihood: Likelihood, measured: Measured) -> None:
@@ -197,7 +197,7 @@ class GivenDenoiser:
 
 
 class Conditioning:
-    """A prior for one problem: its place in MNI305, its contrast, another tool's image.
+    """A prior for one problem: with its MNI305 coordinates, contrast and other tools' images.
 
     Parameters
     ----------
@@ -221,8 +221,9 @@ class Conditioning:
 
     @cached_property
     def guess(self) -> Tensor:
-        """(i, j, k) the home image before any network call: 0, or the other tool's as far as it
-        is trusted against V at ``SIGMA_BLIND``."""
+        """(i, j, k) estimate on the home grid before any network call: 0, or the other tool's
+        image, weighted by its error and by V at ``SIGMA_BLIND``.
+        """
         shape, device = self.problem.box.shape, self.problem.device
         if self.image is None:
             return torch.zeros(shape, device=device)
@@ -240,15 +241,14 @@ class Conditioning:
         return lambda x_t, sigma: self.ask(x_t, sigma)[0]
 
     def denoiser_given(self, likelihood: Likelihood, slice_weights: Tensor) -> GivenDenoiser:
-        """The same with the reference's measurements."""
+        """The same, conditioned on the reference's measurements."""
         return GivenDenoiser(self, likelihood, self._measurements(likelihood, slice_weights))
 
     def ask(
         self, x_t: Tensor, sigma: float, *, spread: bool = False, **measured: Measured
     ) -> tuple[Tensor, Tensor | None]:
-        """The network's answer, and the SD of its error where that is wanted and predicted.
-
-        Nothing is predicted beside another tool's image: the network has not seen one.
+        """The network's output, and the SD of its error if requested and predicted. With another
+        tool's image, no SD is predicted, because the network was not trained for it.
         """
         if self.image is not None:
             x_t, sigma = self.image.merge(x_t, sigma)
@@ -265,26 +265,25 @@ class Conditioning:
     def _measurements(self, likelihood: Likelihood, slice_weights: Tensor) -> Measured:
         """The reference divided by its bias field, 0 outside the brain.
 
-        On the restored grid, voxels that are partly outside the brain are hidden. Of a slice, a
-        voxel that is partly outside holds the Gaussian estimate of what the brain alone would
-        have given.
+        On the restored grid, voxels that are partly outside the brain are hidden. In thick slices,
+        such a voxel has the Gaussian estimate of the signal of the brain alone.
         """
         term, box = likelihood.reference, self.problem.reference.box
         if box.shape == box.data_shape:
             alone = term.brain_alone(torch.zeros_like(likelihood.support))
             return Voxels(alone.cpu(), term.partly_seen().cpu(), term.noise_sd)
         alone = term.brain_alone(likelihood.expect(self.guess, SIGMA_BLIND)).cpu()
-        axis, kept = self.problem.scans[0].acquisition.slice_axis, []
+        axis, shares = self.problem.scans[0].acquisition.slice_axis, []
         for a in range(3):
             n, m = alone.shape[a], box.shape[a]
             if a != axis:
-                kept.append(n / m)
+                shares.append(n / m)
                 alone = SliceProfile(resampling_matrix(n, m), tuple(alone.shape), a)(alone)
-        noise_sd = term.noise_sd / math.sqrt(kept[0] * kept[1])
-        return Stack(alone, slice_weights.double().cpu(), axis, noise_sd, (kept[0], kept[1]))
+        noise_sd = term.noise_sd / math.sqrt(shares[0] * shares[1])
+        return Stack(alone, slice_weights.double().cpu(), axis, noise_sd, (shares[0], shares[1]))
 
     def obstacle(self) -> str | None:
-        """Why the network cannot be given the reference's measurements, or None."""
+        """Why the network cannot be conditioned on the reference's measurements, or None."""
         problem, prior = self.problem, self.prior
         box, axis = problem.reference.box, problem.scans[0].acquisition.slice_axis
         takes_holes = getattr(prior, "takes_holes", False)

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does a sample explain the scan? Its residual in units of the noise, and whether that is noise.
+"""Whether a sample explains the scan: its residual in units of the noise, and tests for white
+noise.
 
 ``z = (y - b A x) / s`` over the voxels that lie wholly in the brain. If x is a draw from the
 posterior and the model of the scan is right, (x, y) are a draw from their joint law and z is white
-with SD 1. Two things show that it is not:
+with SD 1. Two deviations from this are tested:
 
-- its RMS: above ``MAX_RATIO`` the scan holds what no sample explains;
+- its RMS: above ``MAX_RATIO``, part of the scan is explained by no sample;
 - its correlation between neighbours (lag one, along each axis). White noise has 0 with a standard
   error of ``1 / sqrt(pairs)``; a smooth misfit of half the noise's SD has 0.2. Above
-  ``MAX_CORRELATION`` and four standard errors, anatomy or a smooth field is left in it. A scanner
-  that interpolates makes noise that is correlated by itself: the warning says so.
+  ``MAX_CORRELATION`` and four standard errors, the residual contains anatomy or a smooth field.
+  The noise of a scanner that interpolates is itself correlated, which the warning mentions.
 """
 
 from __future__ import annotations
@@ -28,18 +29,18 @@ AXES = ("left-right", "posterior-anterior", "inferior-superior")
 
 @dataclass(frozen=True)
 class Residual:
-    """What is left of the scan after one sample.
+    """The residual of the scan for one sample.
 
     Parameters
     ----------
     ratio : float
-        RMS over the SD expected from the noise as estimated before sampling.
+        RMS divided by the SD expected from the noise estimated before sampling.
     ratio_final : float
         The same with the estimate after sampling.
     correlation : three floats
         Lag-one autocorrelation along i, j, k; 0 where no two neighbours are in the brain.
     standard_error : three floats
-        Of each, for white noise; infinite where there are no pairs.
+        Standard error of each correlation for white noise; infinite if there are no pairs.
     """
 
     ratio: float
@@ -51,12 +52,12 @@ class Residual:
 def residual_of(
     z: Tensor, where: Tensor, *, ratio: float | None = None, ratio_final: float | None = None
 ) -> Residual:
-    """The residual that a standardised one has; the ratios are its RMS where not given.
+    """The ``Residual`` of a standardised residual z; the ratios default to its RMS.
 
     Parameters
     ----------
     z : (i, j, k) tensor
-        In SDs of the noise.
+        Residual in SDs of the noise.
     where : (i, j, k) bool tensor
         Voxels that count.
     """
@@ -72,7 +73,7 @@ def neighbour_correlation(z: Tensor, where: Tensor, axis: int) -> tuple[float, f
     Parameters
     ----------
     z : (i, j, k) tensor
-        Mean about 0; no mean is subtracted, since an offset is a misfit too.
+        Its mean should be about 0; no mean is subtracted, because an offset is a misfit too.
     where : (i, j, k) bool tensor
         Voxels that count.
     """
@@ -94,20 +95,21 @@ def judge(residuals: Sequence[Residual]) -> list[str]:
     if max(ratios) > MAX_RATIO:
         warnings.append(
             f"The residual is {max(ratios):.2f} times the noise estimated before sampling "
-            f"(expected about 1, at most {MAX_RATIO}): the scan holds what the result does not "
-            "explain. Look at the residual map; check the slice thickness, the mask and motion."
+            f"(expected about 1, at most {MAX_RATIO}): part of the scan is not explained by "
+            "the result. Look at the residual map; check the slice thickness, the mask and motion."
         )
     n = len(residuals)
-    found = []
+    correlations = []
     for axis, name in enumerate(AXES):
         rho = sum(r.correlation[axis] for r in residuals) / n
         error = max(r.standard_error[axis] for r in residuals)  # samples share the scan's noise
         if rho > MAX_CORRELATION and rho > STANDARD_ERRORS * error:
-            found.append(f"{rho:.2f} {name}")
-    if found:
+            correlations.append(f"{rho:.2f} {name}")
+    if correlations:
         warnings.append(
-            f"The residual is spatially correlated (neighbouring voxels: {', '.join(found)}; "
-            f"white noise: 0, warned above {MAX_CORRELATION}): anatomy or a smooth field is left "
-            "in it, or the scanner interpolated the image. Look at the residual map."
+            "The residual is spatially correlated (neighbouring voxels: "
+            f"{', '.join(correlations)}; white noise: 0, warned above {MAX_CORRELATION}): anatomy "
+            "or a smooth field is left in it, or the scanner interpolated the image. Look at the "
+            "residual map."
         )
     return warnings

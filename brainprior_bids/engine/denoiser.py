@@ -40,9 +40,9 @@ from brainprior_bids.engine.unet import (
 LOG = logging.getLogger("brainprior.engine")
 
 MIN_TILE = 4
-"""Thinnest tile, mm: the two rows that a residual block reads of its neighbours."""
+"""Thinnest tile in mm: the two neighbouring rows that a residual block reads."""
 LOG_SD = (-8.0, 2.0)
-"""Range of the log of the predicted SD over the one that the linear estimate leaves."""
+"""Range of the log of the predicted SD relative to the SD of the linear posterior."""
 FALLBACK_TILES = (64, 32, 16, 8)
 """Tiles that are tried in turn when memory runs out, mm."""
 
@@ -85,7 +85,7 @@ class ErrorSpectrum:
             )
         self.sigmas = sigmas.double().cpu()
         self.frequencies = frequencies.double().cpu()
-        # No denoiser worth its name adds noise, and more noise never means less error.
+        # A denoiser must not add noise, and its error must not fall with rising noise.
         bounded = torch.minimum(variances.double().cpu(), self.sigmas[:, None] ** 2)
         self.variances = bounded.cummax(0).values
 
@@ -132,7 +132,7 @@ class Precondition(nn.Module):
     ----------
     network : UNet
     band_sd : (8,) tensor
-        Spread of each band over the training data, background included.
+        SD of each band over the training data, background included.
     """
 
     band_sd: Tensor
@@ -159,7 +159,7 @@ class Precondition(nn.Module):
     ) -> Tensor:
         """Noisy bands (n, 8, i, j, k) float32, sigma (n,) -> denoised bands.
 
-        ``posteriors`` holds each image's posterior given its measurements, or None.
+        ``posteriors`` has, for each image, the posterior given its measurements, or None.
         """
         return self.estimate(bands, sigma, place, contrast, posteriors, spread=False)[0]
 
@@ -182,12 +182,12 @@ class Precondition(nn.Module):
         return clean, None if log_sd is None else self._sd(log_sd, sigma, posteriors)
 
     def _sd(self, log_sd: Tensor, sigma: Tensor, posteriors: BandPosteriors) -> Tensor:
-        """Predicted SD of each voxel: the linear estimate's, times the network's factor."""
+        """Predicted SD of each voxel: that of the linear posterior, times the network's factor."""
         left = self.left_open(sigma, posteriors).mean(1).sqrt()
         return left[:, None, None, None, None] * from_blocks(log_sd).clamp(*LOG_SD).exp()
 
     def left_open(self, sigma: Tensor, posteriors: BandPosteriors) -> Tensor:
-        """(n, 8): variance that the linear estimate leaves in each band."""
+        """(n, 8): variance of the linear posterior in each band."""
         rows = self.scales(sigma)[1][:, :, 0, 0, 0]
         if posteriors is not None:
             rows = torch.stack(
@@ -228,7 +228,7 @@ class Precondition(nn.Module):
     def _leave(
         self, linear: Tensor, f: Tensor, sigma: Tensor, posteriors: BandPosteriors
     ) -> Tensor:
-        """The linear estimate plus the network's answer, as wide as what is open."""
+        """The linear estimate plus the network's output, scaled by the posterior SD."""
         _, c_out, _ = self.scales(sigma)
         if posteriors is None:
             return linear + c_out * f
@@ -291,18 +291,19 @@ def fast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 class Prior:
-    """A trained denoiser with what is known about it.
+    """A trained denoiser with its error spectra and metadata.
 
     Parameters
     ----------
     model : Precondition
     spectra : mapping
-        Contrast to the measured ``ErrorSpectrum``; "unknown" must be there.
+        Contrast -> measured ``ErrorSpectrum``; "unknown" is required.
     metadata : mapping
         The model card's facts, as stored with the weights.
     device : str or torch.device
     dtype : torch.dtype, optional
-        Of the convolutions; None takes bfloat16 where that is faster (see ``fast_dtype``).
+        Data type of the convolutions; None selects bfloat16 if that is faster (see
+        ``fast_dtype``).
     tile_mm : int, optional
         Thickness of the slabs in which the network runs (1 mm voxels, at least ``MIN_TILE``);
         the answer is the same up to rounding, the memory a fraction (see ``tiles``). None runs
@@ -386,7 +387,7 @@ class Prior:
 
     @property
     def predicts_spread(self) -> bool:
-        """Whether ``estimate`` knows the SD of its error."""
+        """Whether ``estimate`` predicts the SD of its error."""
         return bool(self.model.network.config.get("spread", False))
 
     def spread_factor(self, contrast: str) -> float:
@@ -428,20 +429,20 @@ class Prior:
         sigma : float
             Above 0.
         coordinates : (3, i, j, k)
-            MNI305 mm of every voxel. The features made of it are kept while the same tensor
-            object comes again.
+            MNI305 mm of every voxel. Its features are cached while the same tensor object is
+            passed.
         contrast : str
             One of ``CONTRASTS``.
         measured : Stack or Voxels, optional
             Measurements of the same brain.
         spread : bool
-            Whether the SD is wanted; the network learned it at the highest noise level alone.
+            Whether to return the SD; the network learned it at the highest noise level only.
 
         Returns
         -------
         mean, SD
-            Each (n, 1, i, j, k) float32, on the device of ``x``; no SD if it is not wanted, or if
-            the network does not predict it.
+            Each (n, 1, i, j, k) float32, on the device of ``x``; the SD is None if it is not
+            requested or not predicted by the network.
 
         Raises
         ------
@@ -525,7 +526,7 @@ class Prior:
         return back(clean), None if sd is None else back(sd)
 
     def _fall_back(self, message: str, shape: tuple[int, ...]) -> None:
-        """Take the next thinner tile, and say so."""
+        """Use the next thinner tile, and add a warning."""
         before = self.tile_mm
         thinner = [t for t in FALLBACK_TILES if before is None or t < before]
         self._place = None

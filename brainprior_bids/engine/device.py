@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which device is used, and why; a GPU that was asked for and is not there stops the run."""
+"""Which device is used, and why; a requested GPU that is missing stops the run."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ def visible_gpus() -> int:
 
 
 def usable_device(device: torch.device | str) -> torch.device:
-    """The device, if this machine and this torch have it.
+    """The device, if it exists for this machine and this torch.
 
     Raises
     ------
     UsageError
-        If the name is none of torch's, or the device is not there.
+        If torch does not know the name, or the device does not exist.
     """
     try:
-        found = torch.device(device)
+        torch_device = torch.device(device)
     except RuntimeError as error:
         raise UsageError(f"device: expected 'cpu' or 'cuda:N', got {device!r}.") from error
-    if found.type == "cuda":
+    if torch_device.type == "cuda":
         count = visible_gpus()
-        if (found.index or 0) >= count:
+        if (torch_device.index or 0) >= count:
             raise UsageError(
-                f"device: {found} requested, but torch sees {count} CUDA device(s) here. Use "
-                "'cpu', or check the driver (in a container: --gpus all, --nv)."
+                f"device: {torch_device} requested, but torch sees {count} CUDA device(s) here. "
+                "Use 'cpu', or check the driver (in a container: --gpus all, --nv)."
             )
-    return found
+    return torch_device
 
 
 def choose_device(
@@ -57,7 +57,7 @@ def choose_device(
     Raises
     ------
     UsageError
-        If CUDA was asked for and this process sees no such GPU, or cannot compute on it.
+        If CUDA was requested and this process sees no such GPU, or cannot compute on it.
     """
     if asked == "cpu":
         return "cpu", "requested", False
@@ -67,9 +67,9 @@ def choose_device(
         return _no_gpu(build, os.environ if environ is None else environ, driver)
     index = int(asked.partition(":")[2] or 0)
     if index >= count:
-        seen = f"{count} GPU(s)" if count else "no GPU"
+        gpus = f"{count} GPU(s)" if count else "no GPU"
         raise UsageError(
-            f"--device {asked}: this process sees {seen}{f' ({build})' if build else ''}. "
+            f"--device {asked}: this process sees {gpus}{f' ({build})' if build else ''}. "
             f"{HOW}; or use --device cpu."
         )
     device = f"cuda:{index}"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tree of our exceptions.
 
-Every message says who (scan, operator), what was expected, what came and what to do.
+Every message states the scan or operator, what was expected, what was received, and what to do.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ MEMORY_WORDS = (
     "could not create a primitive",
     "can't start new thread",
 )
-"""What torch, CUDA, ITK, oneDNN (the primitive) and Python (the thread) say where it runs out."""
+"""Words of torch, CUDA, ITK, oneDNN (the primitive) and Python (the thread) when memory runs
+out."""
 
 
 class BrainpriorError(Exception):
@@ -34,7 +35,7 @@ class UsageError(BrainpriorError):
 
 
 class InputError(BrainpriorError):
-    """A scan, mask or sidecar cannot be used; that scan fails, the others go on."""
+    """A scan, mask or sidecar cannot be used; that scan fails, the others continue."""
 
 
 class ShapeMismatchError(InputError):
@@ -50,7 +51,7 @@ class AnatomyError(InputError):
 
 
 class WeightsError(BrainpriorError):
-    """A weights file is missing, of another version, or not what its hash says."""
+    """A weights file is missing, of another version, or does not match its hash."""
 
 
 class RecordError(BrainpriorError):
@@ -70,7 +71,7 @@ class MemoryShortageError(BrainpriorError):
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an exception says that an allocation failed, by its class, number or words."""
+    """Whether an exception is a failed allocation, by its class, number or words."""
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
     text = str(error).lower()
@@ -78,9 +79,8 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def is_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that led to it, is that of a full disk.
-
-    Nipype and ITK raise errors of their own that quote the system's words.
+    """Whether an error, or one that led to it, is that of a full disk. Nipype and ITK raise their
+    own errors, which quote the words of the system.
     """
     words = [os.strerror(number) for number in FULL]
     while error is not None:

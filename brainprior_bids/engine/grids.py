@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from brainprior_bids.engine.errors import GeometryError
 
 PLANES = ("sagittal", "coronal", "axial")
-"""Of slices that follow each other along the first, second, third closest-canonical axis."""
+"""Plane of slices that are stacked along the first, second, third closest-canonical axis."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +81,7 @@ class Grid:
         return self.resized((int(shape[0]), int(shape[1]), int(shape[2])))
 
     def resized(self, shape: tuple[int, int, int]) -> Grid:
-        """So many voxels along each axis, with the same axes and the same edges."""
+        """The grid with this many voxels along each axis, and the same axes and edges."""
         scale = np.array(self.shape) / shape
         affine = np.array(self.affine)
         affine[:3, :3] = self.affine[:3, :3] * scale

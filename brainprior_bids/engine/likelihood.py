@@ -9,16 +9,14 @@ A : rigid motion, slice profile and in-plane k-space crop
 b : bias field times a gain
 share : the part of a data voxel's profile that lies in the brain, 0 to 1
 
-The precision
--------------
-A voxel wholly inside has noise SD s. Of a voxel partly outside, the rest shows tissue of unknown
-brightness: its variance is ``s^2 + ((1 - share) foreign)^2``. A voxel whose profile lies wholly
-outside is not a measurement of tissue, but x is known to be 0 there by the prior; it enters as
-``A x = 0`` with SD s. That keeps a stationary V from placing tissue where there can be none, and
-makes the solve nearly stationary (a handful of iterations) at no cost in truth. Where A sees the
-brain alone that says nothing, and the image-space solve has a row ``x = 0`` for every voxel beyond
-the support instead. A map of the noise adds its excess over the lowest SD. A hidden voxel has
-precision 0: not a small one, which would still pull x towards a lesion.
+The precision ------------- A voxel wholly inside has noise SD s. In a voxel partly outside, the
+rest shows tissue of unknown brightness: its variance is ``s^2 + ((1 - share) foreign)^2``. A voxel
+wholly outside does not measure brain tissue, but x is 0 there by definition; it enters as ``A x =
+0`` with SD s. This prevents a stationary V from placing tissue there, and makes the solve nearly
+stationary (a few iterations). Where A includes the brain only, such a row is empty; instead, the
+image-space solve has a row ``x = 0`` for every voxel beyond the support. A map of the noise adds
+its excess over the lowest SD. A hidden voxel has precision 0, because even a small precision would
+pull x towards the lesion.
 """
 
 from __future__ import annotations
@@ -40,12 +38,12 @@ OUTSIDE = 0.01
 CORE = 0.95
 """A data voxel with a larger share counts as wholly inside."""
 FOREIGN = 0.05
-"""Brightness SD of what is not brain in a voxel partly outside, engine unit, where x beyond the
-brain's border may take most of it up (the spectral strategy)."""
+"""Brightness SD of the surroundings in a voxel partly outside, engine unit, if x beyond the
+brain's border can represent most of it (the spectral strategy)."""
 FOREIGN_UNSEEN = 0.2
-"""The same where A sees the brain alone, so that nothing else can explain it. Fat and fluid taken
-for noise of 0.05 went into the brain's border as ringing: in slabs of three heads the Gaussian
-estimate at sigma 3 had 1.02 to 1.58 times the error that it has now."""
+"""The same if A includes the brain only, so that x cannot represent the surroundings. With 0.05,
+fat and fluid caused ringing at the brain's border: in slabs of three heads, the error of the
+Gaussian estimate at sigma 3 was 1.02 to 1.58 times as large."""
 
 
 class Term:
@@ -60,17 +58,17 @@ class Term:
     share : (i', j', k') tensor
         Part of each voxel's profile inside the brain; below ``OUTSIDE`` it counts as 0.
     noise_sd : float
-        Of y, engine unit.
+        Noise SD of y, engine unit.
     log_bias : (i', j', k') tensor, optional
         Natural logarithm of the bias field; 0 by default.
     hidden : (i', j', k') bool tensor, optional
         Voxels of precision 0.
     excess : (i', j', k') tensor, optional
-        Variance of a voxel beyond ``noise_sd``, where a map of the noise was given.
+        Variance of a voxel in excess of ``noise_sd``, if there is a map of the noise.
     bias_model : BiasModel, optional
-        By which the field may move.
+        Basis on which the field may change; by default it is fixed.
     foreign : float
-        Brightness SD of what is not brain, engine unit.
+        Brightness SD of the surroundings of the brain, engine unit.
 
     Attributes
     ----------
@@ -148,7 +146,7 @@ class Term:
 
     @property
     def noise_sd(self) -> float:
-        """Of y in this chain."""
+        """Noise SD of y in this chain."""
         return self.nuisance.noise_sd
 
     @property
@@ -209,11 +207,11 @@ class Solve(Protocol):
         ...
 
     def expect(self, mean: Tensor, sigma: float, *, given: bool = False) -> Tensor:
-        """The mean that ``draw`` varies about."""
+        """The mean of ``draw``."""
         ...
 
     def refine(self, mean: Tensor, sigma: float, *, bias: bool, noise: bool) -> None:
-        """Move the nuisances towards what the denoiser's mean says of the data."""
+        """Update the nuisances from the residual of the denoiser's mean."""
 
 
 class Likelihood:
@@ -246,7 +244,7 @@ class Likelihood:
         return self.terms[0]
 
     def reset(self) -> None:
-        """Forget what a chain has learnt about bias and noise."""
+        """Reset bias and noise to their values before sampling."""
         for term in self.terms:
             term.nuisance.reset()
 
@@ -289,8 +287,8 @@ class Likelihood:
         mean : (i, j, k)
             m, the denoiser's answer.
         given : bool
-            The denoiser was given the reference's measurements: m explains them already, and only
-            the other scans move it.
+            The denoiser was conditioned on the reference's measurements: m explains them already,
+            and only the other scans change it.
 
         Raises
         ------
@@ -300,9 +298,11 @@ class Likelihood:
         return self.solve.draw(mean, sigma, generator, given=given)
 
     def expect(self, mean: Tensor, sigma: float, *, given: bool = False) -> Tensor:
-        """The mean that ``draw`` varies about; arguments and errors as there."""
+        """The mean of ``draw``; arguments and errors as there."""
         return self.solve.expect(mean, sigma, given=given)
 
     def refine(self, mean: Tensor, sigma: float, *, bias: bool, noise: bool) -> None:
-        """Move bias and noise level of the reference towards what the denoiser's mean says."""
+        """Update bias field and noise level of the reference from the residual of the denoiser's
+        mean.
+        """
         self.solve.refine(mean, sigma, bias=bias, noise=noise)

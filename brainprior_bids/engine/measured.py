@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The measurements that a prior can be conditioned on, beside a noisy image."""
+"""The measurements on which a prior can be conditioned, in addition to a noisy image."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from torch import Tensor
 
 
 class BandPosterior(Protocol):
-    """A measurement and one noise level, as the network's preconditioning needs them.
-
-    ``c_in`` (8,) scales the bands of the linear estimate to unit spread; ``c_out`` (8,) is the
-    spread of what the linear estimate leaves.
+    """A measurement at one noise level, as the network's preconditioning needs it. ``c_in`` (8,)
+    scales the bands of the linear estimate to unit SD; ``c_out`` (8,) is the SD of the linear
+    posterior.
     """
 
     c_in: Tensor
@@ -33,7 +32,7 @@ class BandPosterior(Protocol):
         ...
 
     def unknown_map(self, shape: tuple[int, ...]) -> Tensor:
-        """(1, 1, i, j, k): the share of a voxel's noise that the measurement leaves, 0 to 1."""
+        """(1, 1, i, j, k): remaining fraction of each voxel's noise, 0 to 1."""
         ...
 
 
@@ -43,13 +42,17 @@ class Measured(Protocol):
     def posterior(
         self, band_sd: Tensor, sigma: float, device: torch.device | str = "cpu"
     ) -> BandPosterior:
-        """Beside an image with noise of SD ``sigma``, the bands having spreads ``band_sd``."""
+        """The posterior together with an image with noise of SD ``sigma``; the bands have SDs
+        ``band_sd``.
+        """
         ...
 
     def padded(self, padding: Sequence[int]) -> Measured:
-        """The same of an image whose axes have grown at their ends: nothing measured there."""
+        """The same for an image that was padded at the ends of its axes, where nothing is
+        measured.
+        """
         ...
 
 
 BandPosteriors = Sequence[BandPosterior | None] | None
-"""For each image of a batch what is known of it besides, if anything is."""
+"""For each image of a batch its measurements, if any."""

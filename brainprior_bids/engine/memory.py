@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory that runs out: how it is recognised, and what is said of it."""
+"""Memory that runs out: how it is recognised and reported."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ R = TypeVar("R")
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that an allocation failed, on the CPU or on a GPU."""
+    """Whether an exception is a failed allocation, on the CPU or on a GPU."""
     return isinstance(error, torch.OutOfMemoryError) or is_out_of_memory(error)
 
 
 def explains_memory(function: Callable[P, R]) -> Callable[P, R]:
-    """Raise MemoryShortageError where memory runs out beside the network.
+    """Raise MemoryShortageError if memory runs out outside the network.
 
     The network falls back to tiles by itself (``denoiser.Prior``); the volumes of the solver and
     the samples have to fit.
@@ -36,7 +36,7 @@ def explains_memory(function: Callable[P, R]) -> Callable[P, R]:
                 raise
             message = str(error).partition("\n")[0]
             raise MemoryShortageError(
-                f"{function.__name__}: out of memory beside the network ({message}), where tiles "
+                f"{function.__name__}: out of memory outside the network ({message}), where tiles "
                 "do not help. Draw fewer samples, free memory, or run on a machine with more (the "
                 "CPU in place of a GPU)."
             ) from error

@@ -11,15 +11,15 @@ _MAD = 1.4826  # SD of a Gaussian over its median absolute deviation
 def estimate_noise_sd(scan: Tensor, inside: Tensor, slice_axis: int) -> float | None:
     """SD of white noise from the highest in-plane frequencies (Immerkaer 1996, with the MAD).
 
-    The 3 x 3 mask ``[1 -2 1]^T [1 -2 1]`` is blind to everything of up to linear shape in either
-    direction; of what is left, the half of the voxels that lie in the smoothest surroundings is
-    used, so that edges count less. An image that was interpolated has less noise there than its
-    spectrum had: the estimate is then too low, which the floor in ``restore`` bounds.
+    The 3 x 3 mask ``[1 -2 1]^T [1 -2 1]`` removes everything that is constant or linear in either
+    direction. The estimate uses the half of the voxels with the smoothest surroundings, so that
+    edges count less. An interpolated image has less noise at these frequencies, so that the
+    estimate is too low; the floor in ``restore`` limits this.
 
     Parameters
     ----------
     scan : (i, j, k) tensor
-        Any unit; the result has the same.
+        In any unit, which is also that of the result.
     inside : (i, j, k) bool tensor
         Voxels of the brain.
 

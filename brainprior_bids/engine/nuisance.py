@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is unknown of a scan besides the brain, and what each sample assumes of it.
+"""The unknowns of a scan in addition to the brain, and the values that each sample assumes.
 
-- Slice thickness: the true profile is unknown, and it decides how bright whole structures
-  become. Each sample is drawn under a thickness of its own.
-- Bias field: kept as N4 found it, or moved while sampling (``move_bias``).
-- Noise level: estimated before sampling and, if it was not given, lowered by up to a half while
-  sampling.
+- Slice thickness: the true profile is unknown and affects the brightness of whole structures. Each
+sample is drawn under a different thickness.
+- Bias field: N4's estimate, fixed or refined while sampling (``move_bias``).
+- Noise level: estimated before sampling and, unless it was specified, lowered by up to a half
+while sampling.
 - Gain and rigid motion of further scans: estimated beforehand, the same in all samples.
 """
 
@@ -23,11 +23,12 @@ from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.engine.noise import fisher_noise_variance
 
 THICKNESS_SD = 0.14
-"""SD of the true thickness of slices over the stated one: pulses differ from what headers say, in
-width and in shape. Chosen on participants whose slices were 10 % off and of another shape."""
+"""SD of the ratio of true to stated slice thickness: pulses differ from the header's values, in
+width and in shape. Chosen on participants whose slices were 10 % thicker or thinner than stated
+and of another shape."""
 BIAS_TRUST = 0.02
-"""Weight of the data in a step of the bias field. V takes a denoiser's errors for stationary; at
-high noise they follow the anatomy over centimetres, as a bias field does."""
+"""Weight of the data in a step of the bias field. V assumes that the denoiser's errors are
+stationary, but at high noise they follow the anatomy over centimetres, like a bias field."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,12 @@ class Nuisances:
     Parameters
     ----------
     thickness_sd : float
-        SD of the true thickness of 2-D slices over the stated one, 0 to 0.3. 0: all samples
-        assume the stated one, as they do for 3-D scans.
+        SD of the ratio of true to stated thickness of 2-D slices, 0 to 0.3. With 0, all samples
+        assume the stated thickness, as for 3-D scans.
     move_bias : bool
-        Move the bias field (and the gain) while sampling. See ``docs/decisions/bias-field.md``.
+        Refine the bias field (and the gain) while sampling. See ``docs/decisions/bias-field.md``.
     bias_scale_mm : float
-        Shortest half wave by which it may move.
+        Shortest half wave of that refinement.
 
     Raises
     ------
@@ -61,16 +62,15 @@ class Nuisances:
             )
 
     def thickness_factor(self, index: int) -> float:
-        """Slice thickness that sample ``index`` assumes, over the stated one.
-
-        1, wider, narrower, and again: any three in a row have mean 1 and SD ``thickness_sd``
-        (divided by 3, not by 2), and the first, or the only one, is as stated.
+        """Ratio of the slice thickness that sample ``index`` assumes to the stated one. It is 1,
+        wider, narrower in turn: any three consecutive samples have mean 1 and SD ``thickness_sd``
+        (divided by 3, not by 2), and the first (or only) one is as stated.
         """
         return 1 + (0.0, 1.0, -1.0)[index % 3] * math.sqrt(1.5) * self.thickness_sd
 
 
 class BiasModel:
-    """Basis of the moving part of a log bias field on the data box of a scan.
+    """Basis of the part of a log bias field that is refined, on the data box of a scan.
 
     Parameters
     ----------
@@ -84,18 +84,18 @@ class BiasModel:
 
 
 class NuisanceState:
-    """Noise level and bias field of the reference as one chain has them.
+    """Noise level and bias field of the reference in one chain.
 
     Parameters
     ----------
     noise_sd : float
-        Before sampling, engine unit.
+        SD before sampling, engine unit.
     log_bias : (i', j', k') tensor
-        Where the bias field starts.
+        The initial bias field.
     brain : (i', j', k') bool tensor
         The field counts as 1 elsewhere.
     model : BiasModel, optional
-        By which the field may move.
+        Basis on which the field may change; by default it is fixed.
     """
 
     def __init__(
@@ -106,13 +106,13 @@ class NuisanceState:
         self.reset()
 
     def reset(self) -> None:
-        """As before sampling."""
+        """Reset to the values before sampling."""
         self.noise_sd = self.initial_noise_sd
         n = self.model.field.n if self.model is not None else 0
         self.set_coefficients(torch.zeros(n, dtype=torch.float64))
 
     def set_coefficients(self, coefficients: Tensor) -> None:
-        """Move the field to where these coefficients put it."""
+        """Set the field to these coefficients."""
         self.coefficients, log_bias = coefficients, self.initial_log_bias
         if self.model is not None:
             moved = coefficients.to(log_bias.device)
@@ -139,9 +139,9 @@ class NuisanceState:
     def step_noise(self, power: float, traces: tuple[float, float], size: int) -> None:
         """One Fisher-scoring step on the noise variance (``fisher_noise_variance``).
 
-        Weighted by the share of the ``size`` data that tells noise from V, and held between half
-        the SD estimated beforehand and that SD: the estimate errs upwards (texture), and a prior
-        that misses a texture must not gain weight by it.
+        The step is weighted by the fraction of the ``size`` data that distinguishes noise from V.
+        The SD is kept between one half and all of the SD estimated beforehand: that estimate tends
+        to be too high (texture), and a prior that misses a texture must not gain weight by this.
         """
         variance = self.noise_sd**2
         value, information = fisher_noise_variance(power, *traces, variance)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was observed of a brain, validated and normalised once.
+"""The observations of a brain, validated and normalised once.
 
 ``Observation``: a scan, ``y = b * (A x) + n``. ``ImageObservation``: another tool's image of the
 same brain, ``z = x + e`` with white e.
@@ -27,12 +27,12 @@ from brainprior_bids.engine.grids import Grid
 
 IDENTITY = np.eye(4)
 QUANTILE_VALUES = 8_000_000
-"""So many values at most go into a quantile; the limit of ``torch.quantile`` is 2^24."""
+"""Maximum number of values in a quantile; the limit of ``torch.quantile`` is 2^24."""
 
 
 @dataclass(frozen=True, eq=False)
 class Observation:
-    """One scan as measured, and how it was measured.
+    """One scan as measured, with the facts of its acquisition.
 
     Parameters
     ----------
@@ -40,7 +40,7 @@ class Observation:
         Closest-canonical (RAS) voxels in scanner units; neither skull-stripped nor divided by its
         bias field. Kept as float32; NaN outside the brain become 0.
     grid : Grid
-        Of the scan: voxel -> scanner RAS mm.
+        Grid of the scan: voxel -> scanner RAS mm.
     acquisition : Acquisition
         Slice axis, thickness, spacing and profile, on those axes.
     mask : (i, j, k) in [0, 1]
@@ -50,11 +50,12 @@ class Observation:
     hidden : (i, j, k), optional
         Above 0 where the scan is excluded from the likelihood (a lesion): precision 0.
     noise_sd : float or (i, j, k), optional
-        Of a scan voxel, in units of ``unit``; given, it is kept. None: estimated from the scan.
+        Noise SD of a scan voxel, in units of ``unit``, which is then fixed. None: estimated from
+        the scan.
     to_reference : (4, 4)
         Rigid: scanner RAS mm of this scan -> those of the first one. Identity for the first.
     gain : float
-        Factor that makes scan / bias as bright as the reference's.
+        Factor that scales scan / bias to the brightness of the reference.
     name : str
         For messages.
 
@@ -68,9 +69,9 @@ class Observation:
     Raises
     ------
     ShapeMismatchError
-        If an array does not lie on the scan's grid.
+        If an array is not on the scan's grid.
     GeometryError
-        If the motion cannot be inverted, or the slices do not fit the field of view.
+        If the motion cannot be inverted, or the slices do not match the field of view.
     InputError
         If the mask is empty or wholly hidden, the brain is constant or not positive, NaN lies
         inside the brain, in the mask or in the bias, an array is complex, or the gain is not
@@ -140,7 +141,7 @@ class Observation:
 
     @property
     def is_reference(self) -> bool:
-        """Whether it lies where the reference does."""
+        """Whether the scan is in the position of the reference."""
         return bool(np.array_equal(self.to_reference, IDENTITY))
 
     def _noise_map(self) -> Tensor:
@@ -182,10 +183,10 @@ class ImageObservation:
     Parameters
     ----------
     image : (i, j, k)
-        On the 1 mm grid of the reference, in any unit: it is brought to the scan's by the least
-        squares gain between A z and y / b inside the brain.
+        On the 1 mm grid of the reference, in any unit: it is scaled to the scan by the
+        least-squares gain between A z and y / b inside the brain.
     sd : float
-        SD of its error in a voxel, engine unit: how far the image is trusted.
+        SD of its error in a voxel, engine unit.
 
     Raises
     ------
@@ -226,12 +227,12 @@ def as_tensor(name: str, values: ArrayLike | Tensor, who: str) -> Tensor:
 def as_volume(
     name: str, values: ArrayLike | Tensor | None, shape: tuple[int, int, int], who: str
 ) -> Tensor:
-    """``as_tensor`` of that shape.
+    """``as_tensor`` with a check of the shape.
 
     Raises
     ------
     ShapeMismatchError
-        If it has another one.
+        If the shape is another one.
     """
     assert values is not None
     tensor = as_tensor(name, values, who)
@@ -264,7 +265,7 @@ def checked_matrix(values: ArrayLike, who: str) -> NDArray[np.float64]:
 def observations_of(
     given: Observation | ImageObservation | Sequence[Observation | ImageObservation],
 ) -> tuple[list[Observation], list[ImageObservation]]:
-    """The scans, the reference first, and the other tools' images.
+    """Split observations into the scans, the reference first, and the other tools' images.
 
     Raises
     ------

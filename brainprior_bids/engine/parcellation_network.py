@@ -3,9 +3,8 @@
 
 Input is one volume at 2 mm; the unshuffle (x 2) turns it into 8 channels at 4 mm, where all
 convolutions run; the last layer writes 8 sub-voxels of every class and shuffles them back to 2 mm.
-Normalisation is over the channels of one voxel only: the network holds no statistic over space,
-so the result at a voxel does not depend on how much of the head was in the field of view beyond
-its receptive field.
+Normalisation is over the channels of one voxel only: the network uses no statistic over space, so
+the result at a voxel does not depend on the field of view beyond its receptive field.
 """
 
 from __future__ import annotations
@@ -119,7 +118,7 @@ class ParcellationNetwork(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """What rebuilds the network: ``ParcellationNetwork(**config)``."""
+        """The arguments that rebuild the network: ``ParcellationNetwork(**config)``."""
         return {"classes": list(self.classes), "widths": list(self.widths)}
 
     def forward(self, x: Tensor) -> Tensor:

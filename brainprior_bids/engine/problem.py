@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Observations and a prior -> the posterior problem: data, operators, precisions, support.
 
-The unknown x lives on the home grid: the 1 mm grid along the reference's axes, where nothing is
-resampled for the reference, or the grid of MNI305 (the form of arXiv 2510.15119), where the affine
-is part of A. Another tool's image changes the prior: see ``conditioning``.
+The unknown x is defined on the home grid: the 1 mm grid along the reference's axes, on which the
+reference is not resampled, or the grid of MNI305 (the form of arXiv 2510.15119), for which the
+affine is part of A. Another tool's image changes the prior: see ``conditioning``.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ HOMES = ("scan", "MNI305")
 NOISE_FLOOR = 0.005
 """Smallest noise SD assumed, engine unit: the paper's value for restoration."""
 MAX_TURN_DEG = 55.0
-"""Of the scan against MNI305: up to 51 degrees increase the error of the mean no more than slice
-positioning does, 65 degrees by 3 % and 77 degrees by 6 %."""
+"""Largest angle between the scan's axes and MNI305's without a warning. Up to 51 degrees, the
+error of the mean increases no more than by slice positioning; at 65 degrees it increases by 3 %,
+at 77 degrees by 6 %."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,20 +62,20 @@ class Part:
     ----------
     observation : Observation
     data_shape : (i', j', k')
-        Of the scan after axes finer than 1 mm were reduced.
+        Shape of the scan after axes finer than 1 mm were reduced.
     box : Box
-        The brain's, on the observation's 1 mm grid and in its data.
+        Box of the brain, on the observation's 1 mm grid and in its data.
     brain, mask : (i, j, k) tensors on the observation's 1 mm grid
         Brain with and without the rim.
     y : (i', j', k') tensor, of the data box
-        Bias field inside.
+        The scan, not divided by its bias field.
     log_bias, hidden : tensors of the data box
     noise_sd : float
-        Of y: given, or estimated from it.
+        Noise SD of y: specified, or estimated from y.
     excess : tensor of the data box, optional
-        Variance beyond ``noise_sd`` where a map was given.
+        Variance in excess of ``noise_sd``, if there is a map of the noise.
     thinned : float
-        SD of y's noise over that of the scan's.
+        SD of y's noise divided by that of the scan's.
     """
 
     observation: Observation
@@ -90,7 +91,7 @@ class Part:
 
     @property
     def is_3d(self) -> bool:
-        """Whether its slices are encoded in k-space."""
+        """Whether the slices are encoded in k-space."""
         return is_3d(self.observation.grid, self.observation.acquisition)
 
     def on_scan_grid(self, volume: Tensor) -> Tensor:
@@ -108,7 +109,8 @@ class Problem:
     mask : tensor on ``scans[0].grid.one_millimetre()``, in [0, 1]
         Brain.
     rim_mm : float
-        How far beyond the mask there may be brain. The noise is estimated without it.
+        Width of the rim beyond the mask in which there may be brain. The noise is estimated
+        without it.
     to_mni305 : (4, 4)
         Scanner RAS mm of the reference -> MNI305 RAS mm.
     home : "scan" or "MNI305"
@@ -118,7 +120,7 @@ class Problem:
     Attributes
     ----------
     grid : Grid
-        Of the result; ``box`` is the part of it that is computed, ``home`` that part's grid.
+        Grid of the result; ``box`` is the part that is computed, ``home`` that part's grid.
     unit : float
         Scanner units of the reference per engine unit.
     final : (i, j, k) bool tensor of the box
@@ -130,7 +132,7 @@ class Problem:
     Raises
     ------
     InputError
-        If the mask is empty, or a scan shows none of the reference's brain.
+        If the mask is empty, or the reference's brain is outside of a scan's field of view.
     GeometryError
         If no voxel of the brain lies on the MNI305 grid.
     """
@@ -200,7 +202,7 @@ class Problem:
     # ---- the observations ------------------------------------------------------------------
 
     def _part(self, scan: Observation, fine: Grid, brain: Tensor, mask: Tensor) -> Part:
-        """One observation made ready; ``brain`` and ``mask`` lie on the reference's ``fine``."""
+        """One observation, prepared; ``brain`` and ``mask`` are on the grid ``fine``."""
         first = scan is self.scans[0]
         own = scan.grid.one_millimetre()
         data, thinned = reduce_to(scan.scan * (scan.gain / self.unit), own.shape)
@@ -218,14 +220,14 @@ class Problem:
         if scan.hidden is not None:
             hidden = hidden_voxels(scan.hidden, shape)[box.data_slices]
         share, y = share[box.data_slices], data[box.data_slices]
-        said = list(scan.warnings)
+        messages = list(scan.warnings)
         if scan.noise_sd is None:
-            seen = share if hidden is None else share * ~hidden
-            noise_sd, excess = _estimated_noise(y, seen, axis, said), None
+            measured_share = share if hidden is None else share * ~hidden
+            noise_sd, excess = _estimated_noise(y, measured_share, axis, messages), None
         else:
             noise_sd, excess = given_noise(scan.noise_sd, scan.mask > 0.5, thinned, shape)
         prefix = "" if len(self.scans) == 1 else f"{scan.name}: "
-        self.warnings += [prefix + text for text in said]
+        self.warnings += [prefix + text for text in messages]
         return Part(
             observation=scan,
             data_shape=shape,
@@ -261,7 +263,7 @@ class Problem:
 
     @cached_property
     def bias_field(self) -> CosineField:
-        """Basis by which the reference's bias field may move."""
+        """Basis on which the reference's bias field may change."""
         extent = (
             np.array(self.reference.box.shape) * self.scans[0].grid.one_millimetre().spacing_mm
         )
@@ -269,26 +271,26 @@ class Problem:
         return CosineField(size, self.nuisances.bias_scale_mm)
 
     def bias_on_scan(self, coefficients: Tensor) -> Tensor:
-        """What the coefficients add to the log bias, on the whole grid of the reference."""
+        """The change of the log bias due to the coefficients, on the reference's whole grid."""
         grid, part = self.scans[0].grid, tuple(slice(0, n) for n in self.scans[0].grid.shape)
-        where = relative_positions(
+        positions = relative_positions(
             self.reference.box, grid.shape, grid.one_millimetre().shape, part
         )
-        return self.bias_field.evaluate(coefficients, self.bias_field.basis(where))
+        return self.bias_field.evaluate(coefficients, self.bias_field.basis(positions))
 
     # ---- the likelihood under one slice thickness ------------------------------------------
 
     def likelihood(self, spectrum: Spectrum, thickness_factor: float = 1.0) -> Likelihood:
-        """All scans, their slices ``thickness_factor`` times as thick as stated; made once."""
+        """All scans, with slices ``thickness_factor`` times as thick as stated; cached."""
         if thickness_factor not in self._likelihoods:
             terms = [self._term(part, thickness_factor) for part in self.parts]
-            made = Likelihood(terms, self.support, self.device)
+            likelihood = Likelihood(terms, self.support, self.device)
             if self.is_spectral:
-                made.solve = SpectralSolve(made, spectrum)
+                likelihood.solve = SpectralSolve(likelihood, spectrum)
             else:
                 i, j, k = (float(s) for s in self.home.spacing_mm)
-                made.solve = ImageSpaceSolve(made, spectrum, (i, j, k))
-            self._likelihoods[thickness_factor] = made
+                likelihood.solve = ImageSpaceSolve(likelihood, spectrum, (i, j, k))
+            self._likelihoods[thickness_factor] = likelihood
         return self._likelihoods[thickness_factor]
 
     def slice_weights(self, thickness_factor: float = 1.0) -> Tensor:
@@ -303,24 +305,26 @@ class Problem:
         return self._term(self.reference, 1.0)
 
     def iterations(self) -> list[int]:
-        """Of every inner solve so far, by rising thickness."""
+        """Iterations of every inner solve so far, in ascending order of thickness."""
         factors = sorted(self._likelihoods)
         return [n for factor in factors for n in self._likelihoods[factor].solve.iterations]
 
     def _term(self, part: Part, thickness_factor: float) -> Term:
         scan = part.observation
-        profile, seen = sensitivity(scan.grid, scan.acquisition, part.data_shape, thickness_factor)
+        profile, axis_weights = sensitivity(
+            scan.grid, scan.acquisition, part.data_shape, thickness_factor
+        )
         model = None
         if self.nuisances.move_bias and self.is_spectral:
-            where = relative_positions(
+            positions = relative_positions(
                 part.box, part.data_shape, scan.grid.one_millimetre().shape, part.box.data_slices
             )
-            basis = [axis.to(self.device) for axis in self.bias_field.basis(where)]
+            basis = [axis.to(self.device) for axis in self.bias_field.basis(positions)]
             model = BiasModel(self.bias_field, basis)
         return Term(
             part.y,
             operator=self._operator(part, profile, thickness_factor),
-            share=brain_share(part.brain, seen)[part.box.data_slices],
+            share=brain_share(part.brain, axis_weights)[part.box.data_slices],
             noise_sd=part.noise_sd,
             log_bias=part.log_bias,
             hidden=part.hidden,
@@ -346,7 +350,7 @@ class Problem:
         return SlicedImage(solver, axis)
 
     def _resampling(self, part: Part) -> LinearOperator:
-        """Home grid -> the 1 mm grid along the scan's axes, by the motion; made once a scan."""
+        """Home grid -> 1 mm grid along the scan's axes, through the motion; cached per scan."""
         scan = part.observation
         if scan.name not in self._resamplings:
             around = scan.grid.one_millimetre().crop(part.box.start, part.box.stop)
@@ -368,9 +372,9 @@ def _on_mni305(brain: Tensor, fine: Grid, to_mni305: NDArray[np.float64]) -> Ten
     stop = triple(tuple(np.clip(np.ceil(mapped.max(1)) + 1, 0, MNI305.shape)))
     inside = torch.zeros(MNI305.shape, dtype=torch.bool)
     if all(a < b for a, b in zip(start, stop, strict=True)):
-        where = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
+        region = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
         part = AffineResample(fine, MNI305.crop(start, stop), np.linalg.inv(to_mni305))
-        inside[where] = part(brain) > 0.5
+        inside[region] = part(brain) > 0.5
     if not bool(inside.any()):
         raise GeometryError(
             "restore: no voxel of the brain lies on the MNI305 grid. Check to_mni305."
@@ -391,7 +395,7 @@ def _estimated_noise(y: Tensor, share: Tensor, axis: int, warnings: list[str]) -
 def given_noise(
     noise_sd: float | Tensor, brain: Tensor, thinned: float, data_shape: tuple[int, int, int]
 ) -> tuple[float, Tensor | None]:
-    """The smallest SD of the data's voxels, and the variance beyond it where it is a map."""
+    """The smallest SD of the data's voxels, and the excess variance if the SD is a map."""
     if isinstance(noise_sd, float):
         return noise_sd * thinned, None
     lowest = float(noise_sd[brain].min())

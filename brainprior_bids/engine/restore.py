@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one public entry: observations of a brain and a prior in, posterior samples at 1 mm out.
+"""The public entry point: from observations of a brain and a prior to posterior samples at 1 mm.
 
 ``y_k = b_k * (A_k x) + n_k``: each scan y_k in its own units, brain and surroundings, not divided
 by its bias field; x the brain on the home grid. See ``likelihood`` for the symbols.
@@ -45,9 +45,9 @@ from brainprior_bids.engine.samplers.mean import expected_image
 from brainprior_bids.engine.schedules import edm_schedule
 
 RIM_MM = 1.5
-"""How far the command's restored image goes beyond the mask. Two masks of one brain differ by a
-voxel along their border, and a voxel of brain that is cut off costs more than one of fluid that
-is left."""
+"""Width of the rim by which the command's restored image extends beyond the mask. Two masks of one
+brain differ by a voxel along their border, and losing a voxel of brain costs more than keeping one
+of fluid."""
 NO_SPREAD = (
     "The prior does not predict the uncertainty, and nothing was sampled: there is no uncertainty "
     "map. Use --sampler conditional, or weights that were trained with --spread."
@@ -62,7 +62,7 @@ Observe = Callable[[int, int, float, int], None]
 def sample_seed(seed: int, index: int) -> int:
     """The seed of one sample: the first 63 bits of SHA-256 of ``"<seed>:<index>"``.
 
-    Neighbouring seeds and indices are thereby unrelated.
+    Neighbouring seeds and indices are therefore unrelated.
     """
     digest = hashlib.sha256(f"{seed}:{index}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
@@ -98,35 +98,38 @@ def restore(
         Scans of one brain, the reference first, and other tools' images of it
         (``ImageObservation``). The result lies on the reference's 1 mm grid, in its unit.
     mask_1mm : array on ``grid.one_millimetre()`` of the reference, in [0, 1]
-        Brain; the result is 0 where it is 0, but for the rim.
+        Brain; the result is 0 outside the mask and its rim.
     to_mni305 : (4, 4)
-        Scanner RAS mm of the reference -> MNI305 RAS mm; gives the network each voxel's place.
+        Scanner RAS mm of the reference -> MNI305 RAS mm; the network receives the MNI305
+        coordinates of each voxel.
     contrast : str
         "T1w", "T2w", "FLAIR" or "unknown".
     prior : Prior
-        Its ``tile_mm`` decides whether the network runs in tiles.
+        Its ``tile_mm`` determines whether the network runs in tiles.
     rim_mm : float
-        How far beyond ``mask_1mm`` there may be brain: as much is restored with it, so that a
-        border that is off by a voxel cuts nothing. The noise is estimated without it.
+        Width of the rim beyond ``mask_1mm`` that is restored too, so that a border that is off by
+        a voxel loses no brain. The noise is estimated without it.
     home : "scan" or "MNI305"
-        Where the unknown lies. On "MNI305" the affine is part of the forward model (the form of
-        arXiv 2510.15119): for scans turned beyond what the network has seen; ten times the work.
+        Grid of the unknown. With "MNI305" the affine is part of the forward model (the form of
+        arXiv 2510.15119): for scans rotated beyond the training range of the network, at ten times
+        the cost.
     on_scan : bool
-        Fill ``Restoration.predictions`` too, as hidden voxels of the reference do.
+        Also fill ``Restoration.predictions``, as for hidden voxels of the reference.
     nuisances : Nuisances
         How slice thickness and bias field are treated.
     sampler : "auto" or a name in ``samplers.registry``
-        "auto": "conditional" where the network can be given the reference's measurements, else
-        "exact" (``sampler_reason`` says why). "mean" and "conditional" need what is in
-        ``Conditioning.obstacle``.
+        "auto": "conditional" if the network can be conditioned on the reference's measurements,
+        otherwise "exact" (``sampler_reason`` states why). The requirements of "mean" and
+        "conditional" are in ``Conditioning.obstacle``.
     n_samples, n_steps : int
-        Samples, and noise levels of each chain (None: ``samplers.registry``); "mean" draws none
-        in one call, "daps" has its own levels in ``daps``.
+        Number of samples, and of noise levels of each chain (None: the default in
+        ``samplers.registry``). "mean" draws no samples and makes one call; "daps" has its own
+        levels in ``daps``.
     seed : int
-        Each sample has a generator of its own, seeded by ``sample_seed(seed, index)``: the same
-        bytes on the same machine and settings, whatever the number of samples.
+        Each sample has its own generator, seeded by ``sample_seed(seed, index)``: with the same
+        machine and settings the bytes are the same, for any number of samples.
     device : torch device
-        Where the volumes live; noise is drawn on the CPU.
+        Device of the volumes; noise is drawn on the CPU.
     observe : function, optional
         ``observe(step, total, sigma, sample_index)`` after each level.
     sigma_max, sigma_min : float
@@ -136,15 +139,15 @@ def restore(
     -------
     Restoration
         ``mean`` estimates the posterior mean, see ``estimate`` in ``samplers.registry``: averages
-        of the expectations that a chain knows have less of its randomness than its sample
-        (Rao-Blackwell), which counts when samples are few.
+        of the expectations along a chain are less random than its sample (Rao-Blackwell), which
+        matters if there are few samples.
 
     Raises
     ------
     ShapeMismatchError, GeometryError, InputError
         As ``Observation`` and ``Problem``.
     UsageError
-        If an option makes no sense, or the device is not there.
+        If an option makes no sense, or the device does not exist.
     MemoryShortageError
         If memory runs out even in the thinnest tiles. A fallback to tiles is a warning.
     ConvergenceError, DivergenceError
@@ -153,7 +156,7 @@ def restore(
     began = time.perf_counter()
     scans, images = observations_of(observations)
     _check(sampler, n_samples, home, images)
-    where = usable_device(device)
+    torch_device = usable_device(device)
     mask = as_volume("mask_1mm", mask_1mm, scans[0].grid.one_millimetre().shape, "restore")
     if not bool(torch.isfinite(mask).all()):
         raise InputError("restore: mask_1mm holds NaN or infinite values. Recreate it.")
@@ -164,7 +167,7 @@ def restore(
         to_mni305=checked_matrix(to_mni305, "restore: to_mni305"),
         home=home,
         nuisances=nuisances,
-        device=where,
+        device=torch_device,
     )
     view = Conditioning(prior, problem, contrast, images)
     name, reason = choose_sampler(sampler, view, n_steps)
@@ -234,12 +237,12 @@ def _check(sampler: str, n_samples: int, home: str, images: Sequence[ImageObserv
 
 
 def choose_sampler(asked: str, view: Conditioning, n_steps: int | None) -> tuple[str, str | None]:
-    """The sampler that runs, and why "auto" did not take the default one.
+    """The sampler to use, and the reason if "auto" did not select the default one.
 
     Raises
     ------
     UsageError
-        If the one that was asked for cannot be used.
+        If the requested one cannot be used.
     """
     if asked not in ("auto", "conditional", "mean"):
         return asked, None
@@ -247,7 +250,7 @@ def choose_sampler(asked: str, view: Conditioning, n_steps: int | None) -> tuple
     if asked != "mean" and n_steps is not None and n_steps < 2:
         obstacle = obstacle or "it needs at least 2 network calls"
     if asked == "mean" and len(view.problem.scans) > 1:
-        obstacle = obstacle or "one call can be given one scan, and several are fused"
+        obstacle = obstacle or "one call can be conditioned on one scan, and several are fused"
     if obstacle is None:
         return ("mean" if asked == "mean" else registry.DEFAULT.name), None
     if asked == "auto":
@@ -256,7 +259,7 @@ def choose_sampler(asked: str, view: Conditioning, n_steps: int | None) -> tuple
 
 
 class Chain:
-    """How one sample is drawn by a named sampler.
+    """One sample, drawn by a named sampler.
 
     Parameters
     ----------
@@ -277,7 +280,8 @@ class Chain:
     calls : int
         Network calls of one sample.
     sd : (i, j, k) tensor or None
-        Of x given the scan, as the prior predicted it in the last run; None where it did not.
+        SD of x given the scan, as predicted by the prior in the last run; None if it was not
+        predicted.
     """
 
     def __init__(
@@ -311,12 +315,12 @@ class Chain:
     def run(
         self, factor: float, generator: torch.Generator, index: int, observe: Observe | None
     ) -> tuple[Likelihood, Tensor, Tensor | None]:
-        """The likelihood, its sample, and the chain's estimate of the mean where it has one.
+        """The likelihood, its sample, and the chain's estimate of the mean if it has one.
 
         Parameters
         ----------
         factor : float
-            Assumed slice thickness over the stated one.
+            Ratio of assumed to stated slice thickness.
         """
         likelihood = self.problem.likelihood(self.view.spectrum, factor)
         likelihood.reset()
@@ -390,7 +394,7 @@ class Chain:
         generator: torch.Generator,
         note: Callable[[int, float, Tensor, Tensor], None],
     ) -> Tensor:
-        """By a network that is given all measurements: a sample, or the mean."""
+        """A sample or the mean, from a network conditioned on all measurements."""
         problem = self.problem
         shape, device = problem.box.shape, problem.device
         if self.facts.name == "mean":

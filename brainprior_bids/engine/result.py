@@ -19,7 +19,7 @@ from brainprior_bids.engine.problem import Problem
 
 @dataclass(frozen=True, eq=False)
 class ScanFit:
-    """How the result explains one scan."""
+    """The fit of the result to one scan."""
 
     name: str
     noise_sd: float  # engine unit, a voxel of the scan, before sampling
@@ -29,7 +29,9 @@ class ScanFit:
 
 @dataclass(frozen=True, eq=False)
 class Restoration:
-    """What ``restore`` returns; images are float32 on ``grid``, in scanner units, without bias."""
+    """The result of ``restore``; images are float32 on ``grid``, in scanner units, without bias
+    field.
+    """
 
     grid: Grid  # 1 mm: the reference's axes and whole field of view, or MNI305
     samples: NDArray[np.float32]  # (n, i, j, k) posterior samples, 0 beyond mask and rim
@@ -72,9 +74,9 @@ class Gathering:
     ----------
     problem : Problem
     n_samples : int
-        0 where only a mean is made.
+        0 if only a mean is computed.
     predicting : bool
-        Whether the reference is predicted on its own grid.
+        Whether to predict the reference on its own grid.
     """
 
     def __init__(self, problem: Problem, n_samples: int, *, predicting: bool) -> None:
@@ -102,16 +104,16 @@ class Gathering:
         *,
         sd: Tensor | None = None,
     ) -> None:
-        """One chain has ended.
+        """Add the result of one chain.
 
         Parameters
         ----------
         x0 : (i, j, k)
-            Its sample, or the mean where nothing is drawn.
+            Its sample, or the mean if nothing is drawn.
         conditional : (i, j, k), optional
-            Its estimate of the posterior mean; the sample's own without.
+            Its estimate of the posterior mean; by default the sample.
         sd : (i, j, k), optional
-            SD of the posterior, where the prior predicted it.
+            SD of the posterior, if the prior predicted it.
         """
         problem, index = self.problem, len(self.noises)
         x0 = x0 * problem.final
@@ -123,16 +125,16 @@ class Gathering:
             moved = problem.bias_on_scan(reference.nuisance.coefficients)
             gain = float(moved[problem.scans[0].mask > 0.5].mean().exp())
             self.log_bias += moved / self.chains
-        scale, where = problem.unit * gain, problem.box.image_slices
+        scale, region = problem.unit * gain, problem.box.image_slices
         estimate = x0 if conditional is None else conditional * problem.final
-        self.expected[where] += estimate.cpu().numpy() * (scale / self.chains)
+        self.expected[region] += estimate.cpu().numpy() * (scale / self.chains)
         if sd is None:
             self._all_predicted = False
         else:
             own = (sd * problem.final).square().cpu().numpy()
-            self.predicted[where] += own * (scale**2 / self.chains)
+            self.predicted[region] += own * (scale**2 / self.chains)
         if self.n:
-            self.samples[(index, *where)] = x0.cpu().numpy() * scale
+            self.samples[(index, *region)] = x0.cpu().numpy() * scale
         if self.predicting:
             self.predictions[0] += self._predict(likelihood, estimate) / self.chains
             if self.n:
@@ -140,7 +142,7 @@ class Gathering:
 
     @property
     def sd_from(self) -> str | None:
-        """Where ``sd`` is from: "prior", "samples", or nowhere."""
+        """Source of ``sd``: "prior", "samples", or None."""
         if self._all_predicted:
             return "prior"
         return "samples" if self.n > 1 else None
@@ -169,7 +171,7 @@ class Gathering:
         return (self.problem.unit * part).numpy()
 
     def warnings(self) -> list[str]:
-        """Where the samples do not explain a scan."""
+        """Warnings about scans that the samples do not explain."""
         if len(self.each) == 1:
             return judge(self.residuals)
         names = [scan.name for scan in self.problem.scans]
@@ -180,7 +182,7 @@ class Gathering:
         ]
 
     def scan_fits(self) -> list[ScanFit]:
-        """How the result explains each scan."""
+        """The fit of the result to each scan."""
         return [
             ScanFit(
                 part.observation.name,

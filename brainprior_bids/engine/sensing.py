@@ -2,7 +2,7 @@
 """From the 1 mm grid along a scan's axes to the scan's voxels: profiles, shares, grids.
 
 The scan's grid and its 1 mm grid share their outer edges. Axes of the scan that are finer than the
-image are first reduced to it by a k-space crop: the prior knows nothing beyond 1 mm.
+image are first reduced to it by a k-space crop: the prior has no finer detail than 1 mm.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from brainprior_bids.engine.operators.slices import (
 )
 
 THREE_D = 1.25
-"""Slices no further apart than this times the in-plane voxel are encoded in k-space (3-D)."""
+"""Slices whose spacing is at most this times the in-plane voxel size are encoded in k-space
+(3-D)."""
 
 
 def triple(values: tuple[int, ...] | torch.Size) -> Triple:
@@ -44,14 +45,14 @@ def is_3d(grid: Grid, acquisition: Acquisition) -> bool:
 def sensitivity(
     grid: Grid, acquisition: Acquisition, data_shape: Triple, thickness_factor: float = 1.0
 ) -> tuple[Tensor, list[Tensor]]:
-    """The slice weights, and for each axis a non-negative version of what a data voxel sees.
+    """The slice weights, and for each axis a non-negative version of a data voxel's profile.
 
     Parameters
     ----------
     data_shape : (i', j', k')
         Voxels of the scan after ``reduce_to``.
     thickness_factor : float
-        Assumed slice thickness over the stated one; 3-D scans ignore it.
+        Ratio of assumed to stated slice thickness; ignored for 3-D scans.
 
     Returns
     -------
@@ -71,11 +72,11 @@ def sensitivity(
         )
 
     boxes = [boxcar_profile(float(fine.extent_mm[a]) / data_shape[a]) for a in range(3)]
-    seen = [matrix(a, boxes[a]) for a in range(3)]
+    weights = [matrix(a, boxes[a]) for a in range(3)]
     if is_3d(grid, acquisition):
-        return resampling_matrix(fine.shape[axis], data_shape[axis]), seen
-    seen[axis] = matrix(axis, acquisition.cumulative(thickness_factor))
-    return seen[axis], seen
+        return resampling_matrix(fine.shape[axis], data_shape[axis]), weights
+    weights[axis] = matrix(axis, acquisition.cumulative(thickness_factor))
+    return weights[axis], weights
 
 
 def brain_share(mask_1mm: Tensor, seen: list[Tensor]) -> Tensor:
@@ -89,8 +90,8 @@ def brain_share(mask_1mm: Tensor, seen: list[Tensor]) -> Tensor:
 def reduce_to(volume: Tensor, fine_shape: Triple) -> tuple[Tensor, float]:
     """Bring axes that are finer than the image to its grid by a k-space crop.
 
-    The low frequencies are all that the data say of the image. Returns the data, and the factor
-    by which the crop lowers the SD of white noise.
+    Only the low frequencies of the data carry information about the image. Returns the data, and
+    the factor by which the crop lowers the SD of white noise.
     """
     factor = 1.0
     for axis in range(3):
@@ -113,7 +114,7 @@ def to_scan_grid(part: Tensor, box: Box, data_shape: Triple, scan_shape: Triple)
 
 
 def hidden_voxels(hidden: Tensor, data_shape: Triple) -> Tensor:
-    """(i', j', k') bool: data voxels that show any of the hidden voxels of the scan.
+    """(i', j', k') bool: data voxels that contain any of the hidden voxels of the scan.
 
     Where the scan was reduced, its k-space crop spreads a hidden voxel to its neighbours: one
     voxel more is hidden.

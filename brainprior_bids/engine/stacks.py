@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a stack of slices and a noisy image say together, before any network is asked.
+"""The linear posterior given a stack of slices and a noisy image, before any network call.
 
 ``y = W x + n`` along one axis and ``x_t = x + sigma e``. For a linear measurement with Gaussian
-noise the pair (x_t, y) tells of x exactly what one image u = x + N(0, C) tells, whose noise C is
-small where the slices measured and sigma² where they did not (the idea of EPS: a prior trained on
-anisotropic noise needs no approximation of the likelihood). A network that has learned
-``E[x | u]`` for such C therefore gives ``E[x | x_t, y]`` itself.
+noise, the pair (x_t, y) carries the same information about x as one image u = x + N(0, C), whose
+noise C is small in measured directions and sigma² elsewhere (the idea of EPS: a prior trained on
+anisotropic noise needs no approximation of the likelihood). A network that has learned ``E[x |
+u]`` for such C therefore returns ``E[x | x_t, y]``.
 
-As EDM does for white noise, the network is handed the linear estimate and asked for the rest.
-With band b of variance s_b² (Haar bands of 2 x 2 x 2 voxels, uncorrelated):
+As in EDM for white noise, the network receives the linear estimate and returns the remainder. With
+band b of variance s_b² (Haar bands of 2 x 2 x 2 voxels, uncorrelated):
 
     w = E[x | x_t, y],  K = Cov[x | x_t, y]        under N(0, diag s_b²)
     D = w + K^1/2 F(w_b / sd of w_b)
 
-which is EDM's preconditioning where nothing was measured. K^1/2 keeps the measurements: there
-the network can change w by no more than the noise of the scan. All matrices are along the slice
-axis, one for each of the four in-plane band combinations.
+which is EDM's preconditioning where nothing was measured. K^1/2 preserves the measurements: in
+measured directions the network can change w by no more than the noise of the scan. All matrices
+are along the slice axis, one for each of the four in-plane band combinations.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ class Stack:
     Parameters
     ----------
     y : float32 tensor
-        Shaped as the image but for ``axis``, which counts slices; engine unit, bias-free.
+        Shape of the image, except along ``axis``, which counts slices; engine unit, bias-free.
     slice_weights : (n_slices, n) float64 tensor
         The slice profile: row k is the share of each voxel along ``axis`` in slice k.
     axis : 0, 1 or 2
     noise_sd : float
-        Of a voxel of y; with ``kept`` below 1, of white noise with the same power at the
-        frequencies that were measured.
+        Noise SD of a voxel of y; with ``kept`` below 1, that of white noise with the same power at
+        the measured frequencies.
     kept : (float, float)
-        Share of the spatial frequencies that was measured along the two axes of the plane, in
-        ascending order; y holds nothing of the others.
+        Fraction of the spatial frequencies that was measured along the two in-plane axes, in
+        ascending order; y is zero at the others.
 
     Raises
     ------
@@ -101,7 +101,7 @@ class Stack:
         return StackPosterior(self, band_sd, sigma, device)
 
     def padded(self, padding: Sequence[int]) -> Stack:
-        """See ``measured.Measured``; in their plane the slices are continued by mirroring."""
+        """See ``measured.Measured``; in plane, the slices are extended by mirroring."""
         grow = list(padding)
         slice_weights = F.pad(self.slice_weights, (0, grow[self.axis]))
         grow[self.axis] = 0
@@ -175,7 +175,7 @@ def slice_columns(y: Tensor, axis: int) -> Tensor:
 
 
 def mirrored(x: Tensor, padding: Sequence[int]) -> Tensor:
-    """(…, i, j, k) with the end of each axis grown by mirroring: noise stays noise."""
+    """(…, i, j, k) with the end of each axis extended by mirroring, which preserves the noise."""
     if not any(padding):
         return x
     fits = all(grow < size for grow, size in zip(padding, x.shape[2:], strict=True))
@@ -184,7 +184,7 @@ def mirrored(x: Tensor, padding: Sequence[int]) -> Tensor:
 
 
 class StackPosterior:
-    """A stack and one noise level: the linear estimate w and the spread K it leaves.
+    """A stack at one noise level: the linear estimate w and its posterior covariance K.
 
     A ``measured.BandPosterior``.
 
@@ -227,7 +227,9 @@ class StackPosterior:
         self.c_out = of_bands(self.variance).sqrt().float().to(device)
         self.c_in = of_bands(explained).clamp_min(1e-24).rsqrt().float().to(device)
         self.skip = skip.float()[..., None].to(device)
-        self.alone = left.sqrt().float()[..., None].to(device)  # root of K where y is silent
+        self.alone = (
+            left.sqrt().float()[..., None].to(device)
+        )  # root of K at unmeasured frequencies
         self.slice_weights = w.float().to(device)
         self.gain, self.root = gain.float().to(device), root.float().to(device)
         ratio = w @ w.T + (stack.noise_sd / self.sigma) ** 2 * torch.eye(len(w), dtype=w.dtype)
@@ -244,8 +246,10 @@ class StackPosterior:
         with torch.autocast(noisy.device.type, enabled=False):  # bfloat16 is coarser than a scan
             alone = from_columns(self.skip * columns(noisy.float(), axis), axis, shape)
             image = from_bands(alone[None])[0, 0]
-            seen = torch.tensordot(self.slice_weights, image, dims=([1], [axis])).movedim(0, axis)
-            rest = self._measured(self.stack.y.to(seen) - seen)
+            prediction = torch.tensordot(self.slice_weights, image, dims=([1], [axis])).movedim(
+                0, axis
+            )
+            rest = self._measured(self.stack.y.to(prediction) - prediction)
             more = from_columns(self.gain @ slice_columns(rest, axis), axis, shape)
             return alone + self._measured_bands(more)
 
@@ -271,7 +275,7 @@ class StackPosterior:
         return to_bands(self._measured(from_bands(bands[None])[0, 0])[None, None])[0]
 
     def unknown_map(self, shape: tuple[int, ...]) -> Tensor:
-        """(1, 1, i, j, k): the share of a voxel's noise that the slices leave, sqrt(C) / sigma."""
+        """(1, 1, i, j, k): the remaining fraction of a voxel's noise, sqrt(C) / sigma."""
         view = [1] * 3
         view[self.stack.axis] = len(self.unknown)
         whole: Tensor = self.unknown.reshape(1, 1, *view).expand(1, 1, *shape)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The network a tile at a time, for volumes whose features do not fit into memory.
 
-The network sees some 80 mm to each side of a voxel. Whole tiles that overlap by as much would
-cost ten times the work, and blended ones that overlap by less are another network. So each
-*layer* is tiled: a tile is a slab of rows along the first axis, read together with those rows of
-its neighbours that the layer needs (one for a 3 x 3 x 3 convolution, two for a residual block),
-and written back over itself. A voxel goes through the same sums as in an untiled call; nothing
-is blended and there is no seam. As a whole, one feature map per resolution stays in memory; all
-else is as large as a slab.
+The receptive field extends some 80 mm to each side of a voxel. Tiles with that much overlap would
+cost ten times as much, and blended tiles with less overlap would change the result. Therefore each
+*layer* is tiled: a tile is a slab of rows along the first axis. It is read together with the
+neighbouring rows that the layer needs (one for a 3 x 3 x 3 convolution, two for a residual block),
+and is overwritten by its result. A voxel goes through the same sums as in an untiled call; nothing
+is blended and there is no seam. One whole feature map per resolution stays in memory; everything
+else has the size of a slab.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from brainprior_bids.engine.unet import UNet
 
 REACH = 2
-"""Rows that a residual block sees beyond a slab; a single convolution sees one."""
+"""Rows that a residual block reads beyond a slab; a single convolution reads one."""
 
 Read = Callable[[int, int], tuple[Tensor, ...]]
 
@@ -36,7 +36,7 @@ def block_in_slabs(
 ) -> None:
     """``h <- block(h, e)`` in place; ``rows`` is at least ``REACH``."""
     size = h.shape[2]
-    above = h[:, :, :0]  # rows before the slab as they were before they were written over
+    above = h[:, :, :0]  # the rows before the slab, before they were overwritten
     for start, stop in slabs(size, rows):
         part = torch.cat([above, h[:, :, start : min(stop + REACH, size)]], 2)
         lead = above.shape[2]
@@ -55,7 +55,7 @@ def network_in_slabs(
     *,
     spread: bool = False,
 ) -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
-    """``network.answer`` of its features, in slabs from first to last.
+    """The network's outputs (``network.answer``), slab by slab.
 
     Parameters
     ----------
@@ -68,9 +68,9 @@ def network_in_slabs(
     noise, contrast, stack : tensors
         As ``UNet.forward``.
     rows : int
-        Of a slab, at every resolution; made even.
+        Rows of a slab, at every resolution; rounded to an even number.
     spread : bool
-        Whether the log SD is wanted.
+        Whether to return the log SD.
 
     Yields
     ------
@@ -104,7 +104,7 @@ def network_in_slabs(
 
 
 def _empty_like_rows(part: Tensor, rows: int) -> Tensor:
-    """Room for ``rows`` rows of what ``part`` holds a few of."""
+    """An empty tensor like ``part``, with ``rows`` rows."""
     shape = (part.shape[0], part.shape[1], rows, *part.shape[3:])
     return torch.empty(
         shape, dtype=part.dtype, device=part.device, memory_format=torch.channels_last_3d

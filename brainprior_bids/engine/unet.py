@@ -3,11 +3,10 @@
 
 The image enters as its eight Haar bands: a pixel-unshuffle by 2 followed by an orthonormal 8 x 8
 mix of the eight channels, so white noise stays white and every convolution runs on an eighth of
-the voxels. The local mean (band 0) is apart from the seven detail bands, whose amplitude is some
-thirty times smaller; each band can then be scaled by its own spread.
-
-No operation takes a statistic over space: normalisation is per voxel, over channels, so a crop,
-a tile and a whole brain are treated alike.
+the voxels. The local mean (band 0) is separated from the seven detail bands, whose amplitude is
+some thirty times smaller, so that each band can be scaled by its own SD. No operation uses a
+statistic over space: normalisation is per voxel, over channels, so a crop, a tile and a whole
+brain are treated alike.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ def from_blocks(blocks: Tensor) -> Tensor:
 def coordinate_features(coordinates: Tensor) -> Tensor:
     """(n, 3, i, j, k) mm, even sizes -> (n, 27, i/2, j/2, k/2), low Fourier features.
 
-    One position for each 2 x 2 x 2 block; beyond 160 mm a position says only "far outside".
+    One position for each 2 x 2 x 2 block; positions beyond 160 mm are not distinguished.
     """
     centre = F.avg_pool3d(coordinates, 2).clamp(-160, 160)
     angles = [centre * (2 * math.pi / wavelength) for wavelength in WAVELENGTHS_MM]
@@ -113,7 +112,7 @@ class Block(nn.Module):
 
 
 class SpreadOutput(nn.Module):
-    """conv(silu(conv(film(norm(x))))) plus a level of the conditioning's own; starts at zero."""
+    """conv(silu(conv(film(norm(x))))) plus an offset from the conditioning; starts at zero."""
 
     def __init__(self, channels: int, embedding: int) -> None:
         super().__init__()
@@ -146,9 +145,9 @@ class UNet(nn.Module):
     stacks : bool
         Whether it can be conditioned on measured slices.
     stack_hidden : int
-        Hidden width of a second, nonlinear reading of the numbers that describe them; 0: none.
+        Hidden width of a second, nonlinear layer for the numbers that describe them; 0: none.
     spread : bool
-        Whether a second output predicts how far the first is off.
+        Whether a second output predicts the SD of the first one's error.
     """
 
     frequencies: Tensor
@@ -181,7 +180,7 @@ class UNet(nn.Module):
             self.stack_in = nn.Linear(FEATURES, embedding, bias=False)
             _zero(self.unknown_in)
             _zero(self.stack_in)
-            if stack_hidden:  # without biases: no slices, no answer
+            if stack_hidden:  # without biases, so that the output is 0 without slices
                 reading = nn.Linear(FEATURES, stack_hidden, bias=False)
                 nn.init.normal_(reading.weight)
                 answer = nn.Linear(stack_hidden, embedding, bias=False)
@@ -239,12 +238,12 @@ class UNet(nn.Module):
         stack: Tensor | None = None,
         unknown: Tensor | None = None,
     ) -> Tensor:
-        """One pass: (n, 8, i, j, k) float32, each band of unit spread.
+        """One pass: (n, 8, i, j, k) float32, each band of unit SD.
 
         Parameters
         ----------
         bands : (n, 8, i, j, k) float32
-            Each of unit spread; i, j, k multiples of ``multiple``.
+            Each band of unit SD; i, j, k multiples of ``multiple``.
         place : (n or 1, 27, i, j, k)
             ``coordinate_features``.
         noise : (n,)
@@ -262,17 +261,18 @@ class UNet(nn.Module):
     def answer(
         self, h: Tensor, embedding: Tensor, *, spread: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """From ``features``: the bands and, if asked for, the log SD of each voxel's error.
-
-        Both (n, 8, i, j, k) float32. The SD is relative to the one that the linear estimate
-        leaves; its channels are the voxels of a 2 x 2 x 2 block in i, j, k order.
+        """From ``features``: the bands and, if requested, the log SD of each voxel's error. Both
+        are (n, 8, i, j, k) float32. The SD is relative to that of the linear posterior; its
+        channels are the voxels of a 2 x 2 x 2 block in i, j, k order.
         """
         return self.out(h).float(), self.spread_out(h, embedding).float() if spread else None
 
     def features(
         self, bands: Tensor, place: Tensor, embedding: Tensor, unknown: Tensor | None = None
     ) -> Tensor:
-        """(n, channels[0], i, j, k): what the outputs are made of; see ``embed``, ``forward``."""
+        """(n, channels[0], i, j, k), from which the outputs are computed; see ``embed``,
+        ``forward``.
+        """
         e = embedding
         h = self.enter(bands, place, unknown)
         skips = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a scan on the restored grid and a noisy image say together, some voxels being hidden.
+"""The linear posterior given a scan on the restored grid, with hidden voxels, and a noisy image.
 
 ``y = x + n`` in the voxels that were measured, nothing in the hidden ones (a lesion, the part
 beyond the field of view), and ``x_t = x + sigma e`` everywhere. The pair is one image
@@ -7,9 +7,10 @@ beyond the field of view), and ``x_t = x + sigma e`` everywhere. The pair is one
 
     C = 1 / (1 / sigma² + 1 / n²) where measured, sigma² where hidden
 
-As in ``stacks``, a network that has learned ``E[x | u]`` for such C is handed the linear estimate
-w and asked for the rest; see there for the symbols. Haar blocks of 2 x 2 x 2 voxels that are all
-of one kind have a diagonal K; each block at the border of a hole has an 8 x 8 one.
+As in ``stacks``, a network that has learned ``E[x | u]`` for such C receives the linear estimate w
+and returns the remainder; see there for the symbols. Haar blocks of 2 x 2 x 2 voxels that are all
+measured or all hidden have a diagonal K; at the border of a hole, K is an 8 x 8 matrix for each
+block.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Voxels:
     hidden : (i, j, k) bool tensor
         True where nothing was measured.
     noise_sd : float
-        Of a measured voxel.
+        Noise SD of a measured voxel.
 
     Raises
     ------
@@ -80,7 +81,7 @@ def _blocks(volume: Tensor) -> Tensor:
 
 
 class VoxelPosterior:
-    """``Voxels`` and one noise level: a ``measured.BandPosterior``.
+    """``Voxels`` at one noise level: a ``measured.BandPosterior``.
 
     Parameters
     ----------
@@ -138,8 +139,8 @@ class VoxelPosterior:
         """(8, i, j, k) bands of x_t -> those of w."""
         with torch.autocast(noisy.device.type, enabled=False):
             image = from_bands(noisy.float()[None])[0, 0]
-            seen = self.rest * image + self.trust * self.y
-            together = torch.where(self.hidden, image, seen)
+            measured = self.rest * image + self.trust * self.y
+            together = torch.where(self.hidden, image, measured)
             result = self.skip * to_bands(together[None, None])[0]
             own = _blocks(together)[:, self.border].T[..., None]  # (m, 8, 1)
             result[:, self.border] = (self.border_skip @ own)[..., 0].T
@@ -155,5 +156,5 @@ class VoxelPosterior:
 
     def unknown_map(self, shape: tuple[int, ...]) -> Tensor:
         """(1, 1, i, j, k): sqrt(C) / sigma."""
-        seen = 1 / math.sqrt(1 + (self.sigma / self.voxels.noise_sd) ** 2)
-        return torch.where(self.hidden, 1.0, seen).reshape(1, 1, *shape)
+        ratio = 1 / math.sqrt(1 + (self.sigma / self.voxels.noise_sd) ** 2)
+        return torch.where(self.hidden, 1.0, ratio).reshape(1, 1, *shape)

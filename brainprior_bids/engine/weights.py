@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights on disk: one safetensors file with its facts in the header.
+"""Weights on disk: one safetensors file with metadata in its header.
 
 The header holds one JSON text under ``brainprior``: ``kind`` (prior, parcellation),
-``format_version``, ``name``, ``licence``, ``training_data``, ``config`` (what rebuilds the
-network), and ``tensors_sha256``, the hash of the tensors, which is checked at every load.
+``format_version``, ``name``, ``licence``, ``training_data``, ``config`` (from which the network is
+rebuilt), and ``tensors_sha256``, the hash of the tensors, which is checked at every load.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SUFFIX = ".safetensors"
 
 
 def user_folder() -> Path:
-    """Of `brainprior weights add`: ``$BRAINPRIOR_WEIGHTS``, or in the user's data folder."""
+    """Folder of `brainprior weights add`: ``$BRAINPRIOR_WEIGHTS``, or the user's data folder."""
     own = os.environ.get("BRAINPRIOR_WEIGHTS")
     if own:
         return Path(os.path.expanduser(own))
@@ -44,9 +44,8 @@ def user_folder() -> Path:
 
 
 def find_weights(asked: str | Path | None, *, kind: str) -> Path:
-    """The file that a user means: a path, a name that was added, or None, the embedded one.
-
-    A name is looked up in ``user_folder()`` first; ``embedded`` is the one of the package.
+    """The weights file for a path, for the name of an added file, or for None (the embedded one).
+    A name is looked up in ``user_folder()`` first; ``embedded`` is the file of the package.
 
     Raises
     ------
@@ -62,10 +61,10 @@ def find_weights(asked: str | Path | None, *, kind: str) -> Path:
     named = user_folder() / f"{asked}{SUFFIX}"
     if path.name == str(asked) and named.is_file():
         return named
-    known = sorted(found.stem for found in user_folder().glob(f"*{SUFFIX}"))
+    names = sorted(file.stem for file in user_folder().glob(f"*{SUFFIX}"))
     raise WeightsError(
         f"{asked}: expected a weights file, or one of the names embedded"
-        f"{''.join(f', {name}' for name in known)}. Add a file with `brainprior weights add`."
+        f"{''.join(f', {name}' for name in names)}. Add a file with `brainprior weights add`."
     )
 
 
@@ -76,7 +75,7 @@ def sha256_file(path: Path) -> str:
 
 
 def _sha256_tensors(state: Mapping[str, Tensor]) -> str:
-    """Over names, types, shapes and bytes, in the order of the names."""
+    """SHA-256 over names, types, shapes and bytes, in the order of the names."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -86,7 +85,7 @@ def _sha256_tensors(state: Mapping[str, Tensor]) -> str:
 
 
 def write_weights(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write atomically; floating tensors keep the type they come in.
+    """Write atomically; the data types of floating tensors are kept.
 
     Parameters
     ----------
@@ -129,8 +128,8 @@ def read_weights(path: Path, *, kind: str) -> tuple[dict[str, Tensor], dict[str,
     Raises
     ------
     WeightsError
-        If the file is missing, is not ours, is of another kind or version, or does not match its
-        hash.
+        If the file is missing, was not written by brainprior, is of another kind or version, or
+        does not match its hash.
     """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -174,7 +173,9 @@ def read_weights(path: Path, *, kind: str) -> tuple[dict[str, Tensor], dict[str,
 
 
 def prior_state(model: Precondition, spectra: Mapping[str, ErrorSpectrum]) -> dict[str, Tensor]:
-    """What a prior's file holds: the network in float16, spreads and error spectra in float32."""
+    """The tensors of a prior's file: the network in float16, band SDs and error spectra in
+    float32.
+    """
     state = {f"network.{k}": v.detach().half() for k, v in model.network.state_dict().items()}
     state["band_sd"] = model.band_sd.float()
     for contrast, spectrum in spectra.items():
@@ -250,7 +251,7 @@ def _fill(
     """A network built from the metadata's config, with the tensors named ``network.*``."""
     own = {k.removeprefix("network."): v.float() for k, v in state.items() if "network." in k}
     try:
-        with torch.device("meta"):  # shapes first: a configuration may ask for any memory
+        with torch.device("meta"):  # shapes first: a configuration may need any amount of memory
             expected = make(**metadata["config"]).state_dict()
         if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in expected.items()}:
             names = sorted(set(own) ^ set(expected)) or sorted(

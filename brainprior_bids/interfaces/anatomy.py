@@ -112,7 +112,7 @@ class _ParcellateOutputSpec(MeasuredOutputSpec):
 
 
 class Parcellate(MeasuredInterface):
-    """Brain mask and structures: the embedded network's, another program's, or given ones."""
+    """Brain mask and structures: the embedded network's, another program's, or supplied ones."""
 
     input_spec = _ParcellateInputSpec
     output_spec = _ParcellateOutputSpec
@@ -188,7 +188,7 @@ class _CentroidAffineOutputSpec(MeasuredOutputSpec):
 
 
 class CentroidAffine(MeasuredInterface):
-    """Fit structures and the brain's reach to those of MNI305; the template where they fail."""
+    """Fit structures and the brain's extent to those of MNI305; use the template if they fail."""
 
     input_spec = _CentroidAffineInputSpec
     output_spec = _CentroidAffineOutputSpec

@@ -75,7 +75,7 @@ class MeasuredInterface(SimpleInterface):
                 warnings = self._work(folder)
         except Exception as error:
             failure = FailureRecord.of(error, node=type(self).__name__, **meter.facts())
-            with suppress(OSError):  # a full disk, perhaps: the error itself is what matters
+            with suppress(OSError):  # perhaps a full disk: the original error is the important one
                 write_json(folder / FAILURE, failure.to_json())
             raise
         finally:
@@ -91,9 +91,8 @@ class MeasuredInterface(SimpleInterface):
 
 
 def release_memory() -> None:
-    """Give what is free to the system: a worker waits for its next node, others need the memory.
-
-    glibc keeps what was freed: 1.5 GiB in a worker that had restored a head, 0.4 after this.
+    """Return free memory to the system: a worker waits for its next node while others need the
+    memory. glibc keeps freed memory: 1.5 GiB in a worker that had restored a head, 0.4 after this.
     """
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
@@ -105,8 +104,8 @@ class Meter:
     """Wall time, processor time and peak memory of a block, measured while it runs.
 
     The resident memory of this process is read every 50 ms: a worker is used for many nodes, so
-    the system's own high-water mark would show the largest of them. GPU memory is what torch's
-    allocator held at most.
+    the system's own high-water mark would show the largest of them. GPU memory is the maximum of
+    torch's allocator.
     """
 
     interval_s = 0.05

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The last two nodes of a scan: pictures, and the derivatives put in place."""
+"""The last two nodes of a scan: drawing pictures, and writing the derivatives."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ class Write(MeasuredInterface):
         scan = Scan(
             Path(inputs.source_file),
             PurePosixPath(inputs.relative),
-            BIDSName.parse(inputs.name),  # without run and acquisition where runs were fused
+            BIDSName.parse(inputs.name),  # without run and acquisition if runs were fused
             inputs.metadata,
         )
         steps = StepRecords(
@@ -381,7 +381,7 @@ class Write(MeasuredInterface):
 
     @staticmethod
     def _remove_stale(output_dir: Path, previous: ScanRecord, staged: set[str]) -> None:
-        """Remove what an earlier run of this scan left and this one did not replace."""
+        """Remove files of an earlier run of this scan that this one did not replace."""
         for path in set(previous.files) - staged:
             (output_dir / path).unlink(missing_ok=True)
 
@@ -389,7 +389,7 @@ class Write(MeasuredInterface):
 def _replaced(
     output_dir: Path, scan: BIDSName, image: str, digests: Sequence[tuple[str, str, str]]
 ) -> list[str]:
-    """A warning where mask, structures or transforms of another task's result get others."""
+    """A warning if mask, structures or transforms of another task's result are replaced."""
     changed: dict[str, None] = {}
     results = []
     for other in TASKS.values():
@@ -417,12 +417,12 @@ def _replaced(
 
 
 def _header(conform: ConformRecord) -> tuple[int, HeaderRecord]:
-    """A scan's sform code, and its header as it came."""
+    """A scan's sform code, and its original header."""
     return conform.facts.affine.code, conform.facts.original
 
 
 def _rename(path: Path, image: str) -> Path:
-    """``desc-flicker`` -> ``desc-inpaintedFlicker``: a task's pictures replace no other's."""
+    """``desc-flicker`` -> ``desc-inpaintedFlicker``: pictures of two tasks have two names."""
     what = BIDSName.parse(path.name).get("desc") or ""
     return path.rename(
         path.with_name(path.name.replace(f"desc-{what}", f"desc-{named(image, what)}"))
@@ -434,8 +434,8 @@ def copy_image(
 ) -> None:
     """Copy an image; those in the scan's own space carry the scan's own sform code.
 
-    With ``original``, the scan's header as it came, the voxels are stored in the scan's order
-    under that header; only what describes their values is new.
+    With ``original``, the scan's original header, the voxels are stored in the scan's order under
+    that header; only the fields that describe their values are new.
     """
     image = nib.load(source)
     if original is not None:

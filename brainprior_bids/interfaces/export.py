@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interface to what other programs take over: the whole head and its tissues."""
+"""Interface for exports to other programs: the whole head and its tissues."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class _ExportOutputSpec(MeasuredOutputSpec):
 
 
 class Export(MeasuredInterface):
-    """Put the brain back into its head; tell its tissues apart."""
+    """Insert the brain into its head; segment its tissues."""
 
     input_spec = _ExportInputSpec
     output_spec = _ExportOutputSpec
@@ -148,7 +148,7 @@ class Deliver(MeasuredInterface):
                     staged = stage_fmriprep(
                         staging, scan, images, made_from=inputs.made_from, **facts
                     )
-                    # before, so that at no time two of them are there
+                    # before, so that there are never two of them
                     remove_others(root, scan.subject, staged, per=inputs.per)
                 else:
                     staged = stage_raw(staging, scan, Path(inputs.head), **facts)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the nodes read and write: images, and the files of each anatomical step.
+"""Files of the nodes: images, and the files of each anatomical step.
 
-Each ``write_*`` puts one step's results into a folder and returns the node's outputs, name to
+Each ``write_*`` writes one step's results to a folder and returns the node's outputs, name to
 path.
 """
 
@@ -64,7 +64,7 @@ def save(array: np.ndarray, grid: Grid, path: Path) -> str:
 
 
 def read_array(path: str | Path, dtype: DTypeLike | None = None) -> NDArray[Any]:
-    """The values of an image, in its own dtype or the one asked for."""
+    """The values of an image, in its own dtype or the requested one."""
     return np.asarray(nib.load(path).dataobj, dtype)
 
 

@@ -83,7 +83,7 @@ class Align(MeasuredInterface):
 
     @staticmethod
     def _unmasked(masked: dict[str, bool]) -> list[str]:
-        """A warning of every run without a lesion mask, where another one has one."""
+        """A warning for every run without a lesion mask, if another one has one."""
         if not any(masked.values()):
             return []
         return [
@@ -140,7 +140,7 @@ class Align(MeasuredInterface):
 
 
 def _write(scan: Prepared, folder: Path) -> dict[str, str]:
-    """What Restore reads of a run, by role."""
+    """The files of a run that Restore reads, by role."""
     assert scan.bias is not None
     conformed = files.write_conformed(scan.conformed, folder)
     brain = files.write_brain(scan.brain, scan.grid, folder)

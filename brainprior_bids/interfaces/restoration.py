@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the restore node does between its files: observations in, images and a record out."""
+"""The work of the restore node: from observations in files to images and a record."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ Inputs = Mapping[str, Any]
 """Inputs of the restore node that are set, name to value."""
 
 ALIKE = 0.7
-"""Below this correlation with the scan, inside the brain, a refined image causes a warning."""
+"""Correlation with the scan inside the brain below which a refined image causes a warning."""
 FEW_STEPS = 5
-"""With fewer noise levels the quality of the result was not measured (docs/evaluation.md)."""
+"""Smallest number of noise levels for which the quality was measured (docs/evaluation.md)."""
 WHOLLY = 0.999
-"""A voxel of the scan with this share of brain is brain alone."""
+"""A voxel of the scan with this share of brain counts as wholly inside."""
 OUTSIDE_TRAINING = (
     "The prior was not trained on this contrast (its class is 'unknown'): less is known about its "
     "accuracy, and the uncertainty map is not calibrated for it."
@@ -191,7 +191,7 @@ def record_of(
     warnings: list[str],
     changed: ChangedRecord | None,
 ) -> RestoreRecord:
-    """What the sidecars, quality control, report and methods text read of a result."""
+    """The record of a result for sidecars, quality control, report and methods text."""
     acquisition = read_acquisition(inputs["conform_json"])
     refined = None
     if result.images:
@@ -236,7 +236,7 @@ def record_of(
 
 
 def _uncertainty_from(inputs: Inputs, result: Restoration) -> str | None:
-    """Where the uncertainty map is from; that of a scan filled in is its samples'."""
+    """Source of the uncertainty map; for a filled-in scan it is the samples."""
     if inputs["keep_scan"]:
         return "samples" if len(result.samples) > 1 else None
     return result.sd_from
@@ -245,7 +245,7 @@ def _uncertainty_from(inputs: Inputs, result: Restoration) -> str | None:
 def _run_records(
     inputs: Inputs, acquisition: Acquisition, result: Restoration
 ) -> tuple[RunRecord, ...] | None:
-    """Of every fused run, the reference first; None where nothing was fused."""
+    """Records of all fused runs, the reference first; None if nothing was fused."""
     if "runs_json" not in inputs:
         return None
     table = AlignRecord.read(inputs["runs_json"])
@@ -271,7 +271,7 @@ def _run_records(
 def write_images(
     inputs: Inputs, result: Restoration, folder: Path
 ) -> tuple[dict[str, Any], ChangedRecord | None]:
-    """Outputs of the node, and the share of voxels that changed where the scan was kept.
+    """Outputs of the node, and the share of voxels that changed if the scan was kept.
 
     With ``keep_scan`` the image is the scan with its hidden voxels filled in: every other voxel
     is the scan's own, bit for bit.
@@ -334,7 +334,7 @@ def progress_writer(path: Path, n_samples: int) -> Callable[[int, int, float, in
 
 
 def _environment(device: str, threads: int, prior: Prior) -> EnvironmentRecord:
-    """What else the bytes of a result depend on: processor, torch, CUDA, determinism."""
+    """Further facts on which the bytes of a result depend: processor, torch, CUDA, determinism."""
     import torch
 
     facts: dict[str, Any] = {
@@ -360,11 +360,11 @@ def _environment(device: str, threads: int, prior: Prior) -> EnvironmentRecord:
 def _changed(
     image: NDArray[np.float32], scan: NDArray[np.float32], inside: NDArray[np.bool_]
 ) -> ChangedRecord:
-    """Share of the voxels of a scan that are not as they were, inside and outside of a mask."""
+    """Share of the voxels of a scan that have changed, inside and outside of a mask."""
     changed = image != scan
     shares = {
-        where: round(float(changed[part].mean()), 6) if part.any() else None
-        for where, part in (("inside", inside), ("outside", ~inside))
+        region: round(float(changed[part].mean()), 6) if part.any() else None
+        for region, part in (("inside", inside), ("outside", ~inside))
     }
     return ChangedRecord(**shares)
 
@@ -372,12 +372,12 @@ def _changed(
 def _shares(
     log_bias: NDArray[np.float32], residual: NDArray[np.float32], mask_scan: NDArray[np.float32]
 ) -> dict[str, float | None]:
-    """Range of the bias field, and the share of voxels that are not explained, in the brain.
+    """Range of the bias field, and the share of voxels with a large residual, in the brain.
 
     ``bias_range`` is the 99th over the 1st percentile of the field, ``share_beyond_3_sd`` the
     share of voxels whose residual exceeds three SDs of the noise.
     """
-    inside = (mask_scan > 0.95) & (residual != 0)  # the map is 0 where nothing was compared
+    inside = (mask_scan > 0.95) & (residual != 0)  # the map is 0 in voxels that were not compared
     if not inside.any():
         return {"bias_range": None, "share_beyond_3_sd": None}
     low, high = np.percentile(log_bias[inside], (1, 99))

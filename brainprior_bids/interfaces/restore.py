@@ -17,7 +17,7 @@ from brainprior_bids.interfaces.base import (
 from brainprior_bids.interfaces.files import given, read_array, read_lost, read_matrix
 
 PROGRESS = "progress.json"
-"""In the node's folder while it runs: ``sample`` of ``samples``, ``step`` of ``steps``."""
+"""Progress file in the node's folder: ``sample`` of ``samples``, ``step`` of ``steps``."""
 
 
 class _RestoreInputSpec(MeasuredInputSpec):
@@ -97,7 +97,7 @@ class Restore(MeasuredInterface):
         prior = load_prior(Path(inputs["prior"]), device=device, tile_mm=inputs.get("tile_mm"))
         sampler = inputs["sampler"]
         if registry.find(sampler).given_data and read_lost(inputs.get("structures_json")):
-            sampler = "auto"  # which takes one that can leave them out
+            sampler = "auto"  # "auto" selects a sampler that can exclude them
         result = restore(
             restoration.read_observations(inputs),
             mask_1mm=read_array(inputs["mask"]),
@@ -118,8 +118,8 @@ class Restore(MeasuredInterface):
         warnings = restoration.find_warnings(inputs, result, on_cpu)
         if inputs["sampler"] != sampler and inputs["sampler"] != result.sampler:
             warnings.append(
-                f"--sampler {inputs['sampler']} was not used, as slices are missing: the sampler "
-                f"is {result.sampler}."
+                f"--sampler {inputs['sampler']} was not used, because slices are missing: the "
+                f"sampler is {result.sampler}."
             )
         outputs, changed = restoration.write_images(inputs, result, folder)
         record = restoration.record_of(

@@ -23,7 +23,7 @@ from brainprior_bids.interfaces.base import (
 from brainprior_bids.records import TemplateRecord, TemplatesRecord
 
 LOW_AGREEMENT = 0.9
-"""Dice of the brain masks below which a warning is given."""
+"""Dice of the brain masks below which there is a warning."""
 
 
 def disagreements(records: Sequence[TemplateRecord]) -> list[str]:
@@ -65,15 +65,15 @@ class ToTemplates(MeasuredInterface):
 
     def _work(self, folder: Path) -> list[str]:
         inputs = self.inputs
-        made: dict[str, str] = {}
+        paths: dict[str, str] = {}
         records = []
         for space, image, mask in zip(inputs.spaces, inputs.images, inputs.masks, strict=True):
             template = Template(space, Path(image), Path(mask))
             outputs, record = self._to(template, folder)
-            made |= outputs
+            paths |= outputs
             records.append(record)
-        self._results["files"] = list(made.values())
-        self._results["roles"] = list(made)
+        self._results["files"] = list(paths.values())
+        self._results["roles"] = list(paths)
         self._results["templates_json"] = files.write_record(
             TemplatesRecord(templates=tuple(records)), folder / "templates.json"
         )
@@ -101,15 +101,15 @@ class ToTemplates(MeasuredInterface):
             folder=folder,
         )
         there, back = transform_roles(template.space)
-        made = {there: str(warp.to_template), back: str(warp.from_template)}
+        paths = {there: str(warp.to_template), back: str(warp.from_template)}
         for role, (path, kind) in self._images().items():
             role = f"{role}_{template.space.lower()}"
             moved = resample_through(nib.load(path), template, [warp.to_template], kind=kind)
             nib.save(moved, folder / f"{role}.nii.gz")
-            made[role] = str(folder / f"{role}.nii.gz")
-        moved = nib.load(made[f"mask_{template.space.lower()}"])
+            paths[role] = str(folder / f"{role}.nii.gz")
+        moved = nib.load(paths[f"mask_{template.space.lower()}"])
         affine = move(mask, template.grid, MNI152_FROM_MNI305 @ matrix, kind=Kind.MASK)
-        return made, TemplateRecord(
+        return paths, TemplateRecord(
             space=template.space,
             address=template.address,
             image_sha256=sha256_file(template.image),
@@ -121,7 +121,7 @@ class ToTemplates(MeasuredInterface):
         )
 
     def _images(self) -> dict[str, tuple[str, str]]:
-        """Role -> file and kind of what is resampled."""
+        """Role -> file and kind of the images to resample."""
         from brainprior_bids.anatomy.spaces import Kind
 
         inputs = self.inputs

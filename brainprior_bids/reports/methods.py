@@ -68,7 +68,7 @@ class Method:
 
 
 def of_summary(summary: ScanRecord) -> Method:
-    """From a finished scan's summary."""
+    """A ``Method`` from a finished scan's summary."""
     restore, parcellation = summary.facts.restore, summary.facts.parcellation
     return Method(
         suffix=summary.scan.rpartition("_")[2],
@@ -95,11 +95,11 @@ def methods_text(methods: Sequence[Method]) -> str:
     """The paragraphs, in Markdown."""
     if not methods:
         return "No scan was restored.\n"
-    done = [(method.suffix, method.task) for method in methods]
+    pairs = [(method.suffix, method.task) for method in methods]
     counts = "; ".join(
-        _listed([f"{done.count((s, t))} {s}" for s, t in dict.fromkeys(done) if t == task])
-        + f" {'scan was' if sum(t == task for _, t in done) == 1 else 'scans were'} {DONE[task]}"
-        for task in dict.fromkeys(task for _, task in done)
+        _listed([f"{pairs.count((s, t))} {s}" for s, t in dict.fromkeys(pairs) if t == task])
+        + f" {'scan was' if sum(t == task for _, t in pairs) == 1 else 'scans were'} {DONE[task]}"
+        for task in dict.fromkeys(task for _, task in pairs)
     )
     hidden = _reduced(methods) + _missing(methods) + _refined(methods)
     fused = [method.runs for method in methods if method.runs > 1]
@@ -201,7 +201,7 @@ def _drawn(methods: Sequence[Method]) -> str:
 
 
 def _uncertainty(methods: Sequence[Method]) -> str:
-    """What the uncertainty maps are."""
+    """The sentence on the uncertainty maps."""
     sources = {method.uncertainty_from for method in methods}
     predicted = (
         "predicted by the network from the scan, and calibrated on scans that were not used for "
@@ -241,15 +241,15 @@ def _bias(methods: Sequence[Method]) -> str:
 
 
 def _reduced(methods: Sequence[Method]) -> str:
-    """Which scans were reduced to the voxels that were measured."""
+    """The sentence on interpolated scans that were reduced to the measured voxels."""
     count = sum(method.reduced for method in methods)
     if not count:
         return ""
     scans = "This scan" if len(methods) == 1 else f"{count} of the {len(methods)} scans"
     return (
         f"\n\n{scans} had been interpolated to smaller voxels. The voxel size of the measurement "
-        "was estimated\nfrom the power spectrum inside the head (or given), and the image was "
-        "reduced to it by a crop of its cosine\nspectrum before anything else was done."
+        "was estimated\nfrom the power spectrum inside the head (or specified), and the image was "
+        "reduced to it by a crop of its cosine\nspectrum before any other step."
     )
 
 
@@ -303,7 +303,7 @@ def _standard_spaces(methods: Sequence[Method]) -> str:
     )
     if any(not method.templates and method.suffix != "T1w" for method in methods):
         sentence += (
-            "\nOther contrasts were taken there by the rigid transform to the T1w of their "
+            "\nOther contrasts were resampled through the rigid transform to the T1w of their "
             "session and the\ntransform of that T1w."
         )
     return sentence

@@ -60,7 +60,7 @@ def run(settings: Settings) -> int:
         except UsageError as error:
             if not code:
                 raise
-            LOG.error("%s", error)  # the scans failed: that is how this call ended
+            LOG.error("%s", error)  # the scans failed, which determines the exit code of this call
     return code
 
 
@@ -96,22 +96,22 @@ def _rewrite(settings: Settings) -> int:
             "Run the participant level for them first."
         )
     check_output(settings.output_dir)
-    made = True
+    complete = True
     with _claims(settings):
         status.rebuild_status(settings.output_dir)
         rebuild_qc(settings.output_dir)
         if "participant" in settings.analysis_level:
-            made = write_documents(subjects, settings)
+            complete = write_documents(subjects, settings)
         if "group" in settings.analysis_level:
             run_group(settings)
     LOG.info("%d report(s) in %s", len(subjects), settings.output_dir)
-    return 0 if made else 1
+    return 0 if complete else 1
 
 
 def _fit_memory(settings: Settings) -> Settings:
     """Settings whose steps fit into this process's memory; refused otherwise."""
     if settings.boilerplate_only or read_plugin_file(settings.plugin_file).is_batch:
-        return settings  # nothing is computed, or each step has a job of its own
+        return settings  # nothing is computed, or each step is a separate job
     from brainprior_bids.workflows.scan import claims_gb
 
     return fit_memory(

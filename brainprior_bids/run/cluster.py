@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nipype's plugins for schedulers, with what they get wrong worked round from outside.
+"""Nipype's plugins for schedulers, with workarounds for their errors.
 
-Nipype 1.11, as it is:
+Problems of Nipype 1.11:
 
 - The arguments of a workflow and of a node are joined without a space by some plugins, and
   ``-o`` and ``-e`` are looked for anywhere in them, so that ``--oversubscribe`` counts as one.
   Here every node gets its whole argument line, output files included, and Nipype joins nothing.
 - LOGNAME must be set; batch jobs and containers often lack it.
-- A job that the scheduler killed, or that it did not accept, ends the whole run with a TypeError
-  or an IndexError. Here it fails its scan, and the others go on.
-- The exit codes of sbatch and squeue are not looked at: while Slurm does not answer, running jobs
-  count as ended. Here Slurm is asked again.
-- SLURMGraph returns once the jobs are submitted, and leaves those waiting for ever whose
-  predecessor failed. Here they are removed, and the run waits for the rest.
+- A job that the scheduler killed, or did not accept, ends the whole run with a TypeError or an
+IndexError. Here only its scan fails, and the others continue.
+- The exit codes of sbatch and squeue are not checked: while Slurm does not answer, running jobs
+count as ended. Here Slurm is asked again.
+- SLURMGraph returns once the jobs are submitted, and jobs whose predecessor failed wait forever.
+Here they are removed, and the run waits for the others.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ SILENCE_S = 600.0
 POLL_S = 2.0
 RECORDS_GB = 0.4
 MARGIN = 1.25
-"""A scheduler kills at its limit: what a step is known to need, and a quarter."""
+"""Requested over expected memory of a step: a scheduler kills a job at its limit."""
 
 
 def make_batch_plugin(
@@ -58,20 +58,20 @@ def make_batch_plugin(
     status_callback: Any,
     tag: str,
 ) -> Any:
-    """A plugin for ``workflow.run(plugin=...)``; gives each node its argument line.
+    """A plugin for ``workflow.run(plugin=...)``; sets the argument line of each node.
 
     Parameters
     ----------
     name : str
         SLURM, SLURMGraph, SGE, PBS, LSF or OAR.
     plugin_args, step_args : mappings
-        Of the plugin file.
+        Arguments from the plugin file.
     workflow : Workflow
         Its nodes' ``plugin_args`` are set.
     status_callback : function
         ``(node, event)``; SLURMGraph cannot call it.
     tag : str
-        Of this run; SLURMGraph finds its jobs by it.
+        Label of this run, by which SLURMGraph finds its jobs.
 
     Raises
     ------
@@ -124,7 +124,7 @@ def _fill(line: str, node: pe.Node) -> str:
 
 
 def _slurm(line: str, folder: Path, *, tag: str | None) -> str:
-    """With files for the output where the line names none, and the tag for a graph's jobs."""
+    """Add files for the output if the line names none, and the tag for a graph's jobs."""
     words = shlex.split(line)
     for short, long in (("-o", "--output"), ("-e", "--error")):
         given = any(
@@ -141,12 +141,12 @@ def _slurm(line: str, folder: Path, *, tag: str | None) -> str:
 
 
 def _one_queue(line: str) -> str:
-    """With the last of several queues alone: Grid Engine would take any of them."""
+    """Keep only the last of several queues: Grid Engine would use any of them."""
     return re.sub(r"(?<!\S)-q\s+\S+\s+(?=.*(?<!\S)-q\s)", "", line)
 
 
 class _FaultTolerant(RecordsFailures):
-    """Before one of Nipype's scheduler plugins: a job that is lost fails its own scan only."""
+    """Mix-in for Nipype's scheduler plugins: a lost job fails only its own scan."""
 
     def __init__(self, plugin_args: dict[str, Any]) -> None:
         super().__init__(plugin_args=plugin_args)
@@ -156,7 +156,7 @@ class _FaultTolerant(RecordsFailures):
     def _submit_job(self, node: Any, updatehash: bool = False) -> int:
         try:
             return super()._submit_job(node, updatehash=updatehash)
-        except Exception as error:  # what the scheduler's command said
+        except Exception as error:  # output of the scheduler's command
             LOG.warning("%s: %s", node.fullname, error)
             task = -1 - len(self._refused)
             self._refused[task] = f"{REFUSED} {' '.join(str(error).split())}"
@@ -166,10 +166,10 @@ class _FaultTolerant(RecordsFailures):
         if taskid in self._refused:
             return killed(self._refused[taskid])
         folder = self._pending.get(taskid)
-        found = super()._get_result(taskid)
-        if found is not None and isinstance(found["traceback"], str):
+        result = super()._get_result(taskid)
+        if result is not None and isinstance(result["traceback"], str):
             return killed(f"{LOST} {_last_words(folder, taskid)}".strip())
-        return found
+        return result
 
     def _report_crash(self, node: Any, result: dict[str, Any] | None = None) -> str:
         if result is not None and isinstance(result["traceback"], str):
@@ -198,26 +198,26 @@ class FaultTolerantSlurm(_FaultTolerant, plugins.SLURMPlugin):
         name = ".".join(reversed(node.fullname.split(".")))
         line = [*shlex.split(node.plugin_args["sbatch_args"]), "-J", name, scriptfile]
         for tries_left in reversed(range(self._max_tries)):
-            done = _quiet(["sbatch", *line])
-            if done.returncode == 0:
+            answer = _quiet(["sbatch", *line])
+            if answer.returncode == 0:
                 break
             if not tries_left:
-                raise RuntimeError(done.stderr.strip())
+                raise RuntimeError(answer.stderr.strip())
             time.sleep(self._retry_timeout)
-        found = re.search(self._jobid_re, done.stdout)
-        if found is None:
-            raise RuntimeError(f"expected a job number of sbatch, got {done.stdout.strip()!r}")
-        job = int(found[1])
+        match = re.search(self._jobid_re, answer.stdout)
+        if match is None:
+            raise RuntimeError(f"expected a job number of sbatch, got {answer.stdout.strip()!r}")
+        job = int(match[1])
         self._pending[job] = node.output_dir()
         return job
 
     def _is_pending(self, taskid: int) -> bool:
-        done = _quiet(["squeue", "-j", str(taskid)])
-        if done.returncode == 0 or "Invalid job id" in done.stderr:
+        answer = _quiet(["squeue", "-j", str(taskid)])
+        if answer.returncode == 0 or "Invalid job id" in answer.stderr:
             self._silent_since.pop(taskid, None)
-            return str(taskid) in done.stdout
+            return str(taskid) in answer.stdout
         since = self._silent_since.setdefault(taskid, time.monotonic())
-        LOG.debug("job %s: squeue: %s", taskid, done.stderr.strip())
+        LOG.debug("job %s: squeue: %s", taskid, answer.stderr.strip())
         return time.monotonic() - since < SILENCE_S
 
 
@@ -225,7 +225,7 @@ class WaitingGraph(RecordsFailures, plugins.SLURMGraphPlugin):
     """SLURMGraph that waits for its jobs."""
 
     def __init__(self, plugin_args: dict[str, Any], *, tag: str) -> None:
-        # Nipype sets its own default for this only where there are other arguments
+        # Nipype sets its default for this only if there are other arguments
         super().__init__(plugin_args={"dont_resubmit_completed_jobs": False, **plugin_args})
         self._tag = tag
 
@@ -247,14 +247,14 @@ class WaitingGraph(RecordsFailures, plugins.SLURMGraphPlugin):
 
     def _jobs(self) -> list[str] | None:
         """Numbers of this run's jobs that wait or run; None if Slurm does not answer."""
-        done = _quiet(["squeue", "--noheader", "--format=%A %k"])
-        if done.returncode:
+        answer = _quiet(["squeue", "--noheader", "--format=%A %k"])
+        if answer.returncode:
             return None
-        rows = [line.split() for line in done.stdout.splitlines()]
+        rows = [line.split() for line in answer.stdout.splitlines()]
         return [row[0] for row in rows if row[1:] == [self._tag]]
 
     def stop(self) -> None:
-        """Cancel the jobs that are still there."""
+        """Cancel the remaining jobs."""
         jobs = self._jobs()
         if jobs:
             _quiet(["scancel", *jobs])
@@ -272,6 +272,6 @@ def _last_words(folder: str | None, taskid: int) -> str:
         for pattern in (f"slurm-{taskid}.out", f"*.e{taskid}"):
             for output in (parent / "batch").glob(pattern):
                 lines = output.read_text(encoding="utf-8", errors="replace").split("\n")
-                said = [line.strip() for line in lines if line.strip()]
-                return f"It last said: {said[-1]}" if said else ""
+                messages = [line.strip() for line in lines if line.strip()]
+                return f"It last said: {messages[-1]}" if messages else ""
     return ""

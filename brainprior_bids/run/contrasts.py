@@ -42,7 +42,7 @@ def align_contrasts(subjects: Collection[str], settings: Settings) -> None:
     for pair in pairs([result_of(summary) for summary in summaries.values()]):
         try:
             _align(pair, summaries[pair.other.title], settings)
-        except Exception as error:  # whatever it is: the scans are done
+        except Exception as error:  # any error: the scans are done
             LOG.warning(
                 "%s could not be aligned with %s (%s: %s). It keeps its own frame; its other "
                 "results are not affected.",
@@ -55,7 +55,7 @@ def align_contrasts(subjects: Collection[str], settings: Settings) -> None:
 
 
 def _align(pair: Pair, summary: ScanRecord, settings: Settings) -> None:
-    """Align one contrast, unless that is done with the same images."""
+    """Align one contrast, unless this was done before with the same images."""
     from brainprior_bids.anatomy.contrasts import align_contrast
 
     alignment = Alignment.of(pair, summary, settings)
@@ -124,7 +124,7 @@ def _write_record(pair: Pair, settings: Settings, fingerprint: str, *, message: 
 def _previous(path: Path) -> ContrastRecord | None:
     try:
         return ContrastRecord.read(path)
-    except (OSError, RecordError):  # none, or none that can be read: it is made again
+    except (OSError, RecordError):  # missing or unreadable: it is made again
         return None
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run writes besides images: the participants' reports and the methods text."""
+"""The participants' reports and the methods text of a run."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def write_documents(subjects: Iterable[str], settings: Settings) -> bool:
     from brainprior_bids.reports.methods import of_summary, write_citation
     from brainprior_bids.reports.subject import build_subject_report
 
-    made = True
+    complete = True
     for subject in sorted(subjects):
         try:
             build_subject_report(settings.output_dir, subject)
-        except Exception as error:  # the images are there: say it, and go on
+        except Exception as error:  # the images exist: report the error and continue
             LOG.error("sub-%s: the report could not be written: %s. %s", subject, error, AGAIN)
             LOG.debug("traceback", exc_info=True)
-            made = False
+            complete = False
     summaries = status.read_summaries(settings.output_dir)
     methods = [of_summary(summary) for summary in summaries if summary.finished]
     if methods:
@@ -38,8 +38,8 @@ def write_documents(subjects: Iterable[str], settings: Settings) -> bool:
             write_citation(settings.output_dir / "logs", methods)
         except OSError as error:
             LOG.error("the methods text could not be written: %s. %s", error, AGAIN)
-            made = False
-    return made
+            complete = False
+    return complete
 
 
 def write_boilerplate(

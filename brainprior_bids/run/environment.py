@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process's surroundings: no network, no home folder needed, no thread too many.
+"""The environment of the process: no network, no home folder, and the requested threads.
 
 Libraries read these variables when they are imported, here and in the worker processes, so this
-runs before any of them is.
-
-``prepare_process`` is for every command, before its arguments are read: a terminal or a locale
-that is not UTF-8 and a user without a home folder are no reason to stop.
+runs before any import of them. Every command calls ``prepare_process`` before it reads its
+arguments, so that it runs with a terminal or a locale that is not UTF-8, and for a user without a
+home folder.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from brainprior_bids.engine.errors import UsageError, is_full
 from brainprior_bids.settings import Settings
 
 LONGEST_SOCKET = 107
-"""Bytes of a socket's path (AF_UNIX)."""
+"""Maximum length of a socket's path (AF_UNIX), in bytes."""
 SOCKET_NAME = len("/pymp-12345678/listener-12345678")
 SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 UTF8_LOCALES = ("C.UTF-8", "en_US.UTF-8", "UTF-8")
@@ -63,7 +62,7 @@ def prepare_environment(settings: Settings) -> None:
         MKL_NUM_THREADS=threads,
         ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS=threads,
     )
-    # Idle threads sleep: beside other work, waiting ones take the cores that it runs on.
+    # Idle threads sleep: threads that wait actively would slow down other processes.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # TemplateFlow's own default
     templates = Path(os.path.expanduser("~"), ".cache", "templateflow")
@@ -85,7 +84,7 @@ def prepare_environment(settings: Settings) -> None:
 
 
 def prepare_process() -> None:
-    """UTF-8 for text files, output that any terminal takes, a home folder and a user's name."""
+    """Set UTF-8 for text files, output for any terminal, a home folder and a user's name."""
     use_utf8()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not so in a notebook
@@ -97,11 +96,11 @@ def prepare_process() -> None:
     try:
         Path.home()
     except (KeyError, RuntimeError):
-        os.environ["HOME"] = "/nonexistent"  # `prepare_environment` gives it one
+        os.environ["HOME"] = "/nonexistent"  # `prepare_environment` sets one
 
 
 def use_utf8() -> None:
-    """Text files of other packages are UTF-8 here too, whatever the locale says."""
+    """Have other packages read and write text files as UTF-8, whatever the locale."""
     with suppress(LookupError):  # a locale whose encoding Python does not know
         if codecs.lookup(locale.getpreferredencoding(False)).name == "utf-8":
             return
@@ -130,7 +129,7 @@ def find_place_for_sockets(asked: str) -> None:
 
 
 def why_no_workers() -> str | None:
-    """Why no worker process could be started here; None where they can."""
+    """Why no worker process can be started here; None if it can."""
     try:
         multiprocessing.get_context("forkserver").Lock()
     except (OSError, ImportError) as error:
@@ -144,8 +143,8 @@ def why_no_workers() -> str | None:
 def revive_tracker() -> None:
     """Start multiprocessing's resource tracker again if it was killed.
 
-    A new one knows nothing of this process's semaphores, and would show a traceback for each when
-    they are given up, which may be at any time: it is looked for at every poll.
+    A new tracker does not know this process's semaphores, and shows a traceback for each that is
+    released, which can be at any time; therefore this is checked at every poll.
     """
     synchronize = sys.modules.get("multiprocessing.synchronize")
     if synchronize is None:  # no semaphore was ever made

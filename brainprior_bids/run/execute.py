@@ -26,7 +26,7 @@ from brainprior_bids.run.progress import Progress
 from brainprior_bids.settings import Settings
 
 RESERVE, RESERVE_PER_SCAN = 2**18, 2**10
-"""Bytes kept free during a run, for the status of every scan and the end of the log."""
+"""Bytes reserved on disk during a run, for the status of every scan and the end of the log."""
 
 
 def execute(jobs: Sequence[Any], settings: Settings, weights: dict[str, Path]) -> None:
@@ -98,7 +98,7 @@ def _settle(
 
 
 def _failed_now(summary: ScanRecord, settings: Settings) -> bool:
-    """Whether a scan failed in this run: steps beside the failed one may have ended since."""
+    """Whether a scan failed in this run: other steps may have ended after the failed one."""
     return summary.status is ScanStatus.FAILED and summary.run_uuid == settings.run_uuid
 
 
@@ -148,7 +148,7 @@ def _run(
     with progress, monitor, live:
         try:
             workflow.run(plugin=plugin)
-        except Exception as error:  # Nipype re-raises the first failed node's, whatever it was
+        except Exception as error:  # Nipype re-raises the first failed node's error, of any type
             LOG.debug("the graph ended with an error", exc_info=True)
             return error
         except KeyboardInterrupt as interrupt:
@@ -160,7 +160,7 @@ def _run(
 
 
 def make_plugin(workflow: Any, settings: Settings, progress: Progress) -> Any:
-    """Our own pool, or the scheduler that ``--nipype-plugin-file`` names."""
+    """Our own pool, or the scheduler named in ``--nipype-plugin-file``."""
     from brainprior_bids.run.cluster import make_batch_plugin
     from brainprior_bids.run.in_turn import InTurn
     from brainprior_bids.run.pool import SurvivingPool

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Why steps failed, kept in memory by the plugin: on a full disk no file could be written."""
+"""The reasons of failed steps, which the plugin keeps in memory: a full disk takes no file."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class RecordsFailures:
 
 
 def _of_traceback(result: dict[str, Any] | None) -> FailureRecord:
-    """From an error in this process, or from the record that a job wrote."""
+    """A failure from an error in this process, or from the record that a job wrote."""
     if (error := sys.exc_info()[1]) is not None:
         return FailureRecord.of(error)
     lines = [line.strip() for line in "".join((result or {})["traceback"]).splitlines()]

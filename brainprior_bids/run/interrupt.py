@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ctrl-C and SIGTERM: one is enough, and none is lost.
+"""Ctrl-C and SIGTERM: one signal is enough, and none is lost.
 
 A signal raises KeyboardInterrupt wherever the command is. Code of a library that catches
 everything, or a destructor, may swallow it there, so it is remembered, and ``check`` raises it

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The requested scans: which must be processed, which are done, and which cannot be started."""
+"""The requested scans, sorted into those to process, those done and those that cannot start."""
 
 from __future__ import annotations
 
@@ -49,19 +49,19 @@ def plan_jobs(
     _say_export(scans, settings, to_fmriprep)
     for scan in scans:
         try:
-            found = look_up(scan, settings, weights, via_t1w=scan.name.stem in through)
+            job = look_up(scan, settings, weights, via_t1w=scan.name.stem in through)
         except InputError as error:
             write_failure(scan, settings, ErrorRecord(type="InputError", message=str(error)))
             continue
         except Exception as error:  # not foreseen: this scan's failure all the same
             LOG.debug("%s", scan.name.stem, exc_info=True)
-            kind, said = type(error).__name__, " ".join(str(error).split())
-            message = f"it cannot be begun ({kind}: {said}). Please report this, with -vv."
+            kind, reason = type(error).__name__, " ".join(str(error).split())
+            message = f"it cannot be begun ({kind}: {reason}). Please report this, with -vv."
             write_failure(scan, settings, ErrorRecord(type=kind, message=message))
             continue
         for text in scan.warnings:
             LOG.warning("%s: %s", scan.name.stem, text)
-        if not claims.take(scan.name.node_name):  # which its work folder has
+        if not claims.take(scan.name.node_name):  # the name of its work folder
             LOG.error(
                 "%s: skipped, another process is working on it (claimed in %s or %s).",
                 scan.name.stem,
@@ -70,7 +70,7 @@ def plan_jobs(
             )
             continue
         roots = export_roots_of(scan, settings, to_fmriprep)
-        why = why_again(scan, found, settings, roots)
+        why = why_again(scan, job, settings, roots)
         if why is None:
             LOG.info("%s: already done with the same input and settings", scan.name.stem)
             previous = status.read_summary(
@@ -83,7 +83,7 @@ def plan_jobs(
                 message="already done with the same input, settings and version",
             )
             status.write_summary(settings.output_dir, skipped)
-            if "fmriprep" in roots:  # an earlier export may have been one a session
+            if "fmriprep" in roots:  # an earlier export may have been per session
                 export.remove_others(
                     Path(roots["fmriprep"]),
                     scan.subject,
@@ -98,12 +98,12 @@ def plan_jobs(
             Job(
                 scan,
                 scan_seed(settings.random_seed, scan.name),
-                found.fingerprint,
-                found.given,
+                job.fingerprint,
+                job.given,
                 tuple(roots),
-                found.others,
-                found.parts,
-                found.templates,
+                job.others,
+                job.parts,
+                job.templates,
             )
         )
     return jobs
@@ -116,15 +116,15 @@ class Found:
     Parameters
     ----------
     parts : name -> value or SHA-256
-        All that decides it.
+        Everything that determines the result.
     fingerprint : str
         SHA-256 over them.
     given : role -> Given
-        Files of other data sets.
+        Files from other data sets.
     others : sequence of (Scan, role -> Given)
         Runs that are fused with it.
     templates : tuple of str
-        Standard spaces whose template it is registered to itself.
+        Standard spaces to whose template the scan itself is registered.
     """
 
     parts: dict[str, str]
@@ -154,7 +154,7 @@ def look_up(
     Raises
     ------
     InputError
-        Why the scan cannot be begun.
+        If the scan cannot be processed; the message states why.
     """
     if scan.problem is not None:
         raise InputError(scan.problem)
@@ -187,7 +187,7 @@ def look_up(
 
 @cache
 def template_sha256(template: Template) -> str:
-    """SHA-256 over those of a template's image and mask."""
+    """SHA-256 over the hashes of a template's image and mask."""
     return short([sha256_file(template.image), sha256_file(template.mask)])
 
 
@@ -225,7 +225,7 @@ def why_again(
     Parameters
     ----------
     exports : kind -> root
-        Where the scan's exports are to lie.
+        Where the scan's exports belong.
     """
     previous = status.read_summary(settings.output_dir, result_name(scan.name, settings.image))
     if previous is None or not previous.finished:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the lines of a run go: standard error, and a file of the run."""
+"""The log of a run: standard error, and a file."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import TextIO
 
 LOG = logging.getLogger("brainprior")
 COMMANDS = logging.getLogger("brainprior_bids")
-"""Of the modules of `train` and `evaluate`."""
+"""Loggers of the modules of `train` and `evaluate`."""
 
 
 class _StandardError(logging.StreamHandler[TextIO]):
-    """To what standard error is now: a notebook may replace it, and close the former."""
+    """Write to the current standard error: a notebook may replace it, and close the former."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -26,15 +26,15 @@ class _StandardError(logging.StreamHandler[TextIO]):
 
 
 class _RunFile(logging.FileHandler):
-    """A run's file; on a full disk it ends, and the run goes on."""
+    """A run's log file; on a full disk it ends, and the run continues."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Say once that the file ends here."""
+        """Report once that the file ends here."""
         LOG.removeHandler(self)
         LOG.warning("%s ends here: %s", self.baseFilename, sys.exc_info()[1])
 
     def close(self) -> None:
-        """What cannot be flushed is lost."""
+        """Close the file; text that cannot be flushed is lost."""
         with suppress(OSError):
             super().close()
 

@@ -21,10 +21,11 @@ class ResourceMonitor:
     Parameters
     ----------
     path : Path
-        A TSV: seconds since the start, processes, use of processors in per cent of one, resident
-        memory in GiB (shared pages count once a process), steps that run.
+        The TSV file to write: seconds since the start, number of processes, processor usage in per
+        cent of one processor, resident memory in GiB (shared pages count once per process),
+        running steps.
     running : function
-        The steps that run now.
+        Returns the steps that run now.
     interval_s : float
         Between two rows.
     """

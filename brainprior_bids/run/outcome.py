@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The status of a scan while it is running, and if its last step was not reached."""
+"""The status of a scan while it is running, and after a failure."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def write_running(scan: Scan, settings: Settings) -> None:
         settings.output_dir,
         replace(
             _summary(scan, settings),
-            # the last step removes those that it does not replace
+            # the last step removes the files that it does not replace
             outputs=previous.outputs,
             figures=previous.figures,
             left=previous.left,
@@ -69,7 +69,7 @@ def write_failure(
     run that succeeds removes those that it does not replace.
     """
     message = str(error.message)
-    if message != scan.problem:  # which names the file, perhaps by a name that is not the scan's
+    if message != scan.problem:  # it names the file, perhaps not as the scan is named
         message = named(message, scan.name.stem)
     previous = status.read_summary(settings.output_dir, result_name(scan.name, settings.image))
     earlier = () if previous is None else previous.files
@@ -106,8 +106,8 @@ def _summary(scan: Scan, settings: Settings) -> ScanRecord:
 def step_records(folder: Path, steps: Collection[str], last: str | None) -> list[NodeRecord]:
     """Time and memory of the completed steps of a scan, in their order.
 
-    Another task may have worked in the folder: what is not of this one's ``steps``, and what comes
-    after ``last``, the step that failed, is its record.
+    Another task may have worked in the folder: records of other steps than ``steps``, or of steps
+    after ``last``, the step that failed, belong to that task.
     """
     from brainprior_bids.interfaces.base import RECORD
     from brainprior_bids.workflows.scan import NODES
@@ -129,11 +129,11 @@ def why_not_ended(
     Parameters
     ----------
     folder : Path
-        Of the scan's steps.
+        Folder of the scan's steps.
     crashed : exception, optional
-        What the graph ended with.
+        Error with which the graph ended.
     failures : step's full name -> Failure
-        As the plugin kept them; of a job on another machine the step's own file says more.
+        As kept by the plugin; for a job on another machine, the step's own file has more detail.
     """
     from brainprior_bids.interfaces.base import FAILURE, RECORD
     from brainprior_bids.workflows.scan import NODES
@@ -203,9 +203,9 @@ def no_room(settings: Settings) -> str:
     folders |= {f"--export {kind}": Path(root) for kind, root in settings.exports.items()}
     folders["TMPDIR"] = Path(tempfile.gettempdir())
     full = {name: folder for name, folder in folders.items() if _has_no_room(folder)}
-    where = " or ".join(f"{name} {folder}" for name, folder in (full or folders).items())
+    places = " or ".join(f"{name} {folder}" for name, folder in (full or folders).items())
     return (
-        f"no space left on the disk of {where} (its size, a quota or the number of files). Make "
+        f"no space left on the disk of {places} (its size, a quota or the number of files). Make "
         "room or choose another folder, and rerun the same command"
     )
 

@@ -100,9 +100,9 @@ def _restore(
     status.rebuild_status(settings.output_dir)
     rebuild_qc(settings.output_dir)
     write_provenance_table(settings.output_dir)
-    reports_made = write_documents({scan.subject for scan in scans}, settings)
+    reports_complete = write_documents({scan.subject for scan in scans}, settings)
     code = _conclude(scans, settings, claims.refused)
-    code = code or (0 if reports_made and linked else 1)
+    code = code or (0 if reports_complete and linked else 1)
     return code or (1 if failed else 0)
 
 
@@ -112,7 +112,7 @@ def link_raw(scans: Sequence[Scan], settings: Settings) -> tuple[Sequence[Scan],
     Returns
     -------
     scans : sequence of Scan
-        Scans of a participant whose links cannot be created have this as their ``problem``.
+        For a participant whose links cannot be created, the scans have the reason as ``problem``.
     linked : bool
         Whether the files that all participants share could be linked.
     """
@@ -137,13 +137,13 @@ def link_raw(scans: Sequence[Scan], settings: Settings) -> tuple[Sequence[Scan],
 def name_absent(scans: Sequence[Scan], settings: Settings) -> list[str]:
     """Log the requested participants without a scan, and note them for the status.
 
-    So are folders that cannot be read, and, where all participants were asked for, those that are
-    ignored because of their names. Failures of files that are gone leave the status.
+    The same holds for folders that cannot be read and, if all participants are requested, for
+    folders that are ignored because of their names. Failures of files that no longer exist are
+    removed from the status.
 
-    Returns
-    -------
-    Labels of those for whom the run failed: named in the request and without a scan, or with a
-    folder that cannot be read. Where all were asked for, not everyone has every contrast.
+    Returns ------- Labels of the participants for whom the run failed: those named in the request
+    that have no scan or a folder that cannot be read. (If all are requested, not everyone needs to
+    have every contrast.)
     """
     requested = requested_subjects(settings)
     locked: dict[str, str] = {}

@@ -33,7 +33,7 @@ from brainprior_bids.run.preflight import checked_weights
 from brainprior_bids.settings import TEMPLATE_SPACES, Settings
 
 TIMED = 64
-"""Edge of the block, in voxels, whose network call is timed."""
+"""Edge of the block whose network call is timed, in voxels."""
 BOX_MM = (160, 200, 164)
 """Typical box around a brain, its margins included, along right, anterior and superior: 5.2
 million voxels. In 60 participants it had 4.4 to 6.4 million, in a tilted head 6.4."""
@@ -45,7 +45,7 @@ RUN_S = 60.0
 OTHER_S = 90.0
 """All steps before and after the network calls, in processor seconds of one thread."""
 SAMPLE_S = 5.0
-"""What each sample adds beside its network calls."""
+"""Seconds per sample in addition to its network calls."""
 BUSY = 0.5
 """Load per processor above which the machine is called busy."""
 
@@ -67,8 +67,8 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
         seed = scan_seed(settings.random_seed, scan.name)
         print(f"{scan.relative}  {settings.task}, seed {seed}")
         try:
-            found = look_up(scan, settings, weights, via_t1w=scan.name.stem in through)
-            why = why_again(scan, found, settings, export_roots_of(scan, settings, to_fmriprep))
+            job = look_up(scan, settings, weights, via_t1w=scan.name.stem in through)
+            why = why_again(scan, job, settings, export_roots_of(scan, settings, to_fmriprep))
             if why is None:
                 print("  done: it would be skipped")
                 skipped += 1
@@ -76,26 +76,26 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
                 continue
             if why:
                 print(f"  {why}")
-            voxels = _planned(scan, settings, found)
-        except Exception as error:  # as `plan_jobs`: whatever it is, the others go on
+            voxels = _planned(scan, settings, job)
+        except Exception as error:  # as in `plan_jobs`: the other scans continue after any error
             known = isinstance(error, BrainpriorError)
             print(f"  would fail: {error if known else f'{type(error).__name__}: {error}'}")
             refused += 1
             continue
         seconds = scan_seconds(voxels, len(scan.runs), settings, a_voxel)
-        seconds += REGISTRATION_S * len(found.templates)
+        seconds += REGISTRATION_S * len(job.templates)
         total += seconds
         print(f"  about {minutes(seconds)} ({voxels / 1e6:.1f} million voxels)")
         to_align.append(Result(scan.name, settings.image))
         names = output_names(
             scan.name,
             n_samples=settings.n_samples,
-            spaces=(*plain_spaces(settings), *found.templates),
+            spaces=(*plain_spaces(settings), *job.templates),
             save_samples=settings.save_samples,
             native=settings.output_grid == "native",
             image=settings.image,
             runs=[run.name for run in scan.runs[1:]],
-            lesion="lesion" in found.given,
+            lesion="lesion" in job.given,
             uncertainty=uncertainty_from(settings, len(scan.runs)) is not None,
         )
         for name in names.values():
@@ -140,9 +140,8 @@ def _predicts_spread(prior: Path | None) -> bool:
 
 
 def uncertainty_from(settings: Settings, n_runs: int) -> str | None:
-    """Where a scan's uncertainty map will be from: the ``prior``, ``samples``, or nowhere.
-
-    A scan that the default sampler turns out not to fit has that of its samples.
+    """Source of a scan's uncertainty map: the ``prior``, ``samples``, or None. If the default
+    sampler turns out not to be applicable to a scan, its map is from the samples.
     """
     sampler = registry.find(settings.sampler)
     alone = n_runs < 2 and not settings.refines and not settings.fills_scan
@@ -157,11 +156,11 @@ def scan_seconds(voxels: float, n_runs: int, settings: Settings, a_voxel: float)
     Parameters
     ----------
     voxels : float
-        1 mm voxels of the box that the network sees.
+        Number of 1 mm voxels in the box that the network processes.
     n_runs : int
-        Of a fused scan, all of them; 0 where nothing is fused.
+        Number of fused runs; 0 if nothing is fused.
     a_voxel : float
-        Seconds of a network call for each.
+        Seconds of a network call per voxel.
     """
     sampler = registry.find(settings.sampler)
     calls = settings.n_samples * sampler.calls(settings.n_steps, simple=settings.simple)
@@ -207,16 +206,15 @@ def contrast_names(
 
 
 def plain_spaces(settings: Settings) -> list[str]:
-    """Of the output spaces, those that need no template."""
+    """The output spaces that need no template."""
     return [space for space in settings.output_spaces if space not in TEMPLATE_SPACES]
 
 
 def _planned(scan: Scan, settings: Settings, found: Found) -> float:
     """Print the geometry of a scan and the other files that it uses.
 
-    Returns
-    -------
-    1 mm voxels of the box that the network sees: a brain's, or the field of view if that is less.
+    Returns ------- Number of 1 mm voxels in the box that the network processes: a typical brain's,
+    or the field of view if that is smaller.
     """
     given = found.given
     for run, files in [(scan.runs[0] if scan.runs else scan, given), *found.others]:
@@ -225,34 +223,33 @@ def _planned(scan: Scan, settings: Settings, found: Found) -> float:
         for file in files.values():
             print(f"  uses {file.uri}")
     voxels = 0.0
-    alone = not settings.uses_scan  # then that image stands for the scan
+    alone = not settings.uses_scan  # then that image replaces the scan
     for run in scan.runs or (scan,):
         plane = settings.slice_plane
-        taken = read_geometry(
+        geometry = read_geometry(
             given["refined"].path if alone else run.path,
             metadata={} if alone else run.metadata,
             slice_thickness_mm=None if alone else settings.slice_thickness_mm,
             slice_axis=PLANES.index(plane) if plane is not None and not alone else None,
         )
-        acquisition = taken.acquisition
-        source = ConformFacts.from_json(taken.facts).acquisition.thickness_source
+        acquisition = geometry.acquisition
+        source = ConformFacts.from_json(geometry.facts).acquisition.thickness_source
         print(
-            f"  {' × '.join(str(n) for n in taken.grid.shape)} voxels of "
-            f"{' × '.join(f'{size:.3g}' for size in taken.grid.spacing_mm)} mm; "
+            f"  {' × '.join(str(n) for n in geometry.grid.shape)} voxels of "
+            f"{' × '.join(f'{size:.3g}' for size in geometry.grid.spacing_mm)} mm; "
             f"{PLANES[acquisition.slice_axis]} slices, {acquisition.thickness_mm:.3g} mm thick "
             f"({source})"
         )
-        for warning in (*run.warnings, *taken.warnings):
+        for warning in (*run.warnings, *geometry.warnings):
             print(f"  warning: {warning}")
-        voxels = voxels or float(np.prod(np.minimum(taken.grid.extent_mm, BOX_MM)))
+        voxels = voxels or float(np.prod(np.minimum(geometry.grid.extent_mm, BOX_MM)))
     return voxels
 
 
 def seconds_a_voxel(settings: Settings) -> float:
-    """Time of a network call on this machine if it is idle, over its voxels.
-
-    On the CPU that is the processor time of the calling thread: what other programs take does not
-    count, and the thread sleeps while it waits for the others of the call.
+    """Time of a network call per voxel on this machine when it is idle. On the CPU it is the
+    processor time of the calling thread: time taken by other programs does not count, and the
+    thread sleeps while it waits for the other threads of the call.
     """
     import torch
 
@@ -266,9 +263,9 @@ def seconds_a_voxel(settings: Settings) -> float:
     x = torch.zeros((1, 1, *shape), device=device)
     coordinates = torch.zeros((3, *shape), device=device)
     clock = time.thread_time if device == "cpu" else time.monotonic
-    taken = []
+    seconds = []
     for _ in range(4):  # the first one warms up, others may be disturbed
         start = clock()
         prior.denoise(x, 1.0, coordinates=coordinates, contrast="T1w").cpu()
-        taken.append(clock() - start)
-    return min(taken) / TIMED**3
+        seconds.append(clock() - start)
+    return min(seconds) / TIMED**3

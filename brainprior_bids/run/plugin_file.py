@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """``--nipype-plugin-file``: which of Nipype's plugins runs the steps, and with what arguments.
 
-As fMRIPrep's file, YAML with ``plugin`` and ``plugin_args``; beside them ``step_args``, what one
-step's job gets in addition. ``{mem_mb}``, ``{mem_gb}`` and ``{threads}`` stand for what the step
-needs. Examples: docs/cluster.
+Like fMRIPrep's file, it is YAML with ``plugin`` and ``plugin_args``; ``step_args`` are additional
+arguments for the job of one step. ``{mem_mb}``, ``{mem_gb}`` and ``{threads}`` are replaced by the
+requirements of the step. Examples: docs/cluster.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SUBMIT = {
     "SLURM": "sbatch", "SLURMGraph": "sbatch", "SGE": "qsub", "PBS": "qsub", "LSF": "bsub",
     "OAR": "oarsub",
 }  # fmt: skip
-"""What each plugin submits with."""
+"""The command with which each plugin submits jobs."""
 STEPS = (
     "conform", "parcellate", "lesion", "n4", "align", "affine", "restore", "mni305", "templates",
     "export", "deliver", "reportlets", "write",
@@ -37,7 +37,7 @@ STEPS = (
 
 @dataclass(frozen=True)
 class PluginFile:
-    """What the file says.
+    """The content of the file.
 
     Parameters
     ----------
@@ -55,13 +55,13 @@ class PluginFile:
 
     @property
     def memory_gb(self) -> float | None:
-        """What ``memory_gb`` allows the steps together, for a local plugin."""
+        """Memory that the steps may use together (``memory_gb``), for a local plugin."""
         given = None if self.is_batch else self.plugin_args.get("memory_gb")
         return given if given is None else float(given)
 
     @property
     def is_batch(self) -> bool:
-        """True where steps run as jobs of their own, perhaps on another machine."""
+        """True if each step runs as a separate job, perhaps on another machine."""
         return self.plugin in BATCH
 
 
@@ -143,7 +143,7 @@ def require_scheduler(file: PluginFile, output_dir: Path) -> None:
 
 
 def _check_argument(who: str, name: str, value: Any) -> None:
-    """Refuse a value of ``plugin_args`` that Nipype would stumble over."""
+    """Refuse a value of ``plugin_args`` that Nipype cannot use."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if name in COUNTS and value is not None:
         if not number or isinstance(value, float) or not 1 <= value < 10**6:
@@ -161,7 +161,7 @@ def _check_argument(who: str, name: str, value: Any) -> None:
 
 
 def _shown(value: Any) -> str:
-    """A value in short, however often its parts refer to each other."""
+    """A shortened value, even if its parts refer to each other."""
     return reprlib.repr(value)[:80]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nipype's MultiProc, changed so that it does not hang, and reruns a step whose worker died.
+"""Nipype's MultiProc, changed so that it does not hang and reruns a step whose worker died.
 
 If the system kills a worker (usually because memory ran out), the whole pool breaks, and MultiProc
 waits forever for a result that cannot come. Here, every node that was running is run once more,
@@ -51,7 +51,7 @@ def start_server(context: str | None) -> None:
     """Start the process that starts the workers; it and they leave Ctrl-C to this process."""
     if context != "forkserver" or threading.current_thread() is not threading.main_thread():
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by the workers
     try:
         forkserver.ensure_running()
     finally:
@@ -115,7 +115,9 @@ class SurvivingPool(RecordsFailures, MultiProcPlugin):
         super()._send_procs_to_workers(updatehash=updatehash, graph=graph)
 
     def _sort_jobs(self, jobids: Any, scheduler: str = "tsort") -> list[int]:
-        """Furthest first; before them what has no place in the order: it only gathers results."""
+        """Sort jobs by their place in the order, last place first; jobs without a place, which
+        only gather results, come before all others.
+        """
         last = len(self._order)
         return sorted(jobids, key=lambda job: (-self._order.get(self.procs[job].name, last), job))
 

@@ -20,7 +20,7 @@ ENCODING = ("INVALID_JSON_ENCODING", "JSON_INVALID")
 
 
 def open_claims(settings: Settings) -> Claims:
-    """Claims for the folders of a run; the lock files are made.
+    """Claims for the folders of a run; creates the lock files.
 
     Raises
     ------
@@ -95,7 +95,7 @@ def judged(scans: Sequence[Scan], issues: Sequence[Issue], bids_dir: Path) -> Se
     Raises
     ------
     UsageError
-        With the errors that lie in no participant's folder.
+        With the errors that are in no participant's folder.
     """
     runs = [(scan, run) for scan in scans for run in scan.runs or (scan,)]
     images = {f"/{run.relative}": scan for scan, run in runs}
@@ -110,7 +110,7 @@ def judged(scans: Sequence[Scan], issues: Sequence[Issue], bids_dir: Path) -> Se
             # an image that is broken says so when it is opened, and its sidecar lacks an image
             image in broken
             or own.problem is not None
-            or (own.warnings and issue.code in ENCODING)  # it could be read all the same
+            or (own.warnings and issue.code in ENCODING)  # it could be read nevertheless
         ):
             LOG.warning("validator: %s", issue)
             continue
@@ -146,7 +146,7 @@ def checked_weights(settings: Settings) -> dict[str, tuple[Path, str]]:
 
     prior = settings.prior or weights.FOLDER / "prior.safetensors"
     parcellation = weights.FOLDER / "parcellation.safetensors"
-    try:  # as the steps will load them
+    try:  # in the way the steps will load them
         return {
             "prior": (prior, weights.load_prior(prior).metadata["sha256"]),
             "parcellation": (

@@ -31,9 +31,9 @@ class Progress:
     Parameters
     ----------
     scans : workflow name -> scan
-        Names as the user knows them.
+        Scans, by the names that are shown.
     folders : workflow name -> Path
-        Of the scan's nodes.
+        Folder of the scan's nodes.
     work : node -> float
         Share of a scan's time that a node is expected to take, in any unit.
     left_out : sequence of str

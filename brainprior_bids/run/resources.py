@@ -19,7 +19,8 @@ CGROUP = Path("/sys/fs/cgroup")
 PROC = Path("/proc/self/cgroup")
 """Which groups this process is in."""
 MAIN_GB = 1.0
-"""Memory of a run besides its steps: the command (0.35 GiB) and idle workers (0.25 each)."""
+"""Memory of a run in addition to its steps: the command (0.35 GiB) and idle workers (0.25
+each)."""
 
 
 def available_processors(cgroup: Path | None = None, proc: Path | None = None) -> int:
@@ -85,7 +86,7 @@ def _slurm_number(environ: Mapping[str, str], name: str) -> int:
 
 
 def memory_for_steps_gb(limit_gb: float) -> float:
-    """Memory for the steps: all but a tenth, or all but ``MAIN_GB`` if that is more."""
+    """Memory for the steps: all but a tenth, or all but ``MAIN_GB`` if that leaves less."""
     return max(0.0, min(0.9 * limit_gb, limit_gb - MAIN_GB))
 
 
@@ -97,9 +98,9 @@ def fit_memory(
     Parameters
     ----------
     settings : Settings
-        ``mem_gb`` is what ``--mem`` asked for, or what there is.
+        ``mem_gb`` is the value of ``--mem``, or the available memory.
     largest_gb, largest_low_gb : float
-        What the largest step claims, without and with ``--low-mem``.
+        Memory that the largest step reserves, without and with ``--low-mem``.
     limit : GiB and its origin, of ``memory_limit_gb``
 
     Raises
@@ -122,15 +123,15 @@ def fit_memory(
     if steps_gb + 0.01 >= needed_gb:
         return replace(settings, mem_gb=steps_gb)
     if there_gb < needed_gb:
-        found = f"{who} {limit_gb:.3g} GiB"
+        available = f"{who} {limit_gb:.3g} GiB"
         give = f"Give it {needed_gb + MAIN_GB:.3g} GiB"
     else:
-        found = f"--mem allows its steps {settings.mem_gb:.3g} GiB"
+        available = f"--mem allows its steps {settings.mem_gb:.3g} GiB"
         give = f"Pass --mem {needed_gb:.3g}G"
     low = f", or pass --low-mem, with which {largest_low_gb + MAIN_GB:.3g} GiB are enough"
     raise UsageError(
         f"not enough memory: the largest step needs up to {needed_gb:.3g} GiB and the command "
-        f"itself {MAIN_GB:.3g}; {found}. {give}{'' if settings.low_mem else low}."
+        f"itself {MAIN_GB:.3g}; {available}. {give}{'' if settings.low_mem else low}."
     )
 
 
@@ -171,7 +172,7 @@ def resolve_device(asked: str) -> str:
     Raises
     ------
     UsageError
-        If CUDA was asked for and this process sees no such GPU.
+        If CUDA was requested and this process sees no such GPU.
     """
     if asked == "cpu":
         return "cpu"  # without importing torch

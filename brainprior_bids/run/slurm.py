@@ -15,26 +15,26 @@ from brainprior_bids.run.resources import MAIN_GB
 
 @dataclass(frozen=True, kw_only=True)
 class ArrayJob:
-    """What is submitted.
+    """An array job and its group job.
 
     Parameters
     ----------
     participants : sequence of str
         Labels; one task each.
     task, group : str
-        Command lines of a task, but for participant and resources, and of the group job.
+        Command lines of a task (without participant and resources) and of the group job.
     logs : Path
         Folder for the jobs' own output.
     processors : int
-        Of a task.
+        Processors of a task.
     memory_gb : float
-        What the steps of a task may claim together, in GiB.
+        Memory that the steps of a task may reserve together, in GiB.
     sbatch, group_sbatch : sequence of str
-        More arguments of sbatch for the tasks and for the group job.
+        Additional arguments of sbatch for the tasks and for the group job.
     max_running : int, optional
-        Tasks that run at the same time, at most.
+        Maximum number of simultaneous tasks.
     made_by : str
-        The command line that this script comes from.
+        The command line that wrote this script.
     """
 
     participants: Sequence[str]

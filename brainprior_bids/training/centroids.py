@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Derive the centroids of structures in MNI305: ``python -m brainprior_bids.training.centroids``.
 
-A T1w-like head (published mean intensities, no randomness) is made of every label map and
-registered at 4 mm to the average of 305 heads by an affine (antspyx, mutual information): a few
-as whole heads; then all, started from the fit of their centroids to the median centroids so far,
-inside a region around the brain (the average of the mapped masks). Every map's centroids are taken
-along and averaged over the maps and both sides: left and right are made exact mirror
-images about x = 0, the template's own symmetry plane. So is how far every map's brain mask reaches
-in directions spread over the sphere (anatomy/hull.py).
+A T1w-like head (published mean intensities, no randomness) is made from every label map and
+registered at 4 mm to the average of 305 heads by an affine (antspyx, mutual information): first a
+few as whole heads; then all, starting from the fit of their centroids to the median centroids so
+far, inside a region around the brain (the average of the mapped masks). Every map's centroids are
+mapped too, and averaged over the maps and both sides: left and right become exact mirror images
+about x = 0, the template's own symmetry plane. The extent of every map's brain mask, in directions
+spread over the sphere, is averaged in the same way (anatomy/hull.py).
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def label_table(labels: NDArray[np.integer], affine: NDArray[np.float64]) -> lis
     for value, target in MERGED_INTO.items():
         if value < len(merging):
             merging[value] = target
-    where = np.nonzero((labels > 0) & (labels < 500))
-    found = merging[labels[where]]
-    counts = np.bincount(found)
-    moments = [np.bincount(found, index) for index in where]
+    indices = np.nonzero((labels > 0) & (labels < 500))
+    structures = merging[labels[indices]]
+    counts = np.bincount(structures)
+    moments = [np.bincount(structures, index) for index in indices]
     voxel_mm3 = abs(float(np.linalg.det(affine[:3, :3])))
     table = []
     for index, name in structure_names().items():
@@ -101,7 +101,7 @@ def mapped_mask(
 
 
 def _place(table: list[dict[str, Any]], matrix: NDArray[np.float64]) -> list[float]:
-    """Where the left thalamus lands, for the log."""
+    """Mapped position of the left thalamus, for the log."""
     row = next(row for row in table if row["name"] == "Left-Thalamus")
     place: list[float] = np.round((matrix @ [*row["centroid_mm"], 1.0])[:3], 1).tolist()
     return place
@@ -115,14 +115,14 @@ def average(
 ) -> dict[str, Any]:
     """Name -> index, centroid, SD over maps (mm) and mean volume, symmetrised about x = 0."""
     names = structure_names()
-    found: dict[int, list[tuple[NDArray[np.float64], float]]] = {index: [] for index in names}
+    points_of: dict[int, list[tuple[NDArray[np.float64], float]]] = {index: [] for index in names}
     for table, matrix in zip(tables, matrices, strict=True):
         for row in table:
             point = (matrix @ [*row["centroid_mm"], 1.0])[:3]
-            found[row["index"]].append((point, row["volume_mm3"]))
-            found[mirrored(row["index"])].append((point * [-1, 1, 1], row["volume_mm3"]))
+            points_of[row["index"]].append((point, row["volume_mm3"]))
+            points_of[mirrored(row["index"])].append((point * [-1, 1, 1], row["volume_mm3"]))
     structures = {}
-    for index, entries in found.items():
+    for index, entries in points_of.items():
         if not entries:
             continue
         points = np.array([point for point, _ in entries])
@@ -136,7 +136,7 @@ def average(
 
 
 def average_hull(surfaces: list[Any], matrices: list[Any]) -> dict[str, Any]:
-    """Directions and the mean reach of the mapped surfaces in each, both sides alike."""
+    """Directions, and the mean extent of the mapped surfaces in each, symmetrised."""
     towards = directions()
     heights = np.array(
         [

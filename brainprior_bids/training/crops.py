@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training crops of prepared brains: choice, pose, contrast.
 
-Crop number n is a function of (seed, n) alone, so any process can make it and a resumed training
-sees exactly what an uninterrupted one would.
+Crop number n is a function of (seed, n) alone, so any process can make it, and a resumed training
+receives the same crops as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -64,10 +64,9 @@ def intensity_curve(
 
 @dataclass(frozen=True)
 class Mix:
-    """How often each kind of crop is drawn; the numbers need not sum to 1.
-
-    ``real``: a brain as it was scanned. ``curved``: a real T1w through ``intensity_curve``.
-    ``synthetic``: a brain made of a label map.
+    """Relative frequency of each kind of crop; the numbers need not sum to 1. ``real``: an
+    unmodified scan. ``curved``: a real T1w through ``intensity_curve``. ``synthetic``: a brain
+    made from a label map.
     """
 
     real: float = 0.6
@@ -116,10 +115,12 @@ class Crops(Dataset[dict[str, Tensor]]):
         self._add(shares, scans, None, mix.real)
         for contrast in CONTRASTS:
             self._add(shares, t1w, contrast, mix.curved.get(contrast, 0))
-            made = [n for n, b in enumerate(self.brains) if b.synthetic and b.contrast == contrast]
-            self._add(shares, made, None, mix.synthetic.get(contrast, 0))
+            synthetic = [
+                n for n, b in enumerate(self.brains) if b.synthetic and b.contrast == contrast
+            ]
+            self._add(shares, synthetic, None, mix.synthetic.get(contrast, 0))
         if not self.kinds:
-            raise UsageError("Crops: no brain of any kind that the mix asks for.")
+            raise UsageError("Crops: there is no brain of any kind in the mix.")
         self.shares = np.array(shares) / sum(shares)
 
     def _add(
@@ -157,8 +158,8 @@ def draw_crop(
 ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     """(size, size, size) intensities and the (4, 4) matrix from its voxels to MNI305 mm.
 
-    Centred on a random voxel of the brain (7 of 10) or of its box, so that borders and background
-    are seen too; what lies beyond the box is 0. Turned crops are cubic-spline interpolated.
+    Centred on a random voxel of the brain (7 of 10) or of its box, so that crops include borders
+    and background; voxels beyond the box are 0. Turned crops are cubic-spline interpolated.
     """
     shape = np.array(brain.data.shape)
     centre = rng.uniform(0, shape)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Muon: momentum whose update is orthogonalised, for convolution kernels.
 
-The momentum of a kernel, seen as an (out, in * k^3) matrix, is replaced by the nearest
-semi-orthogonal matrix (five Newton-Schulz iterations) and scaled so that its entries have the
-root mean square an Adam update has, so both share one learning rate. Vectors and the first and
-last layers are left to AdamW.
+The momentum of a kernel, as an (out, in * k^3) matrix, is replaced by the nearest semi-orthogonal
+matrix (five Newton-Schulz iterations) and scaled so that its entries have the root mean square an
+Adam update has, so both share one learning rate. AdamW updates vectors and the first and last
+layers.
 
 References: Jordan et al., https://kellerjordan.github.io/posts/muon/; Liu et al., arXiv 2502.16982
 (the scale 0.2 sqrt(max(out, in))).

@@ -2,11 +2,11 @@
 """Train the parcellation network on synthetic heads: ``brainprior train parcellation``.
 
 Every step draws one head from a generator seeded by (seed, step), so a run resumed from its
-checkpoint sees the heads it would have seen. Inner convolutions are trained by Muon, the rest by
-AdamW. The learning rate is constant after a warm-up and falls linearly to zero over the last 30 %
-of the steps; the exported weights are an exponential moving average. Validation draws a fixed set
-of of heads from the choosing maps. With several processes (``torchrun``) each draws heads of its
-own and the gradients are averaged.
+checkpoint receives the same heads as an uninterrupted one. Inner convolutions are trained by Muon,
+the rest by AdamW. The learning rate is constant after a warm-up and falls linearly to zero over
+the last 30 % of the steps; the exported weights are an exponential moving average. Validation
+draws a fixed set of heads from the validation maps. With several processes (``torchrun``), each
+draws its own heads, and the gradients are averaged.
 """
 
 from __future__ import annotations
@@ -87,11 +87,11 @@ def segmentation_loss(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def hard_dice(predicted: Tensor, target: Tensor, classes: int) -> Tensor:
-    """(classes,) Dice of two integer maps; NaN where ``target`` lacks the class."""
+    """(classes,) Dice of two integer maps; NaN if ``target`` lacks the class."""
     count = torch.bincount(target.reshape(-1), minlength=classes)
-    found = torch.bincount(predicted.reshape(-1), minlength=classes)
+    predicted_count = torch.bincount(predicted.reshape(-1), minlength=classes)
     both = torch.bincount(target[predicted == target].reshape(-1), minlength=classes)
-    return torch.where(count > 0, 2 * both / (count + found), torch.nan)
+    return torch.where(count > 0, 2 * both / (count + predicted_count), torch.nan)
 
 
 @torch.no_grad()
@@ -114,10 +114,12 @@ def evaluate(
                 settings = HeadSettings(contrast, thickness, damage=False, noise_sd=0.02)
                 image, target = synthesiser.draw(generator, settings, index)
                 with torch.autocast(device.type, precision, enabled=precision is not None):
-                    found = network(image[None].to(device)).argmax(1)[0].cpu()
-                dice = hard_dice(found, target, len(CLASSES))
+                    predicted = network(image[None].to(device)).argmax(1)[0].cpu()
+                dice = hard_dice(predicted, target, len(CLASSES))
                 structure.append(float(dice[1 : CLASSES.index(24)].nanmean()))
-                inside = ((t >= STRUCTURES.start) & (t < STRUCTURES.stop) for t in (found, target))
+                inside = (
+                    (t >= STRUCTURES.start) & (t < STRUCTURES.stop) for t in (predicted, target)
+                )
                 mask.append(float(hard_dice(*(m.long() for m in inside), 2)[1]))
             result[f"{contrast}_{thickness:g}mm"] = float(np.mean(structure))
             result[f"{contrast}_{thickness:g}mm_mask"] = float(np.mean(mask))
@@ -126,7 +128,7 @@ def evaluate(
 
 @dataclass
 class TrainingState:
-    """What a checkpoint holds."""
+    """The content of a checkpoint."""
 
     network: ParcellationNetwork
     average: ParcellationNetwork
@@ -157,7 +159,7 @@ class TrainingState:
         Raises
         ------
         UsageError
-            If the checkpoint was made with another network.
+            If the checkpoint is of another network.
         """
         saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         if saved["config"] != self.network.config:
@@ -175,8 +177,8 @@ class TrainingState:
     def average_step(self) -> None:
         """Update the moving average; short memory at first, 1000 steps later."""
         keep = min(0.999, (1 + self.step) / (10 + self.step))
-        for kept, new in zip(self.average.parameters(), self.network.parameters(), strict=True):
-            kept.lerp_(new, 1 - keep)
+        for mean, new in zip(self.average.parameters(), self.network.parameters(), strict=True):
+            mean.lerp_(new, 1 - keep)
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -240,7 +242,7 @@ def train(
     """Run, or continue, a training; see the module's text.
 
     ``work_dir`` receives ``last.pt`` and ``log.jsonl`` (one line every 50 steps). ``batch`` heads
-    a step are drawn in each of the ``processes``; the loss is the mean of theirs.
+    per step are drawn in each of the ``processes``; the loss is averaged over them.
     """
     device = torch.device(device)
     processes = processes or Processes(0, 1, device)
@@ -319,7 +321,7 @@ def train(
 
 
 def export(state: TrainingState, path: Path, *, maps: list[int], seed: int) -> None:
-    """Write the averaged weights (float16) with what they were made of."""
+    """Write the averaged weights (float16) with their training data."""
     write_weights(
         path,
         {f"network.{name}": t.half() for name, t in state.average.state_dict().items()},
@@ -355,7 +357,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--random-seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1, help="processes that draw heads")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=1, help="heads a step (in each process)")
+    parser.add_argument("--batch", type=int, default=1, help="heads per step (in each process)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1; torchrun: cpu, cuda")
     parser.add_argument("--validate-every", type=int, default=1000)
 

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figures of the parcellation's model card.
+"""The values of the parcellation's model card.
 
 ``python -m brainprior_bids.training.parcellation_report LABELS OUT.json``.
 
-Whole heads are drawn at 1 mm from the reporting label maps, undeformed, in three contrasts, noise
-SD 0.02 of the bright tissue; the thick-slice ones are means of five 1 mm slices stored as such.
-They go through ``parcellate`` as a scan would, and the result is compared with the map itself.
+Whole heads are drawn at 1 mm from the label maps of the test set, undeformed, in three contrasts,
+noise SD 0.02 of the bright tissue; the thick-slice ones are means of five 1 mm slices stored as
+such. They go through ``parcellate`` as a scan would, and the result is compared with the map
+itself.
 """
 
 from __future__ import annotations
@@ -51,19 +52,19 @@ def measure(
     affine[2, 3] = (slice_mm - 1) / 2
     scan = nib.Nifti1Image(data, affine)
     started = time.monotonic()
-    found = parcellate(
+    parcellation = parcellate(
         scan, network=network, restored_grid=Grid(data.shape, affine).one_millimetre()
     )
     seconds = time.monotonic() - started
-    table = {row["index"]: row for row in found.table}
+    table = {row["index"]: row for row in parcellation.table}
     result: dict[str, Any] = {"seconds": seconds, "dice": {}, "centroid_mm": {}}
     inside = np.isin(truth, list(structure_names()))
-    result["mask"] = dice(found.mask > 0, inside)
+    result["mask"] = dice(parcellation.mask > 0, inside)
     for index, name in structure_names().items():
         true = truth == index
         if not true.any():
             continue
-        result["dice"][name] = dice(found.structures == index, true)
+        result["dice"][name] = dice(parcellation.structures == index, true)
         if index in table and index != CSF:
             centre = np.argwhere(true).mean(0)
             away = np.array(table[index]["centroid_mm"]) - centre

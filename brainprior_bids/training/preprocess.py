@@ -4,8 +4,8 @@
 Per brain: closest-canonical axes, N4 inside the brain, 99th percentile of the corrected brain = 1
 (the engine's unit), affine registration to the MNI305 average (ANTs), mean intensity of the three
 tissue classes. Whole heads go through the workflow's own steps instead (``prepare_head``). A pack
-is a few ``.npz`` parts, each small enough to be sent elsewhere, that hold the brains as uint8
-(``UNIT`` = 1), their affines and the split: nothing else is needed to train.
+is a few ``.npz`` parts, each small enough to be copied elsewhere, with the brains as uint8
+(``UNIT`` = 1), their affines and the split: training needs nothing else.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Brain:
     tissues : (3,) float64
         Mean intensity of the dark, middle and bright tissue (CSF, grey, white in a T1w).
     synthetic : bool
-        Made of a label map, not scanned.
+        Made from a label map, not scanned.
     """
 
     name: str
@@ -82,7 +82,7 @@ class Brain:
 RESULTS = re.compile(
     r"_desc-(restored|inpainted|refined|uncertainty|residual)[0-9A-Za-z]*_(T1w|T2w|FLAIR)\."
 )
-"""Names of images that brainprior made."""
+"""Names of images written by brainprior."""
 
 
 def find_brains(
@@ -90,15 +90,15 @@ def find_brains(
 ) -> list[tuple[str, str, str, Path]]:
     """(name, contrast, split, path) of every ``sub-*_{T1w,T2w,FLAIR}.nii[.gz]`` below ``folder``.
 
-    Its ``derivatives`` and ``sourcedata`` are not looked into.
+    Its ``derivatives`` and ``sourcedata`` are ignored.
 
     Raises
     ------
     UsageError
         If there are none, a name in ``validation`` or ``exclude`` is not among them, or there are
-        outputs of brainprior: a prior must learn from scans, and be judged by them.
+        outputs of brainprior: a prior must be trained and evaluated on scans.
     """
-    found = []
+    scans = []
     for path in sorted(folder.rglob("sub-*.nii*")):
         if {"derivatives", "sourcedata"} & set(path.relative_to(folder).parts):
             continue
@@ -111,9 +111,9 @@ def find_brains(
             r"sub-([0-9A-Za-z]+)_(?:.*_)?(T1w|T2w|FLAIR)\.nii(?:\.gz)?", path.name
         )
         if match:
-            found.append((match[1], match[2], path))
-    names = {name for name, _, _ in found}
-    if not found:
+            scans.append((match[1], match[2], path))
+    names = {name for name, _, _ in scans}
+    if not scans:
         raise UsageError(
             f"{folder}: no sub-*_T1w, _T2w or _FLAIR image found. Give a folder of skull-stripped "
             "brains with BIDS names."
@@ -125,7 +125,7 @@ def find_brains(
         )
     return [
         (name, contrast, "validation" if name in validation else "train", path)
-        for name, contrast, path in found
+        for name, contrast, path in scans
         if name not in exclude
     ]
 
@@ -243,7 +243,7 @@ def prepare(name: str, contrast: str, split: str, path: Path, reference: tuple[A
     Raises
     ------
     InputError
-        If the file holds no brain surrounded by zeros.
+        If the file does not show a brain surrounded by zeros.
     """
     image = nib.as_closest_canonical(nib.load(path))
     data = np.asarray(image.dataobj, dtype=np.float32)
@@ -273,7 +273,8 @@ def prepare(name: str, contrast: str, split: str, path: Path, reference: tuple[A
 def prepare_head(name: str, contrast: str, split: str, path: Path) -> Brain | None:
     """One scan through the workflow's own steps; None, with the reason in the log, if they fail.
 
-    Conform, parcellate, N4, the affine from structures and the brain's reach, cubic to 1 mm.
+    The steps are conform, parcellate, N4, the affine from structures and the brain's extent, and
+    cubic interpolation to 1 mm.
     """
     import torch
 
@@ -284,18 +285,20 @@ def prepare_head(name: str, contrast: str, split: str, path: Path) -> Brain | No
     sidecar = path.with_name(path.name.split(".")[0] + ".json")
     metadata = json.loads(sidecar.read_text(encoding="utf-8")) if sidecar.is_file() else {}
     try:
-        found = extract_brain(path, network=load_parcellation(), metadata=metadata)
+        extracted = extract_brain(path, network=load_parcellation(), metadata=metadata)
     except (AnatomyError, GeometryError, InputError) as error:
         log.warning("%s is left out: %s", path.name, error)
         return None
-    for warning in found.warnings:
+    for warning in extracted.warnings:
         log.warning("%s: %s", path.name, warning)
-    box = bounding_box(found.mask, 0)
+    box = bounding_box(extracted.mask, 0)
     shift = np.eye(4)
     shift[:3, 3] = [edge.start for edge in box]
-    stored = np.clip(np.round(found.data[box] * UNIT), 0, 255).astype(np.uint8)
-    to_mni305 = found.to_mni305 @ found.grid.affine @ shift
-    return Brain(name, contrast, split, stored, to_mni305, tissue_means(found.data[found.mask]))
+    stored = np.clip(np.round(extracted.data[box] * UNIT), 0, 255).astype(np.uint8)
+    to_mni305 = extracted.to_mni305 @ extracted.grid.affine @ shift
+    return Brain(
+        name, contrast, split, stored, to_mni305, tissue_means(extracted.data[extracted.mask])
+    )
 
 
 def _prepare_star(job: tuple[Any, ...]) -> Brain | None:
@@ -341,7 +344,7 @@ def build_pack(
 def _prepare_labels(
     path: Path, split: str, versions: Mapping[str, int], reference: tuple[Any, Any]
 ) -> list[Brain]:
-    """Synthetic brains of one label map; the affine comes from a synthetic T1w of it."""
+    """Synthetic brains of one label map; the affine is that of its synthetic T1w."""
     labels, affine = load_labels(path)
     mask = brain_mask(labels)
     box = bounding_box(mask, 1)
@@ -430,7 +433,7 @@ def write_pack(brains: Iterable[Brain], out: Path, *, stem: str = "pack") -> lis
         path = out / f"{stem}-{number}.npz"
         np.savez_compressed(_partial(path), table=np.array(json.dumps(table)), **arrays)
         paths.append(path)
-    for path in paths:  # a part of the parts would be taken for all of them
+    for path in paths:  # an incomplete set of parts would be read as complete
         _partial(path).replace(path)
     return paths
 

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``brainprior train prior``: brains -> denoiser -> error spectra -> one weights file.
+"""``brainprior train prior``: from brains to a denoiser, its error spectra, and a weights file.
 
 EDM training (arXiv 2206.00364): ``F`` of the denoiser learns a target of unit variance at every
-noise level, here in every Haar band, so fine detail counts as much as the local mean. Noise
-levels are log-uniform in three pieces; four of five lie in 0.02-3, where a restoration decides
-what lies between the slices. Of some crops a stack of slices is known besides (``stacks``). The
-learning rate is constant after a warm-up and falls to 0 over the last steps, so a training may be
-prolonged: raise ``--steps`` and start the command again.
-
-What is drawn of a crop is a function of the seed and the crop's number, so several processes
-(``torchrun``) with a batch of B each take the steps of one with the sum of their batches.
+noise level, here in every Haar band, so fine detail counts as much as the local mean. Noise levels
+are log-uniform in three pieces; four of five are in 0.02-3, which determines the image between the
+slices. Some crops come with a stack of slices (``stacks``). The learning rate is constant after a
+warm-up and falls to 0 over the last steps, so a training can be continued: increase ``--steps``
+and rerun the command. All random numbers of a crop are a function of the seed and the crop's
+number, so several processes (``torchrun``) with a batch of B each take the same steps as one
+process with the sum of their batches.
 """
 
 from __future__ import annotations
@@ -54,48 +53,50 @@ from brainprior_bids.training.stacks import draw_stack, draw_voxels, log_uniform
 log = logging.getLogger(__name__)
 
 CHECKPOINT, SPREAD_CHECKPOINT = "checkpoint.pt", "checkpoint-spread.pt"
-"""In the work folder: of a training, and of the SD alone."""
+"""Checkpoints in the work folder: of a training, and of the SD alone."""
 LEVELS = 16
 """Noise levels at which the recent error is kept."""
 BAND_WEIGHT = 0.3
 ADDED = ("stack_hidden", "spread")
-"""Parts of a ``UNet`` that begin at nothing, so a trained one may be given them."""
+"""Parts of a ``UNet`` that start at 0, so that they can be added to a trained one."""
 OUTSIDE = 0.05
-"""Weight of the background where the SD is learned."""
+"""Weight of the background in the loss of the SD."""
 PACED = 30
-"""Steps after which a training that is given minutes knows how many fit."""
+"""Steps after which a training with ``--minutes`` estimates the number of steps."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides what is learned.
+    """All settings that determine the result of a training.
 
     Parameters
     ----------
     steps, warmup, decay : int
-        All steps; the first, with a rising learning rate; the last, with a falling one.
+        All steps; the first ones, with a rising learning rate; the last ones, with a falling one.
     batch, size : int
-        Crops a step in each process, and their edge in voxels.
+        Crops per step in each process, and their edge in voxels.
     learning_rate, weight_decay : float
         Shared by Muon and AdamW.
     ema : float
-        Decay of the averaged weights a step, after a ramp.
+        Decay of the averaged weights per step, after a ramp.
     seed : int
     stacks, holes : float
-        Share of the crops that come with a stack of slices, or with all but a hole.
+        Share of the crops that come with a stack of slices, or with a scan that has a hole.
     conditioned_sigma : (float, float)
-        Lowest and highest noise of those crops; at 100 the answer is E[x | y].
+        Lowest and highest noise of those crops; at 100 the target is E[x | y].
     blind : float
         Share of those crops whose noise is the highest: the network learns E[x | y].
     slices_last : bool
-        The network sees slices along its last axis, whichever axis of the brain that is: it has
-        no more to learn than through-plane and in-plane. (Weights of before did not.)
+        Slices are along the last axis of the network's input, irrespective of the axis of the
+        brain, so that it distinguishes only through-plane and in-plane. (Not so in earlier
+        weights.)
     channels, blocks : tuple of int
         Of the ``UNet``.
     stack_hidden : int
         Of the ``UNet``.
     spread : bool
-        Nothing is learned but the SD of the error of E[x | y], by a network that is done.
+        Train only the output for the SD of the error of E[x | y], of a network that is otherwise
+        finished.
     """
 
     steps: int = 6000
@@ -163,7 +164,7 @@ class Pace:
     Attributes
     ----------
     steps : int
-        So far.
+        Steps so far.
     """
 
     def __init__(self) -> None:
@@ -171,14 +172,14 @@ class Pace:
         self._asked = time.monotonic()
 
     def next(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The next batch; the time that it is waited for is kept."""
+        """The next batch; measures the waiting time."""
         self._asked = time.monotonic()
         batch = next(batches)
         self._waited += time.monotonic() - self._asked
         return batch
 
     def end(self, loss: float) -> float:
-        """Seconds that the step took, which has ended with this loss."""
+        """End a step with this loss; returns its seconds."""
         took = time.monotonic() - self._asked
         self._smooth = loss if self.steps == 0 else 0.98 * self._smooth + 0.02 * loss
         self._spent, self.steps, self._since = self._spent + took, self.steps + 1, self._since + 1
@@ -186,18 +187,18 @@ class Pace:
 
     @property
     def seconds_a_step(self) -> float:
-        """Since the facts were last told."""
+        """Mean since the last call of ``facts``."""
         return self._spent / max(self._since, 1)
 
     def facts(self) -> dict[str, float]:
-        """Loss, time and wait of a step, the latter two since this was last asked."""
-        told = {
+        """Loss, time and wait of a step, the latter two since the last call."""
+        facts = {
             "loss": round(self._smooth, 4),
             "seconds_a_step": round(self.seconds_a_step, 3),
             "waited": round(self._waited / max(self._since, 1), 3),
         }
         self._waited, self._spent, self._since = 0.0, 0.0, 0
-        return told
+        return facts
 
 
 class Trainer:
@@ -206,13 +207,13 @@ class Trainer:
     Parameters
     ----------
     brains : sequence of Brain
-        Of the training split.
+        Brains of the training split.
     recipe : Recipe
     work : Path
-        Holds the checkpoint and ``log.jsonl``.
+        Folder of the checkpoint and ``log.jsonl``.
     device : torch.device
     processes : Processes, optional
-        This one and the others; default: it is alone.
+        The processes of this training; default: only this one.
     """
 
     def __init__(
@@ -241,7 +242,7 @@ class Trainer:
             spread=recipe.spread,
         )
         if recipe.size < 6 * network.multiple or recipe.size % (2 * network.multiple):
-            # below three voxels an axis, oneDNN's bfloat16 gradient of a convolution is garbage
+            # below three voxels per axis, oneDNN's bfloat16 gradient of a convolution is wrong
             raise UsageError(
                 f"a crop of {recipe.size} voxels does not fit {len(recipe.channels)} resolutions: "
                 f"take a multiple of {2 * network.multiple} of at least {6 * network.multiple}."
@@ -256,7 +257,7 @@ class Trainer:
         self.dtype = fast_dtype(device)
 
     def _optimisers(self) -> list[torch.optim.Optimizer]:
-        """Muon for the convolutions inside; AdamW for the first, the last and everything else."""
+        """Muon for inner convolutions; AdamW for everything else."""
         inner, rest = [], []
         rate, decay = self.recipe.learning_rate, self.recipe.weight_decay
         if self.recipe.spread:
@@ -272,12 +273,12 @@ class Trainer:
         ]
 
     def resume(self) -> bool:
-        """Take up the checkpoint of the work folder; False if there is none.
+        """Resume from the checkpoint in the work folder; False if there is none.
 
         Raises
         ------
         UsageError
-            If it saw slices another way: the engine would show it slices as it never did.
+            If it was trained with slices along other axes than the engine uses.
         """
         path = self.checkpoint
         if not path.exists():
@@ -300,23 +301,24 @@ class Trainer:
     def start_from(self, path: Path) -> None:
         """Begin with the weights of a file instead of random ones.
 
-        Of ``ADDED``, what its network lacks begins at nothing: the function stays the same. Its
-        SD is left behind where the rest is trained further: it would no longer be right.
+        Parts of ``ADDED`` that its network lacks start at 0, which does not change the function.
+        Its output for the SD is dropped if the rest is trained further, because it would no longer
+        be correct.
 
         Raises
         ------
         WeightsError
-            If it is not a prior's, or its network is another one.
+            If it is not a prior, or its network is another one.
         """
         own, theirs = self.average.network.config, load_prior(path)
         inherited = theirs.model.network.config
-        kept = {k: v for k, v in inherited.items() if k in own or k != "spread"}
-        if kept != {k: v for k, v in own.items() if k in inherited or k not in ADDED}:
+        comparable = {k: v for k, v in inherited.items() if k in own or k != "spread"}
+        if comparable != {k: v for k, v in own.items() if k in inherited or k not in ADDED}:
             raise WeightsError(f"{path}: its network is {inherited}, not {own}.")
         for model in (self.model, self.average):
             model.load_state_dict(theirs.model.state_dict(), strict=False)
-        known = {key: theirs.metadata.get(key) for key in ("sha256", "steps", "begun_with")}
-        self.begun_with = {key: value for key, value in known.items() if value is not None}
+        origin = {key: theirs.metadata.get(key) for key in ("sha256", "steps", "begun_with")}
+        self.begun_with = {key: value for key, value in origin.items() if value is not None}
 
     def save(self) -> None:
         """Write the checkpoint, replacing the last one only when complete."""
@@ -339,12 +341,11 @@ class Trainer:
         os.replace(partial, path)
 
     def loss(self, batch: Mapping[str, Tensor], step: int) -> Tensor:
-        """The squared error over what it has been of late at that noise level, in two readings.
-
-        Over voxels (where the local mean counts most) and over bands (where each detail band
-        counts as much). Division by the recent error lets every noise level gain by the same
-        share: relative to a linear filter, the levels that decide what lies between the slices
-        are a tenth of the lowest ones. ``step`` decides what is drawn.
+        """The squared error relative to its recent average at that noise level, in two forms: over
+        voxels (dominated by the local mean) and over bands (with equal weights). Division by the
+        recent error lets every noise level improve by the same fraction: relative to a linear
+        filter, the levels that determine the image between the slices would have a tenth of the
+        weight of the lowest ones. ``step`` determines the random numbers.
         """
         image = batch["image"].to(self.device, copy=True)
         count, seed = len(image), self.recipe.seed * 1_000_003
@@ -361,7 +362,7 @@ class Trainer:
             u = float(torch.rand((), generator=generator))
             if u < self.recipe.stacks + self.recipe.holes:
                 kinds[n] = 1 if u < self.recipe.stacks else 2
-                known: Stack | Voxels = (
+                measurements: Stack | Voxels = (
                     draw_stack(crop[0], generator)
                     if kinds[n] == 1
                     else draw_voxels(crop[0], generator)
@@ -369,10 +370,12 @@ class Trainer:
                 sigma[n] = log_uniform(*self.recipe.conditioned_sigma, generator)
                 if float(torch.rand((), generator=generator)) < self.recipe.blind:
                     sigma[n] = self.recipe.conditioned_sigma[1]
-                if isinstance(known, Stack) and self.recipe.slices_last:
-                    turned, place[n], known = slices_last(crop, place[n], known)
+                if isinstance(measurements, Stack) and self.recipe.slices_last:
+                    turned, place[n], measurements = slices_last(crop, place[n], measurements)
                     image[n] = turned
-                posteriors[n] = known.posterior(self.model.band_sd, float(sigma[n]), self.device)
+                posteriors[n] = measurements.posterior(
+                    self.model.band_sd, float(sigma[n]), self.device
+                )
         sigma, noise = sigma.to(self.device), noise.to(self.device)
         place = coordinate_features(matrix_points(place.to(self.device), image.shape[2:]))
         clean = to_bands(image)
@@ -403,13 +406,13 @@ class Trainer:
         return share[:, 0].mean() + BAND_WEIGHT * share[:, 1:].mean()
 
     def _recent(self, sigma: Tensor, kinds: Sequence[int], read: Tensor) -> Tensor:
-        """(n, 9) recent averages of ``read`` near these levels, brought up to date.
+        """(n, 9) recent averages of ``read`` near these levels, after an update.
 
         The crops of all processes count, in the order of their numbers.
         """
         conditioned = torch.tensor(kinds, device=self.device, dtype=read.dtype)
-        known = torch.cat([sigma[:, None], conditioned[:, None], read], 1)
-        everyone = self.processes.gather(known).cpu()
+        own = torch.cat([sigma[:, None], conditioned[:, None], read], 1)
+        everyone = self.processes.gather(own).cpu()
         place = (everyone[:, 0].log() - math.log(0.005)) / math.log(100 / 0.005) * (LEVELS - 1)
         rows = []
         for n, at in enumerate(place.round().long().clamp(0, LEVELS - 1).tolist()):
@@ -454,7 +457,7 @@ class Trainer:
                 self._note(step=self.step, **self._quality(validation))
 
     def _batches(self, workers: int) -> Iterator[dict[str, Tensor]]:
-        """The crops of the steps to come."""
+        """The crops of the following steps."""
         recipe = self.recipe
         loader = DataLoader(
             self.crops,
@@ -467,7 +470,7 @@ class Trainer:
         return iter(loader)
 
     def _take_step(self, batch: Mapping[str, Tensor]) -> float:
-        """One step of the optimisers and of the average; the loss."""
+        """One step of the optimisers and of the average; returns the loss."""
         for optimiser in self.optimisers:
             optimiser.zero_grad(set_to_none=True)
             for group in optimiser.param_groups:
@@ -488,7 +491,7 @@ class Trainer:
         return value
 
     def fit_into(self, seconds: float, seconds_a_step: float) -> None:
-        """End after so many seconds more, the rate falling over the same share of the steps."""
+        """End after this many more seconds; the rate falls over the same share of the steps."""
         recipe = self.recipe
         count = self.processes.least(max(int(seconds / seconds_a_step), 1))
         steps = min(self.step + count, recipe.steps)
@@ -497,7 +500,7 @@ class Trainer:
         log.info("%.2f s a step: the training ends at step %d", seconds_a_step, steps)
 
     def _quality(self, validation: Sequence[Brain]) -> dict[str, Any]:
-        """The gain on white noise, and E[x | y] of slices, of the averaged weights."""
+        """Gain on white noise, and PSNR of E[x | y] of slices, for the averaged weights."""
         own = self.prior()
         stacks = stack_errors(own, validation, (5.0,), limit=1) if own.takes_stacks else {}
         return {"gain": gains(own, validation), "stacks": stacks}
@@ -509,7 +512,7 @@ class Trainer:
             torch._foreach_lerp_(list(self.average.parameters()), own, 1 - decay)
 
     def prior(self) -> Prior:
-        """The averaged weights as the engine sees them, without a measured spectrum."""
+        """The averaged weights as a ``Prior``, without a measured spectrum."""
         copy = Precondition(UNet(**self.average.network.config), self.average.band_sd)
         copy.load_state_dict(self.average.state_dict())
         facts = {"recipe": asdict(self.recipe)}
@@ -526,9 +529,8 @@ class Trainer:
 
 
 def spread_loss(error: Tensor, sd: Tensor, *, inside: Tensor) -> Tensor:
-    """Log likelihood of errors under N(0, sd²), its sign turned; least where sd² = E[error²].
-
-    Background counts ``OUTSIDE`` as much as the brain: its errors are a thousandth.
+    """Negative log likelihood of errors under N(0, sd²), minimal at sd² = E[error²]. The
+    background has the weight ``OUTSIDE``: its errors are a thousandth of those in the brain.
     """
     weight = torch.where(inside, 1.0, OUTSIDE)
     each = 0.5 * (error / sd).square() + sd.log()
@@ -552,9 +554,9 @@ def export(
 ) -> dict[str, Any]:
     """Measure the error spectra on the validation brains and write the weights.
 
-    ``limit`` brains a contrast are measured; ``inflation`` is that of ``sample_conditional``.
-    Where the SD alone was learned, ``finished`` are the weights that it was learned of: their
-    spectra stay. Returns the metadata.
+    ``limit`` brains per contrast are measured; ``inflation`` is that of ``sample_conditional``. If
+    only the SD was trained, ``finished`` are the weights with which it was trained; their spectra
+    are kept. Returns the metadata.
     """
     prior = trainer.prior()
     held_out = [brain for brain in brains if brain.split == "validation"]
@@ -608,18 +610,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     data.add_argument("--labels", type=Path, help="label maps with FreeSurfer values")
     data.add_argument("--average", type=Path, help="the MNI305 average head (avg305T1.nii)")
-    data.add_argument("--validation", nargs="*", default=[], help="participants, label maps")
-    data.add_argument("--exclude", nargs="*", default=[], help="participants, label maps left out")
+    data.add_argument(
+        "--validation",
+        nargs="*",
+        default=[],
+        help="participants and label maps of the validation set",
+    )
+    data.add_argument(
+        "--exclude", nargs="*", default=[], help="participants and label maps to exclude"
+    )
     train = parser.add_argument_group("training")
     train.add_argument("--steps", type=int, default=recipe.steps)
-    train.add_argument("--decay", type=int, default=recipe.decay, help="last, falling steps")
+    train.add_argument(
+        "--decay", type=int, default=recipe.decay, help="last steps, over which the rate falls"
+    )
     train.add_argument(
         "--minutes",
         type=float,
-        help="end after so long: --steps are the most, and --decay keeps its share of them",
+        help="end after this time: --steps are the maximum, and --decay keeps its share of them",
     )
     train.add_argument(
-        "--batch", type=int, default=recipe.batch, help="crops a step (in each process)"
+        "--batch", type=int, default=recipe.batch, help="crops per step (in each process)"
     )
     train.add_argument("--size", type=int, default=recipe.size, help="edge of a crop in voxels")
     train.add_argument("--learning-rate", type=float, default=recipe.learning_rate)
@@ -629,7 +640,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stacks", type=float, default=recipe.stacks, help="share of crops with known slices"
     )
     train.add_argument(
-        "--holes", type=float, default=recipe.holes, help="share of crops known but for a hole"
+        "--holes",
+        type=float,
+        default=recipe.holes,
+        help="share of crops with a scan that has a hole",
     )
     train.add_argument(
         "--conditioned-sigma",
@@ -637,7 +651,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs=2,
         default=recipe.conditioned_sigma,
         metavar=("LOW", "HIGH"),
-        help="noise of the crops that come with measurements",
+        help="lowest and highest noise of the crops that come with measurements",
     )
     train.add_argument(
         "--blind",
@@ -648,14 +662,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument(
         "--spread",
         action="store_true",
-        help="learn the SD of the error of E[x | y] alone; --begin-with has the weights, which "
-        "stay as they are",
+        help="train only the output for the SD of the error of E[x | y]; the weights of "
+        "--begin-with do not change",
     )
     train.add_argument(
         "--begin-with",
         type=Path,
         metavar="WEIGHTS",
-        help="begin with these weights, not random ones",
+        help="start from these weights instead of random ones",
     )
     train.add_argument("--seed", type=int, default=recipe.seed)
     train.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1; torchrun: cpu, cuda")
@@ -665,9 +679,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--validate-every", type=int, default=500)
     out = parser.add_argument_group("result")
     out.add_argument("--out", type=Path, help="weights file to write at the end")
-    out.add_argument("--name", default="brainprior-small", help="name kept with the weights")
+    out.add_argument("--name", default="brainprior-small", help="name stored in the weights file")
     out.add_argument(
-        "--spectrum-brains", type=int, default=3, help="validation brains a contrast for V_sigma"
+        "--spectrum-brains", type=int, default=3, help="validation brains per contrast for V_sigma"
     )
     out.add_argument(
         "--inflation",
@@ -678,21 +692,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out.add_argument(
         "--regional-error",
         type=float,
-        help="SD of the error that samples share in the mean over a structure, of the brain's "
-        "99th percentile (benchmarks/coverage.py --choose); kept with the weights",
+        help="SD of the error common to all samples in the mean of a structure, relative to the "
+        "brain's 99th percentile (benchmarks/coverage.py --choose); stored with the weights",
     )
     out.add_argument(
-        "--export-only", action="store_true", help="write --out from the checkpoint, no training"
+        "--export-only",
+        action="store_true",
+        help="write --out from the checkpoint, without training",
     )
     out.add_argument(
         "--picture",
         type=Path,
-        help="write a PNG of samples of --out, else of the embedded weights",
+        help="write a PNG of samples of --out, or of the embedded weights",
     )
     out.add_argument(
         "--evaluate",
         action="store_true",
-        help="print how well --out, or the embedded weights, do on the validation brains",
+        help="print the accuracy of --out, or of the embedded weights, on the validation brains",
     )
 
 
@@ -710,18 +726,18 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _build_packs(args: argparse.Namespace) -> None:
-    """The packs that were asked for and are not there yet.
+    """Build the requested packs that do not exist yet.
 
     Raises
     ------
     UsageError
-        If ``--validation`` or ``--exclude`` names no participant: one of the test set must not be
-        trained on for a slip of the pen.
+        If ``--validation`` or ``--exclude`` names no participant: a misspelt label must not put a
+        participant of the test set into the training.
     """
     if args.data is not None and args.heads is not None:
         raise UsageError("train prior: give --data or --heads, not both.")
     there = [stem for stem in ("pack", "synthetic") if list(args.work.glob(f"{stem}-*.npz"))]
-    known: dict[str, set[str]] = {}
+    labels: dict[str, set[str]] = {}
     for option in ("data", "heads", "labels"):
         source = getattr(args, option)
         if source is None or ("synthetic" if option == "labels" else "pack") in there:
@@ -729,30 +745,33 @@ def _build_packs(args: argparse.Namespace) -> None:
         if args.average is None and option != "heads":
             raise UsageError(f"--{option} needs --average, the MNI305 average head.")
         stems = {path.name.split(".")[0] for path in source.rglob("*.nii*")}
-        known[option] = stems | {stem.split("_")[0].removeprefix("sub-") for stem in stems}
-    asked = {
+        labels[option] = stems | {stem.split("_")[0].removeprefix("sub-") for stem in stems}
+    requested = {
         what: [name.removeprefix("sub-") for name in getattr(args, what)]
         for what in ("validation", "exclude")
     }
-    unknown = sorted(set().union(*asked.values()) - set().union(*known.values()))
-    if known and unknown:
-        found = f"train prior: no participant and no label map {', '.join(unknown)}"
+    unknown = sorted(set().union(*requested.values()) - set().union(*labels.values()))
+    if labels and unknown:
+        problem = f"train prior: no participant and no label map {', '.join(unknown)}"
         if not there:
-            raise UsageError(f"{found} in what was given. Correct --validation or --exclude.")
-        log.warning("%s in what is prepared now; are they in the packs that are there?", found)
-    for option, names in known.items():
+            raise UsageError(f"{problem} in the data. Correct --validation or --exclude.")
+        log.warning("%s in the data prepared now; are they in the existing packs?", problem)
+    for option, names in labels.items():
         build = build_synthetic_pack if option == "labels" else build_pack
         build(
             getattr(args, option),
             None if option == "heads" else args.average,
             args.work,
             processes=max(args.workers, 1),
-            **{what: [name for name in given if name in names] for what, given in asked.items()},
+            **{
+                what: [name for name in given if name in names]
+                for what, given in requested.items()
+            },
         )
 
 
 def _print_quality(prior: Prior, held_out: Sequence[Brain]) -> None:
-    """The two tables of the model card: two brains a contrast, then four."""
+    """The two tables of the model card: two brains per contrast, then four."""
     print("RMS error inside the brain / sigma, by contrast and sigma")
     for contrast, row in gains(prior, held_out).items():
         print(contrast, "  ".join(f"{sigma}: {value:.3f}" for sigma, value in row.items()))

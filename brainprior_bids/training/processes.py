@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One training in several processes, as ``torchrun`` starts them.
-
-Every process has its own crops of a step and the same weights; gradients are averaged, so N
-processes with batch B take the step that one process with batch N B would take. Process 0 alone
-writes. Without ``torchrun`` there is one process, and every method returns what it was given.
+"""One training in several processes started by ``torchrun``. Every process has its own crops of a
+step and the same weights; gradients are averaged, so N processes with batch B take the same step
+as one process with batch N B. Only process 0 writes. Without ``torchrun`` there is one process,
+and every method returns its argument.
 """
 
 from __future__ import annotations
@@ -20,19 +19,19 @@ from torch import Tensor, nn
 from brainprior_bids.engine.errors import UsageError
 
 PATIENCE = timedelta(days=7)
-"""How long a process waits for the others: process 0 may be preparing thousands of scans."""
+"""Time for which a process waits for the others: process 0 may be preparing thousands of scans."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """Which process this is, and of how many.
+    """The rank of this process, and the number of processes.
 
     Parameters
     ----------
     rank, size : int
         This process counts from 0.
     device : torch.device
-        Where this process computes.
+        Device of this process.
     """
 
     rank: int
@@ -66,9 +65,9 @@ class Processes:
         flat = torch.cat([*(part.float() for part in parts), has, loss.reshape(1)])
         dist.all_reduce(flat)
         flat /= self.size
-        found = flat[-1 - len(own) : -1] > 0
+        has_gradient = flat[-1 - len(own) : -1] > 0
         start = 0
-        for p, some in zip(own, found.tolist(), strict=True):
+        for p, some in zip(own, has_gradient.tolist(), strict=True):
             if some:
                 p.grad = flat[start : start + p.numel()].reshape(p.shape).to(p.dtype)
             start += p.numel()
@@ -89,7 +88,7 @@ class Processes:
                 dist.broadcast(tensor, 0)
 
     def wait(self) -> None:
-        """Until every process has come here."""
+        """Wait until every process has called this."""
         if self.size > 1:
             dist.barrier()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Unconditional samples of a prior: what it believes a brain to be, for the model card."""
+"""Unconditional samples of a prior, for the model card."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def unconditional(
 
 
 def draw_samples(prior: Prior, path: Path, contrasts: Sequence[str], *, n_steps: int) -> None:
-    """A picture with one sample a contrast: sagittal, coronal and two axial slices."""
+    """A picture with one sample per contrast: sagittal, coronal and two axial slices."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 2.4 * len(contrasts)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How well a denoiser does on brains it has not seen: gain and error spectrum."""
+"""Accuracy of a denoiser on validation brains: gain and error spectrum."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def examples(
 ) -> list[tuple[NDArray[np.float32], NDArray[np.float64]]]:
     """(image, voxel to MNI305) of one contrast: scans, then scans through a curve, then synthetic.
 
-    The curves are drawn from a fixed seed, so every measurement sees the same images.
+    The curves are drawn from a fixed seed, so every measurement uses the same images.
     """
     plain = [b for b in brains if b.contrast == contrast and not b.synthetic]
-    made = [b for b in brains if b.contrast == contrast and b.synthetic]
+    synthetic = [b for b in brains if b.contrast == contrast and b.synthetic]
     images = [(TABLE.astype(np.float32)[b.data], b.to_mni305) for b in plain[:limit]]
     if not plain:
         rng = np.random.default_rng(7)
@@ -43,7 +43,7 @@ def examples(
             images.append(
                 (intensity_curve(brain.tissues, contrast, rng)[brain.data], brain.to_mni305)
             )
-    images += [(TABLE.astype(np.float32)[b.data], b.to_mni305) for b in made]
+    images += [(TABLE.astype(np.float32)[b.data], b.to_mni305) for b in synthetic]
     return images[:limit]
 
 
@@ -75,7 +75,7 @@ def gains(
 ) -> dict[str, dict[str, float]]:
     """RMS error inside the brain divided by sigma, per contrast and level, on a central 96³ crop.
 
-    Below 1 the denoiser does better than leaving the image alone.
+    Below 1, the denoised image is better than the noisy one.
     """
     table: dict[str, dict[str, float]] = {}
     for contrast in CONTRASTS:
@@ -141,8 +141,8 @@ def stack_errors(
 ) -> dict[str, dict[str, float]]:
     """PSNR in dB of ``E[x | y]``, per contrast and slice spacing.
 
-    y: axial slices, a profile of steep flanks as wide as the spacing, noise 0.01; the prior is
-    given the trapezoid that the engine assumes.
+    y has axial slices, a profile with steep flanks as wide as the spacing, and noise 0.01; the
+    prior is conditioned on the trapezoid that the engine assumes.
     """
     table: dict[str, dict[str, float]] = {}
     for contrast in CONTRASTS:
@@ -157,8 +157,8 @@ def stack_errors(
                 centres = torch.arange(spacing / 2, size, spacing, dtype=torch.float64)
                 y = crop.image @ sampled_profile(profile(2, spacing), centres, size).float().T
                 y = y + 0.01 * torch.randn(y.shape, generator=generator)
-                known = sampled_profile(trapezoid_profile(spacing), centres, size)
-                error, _ = one_call(prior, crop, contrast, Stack(y, known, 2, 0.01), noise)
+                weights = sampled_profile(trapezoid_profile(spacing), centres, size)
+                error, _ = one_call(prior, crop, contrast, Stack(y, weights, 2, 0.01), noise)
                 sums[spacing] += float(error.square().mean()) / len(images)
         if images:
             table[contrast] = {
@@ -210,7 +210,7 @@ def radial_power(error: Tensor, inside_share: float) -> tuple[Tensor, Tensor]:
 def measure_spectra(
     prior: Prior, brains: Sequence[Brain], *, sigmas: Sequence[float] = SIGMAS, limit: int = 3
 ) -> dict[str, ErrorSpectrum]:
-    """The error spectrum of every contrast there are brains for; "unknown" always.
+    """The error spectrum of every contrast for which there are brains, and of "unknown".
 
     "unknown" is measured on one brain of the first and one of the last contrast, with the
     contrast hidden from the network.
@@ -231,10 +231,10 @@ def measure_spectra(
                 power, number = radial_power(error, share)
                 sums[row] += power
             counts += number
-        seen = counts > 0  # the lowest bins may hold no frequency of a small volume
+        occupied = counts > 0  # the lowest bins may hold no frequency of a small volume
         spectra[contrast] = ErrorSpectrum(
             torch.tensor(sigmas, dtype=torch.float64),
-            centres[seen],
-            (sums / counts)[:, seen],
+            centres[occupied],
+            (sums / counts)[:, occupied],
         )
     return spectra

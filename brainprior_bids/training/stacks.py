@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured of training crops: stacks of slices, and scans with holes."""
+"""Simulated measurements of training crops: stacks of slices, and scans with holes."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from brainprior_bids.engine.stacks import Stack, keep
 from brainprior_bids.engine.voxels import Voxels
 
 AXES = (0.25, 0.25, 0.5)
-"""How often the slices are sagittal, coronal, axial."""
+"""Frequency of sagittal, coronal and axial slices."""
 SPACING_MM = ((1.6, 3.0, 0.2), (3.0, 6.5, 0.7), (6.5, 8.0, 0.1))
 """Smallest and largest spacing, share of the stacks: most clinical slices are 3 to 6 mm."""
 STATED = ((0.7, trapezoid_profile), (0.85, gaussian_profile), (1.0, boxcar_profile))
-"""What a scan's profile is taken for, by cumulative share: mostly ``Acquisition``'s default."""
+"""The stated profile of a scan, by cumulative share: mostly ``Acquisition``'s default."""
 WIDTH = (0.75, 1.1)
-"""Thickness over spacing."""
+"""Range of the ratio of thickness to spacing."""
 MISMATCH = 0.1
 """The true thickness differs from the stated one by up to this share."""
 NOISE_SD = (0.004, 0.04)
 COARSE = 0.2
-"""Share of the stacks with voxels above 1 mm in their plane, and how far above."""
+"""Share of the stacks with in-plane voxels above 1 mm, and the range of their size."""
 IN_PLANE_MM = (1.05, 2.2)
 THREE_D = 0.1
 """Share of the stacks that are 3-D scans, whose slices are sinc-shaped, and their spacing."""
@@ -69,18 +69,17 @@ def profile(kind: int, thickness: float) -> Callable[[Tensor], Tensor]:
 
 
 def sampled_profile(cumulative: Callable[[Tensor], Tensor], centres: Tensor, size: int) -> Tensor:
-    """(n_slices, size) float64 shares of voxels of 1 mm; what lies beyond the crop is not seen."""
+    """(n_slices, size) float64 weights of 1 mm voxels; the part beyond the crop is omitted."""
     edges = torch.arange(size + 1, dtype=torch.float64)
     return cumulative(edges[None] - centres[:, None]).diff(dim=1)
 
 
 def draw_stack(image: Tensor, generator: torch.Generator) -> Stack:
-    """A random stack of a crop (c, c, c): what a scanner would give, and what one knows of it.
-
-    The measurement has a profile and a thickness of its own; its ``slice_weights`` have one of
-    ``STATED`` and the *stated* thickness, as for a scan, whose true profile is unknown. Some
-    have measured the lower spatial frequencies of the plane alone; some are 3-D scans, which have
-    done so along the third axis too.
+    """A random stack of a crop (c, c, c): simulated measurements and their stated description. The
+    measurement has its own profile and thickness; its ``slice_weights`` have a profile of
+    ``STATED`` and the *stated* thickness, as for a scan whose true profile is unknown. Some stacks
+    contain only the lower in-plane frequencies; some are 3-D scans, which contain only the lower
+    frequencies along the third axis too.
     """
     u = torch.rand(7, generator=generator).tolist()
     axis = 0 if u[0] < AXES[0] else 1 if u[0] < AXES[0] + AXES[1] else 2
@@ -91,24 +90,24 @@ def draw_stack(image: Tensor, generator: torch.Generator) -> Stack:
     three_d = u[6] < THREE_D
     if three_d:
         n_slices = round(size / log_uniform(*THREE_D_MM, generator))
-        known = resampling_matrix(size, n_slices)
+        stated_weights = resampling_matrix(size, n_slices)
     centres = torch.arange((u[3] - 0.5) * spacing, size, spacing, dtype=torch.float64)
     kind = int(torch.randint(3, (), generator=generator))
     noise_sd = log_uniform(*NOISE_SD, generator)
-    measured = (known if three_d else sampled_profile(profile(kind, true), centres, size)).to(
-        image
-    )
+    measured = (
+        stated_weights if three_d else sampled_profile(profile(kind, true), centres, size)
+    ).to(image)
     y = torch.tensordot(measured, image, dims=([1], [axis])).movedim(0, axis)
     y = y + noise_sd * torch.randn(y.shape, generator=generator)
     if not three_d:
         guess = next(profile for share, profile in STATED if u[4] <= share)
-        known = sampled_profile(guess(stated), centres, size)
-    kept = (1.0, 1.0)
+        stated_weights = sampled_profile(guess(stated), centres, size)
+    in_plane = (1.0, 1.0)
     if u[5] < COARSE:
         share = 1 / log_uniform(*IN_PLANE_MM, generator)
-        kept = (share, min(share * log_uniform(0.9, 1.1, generator), 1.0))
-        y = keep(y, axis, kept)
-    return Stack(y, known, axis, noise_sd, kept)
+        in_plane = (share, min(share * log_uniform(0.9, 1.1, generator), 1.0))
+        y = keep(y, axis, in_plane)
+    return Stack(y, stated_weights, axis, noise_sd, in_plane)
 
 
 def slices_last(image: Tensor, matrix: Tensor, stack: Stack) -> tuple[Tensor, Tensor, Stack]:
@@ -142,7 +141,7 @@ def draw_voxels(image: Tensor, generator: torch.Generator) -> Voxels:
         return Voxels(y, hidden, noise_sd)
     brain = (image > 0.05).nonzero()
     for _ in range(int(torch.randint(1, 4, (), generator=generator))):
-        where = brain if len(brain) else torch.tensor([[n // 2 for n in image.shape]])
-        at = where[int(torch.randint(len(where), (), generator=generator))]
+        candidates = brain if len(brain) else torch.tensor([[n // 2 for n in image.shape]])
+        at = candidates[int(torch.randint(len(candidates), (), generator=generator))]
         hidden |= draw_hole(image.shape, at, generator)
     return Voxels(y, hidden, noise_sd)

@@ -46,7 +46,7 @@ BRAIN = (2, 3, 4, 5, 7, 8, 10, 11, 12, 13, 14, 15, 16, 17, 18, 26, 28)
 """Left and middle structures with labels of their own; their right partners are in LEFT_RIGHT."""
 
 MERGED_INTO = {25: 2, 57: 41, 30: 12, 62: 51, 136: 4, 163: 43, 137: 5, 164: 44, 31: 4, 63: 43}
-"""Small parts -> the structure they are counted with: lesions, vessels, plexus."""
+"""Small parts -> the structure with which they are merged: lesions, vessels, plexus."""
 
 CSF = 24
 OUTSIDE = {
@@ -113,10 +113,9 @@ def bounding_box(mask: NDArray[np.bool_], margin: int) -> tuple[slice, ...]:
 
 
 def brain_mask(labels: NDArray[np.integer], *, radius: float = 7.0) -> NDArray[np.bool_]:
-    """The brain as skull-strippers cut it: structures and the fluid between the gyri.
-
+    """The brain mask as from skull-stripping programs: structures and the fluid between the gyri.
     The structures are closed with a ball, so that sulci are inside, one voxel of fluid is kept
-    around them, and what is neither structure nor fluid (bone, veins) stays outside.
+    around them, and other tissue (bone, veins) is excluded.
 
     Parameters
     ----------
@@ -248,7 +247,7 @@ CLASSES = (
     OUTER_CSF,
     HEAD,
 )
-"""Label values the parcellation tells apart, in the order of the network's channels."""
+"""Label values that the parcellation distinguishes, in the order of the network's channels."""
 
 _CLASS_OF_OUTSIDE = {502: OUTER_CSF, 514: OUTER_CSF, 515: SKULL, 516: SKULL}
 
@@ -266,7 +265,7 @@ _T2_OUTSIDE = {
 
 
 def mean_t1_head(labels: NDArray[np.integer]) -> NDArray[np.float32]:
-    """A T1w-like head without any randomness: every label at its published mean, 0-255."""
+    """A T1w-like head without randomness: every label at its published mean, 0-255."""
     values = np.unique(labels)
     mean_of = np.zeros(int(values.max()) + 1, np.float32)
     for value in values:
@@ -279,7 +278,7 @@ def mean_t1_head(labels: NDArray[np.integer]) -> NDArray[np.float32]:
 
 @dataclass(frozen=True)
 class HeadMap:
-    """One head's labels, ready to be drawn from.
+    """The labels of one head, prepared for drawing.
 
     Parameters
     ----------
@@ -321,13 +320,13 @@ class HeadMap:
             elif merged not in CLASSES:
                 merged = _CLASS_OF_OUTSIDE.get(value, HEAD) if value >= 500 else CSF
             targets.append(CLASSES.index(merged))
-        where = np.argwhere(mask)
+        inside = np.argwhere(mask)
         shell = np.argwhere(mask & ~ndimage.binary_erosion(mask))[::37]
         return cls(
             codes=torch.from_numpy(codes),
             values=tuple(values),
             targets=torch.tensor(targets),
-            centre=torch.from_numpy((where.min(0) + where.max(0)) / 2).float(),
+            centre=torch.from_numpy((inside.min(0) + inside.max(0)) / 2).float(),
             surface=torch.from_numpy(shell).float(),
         )
 
@@ -369,8 +368,8 @@ def slice_matrix(
     low = torch.maximum(centres[:, None] - thickness_mm / 2, positions - voxel_mm / 2)
     high = torch.minimum(centres[:, None] + thickness_mm / 2, positions + voxel_mm / 2)
     average = (high - low).clamp_min(0)
-    kept = average.sum(1) > 0
-    average, centres = average[kept], centres[kept]
+    covered = average.sum(1) > 0
+    average, centres = average[covered], centres[covered]
     average = average / average.sum(1, keepdim=True)
     if len(centres) == 1:
         return average, torch.ones((n, 1))
@@ -387,7 +386,7 @@ def _along(x: Tensor, matrix: Tensor, axis: int) -> Tensor:
 
 @dataclass(frozen=True)
 class HeadSettings:
-    """What one synthetic head is drawn with; None means: at random.
+    """Settings of one synthetic head; None means random.
 
     Parameters
     ----------
@@ -566,7 +565,7 @@ class HeadSynthesiser:
     def _outside_texture(
         self, image: Tensor, target: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """Make muscle and fat differ: patches of another intensity outside the brain."""
+        """Patches of another intensity outside the brain, for muscle and fat."""
         outside = (target == CLASSES.index(HEAD)) | (target == CLASSES.index(SKULL))
         strength = _uniform(generator, 0.0, 0.9)
         nodes = int(torch.randint(6, 24, (), generator=generator))
@@ -604,7 +603,7 @@ class HeadSynthesiser:
         return image * keep, torch.where(keep, target, 0)
 
     def _face(self, head: HeadMap, points: Tensor, generator: torch.Generator) -> Tensor:
-        """What a defacing tool cuts away: in front of and below one or two planes."""
+        """The region that a defacing tool removes: in front of and below one or two planes."""
         removed = torch.ones(self.shape, dtype=torch.bool)
         for _ in range(1 if _uniform(generator, 0, 1) < 0.5 else 2):
             angle = np.deg2rad(_uniform(generator, 5, 75))
@@ -652,7 +651,7 @@ class HeadSynthesiser:
 
 
 def _mirrored(value: int) -> int:
-    """The label on the other side; values without sides stay."""
+    """The label on the other side; midline values are unchanged."""
     other = LEFT_RIGHT | {right: left for left, right in LEFT_RIGHT.items()}
     return other.get(value, value)
 
@@ -672,8 +671,8 @@ def _rotation(angles: Tensor) -> Tensor:
 def _grid_sample(volume: Tensor, points: Tensor, mode: str) -> Tensor:
     """(1, 1, i, j, k) at (a, b, c, 3) voxel coordinates -> (a, b, c); zero outside."""
     size = torch.tensor(volume.shape[2:]) - 1
-    where = (points / size * 2 - 1).flip(-1)[None]  # grid_sample wants the last axis first
-    return functional.grid_sample(volume, where, mode=mode, align_corners=True)[0, 0]
+    locations = (points / size * 2 - 1).flip(-1)[None]  # grid_sample wants the last axis first
+    return functional.grid_sample(volume, locations, mode=mode, align_corners=True)[0, 0]
 
 
 def _halfway(volume: Tensor) -> Tensor:

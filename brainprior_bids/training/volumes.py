@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How large brains and their structures are, as the embedded network measures them.
+"""Volumes of brains and their structures, as measured by the embedded network.
 
-Every brain is labelled as a scan is, and the volumes' natural logarithms are averaged over the
-participants. Measurements by one network are compared with each other, so its own bias cancels in
-a T1w. In a T2w or FLAIR, for which no such set was measured, it does not cancel wholly.
+Every brain is labelled like a scan, and the natural logarithms of the volumes are averaged over
+the participants. Only measurements by one network are compared, so its bias cancels in a T1w. In a
+T2w or FLAIR, for which no such set was measured, it does not cancel fully.
 """
 
 from __future__ import annotations

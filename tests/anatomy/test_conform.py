@@ -384,7 +384,7 @@ def test_outliers_far_below_an_image_without_a_zero_are_refused(tmp_path):
         (np.ones((8, 8, 8, 1, 3), np.int16), "got 3 volumes"),
         (np.ones((64, 64, 1), np.int16), "at least 4 voxels along each axis"),
         (np.ones((64, 64), np.int16), "expected a 3-D volume"),
-        (np.ones((8, 8, 8), np.complex64), "expected one real number a voxel"),
+        (np.ones((8, 8, 8), np.complex64), "expected real scalar voxels"),
     ],
 )
 def test_what_is_no_scan_is_refused(tmp_path, data, message):

@@ -65,7 +65,7 @@ def test_a_lesion_that_the_brain_mask_leaves_out_is_added_to_it():
 def test_little_left_is_said_and_nothing_left_is_refused():
     assert prepare(block(slice(18, 22), slice(18, 22), slice(5, 6))).warnings == []
     (warning,) = prepare((BRAIN > 0) & block(slice(0, 20))).warnings
-    assert "little is left to condition on" in warning
+    assert "few measurements are left" in warning
     with pytest.raises(InputError, match="covers the whole brain"):
         prepare(BRAIN > 0)
     with pytest.raises(InputError, match="does not touch the brain"):

@@ -304,7 +304,7 @@ def test_the_rescue_is_a_warning_of_prepare(prepared, files, without_structures,
     monkeypatch.setattr(rescue, "register_to_template", lambda *_, **__: prepared.to_mni305)
     rescued = prepare(files / "sub-01_T1w.nii", metadata=METADATA, unbias=False)
     assert rescued.affine.method == AffineMethod.TEMPLATE
-    assert any("The structures did not lead to MNI305" in text for text in rescued.warnings)
+    assert any("The structures yielded no affine to MNI305" in text for text in rescued.warnings)
 
 
 def test_a_lesion_outside_the_brain_is_refused(prepared, files, monkeypatch, tmp_path):
@@ -428,7 +428,8 @@ def test_a_network_that_fails_stops_only_where_it_is_needed(blind, supplied):
     brain = find_brain(head(), network=blind, sources=supplied)
     assert "mask_agreement" not in brain.facts
     assert brain.warnings == [
-        "The given mask could not be compared with the embedded network's, which found no brain: "
+        "The supplied mask could not be compared with the embedded network's, which found no "
+        "brain: "
         "parcellate: expected a brain."
     ]
     for sources in (None, BrainSources("skip"), replace(supplied, parcellation="embedded")):

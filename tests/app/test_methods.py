@@ -137,5 +137,5 @@ def test_registration_to_templates_is_named_where_it_ran():
     assert "registered to MNI152NLin2009cAsym (TemplateFlow [@templateflow]) by an affine" in text
     assert "(SyN [@syn], ANTsPy 1; metric: local cross-correlation (T1w))" in text
     assert "Other contrasts" not in text
-    assert "Other contrasts were taken there" in methods_text([moved, MEAN])
+    assert "Other contrasts were resampled through" in methods_text([moved, MEAN])
     assert "TemplateFlow" not in methods_text([ONE, MEAN])

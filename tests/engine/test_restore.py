@@ -561,7 +561,7 @@ def test_memory_that_runs_out_beside_the_network_is_said(monkeypatch, error):
         raise error
 
     monkeypatch.setattr(Likelihood, "draw", hungry)
-    with pytest.raises(MemoryShortageError, match=r"restore: out of memory beside .*Draw fewer"):
+    with pytest.raises(MemoryShortageError, match=r"restore: out of memory outside .*Draw fewer"):
         run(phantom(), n_samples=1)
     error = RuntimeError("mat1 and mat2")
     with pytest.raises(RuntimeError, match="mat1"):

@@ -402,7 +402,7 @@ def test_nobody_is_trained_on_for_a_slip_of_the_pen(tmp_path, monkeypatch):
     parser = argparse.ArgumentParser()
     prior.add_arguments(parser)
     command = [str(tmp_path / "work"), "--heads", str(tmp_path), "--validation", "sub-02"]
-    with pytest.raises(UsageError, match="no label map 3 in what was given"):
+    with pytest.raises(UsageError, match="no label map 3 in the data"):
         prior._build_packs(parser.parse_args([*command, "--exclude", "3"]))
     assert not built
     prior._build_packs(parser.parse_args([*command, "--exclude", "03"]))

@@ -35,7 +35,7 @@ def conjugate_gradients(
     start : tensor, optional
         A first guess (warm start).
     residual_size : function, optional
-        What is compared with ``tolerance``; by default ``|r| / |rhs|``.
+        The value that is compared with ``tolerance``; by default ``|r| / |rhs|``.
 
     Returns
     -------
@@ -91,7 +91,7 @@ def split_conjugate_gradients(
     max_iterations: int,
     who: str,
 ) -> tuple[Tensor, int]:
-    """Solve ``(K + diag(excess)) u = rhs`` with ``K^-1`` as preconditioner and nothing else.
+    """Solve ``(K + diag(excess)) u = rhs`` using ``K^-1`` only, as the preconditioner.
 
     ``M z = r + excess z`` for ``z = K^-1 r``, so that an iteration costs one product with K^-1
     and none with K; the search direction's product follows by the same recurrence as itself.

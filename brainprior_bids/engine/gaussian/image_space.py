@@ -2,8 +2,8 @@
 """The image-space strategy: any linear operators, solved by conjugate gradients.
 
 For an A without exploitable structure: a rotation inside A (the unknown on the MNI305 grid, as in
-arXiv 2510.15119) or several scans. It costs ten times the spectral strategy; bias fields and noise
-levels stay as they were given.
+arXiv 2510.15119) or several scans. It costs ten times as much as the spectral strategy; bias
+fields and noise levels are fixed.
 """
 
 from __future__ import annotations
@@ -32,10 +32,9 @@ PROBES, WIDTH = 2, 5
 
 @dataclass(frozen=True, eq=False)
 class _Level:
-    """One noise level; k-space is half of it, as ``rfftn`` leaves it.
-
-    With H the diagonal of ``A^T Sigma^-1 A`` there: ``own`` is ``1 / (1 + V H)``, ``back`` and
-    ``forth`` are ``(V own)^1/2`` with the columns' multiplicity.
+    """Quantities for one noise level on half of k-space, as in ``rfftn``. With H the diagonal of
+    ``A^T Sigma^-1 A`` there: ``own`` is ``1 / (1 + V H)``, ``back`` and ``forth`` are ``(V
+    own)^1/2`` with the columns' multiplicity.
     """
 
     sigma: float
@@ -46,7 +45,7 @@ class _Level:
 
 
 class ImageSpaceSolve:
-    """A ``Solve`` of a likelihood of any terms, under a V that is stationary in x.
+    """A ``Solve`` for a likelihood with any terms, under a V that is stationary in x.
 
     Parameters
     ----------
@@ -72,7 +71,8 @@ class ImageSpaceSolve:
         data, precisions = [term.y for term in terms], [term.precision() for term in terms]
         self.n_data = sum(y.numel() for y in data)
         if bool(outside.any()):
-            # x is 0 there: as certain as the most certain scan, which a wide V must be told
+            # x is 0 there: a measurement as certain as the most certain scan, needed when V is
+            # wide
             operators.append(Multiply(outside))
             data.append(torch.zeros_like(outside))
             precisions.append(outside * min(term.noise_sd for term in terms) ** -2)
@@ -92,7 +92,7 @@ class ImageSpaceSolve:
         self._h: Tensor | None = None
 
     def refine(self, mean: Tensor, sigma: float, *, bias: bool, noise: bool) -> None:
-        """Nothing: bias and noise stay as they were given."""
+        """Do nothing: bias and noise are fixed."""
 
     def draw(
         self, mean: Tensor, sigma: float, generator: torch.Generator, *, given: bool = False
@@ -112,7 +112,9 @@ class ImageSpaceSolve:
         return self._conditional(mean, sigma, self._data(mean, given))
 
     def _data(self, mean: Tensor, given: bool) -> Tensor:
-        """All measurements; with ``given`` the reference's are those that the mean predicts."""
+        """All measurements; with ``given``, the reference's are replaced by those that the mean
+        predicts.
+        """
         if not given:
             return self.y
         first = self.likelihood.reference
@@ -123,9 +125,9 @@ class ImageSpaceSolve:
     def _conditional(self, z: Tensor, sigma: float, data: Tensor) -> Tensor:
         """``z + V^1/2 (1 + V^1/2 A^T Sigma^-1 A V^1/2)^-1 V^1/2 A^T Sigma^-1 (data - A z)``.
 
-        The same as ``z + V A^T (A V A^T + Sigma)^-1 (data - A z)``, but the system lives in the
-        image's k-space, where its diagonal ``1 + V H`` is known: scaled by that it is well
-        conditioned even where V is wide, which the one over the data is not.
+        This equals ``z + V A^T (A V A^T + Sigma)^-1 (data - A z)``, but the system is solved in
+        the image's k-space, where its diagonal ``1 + V H`` is known. Scaled by this diagonal it is
+        well conditioned even where V is wide, unlike the system over the data.
         """
         level, shape = self._prepare(sigma), z.shape
 
@@ -146,7 +148,7 @@ class ImageSpaceSolve:
         w, iterations = conjugate_gradients(
             lambda v: level.own * v + forth(weighted(self.operator(back(v)))),
             forth(weighted(data - self.operator(z))),
-            # its square bounds how far A x is off, in SDs of the noise, summed over the data
+            # its square bounds the error of A x, in SDs of the noise, summed over the data
             residual_size=lambda r: float(r.norm()) / n,
             tolerance=self.limits.tolerance,
             max_iterations=self.limits.max_iterations,
@@ -156,13 +158,13 @@ class ImageSpaceSolve:
         return (z + back(w)) * self.likelihood.support
 
     def _prepare(self, sigma: float) -> _Level:
-        """V at each frequency, and what follows from it."""
+        """V at each frequency, and the quantities derived from it."""
         if self._level is None or self._level.sigma != sigma:
             device = self.likelihood.device
             spectrum = self.spectrum.variance(sigma, self.frequency).to(device)
             own = 1 / (1 + spectrum * self._diagonal())
             root = (spectrum * own).sqrt()
-            # half of k-space stands for all of it: columns with a mirror image count twice
+            # half of k-space represents all of it: columns with a mirror image count twice
             twice = root.new_full((self.frequency.shape[-1],), math.sqrt(2.0))
             twice[0] = 1.0
             if self.operator.in_shape[-1] % 2 == 0:
@@ -171,10 +173,9 @@ class ImageSpaceSolve:
         return self._level
 
     def _diagonal(self) -> Tensor:
-        """About the diagonal of ``A^T Sigma^-1 A`` in k-space, found by probing.
-
-        White noise goes through it; what returns at a frequency, over what went in, is averaged
-        over neighbouring frequencies.
+        """Approximate diagonal of ``A^T Sigma^-1 A`` in k-space, found by probing with white
+        noise: the ratio of output to input at each frequency, averaged over neighbouring
+        frequencies.
         """
         if self._h is None:
             generator = torch.Generator().manual_seed(0)
@@ -208,13 +209,13 @@ def sliced(resample: LinearOperator, box: Box, axis: int, profile: Tensor) -> Li
     Parameters
     ----------
     resample : LinearOperator
-        Ends on the image part of ``box``.
+        Its output is the image part of ``box``.
     box : Box
         The part of the scan that holds the brain.
     axis : int
-        The slices'.
+        The slice axis.
     profile : (n_slices, n_thin) float64 tensor
-        Of the whole field of view; the other axes are sinc-shaped.
+        The slice profile over the whole field of view; along the other axes it is sinc-shaped.
     """
     operator = resample
     for a in range(3):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The spectral strategy: one scan whose slices lie along an axis of the image.
 
-See ``spectral`` for the small matrices. With a bias field, voxels partly outside the brain or
-hidden ones the noise is not white: conjugate gradients in data space, preconditioned by the solve
-for white noise, take a handful of iterations.
+See ``spectral`` for the small matrices. With a bias field, hidden voxels or voxels partly outside
+the brain, the noise is not white: conjugate gradients in data space, preconditioned by the solve
+for white noise, take a few iterations.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from brainprior_bids.engine.likelihood import Likelihood
 from brainprior_bids.engine.operators.base import LinearOperator
 
 WIDE = 40.0
-"""V is wide while it gives a data voxel more than this times the noise variance."""
+"""V counts as wide if the variance it gives a data voxel is more than this times the noise
+variance."""
 MENDED, MENDINGS = 1.5, 4
-"""What x leaves of the equation beyond so many times the tolerance is rounding. It is solved for
-again, at most so often."""
+"""A residual of x in the equation that exceeds this many times the tolerance is due to rounding;
+it is solved for again, at most this many times."""
 
 
 @dataclass(frozen=True)
 class SolveLimits:
-    """When the inner conjugate gradients are done.
+    """When the inner conjugate gradients stop.
 
     The residual is compared voxel by voxel with the noise SD: an RMS of 0.02 moves the data fit
     by 2 % of the noise.
@@ -50,7 +51,7 @@ class SlicedImage(LinearOperator):
     solver : SpectralSolver
         Built with the slice axis first.
     axis : int
-        Which axis of x and y that is.
+        The slice axis of x and y.
     """
 
     def __init__(self, solver: SpectralSolver, axis: int) -> None:
@@ -64,7 +65,7 @@ class SlicedImage(LinearOperator):
         return tuple(rest)
 
     def lead(self, volume: Tensor) -> Tensor:
-        """Slice axis first."""
+        """Move the slice axis to the front."""
         return volume.movedim(self.axis, 0).contiguous()
 
     def back(self, volume: Tensor) -> Tensor:
@@ -84,7 +85,7 @@ class SlicedImage(LinearOperator):
 
 
 class SpectralSolve:
-    """A ``Solve`` of a likelihood of one term whose operator is a ``SlicedImage``."""
+    """A ``Solve`` for a likelihood with one term, whose operator is a ``SlicedImage``."""
 
     name = "spectral"
 
@@ -105,10 +106,10 @@ class SpectralSolve:
         """As ``Likelihood.draw``."""
         factors = self._level(sigma)
         variance = self._divided_variance()
-        prior_k, seen = self.solver.draw_prior(factors, generator)
+        prior_k, drawn_data = self.solver.draw_prior(factors, generator)
         noise = torch.randn(variance.shape, generator=generator).to(self.solver.device)
         drawn = variance.sqrt() * noise
-        return self._conditional(mean, sigma, prior_k, seen, drawn, variance, given=given)
+        return self._conditional(mean, sigma, prior_k, drawn_data, drawn, variance, given=given)
 
     def expect(self, mean: Tensor, sigma: float, *, given: bool = False) -> Tensor:
         """As ``Likelihood.expect``."""
@@ -120,17 +121,17 @@ class SpectralSolve:
         """One step of the bias field and of the noise level.
 
         The innovation ``e = y - b A m`` has covariance ``b A V A^T b + Sigma``: x is integrated
-        out under V, so that a level where V is wide moves nothing, and only voxels wholly inside
-        the brain count.
+        out under V, so that a level with a wide V changes nothing; only voxels wholly inside the
+        brain count.
         """
         if not (bias or noise):
             return
         term, factors, lead = self.term, self._level(sigma), self.operator.lead
-        seen = term.operator(mean)
+        prediction_alone = term.operator(mean)
 
         def innovation() -> tuple[Tensor, Tensor]:
-            prediction = torch.where(term.core, term.bias * seen, 0.0)
-            return prediction, torch.where(term.core, term.y - term.bias * seen, 0.0)
+            prediction = torch.where(term.core, term.bias * prediction_alone, 0.0)
+            return prediction, torch.where(term.core, term.y - term.bias * prediction_alone, 0.0)
 
         if bias:
             term.nuisance.step_bias(
@@ -143,7 +144,7 @@ class SpectralSolve:
             term.nuisance.step_noise(power, self.solver.inverse_traces(factors), term.y.numel())
 
     def _level(self, sigma: float) -> LevelFactors:
-        """The small matrices of this noise level, for the noise of the data as it is now."""
+        """The small matrices of this noise level, for the current noise of the data."""
         noise = self.term.noise_sd**2
         if self._factors is None or self._factors[0] != sigma:
             self._factors = sigma, self.solver.factors(self.spectrum, sigma, noise)
@@ -153,7 +154,7 @@ class SpectralSolve:
         return self._factors[1]
 
     def _divided_variance(self) -> Tensor:
-        """Of y / b, which is ``A x + n / b``; slice axis first."""
+        """Variance of y / b = ``A x + n / b``; slice axis first."""
         return self.operator.lead(self.term.variance() / self.term.bias**2)
 
     def _conditional(
@@ -171,13 +172,15 @@ class SpectralSolve:
 
         ``prior_k`` is v ~ N(0, V) in k-space, ``seen`` is A v, ``drawn`` is Sigma^1/2 n.
 
-        Where V is very wide, u at low frequencies is the small difference of large numbers, and
-        V A^T turns its float32 rounding into an offset of the whole image (a third of the noise
-        SD in a head of 200 x 200 x 150 at sigma 30). So x itself is put into the equation, and
-        what it leaves there is solved for again (iterative refinement).
+        Where V is very wide, u at low frequencies is a small difference of large numbers, and V
+        A^T turns its float32 rounding into an offset of the whole image (a third of the noise SD
+        in a head of 200 x 200 x 150 at sigma 30). Therefore x is inserted into the equation, and
+        its residual is solved for again (iterative refinement).
         """
         if given:
-            raise UsageError("spectral solve: the denoiser was given the only scan there is.")
+            raise UsageError(
+                "spectral solve: the denoiser is already conditioned on the only scan."
+            )
         factors, m = self._level(sigma), self.operator.lead(mean)
         data = self.operator.lead(self.term.y / self.term.bias)
         rhs = data + drawn - seen - self.solver.forward(m)
@@ -208,9 +211,10 @@ class SpectralSolve:
     def _solve(self, factors: LevelFactors, rhs: Tensor, variance: Tensor, sigma: float) -> Tensor:
         """``(A V A^T + Sigma / b^2)^-1 rhs``, on the measured voxels alone where some are hidden.
 
-        While V is wide and nothing is hidden the stationary solve is a good preconditioner as it
-        is. Once V is narrow the differing precisions of the voxels rule: then it is scaled by what
-        each voxel's own precision makes of it, at the price of a second product an iteration.
+        While V is wide and nothing is hidden, the stationary solve is a good preconditioner by
+        itself. Once V is narrow, the different precisions of the voxels dominate; then the
+        preconditioner is scaled by each voxel's precision, at the cost of a second product per
+        iteration.
         """
         solver, noise = self.solver, factors.noise_variance
         spread = solver.mean_variance(factors)

@@ -1,19 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Slices along a grid axis under a spectral covariance, one in-plane frequency at a time.
 
-Symbols
--------
-z, a, b : the slice axis and the two in-plane axes of the 1 mm image (in this order)
-W : (s, z) slice profile
-P : in-plane k-space crop (na, nb) -> (ma, mb), diagonal in k: ``scale * exp(i phase)``
-A = P W : what the scanner does
-V_sigma : covariance of the denoiser's error, diagonal in 3-D k with values V(sigma, |k|)
-V_q, G_q : V at one in-plane frequency as a (z, z) matrix, and ``scale^2 W V_q W^T`` (s, s)
+Symbols ------- z, a, b : the slice axis and the two in-plane axes of the 1 mm image (in this
+order) W : (s, z) slice profile P : in-plane k-space crop (na, nb) -> (ma, mb), diagonal in k:
+``scale * exp(i phase)`` A = P W : the scanner's operator V_sigma : covariance of the denoiser's
+error, diagonal in 3-D k with values V(sigma, |k|) V_q, G_q : V at one in-plane frequency as a (z,
+z) matrix, and ``scale^2 W V_q W^T`` (s, s)
 
-V depends on the in-plane frequency through its radius alone. Radii are gathered into bins, and
-one radius stands for a bin: that is again a valid covariance, used alike for the draw and for
-the solve, so that nothing is approximated but V itself. A bin costs one small matrix in float64
-and one matrix product with all its frequencies.
+V depends on the in-plane frequency only through its radius. Radii are grouped into bins, each
+represented by one radius. This is again a valid covariance, which the draw and the solve share, so
+that only V itself is approximated. A bin costs one small matrix in float64 and one matrix product
+with all its frequencies.
 """
 
 from __future__ import annotations
@@ -40,7 +37,7 @@ class Spectrum(Protocol):
 
 @dataclass(frozen=True)
 class LevelFactors:
-    """What one noise level needs, per bin q (all on the solver's device)."""
+    """Matrices of one noise level, per bin q (all on the solver's device)."""
 
     root: Tensor  # (q, z, z) V_q^1/2
     gain: Tensor  # (q, z, s) scale V_q W^T
@@ -64,7 +61,7 @@ class SpectralSolver:
     spacing_mm : (z, a, b)
         Voxel size of the image.
     n_bins : int
-        At most so many radii; fewer if the grid has fewer different ones.
+        Maximum number of radii; fewer if the grid has fewer different ones.
 
     Raises
     ------
@@ -238,7 +235,7 @@ class SpectralSolver:
         solved = self._by_bin(factors.inverse, k, self._data_starts)
         if self.same_plane:
             return self.k_to_data(solved)
-        # frequencies that A does not reach hold noise alone
+        # frequencies outside the range of A contain noise only
         solved.sub_(k / factors.noise_variance)
         return self.k_to_data(solved) + r / factors.noise_variance
 
@@ -252,11 +249,11 @@ class SpectralSolver:
         """Traces of ``(A V A^T + noise)^-1`` and of its square."""
         s, ma, mb = self.data_shape
         inverse = factors.inverse.to("cpu", torch.float64)
-        unseen = s * (ma * mb - float(self._bin_counts.sum()))
+        n_unmeasured = s * (ma * mb - float(self._bin_counts.sum()))
         noise = factors.noise_variance
         trace = self._bin_counts @ inverse.diagonal(dim1=1, dim2=2).sum(1)
         squared = self._bin_counts @ inverse.square().sum((1, 2))
-        return float(trace) + unseen / noise, float(squared) + unseen / noise**2
+        return float(trace) + n_unmeasured / noise, float(squared) + n_unmeasured / noise**2
 
     def draw_prior(
         self, factors: LevelFactors, generator: torch.Generator
@@ -269,8 +266,8 @@ class SpectralSolver:
         white = torch.randn(nz, 2 * len(self._column), generator=generator).to(self.device)
         white *= self._white
         k = self._by_bin(factors.root, torch.view_as_complex(white.view(nz, -1, 2)), self._starts)
-        seen = k if self.same_plane else k.index_select(1, self._data_position)
-        flat = torch.view_as_real(seen.contiguous()).flatten(1)
+        data_k = k if self.same_plane else k.index_select(1, self._data_position)
+        flat = torch.view_as_real(data_k.contiguous()).flatten(1)
         thick = torch.view_as_complex((self.slice_weights @ flat).view(self.data_shape[0], -1, 2))
         s, ma, mb = self.data_shape
         thick = thick * (self._phase * self.scale)

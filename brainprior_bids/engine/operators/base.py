@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear operators: what every measurement ``y = A x`` is made of.
+"""Linear operators, from which every measurement ``y = A x`` is composed.
 
 An operator acts on the last ``len(in_shape)`` axes of a tensor; axes before them are a batch.
 """
@@ -67,7 +67,7 @@ class LinearOperator(ABC):
     def squared_norm_bound(self) -> float:
         """An upper bound of ``||A||^2``, the largest eigenvalue of ``A^T A``.
 
-        By default 1.2 times an estimate by power iteration, which approaches from below.
+        By default 1.2 times an estimate by power iteration, which converges from below.
         """
         return 1.2 * squared_norm(self, torch.Generator().manual_seed(0))
 
@@ -100,7 +100,7 @@ class Composition(LinearOperator):
 class VStack(LinearOperator):
     """Several scans of one image: ``y = (A_1 x, A_2 x, ...)``, each flattened and joined.
 
-    ``split`` gives the scans back in their own shapes.
+    ``split`` returns the scans in their own shapes.
     """
 
     def __init__(self, operators: Sequence[LinearOperator]) -> None:
@@ -118,7 +118,7 @@ class VStack(LinearOperator):
         self.out_shape = (sum(self.sizes),)
 
     def split(self, y: Tensor) -> list[Tensor]:
-        """The joined data as one tensor a scan."""
+        """The joined data, split into one tensor per scan."""
         batch = y.shape[:-1]
         parts = torch.split(y, self.sizes, dim=-1)
         return [

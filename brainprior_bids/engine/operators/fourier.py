@@ -19,8 +19,8 @@ from brainprior_bids.engine.errors import GeometryError
 def kept_frequencies(n_fine: int, n_coarse: int) -> Tensor:
     """Integer frequencies (cycles per field of view) that both grids represent, in FFT order.
 
-    All of them if the sizes agree; without the Nyquist frequency otherwise, whose phase a real
-    image of even size cannot hold.
+    All of them if the sizes agree; otherwise without the Nyquist frequency, whose phase a real
+    image of even size cannot represent.
     """
     if n_coarse > n_fine:
         raise GeometryError(
@@ -36,7 +36,8 @@ def kept_frequencies(n_fine: int, n_coarse: int) -> Tensor:
 def resampling_matrix(n_in: int, n_out: int) -> Tensor:
     """The dense (n_out, n_in) float64 matrix of k-space resampling to fewer or more voxels.
 
-    Rows sum to 1. To more voxels it is trigonometric interpolation, to fewer a k-space crop.
+    Rows sum to 1. Resampling to more voxels is trigonometric interpolation, to fewer a k-space
+    crop.
     """
     k = kept_frequencies(max(n_in, n_out), min(n_in, n_out)).to(torch.float64)
     if n_in == n_out:

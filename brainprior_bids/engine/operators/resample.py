@@ -23,11 +23,12 @@ class AffineResample(LinearOperator):
     Parameters
     ----------
     source, target : Grid
-        Of x and of y.
+        Grids of x and of y.
     target_to_source : (4, 4), optional
         mm of the target's space -> mm of the source's; identity if they share a space.
     order : int
-        Of the spline that interpolates between the voxels taken as coefficients: 1 is linear.
+        Order of the spline that interpolates between the voxels, which are its coefficients; 1 is
+        linear.
 
     Raises
     ------
@@ -63,7 +64,7 @@ class AffineResample(LinearOperator):
         self._made = self.points
 
     def _points(self, like: Tensor) -> Tensor:
-        """The points, of the dtype and on the device of ``like``; kept for the next call."""
+        """The points with dtype and device of ``like``; cached for the next call."""
         if (self._made.dtype, self._made.device) != (like.dtype, like.device):
             self._made = self.points.to(like)
         return self._made
@@ -89,8 +90,8 @@ class AffineResample(LinearOperator):
 class SparseResample(LinearOperator):
     """``AffineResample`` of order 1 as a sparse matrix, for many products of a brain's voxels.
 
-    Only voxels where ``within`` is true take part, the others count as 0: that leaves a third of
-    a brain's box, and a product costs a hundredth of torch-interpol's on one core.
+    Only voxels where ``within`` is true are used, the others count as 0. These are a third of a
+    brain's box, and a product costs a hundredth of torch-interpol's on one core.
 
     Parameters
     ----------
@@ -119,10 +120,10 @@ class SparseResample(LinearOperator):
         self.in_shape, self.out_shape = source.shape, target.shape
         n, size = len(points), torch.tensor(source.shape)
         # most of a box is far from the brain
-        seen = within.cpu().nonzero()
-        if not len(seen):
+        voxels = within.cpu().nonzero()
+        if not len(voxels):
             raise InputError("SparseResample: no voxel of the image lies within. Check the mask.")
-        low, high = seen.amin(0) - 1, seen.amax(0) + 1
+        low, high = voxels.amin(0) - 1, voxels.amax(0) + 1
         every = ((points >= low) & (points <= high)).all(1).nonzero().flatten()
         points = points[every]
         first = points.floor()
@@ -151,7 +152,7 @@ class SparseResample(LinearOperator):
         }
 
     def _matrices(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The matrix and its transpose, of the dtype and on the device of ``like``."""
+        """The matrix and its transpose, with dtype and device of ``like``."""
         key = (like.dtype, like.device)
         if key not in self._made:
             ((one, two),) = self._made.values()
@@ -171,10 +172,10 @@ def _sparse(row: Tensor, column: Tensor, value: Tensor, shape: tuple[int, int]) 
     starts[1:] = torch.bincount(row, minlength=shape[0]).cumsum(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls its sparse matrices a beta feature
-        made: Tensor = torch.sparse_csr_tensor(
+        matrix: Tensor = torch.sparse_csr_tensor(
             starts, column[order].to(torch.int32), value[order], size=shape
         )
-    return made
+    return matrix
 
 
 def _product(

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The slice profile: thick slices as weighted means of thin ones.
 
-``y[k] = sum_j W[k, j] x[j]`` along one axis; W[k, j] is the share of the profile of slice k that
-falls into thin voxel j. A Gaussian profile has the slice thickness as its full width at half
-maximum (as in UniRes, Brudfors et al. 2018); a boxcar is that wide; a trapezoid lies between them.
+``y[k] = sum_j W[k, j] x[j]`` along one axis; W[k, j] is the fraction of the profile of slice k
+that lies in thin voxel j. A Gaussian profile has the slice thickness as its full width at half
+maximum (as in UniRes, Brudfors et al. 2018); a boxcar has it as its width; a trapezoid is
+intermediate.
 """
 
 from __future__ import annotations
@@ -35,20 +36,20 @@ def boxcar_profile(thickness_mm: float) -> Callable[[Tensor], Tensor]:
 def trapezoid_profile(thickness_mm: float) -> Callable[[Tensor], Tensor]:
     """The cumulative distribution of a profile with straight flanks.
 
-    Full width at half maximum ``thickness_mm``; the flanks fall from 0.2 to 0.8 of it on either
-    side of the centre, as those of a short selective pulse do.
+    Full width at half maximum ``thickness_mm``; the flanks fall between 0.2 and 0.8 of it on
+    either side of the centre, like those of a short selective pulse.
     """
     at = torch.tensor([-0.8, -0.2, 0.2, 0.8], dtype=torch.float64) * thickness_mm
     return measured_profile(at, torch.tensor([0.0, 1.0, 1.0, 0.0]))
 
 
 def measured_profile(distance_mm: Tensor, sensitivity: Tensor) -> Callable[[Tensor], Tensor]:
-    """The cumulative distribution of a profile given as samples.
+    """The cumulative distribution of a profile that was measured at samples.
 
     Parameters
     ----------
     distance_mm : (n,) tensor
-        Rising distances from the slice's centre.
+        Ascending distances from the slice's centre.
     sensitivity : (n,) tensor
         Response there, >= 0, any scale; linear between samples and 0 beyond them.
     """
@@ -97,7 +98,7 @@ def slice_weights(
     Returns
     -------
     (n_slices, n_thin) float64 tensor
-        Rows sum to 1, less what a profile has beyond the grid's edge.
+        Rows sum to 1, minus the part of a profile beyond the grid's edge.
 
     Raises
     ------

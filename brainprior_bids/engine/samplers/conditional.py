@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Posterior samples by the reverse diffusion, with a network that is given the measurements.
+"""Posterior samples by the reverse diffusion, with a network conditioned on the measurements.
 
-The network itself answers ``D(x_t, y; sigma) = E[x | x_t, y]`` (see ``stacks`` and ``voxels``; the
-idea of exact posterior scores, EPS, arXiv 2606.17048), so no likelihood has to be approximated
-afterwards: the reverse diffusion, started from noise, ends in a sample of p(x | y). Solver:
-DPM-Solver++(2M), arXiv 2211.01095, with one network call per noise level: its stochastic form at
-high noise, where fresh noise undoes the errors of earlier calls, the deterministic one below
-``QUIET``, where noise would have to be removed from what the scan determines.
+The network returns ``D(x_t, y; sigma) = E[x | x_t, y]`` (see ``stacks`` and ``voxels``; the idea
+of exact posterior scores, EPS, arXiv 2606.17048), so no likelihood has to be approximated: the
+reverse diffusion, started from noise, yields a sample of p(x | y). Solver: DPM-Solver++(2M), arXiv
+2211.01095, with one network call per noise level: its stochastic form at high noise, where fresh
+noise corrects errors of earlier calls, and the deterministic one below ``QUIET``, where fresh
+noise would affect components that the scan determines.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from torch import Tensor
 from brainprior_bids.engine.samplers.exact import Denoise, Observe, finite
 
 BLIND = 100.0
-"""Noise level of the first call: x_t says nothing, the answer is E[x | y]."""
+"""Noise level of the first call: x_t contains no information, and the result is E[x | y]."""
 SIGMA_MAX = 1.5
-"""Where the levels start from E[x | y]: several times what slices of 8 mm leave open."""
+"""Noise level at which the chain starts from E[x | y]: several times the posterior SD for slices
+of 8 mm."""
 HOLE_SIGMA_MAX = 20.0
-"""The same beside a hole: there the local mean is open as well, over many voxels."""
+"""The same with a hole, where the local mean is uncertain too, over many voxels."""
 
 QUIET = 0.1
 """Noise level up to which no fresh noise is added, engine unit."""
@@ -34,12 +35,12 @@ QUIET = 0.1
 def answer_weights(n_samples: int | None, n_calls: int) -> tuple[float, float]:
     """Weights of a chain's first answer, and of each later one, in the mean; they sum to 1.
 
-    All estimate ``E[x | y]``. The first (``BLIND``) is independent of the chain's noise but is one
-    call's work; the later ones are more accurate and vary from sample to sample. So between 2-D
-    slices the first counts ``2 / (2 + n_samples)``: chosen on participants 04, 05 and 56
+    All answers estimate ``E[x | y]``. The first (``BLIND``) is independent of the chain's noise;
+    the later ones are more accurate but vary from sample to sample. For 2-D slices, the first has
+    the weight ``2 / (2 + n_samples)``. This was chosen on participants 04, 05 and 56
     (``docs/models/log.md``), where equal weights lose 0.8 dB with one sample, 0.1 dB with four,
-    and nothing with eight. ``None``, beside a hole and in 3-D scans: all alike. In a hole one call
-    knows too little.
+    and nothing with eight. With ``None`` (holes and 3-D scans) all weights are equal: in a hole, a
+    single call is not accurate enough.
     """
     if n_samples is None or n_calls == 1:
         return 1 / n_calls, 1 / n_calls
@@ -60,9 +61,9 @@ def sample_conditional(
 ) -> Tensor:
     """One posterior sample.
 
-    The first call is made at ``blind``, where x_t says nothing: its answer is ``E[x | y]``. The
-    levels then start from that mean plus noise, which is right where the noise is wide against
-    what the slices leave open.
+    The first call is at ``blind``, where x_t contains no information: it returns ``E[x | y]``. The
+    levels then start from that mean plus noise, which is valid if the noise is large compared with
+    the posterior SD.
 
     Parameters
     ----------
@@ -75,8 +76,9 @@ def sample_conditional(
     blind : float
         A noise level far above the image's values.
     inflation : float
-        Factor on the noise that is added. 1 for an exact ``denoise``; a trained one leaves out a
-        part of what is open, and more than 1 gives that back (S_noise of EDM, arXiv 2206.00364).
+        Factor on the noise that is added. 1 is correct for an exact ``denoise``. A trained one
+        underestimates the variance, which a factor above 1 compensates (S_noise of EDM, arXiv
+        2206.00364).
     observe : function, optional
         Called as ``observe(step, sigma, mean, x)`` after each call, step 0 being the blind one.
 
@@ -103,13 +105,13 @@ def sample_conditional(
             if before is not None:
                 half = size / (2 * step_before)
                 ahead = (1 + half) * mean - half * before
-            kept = following / sigma
+            ratio = following / sigma
             if following > QUIET:
-                fresh = inflation * following * math.sqrt(1 - kept**2)
+                fresh = inflation * following * math.sqrt(1 - ratio**2)
                 noise = torch.randn(shape, generator=generator).to(device)
-                x = kept**2 * x + (1 - kept**2) * ahead + fresh * noise
+                x = ratio**2 * x + (1 - ratio**2) * ahead + fresh * noise
             else:
-                x = kept * x + (1 - kept) * ahead
+                x = ratio * x + (1 - ratio) * ahead
             before, step_before = mean, size
         if observe is not None:
             observe(step, sigma, mean, x)

@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DAPS as its authors describe it (arXiv 2407.01521, algorithm 1), with the factor 1/2 in place.
+"""DAPS as published (arXiv 2407.01521, algorithm 1), with the factor 1/2 included.
 
 At each of N levels: (1) ``x0_hat``: the probability-flow ODE from x_t down to ``ode_sigma_min``
 in Euler steps; (2) Langevin from x0_hat with score
 
     - (x0 - x0_hat) / r^2 - grad 1/2 sum (y - b A x0)^2 / variance,      r = sigma
 
-without a network call (or Hamiltonian Monte Carlo on the same energy; Langevin is its
-case of one leapfrog step a trajectory); (3) ``x_t = x0 + sigma_next noise``. The law this reaches
-is not the posterior even for a Gaussian prior; it is kept as the reference that ``exact`` is
-compared with.
-The public code leaves out the 1/2 (which makes the noise SD tau / sqrt 2) and turns divergence
-into zeros; here the 1/2 is kept, the step is bounded by its stability limit, and divergence
-raises.
+without a network call (or Hamiltonian Monte Carlo on the same energy; Langevin is its case of one
+leapfrog step a trajectory); (3) ``x_t = x0 + sigma_next noise``. The resulting distribution is not
+the posterior even for a Gaussian prior; DAPS is kept as a reference for comparison with ``exact``.
+The public code omits the 1/2 (which makes the noise SD tau / sqrt 2) and replaces diverged values
+by zeros; here the 1/2 is included, the step is bounded by its stability limit, and divergence
+raises an error.
 """
 
 from __future__ import annotations
@@ -33,24 +32,24 @@ from brainprior_bids.engine.schedules import edm_schedule
 
 @dataclass(frozen=True)
 class DapsSettings:
-    """How DAPS runs.
+    """Settings of DAPS.
 
     Parameters
     ----------
     n_levels, n_ode, n_langevin : int
         Annealing levels; network calls per level; Langevin steps per level.
     sigma_max, sigma_min : float
-        The levels fall between them (rho 7).
+        Highest and lowest level (rho 7).
     ode_sigma_min : float
-        Where the ODE of a level ends.
+        Noise level at which the ODE of a level ends.
     step : float
         Langevin step, image unit squared; a leapfrog step is ``sqrt(2 step)``.
     step_decay : float
         The step falls linearly to ``step_decay * step`` at the last level.
     n_leapfrog : int
         Leapfrog steps of a trajectory: 1 is Langevin, more is HMC. The ``n_langevin`` steps of a
-        level are cut into trajectories of that length, each with a momentum of its own; there is
-        no accept-reject step, as in Langevin.
+        level are divided into trajectories of that length, each with its own momentum; there is no
+        accept-reject step, as in Langevin.
     stability : float
         The step is never above this times its stability limit ``2 / (|A|^2/tau^2 + 1/r^2)``.
 
@@ -102,7 +101,7 @@ DAPS_50 = DapsSettings(n_levels=50, n_ode=20, n_langevin=20)
 
 
 class Energy(Protocol):
-    """What DAPS asks of the data."""
+    """What DAPS requires of the data."""
 
     def refine(self, mean: Tensor, sigma: float, *, bias: bool, noise: bool) -> None:
         """Update nuisance parameters."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """DAPS (arXiv 2407.01521) with its inner Langevin solved exactly.
 
-``m = D(x_t; sigma)`` is the Tweedie mean, V_sigma the calibrated covariance of its error. Where
-the measurement is linear and its noise Gaussian, ``N(m, V_sigma) N(y; A x, Sigma)`` can be drawn
-from exactly; about 20 network calls then replace 1000.
+``m = D(x_t; sigma)`` is the Tweedie mean, V_sigma the calibrated covariance of its error. If the
+measurement is linear and its noise Gaussian, ``N(m, V_sigma) N(y; A x, Sigma)`` can be sampled
+exactly; 20 network calls then replace 1000.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Observe = Callable[[int, float, Tensor, Tensor], None]
 
 
 class Conditional(Protocol):
-    """What the sampler asks of the data."""
+    """What the sampler requires of the data."""
 
     def refine(self, mean: Tensor, sigma: float, *, bias: bool, noise: bool) -> None:
         """Update nuisance parameters from the denoiser's mean."""
@@ -35,7 +35,7 @@ class Conditional(Protocol):
 
 
 def finite(mean: Tensor, sigma: float) -> Tensor:
-    """The denoiser's answer, if every value of it is finite."""
+    """The denoiser's result, checked to be finite."""
     if not bool(torch.isfinite(mean).all()):
         raise DivergenceError(
             f"sampling: the denoiser gave non-finite values at sigma {sigma:.3g}. "
@@ -69,9 +69,9 @@ def sample_exact(
     generator : torch.Generator
         On the CPU; the only source of randomness.
     start : tensor, optional
-        A first guess of the sample, to which the first level's noise is added; 0 without.
+        An initial estimate of the sample, to which the first level's noise is added; 0 by default.
     given : bool
-        ``denoise`` was given the measurements of the first scan; see ``Likelihood.draw``.
+        ``denoise`` is conditioned on the measurements of the first scan; see ``Likelihood.draw``.
     observe : function, optional
         Called as ``observe(step, sigma, mean, x0)`` after each level.
 

@@ -13,7 +13,7 @@ from brainprior_bids.engine.samplers.exact import Denoise, finite
 def expected_image(
     denoise: Denoise, *, shape: tuple[int, ...], device: torch.device | str = "cpu"
 ) -> Tensor:
-    """``E[x | y]`` of a network that is given the measurements; nothing is drawn.
+    """``E[x | y]`` from a network conditioned on the measurements; nothing is drawn.
 
     Parameters
     ----------

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The facts about each sampler: parser, plan, provenance, report and methods text read them here.
 
-A sampler is what the network is given, and what is done with the rest of the measurements.
+A sampler is defined by the input of the network and by the treatment of the remaining
+measurements.
 """
 
 from __future__ import annotations
@@ -18,25 +19,26 @@ class Sampler:
     name : str
         On the command line and in the provenance.
     steps, more_steps : int
-        Noise levels by default, for one scan that is known everywhere, and for everything else: a
-        hole, several scans (``--sloppy`` takes fewer).
+        Default number of noise levels for one scan without hidden voxels, and for everything else:
+        a hole, several scans (``--sloppy`` takes fewer).
     calls_per_step : int
         Network calls at each of them.
     yields_samples : bool
-        Whether it draws samples, and with them an uncertainty.
+        Whether it draws samples.
     given_data : bool
-        Whether the network is given the measurements, and first of all nothing else: for that
-        call a prior may predict the SD too. Slices cannot be left out of what it is given.
+        Whether the network is conditioned on the measurements. Its first call has no other input,
+        and a prior may predict the SD for that call. It cannot be conditioned on a scan with
+        missing slices.
     own_thickness : bool
-        Whether samples differ in the slice thickness that they assume (``nuisance``).
+        Whether each sample assumes a different slice thickness (``nuisance``).
     solve_share : float
-        Time of the inner solve over that of the network, as measured (docs/performance.md).
+        Measured time of the inner solve divided by that of the network (docs/performance.md).
     help : str
         For ``--help``.
     estimate : str
         What ``desc-restored`` is, for its sidecar.
     method, estimate_method : str
-        How it samples, and what the image is, for the methods text; citations as ``[@key]``.
+        How it samples and what the image is, for the methods text; citations as ``[@key]``.
     """
 
     name: str
@@ -53,14 +55,14 @@ class Sampler:
     estimate_method: str
 
     def levels(self, n_steps: int | None, *, simple: bool) -> int:
-        """Noise levels: those that were asked for (None: the default).
+        """Number of noise levels: as requested, or the default (None).
 
-        ``simple``: of one scan that is known everywhere.
+        ``simple``: the problem is one scan without hidden voxels.
         """
         return n_steps or (self.steps if simple else self.more_steps)
 
     def calls(self, n_steps: int | None, *, simple: bool) -> int:
-        """Network calls for one sample; arguments as of ``levels``."""
+        """Network calls for one sample; arguments as in ``levels``."""
         return self.levels(n_steps, simple=simple) * self.calls_per_step
 
 
@@ -131,16 +133,16 @@ SAMPLERS = {
             given_data=False,
             own_thickness=False,
             solve_share=0.0,
-            help="DAPS as published, with its Langevin walk: 50 times the work",
+            help="DAPS as published, with its Langevin walk: 1000 network calls per sample",
             estimate="mean of the samples",
             method=f"{_DAPS}with its inner Langevin walk",
             estimate_method="The restored image is the mean of the samples.",
         ),
     )
 }
-"""Name -> facts; the default (``auto``) takes the first, and ``exact`` where it does not apply."""
+"""Name -> facts; the default (``auto``) is the first, or ``exact`` where it is not applicable."""
 NAMES = ("auto", *SAMPLERS)
-"""What ``sampler`` may be."""
+"""Possible values of ``sampler``."""
 DEFAULT, FALLBACK = SAMPLERS["conditional"], SAMPLERS["exact"]
 EARLIER_NAMES = {"eps": "conditional"}
 """Names in the outputs of earlier versions."""
@@ -160,7 +162,7 @@ RETIRED = {
         estimate_method="The restored image is a point estimate, without an uncertainty.",
     )
 }
-"""Samplers that only outputs of earlier versions have: their reports still name them."""
+"""Samplers of earlier versions, which reports of their outputs still name."""
 
 
 def find(name: str) -> Sampler:
