@@ -74,7 +74,7 @@ TISSUE_LOOKS = {
 }
 """Tissue -> name, colour and line."""
 UNCERTAIN_PERCENT = (2.0, 20.0)
-"""SD over the samples that the viewer colours, per cent of the upper end of the grey window."""
+"""Posterior SD that the viewer colours, per cent of the upper end of the grey window."""
 FACTORS = (1.02, 1.05, 1.1, 1.2, 1.3, 1.4, 1.6, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
 """Ticks of the bias field's colour bar, with their inverses."""
 
