@@ -41,6 +41,7 @@ from brainprior_bids.settings import (
 )
 
 BIDS_VERSION = "1.11.1"
+"""The newest that the validator knows (bids-validator-deno 3.0.2 warns about 1.11.2)."""
 
 BIDSIGNORE = (
     "*.html",
