@@ -249,7 +249,7 @@ def test_mni305_marks_lie_where_the_millimetres_say(drawn):
 def test_mni305_says_how_well_the_affine_fits(drawn, tmp_path):
     fit = (
         "Median distance of 2 centroids from the expected ones: 7.8 mm; "
-        "of the brain's outer border: 1.2 mm"
+        "of the brain's extent: 1.2 mm"
     )
     root = etree.parse(drawn["mni305"]).getroot()
     assert fit in [element.text for element in root.iter(f"{SVG}text")]
