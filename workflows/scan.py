@@ -438,6 +438,7 @@ def _templates_node(
         spaces=list(job.templates),
         images=[str(template.image) for template in templates],
         masks=[str(template.mask) for template in templates],
+        sloppy=settings.sloppy,
         brain_only=settings.fills_scan,
     )
     return node(interface, "templates", threads=threads)

@@ -30,6 +30,8 @@ WORK_MM = 2.0
 """Voxel size of the registration, and of the displacement field in the files."""
 ITERATIONS = (100, 70, 20)
 """Iterations of SyN at 8, 4 and 2 mm."""
+SLOPPY_ITERATIONS = (20, 10, 0)
+"""With ``--sloppy``: a coarse alignment."""
 CORRELATION_RADIUS = 2
 """In voxels of ``WORK_MM``: 4 mm, as in fMRIPrep."""
 HISTOGRAM_BINS = 32
@@ -92,6 +94,7 @@ def register(
     to_mni305: NDArray[np.float64],
     contrast: str,
     folder: Path,
+    sloppy: bool = False,
 ) -> Warp:
     """Register a brain to a template.
 
@@ -106,6 +109,8 @@ def register(
         ``T1w``, or another one.
     folder : Path
         Where the two files are written.
+    sloppy : bool
+        For tests: few iterations, none at the finest level.
 
     Raises
     ------
@@ -130,7 +135,7 @@ def register(
                 initial_transform=affine,
                 syn_metric=compared.value,
                 syn_sampling=compared.sampling,
-                reg_iterations=ITERATIONS,
+                reg_iterations=SLOPPY_ITERATIONS if sloppy else ITERATIONS,
                 write_composite_transform=True,
                 outprefix=f"{scratch}/syn",
             )

@@ -45,6 +45,7 @@ class _ToTemplatesInputSpec(MeasuredInputSpec):
     spaces = traits.List(traits.Str, mandatory=True, desc="TemplateFlow's names")
     images = InputMultiPath(File(exists=True), mandatory=True, desc="T1w of each template")
     masks = InputMultiPath(File(exists=True), mandatory=True, desc="brain mask of each template")
+    sloppy = traits.Bool(False, usedefault=True, desc="for tests: a coarse registration")
     brain_only = traits.Bool(False, usedefault=True, desc="resample mask and structures only")
     uncertainty = File(exists=True, desc="standard deviation of in_file")
     samples = InputMultiPath(File(exists=True), desc="posterior samples")
@@ -99,6 +100,7 @@ class ToTemplates(MeasuredInterface):
             to_mni305=matrix,
             contrast=inputs.contrast,
             folder=folder,
+            sloppy=inputs.sloppy,
         )
         there, back = transform_roles(template.space)
         paths = {there: str(warp.to_template), back: str(warp.from_template)}
