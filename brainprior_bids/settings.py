@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+EXPORTS = ("fmriprep", "raw")
+"""What a run can be exported as, see ``bids.export``."""
 TASKS = {
     "restore": "restored",
     "inpaint": "inpainted",

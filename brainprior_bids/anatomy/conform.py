@@ -48,9 +48,9 @@ from brainprior_bids.anatomy.resolution import (
     reduce_to_measured,
 )
 from brainprior_bids.anatomy.values import check_values
-from brainprior_bids.engine.acquisition import PLANES, Acquisition
+from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.engine.errors import GeometryError, InputError
-from brainprior_bids.engine.grids import Grid
+from brainprior_bids.engine.grids import PLANES, Grid
 
 AFFINE_TOLERANCE_MM = 0.1
 """Largest accepted difference of sform and qform at a corner: float32 quaternions have an accuracy

@@ -33,6 +33,8 @@ ITERATIONS = (100, 70, 20)
 CORRELATION_RADIUS = 2
 """In voxels of ``WORK_MM``: 4 mm, as in fMRIPrep."""
 HISTOGRAM_BINS = 32
+MARGIN_MM = 16.0
+"""Around the template's brain, in which the displacement is found; beyond it the affine holds."""
 MNI152_CODE = 4
 """NIfTI's code of sform and qform for MNI152."""
 INTERPOLATORS = {
@@ -114,8 +116,7 @@ def register(
 
     inside = np.asarray(mask.dataobj) > 0
     moving = to_ants(np.where(inside, image.get_fdata(dtype=np.float32), 0), image.affine)
-    whole = to_ants(template.brain(), template.grid.affine)
-    fixed = ants.resample_image(whole, (WORK_MM,) * 3)
+    fixed = ants.resample_image(to_ants(*around_the_brain(template)), (WORK_MM,) * 3)
     compared = metric(contrast)
     with tempfile.TemporaryDirectory() as scratch, fixed_seed():
         try:
@@ -142,6 +143,17 @@ def register(
         copy_without_times(Path(result["fwdtransforms"]), warp.to_template)
         copy_without_times(Path(result["invtransforms"]), warp.from_template)
     return warp
+
+
+def around_the_brain(template: Template) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """The template's brain and a margin of 16 mm, and its affine: half of the field of view."""
+    brain, grid = template.brain(), template.grid
+    margin = np.ceil(MARGIN_MM / grid.spacing_mm).astype(int)
+    voxels = np.argwhere(brain)
+    start = np.maximum(voxels.min(0) - margin, 0)
+    stop = np.minimum(voxels.max(0) + 1 + margin, grid.shape)
+    part = tuple(slice(first, last) for first, last in zip(start, stop, strict=True))
+    return brain[part], np.asarray(grid.crop(tuple(start), tuple(stop)).affine)
 
 
 def copy_without_times(source: Path, target: Path) -> None:

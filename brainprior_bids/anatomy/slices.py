@@ -27,9 +27,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
-from brainprior_bids.engine.acquisition import PLANES
 from brainprior_bids.engine.errors import ShapeMismatchError
-from brainprior_bids.engine.grids import Grid
+from brainprior_bids.engine.grids import PLANES, Grid
 
 SMOOTH_MM = 2.5
 """SD of the in-plane smoothing, which suppresses noise and detail."""

@@ -12,8 +12,6 @@ from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import t as student_t
-
 from brainprior_bids import __version__
 from brainprior_bids.bids.files import (
     read_json,
@@ -43,6 +41,7 @@ from brainprior_bids.settings import (
 )
 
 BIDS_VERSION = "1.11.1"
+"""The newest that the validator knows (bids-validator-deno 3.0.2 warns about 1.11.2)."""
 
 BIDSIGNORE = (
     "*.html",
@@ -542,6 +541,8 @@ def interval_half_widths(n_samples: int | None) -> dict[str, float]:
     """
     if n_samples is None:
         return {"50": 0.6745, "90": 1.6449}
+    from scipy.stats import t as student_t  # takes a second to import, and --help needs it not
+
     return {
         str(percent): round(
             float(student_t.ppf(0.5 + percent / 200, n_samples - 1)) * (1 + 1 / n_samples) ** 0.5,

@@ -37,7 +37,6 @@ from brainprior_bids.engine.errors import InputError
 from brainprior_bids.records import ExportRecord
 from brainprior_bids.settings import FILLED, MODALITIES, OTHER_MODALITIES
 
-EXPORTS = ("fmriprep", "raw")
 FILTER_FILE = PurePosixPath("code/bids_filter.json")
 TISSUE_TABLE = (
     "index\tname\tabbreviation\n1\tgrey matter\tGM\n2\twhite matter\tWM\n3\tfluid\tCSF\n"

@@ -22,11 +22,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from brainprior_bids import __version__
-from brainprior_bids.anatomy.contrasts import ContrastMotion
 from brainprior_bids.bids.derivatives import bids_uri, container
 from brainprior_bids.bids.files import read_json, to_json, write_json, write_text_at_last
 from brainprior_bids.bids.fingerprint import code_version
@@ -34,6 +33,9 @@ from brainprior_bids.bids.names import result_name
 from brainprior_bids.bids.query import Scan
 from brainprior_bids.records import NodeRecord, StepRecords, TemplateRecord, WeightsRecord
 from brainprior_bids.settings import TASKS, Settings
+
+if TYPE_CHECKING:
+    from brainprior_bids.anatomy.contrasts import ContrastMotion
 
 PACKAGES = (
     "torch", "numpy", "scipy", "nibabel", "nipype", "pybids", "SimpleITK", "torch-interpol",

@@ -15,10 +15,8 @@ from pathlib import Path
 
 from brainprior_bids import __version__
 from brainprior_bids.bids.files import write_text
-from brainprior_bids.bids.provenance import verify_export, verify_records
 from brainprior_bids.cli.parser import parse_settings
 from brainprior_bids.engine.errors import BrainpriorError, UsageError, is_full
-from brainprior_bids.run.analysis_levels import run
 from brainprior_bids.run.logs import log_to_stderr
 from brainprior_bids.run.outcome import no_room
 from brainprior_bids.settings import Settings
@@ -65,6 +63,8 @@ def command(arguments: list[str]) -> int:
 
             return status(arguments[1:])
         settings = parse_settings(arguments)
+        from brainprior_bids.run.analysis_levels import run  # and torch, which takes seconds
+
         return run(settings)
     except UsageError as error:
         print(f"brainprior: error: {error}", file=sys.stderr)
@@ -126,6 +126,8 @@ def verify(argv: Sequence[str]) -> int:
         "output_dir", type=Path, help="output folder of a run, or a data set of --export"
     )
     options = parser.parse_args(list(argv))
+    from brainprior_bids.bids.provenance import verify_export, verify_records
+
     report = verify_records(options.output_dir)
     if not report.outputs:
         report = verify_export(options.output_dir)

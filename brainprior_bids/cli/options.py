@@ -20,7 +20,7 @@ from brainprior_bids.cli.values import (
     seed,
     space_name,
 )
-from brainprior_bids.engine.acquisition import PLANES
+from brainprior_bids.engine.grids import PLANES
 from brainprior_bids.engine.samplers import registry
 from brainprior_bids.run.resources import MAIN_GB
 from brainprior_bids.settings import (

@@ -8,8 +8,7 @@ import re
 import reprlib
 from pathlib import Path
 
-from brainprior_bids.bids.export import EXPORTS
-from brainprior_bids.settings import MODALITIES, OTHER_MODALITIES, SPACES
+from brainprior_bids.settings import EXPORTS, MODALITIES, OTHER_MODALITIES, SPACES
 
 UNITS_GB = {"K": 1 / 2**20, "M": 1 / 2**10, "G": 1.0, "T": 2.0**10}
 

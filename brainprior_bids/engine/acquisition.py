@@ -24,9 +24,6 @@ PROFILES = {
     "boxcar": boxcar_profile,
 }
 
-PLANES = ("sagittal", "coronal", "axial")
-"""Plane of slices that are stacked along the first, second, third closest-canonical axis."""
-
 
 @dataclass(frozen=True)
 class Acquisition:

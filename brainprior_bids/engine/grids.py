@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 
 from brainprior_bids.engine.errors import GeometryError
 
+PLANES = ("sagittal", "coronal", "axial")
+"""Plane of slices that are stacked along the first, second, third closest-canonical axis."""
+
 
 @dataclass(frozen=True, eq=False)
 class Grid:

@@ -12,8 +12,7 @@ import numpy as np
 from nipype.interfaces.base import File, InputMultiPath, OutputMultiPath, isdefined, traits
 
 from brainprior_bids.bids.names import sample_role
-from brainprior_bids.engine.acquisition import PLANES
-from brainprior_bids.engine.grids import MNI305
+from brainprior_bids.engine.grids import MNI305, PLANES
 from brainprior_bids.interfaces import files
 from brainprior_bids.interfaces.base import (
     MeasuredInputSpec,

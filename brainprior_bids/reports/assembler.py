@@ -63,10 +63,11 @@ class TextSection:
 
 @dataclass(frozen=True)
 class ScanSection:
-    """A section with a scan's facts and its pictures."""
+    """A section with a scan's facts, its pictures, and the form to rate it."""
 
     scan: str
     html: str
+    rating: str
 
 
 class FigureIndex:
@@ -131,6 +132,10 @@ class SubjectReport(Report):
                         for content, caption in reportlet.components
                     ]
                     reportlets.append(reportlet)
+            rating = TextReportlet(
+                f"{section.scan}-rating", section.rating, subtitle="Your rating"
+            )
+            reportlets.append(rating)
             self.sections.append(SubReport(section.scan, reportlets=reportlets))
 
 

@@ -74,7 +74,7 @@ TISSUE_LOOKS = {
 }
 """Tissue -> name, colour and line."""
 UNCERTAIN_PERCENT = (2.0, 20.0)
-"""SD over the samples that the viewer colours, per cent of the upper end of the grey window."""
+"""Posterior SD that the viewer colours, per cent of the upper end of the grey window."""
 FACTORS = (1.02, 1.05, 1.1, 1.2, 1.3, 1.4, 1.6, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
 """Ticks of the bias field's colour bar, with their inverses."""
 
@@ -454,8 +454,8 @@ def draw_mni305(images: ScanImages, path: Path) -> Path:
         for n, (a, b) in enumerate(zip(low, high, strict=True))
     )
     limits = (0.0, float(np.percentile(volume.data[volume.data > 0], 99.5)))
-    matrix = images.record("affine", AffineRecord).matrix
-    to_mni305 = np.eye(4) if matrix is None else np.array(matrix)
+    affine = images.record("affine", AffineRecord)
+    to_mni305 = np.eye(4) if affine.matrix is None else np.array(affine.matrix)
     table = images.record("structures_table", ParcellationRecord).table
     pairs = atlas.centroid_pairs(table, to_mni305)
     sheet = Sheet(f"{DISPLAY} MNI305 mm, RAS; grid lines every 20 mm.")
@@ -463,6 +463,8 @@ def draw_mni305(images: ScanImages, path: Path) -> Path:
         "Restored image in MNI305 space",
         note="green: expected outline and centroids; yellow ×: centroids found, within 6 mm",
     )
+    if affine.median_residual_mm is not None:
+        sheet.title(*_fit(affine))
     panels = []
     for entry in atlas.outlines():
         axis, mm = int(entry["axis"]), float(entry["mm"])
@@ -500,6 +502,15 @@ def draw_mni305(images: ScanImages, path: Path) -> Path:
     for first in range(0, len(panels), 3):
         sheet.row(panels[first : first + 3])
     return sheet.save(path)
+
+
+def _fit(affine: AffineRecord) -> tuple[str, str]:
+    """How well the affine fits, and what it is: a title and its note."""
+    far, used = f"{affine.median_residual_mm:.1f} mm", affine.used
+    text = f"Median distance of {len(used) or 'the'} centroids from the expected ones: {far}"
+    if affine.hull_residual_mm is not None:
+        text += f"; of the brain's extent: {affine.hull_residual_mm:.1f} mm"
+    return text, f"affine with {affine.dof} degrees of freedom" if affine.dof else ""
 
 
 def draw_bias(images: ScanImages, path: Path) -> Path:

@@ -32,6 +32,7 @@ from brainprior_bids.records import (
 from brainprior_bids.reports import atlas, measured
 from brainprior_bids.reports.assembler import ScanSection, TextSection, assemble
 from brainprior_bids.reports.methods import methods_text, of_summary, to_html
+from brainprior_bids.reports.rating import ARTEFACTS, RATINGS
 
 MISSING = "not recorded"
 Rows = list[tuple[str, str]]
@@ -58,7 +59,7 @@ def build_subject_report(output_dir: Path, subject: str) -> Path:
     finished = [s for s in scans if s.finished]
     activities = {s.scan: _activity(output_dir, s) for s in scans}
     sections: list[TextSection | ScanSection] = [TextSection("Summary", _summary(scans))]
-    sections += [ScanSection(s.scan, _scan(s)) for s in finished]
+    sections += [ScanSection(s.scan, _scan(s), _rating(s)) for s in finished]
     sections += [
         TextSection("Methods", _methods(finished)),
         TextSection("Errors", _errors(scans)),
@@ -126,6 +127,10 @@ def _scan(scan: ScanRecord) -> str:
         structures=_structures(scan),
         tissues=_tissues(scan),
     )
+
+
+def _rating(scan: ScanRecord) -> str:
+    return _render("rating.html.j2", scan=scan, ratings=RATINGS, artefacts=ARTEFACTS)
 
 
 def _input_rows(scan: ScanRecord) -> Rows:

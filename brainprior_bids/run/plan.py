@@ -17,8 +17,8 @@ from brainprior_bids.bids.contrasts import Result, pairs
 from brainprior_bids.bids.files import readable
 from brainprior_bids.bids.names import output_names, scan_seed
 from brainprior_bids.bids.query import Scan, subjects_without
-from brainprior_bids.engine.acquisition import PLANES
 from brainprior_bids.engine.errors import BrainpriorError
+from brainprior_bids.engine.grids import PLANES
 from brainprior_bids.engine.samplers import registry
 from brainprior_bids.records import ConformFacts
 from brainprior_bids.run.jobs import (

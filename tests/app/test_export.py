@@ -25,7 +25,7 @@ from brainprior_bids.engine.grids import Grid
 from brainprior_bids.interfaces.export import Deliver
 from brainprior_bids.interfaces.files import save
 from brainprior_bids.run.participants import link_raw
-from brainprior_bids.settings import Settings
+from brainprior_bids.settings import EXPORTS, Settings
 
 IMAGES = {
     "sub-01/ses-a/anat/sub-01_ses-a_run-1_T1w": 5.0,
@@ -70,7 +70,7 @@ def raw(tmp_path):
 
 def deliver(raw, tmp_path, monkeypatch, *, per="subject", labels=()):
     """Export every scan as a run does, with small images; root of each kind."""
-    roots = {kind: str(tmp_path / f"out-{kind}") for kind in export.EXPORTS}
+    roots = {kind: str(tmp_path / f"out-{kind}") for kind in EXPORTS}
     settings = Settings(raw, tmp_path / "out", tmp_path / "w", exports=roots, export_per=per,
                         participant_label=labels)  # fmt: skip
     description = json.loads((raw / "dataset_description.json").read_text())

@@ -20,11 +20,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from brainprior_bids.bids import patterns
-from brainprior_bids.cli import command
 from brainprior_bids.cli.parser import parse_settings
 from brainprior_bids.cli.run import main
 from brainprior_bids.engine.errors import UsageError
-from brainprior_bids.run import environment
+from brainprior_bids.run import analysis_levels, environment
 from brainprior_bids.run.resources import memory_limit_gb
 from brainprior_bids.settings import Settings
 
@@ -344,7 +343,7 @@ def test_what_nobody_thought_of_is_one_line_and_a_file(monkeypatch, raw, tmp_pat
         raise ZeroDivisionError("nobody\nthought of it")
 
     (tmp_path / "out" / "logs").mkdir(parents=True)
-    monkeypatch.setattr(command, "run", fail)
+    monkeypatch.setattr(analysis_levels, "run", fail)
     assert main([str(raw), str(tmp_path / "out"), "participant"]) == 1
     messages = capsys.readouterr().err
     (crash,) = (tmp_path / "out" / "logs").glob("crash-*.txt")

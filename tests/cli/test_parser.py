@@ -16,7 +16,7 @@ from brainprior_bids import __version__
 from brainprior_bids.cli import checks
 from brainprior_bids.cli.parser import WORK_DIR, build_parser, parse_settings
 from brainprior_bids.cli.run import main
-from brainprior_bids.cli.sister_options import HINTS
+from brainprior_bids.cli.sister_options import HINTS, advice
 from brainprior_bids.cli.values import memory_gb
 from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.engine.samplers import registry
@@ -158,6 +158,23 @@ def test_version_and_help_come_from_the_command(command):
     text = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
     for word in ("--participant-label", "--session-label", "--nthreads", "exit codes", "examples"):
         assert word in text
+
+
+def test_help_and_usage_errors_do_not_wait_for_torch(tmp_path):
+    """``import torch`` takes seconds, nipype and pandas another one."""
+    code = (
+        "import sys; from brainprior_bids.cli.run import main; code = main(sys.argv[1:]); "
+        "print(sorted({'torch', 'nipype', 'bids', 'pandas', 'scipy.stats'} & set(sys.modules))); "
+        "sys.exit(code)"
+    )
+    refused = f"{tmp_path} {tmp_path}/out participant --sampler mean --n-samples 2".split()
+    for words in ["status", str(tmp_path)], refused:
+        result = subprocess.run(
+            [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 2, result.stderr
+        assert "brainprior: error: " in result.stderr
+        assert result.stdout == "[]\n"
 
 
 def test_train_needs_to_be_told_what(capsys):
@@ -319,6 +336,9 @@ def test_a_reader_that_stops_reading_is_no_crash(monkeypatch, capfd):
         (["--fs-some-new-option"], "--fs-some-new-option: brainprior makes no surfaces"),
         (["--output-layout", "bids"], "--output-layout: brainprior has one layout"),
         (["--mem_gb=8"], "--mem_gb: use --mem with a unit"),
+        (["-t", "rest"], "-t: brainprior processes no functional"),
+        (["--fmap-some-new-option"], "--fmap-some-new-option: brainprior processes no functional"),
+        (["--force", "bbr"], "bbr: brainprior's --force takes no value"),
         (["--partcipant-label", "01"], "--partcipant-label: did you mean --participant-label"),
     ],
 )
@@ -329,6 +349,31 @@ def test_an_option_of_a_sister_app_gets_a_hint(folders, words, hint):
     assert hint in text
     assert text.startswith("unrecognized arguments: ")
     assert text.endswith("Run `brainprior --help` for the options.")
+
+
+SISTERS = """
+-t --task-id --echo-idx --anat-only --level --longitudinal --bold2anat-init --bold2anat-dof
+--force-bbr --force-no-bbr --force-syn --slice-time-ref --dummy-scans --me-t2s-fit-method
+--subject-anatomical-reference --output-layout --aggregate-session-reports --me-output-echos
+--medial-surface-nan --project-goodvoxels --md-only-boilerplate --cifti-output --msm --no-msm
+--return-all-components --fd-spike-threshold --dvars-spike-threshold --skull-strip-template
+--skull-strip-fixed-seed --skull-strip-t1w --fmap-bspline --fmap-no-demean --use-syn-sdc
+--fallback-total-readout-time --fs-license-file --fs-subjects-dir --fs-no-reconall --fs-no-resume
+--submm-recon --no-submm-recon --track-carbon --country-code --track-sessions
+--species --dsname --participant_labels --min-dwi-length --min-bold-length --testing -f --pdb
+--bids-database-wipe --no-datalad-get --n_procs -n-cpus --mem_gb --mem-gb --profile --no-sub
+--email --webapi-url --webapi-port --upload-strict --ants-nthreads --ants-float --ants-settings
+--deoblique --despike --start-idx --stop-idx --fft-spikes-detector --fd_thres
+--verbose-reports --crashfile-format --participant-labels --float32
+"""
+"""Options of fMRIPrep 25.2.7 and MRIQC 24.0.2 (their cli/parser.py) that brainprior lacks."""
+
+
+def test_every_option_of_fmriprep_and_mriqc_is_there_or_gets_a_hint():
+    known = {option for action in build_parser()._actions for option in action.option_strings}
+    options = SISTERS.split()
+    assert not known & set(options)
+    assert [option for option in options if not advice([option], [])] == []
 
 
 def test_a_word_that_is_no_option_gets_no_hint(folders):

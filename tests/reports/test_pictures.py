@@ -97,7 +97,13 @@ def node_files(folder, *, codes="RAS", angles=(0, 0, 0), spacing=(2.0, 2.0, 5.0)
         "structures_table": {
             "table": [{"index": 10, "name": "Left-Thalamus", "centroid_mm": FOUND}]
         },
-        "affine": {"matrix": np.eye(4).tolist()},
+        "affine": {
+            "matrix": np.eye(4).tolist(),
+            "dof": 12,
+            "used": ["Left-Thalamus", "Right-Thalamus"],
+            "median_residual_mm": 7.81,
+            "hull_residual_mm": 1.25,
+        },
         "restore": {"n_samples": 4},
         "gains": {
             "applied": True,
@@ -238,6 +244,25 @@ def test_mni305_marks_lie_where_the_millimetres_say(drawn):
     assert start == pytest.approx(
         [x + (FOUND[0] + 80.5) * scale, y + (80 - 0.5 - FOUND[1]) * scale], abs=0.1
     )
+
+
+def test_mni305_says_how_well_the_affine_fits(drawn, tmp_path):
+    fit = (
+        "Median distance of 2 centroids from the expected ones: 7.8 mm; "
+        "of the brain's extent: 1.2 mm"
+    )
+    root = etree.parse(drawn["mni305"]).getroot()
+    assert fit in [element.text for element in root.iter(f"{SVG}text")]
+    # which the report uses as the alternative text
+    assert f"{fit} (affine with 12 degrees of freedom)" in root.find(f"{SVG}desc").text
+    files = node_files(tmp_path)
+    roles = ("scan", "mask", "restored", "restored_mni305", "affine")
+    files["affine"].write_text("{}")  # of an earlier version
+    made = make_reportlets(
+        {role: files[role] for role in roles}, tmp_path / "f", prefix="sub-1", suffix="T1w"
+    )
+    (picture,) = (path for path in made if "desc-mni305" in path.name)
+    assert "Median distance" not in picture.read_text()
 
 
 def test_every_picture_is_there_valid_and_light(drawn):

@@ -10,6 +10,7 @@ import re
 from dataclasses import replace
 from importlib.resources import files
 from itertools import pairwise
+from pathlib import Path
 from urllib.parse import unquote
 
 import numpy as np
@@ -23,6 +24,7 @@ from brainprior_bids.records import RestoreRecord, RunRecord, ScanRecord, Weight
 from brainprior_bids.reports import volumes
 from brainprior_bids.reports.assembler import SubjectReport
 from brainprior_bids.reports.measured import coverage, lesions
+from brainprior_bids.reports.rating import ARTEFACTS, RATINGS
 from brainprior_bids.reports.sheet import XML, Panel, Picture, Sheet
 from brainprior_bids.reports.subject import build_subject_report
 
@@ -264,7 +266,7 @@ def test_headings_are_in_order_and_every_picture_can_be_reached(output_dir):
         links = page.xpath(f"//section[@id='{scan}']/nav/a/@href")
         headed = page.xpath(f"//section[@id='{scan}']/div[h3[not(ancestor::table)]]/@id")
         assert links == [f"#{name}" for name in headed]
-        assert len(links) == len(PICTURES) + 1
+        assert len(links) == len(PICTURES) + 2  # MNI305, the rating
 
 
 def test_the_methods_can_be_copied_with_their_references(output_dir):
@@ -278,6 +280,33 @@ def test_the_methods_can_be_copied_with_their_references(output_dir):
         source.text_content().split()
     )
     assert "and others" not in source.text_content()
+
+
+def test_a_scan_can_be_rated(output_dir):
+    """A form per finished scan, shown by a script; every control has a label, nothing is sent."""
+    page = read(build_subject_report(output_dir, "01"))
+    forms = {form.get("data-scan"): form for form in page.xpath("//form")}
+    assert list(forms) == ["sub-01_ses-a_T1w", "sub-01_ses-a_acq-x_T1w"]
+    for scan, form in forms.items():
+        assert form.getparent().get("id") == f"{scan}-rating"
+        assert form.get("hidden") is not None
+        assert form.get("action") is None
+        assert form.get("data-version") == "9.8.7"
+        controls = form.xpath(".//input | .//textarea")
+        assert all(control.getparent().text_content().strip() for control in controls)
+        assert {control.getparent().tag for control in controls} == {"label"}
+        (ratings, artefacts) = form.xpath(".//fieldset[legend]")
+        assert ratings.xpath(".//input/@value") == ["excellent", "acceptable", "poor", "exclude"]
+        assert set(ratings.xpath(".//input/@type")) == {"radio"}
+        assert artefacts.xpath(".//input/@value") == list(ARTEFACTS)
+        assert form.xpath(".//button/@type") == ["submit", "reset"]
+        assert "needs JavaScript" in form.getparent().xpath("string(noscript)")
+
+
+def test_what_a_rating_can_say_is_documented():
+    text = " ".join((Path(__file__).parents[2] / "docs" / "outputs.md").read_text().split())
+    for words in (RATINGS, ARTEFACTS):
+        assert ", ".join(f"`{word}`" for word in words) in text
 
 
 def test_signal_and_contrast_are_shown_before_and_after(tmp_path):

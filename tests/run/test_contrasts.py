@@ -127,6 +127,28 @@ def test_transforms_and_images_on_the_t1w(settings):
     assert side["Sources"] == [f"bids::{own}", f"bids::{FORWARD}"]
 
 
+def test_ants_and_nitransforms_read_the_rigid_transforms(settings):
+    """Points of the T1w (RAS) through from-T2w_to-T1w, which resamples the T2w on the T1w."""
+    import ants
+    import nitransforms
+
+    root = settings.output_dir
+    align_contrasts({"01"}, settings)
+    record = json.loads((root / "logs/contrasts/sub-01_T2w.json").read_text())
+    to_t1w = np.array(record["to_reference"])
+    points = np.random.default_rng(0).uniform(-100, 100, (20, 3))
+    to_lps = np.array((-1, -1, 1))
+    for path, matrix in ((FORWARD, np.linalg.inv(to_t1w)), (BACK, to_t1w)):
+        expected = points @ matrix[:3, :3].T + matrix[:3, 3]
+        linear = nitransforms.linear.load(root / path, fmt="itk")
+        np.testing.assert_allclose(linear.map(points), expected, atol=0.01)
+        transform = ants.read_transform(str(root / path))
+        by_ants = [
+            to_lps * ants.apply_ants_transform_to_point(transform, p * to_lps) for p in points
+        ]
+        np.testing.assert_allclose(by_ants, expected, atol=0.01)
+
+
 def test_its_records_fit_their_schema_and_are_verified(settings):
     root = settings.output_dir
     align_contrasts({"01"}, settings)
