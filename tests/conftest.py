@@ -48,10 +48,10 @@ def demo_head() -> Demo:
     """The demo's person, made once (a quarter of a minute); nobody may write into it."""
     from brainprior_bids.evaluation import demo
 
-    made = demo.make_demo()
-    for array in (made.scan, made.truth, made.brain):
+    output = demo.make_demo()
+    for array in (output.scan, output.truth, output.brain):
         array.setflags(write=False)
-    return made
+    return output
 
 
 @pytest.fixture(scope="session")

@@ -73,14 +73,14 @@ def test_nothing_declared_is_idle():
 
 
 def test_every_import_of_the_tests_is_declared_and_used():
-    found = imported((ROOT / "tests").rglob("*.py"))
-    assert found <= declared() | declared("test")
-    assert declared("test") - found <= TOOLS
+    result = imported((ROOT / "tests").rglob("*.py"))
+    assert result <= declared() | declared("test")
+    assert declared("test") - result <= TOOLS
 
 
 def test_every_import_of_the_benchmarks_is_declared():
-    found = imported((ROOT / "benchmarks").rglob("*.py"))
-    assert found - declared() == declared("benchmark")
+    result = imported((ROOT / "benchmarks").rglob("*.py"))
+    assert result - declared() == declared("benchmark")
 
 
 def test_the_tutorial_imports_what_is_declared(tmp_path):
@@ -104,7 +104,7 @@ def test_every_declared_version_is_pinned(extra):
 def test_every_file_names_the_version_of_setup_cfg(name):
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
-    found = re.findall(
+    result = re.findall(
         r'^\s*"?(?:ARG |tool-)?version"?[=:] ?"?(\d[\w.]*)', (ROOT / name).read_text(), re.M | re.I
     )
-    assert set(found) == {config["metadata"]["version"]}, "scripts/set_version.sh changes them"
+    assert set(result) == {config["metadata"]["version"]}, "scripts/set_version.sh changes them"

@@ -25,11 +25,11 @@ def test_the_method_page_names_code_that_exists():
         parts = name.split(".")
         for cut in range(len(parts) - 1, 0, -1):  # the longest part that is a module
             try:
-                found = importlib.import_module("brainprior_bids." + ".".join(parts[:cut]))
+                result = importlib.import_module("brainprior_bids." + ".".join(parts[:cut]))
             except ModuleNotFoundError:
                 continue
             for attribute in parts[cut:]:
-                found = getattr(found, attribute)
+                result = getattr(result, attribute)
             break
         else:
             pytest.fail(f"{name}: no such module")
@@ -47,24 +47,24 @@ def test_the_comparison_names_options_that_exist():
 
 def test_the_reports_figures_are_those_of_the_pages_and_both_name_their_weights():
     """Reports of other weights say "not measured" (``reports/measured.py``)."""
-    held = json.loads((files("brainprior_bids") / "data" / "measured.json").read_text())
+    content = json.loads((files("brainprior_bids") / "data" / "measured.json").read_text())
     for page in ("tasks/samples.md", "usage.md"):
         text = " ".join((DOCS / page).read_text().split())
-        assert f"weights {held['prior_sha256'][:12]}" in text, page
-    scans, said = "", {}
+        assert f"weights {content['prior_sha256'][:12]}" in text, page
+    scans, messages = "", {}
     for line in (DOCS / "tasks" / "samples.md").read_text().splitlines():
         cells = [cell.strip() for cell in line.split("|")[1:-1]]
         if len(cells) == 5 and " mm, " in cells[0] + scans:  # below a condition the next ones' is
             scans = cells[0] or scans
             held_in = re.findall(r"(\d+) %", " ".join(cells[2:4]))
-            said[scans, re.sub(r"^\d+ ", "", cells[1])] = held_in
-    rows = held["coverage"]["rows"]
-    assert said == {
+            messages[scans, re.sub(r"^\d+ ", "", cells[1])] = held_in
+    rows = content["coverage"]["rows"]
+    assert messages == {
         (row["scans"], row["of"].removeprefix("whole ")): [str(row["50"]), str(row["90"])]
         for row in rows
     }
     lines = (DOCS / "usage.md").read_text().splitlines()
-    for row in held["lesions"]["rows"]:
+    for row in content["lesions"]["rows"]:
         start = f"| {row['scans']} | {row['size'].removesuffix(' across')} |"
         (line,) = (line for line in lines if line.startswith(start))
         cells = line.removeprefix(start).split("|")[:4]

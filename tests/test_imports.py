@@ -147,7 +147,7 @@ def foreign_private_names(path: Path) -> set[str]:
 
 
 def test_private_names_stay_in_their_module():
-    found = {
+    result = {
         str(path.relative_to(ROOT)): names
         for _, path in sources()
         if (names := foreign_private_names(path))
@@ -156,7 +156,7 @@ def test_private_names_stay_in_their_module():
         path: EXCEPTIONS.get(path, set()) | OTHER_PROJECTS.get(path, set())
         for path in {*EXCEPTIONS, *OTHER_PROJECTS}
     }
-    assert found == expected
+    assert result == expected
 
 
 def test_a_private_name_of_another_module_is_found(tmp_path, monkeypatch):

@@ -19,11 +19,11 @@ def test_every_package_is_listed():
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
     listed = set(config["options"]["packages"].split())
-    found = {"brainprior_bids.workflows"} | {
+    result = {"brainprior_bids.workflows"} | {
         ".".join(path.parent.relative_to(ROOT).parts)
         for path in (ROOT / "brainprior_bids").rglob("__init__.py")
     }
-    assert listed == found
+    assert listed == result
 
 
 def test_every_file_names_its_licence():

@@ -22,23 +22,23 @@ FIRST, SECOND = re.findall(
 def test_the_five_lines_of_the_page_restore_a_scan(demo_slab, tmp_path, monkeypatch):
     """As they stand there, with the embedded networks, but for fewer and shorter chains."""
     assert len([line for line in FIRST.splitlines() if line]) == 5
-    made = demo_slab
+    output = demo_slab
     monkeypatch.chdir(tmp_path)
-    image = nib.Nifti1Image(made.scan.astype(np.float32), made.scan_grid.affine)
+    image = nib.Nifti1Image(output.scan.astype(np.float32), output.scan_grid.affine)
     nib.save(image, "sub-01_T1w.nii.gz")
     monkeypatch.setattr(scan, "restore", functools.partial(scan.restore, n_samples=2, n_steps=2))
     names = {}
     exec(FIRST, names)
-    found = names["result"]
-    assert found.grid == made.grid
-    inside = found.mean > 0
-    both = inside & made.brain
-    assert 2 * both.sum() / (inside.sum() + made.brain.sum()) > 0.95
-    assert np.corrcoef(found.mean[both], made.truth[both])[0, 1] > 0.8
-    for name, values in (("restored", found.mean), ("uncertainty", found.sd)):
+    result = names["result"]
+    assert result.grid == output.grid
+    inside = result.mean > 0
+    both = inside & output.brain
+    assert 2 * both.sum() / (inside.sum() + output.brain.sum()) > 0.95
+    assert np.corrcoef(result.mean[both], output.truth[both])[0, 1] > 0.8
+    for name, values in (("restored", result.mean), ("uncertainty", result.sd)):
         written = nib.load(f"{name}.nii.gz")
         np.testing.assert_array_equal(written.get_fdata(dtype=np.float32), values)
-        np.testing.assert_allclose(written.affine, made.grid.affine, atol=1e-4)
+        np.testing.assert_allclose(written.affine, output.grid.affine, atol=1e-4)
 
 
 def test_an_image_is_read_as_its_file_would_be(monkeypatch):
@@ -76,9 +76,9 @@ def test_the_engine_as_the_page_calls_it():
         "log_bias": np.zeros_like(share),
     }
     exec(SECOND, names)
-    found = names["result"]
-    assert found.sampler == "conditional"
-    assert found.samples.shape == (4, 24, 28, 25)
-    assert np.isfinite(found.samples).all()
-    assert found.mean[inside].mean() == pytest.approx(500, rel=0.1)
-    assert (found.sd[inside] > 0).all()
+    result = names["result"]
+    assert result.sampler == "conditional"
+    assert result.samples.shape == (4, 24, 28, 25)
+    assert np.isfinite(result.samples).all()
+    assert result.mean[inside].mean() == pytest.approx(500, rel=0.1)
+    assert (result.sd[inside] > 0).all()

@@ -131,10 +131,10 @@ def test_a_head_of_half_the_size_is_refused():
 def test_similarity_against_the_closed_form_of_scipy():
     rng = np.random.default_rng(3)
     x, y, w = rng.normal(size=(20, 3)), rng.normal(size=(20, 3)), rng.uniform(0.1, 1, 20)
-    found = similarity(x, y, w, scale=False)
+    result = similarity(x, y, w, scale=False)
     xc, yc = x - w @ x / w.sum(), y - w @ y / w.sum()
     expected, _ = Rotation.align_vectors(yc, xc, weights=w)
-    np.testing.assert_allclose(found[:3, :3], expected.as_matrix(), atol=1e-8)
+    np.testing.assert_allclose(result[:3, :3], expected.as_matrix(), atol=1e-8)
 
 
 def test_the_shipped_centroids_are_symmetric_and_right_handed():

@@ -30,15 +30,15 @@ def phantom(spacing):
 @pytest.mark.parametrize("spacing", [(1.5, 1.5, 5.0), (5.0, 1.2, 1.2), (2.0, 2.0, 2.0)])
 def test_a_known_field_is_found(spacing):
     image, mask, field = phantom(spacing)
-    found = n4(image, mask.astype(np.float32))
-    assert found.shape == image.shape
-    assert found.dtype == np.float32
-    assert abs(found[mask].mean()) < 1e-5
+    result = n4(image, mask.astype(np.float32))
+    assert result.shape == image.shape
+    assert result.dtype == np.float32
+    assert abs(result[mask].mean()) < 1e-5
     before = field[mask].std()
-    after = (field - found)[mask].std()
+    after = (field - result)[mask].std()
     assert before > 0.1
     assert after < 0.25 * before  # measured 0.08 to 0.19
-    assert np.abs(found).max() < 1.5 * np.abs(field).max()  # no wild extrapolation
+    assert np.abs(result).max() < 1.5 * np.abs(field).max()  # no wild extrapolation
 
 
 def test_the_scale_does_not_matter_and_two_runs_agree(monkeypatch):

@@ -40,14 +40,14 @@ def contrast(name, seed, matrix=None, *, inverted=False):
 
 
 def test_the_motion_between_two_contrasts_is_found():
-    found = align_contrast(contrast("T1w", 1), contrast("T2w", 1, MOTION, inverted=True))
+    result = align_contrast(contrast("T1w", 1), contrast("T2w", 1, MOTION, inverted=True))
     corners = CENTRE + 30 * (np.indices((2, 2, 2)).reshape(3, -1).T - 0.5)
-    off = found.to_reference @ MOTION - np.eye(4)
+    off = result.to_reference @ MOTION - np.eye(4)
     assert np.linalg.norm(corners @ off[:3, :3].T + off[:3, 3], axis=1).max() < 0.3
-    rotation = found.to_reference[:3, :3]
+    rotation = result.to_reference[:3, :3]
     np.testing.assert_allclose(rotation @ rotation.T, np.eye(3), atol=1e-9)
-    assert found.shared > 0.95
-    assert found.alike > 0.8
+    assert result.shared > 0.95
+    assert result.alike > 0.8
 
 
 def test_another_person_is_refused_by_name():

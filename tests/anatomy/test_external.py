@@ -38,8 +38,8 @@ def scan(*, stripped, background=0.0):
 
 @pytest.mark.parametrize("background", [0.0, -1000.0])
 def test_a_stripped_scan_is_recognised_and_a_head_is_not(background):
-    found = external.stripped_edge(scan(stripped=True, background=background), BRAIN * 1.0)
-    np.testing.assert_array_equal(found, BRAIN)
+    result = external.stripped_edge(scan(stripped=True, background=background), BRAIN * 1.0)
+    np.testing.assert_array_equal(result, BRAIN)
     assert external.stripped_edge(scan(stripped=False), BRAIN * 1.0) is None
 
 
@@ -74,8 +74,8 @@ def test_a_mask_file_on_another_grid(tmp_path):
         AFFINE @ np.array([[2, 0, 0, 0.5], [0, 2, 0, 0.5], [0, 0, 2, 0.5], [0, 0, 0, 1]]),
     )
     nib.save(coarse, tmp_path / "m.nii.gz")
-    found = external.mask_from_file(tmp_path / "m.nii.gz", GRID, name="sub-01")
-    assert 2 * (found & BRAIN).sum() / (found.sum() + BRAIN.sum()) > 0.97
+    result = external.mask_from_file(tmp_path / "m.nii.gz", GRID, name="sub-01")
+    assert 2 * (result & BRAIN).sum() / (result.sum() + BRAIN.sum()) > 0.97
     elsewhere = Grid(SHAPE, AFFINE + np.array([[0, 0, 0, 150.0]] + [[0] * 4] * 3))
     with pytest.raises(InputError, match="in this scan's space"):
         external.mask_from_file(tmp_path / "m.nii.gz", elsewhere, name="sub-01")
@@ -102,9 +102,9 @@ def labelled():
 
 def test_freesurfers_labels_become_ours(tmp_path):
     nib.save(nib.Nifti1Image(labelled(), AFFINE), tmp_path / "aparc.nii.gz")
-    found = external.labels_from_file(tmp_path / "aparc.nii.gz", GRID, name="sub-01")
-    assert set(np.unique(found)) == {0, 2, 3, 10, 12, 16, 41, 49, 51}
-    assert set(np.unique(found[ball((3, 3, 3), (40, 45, 50))])) <= {2, 41}  # corpus callosum
+    result = external.labels_from_file(tmp_path / "aparc.nii.gz", GRID, name="sub-01")
+    assert set(np.unique(result)) == {0, 2, 3, 10, 12, 16, 41, 49, 51}
+    assert set(np.unique(result[ball((3, 3, 3), (40, 45, 50))])) <= {2, 41}  # corpus callosum
     tissue = np.where(BRAIN, 2, 0).astype(np.int16)
     nib.save(nib.Nifti1Image(tissue, AFFINE), tmp_path / "tissue.nii.gz")
     with pytest.raises(InputError, match="inner structures"):
@@ -114,18 +114,18 @@ def test_freesurfers_labels_become_ours(tmp_path):
 def test_labels_and_mask_are_put_together():
     labels = np.where(labelled() == 1012, 3, labelled())
     labels[labels == 253] = 2
-    found = external.assemble(
+    result = external.assemble(
         labels, ball((32, 38, 30)), {10: 0.5}, image=IMAGE, restored_grid=GRID
     )
     shell = ball((32, 38, 30)) & ~BRAIN
-    assert (found.structures[shell] == 24).all()
-    assert not found.structures[~ball((32, 38, 30))].any()
-    rows = {row["index"]: row for row in found.table}
+    assert (result.structures[shell] == 24).all()
+    assert not result.structures[~ball((32, 38, 30))].any()
+    rows = {row["index"]: row for row in result.table}
     assert rows[10]["confidence"] == 0.5
     assert rows[49]["confidence"] == 1.0
     np.testing.assert_allclose(rows[10]["centroid_mm"], [64, 90, 80], atol=0.5)
     assert rows[10]["cut_share"] == 0
-    np.testing.assert_allclose(found.mask_scan, found.mask, atol=1e-6)
+    np.testing.assert_allclose(result.mask_scan, result.mask, atol=1e-6)
     with pytest.raises(AnatomyError, match="belong to this scan"):
         external.assemble(
             labels, np.roll(BRAIN, 60, 0) & (labels == 0), {}, image=IMAGE, restored_grid=GRID

@@ -54,10 +54,10 @@ def test_where_the_image_was_padded_nothing_is_said():
     empty = np.zeros(mask.shape, bool)
     empty[:, :, 60:] = True
     towards = directions()
-    for unmeasured, said in ((None, True), (empty, False)):
+    for unmeasured, messages in ((None, True), (empty, False)):
         points, cut = surface(mask, grid, unmeasured)
         _, _, seen = supports(points, np.eye(4), towards, cut)
-        assert seen[towards[:, 2] > 0.9].all() == said
+        assert seen[towards[:, 2] > 0.9].all() == messages
         assert seen[towards[:, 2] < -0.2].all()
 
 

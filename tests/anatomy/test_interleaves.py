@@ -66,23 +66,23 @@ def find(axis, motion, lost=()):
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_motion_is_found_along_any_axis(axis):
     motion = rigid((2.0, -1.5, 1.5), (1.5, 2.0, -1.0))
-    found = find(axis, motion)
-    apart = (found.to_reference @ motion - np.eye(4))[:3]
+    result = find(axis, motion)
+    apart = (result.to_reference @ motion - np.eye(4))[:3]
     error = np.tensordot(apart[:, :3], POINTS[:, BRAIN], 1) + apart[:, 3:]
     rms = float(np.sqrt(np.mean(np.sum(error**2, axis=0))))
-    assert found.rms_mm == pytest.approx(3.6, abs=0.6)
+    assert result.rms_mm == pytest.approx(3.6, abs=0.6)
     assert rms < 0.8
-    assert found.moved
-    assert "moved between the interleaves" in found.warnings[0]
+    assert result.moved
+    assert "moved between the interleaves" in result.warnings[0]
 
 
 @pytest.mark.parametrize(("axis", "lost"), [(0, ()), (2, ()), (2, (12,)), (1, (14, 15))])
 def test_a_still_scan_is_left_alone(axis, lost):
     """Also one that lost a slice."""
-    found = find(axis, np.eye(4), lost)
-    assert found.rms_mm < 0.15 * THICK
-    assert not found.moved, found
-    assert found.warnings == []
+    result = find(axis, np.eye(4), lost)
+    assert result.rms_mm < 0.15 * THICK
+    assert not result.moved, result
+    assert result.warnings == []
 
 
 def test_scans_without_interleaves_are_not_judged():

@@ -54,12 +54,12 @@ def test_dilation_is_in_mm_and_stays_in_the_brain():
 
 def test_a_lesion_that_the_brain_mask_leaves_out_is_added_to_it():
     lesion = block(slice(33, 39), slice(18, 22), slice(5, 6))
-    found = prepare(lesion)
-    assert found.mask_scan[lesion].all()
-    assert found.mask_1mm[36, 20, 21]
-    assert not found.measured[lesion].any()
-    assert any("lies in the brain" in text for text in found.warnings)
-    assert found.facts["volume_ml"] == pytest.approx(lesion.sum() * 4 / 1000)
+    result = prepare(lesion)
+    assert result.mask_scan[lesion].all()
+    assert result.mask_1mm[36, 20, 21]
+    assert not result.measured[lesion].any()
+    assert any("lies in the brain" in text for text in result.warnings)
+    assert result.facts["volume_ml"] == pytest.approx(lesion.sum() * 4 / 1000)
 
 
 def test_little_left_is_said_and_nothing_left_is_refused():

@@ -54,19 +54,19 @@ TRUE = motion((4, -3, 5), (4, -3, 2))
 def test_the_motion_between_two_stacks_is_found(axis, most_mm):
     image = brain(1)
     reference = stack("one", image, 2)
-    found = find_motion(reference, stack("two", image, axis, TRUE, gain=0.5))
+    result = find_motion(reference, stack("two", image, axis, TRUE, gain=0.5))
     corners = CENTRE + 30 * (np.indices((2, 2, 2)).reshape(3, -1).T - 0.5)
-    off = found.to_reference @ TRUE - np.eye(4)
+    off = result.to_reference @ TRUE - np.eye(4)
     error = np.linalg.norm(corners @ off[:3, :3].T + off[:3, 3], axis=1).max()
     assert error < most_mm  # measured: 0.05 and 0.37, of blobs that 5 mm slices can hardly show
     np.testing.assert_allclose(
-        found.to_reference[:3, :3] @ found.to_reference[:3, :3].T, np.eye(3), atol=1e-9
+        result.to_reference[:3, :3] @ result.to_reference[:3, :3].T, np.eye(3), atol=1e-9
     )
-    assert found.gain == pytest.approx(2.0, rel=0.03)
-    assert found.correlation > 0.9
-    assert found.shared > 0.9
-    assert found.angle_deg == pytest.approx(np.linalg.norm([4, -3, 5]), abs=1.0)
-    assert found.shift_mm(CENTRE) == pytest.approx(np.linalg.norm([4, -3, 2]), abs=0.5)
+    assert result.gain == pytest.approx(2.0, rel=0.03)
+    assert result.correlation > 0.9
+    assert result.shared > 0.9
+    assert result.angle_deg == pytest.approx(np.linalg.norm([4, -3, 5]), abs=1.0)
+    assert result.shift_mm(CENTRE) == pytest.approx(np.linalg.norm([4, -3, 2]), abs=0.5)
 
 
 def test_another_person_is_refused_by_name():
@@ -92,10 +92,10 @@ def test_the_common_mask_is_that_of_most_runs():
     for name, axis in (("two", 0), ("three", 1)):
         other = stack(name, image, axis, TRUE)
         others.append((other, find_motion(reference, other)))
-    made = common_mask(reference, others) > 0
+    output = common_mask(reference, others) > 0
     truth = image > 0.3
-    assert made.shape == grid.shape
-    assert 2 * (made & truth).sum() / (made.sum() + truth.sum()) > 0.97
+    assert output.shape == grid.shape
+    assert 2 * (output & truth).sum() / (output.sum() + truth.sum()) > 0.97
 
 
 def test_a_lesion_is_not_compared_but_is_brain():
@@ -111,10 +111,10 @@ def test_a_lesion_is_not_compared_but_is_brain():
     damaged = replace(reference, data=bright, mask=lost)
     with pytest.raises(InputError, match="do not show the same brain"):
         find_motion(damaged, other)
-    told = replace(damaged, hidden=where)
-    motion = find_motion(told, other)
+    messages = replace(damaged, hidden=where)
+    motion = find_motion(messages, other)
     assert motion.correlation > 0.9
     assert motion.gain == pytest.approx(1.0, rel=0.05)
-    made = common_mask(told, [(other, motion)]) > 0
-    assert made[told.lesion].all()
-    assert told.lesion.sum() == pytest.approx(where.sum() * 5, rel=0.2)  # slices of 5 mm
+    output = common_mask(messages, [(other, motion)]) > 0
+    assert output[messages.lesion].all()
+    assert messages.lesion.sum() == pytest.approx(where.sum() * 5, rel=0.2)  # slices of 5 mm

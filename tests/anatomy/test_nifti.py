@@ -23,13 +23,13 @@ MEGABYTE = 2**20
 
 def header(shape, dtype, *, kind=nib.Nifti1Header, offset=None, order="<"):
     """A valid header for an image of any size, with its four bytes of no extension."""
-    made = kind(endianness=order)
-    made.set_data_dtype(dtype)
-    made.set_data_shape(shape)
-    made.set_sform(np.eye(4), 1)
-    made["magic"] = made.single_magic
-    made["vox_offset"] = made.single_vox_offset if offset is None else offset
-    return made.binaryblock + bytes(4)
+    output = kind(endianness=order)
+    output.set_data_dtype(dtype)
+    output.set_data_shape(shape)
+    output.set_sform(np.eye(4), 1)
+    output["magic"] = output.single_magic
+    output["vox_offset"] = output.single_vox_offset if offset is None else offset
+    return output.binaryblock + bytes(4)
 
 
 def write(path, content, megabytes_of_zeros=0):
@@ -180,13 +180,13 @@ def test_a_header_with_an_impossible_field_is_refused(tmp_path, offset, values):
 def cifti(content, intent=3006):
     """An image whose extension makes nibabel take it for CIFTI, with this XML in it."""
     padded = content + bytes(-(len(content) + 8) % 16)
-    made = nib.Nifti2Header()
-    made.set_data_dtype(np.int16)
-    made.set_data_shape((4, 4, 4))
-    made["intent_code"] = intent
-    made["vox_offset"] = 544 + 8 + len(padded)
+    output = nib.Nifti2Header()
+    output.set_data_dtype(np.int16)
+    output.set_data_shape((4, 4, 4))
+    output["intent_code"] = intent
+    output["vox_offset"] = 544 + 8 + len(padded)
     extra = b"\1\0\0\0" + np.array([8 + len(padded), 32], "<i4").tobytes() + padded
-    return made.binaryblock + extra + bytes(128)
+    return output.binaryblock + extra + bytes(128)
 
 
 @pytest.mark.parametrize("text", [b"<CIFTI></CIFTI>", b"", b"<CIFTI", b"<CIFTI Version='2'>"])

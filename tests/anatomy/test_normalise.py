@@ -95,9 +95,9 @@ def errors_mm(warp, mask):
     truth = to_template(points)
     lps = np.array([[-1.0], [-1.0], [1.0]])
     back = sitk.ReadTransform(str(warp.from_template))  # maps points of the scan to the template
-    found = lps * np.array([back.TransformPoint(point) for point in (lps * points).T]).T
+    result = lps * np.array([back.TransformPoint(point) for point in (lps * points).T]).T
     affine = POSE[:3, :3] @ points + POSE[:3, 3:]
-    return (np.linalg.norm(guess - truth, axis=0).mean() for guess in (affine, found))
+    return (np.linalg.norm(guess - truth, axis=0).mean() for guess in (affine, result))
 
 
 def test_a_known_deformation_is_undone(brain, warp):

@@ -89,24 +89,24 @@ def toy_head(zooms, rotation=(0, 0, 0), field_of_view=(170, 200, 160)):
 def test_structures_are_where_they_are(zooms, rotation):
     image, grid = toy_head(zooms, rotation)
     restored = grid.one_millimetre()
-    found = parcellate(image, network=Oracle(), restored_grid=restored)
-    assert found.structures.shape == found.mask.shape == restored.shape
-    assert found.mask_scan.shape == image.shape
-    table = {row["index"]: row for row in found.table}
+    result = parcellate(image, network=Oracle(), restored_grid=restored)
+    assert result.structures.shape == result.mask.shape == restored.shape
+    assert result.mask_scan.shape == image.shape
+    table = {row["index"]: row for row in result.table}
     turn = Rotation.from_euler("xyz", rotation, degrees=True).as_matrix()
     for index, centre in ((10, (-18, -8, 0)), (49, (18, -8, 0)), (4, (-16, 5, 24))):
         expected = turn @ centre
         np.testing.assert_allclose(table[index]["centroid_mm"], expected, atol=max(zooms) / 2)
     assert table[10]["volume_mm3"] == pytest.approx(4 / 3 * np.pi * 9 * 16 * 9, rel=0.35)
-    ml = found.mask.sum() * np.prod(restored.spacing_mm) / 1000
+    ml = result.mask.sum() * np.prod(restored.spacing_mm) / 1000
     assert ml == pytest.approx(4 / 3 * np.pi * 62 * 78 * 58 / 1000, rel=0.06)
     # the scan's own voxels: the same volume, as shares
-    share_ml = found.mask_scan.sum() * np.prod(zooms) / 1000
+    share_ml = result.mask_scan.sum() * np.prod(zooms) / 1000
     assert share_ml == pytest.approx(ml, rel=1e-3)
-    assert found.mask_scan.min() >= 0
-    assert found.mask_scan.max() <= 1 + 1e-5
-    assert not found.structures[found.mask == 0].any()
-    assert (found.structures[found.mask == 1] > 0).all()
+    assert result.mask_scan.min() >= 0
+    assert result.mask_scan.max() <= 1 + 1e-5
+    assert not result.structures[result.mask == 0].any()
+    assert (result.structures[result.mask == 1] > 0).all()
 
 
 def test_holes_are_filled_and_islands_dropped():
@@ -114,22 +114,22 @@ def test_holes_are_filled_and_islands_dropped():
     data = image.get_fdata()
     data[45:48, 38:41, 30:33] = 0  # a flow void in white matter
     data[4:9, 4:9, 4:9] = 700 * LEVELS[2]  # a bright thing in the air
-    found = parcellate(
+    result = parcellate(
         nib.Nifti1Image(data.astype(np.float32), image.affine),
         network=Oracle(),
         restored_grid=grid.one_millimetre(),
     )
-    assert found.mask[91:95, 77:81, 61:65].all()
-    assert not found.mask[:20, :20, :20].any()
+    assert result.mask[91:95, 77:81, 61:65].all()
+    assert not result.mask[:20, :20, :20].any()
 
 
 def test_a_cut_brain_is_a_warning_and_no_brain_an_error():
     image, _ = toy_head((2.0, 2.0, 2.0))
     cut = image.slicer[:, :, :46]
-    found = parcellate(
+    result = parcellate(
         cut, network=Oracle(), restored_grid=Grid(cut.shape, cut.affine).one_millimetre()
     )
-    assert any("field of view cuts" in warning for warning in found.warnings)
+    assert any("field of view cuts" in warning for warning in result.warnings)
     for data in (np.zeros((40, 40, 40)), image.get_fdata()[:, :, :14]):
         bad = nib.Nifti1Image(np.asarray(data, np.float32), image.affine)
         with pytest.raises(AnatomyError, match="expected a brain"):
@@ -191,9 +191,9 @@ def test_a_background_is_no_padding(kind):
         rng = np.random.default_rng(0)
         data = np.where(data > 0, data, np.round(rng.normal(0, 0.7, data.shape)).clip(0))
     scan = nib.Nifti1Image(data.astype(np.float32), image.affine)
-    found = parcellate(scan, network=Oracle(), restored_grid=grid.one_millimetre())
-    assert cut_cm2(found) < 1
-    assert not [text for text in found.warnings if "cuts" in text]
+    result = parcellate(scan, network=Oracle(), restored_grid=grid.one_millimetre())
+    assert cut_cm2(result) < 1
+    assert not [text for text in result.warnings if "cuts" in text]
 
 
 def test_a_tiny_and_a_giant_brain_are_refused():
@@ -317,10 +317,10 @@ def test_a_real_head(shared_data, suffix):
     path = shared_data / "heads" / "sub-02" / "anat" / f"sub-02_{suffix}.nii.gz"
     image = nib.as_closest_canonical(nib.load(path))
     grid = Grid(image.shape, image.affine).one_millimetre()
-    found = parcellate(image, network=load_parcellation(), restored_grid=grid)
-    ml = found.mask.sum() * np.prod(grid.spacing_mm) / 1000
+    result = parcellate(image, network=load_parcellation(), restored_grid=grid)
+    ml = result.mask.sum() * np.prod(grid.spacing_mm) / 1000
     assert 1000 < ml < 1900
-    table = {row["name"]: row for row in found.table}
+    table = {row["name"]: row for row in result.table}
     assert len(table) >= 28
     thalami = [np.array(table[f"{side}-Thalamus"]["centroid_mm"]) for side in ("Left", "Right")]
     apart = thalami[1] - thalami[0]

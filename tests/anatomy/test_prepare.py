@@ -360,9 +360,9 @@ def network(monkeypatch):
     """A network that finds the true brain."""
     fine = GRID.one_millimetre()
     values = np.kron(labels(), np.ones((4, 4, 4), np.int16))
-    found = external.assemble(values, values > 0, {10: 0.5}, image=head(), restored_grid=fine)
+    result = external.assemble(values, values > 0, {10: 0.5}, image=head(), restored_grid=fine)
     monkeypatch.setattr(
-        brain_module, "parcellate", lambda *_, **__: replace(found, warnings=["look"])
+        brain_module, "parcellate", lambda *_, **__: replace(result, warnings=["look"])
     )
     return Network()
 

@@ -54,11 +54,11 @@ def grid_of(image, spacing=(1.0, 1.0, 1.0)):
 @pytest.mark.parametrize(("axis", "factor"), [(2, 5), (0, 4), (1, 5)])
 def test_interpolated_slices_are_recognised(how, axis, factor):
     image = interpolated(thick(brain(), axis, factor), axis, factor, how).astype(np.float32)
-    found = find_resolution(image, grid_of(image), "auto")
-    assert found.measured_mm[axis] == pytest.approx(factor, rel=0.1)
-    assert [found.measured_mm[a] for a in range(3) if a != axis] == [1, 1]
-    assert found.used_mm == found.measured_mm
-    assert found.source == "measured"
+    result = find_resolution(image, grid_of(image), "auto")
+    assert result.measured_mm[axis] == pytest.approx(factor, rel=0.1)
+    assert [result.measured_mm[a] for a in range(3) if a != axis] == [1, 1]
+    assert result.used_mm == result.measured_mm
+    assert result.source == "measured"
 
 
 @pytest.mark.parametrize("step", [0.0, 1.0])
@@ -68,10 +68,10 @@ def test_zero_filling_in_both_directions_of_a_plane_is_recognised(step):
     for axis in (0, 1):
         image = interpolated(image, axis, 4, "zero-filled")
     image = np.round(image / step) * step if step else image
-    found = find_resolution(image.astype(np.float32), grid_of(image, (0.5, 0.5, 5)), "auto",
+    result = find_resolution(image.astype(np.float32), grid_of(image, (0.5, 0.5, 5)), "auto",
                             step=step)  # fmt: skip
-    assert found.measured_mm[:2] == pytest.approx((2, 2), rel=0.15)
-    assert found.measured_mm[2] == 5
+    assert result.measured_mm[:2] == pytest.approx((2, 2), rel=0.15)
+    assert result.measured_mm[2] == 5
 
 
 @pytest.mark.parametrize("noise", [0.5, 4.0, 25.0])
@@ -80,16 +80,16 @@ def test_measured_images_are_left_alone(noise, factors):
     image = brain()
     for axis, factor in enumerate(factors):
         image = thick(image, axis, factor, noise=noise)
-    found = find_resolution(image.astype(np.float32), grid_of(image, factors), "auto", step=1.0)
-    assert found.measured_mm == found.used_mm == found.stored_mm
+    result = find_resolution(image.astype(np.float32), grid_of(image, factors), "auto", step=1.0)
+    assert result.measured_mm == result.used_mm == result.stored_mm
 
 
 def test_twofold_interpolation_is_reported_and_used_as_it_is():
     image = interpolated(thick(brain(), 2, 2), 2, 2, "zero-filled").astype(np.float32)
-    found = find_resolution(image, grid_of(image), "auto")
-    assert found.measured_mm[2] == pytest.approx(2, rel=0.15)
-    assert found.used_mm == (1, 1, 1)
-    assert found.factor > 1.4
+    result = find_resolution(image, grid_of(image), "auto")
+    assert result.measured_mm[2] == pytest.approx(2, rel=0.15)
+    assert result.used_mm == (1, 1, 1)
+    assert result.factor > 1.4
 
 
 def test_what_is_asked_for_is_done():

@@ -85,8 +85,8 @@ def turned(data, axis):
 def test_lost_slices_are_found_without_a_mask(gone, left, axis):
     data = still() + np.abs(np.random.default_rng(1).normal(0, 3, SHAPE)).astype(np.float32)
     data[:, :, list(gone)] *= left
-    found = lost_slices(turned(data, axis), axis=axis)
-    assert found == tuple(k for k in gone if 1 < k < 18)  # too little brain near the ends
+    result = lost_slices(turned(data, axis), axis=axis)
+    assert result == tuple(k for k in gone if 1 < k < 18)  # too little brain near the ends
 
 
 @pytest.mark.parametrize("made", [still, moved, uneven])

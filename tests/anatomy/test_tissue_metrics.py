@@ -24,7 +24,7 @@ def normal(mean, sd, n=200_001):
 
 
 def test_the_metrics_of_normal_tissues_have_closed_forms():
-    found = tissue_metrics({"csf": normal(50, 10), "gm": normal(100, 8), "wm": normal(160, 6)})
+    result = tissue_metrics({"csf": normal(50, 10), "gm": normal(100, 8), "wm": normal(160, 6)})
     expected = {
         "snr_csf": 5.0,
         "snr_gm": 12.5,
@@ -36,16 +36,16 @@ def test_the_metrics_of_normal_tissues_have_closed_forms():
         "summary_wm_stdv": 6.0,
     }
     # the outermost quantiles lack 2e-5 of the variance, and 1.4826 has five digits
-    assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-4)
-    assert set(RATIOS) <= set(found)
+    assert {key: result[key] for key in expected} == pytest.approx(expected, rel=1e-4)
+    assert set(RATIOS) <= set(result)
 
 
 def test_a_tissue_with_few_or_constant_voxels_has_no_metrics():
     few = normal(100, 8, FEWEST - 1)
     assert tissue_metrics({"csf": few, "gm": few, "wm": np.full(FEWEST, 3, np.float32)}) == {}
-    found = tissue_metrics({"csf": few, "gm": normal(100, 8), "wm": normal(160, 6)})
-    assert {"snr_gm", "snr_wm", "cnr", "cjv"} <= set(found)
-    assert not {"snr_csf", "snr_total"} & set(found)
+    result = tissue_metrics({"csf": few, "gm": normal(100, 8), "wm": normal(160, 6)})
+    assert {"snr_gm", "snr_wm", "cnr", "cjv"} <= set(result)
+    assert not {"snr_csf", "snr_total"} & set(result)
     same = tissue_metrics({"gm": normal(100, 8), "wm": normal(100, 6)})
     assert not {"cnr", "cjv"} & set(same)  # no contrast to divide by
 

@@ -54,8 +54,8 @@ def command(raw, *extra):
 
 
 def scans_of(settings):
-    found = find_scans(settings)
-    return fuse_runs(found) if settings.fuse else found
+    result = find_scans(settings)
+    return fuse_runs(result) if settings.fuse else result
 
 
 def hashes(settings):
@@ -66,7 +66,7 @@ def finish(raw, *extra):
     """What a run of this command leaves in the folder of summaries."""
     settings = parse_settings(command(raw, *extra))
     for scan in scans_of(settings):
-        found = look_up(scan, settings, hashes(settings))
+        result = look_up(scan, settings, hashes(settings))
         output = f"{scan.name.stem}.nii.gz"
         (settings.output_dir).mkdir(exist_ok=True)
         (settings.output_dir / output).touch()
@@ -76,8 +76,8 @@ def finish(raw, *extra):
                 scan=scan.name.stem,
                 subject="01",
                 status=ScanStatus.DONE,
-                parts=found.parts,
-                fingerprint=found.fingerprint,
+                parts=result.parts,
+                fingerprint=result.fingerprint,
                 outputs=(output,),
             ),
         )
@@ -89,9 +89,9 @@ def again(raw, told, *extra):
     told.clear()
     with Claims([settings.work_dir]) as claims:
         jobs = plan_jobs(scans_of(settings), settings, hashes(settings), claims)
-    said = [record.getMessage() for record in told.records]
+    messages = [record.getMessage() for record in told.records]
     stems = [job.scan.name.stem for job in jobs]
-    return {stem: next(text for text in said if text.startswith(stem)) for stem in stems}
+    return {stem: next(text for text in messages if text.startswith(stem)) for stem in stems}
 
 
 def test_what_did_not_change_is_skipped_however_it_is_computed(raw, told):
@@ -121,25 +121,25 @@ OPTIONS = (
 
 def test_another_option_does_it_again(raw, told):
     finish(raw)
-    for extra, said in OPTIONS:
-        found = again(raw, told, *extra)
-        assert set(found) == {"sub-01_run-1_T1w", "sub-01_run-2_T1w"}, extra
-        assert all(said in text for text in found.values()), found
+    for extra, messages in OPTIONS:
+        result = again(raw, told, *extra)
+        assert set(result) == {"sub-01_run-1_T1w", "sub-01_run-2_T1w"}, extra
+        assert all(messages in text for text in result.values()), result
 
 
 def test_a_changed_scan_sidecar_or_output_does_only_that_scan_again(raw, told):
     finish(raw)
     only = "sub-01_run-1_T1w"
     image(raw / f"{SCAN}.nii.gz", value=1)
-    found = again(raw, told)
-    assert list(found) == [only]
-    assert found[only].endswith("changed: image")
+    result = again(raw, told)
+    assert list(result) == [only]
+    assert result[only].endswith("changed: image")
     finish(raw)
     write_json(raw / f"{SCAN}.json", {"SliceThickness": 3.0, "EchoTime": 0.1})
-    found = again(raw, told)
-    assert list(found) == [only]
-    assert "metadata EchoTime (absent, now 0.1)" in found[only]
-    assert "metadata SliceThickness (5.0, now 3.0)" in found[only]
+    result = again(raw, told)
+    assert list(result) == [only]
+    assert "metadata EchoTime (absent, now 0.1)" in result[only]
+    assert "metadata SliceThickness (5.0, now 3.0)" in result[only]
     finish(raw)
     (raw.parent / "out" / f"{only}.nii.gz").unlink()
     assert "1 file(s) are gone" in again(raw, told)[only]
@@ -162,13 +162,13 @@ def test_other_weights_do_it_again(raw, told, tmp_path, monkeypatch, role):
     kept = {key: value for key, value in card.items() if key not in ("file", "sha256")}
     write_weights(path, state, kept)
     if role == "prior":
-        found = again(raw, told, "--prior", path)
-        assert all(text.endswith("changed: weights of prior") for text in found.values())
-        assert len(found) == 2
+        result = again(raw, told, "--prior", path)
+        assert all(text.endswith("changed: weights of prior") for text in result.values())
+        assert len(result) == 2
     monkeypatch.setattr(embedded, "FOLDER", folder)
-    found = again(raw, told)
-    assert len(found) == 2
-    assert all(text.endswith(f"changed: weights of {role}") for text in found.values())
+    result = again(raw, told)
+    assert len(result) == 2
+    assert all(text.endswith(f"changed: weights of {role}") for text in result.values())
 
 
 def test_other_code_does_it_again(raw, told, tmp_path, monkeypatch):
@@ -186,9 +186,9 @@ def test_other_code_does_it_again(raw, told, tmp_path, monkeypatch):
         slices = copy / "engine" / "operators" / "slices.py"
         slices.write_text(slices.read_text() + "\n# another profile\n")
         code.code_version.cache_clear()
-        found = again(raw, told)
-        assert len(found) == 2
-        assert all(text.endswith("changed: program") for text in found.values())
+        result = again(raw, told)
+        assert len(result) == 2
+        assert all(text.endswith("changed: program") for text in result.values())
     finally:
         code.code_version.cache_clear()
 
@@ -218,9 +218,9 @@ def test_what_an_older_version_left_is_done_again(raw, told):
     for stem in ("sub-01_run-1_T1w", "sub-01_run-2_T1w"):
         summary = read_summary(out, stem)
         write_summary(out, replace(summary, parts={}, fingerprint="0"))
-    found = again(raw, told)
-    assert len(found) == 2
-    assert all("not known" in text for text in found.values())
+    result = again(raw, told)
+    assert len(result) == 2
+    assert all("not known" in text for text in result.values())
 
 
 def test_a_failure_says_that_an_earlier_result_is_still_there(raw, told):
@@ -251,8 +251,8 @@ def test_a_dry_run_says_which_scans_are_done(raw, capsys):
     image(raw / f"{SCAN}.nii.gz", value=1)
     before = read_summary(raw.parent / "out", "sub-01_run-1_T1w")
     assert main(command(raw, "--dry-run")) == 0
-    said = capsys.readouterr().out
-    assert said.count("it would be skipped") == 1
-    assert said.count("again, as this changed: image") == 1
-    assert "2 scan(s), of which 1 would be skipped, 40 network calls" in said
+    messages = capsys.readouterr().out
+    assert messages.count("it would be skipped") == 1
+    assert messages.count("again, as this changed: image") == 1
+    assert "2 scan(s), of which 1 would be skipped, 40 network calls" in messages
     assert read_summary(raw.parent / "out", "sub-01_run-1_T1w") == before

@@ -228,17 +228,17 @@ def schema(record):
 def test_provenance_is_as_its_schema_says(ended, record):
     files = list((ended[1] / "prov").glob(f"prov-*_{record}.json"))
     assert len(files) == 1  # of the run, or of the one scan that was done
-    found = json.loads(files[0].read_text())
+    result = json.loads(files[0].read_text())
     check = schema(record)
-    check.validate(found)
-    for key in next(iter(found.values()))[0]:  # and the schema is not one that takes anything
+    check.validate(result)
+    for key in next(iter(result.values()))[0]:  # and the schema is not one that takes anything
         if key in ("AtLocation", "GeneratedBy"):
             continue
-        less = copy.deepcopy(found)
+        less = copy.deepcopy(result)
         del next(iter(less.values()))[0][key]
         assert not check.is_valid(less), key
-    next(iter(found.values()))[0]["Surprise"] = 1
-    assert not check.is_valid(found)
+    next(iter(result.values()))[0]["Surprise"] = 1
+    assert not check.is_valid(result)
 
 
 def test_every_file_has_its_hash_in_the_provenance(ended):
@@ -294,14 +294,14 @@ def test_removed_outputs_come_back_from_the_work_folder(ended, raw):
 
 def test_usage_errors_end_with_2_and_write_nothing(raw, tmp_path):
     output_dir = tmp_path / "out"
-    for extra, said in (
+    for extra, messages in (
         (["--participant-label", "99"], "No such participant"),
         (["-m", "FLAIR"], "modalities: FLAIR"),
         (["--task", "refine"], "--derivatives NAME=PATH"),
     ):
         done = brainprior(raw, output_dir, "participant", *extra)
         assert done.returncode == 2
-        assert said in done.stderr
+        assert messages in done.stderr
         assert not output_dir.exists()
 
 

@@ -132,8 +132,8 @@ def test_every_query_matches_one_file(raw, tmp_path, monkeypatch, per, asked):
     for subject, session, folder in asked:
         who = {"subject": subject} | ({"session": session} if session else {})
         for query in spec().values():
-            (found,) = layout.get(**query, **who)
-            assert (folder or "sub-02/anat") in found.path
+            (result,) = layout.get(**query, **who)
+            assert (folder or "sub-02/anat") in result.path
         assert not layout.get(**who, suffix="xfm")
         assert not layout.get(**who, suffix="T2w")
 
@@ -145,17 +145,17 @@ def test_smriprep_collects_one_of_each(raw, tmp_path, monkeypatch, per):
     for subject, session in (("01", "a"), ("01", "b"), ("02", None)):
         if per == "subject":
             session = ["a", "b"] if session else None  # what fMRIPrep gives without sessionwise
-        found = bids.collect_derivatives(root, subject, ["MNI152NLin2009cAsym", "MNI305"],
+        result = bids.collect_derivatives(root, subject, ["MNI152NLin2009cAsym", "MNI305"],
                                          session_id=session)  # fmt: skip
-        tissues = found.pop("t1w_tpms")
+        tissues = result.pop("t1w_tpms")
         assert [Path(path).name.split("label-")[1][:3] for path in tissues] == [
             "GM_",
             "WM_",
             "CSF",
         ]
-        assert found.pop("transforms") == {}
-        assert set(found) == {"t1w_preproc", "t1w_mask", "t1w_dseg"}
-        assert all(isinstance(path, str) for path in found.values())
+        assert result.pop("transforms") == {}
+        assert set(result) == {"t1w_preproc", "t1w_mask", "t1w_dseg"}
+        assert all(isinstance(path, str) for path in result.values())
 
 
 def test_the_thinnest_slices_win_then_the_name(raw, tmp_path):
@@ -225,11 +225,11 @@ def test_the_raw_view_has_the_sessions_without_a_head(raw, tmp_path):
         bold.parent.mkdir(parents=True)
         bold.touch()
     scans = find_scans(Settings(raw, tmp_path / "o", tmp_path / "w"))
-    for asked, found in (((), ["a", "c", "d"]), (("a", "c"), ["a", "c"])):
+    for asked, result in (((), ["a", "c", "d"]), (("a", "c"), ["a", "c"])):
         root = tmp_path / "-".join(("view", *asked))
         export.link_rest(root, raw, scans, sessions=asked)
         linked = sorted(path.name for path in root.rglob("*_bold.nii.gz"))
-        assert linked == [f"sub-01_ses-{session}_task-rest_bold.nii.gz" for session in found]
+        assert linked == [f"sub-01_ses-{session}_task-rest_bold.nii.gz" for session in result]
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "file as a folder", "no permission"])
@@ -417,8 +417,8 @@ def test_a_head_is_scan_outside_and_restored_brain_inside():
     mask, mask_scan = ball(FINE, 14), ball(SCAN_GRID, 14).astype(np.float32)
     x = np.linspace(-0.3, 0.3, 40)[:, None, None]
     log_bias = np.broadcast_to(x, SCAN_GRID.shape).astype(np.float32)
-    held = np.clip(log_bias, log_bias[mask_scan > 0.5].min(), log_bias[mask_scan > 0.5].max())
-    scan = 50 * np.exp(held)  # a uniform head, half as bright as the restored brain
+    content = np.clip(log_bias, log_bias[mask_scan > 0.5].min(), log_bias[mask_scan > 0.5].max())
+    scan = 50 * np.exp(content)  # a uniform head, half as bright as the restored brain
     restored = np.where(mask, 100.0, 0.0).astype(np.float32)
     restored[20, 20, 18] = 130.0
     done = paste_back(scan, restored, scan_grid=SCAN_GRID, grid=FINE, mask=mask,
@@ -480,13 +480,13 @@ def test_tissues_follow_labels_and_at_borders_the_intensity():
     labels = np.where(mask, truth, 0)
     labels[8:20] = np.roll(labels, 1, axis=1)[8:20]  # a parcellation that is a voxel off
     labels[~mask] = 0
-    found = tissue_probabilities(image, labels, mask, spacing_mm=FINE.spacing_mm)
-    np.testing.assert_allclose(sum(found.values())[mask], 1, rtol=1e-5)
-    assert not any(volume[~mask].any() for volume in found.values())
+    result = tissue_probabilities(image, labels, mask, spacing_mm=FINE.spacing_mm)
+    np.testing.assert_allclose(sum(result.values())[mask], 1, rtol=1e-5)
+    assert not any(volume[~mask].any() for volume in result.values())
     right = np.select([truth == 3, truth == 2, truth == 24], [1, 2, 3])
-    made = tissue_labels(found, mask)
+    output = tissue_labels(result, mask)
     before = np.select([labels == 3, labels == 2, labels == 24], [1, 2, 3])
-    errors, errors_before = ((made != right)[mask].mean(), (before != right)[mask].mean())
+    errors, errors_before = ((output != right)[mask].mean(), (before != right)[mask].mean())
     assert errors < 0.4 * errors_before
     with pytest.raises(AnatomyError, match="CSF"):
         tissue_probabilities(image, np.where(labels == 24, 3, labels), mask, spacing_mm=[1, 1, 1])

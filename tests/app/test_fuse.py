@@ -113,10 +113,10 @@ def test_the_graph_aligns_every_other_run(settings, tmp_path):
 
 def test_the_dry_run_says_what_is_fused(settings, capsys):
     print_plan(fuse_runs(find_scans(settings)), settings)
-    said = capsys.readouterr().out
-    assert said.count("  fuses ") == 5
-    assert f"  fuses sub-01/ses-a/anat/{STEMS[2]}.nii.gz" in said
-    assert "sub-02/anat/sub-02_desc-restored_T2w.nii.gz" in said
+    messages = capsys.readouterr().out
+    assert messages.count("  fuses ") == 5
+    assert f"  fuses sub-01/ses-a/anat/{STEMS[2]}.nii.gz" in messages
+    assert "sub-02/anat/sub-02_desc-restored_T2w.nii.gz" in messages
 
 
 @pytest.mark.parametrize(

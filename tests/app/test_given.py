@@ -175,9 +175,9 @@ def test_a_given_mask_and_labels_are_used_and_recorded(settings, tmp_path):
     folder.mkdir()
     inputs = {key: value for key, value in node.get().items() if key != "in_file"}
     done = Parcellate(in_file=str(tmp_path / "scan.nii"), **inputs).run(cwd=str(folder)).outputs
-    made = nib.load(done.mask)
-    assert made.shape == (192, 224, 192)
-    share = np.asarray(made.dataobj).reshape(48, 4, 56, 4, 48, 4).mean((1, 3, 5)) > 0.5
+    output = nib.load(done.mask)
+    assert output.shape == (192, 224, 192)
+    share = np.asarray(output.dataobj).reshape(48, 4, 56, 4, 48, 4).mean((1, 3, 5)) > 0.5
     assert 2 * (share & brain).sum() / (share.sum() + brain.sum()) > 0.98
     facts = json.loads(Path(done.structures_json).read_text())
     # the network is asked as well, whether the mask may be the brain
@@ -232,9 +232,9 @@ def test_the_image_to_refine_and_its_trust(settings, tmp_path):
         given_of(scan(), asked)
     (folder / "sub-01_desc-SynthSR_T1w.nii.gz").touch()
     (folder / "sub-01_T2w.nii.gz").touch()  # the scan's own contrast goes before
-    found = given_of(scan(), asked)
-    assert found["refined"].uri == "bids:fs:sub-01/anat/sub-01_desc-SynthSR_T1w.nii.gz"
-    assert set(found) == {"refined"}
+    result = given_of(scan(), asked)
+    assert result["refined"].uri == "bids:fs:sub-01/anat/sub-01_desc-SynthSR_T1w.nii.gz"
+    assert set(result) == {"refined"}
     mapped = replace(asked, trust=str(folder / "{stem}_sd.nii.gz"))
     with pytest.raises(InputError, match="names 0 files"):
         given_of(scan(), mapped)

@@ -103,39 +103,39 @@ def test_volumes_are_compared_with_those_of_54_people():
         2
     )
     assert z_score("Brain", 0.0) is None
-    values, said = judged(brain())
+    values, messages = judged(brain())
     assert abs(values["brain_z"]) < 0.2  # medians add up to about the median of the sum
-    assert said == "pass"
+    assert messages == "pass"
     # a large head has large structures: only the brain as a whole is apart
-    values, said = judged(brain(math.exp(5 * sd)))
+    values, messages = judged(brain(math.exp(5 * sd)))
     assert values["brain_z"] == pytest.approx(5, abs=0.2)
     assert abs(values["structure_z"]) < 0.3
-    assert said == "look"
+    assert messages == "look"
     assert judged(brain(math.exp(-7 * sd)))[1] == "fail"
     known = reference()["Left-Putamen"]
     table = brain(**{"Left-Putamen": math.exp(-9 * known["log_sd"]), "CSF": 1.5})
-    values, said = judged(table)
+    values, messages = judged(table)
     rows = [StructureRecord.from_json(row) for row in table]
     assert relative_scores(rows)["Left-Putamen"] == values["structure_z"]
     assert values["structure_z"] == pytest.approx(-9, abs=1)
-    assert said == "look"
+    assert messages == "look"
 
 
 def test_a_brain_that_is_cut_is_not_called_small():
     table = brain(0.5)
     for row in table:
         row["cut_share"] = 0.5
-    values, said = judged(table)
+    values, messages = judged(table)
     area = sum(0.5 * row["volume_mm3"] ** (2 / 3) for row in table) / 100
     assert values["cut_cm2"] == pytest.approx(area)
     assert values["brain_z"] is None
-    assert said == "look"
+    assert messages == "look"
 
 
 def test_labels_from_elsewhere_have_no_confidence_and_a_mask_is_compared():
-    values, said = judged(brain(), structures_source="synthseg", mask_agreement=0.8)
+    values, messages = judged(brain(), structures_source="synthseg", mask_agreement=0.8)
     assert values["confidence"] is None
-    assert said == "look"
+    assert messages == "look"
     assert judged(brain(), mask_agreement=0.4)[1] == "fail"
 
 
@@ -311,10 +311,10 @@ def test_the_reference_is_made_of_volumes():
         [{"name": "a", "volume_mm3": 100.0}, {"name": "b", "volume_mm3": 300.0}],
         [{"name": "a", "volume_mm3": 400.0}, {"name": "b", "volume_mm3": 300.0}],
     ]
-    found = made(tables)
-    assert found["a"] == {
+    result = made(tables)
+    assert result["a"] == {
         "n": 2,
         "log_mean": pytest.approx(math.log(200), abs=1e-4),
         "log_sd": pytest.approx(math.log(2) * 2**0.5, abs=1e-4),
     }
-    assert found["Brain"]["log_mean"] == pytest.approx(math.log(400 * 700) / 2, abs=1e-4)
+    assert result["Brain"]["log_mean"] == pytest.approx(math.log(400 * 700) / 2, abs=1e-4)

@@ -204,11 +204,11 @@ def test_plain_pybids_finds_one_t1w_per_desc(tmp_path):
     (tmp_path / "dataset_description.json").write_text(json.dumps(description))
     layout = BIDSLayout(tmp_path, validate=False, is_derivative=True)
     entities = [image.get_entities() for image in layout.get(suffix="T1w", extension=".nii.gz")]
-    found = [(e["desc"], e.get("space"), e.get("res")) for e in entities]
+    result = [(e["desc"], e.get("space"), e.get("res")) for e in entities]
     descs = ("restored", "restoredSample01", "restoredSample02")
     expected = [(desc, space, None) for desc in descs for space in (None, "MNI305")]
     key = lambda item: tuple(map(str, item))  # noqa: E731
-    assert sorted(found, key=key) == sorted([*expected, ("restored", None, "native")], key=key)
+    assert sorted(result, key=key) == sorted([*expected, ("restored", None, "native")], key=key)
     image = {"subject": "01", "suffix": "T1w", "extension": ".nii.gz", "desc": "restored"}
     (own,) = layout.get(**image, space=None, res=None)
     assert own.filename == "sub-01_desc-restored_T1w.nii.gz"

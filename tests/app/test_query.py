@@ -126,9 +126,9 @@ def test_when_every_scan_failed_both_levels_end_with_1(dataset, tmp_path, capsys
     command = [str(dataset), str(out), "participant", "group", "--participant-label", "sub-02",
                "02", "--skip-bids-validation", "--device", "cpu"]  # fmt: skip
     assert main(command) == 1
-    said = capsys.readouterr().err
-    assert "1 failed" in said
-    assert "group: no scan is done" in said
+    messages = capsys.readouterr().err
+    assert "1 failed" in messages
+    assert "group: no scan is done" in messages
     assert "datalad get" in (out / "logs" / "status.tsv").read_text()
 
 
@@ -167,8 +167,8 @@ def test_a_link_without_content_is_a_failed_scan_not_a_crash(settings, dataset):
 @pytest.mark.parametrize("middle", ["acq-high-res", "new", "run-1b_acq-é"])
 def test_a_name_that_is_not_bids_is_a_failed_scan_and_the_others_go_on(settings, dataset, middle):
     (dataset / "sub-02" / "anat" / f"sub-02_{middle}_T2w.nii.gz").write_bytes(b"x")
-    found = find_scans(replace(settings, participant_label=("02",)))
-    good, bad = sorted(found, key=lambda scan: scan.problem is not None)
+    result = find_scans(replace(settings, participant_label=("02",)))
+    good, bad = sorted(result, key=lambda scan: scan.problem is not None)
     assert good.problem is None
     problem = bad.problem
     assert f"sub-02_{middle}_T2w" in problem
@@ -190,9 +190,9 @@ def test_the_data_set_is_checked_first(tmp_path):
     with pytest.raises(UsageError, match=r"no dataset_description\.json"):
         check_dataset(tmp_path)
     path = tmp_path / "dataset_description.json"
-    for text, said in (("{", "not valid JSON"), ("[]", "JSON object")):
+    for text, messages in (("{", "not valid JSON"), ("[]", "JSON object")):
         path.write_text(text)
-        with pytest.raises(UsageError, match=said):
+        with pytest.raises(UsageError, match=messages):
             check_dataset(tmp_path)
 
 
@@ -228,10 +228,10 @@ def test_a_database_is_made_once_and_read_afterwards(settings, dataset, tmp_path
     everything = names(find_scans(settings))
     one = replace(kept, participant_label=("02",))
     assert names(find_scans(one)) == [FILES[6]]
-    made = (tmp_path / "index" / "layout_index.sqlite").stat().st_mtime_ns
+    output = (tmp_path / "index" / "layout_index.sqlite").stat().st_mtime_ns
     (dataset / "sub-02" / "anat" / "sub-02_T1w.nii.gz").write_bytes(b"x")
     assert names(find_scans(kept)) == everything  # not indexed again
-    assert (tmp_path / "index" / "layout_index.sqlite").stat().st_mtime_ns == made
+    assert (tmp_path / "index" / "layout_index.sqlite").stat().st_mtime_ns == output
     (dataset / FILES[6]).unlink()
     (scan,) = find_scans(one)
     assert "--bids-database-dir" in scan.problem

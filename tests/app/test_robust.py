@@ -90,21 +90,21 @@ def killed(raw, tmp_path_factory):
     for member in family:  # it holds its claim, and does not end meanwhile
         member.suspend()
     second = start(raw, out, "--participant-label", "01")
-    said = second.communicate()[1]
+    messages = second.communicate()[1]
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     for member in family[1:]:  # each sees at once that the run is gone
         member.resume()
     process.stderr.close()
-    return out, family, (second.returncode, said)
+    return out, family, (second.returncode, messages)
 
 
 def test_a_second_process_leaves_a_scan_to_the_one_that_is_at_work(killed):
-    code, said = killed[2]
+    code, messages = killed[2]
     assert code == 1
-    assert "another process is working on it" in said
-    assert "0 failed, 1 left to another process" in said
-    assert "Traceback" not in said
+    assert "another process is working on it" in messages
+    assert "0 failed, 1 left to another process" in messages
+    assert "Traceback" not in messages
 
 
 def test_a_killed_run_leaves_no_process_and_no_derivative(killed):
@@ -123,15 +123,15 @@ def test_a_killed_run_leaves_no_process_and_no_derivative(killed):
 def resumed(killed, raw):
     out = killed[0]
     process = start(raw, out, "--participant-label", "01")
-    said = process.communicate()[1]
-    return out, process.returncode, said
+    messages = process.communicate()[1]
+    return out, process.returncode, messages
 
 
 def test_the_same_command_goes_on_where_it_was_killed(resumed):
-    out, code, said = resumed
-    assert code == 0, said
-    assert "parcellate …" not in said  # from the work folder
-    assert "restore …" in said
+    out, code, messages = resumed
+    assert code == 0, messages
+    assert "parcellate …" not in messages  # from the work folder
+    assert "restore …" in messages
     assert statuses(out) == {"sub-01": "done"}
     assert leftovers(out) == []
     assert main(["verify", str(out)]) == 0
@@ -142,13 +142,13 @@ def shared(raw, tmp_path_factory):
     """Two processes at once on one output folder, a participant each."""
     out = tmp_path_factory.mktemp("shared") / "out"
     both = [start(raw, out, "--participant-label", who) for who in ("01", "02")]
-    said = [process.communicate()[1] for process in both]
-    return out, [process.returncode for process in both], said
+    messages = [process.communicate()[1] for process in both]
+    return out, [process.returncode for process in both], messages
 
 
 def test_two_processes_share_an_output_folder(shared, capsys):
-    out, codes, said = shared
-    assert codes == [0, 0], said
+    out, codes, messages = shared
+    assert codes == [0, 0], messages
     assert statuses(out) == {"sub-01": "done", "sub-02": "done"}
     assert leftovers(out) == []
     for subject in ("01", "02"):
@@ -200,8 +200,8 @@ def test_after_random_kills_the_result_is_that_of_an_undisturbed_run(raw, shared
         for victim in victims:
             with contextlib.suppress(psutil.NoSuchProcess):
                 victim.send_signal(rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGKILL]))
-        said = process.communicate()[1]
-        assert "Traceback" not in said
+        messages = process.communicate()[1]
+        assert "Traceback" not in messages
         psutil.wait_procs(children, timeout=600)  # the limit only ends a failure
     process = start(raw, out, "--participant-label", "01")
     assert process.communicate()[1]
@@ -221,10 +221,10 @@ def test_ctrl_c_twice_ends_the_run_without_a_traceback(raw, tmp_path):
             break
     for _ in range(2):
         os.killpg(process.pid, signal.SIGINT)
-    said = process.communicate()[1]
+    messages = process.communicate()[1]
     assert process.returncode == 130
-    assert "Traceback" not in said
-    assert "interrupted; rerun the same command" in said
+    assert "Traceback" not in messages
+    assert "interrupted; rerun the same command" in messages
     assert statuses(out) == {"sub-01": "failed"}
     assert "interrupted" in (out / "logs" / "status.tsv").read_text()
     assert leftovers(out) == []

@@ -77,6 +77,6 @@ def test_the_inverse_takes_the_template_back(ended):
 def test_the_plan_lists_what_is_written_and_the_methods_text_says_how(ended):
     _, planned, out, _ = ended
     listed = {line.strip() for line in planned.stdout.splitlines() if SPACE in line}
-    made = {str(p.relative_to(out)) for p in out.glob(f"sub-01/anat/*{SPACE}*")}
-    assert {path for path in made if not path.endswith(".json")} == listed
+    output = {str(p.relative_to(out)) for p in out.glob(f"sub-01/anat/*{SPACE}*")}
+    assert {path for path in output if not path.endswith(".json")} == listed
     assert "TemplateFlow" in (out / "logs" / "CITATION.md").read_text()

@@ -275,9 +275,9 @@ def test_a_record_in_the_earlier_form_is_verified(tmp_path):
     record.write_text(text.replace("DIGEST", digest))
     image = tmp_path / "sub-01_desc-restored_T1w.nii.gz"
     image.write_bytes(b"image")
-    found = verify_records(tmp_path)
-    assert (found.changes, found.outputs, found.inputs) == ({}, 1, 0)
-    assert found.out_of_reach == ("bids:raw:sub-01/anat/sub-01_T1w.nii.gz",)
+    result = verify_records(tmp_path)
+    assert (result.changes, result.outputs, result.inputs) == ({}, 1, 0)
+    assert result.out_of_reach == ("bids:raw:sub-01/anat/sub-01_T1w.nii.gz",)
     image.write_bytes(b"other")
     assert verify_records(tmp_path).changes == {image.name: "changed"}
 
@@ -369,9 +369,9 @@ def refuse_locks(*_):
 
 def test_room_is_kept_for_the_last_words(tmp_path):
     with reserved(tmp_path, 5000):
-        (held,) = tmp_path.iterdir()
-        assert held.stat().st_size == 5000
-        assert TEMPORARY.fullmatch(held.name) or "unowned" in held.name
+        (content,) = tmp_path.iterdir()
+        assert content.stat().st_size == 5000
+        assert TEMPORARY.fullmatch(content.name) or "unowned" in content.name
     assert list(tmp_path.iterdir()) == []
 
 

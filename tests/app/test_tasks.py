@@ -106,7 +106,7 @@ def test_a_good_lesion_is_filled_and_the_others_named(inpainted, raw):
     assert done.returncode == 1
     rows = {subject: row for (subject, _), row in status(output_dir).items()}
     assert rows.pop("01")[0] == "done"
-    for subject, said in (
+    for subject, messages in (
         ("02", "grid"),
         ("03", "empty"),
         ("04", "cover"),
@@ -114,7 +114,7 @@ def test_a_good_lesion_is_filled_and_the_others_named(inpainted, raw):
         ("06", "2 lesion masks"),
     ):
         state, message = rows.pop(subject)
-        assert (state, f"sub-{subject}" in message, said in message) == ("failed", True, True)
+        assert (state, f"sub-{subject}" in message, messages in message) == ("failed", True, True)
         assert message in done.stderr
         assert not list((output_dir / f"sub-{subject}").rglob("*.nii.gz"))
     assert not rows
@@ -148,8 +148,8 @@ def test_another_tools_image_is_refined_beside_it(inpainted, raw, head, tmp_path
     assert "no image to refine" in rows["02"][1]
     assert "expected one image" in rows["03"][1]
     anat = output_dir / "sub-01" / "anat"
-    made = nib.load(anat / "sub-01_desc-restoredRefined_T1w.nii.gz")
-    np.testing.assert_allclose(made.header.get_zooms(), 1.0, atol=0.02)
+    output = nib.load(anat / "sub-01_desc-restoredRefined_T1w.nii.gz")
+    np.testing.assert_allclose(output.header.get_zooms(), 1.0, atol=0.02)
     after = digests(anat)
     assert {name for name in before if "inpainted" in name} <= set(after)
     assert all(after[name] == digest for name, digest in before.items() if "inpainted" in name)
@@ -179,13 +179,13 @@ def test_an_image_of_another_contrast_is_refined_within_a_map_of_trust(head, tmp
     assert done.returncode == 1
     rows = {subject: row for (subject, _), row in status(output_dir).items()}
     assert rows["01"][0] == "done", rows
-    for subject, said in (
+    for subject, messages in (
         ("02", "grid of the image to refine"),
         ("03", "above 0"),
         ("04", "names 0 files"),
     ):
         state, message = rows[subject]
-        assert (state, said in message) == ("failed", True), message
+        assert (state, messages in message) == ("failed", True), message
         assert f"sub-{subject}" in message
     side = json.loads((output_dir / "sub-01/anat/sub-01_desc-refined_T1w.json").read_text())
     assert "bids:synthsr:sub-01/anat/sub-01_desc-SynthSR_T1w.nii.gz" in side["Sources"]
@@ -302,8 +302,8 @@ def test_another_tools_image_informs_what_is_filled_in(two_runs, tmp_path, task)
         check_filled(raw, tmp_path, "sub-01_run-1", image)
         assert side["SkullStripped"] is False
     else:
-        made = nib.load(anat / f"sub-01_run-1_desc-{image}_T1w.nii.gz")
-        np.testing.assert_allclose(made.header.get_zooms(), 1.0, atol=0.02)
+        output = nib.load(anat / f"sub-01_run-1_desc-{image}_T1w.nii.gz")
+        np.testing.assert_allclose(output.header.get_zooms(), 1.0, atol=0.02)
     assert f"desc-{image}" in (tmp_path / "sub-01.html").read_text()
 
 
@@ -337,8 +337,8 @@ def test_runs_are_fused_with_lesions_and_another_tools_image(two_runs, tmp_path,
     if task == "inpaint":
         check_filled(raw, tmp_path, "sub-01", image)
         return
-    made = nib.load(anat / f"sub-01_desc-{image}_T1w.nii.gz")
-    np.testing.assert_allclose(made.header.get_zooms(), 1.0, atol=0.02)
+    output = nib.load(anat / f"sub-01_desc-{image}_T1w.nii.gz")
+    np.testing.assert_allclose(output.header.get_zooms(), 1.0, atol=0.02)
     native = nib.load(anat / f"sub-01_res-native_desc-{image}_T1w.nii.gz")
     scan = nib.load(raw / "sub-01/anat/sub-01_run-1_T1w.nii.gz")
     np.testing.assert_allclose(native.affine, scan.affine, atol=1e-4)

@@ -31,8 +31,8 @@ def bosh(*arguments):
 
 
 def test_the_stored_descriptor_is_that_of_the_parser():
-    told = "python -m brainprior_bids.cli.boutiques >docs/boutiques/brainprior.json"
-    assert json.loads(STORED.read_text(encoding="utf-8")) == descriptor(), told
+    messages = "python -m brainprior_bids.cli.boutiques >docs/boutiques/brainprior.json"
+    assert json.loads(STORED.read_text(encoding="utf-8")) == descriptor(), messages
 
 
 def test_every_option_is_in_it_under_a_flag_of_its_own():
@@ -77,9 +77,9 @@ INVOCATIONS = [
 def test_its_command_lines_are_ours(tmp_path, given):
     invocation = tmp_path / "invocation.json"
     invocation.write_text(json.dumps({"bids_dir": "raw", "output_dir_name": "out", **given}))
-    said = bosh("exec", "simulate", STORED, "-i", invocation)
-    line = re.search(r"^mkdir -p out; brainprior (.*)$", said, re.MULTILINE)
-    assert line, said
+    messages = bosh("exec", "simulate", STORED, "-i", invocation)
+    line = re.search(r"^mkdir -p out; brainprior (.*)$", messages, re.MULTILINE)
+    assert line, messages
     options = vars(build_parser().parse_args(shlex.split(line[1])))
     assert (options["bids_dir"], options["output_dir"]) == (Path("raw"), Path("out"))
     for name, value in given.items():

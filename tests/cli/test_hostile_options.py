@@ -40,11 +40,11 @@ def raw(tmp_path):
 def refused(raw, capsys, *options):
     """What is said of options that end the command with 2."""
     assert main([str(raw), str(raw.parent / "out"), "participant", *map(str, options)]) == 2
-    said = capsys.readouterr().err
-    assert "Traceback" not in said
-    assert "brainprior: error: " in said
-    assert len(said) < 1500
-    return said
+    messages = capsys.readouterr().err
+    assert "Traceback" not in messages
+    assert "brainprior: error: " in messages
+    assert len(messages) < 1500
+    return messages
 
 
 @pytest.mark.parametrize("run", ["9" * 5000, "²", "1.5", "٣", "", "run-"])
@@ -75,8 +75,8 @@ BAD_PATTERNS = [
 
 @pytest.mark.parametrize("pattern", BAD_PATTERNS)
 def test_a_pattern_has_the_known_names_alone(raw, capsys, pattern):
-    said = refused(raw, capsys, "--task", "inpaint", "--lesion-mask", pattern)
-    assert "{subject}, {session}, {suffix} or {stem}" in said
+    messages = refused(raw, capsys, "--task", "inpaint", "--lesion-mask", pattern)
+    assert "{subject}, {session}, {suffix} or {stem}" in messages
 
 
 def test_a_pattern_is_filled():
@@ -205,8 +205,8 @@ def test_a_plugin_file_that_cannot_be_used_is_named(raw, tmp_path, capsys, kind)
 def test_folders_that_are_files(raw, tmp_path, capsys):
     file = tmp_path / "file"
     file.write_text("")
-    said = refused(raw, capsys, "--bids-database-dir", file)
-    assert "Choose another" in said
+    messages = refused(raw, capsys, "--bids-database-dir", file)
+    assert "Choose another" in messages
     with pytest.raises(UsageError, match=r"--work-dir .*Not a directory"):
         environment.prepare_environment(Settings(raw, tmp_path / "o", file / "work"))
     assert "cannot be written" in (
@@ -345,12 +345,12 @@ def test_what_nobody_thought_of_is_one_line_and_a_file(monkeypatch, raw, tmp_pat
     (tmp_path / "out" / "logs").mkdir(parents=True)
     monkeypatch.setattr(analysis_levels, "run", fail)
     assert main([str(raw), str(tmp_path / "out"), "participant"]) == 1
-    said = capsys.readouterr().err
+    messages = capsys.readouterr().err
     (crash,) = (tmp_path / "out" / "logs").glob("crash-*.txt")
-    line = said.splitlines()[-1]
+    line = messages.splitlines()[-1]
     assert line.startswith("brainprior: failed: nobody thought of it.")
     assert str(crash) in line
-    assert "Traceback" not in said
+    assert "Traceback" not in messages
     assert "ZeroDivisionError" in crash.read_text()
 
 

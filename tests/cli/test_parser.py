@@ -323,9 +323,9 @@ def test_a_reader_that_stops_reading_is_no_crash(monkeypatch, capfd):
     with os.fdopen(writer, "w") as closed:
         monkeypatch.setattr(sys, "stdout", closed)
         assert main(["weights", "list"]) == 1
-    said = capfd.readouterr().err
-    assert "brainprior: stopped: " in said
-    assert "Traceback" not in said
+    messages = capfd.readouterr().err
+    assert "brainprior: stopped: " in messages
+    assert "Traceback" not in messages
 
 
 @pytest.mark.parametrize(
@@ -393,9 +393,9 @@ def test_a_standard_space_needs_its_template(folders, tmp_path, monkeypatch, cap
     monkeypatch.setenv("TEMPLATEFLOW_HOME", str(home))
     asked = [*folders, "--output-spaces", "MNI152NLin2009cAsym:res-1", "anat"]
     assert main(asked) == 2
-    said = capsys.readouterr().err
-    assert "--output-spaces MNI152NLin2009cAsym: " in said
-    assert "from templateflow.api import get" in said
+    messages = capsys.readouterr().err
+    assert "--output-spaces MNI152NLin2009cAsym: " in messages
+    assert "from templateflow.api import get" in messages
     assert not Path(folders[1]).exists()
     assert not home.exists()
     write_template(home, np.ones((3, 3, 3)), np.eye(4))

@@ -26,11 +26,11 @@ def no_gpu(monkeypatch):
 
 def test_this_installation_passes(capsys):
     assert main(["selftest", "--device", "cpu"]) == 0
-    said = capsys.readouterr().out
-    assert "self-test passed" in said
+    messages = capsys.readouterr().out
+    assert "self-test passed" in messages
     for kind in ("prior", "parcellation"):
         digest = weights.sha256_file(weights.FOLDER / f"{kind}.safetensors")
-        assert f"weights of the {kind} are intact, SHA-256 {digest}" in said
+        assert f"weights of the {kind} are intact, SHA-256 {digest}" in messages
 
 
 def test_changed_weights_do_not_pass(tmp_path, monkeypatch, capsys):
@@ -55,9 +55,9 @@ def test_the_command_ends_with_2_and_names_the_flags(
 ):
     monkeypatch.chdir(tmp_path)
     assert main([*command, "--device", "cuda"]) == 2
-    said = capsys.readouterr().err
-    assert "--gpus all" in said
-    assert "--nv" in said
+    messages = capsys.readouterr().err
+    assert "--gpus all" in messages
+    assert "--nv" in messages
     assert list(tmp_path.iterdir()) == []
 
 

@@ -82,8 +82,8 @@ def second_device(monkeypatch):
     tensor = torch.tensor
 
     def tensor_too(data: Any, *, device: Any = None, **options: Any) -> torch.Tensor:
-        made = tensor(data, **options)
-        return made if device is None else made.to(device)
+        output = tensor(data, **options)
+        return output if device is None else output.to(device)
 
     def near(function: Any) -> Any:
         return lambda kind, *more, **options: function(

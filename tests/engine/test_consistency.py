@@ -26,13 +26,13 @@ def residual(z, where=EVERYWHERE, ratio=1.0):
 
 
 def test_white_noise_raises_no_warning():
-    found = [residual(noise(seed)) for seed in range(3)]
-    assert judge(found) == []
-    for one in found:
+    result = [residual(noise(seed)) for seed in range(3)]
+    assert judge(result) == []
+    for one in result:
         for rho, error in zip(one.correlation, one.standard_error, strict=True):
             assert abs(rho) < 4 * error
     n = SHAPE[0] * SHAPE[1] * SHAPE[2]
-    assert found[0].standard_error[0] == pytest.approx((n * 29 / 30) ** -0.5)
+    assert result[0].standard_error[0] == pytest.approx((n * 29 / 30) ** -0.5)
 
 
 def test_the_correlation_is_that_of_the_process():

@@ -197,15 +197,15 @@ def test_slices_are_seen_along_the_last_axis(tile_mm):
             tile_mm=tile_mm,
         )
         stack = Stack(y.movedim(2, axis), weights, axis, 0.05)
-        found = prior.denoise(
+        result = prior.denoise(
             x.movedim(-1, 2 + axis),
             0.5,
             coordinates=mm.movedim(-1, 1 + axis),
             contrast="T2w",
             measured=stack,
         )
-        assert found.shape == x.movedim(-1, 2 + axis).shape
-        return found.movedim(2 + axis, -1)
+        assert result.shape == x.movedim(-1, 2 + axis).shape
+        return result.movedim(2 + axis, -1)
 
     x, mm = torch.randn(1, 1, 20, 24, 16), points(20, 24, 16)
     y = torch.randn(20, 24, 4)

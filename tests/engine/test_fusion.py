@@ -158,10 +158,10 @@ def test_two_crossed_stacks_of_a_moved_brain_show_more_than_each(crossed):
     assert (done.sampler, done.solve, alone.solve) == ("exact", "image space", "spectral")
     assert "conditioned on measurements" in done.sampler_reason
     assert [e.name for e in explained] == ["run-2", "run-0"]
-    for run, found in zip((first, second), explained, strict=True):
-        assert found.residual_map.shape == run.scan.shape
-        assert found.noise_sd == pytest.approx(NOISE, rel=0.4)
-        assert all(0.8 < r.ratio < 1.3 for r in found.residuals)
+    for run, result in zip((first, second), explained, strict=True):
+        assert result.residual_map.shape == run.scan.shape
+        assert result.noise_sd == pytest.approx(NOISE, rel=0.4)
+        assert all(0.8 < r.ratio < 1.3 for r in result.residuals)
     again, _ = together(first, second, n_samples=1)
     np.testing.assert_array_equal(again.samples[0], done.samples[0])
 
@@ -210,8 +210,8 @@ def test_a_noisy_run_has_less_to_say():
     clean, truth = make_run(2, np.eye(4), seed=1)
     noisy, _ = make_run(2, np.eye(4), noise=0.2, seed=2)
     noisy = replace(noisy, name="noisy")
-    one, told = together(clean, noisy, n_samples=1)
-    assert told[1].noise_sd > 5 * told[0].noise_sd
+    one, messages = together(clean, noisy, n_samples=1)
+    assert messages[1].noise_sd > 5 * messages[0].noise_sd
     average = replace(clean, scan=(clean.scan + noisy.scan) / 2)
     two, _ = together(average, replace(average, name="twice"), n_samples=1)
     assert error(one.mean, truth) < 0.95 * error(two.mean, truth)  # measured: 0.077, 0.085

@@ -112,9 +112,9 @@ def test_draws_of_two_tilted_scans_against_the_dense_posterior(sigma):
     m = mean.flatten().double()
     gain = torch.linalg.solve(a @ v @ a.T + noise.diag(), a @ v).T
     expected, covariance = m + gain @ (y - a @ m), v - gain @ a @ v
-    found = data.expect(mean, sigma).flatten().double()
+    result = data.expect(mean, sigma).flatten().double()
     sd = covariance.diagonal().sqrt()
-    assert float(((found - expected) / sd).abs().max()) < 0.01
+    assert float(((result - expected) / sd).abs().max()) < 0.01
     n = 40
     generator = torch.Generator().manual_seed(2)
     draws = torch.stack([data.draw(mean, sigma, generator).flatten() for _ in range(n)]).double()
@@ -135,8 +135,8 @@ def test_every_operator_is_solved(name):
     m = mean.flatten().double()
     gain = torch.linalg.solve(matrix @ v @ matrix.T + noise.diag(), matrix @ v).T
     expected, left = m + gain @ (y - matrix @ m), v - gain @ matrix @ v
-    found = data.expect(mean, 0.7).flatten().double()
-    assert float(((found - expected) / left.diagonal().sqrt()).abs().max()) < 0.02
+    result = data.expect(mean, 0.7).flatten().double()
+    assert float(((result - expected) / left.diagonal().sqrt()).abs().max()) < 0.02
 
 
 @pytest.mark.parametrize("plane", [(8, 9), (6, 7)])
@@ -247,8 +247,8 @@ def test_bad_input_is_refused(change, error, text):
 def test_nothing_is_drawn_beyond_the_support():
     support = (random(*SHAPE, seed=9) > 0).float()
     data, x = likelihood(support=support), torch.zeros(SHAPE)
-    for found in (data.draw(x, 1.0, torch.Generator().manual_seed(0)), data.expect(x, 1.0)):
-        assert torch.equal(found != 0, support > 0)
+    for result in (data.draw(x, 1.0, torch.Generator().manual_seed(0)), data.expect(x, 1.0)):
+        assert torch.equal(result != 0, support > 0)
     torch.testing.assert_close(data.constrain(torch.ones(SHAPE)), support)
 
 

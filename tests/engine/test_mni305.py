@@ -94,22 +94,22 @@ def run(**changes):
 @pytest.mark.parametrize("sampler", ["exact", "daps"])
 def test_a_tilted_scan_is_restored_upright(sampler):
     settings = DapsSettings(n_levels=6, n_ode=2, n_langevin=10, sigma_max=3, sigma_min=0.03)
-    found = run(sampler=sampler, daps=settings, sigma_max=1.0)
-    assert found.grid == MNI305
-    assert found.samples.shape == (2, *MNI305.shape)
+    result = run(sampler=sampler, daps=settings, sigma_max=1.0)
+    assert result.grid == MNI305
+    assert result.samples.shape == (2, *MNI305.shape)
     truth = anatomy(torch.from_numpy(MNI305.points_mm())).numpy()
     inner = anatomy(torch.from_numpy(1.15 * MNI305.points_mm())).numpy() > 0
-    error = (found.mean / 500 - truth)[inner]
+    error = (result.mean / 500 - truth)[inner]
     assert float(np.sqrt(np.mean(error**2))) < 0.1  # the prior's own SD
-    upside_down = (found.mean[::-1, ::-1] / 500 - truth)[inner]
+    upside_down = (result.mean[::-1, ::-1] / 500 - truth)[inner]
     assert float(np.sqrt(np.mean(upside_down**2))) > 0.15
     if sampler == "exact":
         # above 1 by what linear interpolation changes of the folds (measured: 1.20)
-        assert all(0.9 < ratio < 1.35 for ratio in found.residual_ratios)
-        assert found.residual_map.shape == (36, 44, 12)
-        assert found.calls == 6
+        assert all(0.9 < ratio < 1.35 for ratio in result.residual_ratios)
+        assert result.residual_map.shape == (36, 44, 12)
+        assert result.calls == 6
         again = run(n_samples=1, sigma_max=1.0)
-        np.testing.assert_array_equal(again.samples[0], found.samples[0])
+        np.testing.assert_array_equal(again.samples[0], result.samples[0])
 
 
 @pytest.mark.parametrize(

@@ -154,8 +154,8 @@ def test_stack_gives_each_scan_back():
 def test_squared_norm(name):
     a = operators()[name]
     exact = float(torch.linalg.matrix_norm(dense(a), 2)) ** 2
-    found = squared_norm(a, torch.Generator().manual_seed(0), iterations=200)
-    assert found == pytest.approx(exact, rel=1e-3)
+    result = squared_norm(a, torch.Generator().manual_seed(0), iterations=200)
+    assert result == pytest.approx(exact, rel=1e-3)
     assert squared_norm(Multiply(torch.zeros(3)), torch.Generator().manual_seed(0)) == 0.0
 
 
@@ -311,8 +311,8 @@ def test_affine_resampling_against_scipy(flip):
     )
     inside = np.isfinite(expected)
     assert inside.mean() > 0.3
-    found = AffineResample(source, target)(x).numpy()
-    np.testing.assert_allclose(found[inside], expected[inside], atol=1e-10)
+    result = AffineResample(source, target)(x).numpy()
+    np.testing.assert_allclose(result[inside], expected[inside], atol=1e-10)
 
 
 def test_a_singular_matrix_is_refused():

@@ -164,17 +164,17 @@ def rmse(image, case):
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_restores_thick_slices_along_any_axis(axis):
     case = phantom(axis)
-    found = run(case, n_samples=3)
+    result = run(case, n_samples=3)
     scan, factor = case["arguments"]["scan"], [4 if a == axis else 1 for a in range(3)]
     cubic = ndimage.zoom(scan, factor, order=3, mode="nearest", grid_mode=True)
-    assert rmse(found.mean, case) < 0.6 * rmse(cubic, case)
-    assert rmse(found.mean, case) < rmse(found.samples.mean(0), case)
-    assert rmse(found.samples.mean(0), case) < rmse(found.samples[0], case)
-    assert found.residual_ratios == pytest.approx([1, 1, 1], abs=0.1)
-    assert found.noise_sd * found.unit / GAIN == pytest.approx(NOISE, rel=0.15)
+    assert rmse(result.mean, case) < 0.6 * rmse(cubic, case)
+    assert rmse(result.mean, case) < rmse(result.samples.mean(0), case)
+    assert rmse(result.samples.mean(0), case) < rmse(result.samples[0], case)
+    assert result.residual_ratios == pytest.approx([1, 1, 1], abs=0.1)
+    assert result.noise_sd * result.unit / GAIN == pytest.approx(NOISE, rel=0.15)
     # the SD says how wrong the mean of three is
-    z = (found.samples.mean(0) / GAIN - case["truth"])[case["mask"]]
-    expected = math.sqrt(float((found.sd[case["mask"]] ** 2).mean()) * (1 + 1 / 3)) / GAIN
+    z = (result.samples.mean(0) / GAIN - case["truth"])[case["mask"]]
+    expected = math.sqrt(float((result.sd[case["mask"]] ** 2).mean()) * (1 + 1 / 3)) / GAIN
     assert float(np.sqrt((z**2).mean())) == pytest.approx(expected, rel=0.15)
 
 
@@ -209,25 +209,25 @@ def test_what_lies_under_the_mask_has_no_say(thick):
     case = phantom(thick=thick)
     scan, grid = case["arguments"]["scan"], case["arguments"]["grid"]
     hidden = ball(grid, (4, -5, 3), 7)
-    found = run(case, hidden=hidden, n_steps=6)
+    result = run(case, hidden=hidden, n_steps=6)
     lesion = np.where(hidden, 3 * scan.max(), scan)
     again = run(case, scan=lesion, hidden=hidden, n_steps=6)
-    np.testing.assert_array_equal(found.mean, again.mean)
-    np.testing.assert_array_equal(found.samples, again.samples)
-    assert found.predictions.shape == (3, *grid.shape)
+    np.testing.assert_array_equal(result.mean, again.mean)
+    np.testing.assert_array_equal(result.samples, again.samples)
+    assert result.predictions.shape == (3, *grid.shape)
     # better than the prior's mean, which is one prior SD wrong; the scan's noise is not predicted
     fine = ball(grid.one_millimetre(), (4, -5, 3), 7)
     prior = anatomy(torch.from_numpy(grid.one_millimetre().points_mm(TO_MNI))).numpy()
     ignorant = np.sqrt(((prior - case["truth"])[fine] ** 2).mean())
-    assert np.sqrt(((found.mean / GAIN - case["truth"])[fine] ** 2).mean()) < 0.95 * ignorant
-    error = np.sqrt(((found.predictions[0] - scan)[hidden] ** 2).mean()) / GAIN
+    assert np.sqrt(((result.mean / GAIN - case["truth"])[fine] ** 2).mean()) < 0.95 * ignorant
+    error = np.sqrt(((result.predictions[0] - scan)[hidden] ** 2).mean()) / GAIN
     assert error < np.hypot(NOISE, ignorant)
     # the spread is larger under the mask than beside it
     brain = case["mask"]
-    assert found.sd[fine].mean() > {1: 1.2, 4: 1.05}[thick] * found.sd[brain & ~fine].mean()
+    assert result.sd[fine].mean() > {1: 1.2, 4: 1.05}[thick] * result.sd[brain & ~fine].mean()
     # in units of the true noise: the estimate beforehand takes texture for noise, by 15 % at 1 mm
-    noise = found.noise_sd_initial * found.unit / GAIN / NOISE
-    assert [noise * ratio for ratio in found.residual_ratios] == pytest.approx([1, 1], abs=0.08)
+    noise = result.noise_sd_initial * result.unit / GAIN / NOISE
+    assert [noise * ratio for ratio in result.residual_ratios] == pytest.approx([1, 1], abs=0.08)
 
 
 def test_daps_leaves_out_what_lies_under_the_mask():
@@ -236,10 +236,10 @@ def test_daps_leaves_out_what_lies_under_the_mask():
     settings = DapsSettings(n_levels=6, n_ode=2, n_langevin=40, sigma_max=10, sigma_min=0.01)
     options = {"sampler": "daps", "daps": settings, "n_samples": 1, "hidden": hidden}
     options["noise_sd"] = NOISE * case["arguments"]["prior"].scale
-    found = run(case, **options)
-    assert found.residual_ratios[0] < 1.1  # of the prior's mean: 1.5
+    result = run(case, **options)
+    assert result.residual_ratios[0] < 1.1  # of the prior's mean: 1.5
     again = run(case, scan=np.where(hidden, 3 * scan.max(), scan), **options)
-    np.testing.assert_array_equal(found.samples, again.samples)
+    np.testing.assert_array_equal(result.samples, again.samples)
 
 
 def test_a_mask_over_the_whole_brain_is_refused():
@@ -256,26 +256,26 @@ def test_the_record_is_complete():
     case = phantom()
     seen = []
     prior = GaussianPrior(case["arguments"]["prior"].scale)
-    found = run(case, prior=prior, observe=lambda *what: seen.append(what))
+    result = run(case, prior=prior, observe=lambda *what: seen.append(what))
     grid = case["arguments"]["grid"].one_millimetre()
-    assert found.grid == grid
-    assert found.samples.shape == (2, *grid.shape)
-    assert found.samples.dtype == found.mean.dtype == found.sd.dtype == np.float32
-    assert not found.mean[~case["mask"]].any()
-    np.testing.assert_allclose(found.sd, found.samples.std(0, ddof=1), rtol=1e-3, atol=1e-3)
-    assert not found.samples[:, ~case["mask"]].any()
-    assert prior.calls == 2 * found.calls == 16
-    assert found.schedule[-1] == 0
+    assert result.grid == grid
+    assert result.samples.shape == (2, *grid.shape)
+    assert result.samples.dtype == result.mean.dtype == result.sd.dtype == np.float32
+    assert not result.mean[~case["mask"]].any()
+    np.testing.assert_allclose(result.sd, result.samples.std(0, ddof=1), rtol=1e-3, atol=1e-3)
+    assert not result.samples[:, ~case["mask"]].any()
+    assert prior.calls == 2 * result.calls == 16
+    assert result.schedule[-1] == 0
     assert [(s, i) for s, _, _, i in seen] == list(itertools.product(range(8), [0])) + list(
         itertools.product(range(8), [1])
     )
     assert {total for _, total, _, _ in seen} == {8}
     brain = case["arguments"]["mask"] > 0.5
-    assert abs(found.log_bias[brain].mean()) < 1e-6
-    assert found.seeds == [sample_seed(0, 0), sample_seed(0, 1)]
+    assert abs(result.log_bias[brain].mean()) < 1e-6
+    assert result.seeds == [sample_seed(0, 0), sample_seed(0, 1)]
     assert len({sample_seed(a, b) for a in range(20) for b in range(20)}) == 400
-    assert found.sampler == "exact"
-    assert found.seconds > 0
+    assert result.sampler == "exact"
+    assert result.seconds > 0
     single = run(case, n_samples=1)
     assert single.sd is None
 
@@ -290,12 +290,12 @@ def test_the_same_seed_gives_the_same_bytes():
 
 @pytest.mark.parametrize("sampler", ["conditional", "mean", "exact", "daps"])
 def test_no_global_randomness_is_read_or_moved(sampler):
-    case, prior, found = phantom(), given_prior(), []
+    case, prior, result = phantom(), given_prior(), []
     for seed in (1, 2):
         torch.manual_seed(seed)
         np.random.seed(seed)
         before = torch.get_rng_state(), np.random.get_state()[1].tobytes()
-        found.append(
+        result.append(
             run(
                 case,
                 sampler=sampler,
@@ -308,8 +308,8 @@ def test_no_global_randomness_is_read_or_moved(sampler):
         )
         assert torch.equal(before[0], torch.get_rng_state())
         assert before[1] == np.random.get_state()[1].tobytes()
-    assert found[0].mean.tobytes() == found[1].mean.tobytes()
-    assert found[0].samples.tobytes() == found[1].samples.tobytes()
+    assert result[0].mean.tobytes() == result[1].mean.tobytes()
+    assert result[0].samples.tobytes() == result[1].samples.tobytes()
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
@@ -323,7 +323,7 @@ def test_storage_order_and_flips_do_not_matter(order, flips):
     wanted = np.stack([np.array(order), np.array(flips)], 1).astype(float)
     stored = stored.as_reoriented(nib.orientations.ornt_transform(start, wanted))
     canonical = nib.as_closest_canonical(stored)
-    found = run(
+    result = run(
         case,
         scan=canonical.get_fdata(dtype=np.float32),
         grid=Grid(canonical.shape, canonical.affine),
@@ -331,24 +331,24 @@ def test_storage_order_and_flips_do_not_matter(order, flips):
         n_steps=2,
     )
     plain = run(case, n_samples=1, n_steps=2)
-    assert np.abs(found.mean - plain.mean).max() <= 1e-5 * found.unit
+    assert np.abs(result.mean - plain.mean).max() <= 1e-5 * result.unit
 
 
 def test_bias_is_found_from_nothing():
     case = phantom(bias=0.2)
     brain = case["arguments"]["mask"] > 0.5
     start = float(case["field"][brain].std())
-    found = run(case, n_samples=1, n_steps=20, move_bias=True, bias_scale_mm=25)
-    error = float((found.log_bias - case["field"])[brain].std())
+    result = run(case, n_samples=1, n_steps=20, move_bias=True, bias_scale_mm=25)
+    error = float((result.log_bias - case["field"])[brain].std())
     assert error < 0.3 * start
     # the gain that was found is the image's: field times image is as bright as the scan
     core, scan = case["arguments"]["mask"] > 0.99, case["arguments"]["scan"]
-    again = np.exp(found.log_bias) * block_mean(found.samples[0], [1, 1, 4])
+    again = np.exp(result.log_bias) * block_mean(result.samples[0], [1, 1, 4])
     assert again[core].sum() == pytest.approx(scan[core].sum(), rel=0.005)
     kept = run(case, n_samples=1, log_bias=case["field"], move_bias=False)
     np.testing.assert_allclose(kept.log_bias[brain], case["field"][brain], atol=1e-6)
     without = run(case, n_samples=1, n_steps=20, move_bias=False)
-    assert rmse(found.mean, case) < rmse(without.mean, case)
+    assert rmse(result.mean, case) < rmse(without.mean, case)
 
 
 def told(case, found):
@@ -380,11 +380,11 @@ def test_another_tools_image_beside_the_scan():
     # not trusted, it has no say
     ignored = run(case, n_samples=1, image=other, trust=1e3)
     np.testing.assert_allclose(ignored.mean, run(case, n_samples=1).mean, atol=1e-2 * GAIN)
-    for options, said in (
+    for options, messages in (
         ({"trust": 0.0}, "above 0"),
         ({"trust": 0.1, "image": 0 * other}, "same space"),
     ):
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=messages):
             run(case, **{"image": other, **options})
     settings = DapsSettings(n_levels=12, n_ode=2, n_langevin=40)
     walked = run(case, image=other, trust=tau, sampler="daps", daps=settings, n_samples=1)
@@ -402,21 +402,21 @@ def test_an_image_that_is_not_trusted_everywhere():
     other = GAIN * (truth + sd * rng.standard_normal(grid.shape)).astype(np.float32)
     scale = scale_of(other / GAIN, case["arguments"]["mask"])
     options = {"scan": other, "prior": GaussianPrior(scale), "n_samples": 3}
-    found = run(case, noise_sd=scale * sd, **options)
-    assert told(case, found) == pytest.approx(1, rel=0.15)
-    assert found.residual_ratios == pytest.approx([1, 1, 1], abs=0.1)
+    result = run(case, noise_sd=scale * sd, **options)
+    assert told(case, result) == pytest.approx(1, rel=0.15)
+    assert result.residual_ratios == pytest.approx([1, 1, 1], abs=0.1)
     even = run(case, noise_sd=scale * 0.1, **options)
-    assert rmse(found.mean, case) < 0.9 * rmse(even.mean, case)
-    left = found.sd[:20][case["mask"][:20]].mean()
-    right = found.sd[28:][case["mask"][28:]].mean()
+    assert rmse(result.mean, case) < 0.9 * rmse(even.mean, case)
+    left = result.sd[:20][case["mask"][:20]].mean()
+    right = result.sd[28:][case["mask"][28:]].mean()
     assert left < 0.7 * right
     with pytest.raises(InputError, match="above 0 everywhere"):
         run(case, noise_sd=np.zeros(grid.shape), **options)
 
 
 def test_a_given_noise_level_is_kept():
-    found = run(phantom(), noise_sd=0.03, n_samples=1)
-    assert found.noise_sd_initial == found.noise_sd == 0.03
+    result = run(phantom(), noise_sd=0.03, n_samples=1)
+    assert result.noise_sd_initial == result.noise_sd == 0.03
 
 
 @pytest.mark.parametrize(
@@ -444,7 +444,7 @@ def test_voxels_of_any_size(shape, spacing, axis):
     share = block_mean((truth > 0).astype(float), inner)
     y = block_mean(truth, inner)
     y = y + NOISE * torch.randn(shape, generator=torch.Generator().manual_seed(1)).numpy()
-    found = run(
+    result = run(
         case,
         scan=(GAIN * y).astype(np.float32),
         grid=grid,
@@ -453,11 +453,11 @@ def test_voxels_of_any_size(shape, spacing, axis):
         prior=GaussianPrior(scale_of(y, share)),
         n_samples=1,
     )
-    assert found.grid == case["arguments"]["grid"].one_millimetre()
-    smooth = {**case, "truth": anatomy(torch.from_numpy(found.grid.points_mm(TO_MNI))).numpy()}
+    assert result.grid == case["arguments"]["grid"].one_millimetre()
+    smooth = {**case, "truth": anatomy(torch.from_numpy(result.grid.points_mm(TO_MNI))).numpy()}
     smooth["mask"] = ndimage.binary_erosion(case["mask"], iterations=2)
-    assert rmse(found.mean, smooth) < 0.06
-    assert found.noise_sd * found.unit / GAIN == pytest.approx(
+    assert rmse(result.mean, smooth) < 0.06
+    assert result.noise_sd * result.unit / GAIN == pytest.approx(
         NOISE, rel=0.7
     )  # block means are no k-space crop
 
@@ -466,7 +466,7 @@ def test_daps_runs_the_same_task():
     case = phantom(bias=0.2)
     settings = DapsSettings(n_levels=6, n_ode=2, n_langevin=10, sigma_max=10, sigma_min=0.05)
     prior = GaussianPrior(case["arguments"]["prior"].scale)
-    found = run(
+    result = run(
         case,
         sampler="daps",
         daps=settings,
@@ -475,13 +475,13 @@ def test_daps_runs_the_same_task():
         move_bias=True,
         bias_scale_mm=25,
     )
-    assert found.calls == prior.calls == 12
-    np.testing.assert_array_equal(found.mean, found.samples[0])
-    assert found.sampler == "daps"
-    assert len(found.schedule) == 7
+    assert result.calls == prior.calls == 12
+    np.testing.assert_array_equal(result.mean, result.samples[0])
+    assert result.sampler == "daps"
+    assert len(result.schedule) == 7
     brain = case["arguments"]["mask"] > 0.5
-    assert float((found.log_bias - case["field"])[brain].std()) < case["field"][brain].std()
-    assert rmse(found.mean, case) < 0.2
+    assert float((result.log_bias - case["field"])[brain].std()) < case["field"][brain].std()
+    assert rmse(result.mean, case) < 0.2
 
 
 NAN = np.full((48, 56, 12), np.nan, np.float32)
@@ -523,8 +523,8 @@ def test_bad_input_is_refused(change, error, text):
 
 
 def test_a_spacing_that_contradicts_the_image_is_told():
-    found = run(phantom(), acquisition=Acquisition(2, 4.0, 6.0, "boxcar"), n_samples=1, n_steps=1)
-    assert "the image header is used" in found.warnings[0]
+    result = run(phantom(), acquisition=Acquisition(2, 4.0, 6.0, "boxcar"), n_samples=1, n_steps=1)
+    assert "the image header is used" in result.warnings[0]
 
 
 def test_fallbacks_of_the_prior_are_told():
@@ -540,14 +540,16 @@ def test_a_measured_profile_is_believed():
     """A lopsided one: told of it, the result lies where the brain does."""
     case = phantom()
     pairs = ((-2.0, 0.0), (-1.9, 0.0), (0.0, 1.0), (2.0, 1.0), (2.1, 0.0))
-    told = Acquisition(2, 4.0, 4.0, pairs)
-    weights = slice_weights(told.cumulative(), n_slices=12, spacing_mm=4.0, n_thin=48, thin_mm=1.0)
+    messages = Acquisition(2, 4.0, 4.0, pairs)
+    weights = slice_weights(
+        messages.cumulative(), n_slices=12, spacing_mm=4.0, n_thin=48, thin_mm=1.0
+    )
     y = np.einsum("kz,ijz->ijk", weights.numpy(), case["truth"])
     y += NOISE * np.random.default_rng(0).standard_normal(y.shape)
     scale = scale_of(y, case["arguments"]["mask"])
     options = {"scan": (GAIN * y).astype(np.float32), "prior": GaussianPrior(scale)}
     options |= {"n_samples": 1, "noise_sd": NOISE * scale}
-    right, wrong = run(case, acquisition=told, **options), run(case, **options)
+    right, wrong = run(case, acquisition=messages, **options), run(case, **options)
     assert rmse(right.mean, case) < 0.85 * rmse(wrong.mean, case)
     assert right.residual_ratios == pytest.approx([1], abs=0.1)
 
@@ -572,8 +574,8 @@ def test_tensors_are_taken_as_well():
     case = phantom()
     plain = run(case, n_samples=1, n_steps=1)
     scan = torch.from_numpy(case["arguments"]["scan"]).double()
-    found = run(case, n_samples=1, n_steps=1, scan=scan)
-    np.testing.assert_array_equal(found.mean, plain.mean)
+    result = run(case, n_samples=1, n_steps=1, scan=scan)
+    np.testing.assert_array_equal(result.mean, plain.mean)
 
 
 @pytest.mark.parametrize(("angles", "warned"), [((35, 30, 30), False), ((60, 10, 0), True)])
@@ -581,8 +583,8 @@ def test_a_scan_turned_further_than_training_is_warned_of(angles, warned):
     case = phantom()
     turn = np.eye(4)
     turn[:3, :3] = Rotation.from_euler("xyz", angles, degrees=True).as_matrix()
-    found = run(case, to_mni305=TO_MNI @ turn, n_samples=1, n_steps=1)
-    assert any("turned by 61 degrees" in text for text in found.warnings) == warned
+    result = run(case, to_mni305=TO_MNI @ turn, n_samples=1, n_steps=1)
+    assert any("turned by 61 degrees" in text for text in result.warnings) == warned
 
 
 def given_prior(holes=0.0, **metadata):
@@ -594,7 +596,7 @@ def given_prior(holes=0.0, **metadata):
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_auto_tells_the_network_of_thick_slices(axis):
     seen = []
-    found = run(
+    result = run(
         phantom(axis=axis),
         prior=given_prior(),
         sampler="auto",
@@ -602,13 +604,13 @@ def test_auto_tells_the_network_of_thick_slices(axis):
         n_steps=10,
         observe=lambda step, total, sigma, index: seen.append((step, total)),
     )
-    assert found.sampler == "conditional"
-    assert found.calls == 10
+    assert result.sampler == "conditional"
+    assert result.calls == 10
     assert seen == [(step, 10) for step in range(10)] * 2
-    noise = found.noise_sd_initial * found.unit / GAIN / NOISE  # the estimate over the truth
-    assert [noise * ratio for ratio in found.residual_ratios] == pytest.approx([1, 1], abs=0.12)
-    assert found.sd[found.mean != 0].mean() > 0
-    assert not np.array_equal(found.samples[0], found.samples[1])
+    noise = result.noise_sd_initial * result.unit / GAIN / NOISE  # the estimate over the truth
+    assert [noise * ratio for ratio in result.residual_ratios] == pytest.approx([1, 1], abs=0.12)
+    assert result.sd[result.mean != 0].mean() > 0
+    assert not np.array_equal(result.samples[0], result.samples[1])
 
 
 @pytest.mark.parametrize("lesion", [False, True])
@@ -620,16 +622,16 @@ def test_auto_tells_the_network_of_the_voxels_of_a_3d_scan(lesion):
     options["noise_sd"] = NOISE * case["arguments"]["prior"].scale
     if lesion:
         options["hidden"] = hidden
-    found = run(case, **options)
-    assert found.sampler == "conditional"
-    assert found.residual_ratios == pytest.approx([1] * 3, abs=0.15)
+    result = run(case, **options)
+    assert result.sampler == "conditional"
+    assert result.residual_ratios == pytest.approx([1] * 3, abs=0.15)
     brain = case["mask"] & ~hidden
-    assert rmse(found.mean, {**case, "mask": brain}) < 1.1 * NOISE
+    assert rmse(result.mean, {**case, "mask": brain}) < 1.1 * NOISE
     if lesion:
-        assert found.sd[hidden].mean() > 3 * found.sd[brain].mean()
+        assert result.sd[hidden].mean() > 3 * result.sd[brain].mean()
         painted = np.where(hidden, 3 * scan.max(), scan)
         again = run(case, **{**options, "scan": painted})
-        np.testing.assert_array_equal(found.samples, again.samples)
+        np.testing.assert_array_equal(result.samples, again.samples)
 
 
 def test_the_weights_factor_on_the_noise_counts_for_slices_and_not_beside_a_hole():
@@ -684,12 +686,12 @@ def test_between_slices_the_first_answer_counts_more_the_fewer_there_are(scan, n
     if scan == "hole":
         options["hidden"] = ball(case["arguments"]["grid"], (4, -5, 3), 7)
         judged &= options["hidden"]
-    found = run(
+    result = run(
         case, prior=prior, sampler="conditional", n_samples=n_samples, n_steps=calls, **options
     )
     assert prior.answered == calls * n_samples
-    np.testing.assert_allclose(found.mean[judged] / found.unit, 1 - first, rtol=1e-5)
-    assert found.samples[:, judged] / found.unit == pytest.approx(1)
+    np.testing.assert_allclose(result.mean[judged] / result.unit, 1 - first, rtol=1e-5)
+    assert result.samples[:, judged] / result.unit == pytest.approx(1)
     assert answer_weights(3, 1) == (1.0, 1.0)
     assert answer_weights(1000, 5) == pytest.approx((0.2, 0.2))  # never less than a later one
 
@@ -724,35 +726,35 @@ def test_each_sample_takes_slices_of_a_thickness_of_its_own(sampler):
     if sampler == "exact":
         options["prior"] = case["arguments"]["prior"]
     options["noise_sd"] = NOISE * case["arguments"]["prior"].scale
-    found = run(case, thickness_sd=0.1, **options)
-    assert found.thickness_factors == pytest.approx(
+    result = run(case, thickness_sd=0.1, **options)
+    assert result.thickness_factors == pytest.approx(
         [1, 1 + 0.1 * math.sqrt(1.5), 1 - 0.1 * math.sqrt(1.5)]
     )
-    assert np.mean(found.thickness_factors) == pytest.approx(1)
-    assert np.std(found.thickness_factors) == pytest.approx(0.1)
-    for k, width in enumerate(found.thickness_factors):
+    assert np.mean(result.thickness_factors) == pytest.approx(1)
+    assert np.std(result.thickness_factors) == pytest.approx(0.1)
+    for k, width in enumerate(result.thickness_factors):
         stated = Acquisition(2, 4.0 * width, 4.0, "boxcar")
         alone = run(case, acquisition=stated, **options)
         assert alone.thickness_factors == [1, 1, 1]
-        np.testing.assert_allclose(found.samples[k], alone.samples[k], atol=1e-6 * GAIN)
+        np.testing.assert_allclose(result.samples[k], alone.samples[k], atol=1e-6 * GAIN)
     plain = run(case, **options)
-    np.testing.assert_array_equal(found.samples[0], plain.samples[0])
-    assert found.sd[case["mask"]].mean() > plain.sd[case["mask"]].mean()
-    assert found.residual_ratios == pytest.approx(plain.residual_ratios, abs=0.1)
+    np.testing.assert_array_equal(result.samples[0], plain.samples[0])
+    assert result.sd[case["mask"]].mean() > plain.sd[case["mask"]].mean()
+    assert result.residual_ratios == pytest.approx(plain.residual_ratios, abs=0.1)
 
 
 def test_the_bias_field_is_found_under_every_thickness():
     case = phantom(bias=0.2)
     options = {"n_samples": 3, "n_steps": 20, "move_bias": True, "bias_scale_mm": 25}
-    found = run(case, thickness_sd=0.1, **options)
-    assert found.residual_ratios == pytest.approx([1, 1, 1], abs=0.1)
+    result = run(case, thickness_sd=0.1, **options)
+    assert result.residual_ratios == pytest.approx([1, 1, 1], abs=0.1)
     brain = case["arguments"]["mask"] > 0.5
-    assert (found.log_bias - case["field"])[brain].std() < 0.3 * case["field"][brain].std()
+    assert (result.log_bias - case["field"])[brain].std() < 0.3 * case["field"][brain].std()
 
 
 def test_a_3d_scan_has_no_doubt_about_slices():
-    found = run(phantom(thick=1), n_steps=3, thickness_sd=0.1)
-    assert found.thickness_factors == [1, 1]
+    result = run(phantom(thick=1), n_steps=3, thickness_sd=0.1)
+    assert result.thickness_factors == [1, 1]
     with pytest.raises(UsageError, match="thickness_sd must be between"):
         run(phantom(), thickness_sd=-0.1)
 

@@ -322,8 +322,8 @@ def test_conditional_finds_the_weights_of_a_mixture_and_its_spread(world):
         shape=world.shape,
         generator=generator,
     )
-    found = found_weights(world, x)
-    assert (found - expected).abs().max() < 0.05
+    result = found_weights(world, x)
+    assert (result - expected).abs().max() < 0.05
     mean = expected @ means
     away = means - mean
     covariance = posteriors[0][1] + (expected[:, None] * away).T @ away

@@ -133,9 +133,9 @@ def test_a_prior_draw_has_covariance_v_and_its_data_agree(plane):
             torch.eye(len(covariance))[:12].double(),
         ]
     )
-    found = (draws @ directions.T).var(0)
+    result = (draws @ directions.T).var(0)
     expected = (directions @ covariance * directions).sum(1)
-    assert ((found / expected - 1).abs() < 4 * math.sqrt(2 / n)).all()
+    assert ((result / expected - 1).abs() < 4 * math.sqrt(2 / n)).all()
 
 
 def test_few_bins_are_again_a_covariance_and_close_to_v():
@@ -245,8 +245,8 @@ def test_conditional_mean_against_the_dense_posterior(kind, sigma):
     v, m = dense_covariance(sigma), mean.flatten().double()
     gain = torch.linalg.solve(a @ v @ a.T + variance.diag(), a @ v).T
     expected, sd = m + gain @ (y - a @ m), (v - gain @ a @ v).diagonal().sqrt()
-    found = data.expect(mean, sigma).flatten().double()
-    assert float(((found - expected) / sd).abs().max()) < 0.01
+    result = data.expect(mean, sigma).flatten().double()
+    assert float(((result - expected) / sd).abs().max()) < 0.01
 
 
 class WideSpectrum:
@@ -294,9 +294,9 @@ def test_nothing_is_drawn_beyond_the_support(kind):
     support[2:10, 1:7, 1:8] = 1.0
     data, inside = kind(1 + 0.1 * random(4, 8, 9), support=support), support > 0
     x, image = torch.zeros(IMAGE), torch.ones(IMAGE)
-    for found in (data.draw(x, 1.0, torch.Generator().manual_seed(0)), data.expect(x, 1.0)):
-        assert not found[~inside].any()
-        assert found[inside].all()
+    for result in (data.draw(x, 1.0, torch.Generator().manual_seed(0)), data.expect(x, 1.0)):
+        assert not result[~inside].any()
+        assert result[inside].all()
     torch.testing.assert_close(data.constrain(image), support)
 
 
@@ -317,8 +317,8 @@ def test_the_residual_is_that_of_the_biased_scan(kind):
     assert torch.equal(term.core, core)
     ratio = float((r[core] / 0.05).square().mean().sqrt())
     assert data.residual_ratio(x) == pytest.approx(ratio, rel=1e-5)
-    found, left = term.explain(x)
-    assert found.ratio == pytest.approx(ratio, rel=1e-5)
+    result, left = term.explain(x)
+    assert result.ratio == pytest.approx(ratio, rel=1e-5)
     assert not left[~core].any()
 
 
@@ -328,8 +328,8 @@ def test_misfit_gradient_and_a_bound_of_its_curvature(kind):
     x = 0.5 + 0.1 * random(*IMAGE, seed=3)
     a, y, variance = dense_data(data)
     expected = a.T @ ((a @ x.flatten().double() - y) / variance)
-    found = data.misfit_gradient(x).flatten().double()
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+    result = data.misfit_gradient(x).flatten().double()
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-3)
     largest = float(torch.linalg.eigvalsh(a.T @ (a / variance[:, None]))[-1])
     assert largest <= data.curvature() < 20 * largest
 
@@ -420,7 +420,7 @@ def test_split_conjugate_gradients_against_a_direct_solve():
     k, rhs = spd(), random(40, seed=1).double()
     excess = random(40, seed=2).double().abs()
     inverse = torch.linalg.inv(k)
-    found, _ = split_conjugate_gradients(
+    result, _ = split_conjugate_gradients(
         lambda r: inverse @ r,
         excess,
         rhs,
@@ -429,7 +429,7 @@ def test_split_conjugate_gradients_against_a_direct_solve():
         max_iterations=100,
         who="test",
     )
-    torch.testing.assert_close(found, torch.linalg.solve(k + torch.diag(excess), rhs))
+    torch.testing.assert_close(result, torch.linalg.solve(k + torch.diag(excess), rhs))
 
 
 def test_solvers_fail_loudly():
@@ -483,7 +483,7 @@ def test_gauss_newton_finds_a_small_bias():
     prediction = 0.5 + 0.2 * random(*shape, seed=1)
     noise = 0.01
     y = prediction * (1 + field.evaluate(true, basis)) + noise * random(*shape, seed=2)
-    found = gauss_newton_step(
+    result = gauss_newton_step(
         field,
         basis,
         coefficients=torch.zeros(field.n, dtype=torch.float64),
@@ -492,7 +492,7 @@ def test_gauss_newton_finds_a_small_bias():
         whiten=lambda v: v / noise**2,
         iterations=30,
     )
-    error = field.evaluate(found - true, basis).std() / field.evaluate(true, basis).std()
+    error = field.evaluate(result - true, basis).std() / field.evaluate(true, basis).std()
     assert float(error) < 0.1
 
 
@@ -512,7 +512,7 @@ def test_gauss_newton_is_the_dense_ridge_solution():
     assert float(ridge[1]) == pytest.approx((0.15 / 2) ** -2)  # one half wave along k
     hessian = trust * j.T @ (w[:, None] * j) + ridge.diag()
     pull = trust * j.T @ (w * residual.flatten().double()) - ridge * start
-    found = gauss_newton_step(
+    result = gauss_newton_step(
         field,
         basis,
         coefficients=start,
@@ -523,7 +523,7 @@ def test_gauss_newton_is_the_dense_ridge_solution():
         iterations=50,
     )
     torch.testing.assert_close(
-        found, start + torch.linalg.solve(hessian, pull), rtol=1e-3, atol=1e-5
+        result, start + torch.linalg.solve(hessian, pull), rtol=1e-3, atol=1e-5
     )
 
 
@@ -532,8 +532,8 @@ def test_noise_is_found_beside_smooth_anatomy(axis):
     t = torch.meshgrid(*(torch.linspace(0, 3, 40) for _ in range(3)), indexing="ij")
     anatomy = torch.sin(t[0]) + torch.cos(2 * t[1]) * t[2]
     inside = (t[0] - 1.5) ** 2 + (t[1] - 1.5) ** 2 + (t[2] - 1.5) ** 2 < 2
-    found = estimate_noise_sd(anatomy + 0.03 * random(40, 40, 40), inside, axis)
-    assert found == pytest.approx(0.03, rel=0.08)  # correlated filter output
+    result = estimate_noise_sd(anatomy + 0.03 * random(40, 40, 40), inside, axis)
+    assert result == pytest.approx(0.03, rel=0.08)  # correlated filter output
 
 
 def test_noise_needs_voxels():
@@ -577,10 +577,10 @@ def test_the_step_of_the_noise_is_fishers_weighted_by_what_the_data_tell(sigma):
     inverse = torch.linalg.inv(a @ dense_covariance(sigma) @ a.T + 0.08**2 * torch.eye(len(e)))
     squared = (inverse @ inverse).trace()
     step = ((inverse @ e).square().sum() - inverse.trace()) / squared
-    told = 0.08**4 * squared / len(e)
+    messages = 0.08**4 * squared / len(e)
     data.refine(truth, sigma, bias=False, noise=True)
     low, high = 0.04, 0.08
-    expected = math.sqrt(0.08**2 + float(told * step))
+    expected = math.sqrt(0.08**2 + float(messages * step))
     assert data.reference.noise_sd == pytest.approx(min(max(expected, low), high), rel=1e-4)
     assert low < data.reference.noise_sd < high
 

@@ -116,17 +116,17 @@ def test_a_restoration_takes_it_from_the_first_call(sampler):
     """One call is enough, and the samples' own SD, an estimate from two of them, is not used."""
     case = phantom()
     prior = gaussian_prior(PHANTOM_SD, spread=True, recipe={"holes": 0.0})
-    found = run(case, prior=prior, sampler=sampler, n_samples=2, n_steps=6)
-    assert found.sd_from == "prior"
-    assert not found.warnings or all("uncertainty" not in text for text in found.warnings)
+    result = run(case, prior=prior, sampler=sampler, n_samples=2, n_steps=6)
+    assert result.sd_from == "prior"
+    assert not result.warnings or all("uncertainty" not in text for text in result.warnings)
     inside = case["mask"]
-    assert found.sd.shape == found.mean.shape
-    assert float(found.sd[inside].std()) < 1e-3 * float(found.sd[inside].mean())  # a constant
-    assert (found.sd[found.mean == 0] == 0).mean() > 0.99
+    assert result.sd.shape == result.mean.shape
+    assert float(result.sd[inside].std()) < 1e-3 * float(result.sd[inside].mean())  # a constant
+    assert (result.sd[result.mean == 0] == 0).mean() > 0.99
     if sampler == "conditional":
-        drawn = found.samples.std(0, ddof=1)
+        drawn = result.samples.std(0, ddof=1)
         mean_drawn = math.sqrt(float((drawn[inside] ** 2).mean()))
-        assert float(found.sd[inside].mean()) == pytest.approx(mean_drawn, rel=0.25)
+        assert float(result.sd[inside].mean()) == pytest.approx(mean_drawn, rel=0.25)
         again = run(
             case,
             prior=gaussian_prior(PHANTOM_SD, recipe={"holes": 0.0}),
@@ -135,8 +135,8 @@ def test_a_restoration_takes_it_from_the_first_call(sampler):
             n_steps=6,
         )
         assert again.sd_from == "samples"
-        np.testing.assert_array_equal(again.samples, found.samples)
-        np.testing.assert_array_equal(again.mean, found.mean)
+        np.testing.assert_array_equal(again.samples, result.samples)
+        np.testing.assert_array_equal(again.mean, result.mean)
 
 
 def test_beside_another_tools_image_the_samples_say_it():
@@ -145,6 +145,6 @@ def test_beside_another_tools_image_the_samples_say_it():
     prior = gaussian_prior(PHANTOM_SD, spread=True, recipe={"holes": 0.0})
     image = (GAIN * case["truth"]).astype(np.float32)
     options = {"prior": prior, "sampler": "conditional", "n_samples": 2, "n_steps": 4}
-    found = run(case, image=image, trust=0.1, **options)
-    assert found.sd_from == "samples"
+    result = run(case, image=image, trust=0.1, **options)
+    assert result.sd_from == "samples"
     assert run(case, sampler="exact", n_samples=2, n_steps=4).sd_from == "samples"

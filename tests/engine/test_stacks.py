@@ -61,8 +61,8 @@ def test_estimate_and_spread_are_the_dense_posterior(axis, sigma):
     k, estimate = dense(stack, sigma)
     posterior = StackPosterior(stack, BAND_SD, sigma)
     x_t = sigma * torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
-    found = from_bands(posterior.estimate(to_bands(x_t[None, None])[0])[None]).reshape(-1)
-    assert torch.allclose(found.double(), estimate(x_t), atol=1e-5)
+    result = from_bands(posterior.estimate(to_bands(x_t[None, None])[0])[None]).reshape(-1)
+    assert torch.allclose(result.double(), estimate(x_t), atol=1e-5)
     n = math.prod(SHAPE)
     units = to_bands(torch.eye(n).reshape(n, 1, *SHAPE))
     root = torch.stack([from_bands(posterior.spread_out(u)[None]).reshape(-1) for u in units], 1)
@@ -210,13 +210,13 @@ def test_a_coarse_plane_changes_what_it_measured_and_nothing_else():
     x_t = torch.randn(shape, generator=torch.Generator().manual_seed(4))
     bands = to_bands(x_t[None, None])[0]
     alone = 0.09 / (0.09 + 0.25) * x_t
-    found = from_bands(StackPosterior(stack, white, 0.5).estimate(bands)[None])[0, 0]
+    result = from_bands(StackPosterior(stack, white, 0.5).estimate(bands)[None])[0, 0]
     whole = from_bands(
         StackPosterior(Stack(y, full.slice_weights, 2, NOISE), white, 0.5).estimate(bands)[None]
     )[0, 0]
     # a white prior: frequencies of the plane are apart, so the two estimates agree where measured
-    assert torch.allclose(keep(found, 2, kept), keep(whole, 2, kept), atol=1e-5)
-    assert torch.allclose(found - keep(found, 2, kept), alone - keep(alone, 2, kept), atol=1e-5)
+    assert torch.allclose(keep(result, 2, kept), keep(whole, 2, kept), atol=1e-5)
+    assert torch.allclose(result - keep(result, 2, kept), alone - keep(alone, 2, kept), atol=1e-5)
     posterior = StackPosterior(stack, white, 0.5)
     n = math.prod(shape)
     draws = torch.stack(

@@ -133,8 +133,8 @@ def test_out_of_memory_falls_back_to_tiles_and_says_so(error, caplog):
 
     prior.model.network.image_in.register_forward_pre_hook(hungry)
     with caplog.at_level(logging.WARNING, "brainprior.engine"):
-        found = answer(prior, arguments)
-    assert difference(found, whole) < 1e-5
+        result = answer(prior, arguments)
+    assert difference(result, whole) < 1e-5
     assert prior.tile_mm == 32
     assert len(prior.warnings) == 2  # the whole volume, then tiles of 64 mm
     assert "did not run as a whole on (96, 8, 8)" in prior.warnings[0]

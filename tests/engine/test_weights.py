@@ -196,6 +196,6 @@ def test_the_shipped_prior_denoises_a_brain_it_never_saw(shared_data):
     prior = weights.load_prior()
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))
     for sigma in (0.03, 0.1, 0.3):
-        found = prior.denoise(clean + sigma * noise, sigma, coordinates=place, contrast="T1w")
-        error = float((found - clean).square().mean().sqrt())
+        result = prior.denoise(clean + sigma * noise, sigma, coordinates=place, contrast="T1w")
+        error = float((result - clean).square().mean().sqrt())
         assert error < 0.9 * sigma

@@ -119,8 +119,8 @@ def files(source, prior, tmp_path_factory):
     scan = nib.load(conformed.out_file)
     grid = Grid(scan.shape, scan.affine)
     fine = grid.one_millimetre()
-    made = folder / "made"
-    made.mkdir()
+    output = folder / "made"
+    output.mkdir()
     mask = ellipsoid(fine)
     text = {
         "structures_json": {
@@ -135,16 +135,16 @@ def files(source, prior, tmp_path_factory):
     }  # fmt: skip
     out = {}
     for name, value in text.items():
-        path = made / f"{name}.json"
+        path = output / f"{name}.json"
         path.write_text(json.dumps(value))
         out[name] = str(path)
     for name in ("to_mni305", "from_mni305"):
-        (made / f"{name}.txt").write_text("#Insight Transform File V1.0\n")
-        out[name] = str(made / f"{name}.txt")
-    out["mask"] = save(mask.astype(np.uint8), fine, made / "mask.nii.gz")
-    out["structures"] = save(2 * mask.astype(np.int16), fine, made / "structures.nii.gz")
-    out["mask_scan"] = save(ellipsoid(grid).astype(np.float32), grid, made / "mask_scan.nii.gz")
-    log_bias = save(np.zeros(SHAPE, np.float32), grid, made / "log_bias.nii.gz")
+        (output / f"{name}.txt").write_text("#Insight Transform File V1.0\n")
+        out[name] = str(output / f"{name}.txt")
+    out["mask"] = save(mask.astype(np.uint8), fine, output / "mask.nii.gz")
+    out["structures"] = save(2 * mask.astype(np.int16), fine, output / "structures.nii.gz")
+    out["mask_scan"] = save(ellipsoid(grid).astype(np.float32), grid, output / "mask_scan.nii.gz")
+    log_bias = save(np.zeros(SHAPE, np.float32), grid, output / "log_bias.nii.gz")
     restored = run(
         Restore(
             in_file=conformed.out_file,
@@ -306,12 +306,12 @@ def on_template(files, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TEMPLATEFLOW_HOME", str(home))
         patch.setattr(normalise, "ITERATIONS", (1,))
-        found = find_template(SPACE)
+        result = find_template(SPACE)
         return run(
             ToTemplates(
                 in_file=files["restored"], mask=files["mask"], affine_json=files["affine_json"],
-                contrast="FLAIR", spaces=[SPACE], images=[str(found.image)],
-                masks=[str(found.mask)], uncertainty=files["uncertainty"],
+                contrast="FLAIR", spaces=[SPACE], images=[str(result.image)],
+                masks=[str(result.mask)], uncertainty=files["uncertainty"],
                 samples=files["samples"], structures=files["structures"],
             ),
             tmp_path_factory.mktemp("t"),
@@ -536,7 +536,7 @@ def test_an_inpainted_scan_is_the_scan_outside_the_mask(files, raw, output_dir, 
     scan = nib.load(files["scan"])
     grid = Grid(scan.shape, scan.affine)
     lesion = np.square(grid.points_mm() - np.array([4, -3, 2])[:, None, None, None]).sum(0) < 36
-    made = run(
+    output = run(
         Lesion(
             in_file=files["scan"],
             lesion=save(lesion.astype(np.uint8), grid, tmp_path / "lesion.nii.gz"),
@@ -549,9 +549,9 @@ def test_an_inpainted_scan_is_the_scan_outside_the_mask(files, raw, output_dir, 
         Restore(
             in_file=files["scan"],
             conform_json=files["conform_json"],
-            mask=made.mask,
-            mask_scan=made.mask_scan,
-            hidden=made.hidden,
+            mask=output.mask,
+            mask_scan=output.mask_scan,
+            hidden=output.hidden,
             log_bias=files["log_bias"],
             affine_json=files["affine_json"],
             prior=str(prior),
@@ -570,7 +570,7 @@ def test_an_inpainted_scan_is_the_scan_outside_the_mask(files, raw, output_dir, 
     other = tmp_path / "conform.json"
     other.write_text(json.dumps(conform))
     asked = {
-        **files, **given, "hidden": made.hidden, "lesion_json": made.lesion_json,
+        **files, **given, "hidden": output.hidden, "lesion_json": output.lesion_json,
         "conform_json": str(other), "image_desc": "inpainted",
         "settings": {"task": "inpaint", "output_spaces": ["anat", "MNI305"]},
     }  # fmt: skip
@@ -598,14 +598,14 @@ def test_an_inpainted_scan_is_the_scan_outside_the_mask(files, raw, output_dir, 
     assert read_summary(output_dir, "sub-01_ses-a_FLAIR").task == "restore"
     summary = read_summary(output_dir, "sub-01_ses-a_desc-inpainted_FLAIR")
     assert summary.task == "inpaint"
-    assert not any("replaced" in said for said in summary.warnings)
+    assert not any("replaced" in messages for messages in summary.warnings)
     # but with another mask than the one of the restored image
     half = np.asarray(nib.load(files["mask"]).dataobj).copy()
     half[20:] = 0
     asked["mask"] = save(half, grid.one_millimetre(), tmp_path / "half.nii.gz")
     run(writer(asked, raw, output_dir), tmp_path / "w2")
-    *_, said = read_summary(output_dir, "sub-01_ses-a_desc-inpainted_FLAIR").warnings
-    assert "_space-FLAIR_desc-brain_mask.nii.gz replaced those of sub-01_ses-a_FLAIR" in said
+    *_, messages = read_summary(output_dir, "sub-01_ses-a_desc-inpainted_FLAIR").warnings
+    assert "_space-FLAIR_desc-brain_mask.nii.gz replaced those of sub-01_ses-a_FLAIR" in messages
 
 
 def test_another_tools_image_and_its_trust(files, raw, output_dir, prior, tmp_path):
@@ -648,8 +648,8 @@ def test_another_tools_image_and_its_trust(files, raw, output_dir, prior, tmp_pa
     sd = nib.Nifti1Image(np.full(scan.shape, 0.07, np.float32), scan.affine)
     nib.save(sd, tmp_path / "sd.nii.gz")
     mapped = refined("mapped", trust_map=str(tmp_path / "sd.nii.gz"))
-    found = json.loads(Path(mapped.restore_json).read_text())["noise_sd_initial"]
-    assert found == pytest.approx(0.07)
+    result = json.loads(Path(mapped.restore_json).read_text())["noise_sd_initial"]
+    assert result == pytest.approx(0.07)
     nib.save(sd.slicer[1:], tmp_path / "cut.nii.gz")
     with pytest.raises(GeometryError, match="does not lie on the grid"):
         refined("cut", trust_map=str(tmp_path / "cut.nii.gz"))
@@ -677,14 +677,14 @@ def test_the_whole_head_on_the_scans_own_voxels(files, raw, prior, output_dir, t
         tmp_path / "w",
     )  # fmt: skip
     (path,) = output_dir.glob("sub-01/ses-a/anat/*_res-native_desc-restored_FLAIR.nii.gz")
-    made = nib.load(path)
+    output = nib.load(path)
     scan = nib.load(raw / "sub-01" / "ses-a" / "anat" / "sub-01_ses-a_FLAIR.nii.gz")
-    assert made.shape == scan.shape
-    np.testing.assert_array_equal(made.affine, scan.affine)
+    assert output.shape == scan.shape
+    np.testing.assert_array_equal(output.affine, scan.affine)
     new = {"datatype", "bitpix", "scl_slope", "scl_inter"}  # what describes the values
     for key in set(scan.header) - new:
-        np.testing.assert_array_equal(made.header[key], scan.header[key], key)
-    canonical = nib.as_closest_canonical(made)
+        np.testing.assert_array_equal(output.header[key], scan.header[key], key)
+    canonical = nib.as_closest_canonical(output)
     before = np.asarray(nib.load(files["scan"]).dataobj, np.float32)
     after = np.asarray(canonical.dataobj, np.float32)
     inside = np.asarray(nib.load(files["mask_scan"]).dataobj) > 0.999
@@ -811,7 +811,7 @@ def test_a_failure_while_writing_leaves_nothing(files, raw, output_dir, tmp_path
 
 def test_the_same_seed_gives_the_same_bytes(files, raw, prior, tmp_path):
     def restored(seed: int, folder: str) -> bytes:
-        made = run(
+        output = run(
             Restore(
                 in_file=files["scan"],
                 conform_json=files["conform_json"],
@@ -827,7 +827,7 @@ def test_the_same_seed_gives_the_same_bytes(files, raw, prior, tmp_path):
             ),
             tmp_path / folder,
         )
-        return Path(made.restored).read_bytes()
+        return Path(output.restored).read_bytes()
 
     first = restored(3, "a")
     assert first == restored(3, "b")
@@ -905,13 +905,13 @@ def test_images_on_the_scans_voxels_carry_its_header(tmp_path, kind, sform):
         done.facts["affine"]["code"],
         HeaderRecord.from_json(done.facts["original"]),
     )
-    made, scan = nib.load(tmp_path / "made.nii.gz"), nib.load(tmp_path / "scan.nii.gz")
-    assert type(made) is kind
-    np.testing.assert_array_equal(np.asarray(made.dataobj), values[..., 0])
+    output, scan = nib.load(tmp_path / "made.nii.gz"), nib.load(tmp_path / "scan.nii.gz")
+    assert type(output) is kind
+    np.testing.assert_array_equal(np.asarray(output.dataobj), values[..., 0])
     used = affine if sform == "singular" else scan.affine
-    np.testing.assert_allclose(made.affine, used, atol=1e-5)
+    np.testing.assert_allclose(output.affine, used, atol=1e-5)
     new = {"datatype", "bitpix", "scl_slope", "scl_inter", "dim", "pixdim"}
     if sform == "singular":
         new |= {key for key in scan.header if key.startswith(("srow", "sform", "q"))}
     for key in set(scan.header) - new:
-        np.testing.assert_array_equal(made.header[key], scan.header[key], key)
+        np.testing.assert_array_equal(output.header[key], scan.header[key], key)

@@ -141,12 +141,12 @@ def drawn(tmp_path_factory, reference):
 
 def images(path):
     """The embedded pictures of an SVG: (element, pixel array), in the order of drawing."""
-    found = []
+    result = []
     for element in etree.parse(path).getroot().iter(f"{SVG}image"):
         header, _, content = element.get("href").partition(",")
         assert header == "data:image/png;base64"
-        found.append((element, Image.open(io.BytesIO(base64.b64decode(content)))))
-    return found
+        result.append((element, Image.open(io.BytesIO(base64.b64decode(content)))))
+    return result
 
 
 def letters(path, wanted):
@@ -319,19 +319,19 @@ def test_the_filled_scan_is_shown_through_the_middle_of_the_lesion(tmp_path):
     ):
         files[role] = tmp_path / f"{role}.nii.gz"
         nb.save(nb.Nifti1Image(array, scan.affine), files[role])
-    made = make_reportlets(files, tmp_path / "f", prefix="sub-1", suffix="T1w")
-    (mask,) = (path.read_text() for path in made if "desc-mask" in path.name)
+    output = make_reportlets(files, tmp_path / "f", prefix="sub-1", suffix="T1w")
+    (mask,) = (path.read_text() for path in output if "desc-mask" in path.name)
     assert "Through the lesion mask" in mask
     assert mask.count("#ff8a65") >= 3
-    flicker = made[0]
+    flicker = output[0]
     text = flicker.read_text()
     assert "filled under the lesion mask" in text
     assert "#ff8a65" in text
     middle = scan.affine @ (20.5, 33.5, 11, 1)
     for axis, letter in enumerate("xyz"):
-        found = re.search(rf"{letter} = ([+\u2212]?)(\d+) mm", text)
-        sign = -1 if found[1] == "\u2212" else 1
-        assert abs(sign * int(found[2]) - middle[axis]) < 2.5
+        result = re.search(rf"{letter} = ([+\u2212]?)(\d+) mm", text)
+        sign = -1 if result[1] == "\u2212" else 1
+        assert abs(sign * int(result[2]) - middle[axis]) < 2.5
     axial_new, axial_old = (np.asarray(p.convert("L"), float) for _, p in images(flicker)[4:6])
     inside = axial_old - axial_new > 20  # darker by the fill, and by nothing else
     assert 0.5 * 12 * 16 < inside.sum() * 100 * 124 / inside.size < 2.5 * 12 * 16
@@ -347,11 +347,11 @@ def test_tissues_are_measured_on_each_images_own_voxels(tmp_path):
     nb.save(nb.Nifti1Image((flat * np.exp(field)).astype(np.float32), scan.affine), files["scan"])
     speckle = np.random.default_rng(1).normal(100, 1, restored.shape).astype(np.float32)
     nb.save(nb.Nifti1Image(speckle, restored.affine), files["restored"])
-    found = tissues_record(files)
+    result = tissues_record(files)
     # labels 3 and 42 only: the cortex alone
-    assert found.input["snr_gm"] == pytest.approx(50, rel=0.1)
-    assert found.restored["snr_gm"] == pytest.approx(100, rel=0.05)
-    assert set(found.restored) == {"snr_gm", "summary_gm_median", "summary_gm_stdv"}
+    assert result.input["snr_gm"] == pytest.approx(50, rel=0.1)
+    assert result.restored["snr_gm"] == pytest.approx(100, rel=0.05)
+    assert set(result.restored) == {"snr_gm", "summary_gm_median", "summary_gm_stdv"}
     lesion = np.zeros(scan.shape, np.float32)
     lesion[: scan.shape[0] // 2] = 1
     files["hidden"] = tmp_path / "hidden.nii.gz"
@@ -379,9 +379,9 @@ def test_the_node_writes_pictures_and_metrics(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     outputs = reportlets(files, viewer=False).run().outputs
     assert len(outputs.figures) == len(REPORTLETS)
-    found = TissuesRecord.read(outputs.tissues_json)
-    assert found == tissues_record(files)
-    assert found.restored["snr_gm"] > 0
+    result = TissuesRecord.read(outputs.tissues_json)
+    assert result == tissues_record(files)
+    assert result.restored["snr_gm"] > 0
 
 
 def test_a_page_that_fails_costs_no_picture(tmp_path, monkeypatch):
@@ -500,8 +500,8 @@ def viewers(tmp_path_factory, reference):
 
 def mosaics(page):
     """Grey values and opacity: of the result, and of the layer above it."""
-    found = re.findall(r'src="data:image/png;base64,([^"]+)"', page.read_text(encoding="utf-8"))
-    pictures = [Image.open(io.BytesIO(base64.b64decode(content))) for content in found]
+    result = re.findall(r'src="data:image/png;base64,([^"]+)"', page.read_text(encoding="utf-8"))
+    pictures = [Image.open(io.BytesIO(base64.b64decode(content))) for content in result]
     return [np.asarray(picture.convert("LA"), float) for picture in (pictures[0], pictures[-1])]
 
 

@@ -74,19 +74,19 @@ def touch(path):
 
 
 def workflow(tmp_path, names, name="wf"):
-    made = pe.Workflow(name=name, base_dir=str(tmp_path))
+    output = pe.Workflow(name=name, base_dir=str(tmp_path))
     for step in names:
         node = pe.Node(Function(["path"], [], touch), name=step, mem_gb=2.0, n_procs=3)
         node.inputs.path = str(tmp_path / f"{step}.done")
-        made.add_nodes([node])
-    made.config["execution"] = {
+        output.add_nodes([node])
+    output.config["execution"] = {
         "crashdump_dir": str(tmp_path / "crash"),
         "crashfile_format": "txt",
         "poll_sleep_duration": "0.2",
         "job_finished_timeout": "2",
         "stop_on_first_crash": "false",
     }
-    return made
+    return output
 
 
 def plugin(graph, name="SLURM", events=None, **step_args):
@@ -156,10 +156,10 @@ def test_a_lost_and_a_refused_job_leave_the_others_alone(tmp_path, scheduler):
         "refused": "exception",
     }
     assert (tmp_path / "fine.done").exists()
-    said = {path.read_text() for path in (tmp_path / "crash").glob("*.txt")}
-    assert len(said) == 2
-    assert any(f"{LOST} It last said: slurmstepd: error: Exceeded" in text for text in said)
-    assert any(REFUSED in text and "Invalid partition" in text for text in said)
+    messages = {path.read_text() for path in (tmp_path / "crash").glob("*.txt")}
+    assert len(messages) == 2
+    assert any(f"{LOST} It last said: slurmstepd: error: Exceeded" in text for text in messages)
+    assert any(REFUSED in text and "Invalid partition" in text for text in messages)
 
 
 @pytest.mark.parametrize("name", ["slurm-7.out", "n4.sub_01_T2w_wf.brainprior_wf.me.e7"])

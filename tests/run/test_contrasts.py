@@ -86,8 +86,8 @@ def settings(tmp_path):
 
 def left(root: Path) -> dict[str, int]:
     """What an alignment may write: path -> time of its last change."""
-    found = [*root.glob("sub-01/anat/*xfm*"), *root.glob("sub-01/anat/*space-T1w*")]
-    return {str(path.relative_to(root)): path.stat().st_mtime_ns for path in found}
+    result = [*root.glob("sub-01/anat/*xfm*"), *root.glob("sub-01/anat/*space-T1w*")]
+    return {str(path.relative_to(root)): path.stat().st_mtime_ns for path in result}
 
 
 def test_transforms_and_images_on_the_t1w(settings):
@@ -152,8 +152,8 @@ def test_ants_and_nitransforms_read_the_rigid_transforms(settings):
 def test_its_records_fit_their_schema_and_are_verified(settings):
     root = settings.output_dir
     align_contrasts({"01"}, settings)
-    found = verify_records(root)
-    assert (found.changes, found.outputs) == ({}, 11)
+    result = verify_records(root)
+    assert (result.changes, result.outputs) == ({}, 11)
     (root / BACK).write_text("")
     assert verify_records(root).changes == {BACK: "changed"}
     for record in ("act", "io", "soft", "env"):
@@ -228,8 +228,8 @@ ON_TEMPLATE = f"{ANAT}_space-{SPACE}_res-1"
 def test_the_t1ws_transform_takes_a_contrast_to_a_template(with_template):
     root = with_template.output_dir
     align_contrasts({"01"}, with_template)
-    made = sorted(str(p.relative_to(root)) for p in root.glob(f"{ON_TEMPLATE}*"))
-    assert made == sorted([
+    output = sorted(str(p.relative_to(root)) for p in root.glob(f"{ON_TEMPLATE}*"))
+    assert output == sorted([
         f"{ON_TEMPLATE}_desc-restored_T2w.json", f"{ON_TEMPLATE}_desc-restored_T2w.nii.gz",
         f"{ON_TEMPLATE}_desc-brainT2w_mask.json", f"{ON_TEMPLATE}_desc-brainT2w_mask.nii.gz",
         f"{ON_TEMPLATE}_desc-structuresT2w_dseg.json",

@@ -84,5 +84,7 @@ def test_lines_of_training_and_evaluation_are_shown():
         "import logging; from brainprior_bids.run.logs import log_to_stderr; log_to_stderr();"
         "logging.getLogger('brainprior_bids.training.prior').info('step 50')"
     )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert said.stderr.count("step 50") == 1
+    messages = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert messages.stderr.count("step 50") == 1

@@ -41,7 +41,7 @@ def test_the_imports_can_be_interrupted(number):
         if "torch." in line:
             process.send_signal(number)
             break
-    said = process.communicate()[1]
-    assert "Traceback" not in said
-    assert "brainprior: interrupted" in said
+    messages = process.communicate()[1]
+    assert "Traceback" not in messages
+    assert "brainprior: interrupted" in messages
     assert process.returncode in (130, -signal.SIGINT)  # a shell shows 130 for both

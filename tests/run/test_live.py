@@ -31,14 +31,14 @@ def settings(tmp_path):
 @pytest.fixture
 def jobs(settings):
     """Three scans of two participants, all running."""
-    made = []
+    output = []
     for name in ("sub-01_T1w", "sub-01_T2w", "sub-02_T1w"):
         parsed = BIDSName.parse(f"{name}.nii.gz")
         relative = PurePosixPath(parsed.folder) / "anat" / f"{name}.nii.gz"
         scan = Scan(settings.bids_dir / relative, relative, parsed, {})
         write_running(scan, settings)
-        made.append(SimpleNamespace(scan=scan))
-    return made
+        output.append(SimpleNamespace(scan=scan))
+    return output
 
 
 def states(settings):

@@ -62,9 +62,9 @@ COMPOSED = {"resources.py": "not enough memory"}
 
 
 def test_every_error_of_the_command_has_advice():
-    found = dict(errors())
-    assert len(found) > 60
-    without = {where: text for where, text in found.items() if not ADVICE.search(text)}
+    result = dict(errors())
+    assert len(result) > 60
+    without = {where: text for where, text in result.items() if not ADVICE.search(text)}
     others = {
         where: text
         for where, text in without.items()
@@ -93,11 +93,11 @@ def why(tmp_path):
     "error", [KeyError("x"), RuntimeError(), OSError(5, "Input/output error"), MemoryError()]
 )
 def test_an_error_of_another_library_is_more_than_its_name(why, error):
-    found = why(FailureRecord.of(error))
-    assert found.node == "conform"
-    assert found.crash_file == "crash.txt"
-    assert not re.match(r"\w+(Error|Exception)\b", found.message)
-    assert ADVICE.search(found.message)
+    result = why(FailureRecord.of(error))
+    assert result.node == "conform"
+    assert result.crash_file == "crash.txt"
+    assert not re.match(r"\w+(Error|Exception)\b", result.message)
+    assert ADVICE.search(result.message)
 
 
 @pytest.mark.parametrize(

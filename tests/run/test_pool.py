@@ -68,9 +68,9 @@ def instant(value):
 
 
 def node(function, name, inputs, **values):
-    made = pe.Node(Function(inputs, ["out"], function), name=name)
-    made.inputs.trait_set(**values)
-    return made
+    output = pe.Node(Function(inputs, ["out"], function), name=name)
+    output.inputs.trait_set(**values)
+    return output
 
 
 def run(tmp_path, nodes, crash_dir="crash"):

@@ -26,14 +26,14 @@ from brainprior_bids.run.progress import Progress
 @pytest.fixture
 def lines():
     """Lines of the program's log."""
-    found: list[str] = []
+    result: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: found.append(record.getMessage())
+    handler.emit = lambda record: result.append(record.getMessage())
     log = logging.getLogger("brainprior")
     log.addHandler(handler)
     before = log.level
     log.setLevel(logging.INFO)
-    yield found
+    yield result
     log.setLevel(before)
     log.removeHandler(handler)
 
@@ -48,18 +48,18 @@ def node(step: str) -> SimpleNamespace:
 
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path, lines):
-    said = make(tmp_path, terminal=False)
-    said(node("conform"), "start")
-    said(node("conform"), "end")
-    said(node("restore"), "start")
+    messages = make(tmp_path, terminal=False)
+    messages(node("conform"), "start")
+    messages(node("conform"), "end")
+    messages(node("restore"), "start")
     observe = progress_writer(tmp_path / "restore" / PROGRESS, 2)
     (tmp_path / "restore").mkdir()
     for step in range(4):
         observe(step, 4, 1.0, 0)
-        said.refresh()
-    assert said.running == ["sub-01_T1w restore"]
-    said(node("restore"), "exception")
-    said(node("unknown"), "start")
+        messages.refresh()
+    assert messages.running == ["sub-01_T1w restore"]
+    messages(node("restore"), "exception")
+    messages(node("unknown"), "start")
     assert lines == [
         "sub-01_T1w: conform …",
         "[1/2] sub-01_T1w: conform done",
@@ -68,19 +68,19 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path, lines):
         "sub-01_T1w restore sample 1/2 step 4/4",
         "[2/2] sub-01_T1w: restore FAILED",
     ]
-    assert said.running == []
+    assert messages.running == []
 
 
 def test_one_line_on_a_terminal(tmp_path, capsys, lines):
-    with make(tmp_path, terminal=True) as said:
-        said(node("conform"), "start")
-        said(node("conform"), "end")
-        said(node("restore"), "start")
+    with make(tmp_path, terminal=True) as messages:
+        messages(node("conform"), "start")
+        messages(node("conform"), "end")
+        messages(node("restore"), "start")
         write_json(
             tmp_path / "restore" / PROGRESS,
             {"sample": 2, "samples": 2, "step": 1, "steps": 4},
         )
-        said.refresh()
+        messages.refresh()
     shown = capsys.readouterr().err
     # 1 of 10 for conform, 9 * 5/8 of the sampling
     assert " 66 % |" in shown
@@ -94,10 +94,10 @@ def test_the_line_shows_on_a_real_terminal_of_unknown_width_too(tmp_path, monkey
         termios.tcsetwinsize(follower, (24, columns))
     with os.fdopen(follower, "w") as stderr:
         monkeypatch.setattr(sys, "stderr", stderr)
-        said = Progress({"a_wf": "sub-01_T1w"}, {"a_wf": tmp_path}, {"conform": 1.0})
-        with said:
-            said(node("conform"), "start")
-            said.refresh()
+        messages = Progress({"a_wf": "sub-01_T1w"}, {"a_wf": tmp_path}, {"conform": 1.0})
+        with messages:
+            messages(node("conform"), "start")
+            messages.refresh()
     shown = b""
     with suppress(OSError):  # Linux says so when all is read that was written before the close
         while chunk := os.read(leader, 10_000):
@@ -136,9 +136,9 @@ def test_a_step_that_a_scan_does_not_have_is_not_counted(tmp_path, lines):
     scans = {"a_wf": "sub-01_T1w", "b_wf": "sub-01_T2w"}
     work = {"conform": 1.0, "templates": 9.0}
     folders = dict.fromkeys(scans, tmp_path)
-    said = Progress(scans, folders, work, left_out=["templates"], terminal=False)
+    messages = Progress(scans, folders, work, left_out=["templates"], terminal=False)
     for name in ("a_wf.conform", "a_wf.templates", "b_wf.conform"):
         step = SimpleNamespace(fullname=f"brainprior_wf.{name}")
-        said(step, "start")
-        said(step, "end")
+        messages(step, "start")
+        messages(step, "end")
     assert lines[-1] == "[3/3] sub-01_T2w: conform done"

@@ -117,9 +117,9 @@ def test_the_command_stops_at_the_start(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(resources, "PROC", tmp_path / "none")
     command = [str(tmp_path / "raw"), str(tmp_path / "out"), "participant", "--device", "cpu"]
     assert main(command) == 2
-    said = capsys.readouterr().err
-    assert "not enough memory" in said
-    assert f"the container or job has ({tmp_path / 'group' / 'memory.max'}) 2 GiB" in said
+    messages = capsys.readouterr().err
+    assert "not enough memory" in messages
+    assert f"the container or job has ({tmp_path / 'group' / 'memory.max'}) 2 GiB" in messages
     assert not (tmp_path / "out").exists()
     assert main([*command, "--low-mem"]) == 2
     assert "Give it 3.5 GiB." in capsys.readouterr().err

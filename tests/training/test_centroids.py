@@ -47,8 +47,8 @@ def test_the_average_is_symmetric_and_carries_the_spread():
         return {"index": index, "name": "", "volume_mm3": 10.0, "centroid_mm": point}
 
     tables = [[row(10, [-12, 1, 5]), row(49, [10, 1, 5])], [row(10, [-14, 3, 5])]]
-    found = average(tables, [np.eye(4), np.eye(4)])
-    left, right = found["Left-Thalamus"], found["Right-Thalamus"]
+    result = average(tables, [np.eye(4), np.eye(4)])
+    left, right = result["Left-Thalamus"], result["Right-Thalamus"]
     np.testing.assert_allclose(left["centroid_mm"], [-12, 5 / 3, 5], atol=1e-3)
     np.testing.assert_allclose(right["centroid_mm"], [12, 5 / 3, 5], atol=1e-3)
     np.testing.assert_allclose(left["sd_mm"], [2, np.std([1, 1, 3], ddof=1), 0], atol=1e-3)
@@ -76,7 +76,7 @@ def test_registration_finds_a_known_pose():
     # moving(x) = fixed(pose x)
     index = np.linalg.inv(affine) @ pose() @ affine
     moving = ndimage.affine_transform(fixed, index[:3, :3], index[:3, 3], order=1)
-    found = register(to_ants(fixed, affine), to_ants(moving, affine))
+    result = register(to_ants(fixed, affine), to_ants(moving, affine))
     table = [{"centroid_mm": [0.0, 0.0, 0.0]}]
     assert corner_error(np.eye(4), pose(), table) > 10
-    assert corner_error(found, pose(), table) < 4  # one voxel
+    assert corner_error(result, pose(), table) < 4  # one voxel

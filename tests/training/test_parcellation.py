@@ -54,11 +54,11 @@ def test_a_perfect_prediction_costs_nothing_and_a_wrong_one_the_formula():
 def test_dice_against_sets():
     rng = np.random.default_rng(0)
     a, b = rng.integers(0, 4, 500), rng.integers(0, 3, 500)
-    found = hard_dice(torch.from_numpy(a), torch.from_numpy(b), 4)
+    result = hard_dice(torch.from_numpy(a), torch.from_numpy(b), 4)
     for value in range(3):
         x, y = set(np.flatnonzero(a == value)), set(np.flatnonzero(b == value))
-        assert float(found[value]) == pytest.approx(2 * len(x & y) / (len(x) + len(y)))
-    assert found[3].isnan()
+        assert float(result[value]) == pytest.approx(2 * len(x & y) / (len(x) + len(y)))
+    assert result[3].isnan()
 
 
 def test_orthogonalised_updates_have_singular_values_near_one():

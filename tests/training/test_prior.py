@@ -251,16 +251,16 @@ def test_the_command_trains_exports_and_evaluates(tmp_path, capsys):
     words += ["--channels", "8", "8", "--blocks", "1", "1", "--out", str(out)]
     words += ["--spectrum-brains", "1", "--threads", "1"]
     assert prior.main(parser.parse_args(words)) == 0
-    made = load_prior(out)
-    assert made.metadata["steps"] == 2
-    assert made.metadata["recipe"]["seed"] == 1
-    v = made.spectrum("T1w").variance(0.1, torch.linspace(0, 0.5, 5))
+    output = load_prior(out)
+    assert output.metadata["steps"] == 2
+    assert output.metadata["recipe"]["seed"] == 1
+    v = output.spectrum("T1w").variance(0.1, torch.linspace(0, 0.5, 5))
     assert ((v > 0) & (v <= 0.01 * (1 + 1e-6))).all()
     assert prior.main(parser.parse_args([*words, "--evaluate"])) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("T1w")]
-    assert f"0.1: {made.metadata['gain']['T1w']['0.1']:.3f}" in lines[0]
+    assert f"0.1: {output.metadata['gain']['T1w']['0.1']:.3f}" in lines[0]
     held_out = [brain for brain in brains if brain.split == "validation"]
-    psnr = spectra.stack_errors(made, held_out)["T1w"]["5"]
+    psnr = spectra.stack_errors(output, held_out)["T1w"]["5"]
     assert f"5: {psnr:.2f}" in lines[1]
 
 
@@ -385,8 +385,8 @@ def test_pack_round_trip_and_parts(tmp_path, monkeypatch):
 def test_brains_are_found_and_split_by_name(tmp_path):
     for name in ("sub-01_desc-brain_T1w.nii.gz", "sub-02_FLAIR.nii", "sub-03_T1w.nii.gz", "x.nii"):
         (tmp_path / name).touch()
-    found = preprocess.find_brains(tmp_path, validation=["02"], exclude=["03"])
-    assert [row[:3] for row in found] == [("01", "T1w", "train"), ("02", "FLAIR", "validation")]
+    result = preprocess.find_brains(tmp_path, validation=["02"], exclude=["03"])
+    assert [row[:3] for row in result] == [("01", "T1w", "train"), ("02", "FLAIR", "validation")]
     with pytest.raises(UsageError, match="no participant 9"):
         preprocess.find_brains(tmp_path, validation=["9"], exclude=[])
     with pytest.raises(UsageError, match="no sub-"):
@@ -415,8 +415,8 @@ def test_outputs_of_brainprior_are_no_training_data(tmp_path):
     (folder / "sub-01_desc-restored_T1w.nii.gz").touch()
     (folder / "sub-01_desc-brain_T1w.nii.gz").touch()
     (tmp_path / "sub-01_T1w.nii.gz").touch()
-    found = preprocess.find_brains(tmp_path, validation=[], exclude=[])
-    assert [row[3].name for row in found] == ["sub-01_T1w.nii.gz"]  # not into derivatives
+    result = preprocess.find_brains(tmp_path, validation=[], exclude=[])
+    assert [row[3].name for row in result] == ["sub-01_T1w.nii.gz"]  # not into derivatives
     with pytest.raises(UsageError, match="an output of brainprior"):
         preprocess.find_brains(tmp_path / "derivatives", validation=[], exclude=[])
 
@@ -426,8 +426,8 @@ def test_tissue_means_find_three_classes():
     values = np.concatenate(
         [rng.normal(m, 0.03, n) for m, n in ((0.2, 3000), (0.55, 9000), (0.85, 8000))]
     )
-    found = preprocess.tissue_means(values.astype(np.float32))
-    assert found == pytest.approx([0.2, 0.55, 0.85], abs=0.01)
+    result = preprocess.tissue_means(values.astype(np.float32))
+    assert result == pytest.approx([0.2, 0.55, 0.85], abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -451,10 +451,10 @@ def test_n4_removes_a_known_field():
     rng = np.random.default_rng(0)
     tissue = np.where(rng.random(mask.shape) < 0.5, 1.0, 0.7)
     image = np.where(mask, 100 * tissue * np.exp(field), 0).astype(np.float32)
-    found = preprocess.n4(image, mask)
+    result = preprocess.n4(image, mask)
     truth = (field - field[mask].mean())[mask]
-    assert np.corrcoef(found[mask], truth)[0, 1] > 0.95
-    assert found[mask].mean() == pytest.approx(0, abs=1e-4)
+    assert np.corrcoef(result[mask], truth)[0, 1] > 0.95
+    assert result[mask].mean() == pytest.approx(0, abs=1e-4)
 
 
 @pytest.mark.shared
@@ -473,9 +473,9 @@ def test_registration_recovers_a_known_affine(shared_data):
     moved = crops.ndimage.affine_transform(
         data, voxel[:3, :3], voxel[:3, 3], scanner.shape, order=1
     )
-    found = preprocess.register(moved.astype(np.float32), straight, reference)
+    result = preprocess.register(moved.astype(np.float32), straight, reference)
     box = np.array([[x, y, z, 1] for x in (-60, 60) for y in (-90, 60) for z in (-40, 60)]).T
-    back = found @ np.linalg.inv(known) @ box
+    back = result @ np.linalg.inv(known) @ box
     assert np.abs(back - box).max() < 3.0
 
 

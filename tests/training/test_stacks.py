@@ -19,18 +19,18 @@ def draws(count):
 
 
 def test_stacks_are_as_varied_as_scans():
-    found = draws(300)
-    axes = [stack.axis for stack in found]
+    result = draws(300)
+    axes = [stack.axis for stack in result]
     assert axes.count(2) / 300 == pytest.approx(0.5, abs=0.1)
     assert axes.count(0) / 300 == pytest.approx(0.25, abs=0.08)
-    noise = torch.tensor([stack.noise_sd for stack in found])
+    noise = torch.tensor([stack.noise_sd for stack in result])
     assert stacks.NOISE_SD[0] <= float(noise.min()) <= float(noise.max()) <= stacks.NOISE_SD[1]
-    spacing = torch.tensor([math.exp(stack.features()[1]) for stack in found if len(stack.y) > 1])
+    spacing = torch.tensor([math.exp(stack.features()[1]) for stack in result if len(stack.y) > 1])
     assert 0.95 < float(spacing.min()) < 2.2
     assert float(spacing.max()) > 6.5
-    sinc = [stack for stack in found if float(stack.slice_weights.min()) < -0.01]
+    sinc = [stack for stack in result if float(stack.slice_weights.min()) < -0.01]
     assert len(sinc) / 300 == pytest.approx(stacks.THREE_D, abs=0.05)
-    coarse = [stack for stack in found if not stack.whole_plane]
+    coarse = [stack for stack in result if not stack.whole_plane]
     assert len(coarse) / 300 == pytest.approx(stacks.COARSE, abs=0.1)
     assert all(0.4 < share <= 1 for stack in coarse for share in stack.kept)
 
@@ -76,15 +76,15 @@ def test_holes_are_in_the_brain_and_nothing_else_is_hidden():
     generator = torch.Generator().manual_seed(3)
     image = torch.zeros(48, 48, 48)
     image[8:40, 8:40, 8:40] = 0.7
-    found = [stacks.draw_voxels(image, generator) for _ in range(60)]
-    share = torch.tensor([float(v.hidden.float().mean()) for v in found])
+    result = [stacks.draw_voxels(image, generator) for _ in range(60)]
+    share = torch.tensor([float(v.hidden.float().mean()) for v in result])
     assert 0 < float(share.min()) < 0.01
     assert 0.1 < float(share.max()) < 0.6
     ends = [
-        v for v in found if any(bool(v.hidden.amin(d).any()) for d in ((0, 1), (0, 2), (1, 2)))
+        v for v in result if any(bool(v.hidden.amin(d).any()) for d in ((0, 1), (0, 2), (1, 2)))
     ]
     assert len(ends) / 60 == pytest.approx(stacks.SLAB, abs=0.12)
-    for voxels in found:
+    for voxels in result:
         assert bool((voxels.hidden & (image > 0.05)).any())
         error = (voxels.y - image)[~voxels.hidden]
         assert float(error.std()) == pytest.approx(voxels.noise_sd, rel=0.05)

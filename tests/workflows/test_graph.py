@@ -188,7 +188,7 @@ def test_every_combination_of_tasks_has_its_graph(raw, tmp_path, task, fused):
     given = {role_of[w]: Given(file, f"bids:x:{w}") for w in words if w in role_of}
     t2w = [scan for scan in find_scans(settings) if scan.name.suffix == "T2w"]
     scan = fuse_runs(t2w)[0] if fused else t2w[0]
-    lesion = {role: found for role, found in given.items() if role == "lesion"}
+    lesion = {role: result for role, result in given.items() if role == "lesion"}
     others = [(run, lesion) for run in scan.runs[1:]]
     parts = {run.name.stem: "0" * 64 for run in scan.runs[1:]}
     job = Job(scan, 0, "f" * 64, given, (), others, parts)
@@ -323,9 +323,9 @@ def test_a_t2w_reaches_a_template_through_its_t1w(raw, tmp_path, monkeypatch):
     scans = find_scans(settings)
     through = via_t1w(scans, settings)
     assert through == {"sub-01_acq-thick_run-1_T2w", "sub-01_acq-thick_run-2_T2w"}
-    found = {s.name.stem: look_up(s, settings, {}, via_t1w=s.name.stem in through) for s in scans}
-    assert {stem for stem, one in found.items() if not one.templates} == through
-    t1w, t2w = found["sub-01_T1w"], found["sub-01_acq-thick_run-1_T2w"]
+    result = {s.name.stem: look_up(s, settings, {}, via_t1w=s.name.stem in through) for s in scans}
+    assert {stem for stem, one in result.items() if not one.templates} == through
+    t1w, t2w = result["sub-01_T1w"], result["sub-01_acq-thick_run-1_T2w"]
     assert f"template {SPACE}" in t1w.parts
     assert t2w.parts["way to the templates"] == "through the T1w"
     announced = contrast_names([Result(s.name, "restored") for s in scans], settings, through)
