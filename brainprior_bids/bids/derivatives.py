@@ -142,7 +142,7 @@ def write_dataset_files(
     raw: Mapping[str, Any],
     derivatives: Mapping[str, str] | None = None,
 ) -> None:
-    """Write ``dataset_description.json``, ``.bidsignore``, ``descriptions.tsv`` and a README.
+    """Write ``dataset_description.json``, ``.bidsignore``, ``descriptions`` and a README.
 
     Parameters
     ----------
@@ -176,14 +176,25 @@ def write_dataset_files(
     description["SourceDatasets"] = [source]
     write_json(described, description)
     write_text(output_dir / ".bidsignore", "\n".join(BIDSIGNORE) + "\n")
-    rows = [f"desc-{key}\t{text}" for key, text in descriptions().items()]
-    write_text(output_dir / "descriptions.tsv", "\n".join(["desc_id\tdescription", *rows]) + "\n")
+    write_descriptions(output_dir, descriptions())
     write_text(
         output_dir / "README",
         "Images restored by brainprior. Open sub-<label>.html for the report of a participant;\n"
         "logs/status.tsv says which scans were done. The images are estimates under a prior:\n"
         "read the uncertainty map beside each (suffix uncertainty).\n",
     )
+
+
+def write_descriptions(root: Path, meanings: Mapping[str, str]) -> None:
+    """Write ``descriptions.tsv``, which says what each ``desc-`` means, and its sidecar."""
+    rows = [f"desc-{label}\t{text}" for label, text in meanings.items()]
+    write_text(root / "descriptions.tsv", "\n".join(["desc_id\tdescription", *rows]) + "\n")
+    sidecar = {
+        "Description": "What each desc- label of this data set means",
+        "desc_id": {"Description": "The entity desc- with its label"},
+        "description": {"Description": "What the files with this label hold"},
+    }
+    write_json(root / "descriptions.json", sidecar)
 
 
 def generated_by() -> dict[str, Any]:

@@ -28,6 +28,7 @@ from brainprior_bids.bids.derivatives import (
     bids_uri,
     check_output,
     generated_by,
+    write_descriptions,
 )
 from brainprior_bids.bids.files import decoded, read_json, to_json, write_json, write_text
 from brainprior_bids.bids.names import BIDSName, output_names
@@ -124,9 +125,7 @@ def prepare(
                 "SourceDatasets": [{"URL": bids_dir.as_uri()}],
                 "DatasetLinks": {"raw": bids_dir.as_uri(), "brainprior": output_dir.as_uri()},
             }
-            rows = [f"desc-{key}\t{text}" for key, text in DESCRIPTIONS.items()]
-            table = "\n".join(["desc_id\tdescription", *rows]) + "\n"
-            write_text(folder / "descriptions.tsv", table)
+            write_descriptions(folder, DESCRIPTIONS)
         else:
             inherited = {key: value for key, value in raw.items() if key != "GeneratedBy"}
             described = {

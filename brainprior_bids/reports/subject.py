@@ -90,9 +90,7 @@ def _summary(scans: Sequence[ScanRecord]) -> str:
                     verdict(metrics(scan)) if scan.finished else "–",
                     _voxels(scan),
                     _number(conform.acquisition.thickness_mm, ".3g", " mm", none="–"),
-                    f"{restore.sampler}, {_count(restore.n_samples, 'sample')}"
-                    if restore.sampler
-                    else "–",
+                    _sampler(restore),
                     f"{statistics.mean(ratios):.2f}" if ratios else "–",
                     _number(scan.facts.affine.median_residual_mm, ".1f", none="–"),
                     str(len(scan.warnings)),
@@ -172,7 +170,7 @@ def restore_rows(scan: ScanRecord) -> Rows:
         ("Contrast", contrast),
         *_fused_rows(restore),
         ("Sampler", restore.sampler or MISSING),
-        ("Samples", str(restore.n_samples or MISSING)),
+        ("Samples", _samples(restore.n_samples)),
         (
             "Noise levels",
             f"{len(schedule)}, from {max(schedule):.3g} to {min(schedule):.3g}"
@@ -195,6 +193,19 @@ def restore_rows(scan: ScanRecord) -> Rows:
         ("Coverage of its intervals", measured.coverage(restore, task=scan.task or "restore")),
         ("Seed", str(MISSING if scan.seed is None else scan.seed)),
     ]
+
+
+def _sampler(restore: RestoreRecord) -> str:
+    """Sampler and number of samples; "mean" draws none."""
+    if not restore.sampler or restore.n_samples == 0:
+        return restore.sampler or "–"
+    return f"{restore.sampler}, {_count(restore.n_samples, 'sample')}"
+
+
+def _samples(n: int | None) -> str:
+    if n == 0:
+        return "none: the posterior mean alone"
+    return MISSING if n is None else str(n)
 
 
 def _noise(restore: RestoreRecord, sd: float | None) -> str:

@@ -234,6 +234,7 @@ def test_a_finished_scan_leaves_the_documented_files(files, raw, output_dir, tmp
             ".bidsignore",
             "README",
             "dataset_description.json",
+            "descriptions.json",
             "descriptions.tsv",
             "logs/scans/sub-01_ses-a_FLAIR.json",
             f"{run_label}_act.json",

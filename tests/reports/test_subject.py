@@ -391,6 +391,18 @@ def test_facts_of_a_scan(output_dir):
     assert {key: rows[key] for key in expected} == expected
 
 
+def test_a_mean_without_samples_is_not_called_unrecorded(tmp_path):
+    value = summary("sub-01_T1w")
+    value["facts"]["restore"] |= {"sampler": "mean", "n_samples": 0}
+    store(tmp_path, value)
+    page = read(build_subject_report(tmp_path, "01"))
+    cells = page.xpath("//section[@id='Summary']//tbody//td/text()")
+    assert "mean" in cells
+    assert not any("0 samples" in cell for cell in cells)
+    (samples,) = page.xpath("//th[text()='Samples']/following-sibling::td/text()")
+    assert samples == "none: the posterior mean alone"
+
+
 def test_table_of_structures(output_dir):
     page = read(build_subject_report(output_dir, "01"))
     (table,) = page.xpath("//section[@id='sub-01_ses-a_T1w']//details//tbody")
