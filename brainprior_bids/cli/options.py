@@ -234,8 +234,8 @@ def task_options(group: Group) -> None:
     group.add_argument(
         "--sloppy",
         action="store_true",
-        help=f"for testing only: {SLOPPY['n_samples']} sample of {SLOPPY['n_steps']} steps, a coarse "
-        "registration to --output-spaces",
+        help=f"for testing only: {SLOPPY['n_samples']} sample of {SLOPPY['n_steps']} steps, and a "
+        "coarse registration to standard spaces",
     )
 
 

@@ -30,8 +30,8 @@ def ended(tmp_path_factory, write_demo):
     brain = np.asarray(load_mni152_brain_mask(resolution=1).dataobj) > 0
     image = np.where(brain, template.get_fdata(dtype=np.float32), 0)
     write_template(folder / "templates", image, template.affine)
-    options = ["--output-spaces", SPACE, "--sampler", "mean", "--sloppy", "--no-viewer", "--device", "cpu",
-               "--nprocs", "1", "--skip-bids-validation"]  # fmt: skip
+    options = ["--output-spaces", SPACE, "--sampler", "mean", "--sloppy", "--no-viewer",
+               "--device", "cpu", "--nprocs", "1", "--skip-bids-validation"]  # fmt: skip
     command = [sys.executable, "-m", "brainprior_bids", raw, folder / "out", "participant"]
     done, planned = (
         subprocess.run(
