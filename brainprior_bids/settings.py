@@ -28,8 +28,10 @@ FILLED = ("inpainted", "inpaintedRefined")
 SKULL_STRIPS = ("embedded", "synthstrip", "skip", "mask")
 PARCELLATIONS = ("embedded", "synthseg", "derivatives")
 MODALITIES = ("T1w", "T2w", "FLAIR")
-OTHER_MODALITIES = ("PDw", "T2starw")
-"""Contrasts that the prior was not trained on; only where they are asked for."""
+OTHER_MODALITIES = ("UNIT1", "PDw", "T2starw")
+"""Images that the prior was not trained on; only where they are asked for."""
+SIMILAR_CONTRAST = {"UNIT1": "T1w"}
+"""Of these, the ones that the network is given as a contrast that it knows."""
 FUSE = ("runs",)
 TEMPLATE_SPACES = ("MNI152NLin2009cAsym", "MNI152NLin6Asym")
 """Standard spaces by a nonlinear registration to TemplateFlow's template of 1 mm."""
