@@ -31,8 +31,10 @@ replaced."""
 SKULL_STRIPS = ("embedded", "synthstrip", "skip", "mask")
 PARCELLATIONS = ("embedded", "synthseg", "derivatives")
 MODALITIES = ("T1w", "T2w", "FLAIR")
-OTHER_MODALITIES = ("PDw", "T2starw")
+OTHER_MODALITIES = ("UNIT1", "PDw", "T2starw")
 """Contrasts on which the prior was not trained; processed only on request."""
+SIMILAR_CONTRAST = {"UNIT1": "T1w"}
+"""Of these, the ones that the network treats as a contrast of its training."""
 FUSE = ("runs",)
 TEMPLATE_SPACES = ("MNI152NLin2009cAsym", "MNI152NLin6Asym")
 """Standard spaces that are reached by nonlinear registration to TemplateFlow's 1 mm template."""

@@ -272,12 +272,17 @@ def _step(image: nib.Nifti1Image) -> float:
 
 def _about(resolution: Resolution, name: str) -> list[str]:
     """The warning about an interpolated image."""
-    if resolution.measured_mm == resolution.stored_mm:
-        return []
     stored, measured, used = (
         _numbers(np.array(sizes))
         for sizes in (resolution.stored_mm, resolution.measured_mm, resolution.used_mm)
     )
+    if resolution.measured_mm == resolution.stored_mm:
+        if resolution.source != "option":
+            return []
+        return [
+            f"{name}: --effective-resolution states no voxel that is larger than the stored ones "
+            f"({stored} mm), so that it changes nothing."
+        ]
     if resolution.source == "option":
         return [f"{name}: reduced to voxels of {used} mm, as --effective-resolution asks."]
     what = f"{name}: its voxels of {stored} mm were interpolated from about {measured} mm"

@@ -24,7 +24,12 @@ from typing import Any
 from brainprior_bids.bids.files import decoded, parse_json, readable
 from brainprior_bids.bids.names import BIDSName, bare_number
 from brainprior_bids.engine.errors import InputError, UsageError
-from brainprior_bids.settings import MODALITIES, OTHER_MODALITIES, Settings
+from brainprior_bids.settings import (
+    MODALITIES,
+    OTHER_MODALITIES,
+    SIMILAR_CONTRAST,
+    Settings,
+)
 
 LOG = logging.getLogger("brainprior")
 EXTENSIONS = (".nii", ".nii.gz")
@@ -43,6 +48,8 @@ LARGEST_NUMBER = 2**53
 """From this number on, JSON numbers are not exact and exceed those of a database."""
 LONGEST_STEM = 220
 """Longest name in characters; with a longer one, not even its failure could be recorded."""
+MAGNITUDE = (None, "mag")
+"""Values of ``part-`` of images that show a brain."""
 NO_CONFIG = ".brainprior-reads-no-layout-config"
 """Replaces ``layout_config.json``, with which a folder could change how pybids reads it."""
 DERIVED = ("space", "res", "desc")
@@ -90,8 +97,12 @@ class Scan:
 
     @property
     def contrast(self) -> str:
-        """The contrast for the network: ``T1w``, ``T2w``, ``FLAIR`` or ``unknown``."""
-        return self.name.suffix if self.name.suffix in ("T1w", "T2w", "FLAIR") else "unknown"
+        """The contrast for the network: ``T1w``, ``T2w``, ``FLAIR`` or ``unknown``.
+
+        One inversion of an MP2RAGE (``inv-``) is ``unknown``, whatever its suffix.
+        """
+        suffix = SIMILAR_CONTRAST.get(self.name.suffix, self.name.suffix)
+        return suffix if suffix in MODALITIES and self.name.get("inv") is None else "unknown"
 
 
 def check_dataset(bids_dir: Path) -> dict[str, Any]:
@@ -373,18 +384,29 @@ def _no_file(path: Path, bids_dir: Path) -> str | None:
 
 
 def _scans(bids_dir: Path, files: Mapping[Path, _File]) -> list[Scan]:
+    """The files as scans. Phase, real and imaginary images show no brain: they are left out where
+    their magnitude image is among the files, and are scans with a problem elsewhere."""
+    named = {
+        path: _named(PurePosixPath(path.relative_to(bids_dir)), files[path])
+        for path in sorted(files)
+    }
+    whole = {
+        name.derivative(part=None)
+        for name, problem in named.values()
+        if problem is None and name.get("part") in MAGNITUDE
+    }
     scans: dict[str, Scan] = {}
-    for path in sorted(files):
-        file = files[path]
-        relative = PurePosixPath(path.relative_to(bids_dir))
-        name, problem = _named(relative, file)
-        if problem is None:
-            if name.get("part") not in (
-                None,
-                "mag",
-            ):  # phase, real, imaginary: not magnitude images
+    for path, (name, problem) in named.items():
+        file, relative = files[path], PurePosixPath(path.relative_to(bids_dir))
+        if problem is None and name.get("part") not in MAGNITUDE:
+            if name.derivative(part=None) in whole:
                 continue
-            problem = file.problem or _unusable(path, name)
+            problem = (
+                f"{name.stem}: expected a magnitude image, the name says part-{name.get('part')}. "
+                "Export the magnitude as well, with part-mag or without part-; or exclude this "
+                'file: --bids-filter-file with "part": [null, "mag"].'
+            )
+        problem = problem or file.problem or _unusable(path, name)
         result = name.derivative()  # entities in the order of BIDS, unique for each set of results
         if result in scans:
             twin = scans[result]

@@ -23,6 +23,16 @@ from brainprior_bids.settings import (
     TEMPLATE_SPACES,
 )
 
+_NO_SCANS = {
+    "PDT2": "such a file contains two contrasts, PD and T2; each restoration takes one. Split it "
+    "into a PDw and a T2w (fslsplit), and request those.",
+    "MP2RAGE": "such a file is one inversion, without a contrast that the prior knows. Request "
+    "the image that the scanner combines from both: UNIT1.",
+    "SWI": "no suffix of a raw image in BIDS. Name the magnitude image T2starw (with part-mag, if "
+    "there is a part-phase), and request that.",
+}
+"""Suffixes that users ask for, and what to ask for instead."""
+
 
 def chosen_spaces(asked: Sequence[str]) -> tuple[str, ...]:
     """The spaces of ``--output-spaces``; the scan's own is always among them."""
@@ -34,11 +44,9 @@ def chosen_modalities(asked: Sequence[str], ignored: Sequence[str]) -> tuple[str
     modalities = tuple(dict.fromkeys(asked)) or MODALITIES
     known = (*MODALITIES, *OTHER_MODALITIES)
     unknown = [suffix for suffix in modalities if suffix not in known]
-    if "PDT2" in unknown:
-        raise UsageError(
-            "--modalities PDT2: such a file contains two contrasts, PD and T2; each restoration "
-            "takes one. Split it into a PDw and a T2w (fslsplit), and request those."
-        )
+    for suffix in unknown:
+        if suffix in _NO_SCANS:
+            raise UsageError(f"--modalities {suffix}: {_NO_SCANS[suffix]}")
     if unknown:
         raise UsageError(
             f"--modalities: no prior for {', '.join(unknown)}; use {', '.join(known)}."

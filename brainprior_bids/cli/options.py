@@ -93,7 +93,8 @@ def query_options(group: Group) -> None:
         default=[],
         metavar="SUFFIX",
         help=f"contrasts to process: {', '.join(MODALITIES)} (default: all three), or "
-        f"{', '.join(OTHER_MODALITIES)}, on which the prior was not trained",
+        f"{', '.join(OTHER_MODALITIES)}, on which the prior was not trained (UNIT1 of an MP2RAGE "
+        "is processed as a T1w)",
     )
     group.add_argument(
         "--ignore",

@@ -160,6 +160,17 @@ def test_conform_reduces_the_scan_says_so_and_takes_the_slices_from_it(scan):
     assert "--effective-resolution asks" in given.warnings[0]
 
 
+def test_options_that_contradict_the_scan_or_each_other_are_warned_of(scan):
+    finer = conform(scan, metadata={}, effective_resolution=(1.0, 0.5, 0.0))
+    assert finer.grid.shape == SHAPE
+    assert any("so that it changes nothing" in text for text in finer.warnings)
+    other = conform(scan, metadata={}, effective_resolution=(0.0, 0.0, 5.0), slice_axis=0)
+    assert other.acquisition.slice_axis == 0
+    assert any("given as sagittal, but the voxels are largest" in t for t in other.warnings)
+    thick = conform(scan, metadata={}, effective_resolution="off", slice_thickness_mm=5.0)
+    assert any("more than three times the slice spacing" in text for text in thick.warnings)
+
+
 def test_a_lesion_drawn_on_the_stored_scan_hides_what_it_touches(scan, tmp_path):
     grid = conform(scan, metadata={}, effective_resolution=(0.0, 0.0, 5.0)).grid
     lesion = np.zeros(SHAPE, np.uint8)

@@ -204,7 +204,7 @@ def test_report_methods_and_sidecar_say_what_was_fused():
 def test_a_contrast_outside_of_the_training_is_marked(raw, tmp_path):
     command = [str(raw), str(tmp_path / "out"), "participant", "-m", "PDw", "T2starw"]
     assert parse_settings(command).modalities == ("PDw", "T2starw")
-    with pytest.raises(UsageError, match="use T1w, T2w, FLAIR, PDw"):
+    with pytest.raises(UsageError, match="use T1w, T2w, FLAIR, UNIT1, PDw"):
         parse_settings([*command[:4], "bold"])
     path = PurePosixPath("sub-01/anat/sub-01_PDw.nii.gz")
     scan = Scan(path, path, BIDSName.parse(path))

@@ -552,6 +552,11 @@ def test_a_participant_alone_without_a_scan_is_in_the_status_too(raw, tmp_path, 
     assert "sub-01\tn/a\tno scan" in (out / "logs" / "status.tsv").read_text()
 
 
-def test_a_dual_echo_file_is_not_offered(raw, tmp_path, capsys):
-    assert main([str(raw), str(tmp_path / "o"), "participant", "-m", "PDT2", "--dry-run"]) == 2
-    assert "Split it" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("suffix", "advice"), [("PDT2", "Split it"), ("MP2RAGE", "UNIT1"), ("SWI", "T2starw")]
+)
+def test_files_that_are_no_scan_of_one_contrast_are_not_offered(
+    raw, tmp_path, capsys, suffix, advice
+):
+    assert main([str(raw), str(tmp_path / "o"), "participant", "-m", suffix, "--dry-run"]) == 2
+    assert advice in capsys.readouterr().err

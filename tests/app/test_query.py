@@ -21,7 +21,7 @@ FILES = [
     "sub-01/ses-a/anat/sub-01_ses-a_run-1_T2w.nii.gz",
     "sub-01/ses-a/anat/sub-01_ses-a_run-2_T2w.nii.gz",
     "sub-01/ses-b/anat/sub-01_ses-b_acq-thick_FLAIR.nii",
-    "sub-01/ses-b/anat/sub-01_ses-b_part-phase_T1w.nii.gz",
+    "sub-01/ses-a/anat/sub-01_ses-a_part-phase_T1w.nii.gz",
     "sub-01/ses-b/func/sub-01_ses-b_task-rest_bold.nii.gz",
     "sub-02/anat/sub-02_T2w.nii.gz",
     "derivatives/other/sub-02/anat/sub-02_T1w.nii.gz",
@@ -55,6 +55,24 @@ def names(scans):
 
 def test_everything_by_default_but_phase_images_and_other_folders(settings):
     assert names(find_scans(settings)) == sorted(f for f in FILES[:4] + FILES[6:7])
+
+
+def test_a_phase_image_without_its_magnitude_is_refused(settings, dataset):
+    """It is not left out silently: nothing else says that this participant has no result."""
+    for part in ("phase", "real", "mag"):
+        for subject in ("02", "03"):
+            anat = dataset / f"sub-{subject}" / "anat"
+            anat.mkdir(parents=True, exist_ok=True)
+            (anat / f"sub-{subject}_part-{part}_T1w.nii.gz").write_bytes(b"x")
+    (anat / "sub-03_part-mag_T1w.nii.gz").rename(anat / "sub-03_acq-other_part-mag_T1w.nii.gz")
+    scans = find_scans(replace(settings, modalities=("T1w",), participant_label=("02", "03")))
+    good, bad = [s for s in scans if not s.problem], [s for s in scans if s.problem]
+    assert [s.name.stem for s in good] == ["sub-02_part-mag_T1w", "sub-03_acq-other_part-mag_T1w"]
+    assert [s.name.stem for s in bad] == ["sub-03_part-phase_T1w", "sub-03_part-real_T1w"]
+    assert bad[0].problem.startswith("sub-03_part-phase_T1w: expected a magnitude image")
+    without = {"T1w": {"part": [None, "mag"]}}  # as the message advises
+    asked = replace(settings, modalities=("T1w",), participant_label=("02", "03"))
+    assert find_scans(replace(asked, bids_filters=without)) == good
 
 
 def test_labels_and_runs_narrow_it_down(settings):
