@@ -679,7 +679,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--regional-error",
         type=float,
         help="SD of the error that samples share in the mean over a structure, of the brain's "
-        "99th percentile (benchmarks/coverage.py --choose); kept with the weights",
+        "99th percentile (brainprior evaluate --study coverage); kept with the weights",
     )
     out.add_argument(
         "--export-only", action="store_true", help="write --out from the checkpoint, no training"
