@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two crossed stacks of thick slices, fused by each sampler at the same number of network calls.
 
-    python benchmarks/fused_samplers.py OUT sub-01_desc-brain_T1w.nii.gz ... [--nprocs 2]
+    python benchmarks/fused_samplers.py OUT sub-01_desc-brain_T1w.nii.gz ...
 
 The middle ``--cube`` mm of a brain are averaged to axial and sagittal slices (Gaussian profile, no
 motion, no bias field, noise of ``--noise``). ``restore`` gets the first stack alone, and both with
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from participants import Record, Runs, parser, participant, run
+from rows import Rows, parser, participant, run
 
 from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.engine.grids import Grid
@@ -70,7 +70,7 @@ def stack(
     return Observation(y, Grid(tuple(y.shape), affine), acquisition, share, name=f"axis {axis}")
 
 
-def one_brain(path: Path, args: argparse.Namespace, record: Record, _: Runs) -> None:
+def one_brain(path: Path, args: argparse.Namespace) -> Rows:
     """A row for each sampler."""
     torch.set_num_threads(1)
     truth = cube(participant(path, args), args.cube)
@@ -78,9 +78,8 @@ def one_brain(path: Path, args: argparse.Namespace, record: Record, _: Runs) -> 
     stacks = [stack(truth, axis, args, rng) for axis in (2, 0)]
     prior = load_prior(args.prior, device=args.device)
     shown = np.where(truth.inside, truth.data, 0)
+    rows: Rows = {}
     for label, (count, sampler, factor) in ROWS.items():
-        if label in record:
-            continue
         began = time.process_time()
         result = restore(
             stacks[:count],
@@ -95,14 +94,12 @@ def one_brain(path: Path, args: argparse.Namespace, record: Record, _: Runs) -> 
             device=args.device,
         )
         image = result.mean * matching_gain(result.mean, shown, truth.inside)
-        record.add(
-            label,
-            {
-                "PSNR dB": compare(image, shown, truth.inside)["psnr_db"],
-                "residual": float(np.mean(result.residual_ratios)),
-                "CPU s": time.process_time() - began,
-            },
-        )
+        rows[label] = {
+            "PSNR dB": compare(image, shown, truth.inside)["psnr_db"],
+            "residual": float(np.mean(result.residual_ratios)),
+            "CPU s": time.process_time() - began,
+        }
+    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,7 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.add_argument("--spacing", type=int, default=5, help="slice spacing, mm")
     options.add_argument("--noise", type=float, default=0.01, help="SD, brain's bright end = 1")
     options.add_argument("--n-steps", type=int, default=8, help="network calls per sample")
-    return run(options.parse_args(argv), one_brain, ["what"])
+    run(options.parse_args(argv), one_brain, ["what"])
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A scan whose odd slices were measured after a motion: restored as one scan, and as two.
 
-    python benchmarks/interleaves.py OUT sub-01_T1w.nii.gz ... [--nprocs 2]
+    python benchmarks/interleaves.py OUT sub-01_T1w.nii.gz ...
 
 Whole heads of about 1 mm are averaged to axial slices, the odd ones of the head after a random
 rigid motion (``--move`` mm and degrees), with noise of ``--noise`` of the head's 99th percentile.
@@ -23,7 +23,7 @@ import nibabel as nib
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from participants import Record, Runs, parser, run
+from rows import Rows, label_of, parser, run
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
@@ -125,12 +125,11 @@ def motion(one: Head, args: argparse.Namespace, rng: np.random.Generator) -> NDA
     return matrix
 
 
-def one_head(path: Path, args: argparse.Namespace, record: Record, _: Runs) -> None:
+def one_head(path: Path, args: argparse.Namespace) -> Rows:
     """A row for each way to restore it."""
     torch.set_num_threads(1)
     still = head(path)
-    name = path.name.partition("_")[0].removeprefix("sub-")
-    true = motion(still, args, np.random.default_rng([args.seed, int(name)]))
+    true = motion(still, args, np.random.default_rng([args.seed, int(label_of(path))]))
     whole, whole_moved = scan(still, still, args), scan(still, moved(still, true), args)
     estimate = find_interleave_motion(
         whole_moved.scan,
@@ -153,9 +152,8 @@ def one_head(path: Path, args: argparse.Namespace, record: Record, _: Runs) -> N
     truth = resample(still.image, still.grid, fine, order=1)
     inside = ndimage.binary_erosion(mask, iterations=2)
     prior = load_prior(args.prior, device=args.device)
+    rows: Rows = {}
     for label, observations in ways.items():
-        if label in record:
-            continue
         result = restore(
             observations,
             mask_1mm=mask,
@@ -171,7 +169,8 @@ def one_head(path: Path, args: argparse.Namespace, record: Record, _: Runs) -> N
         )
         image = result.mean * matching_gain(result.mean, truth, inside)
         figures = {"PSNR dB": compare(image, truth, inside)["psnr_db"]}
-        record.add(label, figures | {"residual": float(np.mean(result.residual_ratios))})
+        rows[label] = figures | {"residual": float(np.mean(result.residual_ratios))}
+    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -181,7 +180,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.add_argument("--move", type=float, default=2.0, help="mm and degrees")
     options.add_argument("--noise", type=float, default=0.01, help="SD over the 99th percentile")
     options.add_argument("--n-steps", type=int, default=4, help="network calls per sample")
-    return run(options.parse_args(argv), one_head, ["what"])
+    run(options.parse_args(argv), one_head, ["what"])
+    return 0
 
 
 if __name__ == "__main__":

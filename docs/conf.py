@@ -10,7 +10,7 @@ from sphinx.application import Sphinx
 from sphinx.errors import ConfigError
 
 from brainprior_bids import __version__
-from brainprior_bids.evaluation.stamp import check_tables, shipped_prior, with_note
+from brainprior_bids.evaluation.stamp import MEASURED, check_tables, shipped_prior, with_note
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # waiting threads spin where other programs run
 os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # a warning of the kernel's debugger
@@ -52,7 +52,8 @@ def setup(app: Sphinx) -> None:
 
 
 def _check_tables(app: Sphinx) -> None:
-    problems = check_tables(Path(__file__).parent / "tables", app.config.prior_sha256)
+    docs = Path(__file__).parent
+    problems = check_tables(docs / "tables", app.config.prior_sha256, docs.parent / MEASURED)
     if problems:
         raise ConfigError("\n".join(["docs/tables:", *problems]))
 

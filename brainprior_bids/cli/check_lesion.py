@@ -9,12 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from brainprior_bids.anatomy.prepare import prepare
-from brainprior_bids.bids.files import read_json
 from brainprior_bids.cli.checks import named_prior
 from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.engine.weights import load_prior
-from brainprior_bids.evaluation.lesions import LesionCase, contrast_kept
+from brainprior_bids.evaluation.lesions import contrast_kept, prepare_case
 from brainprior_bids.run import resources
 from brainprior_bids.run.logs import LOG
 
@@ -72,14 +70,12 @@ def check_lesion(argv: Sequence[str]) -> int:
         )
     prior = named_prior(options.prior)
     device = resources.resolve_device(options.device)
-    case = prepare_case(
+    case, warnings = prepare_case(
         options.image.absolute(), contrast=options.modality, thickness_mm=options.slice_thickness
     )
-    if options.at is not None:
-        centre = np.array(options.at)
-    else:
-        deepest = np.unravel_index(case.depth_mm.argmax(), case.depth_mm.shape)
-        centre = (case.grid.one_millimetre().affine @ np.append(deepest, 1))[:3]
+    for warning in warnings:
+        LOG.warning("%s", warning)
+    centre = case.deepest_mm() if options.at is None else np.array(options.at)
     if options.crop is not None:
         case = case.crop(centre, options.crop)
     rows = contrast_kept(
@@ -100,24 +96,3 @@ def check_lesion(argv: Sequence[str]) -> int:
     for row in rows:
         print(f"{row.size_mm:g}\t{row.contrast:g}\t{row.restored:.2f}\t{row.interpolated:.2f}")
     return 0
-
-
-def prepare_case(path: Path, *, contrast: str, thickness_mm: float | None) -> LesionCase:
-    """Prepare one image as the command does; the JSON next to it is read as its sidecar.
-
-    Raises
-    ------
-    UsageError
-        If that JSON cannot be read.
-    BrainpriorError
-        As ``anatomy.prepare.prepare``.
-    """
-    sidecar = path.with_name(f"{path.name.removesuffix('.gz').removesuffix('.nii')}.json")
-    try:
-        metadata = read_json(sidecar) if sidecar.is_file() else {}
-    except ValueError as error:
-        raise UsageError(f"check-lesion: {sidecar} cannot be read: {error}. Repair it.") from error
-    scan = prepare(path, metadata=metadata, slice_thickness_mm=thickness_mm)
-    for warning in scan.warnings:
-        LOG.warning("%s", warning)
-    return LesionCase.from_scan(scan, contrast)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from brainprior_bids.anatomy.prepare import Prepared
+from brainprior_bids.anatomy.prepare import Prepared, prepare
 from brainprior_bids.anatomy.spaces import resample
+from brainprior_bids.bids.files import read_json
 from brainprior_bids.engine.acquisition import Acquisition
-from brainprior_bids.engine.errors import InputError
+from brainprior_bids.engine.errors import InputError, UsageError
 from brainprior_bids.engine.grids import Grid
 from brainprior_bids.engine.observation import Observation
 from brainprior_bids.engine.restore import restore
@@ -65,6 +67,12 @@ class LesionCase:
             ndimage.distance_transform_edt(white),
         )
 
+    def deepest_mm(self) -> NDArray[np.float64]:
+        """(3,) the place deepest in the white matter, mm."""
+        deepest = np.unravel_index(self.depth_mm.argmax(), self.depth_mm.shape)
+        place: NDArray[np.float64] = self.grid.one_millimetre().affine @ np.append(deepest, 1)
+        return place[:3]
+
     def crop(self, centre_mm: NDArray[np.float64], size_mm: float) -> LesionCase:
         """The part of the field of view within half of ``size_mm`` along each axis."""
         at = np.linalg.inv(self.grid.affine) @ np.append(centre_mm, 1)
@@ -85,6 +93,32 @@ class LesionCase:
             self.contrast,
             resample(self.depth_mm, old, new, order=0).astype(np.float64),
         )
+
+
+def prepare_case(
+    path: Path, *, contrast: str, thickness_mm: float | None
+) -> tuple[LesionCase, list[str]]:
+    """Prepare one image as the command does; the JSON next to it is read as its sidecar.
+
+    Returns
+    -------
+    case : LesionCase
+    warnings : list of str
+
+    Raises
+    ------
+    UsageError
+        If that JSON cannot be read.
+    BrainpriorError
+        As ``anatomy.prepare.prepare``.
+    """
+    sidecar = path.with_name(f"{path.name.removesuffix('.gz').removesuffix('.nii')}.json")
+    try:
+        metadata = read_json(sidecar) if sidecar.is_file() else {}
+    except ValueError as error:
+        raise UsageError(f"check-lesion: {sidecar} cannot be read: {error}. Repair it.") from error
+    scan = prepare(path, metadata=metadata, slice_thickness_mm=thickness_mm)
+    return LesionCase.from_scan(scan, contrast), list(scan.warnings)
 
 
 @dataclass(frozen=True)

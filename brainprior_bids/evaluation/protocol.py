@@ -496,11 +496,11 @@ def measure(
     """
     began = time.perf_counter()
     case = make_case(participant, condition)
-    classical = _classical(case, penalties)
+    images = classical(case, penalties)
     found = restored(case, condition, participant.contrast, prior=prior, device=device)
     truth = case.truth.data
     samples = {"sample": found.samples[0]} if len(found.samples) else {}
-    images = {**classical, **samples, "restored": found.mean}
+    images |= {**samples, "restored": found.mean}
     images = {
         method: (image * matching_gain(image, truth, case.judged)).astype(np.float32)
         for method, image in images.items()
@@ -541,7 +541,8 @@ def measure(
     return record
 
 
-def _classical(case: Case, penalties: Mapping[str, float]) -> dict[str, NDArray[np.float32]]:
+def classical(case: Case, penalties: Mapping[str, float]) -> dict[str, NDArray[np.float32]]:
+    """Interpolations, Tikhonov and TV on the fine grid, without any gain."""
     flat, grid, data = case.flat, case.truth.grid, in_slices(case)
     return {
         "linear": interpolate(flat.data, flat.grid, grid, order=1),

@@ -22,6 +22,8 @@ from brainprior_bids.engine.weights import find_weights, sha256_file
 BEGIN, END = "<!-- brainprior evaluate: ", " -->"
 DIGITS = 12
 OLDER = "older.toml"
+MEASURED = Path("brainprior_bids", "data", "measured.json")
+"""In a checkout: figures that the reports quote, each part with its weights."""
 
 
 @dataclass(frozen=True)
@@ -96,30 +98,64 @@ def shipped_prior() -> str:
     return sha256_file(find_weights(None, kind="prior"))[:DIGITS]
 
 
-def check_tables(folder: Path, shipped: str) -> list[str]:
-    """One sentence for each table that is neither of the shipped weights nor listed as older."""
+def check_tables(folder: Path, shipped: str, measured: Path | None = None) -> list[str]:
+    """One sentence for each table that is neither of the shipped weights nor listed as older.
+
+    Parameters
+    ----------
+    folder : Path
+        The tables'.
+    shipped : str
+        First digits of the SHA-256 of the shipped weights.
+    measured : Path, optional
+        ``data/measured.json``. A part of it must be of the weights of the table of its study; a
+        part without a table is checked as if it had one.
+    """
     listed = folder / OLDER
     older = tomllib.loads(listed.read_text(encoding="utf-8")) if listed.is_file() else {}
     problems = []
+    weights: dict[str, str] = {}
+    commands: dict[str, str] = {}
     for path in sorted(folder.glob("*.md")):
         try:
             stamp = read_stamp(path.read_text(encoding="utf-8"), path.name)
         except UsageError as error:
             problems.append(str(error))
+            older.pop(path.name, None)
             continue
-        recorded = older.pop(path.name, None)
-        if recorded is None and stamp.weights != shipped:
+        weights[path.name], commands[path.name] = stamp.weights, stamp.command
+    for name, sha256 in _measured_weights(measured).items():
+        own = weights.setdefault(f"{name}.md", sha256)
+        if own != sha256:
             problems.append(
-                f"{path.name}: made with weights {stamp.weights}, but the shipped weights are "
-                f"{shipped}. Remake it with `{stamp.command}`, or list it in {OLDER}."
+                f"{name}.md: made with weights {own}, but {MEASURED.name} has {name} of {sha256}. "
+                "`brainprior evaluate … --tables docs` in a checkout writes both."
             )
-        elif recorded is not None and (recorded != stamp.weights or recorded == shipped):
+    for name, sha256 in weights.items():
+        recorded = older.pop(name, None)
+        if recorded is None and sha256 != shipped:
+            command = commands.get(
+                name, f"brainprior evaluate … --study {name.removesuffix('.md')} --tables docs"
+            )
             problems.append(
-                f"{path.name}: made with weights {stamp.weights}, but {OLDER} lists {recorded} "
+                f"{name}: made with weights {sha256}, but the shipped weights are "
+                f"{shipped}. Remake it with `{command}`, or list it in {OLDER}."
+            )
+        elif recorded is not None and (recorded != sha256 or recorded == shipped):
+            problems.append(
+                f"{name}: made with weights {sha256}, but {OLDER} lists {recorded} "
                 f"(the shipped weights are {shipped}). Correct or remove its line in {OLDER}."
             )
     problems += [f"{OLDER} lists {name}, but there is no such table." for name in older]
     return problems
+
+
+def _measured_weights(measured: Path | None) -> dict[str, str]:
+    """Study -> first digits of the weights of its part of ``measured.json``."""
+    if measured is None:
+        return {}
+    parts = json.loads(measured.read_text(encoding="utf-8"))
+    return {name: part["prior_sha256"][:DIGITS] for name, part in parts.items()}
 
 
 def with_note(text: str, shipped: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,17 @@ from matplotlib.figure import Figure
 
 from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.evaluation.protocol import HISTOGRAM, METHODS
-from brainprior_bids.evaluation.studies import ABLATIONS, DAPS, STUDIES
+from brainprior_bids.evaluation.studies import STUDIES, find
+from brainprior_bids.evaluation.summary import (
+    Record,
+    condition_key,
+    groups_of,
+    mean_sd,
+    methods_table,
+    title,
+    values_of,
+)
 
-Record = dict[str, Any]
 COLUMNS = (
     "study", "variant", "participant", "contrast", "synthetic", "spacing_mm", "in_plane_mm",
     "noise_sd", "width", "sampler_used", "n_samples", "n_steps", "method", "mae", "rmse",
@@ -24,17 +32,9 @@ COLUMNS = (
     "lpips", "cnr", "histogram_distance", "crps", "crps_predicted", "crps_tikhonov",
     "error_over_sd", "mean_dice", "mean_absolute_volume_error", "seconds", "prior_sha256",
 )  # fmt: skip
+METHOD_STUDIES = ("restoration", "low-field", "ablation", "segmentation")
+"""Studies whose records have one row per method in ``results.tsv``."""
 STYLES = {"truth": "k-", "cubic": "C1:", "tv": "C3--", "sample": "C4-", "restored": "C5-"}
-NAMES = {
-    "linear": "linear",
-    "cubic": "cubic",
-    "tikhonov": "Tikhonov (knows the slice weights)",
-    "tv": "TV (knows the slice weights)",
-    "sample": "one sample",
-    "restored": "`desc-restored`",
-    "true": "truth",
-    "degraded": "thick slices, unprocessed",
-}
 
 
 def read_records(out: Path) -> list[Record]:
@@ -53,20 +53,17 @@ def read_records(out: Path) -> list[Record]:
 
 def write_tables(out: Path) -> Path:
     """``results.tsv``, ``tables.md`` and the plots; returns the Markdown's path."""
-    records = read_records(out)
-    with (out / "results.tsv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for record in records:
-            parts = record.get("segmentation", {})
-            for method in [*METHODS, *(m for m in parts if m not in METHODS)]:
-                row = {**record, "method": method, **record["methods"].get(method, {})}
-                row |= parts.get(method, {})
-                writer.writerow([_cell(row.get(column)) for column in COLUMNS])
+    records = [r for r in read_records(out) if not r.get("choosing")]
+    chose = [r for r in read_records(out) if r.get("choosing")]
     made = {study: [r for r in records if r["study"] == study] for study in _studies(records)}
+    _write_tsv([r for study in METHOD_STUDIES for r in made.get(study, [])], out / "results.tsv")
     text = []
     for study, part in made.items():
-        text += {"ablation": _ablation, "segmentation": _segmentation}.get(study, _methods)(part)
+        if study in ("restoration", "low-field"):
+            text += _methods(part)
+        else:
+            own = find(study).table(part, [r for r in chose if r["study"] == study])
+            text += ["", f"### Study {study}", "", *own]
     priors = sorted({r["prior_sha256"] for r in records})
     text += ["", f"Prior: {', '.join(sha[:12] for sha in priors)} (start of SHA-256)."]
     if len(priors) > 1:
@@ -82,6 +79,19 @@ def write_tables(out: Path) -> Path:
     return path
 
 
+def _write_tsv(records: Sequence[Record], path: Path) -> None:
+    """One row per record and method."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for record in records:
+            parts = record.get("segmentation", {})
+            for method in [*METHODS, *(m for m in parts if m not in METHODS)]:
+                row = {**record, "method": method, **record["methods"].get(method, {})}
+                row |= parts.get(method, {})
+                writer.writerow([_cell(row.get(column)) for column in COLUMNS])
+
+
 def _studies(records: Sequence[Record]) -> list[str]:
     return sorted({r["study"] for r in records}, key=STUDIES.index)
 
@@ -92,78 +102,11 @@ def _cell(value: Any) -> str:
     return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
-def groups_of(records: Sequence[Record], key: Callable[[Record], Any]) -> list[list[Record]]:
-    """Records of the same key together, in the order of the keys."""
-    found: dict[Any, list[Record]] = {}
-    for record in records:
-        found.setdefault(key(record), []).append(record)
-    return [found[k] for k in sorted(found)]
-
-
-def condition_key(r: Record) -> tuple[Any, ...]:
-    """What the degraded scans of one row or table have in common."""
-    return (r["synthetic"], r["contrast"], r["spacing_mm"], r["in_plane_mm"] or 0, r["noise_sd"])
-
-
-def mean_sd(values: Sequence[float], digits: int, sign: bool = False) -> str:
-    """``mean ± SD`` over participants (n - 1); without the SD for one, "n/a" for none."""
-    if len(values) == 0:
-        return "n/a"
-    shown = f"{np.mean(values):{'+' if sign else ''}.{digits}f}"
-    return shown if len(values) < 2 else f"{shown} ± {np.std(values, ddof=1):.{digits}f}"
-
-
-def values_of(records: Sequence[Record], method: str, figure: str) -> list[float]:
-    """One metric of one method, of the records that have it."""
-    found = [r["methods"].get(method, {}).get(figure) for r in records]
-    return [value for value in found if value is not None]
-
-
 def _methods(records: Sequence[Record]) -> list[str]:
     text: list[str] = []
     for group in groups_of(records, condition_key):
-        text += _one_condition(group)
-    return text
-
-
-def title(r: Record, count: int) -> str:
-    """The degraded scans in words, and the number of participants or maps."""
-    plane = f"{r['in_plane_mm'] or 1:g}"
-    kind = "synthetic " if r["synthetic"] else ""
-    law = "Rician noise" if r["rician"] else "noise"
-    who = "map" if r["synthetic"] else "participant" if count == 1 else "participants"
-    return (
-        f"{kind}{r['contrast']}, {plane} × {plane} × {r['spacing_mm']:g} mm, {law} "
-        f"{r['noise_sd']:g}, {count} {who if count == 1 or who == 'participants' else who + 's'}"
-    )
-
-
-def _one_condition(group: Sequence[Record]) -> list[str]:
-    return [
-        "",
-        f"### {title(group[0], len(group))}",
-        "",
-        *methods_table(group),
-        "",
-        *_paired(group),
-    ]
-
-
-def methods_table(group: Sequence[Record]) -> list[str]:
-    """One row per method for the records of one condition."""
-    first = group[0]
-    lpips = bool(values_of(group, "restored", "lpips"))
-    true = [r["truth"]["cnr"] for r in group if r["truth"]["cnr"] is not None]
-    cnr = "grey-white CNR" + (f" (truth {np.mean(true):.2f})" if true else "")
-    figures = [("mae", "MAE", 4), ("psnr_db", "PSNR, dB", 2), ("ssim", "SSIM", 3)]
-    figures += [("lpips", "LPIPS", 3)] if lpips else []
-    figures += [("cnr", cnr, 2), ("histogram_distance", "histogram distance", 4)]
-    text = ["| | " + " | ".join(name for _, name, _ in figures) + " |"]
-    text += ["|---" * (len(figures) + 1) + "|"]
-    for method in METHODS:
-        cells = [mean_sd(values_of(group, method, key), digits) for key, _, digits in figures]
-        name = NAMES[method] + (f" ({first['n_samples']})" if method == "restored" else "")
-        text.append(f"| {name} | " + " | ".join(cells) + " |")
+        heading = f"### {title(group[0], len(group))}"
+        text += ["", heading, "", *methods_table(group), "", *_paired(group)]
     return text
 
 
@@ -206,70 +149,6 @@ def _paired(group: Sequence[Record]) -> list[str]:
         + (f"tuned on {', '.join(tuned)}" if tuned else "not tuned for these data")
     )
     return lines
-
-
-def _ablation(records: Sequence[Record]) -> list[str]:
-    count = len({r["participant"] for r in records})
-    heading = f"### Ablations: {title(records[0], count)}"
-    return ["", heading, "", *ablation_table(records)]
-
-
-def ablation_table(records: Sequence[Record]) -> list[str]:
-    """One row per variant, in the order of the studies; variants of earlier versions are last."""
-    order = {variant: n for n, variant in enumerate(ABLATIONS | DAPS)}
-    text = ["| | sampler | MAE | PSNR, dB | SSIM | one sample, dB | CRPS | residual / noise | s |"]
-    text += ["|---" * 9 + "|"]
-    for group in groups_of(records, lambda r: (order.get(r["variant"], len(order)), r["variant"])):
-        cells = [
-            group[0]["sampler_used"],
-            mean_sd(values_of(group, "restored", "mae"), 4),
-            mean_sd(values_of(group, "restored", "psnr_db"), 2),
-            mean_sd(values_of(group, "restored", "ssim"), 3),
-            mean_sd(values_of(group, "sample", "psnr_db"), 2),
-            mean_sd([r["crps"] for r in group if r["crps"] is not None], 4),
-            mean_sd([float(np.mean(r["residual_ratios"])) for r in group], 2),
-            f"{np.mean([r['seconds'] for r in group]):.0f}",
-        ]
-        text.append(f"| {group[0]['variant']} | " + " | ".join(cells) + " |")
-    biased = [r for r in records if r["variant"] == "field ignored"]
-    if biased:
-        text.append("| cubic, field ignored | | " + _plain(biased, "cubic"))
-    corrected = [r for r in records if r["variant"] == "field by N4"]
-    if corrected:
-        text.append("| cubic, field by N4 | | " + _plain(corrected, "cubic"))
-    return text
-
-
-def _plain(group: Sequence[Record], method: str) -> str:
-    figures = (("mae", 4), ("psnr_db", 2), ("ssim", 3))
-    return " | ".join(mean_sd(values_of(group, method, k), d) for k, d in figures) + " | | | | |"
-
-
-def _segmentation(records: Sequence[Record]) -> list[str]:
-    text: list[str] = []
-    for group in groups_of(records, condition_key):
-        heading = f"### Segmentation: {title(group[0], len(group))}"
-        text += ["", heading, "", *segmentation_table(group)]
-    return text
-
-
-def segmentation_table(group: Sequence[Record]) -> list[str]:
-    """One row per image for the records of one condition, and what it is compared with."""
-    what = "the label map" if group[0]["synthetic"] else "that of the truth"
-    text = [f"The embedded parcellation of every image against {what}.", ""]
-    text += ["| | mean Dice | cortex | white matter | ventricles | volume error, % |"]
-    text += ["|---" * 6 + "|"]
-    for method in ("true", "degraded", "cubic", "tv", "restored", "sample"):
-        if method not in group[0]["segmentation"]:
-            continue
-        rows = [r["segmentation"][method] for r in group]
-        cells = [mean_sd([row["mean_dice"] for row in rows], 3)]
-        for pair in (("3", "42"), ("2", "41"), ("4", "43")):
-            known = [[row["dice"][i] for i in pair if i in row["dice"]] for row in rows]
-            cells.append(mean_sd([float(np.mean(values)) for values in known if values], 3))
-        errors = [100 * row["mean_absolute_volume_error"] for row in rows]
-        text.append(f"| {NAMES[method]} | " + " | ".join(cells) + f" | {mean_sd(errors, 1)} |")
-    return text
 
 
 def _save(figure: Figure, path: Path) -> None:

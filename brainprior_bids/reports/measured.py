@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measured performance of the embedded prior, worded for the report.
 
-``data/measured.json`` has the values and the SHA-256 of the weights for which they were measured
-(docs/tasks/samples.md and docs/usage.md describe how). For other weights nothing is reported.
+``data/measured.json`` has the values of each study and the SHA-256 of the weights for which they
+were measured (``brainprior evaluate --study coverage lesions --tables docs`` writes it;
+docs/tasks/samples.md and docs/usage.md describe how). For other weights nothing is reported.
 """
 
 from __future__ import annotations
@@ -34,10 +35,9 @@ def coverage(restore: RestoreRecord, *, task: str) -> str:
     """
     if restore.prior.coverage:  # stated in the header of the weights
         return restore.prior.coverage
-    measurements = _measured()
-    if restore.prior.sha256 != measurements["prior_sha256"]:
+    study = _measured()["coverage"]
+    if restore.prior.sha256 != study["prior_sha256"]:
         return "not measured for these weights"
-    study = measurements["coverage"]
     shares = _by_scans(study["rows"], "of", lambda row: f"{row['50']} and {row['90']} %")
     text = (
         f"share of 50 and 90 % intervals of a mean that contained the true value ({study['how']}; "
@@ -54,10 +54,9 @@ def coverage(restore: RestoreRecord, *, task: str) -> str:
 
 def lesions(restores: Iterable[RestoreRecord]) -> str:
     """How much of a lesion's contrast remains; empty if no result is from the embedded prior."""
-    measurements = _measured()
-    if all(restore.prior.sha256 != measurements["prior_sha256"] for restore in restores):
+    study = _measured()["lesions"]
+    if all(restore.prior.sha256 != study["prior_sha256"] for restore in restores):
         return ""
-    study = measurements["lesions"]
     shares = _by_scans(
         study["rows"], "size", lambda row: f"{100 * row['least']:.0f}-{100 * row['most']:.0f} %"
     )

@@ -693,7 +693,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--regional-error",
         type=float,
         help="SD of the error common to all samples in the mean of a structure, relative to the "
-        "brain's 99th percentile (benchmarks/coverage.py --choose); stored with the weights",
+        "brain's 99th percentile (brainprior evaluate --study coverage); stored with the weights",
     )
     out.add_argument(
         "--export-only",

@@ -13,11 +13,11 @@ from brainprior_bids.anatomy.bias import BiasField
 from brainprior_bids.anatomy.conform import Conformed
 from brainprior_bids.anatomy.parcellation import Parcellation
 from brainprior_bids.anatomy.prepare import Prepared
-from brainprior_bids.cli import check_lesion
 from brainprior_bids.cli.run import main
 from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.engine.errors import InputError
 from brainprior_bids.engine.grids import Grid
+from brainprior_bids.evaluation import lesions
 from brainprior_bids.evaluation.lesions import LesionCase, contrast_kept
 
 LEVEL = 80 / (80 + 2.326)
@@ -105,8 +105,8 @@ def test_weights_go_by_file_or_name_and_a_broken_sidecar_is_refused(tmp_path, ca
     assert "scan.json cannot be read" in capsys.readouterr().err
 
 
-def test_a_scan_is_prepared_as_by_the_command(tmp_path, monkeypatch, told):
-    """With the sidecar's metadata; its warnings are logged."""
+def test_a_scan_is_prepared_as_by_the_command(tmp_path, monkeypatch):
+    """With the sidecar's metadata; its warnings are returned."""
     part = case(4)
     white = np.zeros((24, 24, 24), np.int16)
     white[8:17, 8:17, 8:17] = 41
@@ -120,11 +120,13 @@ def test_a_scan_is_prepared_as_by_the_command(tmp_path, monkeypatch, told):
         )  # fmt: skip
         return Prepared(conformed, brain, None, BiasField(part.log_bias, None, []), fit)
 
-    monkeypatch.setattr(check_lesion, "prepare", prepare)
+    monkeypatch.setattr(lesions, "prepare", prepare)
     (tmp_path / "scan.json").write_text('{"SliceThickness": 4}')
-    made = check_lesion.prepare_case(tmp_path / "scan.nii.gz", contrast="T2w", thickness_mm=3.0)
-    assert "Look at it." in told.text
+    path = tmp_path / "scan.nii.gz"
+    made, warnings = lesions.prepare_case(path, contrast="T2w", thickness_mm=3.0)
+    assert warnings == ["Look at it."]
     assert made.depth_mm.max() == made.depth_mm[12, 12, 12] == 5
+    assert made.deepest_mm().tolist() == [0.5, 0.5, 0.5]
     assert made.contrast == "T2w"
     np.testing.assert_array_equal(made.scan, part.scan)
     np.testing.assert_array_equal(made.to_mni305, np.eye(4))

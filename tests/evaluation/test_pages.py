@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The documentation's tables, from made-up records."""
 
+import json
+
+import numpy as np
 import pytest
 
 from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.evaluation.pages import write_pages
-from brainprior_bids.evaluation.stamp import read_stamp
+from brainprior_bids.evaluation.stamp import MEASURED, read_stamp
+from brainprior_bids.evaluation.studies import coverage
 
 PSNR = {"linear": 20.0, "cubic": 21.0, "tikhonov": 22.0, "tv": 23.0, "sample": 22.5}
 
@@ -50,9 +54,7 @@ def record(participant="01", *, restored=25.0, **more):
 
 
 def written(tmp_path, records, study="restoration"):
-    paths = write_pages(
-        records, tmp_path / "tables", command="brainprior evaluate", day="2026-01-02"
-    )
+    paths = write_pages(records, tmp_path, command="brainprior evaluate", day="2026-01-02")
     (path,) = (path for path in paths if path.stem == study)
     return path.read_text()
 
@@ -151,3 +153,103 @@ def test_records_of_two_priors_make_no_table(tmp_path):
     with pytest.raises(UsageError, match="one prior for --tables, got abababababab, cdcdcdcdcdcd"):
         write_pages([record(), record("02", prior_sha256="cd" * 32)], tmp_path, command="", day="")
     assert not list(tmp_path.iterdir())
+
+
+def coverage_record(participant, errors, *, choosing=False, sha256="ab" * 32):
+    """Eight samples whose spread in every cube is 1; the errors are the truth's distances."""
+    return {
+        "study": "coverage", "participant": participant, "contrast": "T1w", "synthetic": False,
+        "choosing": choosing, "spacing_mm": 5.0, "noise_sd": 0.01, "crop_mm": [80, 96, 80],
+        "n_samples": 8, "n_steps": None, "sampler_used": "conditional", "prior_sha256": sha256,
+        "cubes": {"error": errors, "sd": [1.0] * len(errors)},
+    }  # fmt: skip
+
+
+def lesion_record(participant, spacing, kept):
+    """Shares of +-30 % in spheres of 8 mm that are left."""
+    rows = [
+        {"size_mm": 8.0, "contrast": c, "restored": share, "interpolated": 0.5,
+         "sampler": "conditional"}
+        for c, share in zip((-0.3, 0.3), kept, strict=True)
+    ]  # fmt: skip
+    return {
+        "study": "lesions", "participant": participant, "contrast": "T1w", "synthetic": False,
+        "choosing": False, "spacing_mm": spacing, "sizes_mm": [8.0], "contrasts": [-0.3, 0.3],
+        "crop_mm": 64.0, "n_samples": 2, "kept": rows, "prior_sha256": "ab" * 32,
+    }  # fmt: skip
+
+
+def test_coverage_counts_intervals_that_hold_the_truth(tmp_path):
+    """Student's t with 7 degrees: 0.711 and 1.895, times sqrt(1 + 1/8) = 1.061."""
+    records = [
+        coverage_record("01", [0.7, 0.8, 1.9, 2.1]),  # 1 of 4 within 0.754, 3 within 2.010
+        coverage_record("02", [0.0, 0.0, 0.0, 3.0]),  # 3 and 3
+    ]
+    text = written(tmp_path, records, "coverage")
+    assert read_stamp(text, "coverage.md").participants == 2
+    (row,) = (line for line in text.splitlines() if line.startswith("| 5 mm, 1 % |"))
+    row = [cell.strip() for cell in row.strip("|").split("|")]
+    assert row[1:5] == ["4 cubes of 8 mm", "0", "50 % [25, 75]", "75 % [75, 75]"]
+    z = [np.sqrt((0.7**2 + 0.8**2 + 1.9**2 + 2.1**2) / 4), 1.5] / np.sqrt(1 + 1 / 8)
+    assert row[5] == f"{z.mean():.2f}"
+
+
+def test_the_own_error_is_of_the_validation_set(tmp_path):
+    chose = coverage_record("04", [9.0, -9.0], choosing=True)
+    text = written(tmp_path, [coverage_record("01", [0.7]), chose], "coverage")
+    assert read_stamp(text, "coverage.md").participants == 1
+    assert "estimated in 04." in text
+    rows = [line for line in text.splitlines() if line.startswith("| 5 mm, 1 % |")]
+    assert [row.split("|")[3].strip() for row in rows] == ["0", "0.0500"]  # the largest tried
+
+
+@pytest.mark.parametrize("true", [0.0, 0.02])
+def test_the_own_error_is_found_by_its_likelihood(true):
+    """Errors of 4000 regions with SD 0.01 between samples, and ``true`` common to all."""
+    total = np.sqrt(0.01**2 * 9 / 8 + true**2)
+    errors = total * np.random.default_rng(0).standard_t(7, 4000)
+    found = coverage.own_error([{"error": errors.tolist(), "sd": [0.01] * 4000}], 8)
+    assert found == pytest.approx(true, rel=0.1, abs=0.003)
+
+
+def test_the_figures_of_the_reports_are_written_in_a_checkout(tmp_path):
+    """And the parts of other studies are left as they are."""
+    measured = tmp_path / MEASURED
+    measured.parent.mkdir(parents=True)
+    lesions = {"prior_sha256": "cd" * 32, "how": "before", "rows": []}
+    measured.write_text(json.dumps({"coverage": {"prior_sha256": "old"}, "lesions": lesions}))
+    records = [coverage_record(f"0{n}", [0.1, 5.0]) for n in (1, 2)]
+    paths = write_pages(records, tmp_path / "docs", command="brainprior evaluate", day="")
+    assert paths == [tmp_path / "docs" / "tables" / "coverage.md", measured]
+    parts = json.loads(measured.read_text())
+    assert parts["lesions"] == lesions
+    assert parts["coverage"] == {
+        "prior_sha256": "ab" * 32,
+        "how": "two participants, T1w, eight samples of conditional",
+        "of": {"contrast": "T1w", "sampler": "conditional", "task": "restore"},
+        "rows": [{"scans": "5 mm, 1 %", "of": "cubes of 8 mm", "50": 50, "90": 50}],
+    }
+    kept = [lesion_record("01", 3.0, (0.91, 0.8)), lesion_record("02", 3.0, (0.85, 0.902))]
+    write_pages(kept, tmp_path / "docs", command="brainprior evaluate", day="")
+    parts = json.loads(measured.read_text())["lesions"]
+    assert parts["how"] == (
+        "two participants, T1w, 1 % noise, spheres in white matter, 30 % darker and brighter"
+    )
+    size = "8 mm across"
+    assert parts["rows"] == [{"scans": "3 mm", "size": size, "least": 0.8, "most": 0.91}]
+    text = (tmp_path / "docs" / "tables" / "lesions.md").read_text()
+    assert cells(text, "3 mm")[2:] == ["0.88 (0.85-0.91)", "0.85 (0.80-0.90)", "0.50 (0.50-0.50)"]
+
+
+def test_rows_of_a_study_of_the_command_are_means_with_intervals(tmp_path):
+    fixed = {"study": "fuse", "contrast": "T1w", "synthetic": False, "choosing": False,
+             "spacing_mm": 5.0, "noise_sd": 0.01, "slab_mm": None, "n_samples": 1,
+             "prior_sha256": "ab" * 32}  # fmt: skip
+    records = [
+        {**fixed, "participant": "01", "rows": {"fused": {"MAE": 0.1}, "gain": {"value": 1.0}}},
+        {**fixed, "participant": "02", "rows": {"fused": {"MAE": 0.3}, "gain": {"value": 3.0}}},
+    ]
+    text = written(tmp_path, records, "fuse")
+    assert "T1w, whole brains, slices of 5 mm, noise 0.01; samples per image: 1." in text
+    assert "| fused | 0.2000 [0.1000, 0.3000] | 2 |" in text
+    assert "- gain: 2.0000 [1.0000, 3.0000] (2)" in text

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``brainprior evaluate``: cases, penalties, records, resuming, tables."""
+"""Degraded cases, penalties, records, and the tables of records."""
 
 import dataclasses
 import json
@@ -7,32 +7,13 @@ import math
 
 import numpy as np
 import pytest
-from scipy import ndimage
+from participants import toy_participant
 
-from brainprior_bids.cli import evaluate as command
-from brainprior_bids.cli.run import main
 from brainprior_bids.engine.errors import UsageError
-from brainprior_bids.engine.weights import FOLDER, load_prior, sha256_file
+from brainprior_bids.engine.weights import load_prior
 from brainprior_bids.evaluation import perceptual, protocol, tables
 from brainprior_bids.evaluation.metrics import crps
-from brainprior_bids.evaluation.protocol import Condition, Participant, make_case
-from brainprior_bids.evaluation.stamp import read_stamp
-
-
-def toy_participant(name="01", contrast="T1w", seed=0):
-    """Two tissues with a folded border in a ball."""
-    rng = np.random.default_rng(seed)
-    shape = (56, 60, 52)
-    away = np.indices(shape) - np.array(shape)[:, None, None, None] / 2
-    inside = (away**2).sum(0) < 25**2
-    folds = ndimage.gaussian_filter(rng.normal(size=shape), 3) > 0
-    texture = rng.normal(0, 0.02, shape)
-    data = np.where(inside, np.where(folds, 0.95, 0.6) + texture, 0).astype(np.float32)
-    structures = np.where(inside, np.where(folds, 2, 3), 0).astype(np.int16)
-    to_mni305 = np.eye(4)
-    to_mni305[:3, 3] = -28, -40, -10
-    return Participant(name, contrast, data, inside, structures, to_mni305)
-
+from brainprior_bids.evaluation.protocol import Condition, make_case
 
 SMALL = Condition(n_samples=2, n_steps=3, crop_mm=(32, 32, 40))
 
@@ -153,152 +134,6 @@ def test_lpips_is_left_out_without_a_download(monkeypatch, tmp_path):
     image = np.ones((4, 4, 4), np.float32)
     assert perceptual.lpips_distance(image, image, image > 0) is None
     perceptual._network.cache_clear()
-
-
-@pytest.fixture
-def ready(tmp_path):
-    """Sources whose participants are already prepared."""
-    data, out = tmp_path / "data", tmp_path / "out"
-    data.mkdir()
-    for seed, name in enumerate(("01", "02", "03")):
-        path = data / f"sub-{name}_T1w.nii.gz"
-        path.write_bytes(name.encode())
-        toy_participant(name, seed=seed).save(out / "participants" / f"{name}_T1w.npz")
-        mark = command._mark(
-            source=sha256_file(path),
-            contrast="T1w",
-            parcellation=sha256_file(FOLDER / "parcellation.safetensors"),
-        )
-        note = {"fingerprint": mark, "source": path.name}
-        (out / "participants" / f"{name}_T1w.json").write_text(json.dumps(note))
-    words = (
-        f"evaluate {data} {out} --choose-label 03 --studies restoration --spacing 5 --noise 0.01"
-    )
-    words += " --n-samples 2 --n-steps 3 --crop 32 32 40 --nprocs 1"
-    return out, words.split()
-
-
-def test_the_command_measures_once_and_writes_tables(ready, capsys):
-    out, words = ready
-    assert main(words) == 0
-    shown = capsys.readouterr().out
-    assert "### T1w, 1 × 1 × 5 mm, noise 0.01, 2 participants" in shown
-    assert "tuned on 03" in shown
-    paths = sorted((out / "results" / "restoration").glob("*.json"))
-    assert [path.name for path in paths] == [f"0{n}_T1w_5mm-noise0.01.json" for n in (1, 2)]
-    records = [json.loads(path.read_text()) for path in paths]
-    assert [r["width"] for r in records] == [1.1, 0.9]
-    gain = [
-        r["methods"]["restored"]["psnr_db"] - r["methods"]["cubic"]["psnr_db"] for r in records
-    ]
-    assert f"minus cubic, paired: PSNR {np.mean(gain):+.2f} ± {np.std(gain, ddof=1):.2f}" in shown
-    assert len((out / "results.tsv").read_text().splitlines()) == 1 + 2 * len(protocol.METHODS)
-    for name in ("restoration.png", "restoration_histograms.png"):
-        assert (out / name).stat().st_size > 5000
-    written = [path.stat().st_mtime_ns for path in paths]
-    paths[0].unlink()
-    assert main(words) == 0  # goes on: only what is missing
-    assert paths[1].stat().st_mtime_ns == written[1]
-    again = json.loads(paths[0].read_text())
-    assert again["methods"] == records[0]["methods"]
-    assert main([*words, "--random-seed", "1"]) == 0  # another condition: done again
-    assert paths[1].stat().st_mtime_ns != written[1]
-
-
-def test_the_documentations_tables_are_of_this_command_alone(ready, tmp_path, capsys):
-    words = ready[1]
-    assert main([*words, "--noise", "0.02"]) == 0  # in the same folder
-    asked = [*words, "--tables", str(tmp_path / "pages")]
-    assert main([*asked, "--tables-only"]) == 2
-    assert "2 of 2 results for --tables are missing" in capsys.readouterr().err
-    assert main(asked) == 0
-    (page,) = (tmp_path / "pages" / "tables").iterdir()
-    assert page.name == "restoration.md"
-    text = page.read_text()
-    stamp = read_stamp(text, page.name)
-    assert stamp.weights == sha256_file(FOLDER / "prior.safetensors")[:12]
-    assert (stamp.participants, stamp.maps) == (2, 0)
-    assert stamp.command.startswith("brainprior evaluate data out --choose-label 03 --studies")
-    assert stamp.command.endswith("--nprocs 1 --tables pages")
-    assert str(tmp_path) not in text
-    assert "| T1w, 5 mm, noise 0.01 |" in text
-    assert "noise 0.02" not in text
-    assert "tuned on 03." in text
-    page.unlink()
-    assert main([*asked, "--tables-only"]) == 0
-    assert page.read_text() == text  # the same day and command
-
-
-def test_a_quick_run_is_one_job_unless_told_otherwise(ready):
-    data, out = (word for word in ready[1][1:3])
-    args = command.parse([data, out, "--quick"])
-    ((source, condition),) = command.conditions(args, command.find_sources(args))
-    assert (source.name, condition.name) == ("01", "5mm-noise0.01")
-    assert (condition.study, condition.n_samples, args.nprocs) == ("restoration", 4, 1)
-    more = ["--participant-label", "02", "01", "--choose-label", "03", "--noise", "0.05"]
-    args = command.parse([data, out, "--quick", *more])
-    sources = command.find_sources(args)
-    assert [(s.name, s.choosing) for s in sources] == [("01", False), ("03", True)]
-    assert [c.noise_sd for _, c in command.conditions(args, sources)] == [0.05]
-    with pytest.raises(SystemExit):  # a table of one participant does not enter the pages
-        command.parse([data, out, "--quick", "--tables", "docs"])
-
-
-def test_a_failed_job_does_not_stop_the_others(ready, monkeypatch):
-    out, words = ready
-    measure = protocol.measure
-
-    def fails(participant, *args, **kwargs):
-        if participant.name == "01":
-            raise UsageError("no")
-        return measure(participant, *args, **kwargs)
-
-    monkeypatch.setattr(protocol, "measure", fails)
-    assert main([*words, "--tables", str(out)]) == 1
-    assert not (out / "tables").exists()  # a participant would be missing
-    assert [p.name[:2] for p in (out / "results" / "restoration").glob("*.json")] == ["02"]
-
-
-@pytest.mark.parametrize(
-    ("more", "text"),
-    [
-        (["--participant-label", "03"], "cannot be in both the test"),
-        (["--participant-label", "77"], "no participant 77"),
-        (["--maps", "training_seg_18"], "need --labels"),
-        (["-m", "FLAIR"], "no scan of the test set"),
-        (["--prior", "nowhere"], "expected a weights file"),
-    ],
-)
-def test_what_cannot_be_evaluated_is_said(ready, capsys, more, text):
-    assert main([*ready[1], *more]) != 0
-    assert text in capsys.readouterr().err
-
-
-def test_tables_without_results_are_a_usage_error(tmp_path, capsys):
-    assert main(["evaluate", str(tmp_path), str(tmp_path), "--tables-only"]) == 2
-    assert "no results" in capsys.readouterr().err
-
-
-def test_every_study_is_planned(ready):
-    import argparse
-
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    args = parser.parse_args([str(ready[0]), str(ready[0])])
-    sources = [command.Source("", name, "T1w", False, name == "3") for name in "123"]
-    sources.append(command.Source("", "map", "T2w", True, False))
-    found = list(command.conditions(args, sources))
-    count = {s: sum(c.study == s for _, c in found) for s in tables.STUDIES}
-    variants = len(command.ABLATIONS)
-    assert count == {
-        "restoration": 2 * 3 * 2 + 3,
-        "low-field": 2,
-        "ablation": 2 * variants,
-        "segmentation": 3,
-    }
-    assert not any(source.name == "3" for source, _ in found)
-    assert {c.width for _, c in found} == {0.9, 1.1}
-    assert all(c.crop_mm is None for _, c in found if c.study == "segmentation")
 
 
 def test_ablations_and_segmentation_have_tables(tmp_path):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The first line of a table of the documentation, and the check of it."""
 
+import json
+
 import pytest
 
 from brainprior_bids.engine.errors import UsageError
@@ -68,6 +70,31 @@ def test_a_command_has_names_in_place_of_paths():
 def test_a_table_is_of_the_shipped_weights_or_listed(tmp_path, weights, older, expected):
     put(tmp_path, "a.md", weights, older)
     problems = check_tables(tmp_path, NEW)
+    assert len(problems) == bool(expected)
+    assert expected in "".join(problems)
+
+
+@pytest.mark.parametrize(
+    ("table", "measured", "older", "expected"),
+    [
+        (NEW, NEW, {}, ""),
+        (OLD, OLD, {"coverage.md": OLD}, ""),
+        (None, NEW, {}, ""),
+        (None, OLD, {"coverage.md": OLD}, ""),
+        (None, OLD, {}, "`brainprior evaluate … --study coverage --tables docs`, or list it"),
+        (NEW, OLD, {}, f"coverage.md: made with weights {NEW}, but measured.json has coverage of"),
+        (None, NEW, {"coverage.md": OLD}, "Correct or remove its line"),
+    ],
+)
+def test_the_figures_of_the_reports_are_of_the_same_weights(
+    tmp_path, table, measured, older, expected
+):
+    put(tmp_path, "coverage.md", table or NEW, older)
+    if table is None:
+        (tmp_path / "coverage.md").unlink()
+    path = tmp_path / "measured.json"
+    path.write_text(json.dumps({"coverage": {"prior_sha256": measured + "0" * 52}}))
+    problems = check_tables(tmp_path, NEW, path)
     assert len(problems) == bool(expected)
     assert expected in "".join(problems)
 

@@ -446,18 +446,20 @@ def test_the_caution_about_lesions_is_in_the_summary(output_dir):
 
 def test_what_was_measured_of_the_prior_is_said_of_it_alone(tmp_path):
     """A contrast, sampler or task beyond the measurement is named; other weights: no figures."""
-    content = json.loads((files("brainprior_bids") / "data" / "measured.json").read_text())
-    measured = {"sha256": content["prior_sha256"]}
-    restore = {"prior": measured, "contrast": "T1w", "sampler": "conditional"}
-    record = RestoreRecord.from_json(restore)
-    store(tmp_path, summary("sub-2_T1w", facts={"restore": restore}))
-    text = build_subject_report(tmp_path, "2").read_text()
-    for messages in (
-        "50 and 90 % intervals of a mean that contained",
-        "lesion&#39;s contrast that a restored",
-    ):
-        assert messages in text
-    assert "Not measured for" not in text
+    held = json.loads((files("brainprior_bids") / "data" / "measured.json").read_text())
+    said = {
+        "coverage": "50 and 90 % intervals of a mean that contained",
+        "lesions": "lesion&#39;s contrast that a restored",
+    }
+    for study, words in said.items():  # each part has its own weights
+        weights = {"sha256": held[study]["prior_sha256"]}
+        restore = {"prior": weights, "contrast": "T1w", "sampler": "conditional"}
+        store(tmp_path, summary("sub-2_T1w", facts={"restore": restore}))
+        text = build_subject_report(tmp_path, "2").read_text()
+        assert words in text
+        assert "Not measured for" not in text
+    measured = {"sha256": held["coverage"]["prior_sha256"]}
+    record = RestoreRecord.from_json({**restore, "prior": measured})
     assert coverage(replace(record, sampler="exact"), task="inpaint").endswith(
         "Not measured for the sampler exact, the task inpaint."
     )

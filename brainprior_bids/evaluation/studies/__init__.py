@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The studies of ``brainprior evaluate``, one module each; a module is imported once needed."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from brainprior_bids.evaluation.studies.base import Study
+
+STUDIES = (
+    "restoration", "low-field", "ablation", "segmentation", "coverage", "hallucination", "lesions",
+    "inpaint", "fuse", "refine",
+)  # fmt: skip
+"""In the order of their tables."""
+
+
+def find(name: str) -> Study:
+    """The study of that name, one of ``STUDIES``."""
+    study: Study = import_module(f"{__name__}.{name.replace('-', '_')}").STUDY
+    return study

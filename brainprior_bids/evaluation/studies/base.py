@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a study of ``brainprior evaluate`` is: its cases, the work on one case, and its table."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+from brainprior_bids.engine.denoiser import Prior
+from brainprior_bids.engine.parcellation_network import ParcellationNetwork
+from brainprior_bids.engine.weights import load_parcellation, load_prior
+from brainprior_bids.evaluation.protocol import Participant
+from brainprior_bids.evaluation.summary import Record
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a participant comes from.
+
+    Attributes
+    ----------
+    path : str
+        The 1 mm scan, or the label map if ``synthetic``.
+    name, contrast : str
+    synthetic : bool
+        The brain is synthesised from the label map.
+    choosing : bool
+        Of the validation set, which has no row in a table.
+    """
+
+    path: str
+    name: str
+    contrast: str
+    synthetic: bool
+    choosing: bool
+
+    @property
+    def stem(self) -> str:
+        """Of the names of its files."""
+        return f"{self.name}_{self.contrast}"
+
+
+class Settings(Protocol):
+    """What distinguishes the cases of a study: a frozen dataclass of JSON values."""
+
+    @property
+    def name(self) -> str:
+        """Different for each case of a participant; part of the record's file name."""
+        ...
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What the work on a case is given beside participant and settings.
+
+    Attributes
+    ----------
+    prior : Path
+        Weights.
+    device : str
+        ``cpu`` or ``cuda[:N]``.
+    folder : Path
+        For this case alone. It is kept until the record is complete, so that commands which ran
+        in it are not run again.
+    penalties : Mapping
+        Of the classical methods, as ``protocol.choose`` gives them.
+    own_labels : bool
+        Whether the participant's structures are true ones, a label map's.
+    picture : Path, optional
+        PNG to draw.
+    """
+
+    prior: Path
+    device: str
+    folder: Path
+    penalties: Mapping[str, float] = field(default_factory=dict)
+    own_labels: bool = False
+    picture: Path | None = None
+
+    def load_prior(self) -> Prior:
+        """The prior, loaded once in a process."""
+        return _prior(self.prior, self.device)
+
+
+@cache
+def _prior(path: Path, device: str) -> Prior:
+    return load_prior(path, device=device)
+
+
+@cache
+def parcellation() -> ParcellationNetwork:
+    """The embedded network, loaded once in a process."""
+    return load_parcellation()
+
+
+@dataclass(frozen=True)
+class Study:
+    """One study.
+
+    Attributes
+    ----------
+    name : str
+        Of the table's file, and for ``--study``.
+    cases : function
+        Options (see ``options``) and sources -> (source, settings) of each case.
+    measure : function
+        Participant, settings and ``Bench`` of a case -> what is added to its record.
+    table : function
+        Records of the test set and of the validation set -> lines of Markdown.
+    defaults, quick : Mapping
+        Options that the command line leaves open (None): values, and those of ``--quick``.
+    tuned : bool
+        Whether the cases need the penalties of the classical methods; their settings are then
+        ``protocol.Condition``.
+    measured : function, optional
+        Same arguments as ``table`` -> the study's part of ``data/measured.json``.
+    """
+
+    name: str
+    cases: Callable[[Namespace, Sequence[Source]], Iterator[tuple[Source, Any]]]
+    measure: Callable[[Participant, Any, Bench], Record]
+    table: Callable[[Sequence[Record], Sequence[Record]], list[str]]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    quick: Mapping[str, Any] = field(default_factory=dict)
+    tuned: bool = False
+    measured: Callable[[Sequence[Record], Sequence[Record]], dict[str, Any]] | None = None
+
+    def options(self, args: Namespace) -> Namespace:
+        """The command line's options, those left open replaced by the study's own."""
+        filled = vars(args).copy()
+        for values in (self.quick if args.quick else {}, self.defaults):
+            for key, value in values.items():
+                if filled.get(key) is None:
+                    filled[key] = value
+        return Namespace(**filled)
+
+
+def of_test_set(sources: Sequence[Source], contrast: str | None = None) -> list[Source]:
+    """The scans of the test set, label maps excluded; with ``contrast``, only these."""
+    return [
+        source
+        for source in sources
+        if not (source.choosing or source.synthetic) and contrast in (None, source.contrast)
+    ]
+
+
+def number_of(name: str) -> int:
+    """A participant's number, for seeds; a label that is none is read as bytes."""
+    return int(name) if name.isdecimal() else int.from_bytes(name.encode(), "big")

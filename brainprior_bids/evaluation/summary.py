@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Means, paired differences and intervals over the records of a study, as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from brainprior_bids.engine.samplers import registry
+from brainprior_bids.evaluation.protocol import METHODS
+
+Record = dict[str, Any]
+NAMES = {
+    "linear": "linear",
+    "cubic": "cubic",
+    "tikhonov": "Tikhonov (knows the slice weights)",
+    "tv": "TV (knows the slice weights)",
+    "sample": "one sample",
+    "restored": "`desc-restored`",
+    "true": "truth",
+    "degraded": "thick slices, unprocessed",
+}
+
+
+def groups_of(records: Sequence[Record], key: Callable[[Record], Any]) -> list[list[Record]]:
+    """Records of the same key together, in the order of the keys."""
+    found: dict[Any, list[Record]] = {}
+    for record in records:
+        found.setdefault(key(record), []).append(record)
+    return [found[k] for k in sorted(found)]
+
+
+def condition_key(r: Record) -> tuple[Any, ...]:
+    """What the degraded scans of one row or table have in common."""
+    return (r["synthetic"], r["contrast"], r["spacing_mm"], r["in_plane_mm"] or 0, r["noise_sd"])
+
+
+def mean_sd(values: Sequence[float], digits: int, sign: bool = False) -> str:
+    """``mean ± SD`` over participants (n - 1); without the SD for one, "n/a" for none."""
+    if len(values) == 0:
+        return "n/a"
+    shown = f"{np.mean(values):{'+' if sign else ''}.{digits}f}"
+    return shown if len(values) < 2 else f"{shown} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+def values_of(records: Sequence[Record], method: str, figure: str) -> list[float]:
+    """One metric of one method, of the records that have it."""
+    found = [r["methods"].get(method, {}).get(figure) for r in records]
+    return [value for value in found if value is not None]
+
+
+def title(r: Record, count: int) -> str:
+    """The degraded scans in words, and the number of participants or maps."""
+    plane = f"{r['in_plane_mm'] or 1:g}"
+    kind = "synthetic " if r["synthetic"] else ""
+    law = "Rician noise" if r["rician"] else "noise"
+    who = "map" if r["synthetic"] else "participant" if count == 1 else "participants"
+    return (
+        f"{kind}{r['contrast']}, {plane} × {plane} × {r['spacing_mm']:g} mm, {law} "
+        f"{r['noise_sd']:g}, {count} {who if count == 1 or who == 'participants' else who + 's'}"
+    )
+
+
+def methods_table(group: Sequence[Record]) -> list[str]:
+    """One row per method for the records of one condition."""
+    first = group[0]
+    lpips = bool(values_of(group, "restored", "lpips"))
+    true = [r["truth"]["cnr"] for r in group if r["truth"]["cnr"] is not None]
+    cnr = "grey-white CNR" + (f" (truth {np.mean(true):.2f})" if true else "")
+    figures = [("mae", "MAE", 4), ("psnr_db", "PSNR, dB", 2), ("ssim", "SSIM", 3)]
+    figures += [("lpips", "LPIPS", 3)] if lpips else []
+    figures += [("cnr", cnr, 2), ("histogram_distance", "histogram distance", 4)]
+    text = ["| | " + " | ".join(name for _, name, _ in figures) + " |"]
+    text += ["|---" * (len(figures) + 1) + "|"]
+    for method in METHODS:
+        cells = [mean_sd(values_of(group, method, key), digits) for key, _, digits in figures]
+        name = NAMES[method] + (f" ({first['n_samples']})" if method == "restored" else "")
+        text.append(f"| {name} | " + " | ".join(cells) + " |")
+    return text
+
+
+def scan(r: Record) -> str:
+    """The row of a condition."""
+    kind = "synthetic " if r["synthetic"] else ""
+    return f"{kind}{r['contrast']}, {r['spacing_mm']:g} mm, noise {r['noise_sd']:g}"
+
+
+def mean(values: Sequence[float], digits: int) -> str:
+    """Mean over participants, "n/a" for none."""
+    return f"{np.mean(values):.{digits}f}" if len(values) else "n/a"
+
+
+def gains(group: Sequence[Record], method: str, metric: str) -> np.ndarray:
+    """The restored image minus another method, in the same participants."""
+    restored = values_of(group, "restored", metric)
+    return np.array(restored) - np.array(values_of(group, method, metric))
+
+
+def facts(group: Sequence[Record], key: str) -> list[float]:
+    """A number of each record that has it."""
+    return [r[key] for r in group if r.get(key) is not None]
+
+
+def residuals(group: Sequence[Record]) -> list[float]:
+    """Residual of the samples over the noise, per participant."""
+    return [float(np.mean(r["residual_ratios"])) for r in group]
+
+
+def settings(records: Sequence[Record]) -> str:
+    """What the records have in common: extent, samples, and the validation set."""
+    first = records[0]
+    tuned = list(dict.fromkeys(name for r in records for name in r["tuned_on"]))
+    penalties = f"tuned on {', '.join(tuned)}" if tuned else "not tuned on these data"
+    return (
+        f"{extent(first)}; samples per image: {first['n_samples']}, of {calls_of(first)} calls "
+        f"each; penalties of Tikhonov and TV {penalties}."
+    )
+
+
+def extent(r: Record) -> str:
+    """The part of the brain that was restored."""
+    crop = r["crop_mm"]
+    return f"Blocks of {' × '.join(map(str, crop))} mm" if crop else "Whole brains"
+
+
+def calls_of(r: Record) -> int:
+    """Network calls per sample."""
+    return int(registry.find(r["sampler_used"]).calls(r["n_steps"], simple=True))
+
+
+def counted(count: int, name: str) -> str:
+    """``six participants``"""
+    words = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+    number = words[count] if count < len(words) else str(count)
+    return f"{number} {name}{'s' * (count != 1)}"
+
+
+def interval(values: Sequence[float], digits: int = 4) -> str:
+    """Mean, and for two participants or more the 95 % interval of a bootstrap over them."""
+    if not values:
+        return ""
+    shown = f"{np.mean(values):.{digits}f}"
+    if len(values) == 1:
+        return shown
+    rng = np.random.default_rng(0)
+    draws = rng.choice(np.array(values), (4000, len(values))).mean(1)
+    low, high = np.percentile(draws, (2.5, 97.5))
+    return f"{shown} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def label_table(
+    rows: Sequence[Mapping[str, Mapping[str, float]]], header: Sequence[str]
+) -> list[str]:
+    """One row per label, with mean and interval of every metric over the participants.
+
+    Parameters
+    ----------
+    rows : sequence
+        Of each participant: label -> metric -> value. The parts of a label are separated by
+        " | ". A label whose only metric is ``value`` has a line of its own below the table.
+    header : sequence of str
+        What the parts of a label are.
+    """
+    labels = dict.fromkeys(label for held in rows for label in held)
+    keys = list(dict.fromkeys(k for held in rows for figures in held.values() for k in figures))
+    keys = [key for key in keys if key != "value"]
+    lines = [f"| {' | '.join([*header, *keys, 'participants'])} |"]
+    lines += ["|---" * (len(header) + len(keys) + 1) + "|"]
+    single = []
+    for label in labels:
+        group = [held[label] for held in rows if label in held]
+        if "value" in group[0]:
+            single.append(f"- {label}: {interval([row['value'] for row in group])} ({len(group)})")
+            continue
+        cells = [interval([row[key] for row in group if key in row]) for key in keys]
+        lines.append(f"| {label} | {' | '.join(cells)} | {len(group)} |")
+    return [*lines, "", *single] if single else lines
