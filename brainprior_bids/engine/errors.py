@@ -34,6 +34,14 @@ class UsageError(BrainpriorError):
     """The command line or a call was wrong; the command exits with 2."""
 
 
+class SamplerError(UsageError):
+    """The requested sampler cannot be used for this scan; ``obstacle`` says why."""
+
+    def __init__(self, sampler: str, obstacle: str) -> None:
+        super().__init__(f"restore: sampler {sampler!r} cannot be used: {obstacle}. Use 'exact'.")
+        self.obstacle = obstacle
+
+
 class InputError(BrainpriorError):
     """A scan, mask or sidecar cannot be used; that scan fails, the others continue."""
 

@@ -24,7 +24,7 @@ from brainprior_bids.engine.conditioning import (
     PriorLike,
 )
 from brainprior_bids.engine.device import usable_device
-from brainprior_bids.engine.errors import InputError, UsageError
+from brainprior_bids.engine.errors import InputError, SamplerError, UsageError
 from brainprior_bids.engine.likelihood import Likelihood
 from brainprior_bids.engine.memory import explains_memory
 from brainprior_bids.engine.nuisance import Nuisances
@@ -241,7 +241,7 @@ def choose_sampler(asked: str, view: Conditioning, n_steps: int | None) -> tuple
 
     Raises
     ------
-    UsageError
+    SamplerError
         If the requested one cannot be used.
     """
     if asked not in ("auto", "conditional", "mean"):
@@ -255,7 +255,7 @@ def choose_sampler(asked: str, view: Conditioning, n_steps: int | None) -> tuple
         return ("mean" if asked == "mean" else registry.DEFAULT.name), None
     if asked == "auto":
         return registry.FALLBACK.name, obstacle
-    raise UsageError(f"restore: sampler {asked!r} cannot be used: {obstacle}. Use 'exact'.")
+    raise SamplerError(asked, obstacle)
 
 
 class Chain:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from nipype.interfaces.base import File, OutputMultiPath, traits
@@ -14,7 +15,7 @@ from brainprior_bids.interfaces.base import (
     MeasuredInterface,
     MeasuredOutputSpec,
 )
-from brainprior_bids.interfaces.files import given, read_array, read_lost, read_matrix
+from brainprior_bids.interfaces.files import given, read_array, read_matrix
 
 PROGRESS = "progress.json"
 """Progress file in the node's folder: ``sample`` of ``samples``, ``step`` of ``steps``."""
@@ -86,8 +87,8 @@ class Restore(MeasuredInterface):
 
     def _work(self, folder: Path) -> list[str]:
         from brainprior_bids.engine.device import choose_device
+        from brainprior_bids.engine.errors import SamplerError
         from brainprior_bids.engine.restore import RIM_MM, restore
-        from brainprior_bids.engine.samplers import registry
         from brainprior_bids.engine.samplers.daps import DAPS_1K, DapsSettings
         from brainprior_bids.engine.weights import load_prior, sha256_file
         from brainprior_bids.interfaces import restoration
@@ -95,10 +96,8 @@ class Restore(MeasuredInterface):
         inputs = given(self.inputs)
         device, why, unexpected = choose_device(inputs["device"])
         prior = load_prior(Path(inputs["prior"]), device=device, tile_mm=inputs.get("tile_mm"))
-        sampler = inputs["sampler"]
-        if registry.find(sampler).given_data and read_lost(inputs.get("structures_json")):
-            sampler = "auto"  # "auto" selects a sampler that can exclude them
-        result = restore(
+        draw = partial(
+            restore,
             restoration.read_observations(inputs),
             mask_1mm=read_array(inputs["mask"]),
             to_mni305=read_matrix(inputs["affine_json"]),
@@ -106,7 +105,6 @@ class Restore(MeasuredInterface):
             prior=prior,
             rim_mm=RIM_MM,
             on_scan=inputs["native"] or inputs["keep_scan"],
-            sampler=sampler,
             n_samples=inputs["n_samples"],
             n_steps=inputs.get("n_steps"),
             seed=inputs["seed"],
@@ -114,13 +112,16 @@ class Restore(MeasuredInterface):
             observe=restoration.progress_writer(folder / PROGRESS, inputs["n_samples"]),
             daps=DapsSettings(n_levels=inputs["n_steps"]) if "n_steps" in inputs else DAPS_1K,
         )
-        on_cpu = [f"restored on the CPU: {why}"] if unexpected else []
-        warnings = restoration.find_warnings(inputs, result, on_cpu)
-        if inputs["sampler"] != sampler and inputs["sampler"] != result.sampler:
-            warnings.append(
-                f"--sampler {inputs['sampler']} was not used, because slices are missing: the "
-                f"sampler is {result.sampler}."
+        notes = [f"restored on the CPU: {why}"] if unexpected else []
+        try:
+            result = draw(sampler=inputs["sampler"])
+        except SamplerError as error:
+            result = draw(sampler="auto")
+            notes.append(
+                f"--sampler {inputs['sampler']} was not used: {error.obstacle}. The sampler is "
+                f"{result.sampler}."
             )
+        warnings = restoration.find_warnings(inputs, result, notes)
         outputs, changed = restoration.write_images(inputs, result, folder)
         record = restoration.record_of(
             inputs,
