@@ -127,9 +127,9 @@ SCANS = {
     "acq-sagittal_T2w": (
         lambda d: scanned(d, other_contrast(d, T2W), axis=0, **GAP), 0.978, 6.2
     ),
-    "acq-coronal_T2w": (lambda d: scanned(d, other_contrast(d, T2W), axis=1, **GAP), 0.976, 6.3),
-    "acq-8mm_T2w": (
-        lambda d: scanned(d, other_contrast(d, T2W), spacing_mm=8, thickness_mm=7), 0.977, 6.3
+    "acq-coronal_T2w": (
+        lambda d: scanned(d, other_contrast(d, T2W), axis=1, spacing_mm=8, thickness_mm=7),
+        0.978, 6.1
     ),
     "acq-lowfield_T1w": (
         lambda d: scanned(d, t1w(d), in_plane_mm=1.6, noise_sd=0.05), 0.984, 5.7
