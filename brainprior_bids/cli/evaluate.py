@@ -215,7 +215,9 @@ def _run(
     if args.nprocs < 1 or (args.n_samples or 1) < 1:
         raise UsageError("evaluate: --nprocs and --n-samples: expected at least 1.")
     if args.average is not None and not args.average.is_file():
-        raise UsageError(f"evaluate: --average: {args.average} is not a file.")
+        raise UsageError(
+            f"evaluate: --average: {args.average} is not a file. Give the average head."
+        )
     args.out.mkdir(parents=True, exist_ok=True)
     return harness.run(
         cases,
