@@ -38,8 +38,11 @@ class SamplerError(UsageError):
     """The requested sampler cannot be used for this scan; ``obstacle`` says why."""
 
     def __init__(self, sampler: str, obstacle: str) -> None:
-        super().__init__(f"restore: sampler {sampler!r} cannot be used: {obstacle}. Use 'exact'.")
-        self.obstacle = obstacle
+        super().__init__(sampler, obstacle)  # both, so that it can be pickled
+        self.sampler, self.obstacle = sampler, obstacle
+
+    def __str__(self) -> str:
+        return f"restore: sampler {self.sampler!r} cannot be used: {self.obstacle}. Use 'exact'."
 
 
 class InputError(BrainpriorError):

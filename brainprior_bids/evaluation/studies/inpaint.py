@@ -251,7 +251,7 @@ def compare_holes(
 
 
 def seam(image: Image, where: Mask, inside: Mask) -> float:
-    """Mean absolute step between neighbours of which one is in the hole, both in the brain."""
+    """Mean absolute step across the border of the hole, between neighbours in the brain."""
     steps = []
     for axis in range(3):
         low, high = range(where.shape[axis] - 1), range(1, where.shape[axis])
