@@ -120,6 +120,7 @@ class Restore(MeasuredInterface):
             notes.append(
                 f"--sampler {inputs['sampler']} was not used: {error.obstacle}. The sampler is "
                 f"{result.sampler}."
+                + (" One sample has no uncertainty map." if inputs["n_samples"] == 1 else "")
             )
         warnings = restoration.find_warnings(inputs, result, notes)
         outputs, changed = restoration.write_images(inputs, result, folder)
