@@ -184,8 +184,11 @@ class GivenDenoiser:
         if the prior does not predict it.
     """
 
-    def __init__(self, view: Conditioning, likelihood: Likelihood, measured: Measured) -> None:
+    def __init__(
+        self, view: Conditioning, likelihood: Likelihood, measured: Measured, *, brain_alone: bool
+    ) -> None:
         self._view, self._likelihood, self._measured = view, likelihood, measured
+        self._brain_alone = brain_alone
         self.sd: Tensor | None = None
 
     def __call__(self, x_t: Tensor, sigma: float) -> Tensor:
@@ -193,7 +196,7 @@ class GivenDenoiser:
         mean, sd = self._view.ask(x_t, sigma, spread=blind, measured=self._measured)
         if blind:
             self.sd = sd
-        return self._likelihood.constrain(mean)
+        return self._likelihood.constrain(mean) if self._brain_alone else mean
 
 
 class Conditioning:
@@ -242,7 +245,19 @@ class Conditioning:
 
     def denoiser_given(self, likelihood: Likelihood, slice_weights: Tensor) -> GivenDenoiser:
         """The same, conditioned on the reference's measurements."""
-        return GivenDenoiser(self, likelihood, self._measurements(likelihood, slice_weights))
+        alone = not self._with_surroundings
+        measured = self._measurements(likelihood, slice_weights, brain_alone=alone)
+        return GivenDenoiser(self, likelihood, measured, brain_alone=alone)
+
+    @property
+    def _with_surroundings(self) -> bool:
+        """Whether the network is given the surroundings of the brain and restores them too: of
+        one scan with thick slices, if it was trained for that.
+        """
+        problem = self.problem
+        box = problem.reference.box
+        alone = len(problem.scans) > 1 or box.shape == box.data_shape
+        return not alone and getattr(self.prior, "takes_surroundings", False)
 
     def ask(
         self, x_t: Tensor, sigma: float, *, spread: bool = False, **measured: Measured
@@ -262,17 +277,23 @@ class Conditioning:
         mean, sd = prior.estimate(x, sigma, coordinates=place, contrast=contrast, **measured)
         return mean[0, 0], None if sd is None else sd[0, 0]
 
-    def _measurements(self, likelihood: Likelihood, slice_weights: Tensor) -> Measured:
-        """The reference divided by its bias field, 0 outside the brain.
+    def _measurements(
+        self, likelihood: Likelihood, slice_weights: Tensor, *, brain_alone: bool
+    ) -> Measured:
+        """The reference divided by its bias field, 0 outside the brain and its surroundings.
 
-        On the restored grid, voxels that are partly outside the brain are hidden. In thick slices,
-        such a voxel has the Gaussian estimate of the signal of the brain alone.
+        ``brain_alone``: without the surroundings. On the restored grid, voxels that are partly
+        outside the brain are then hidden. In thick slices, such a voxel has the Gaussian estimate
+        of the signal of the brain alone.
         """
         term, box = likelihood.reference, self.problem.reference.box
         if box.shape == box.data_shape:
             alone = term.brain_alone(torch.zeros_like(likelihood.support))
             return Voxels(alone.cpu(), term.partly_seen().cpu(), term.noise_sd)
-        alone = term.brain_alone(likelihood.expect(self.guess, SIGMA_BLIND)).cpu()
+        if brain_alone:
+            alone = term.brain_alone(likelihood.expect(self.guess, SIGMA_BLIND)).cpu()
+        else:
+            alone = self.problem.reference_with_surroundings()
         axis, shares = self.problem.scans[0].acquisition.slice_axis, []
         for a in range(3):
             n, m = alone.shape[a], box.shape[a]

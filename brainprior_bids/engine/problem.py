@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from brainprior_bids.engine.bias import CosineField
@@ -46,6 +47,10 @@ from brainprior_bids.engine.sensing import (
 )
 
 HOMES = ("scan", "MNI305")
+NEAR_MM = 6.0
+"""Distance from the brain up to which a network is given the surroundings of the brain."""
+BRIGHTEST = 2.0
+"""Signal of the surroundings is at most this, engine unit; fat in a T1w can be brighter."""
 NOISE_FLOOR = 0.005
 """Smallest noise SD assumed, engine unit: the paper's value for restoration."""
 MAX_TURN_DEG = 55.0
@@ -299,6 +304,20 @@ class Problem:
         scan, box, a = part.observation, part.box, part.observation.acquisition.slice_axis
         profile, _ = sensitivity(scan.grid, scan.acquisition, part.data_shape, thickness_factor)
         return profile[box.data_start[a] : box.data_stop[a], box.start[a] : box.stop[a]]
+
+    def reference_with_surroundings(self) -> Tensor:
+        """(i', j', k') the reference divided by its bias field, 0 further from the brain than
+        ``NEAR_MM``. Voxels partly beyond that distance are multiplied by their share.
+        """
+        part, scan = self.reference, self.scans[0]
+        outside = part.brain[part.box.image_slices].numpy() <= 0
+        spacing = scan.grid.one_millimetre().spacing_mm
+        near = torch.zeros_like(part.brain)
+        distance = distance_transform_edt(outside, sampling=spacing)
+        near[part.box.image_slices] = torch.from_numpy(distance <= NEAR_MM).to(near)
+        _, weights = sensitivity(scan.grid, scan.acquisition, part.data_shape)
+        y = (part.y / part.log_bias.exp()).clamp(max=BRIGHTEST)
+        return y * brain_share(near, weights)[part.box.data_slices]
 
     def measurement_of_reference(self) -> Term:
         """The reference alone, with slices as thick as stated."""

@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.engine.unet import CONTRASTS
 from brainprior_bids.training.preprocess import UNIT, Brain
+from brainprior_bids.training.surroundings import draw_surroundings, no_surroundings
 
 TABLE = np.arange(256) / UNIT
 """Intensity of each stored value."""
@@ -79,7 +80,8 @@ class Mix:
 
 
 class Crops(Dataset[dict[str, Tensor]]):
-    """``crops[n]``: image (1, c, c, c) float32, matrix (4, 4) voxel to MNI305 mm, contrast ().
+    """``crops[n]``: image (1, c, c, c) float32, matrix (4, 4) voxel to MNI305 mm, contrast (); and
+    as in ``Surroundings``, head (1, c, c, c) with the brain, region and near (1, c, c, c) bool.
 
     Parameters
     ----------
@@ -93,6 +95,8 @@ class Crops(Dataset[dict[str, Tensor]]):
         flip, and 2 mm, 1 % and 1° of error in the affine) or none.
     unknown : float
         Share of crops whose contrast is hidden from the network.
+    surroundings : bool
+        Whether the brains have surroundings, of which the image contains a rim.
     """
 
     def __init__(
@@ -104,10 +108,11 @@ class Crops(Dataset[dict[str, Tensor]]):
         mix: Mix | None = None,
         pose: bool = True,
         unknown: float = 0.1,
+        surroundings: bool = False,
     ) -> None:
         mix = mix or Mix()
         self.brains, self.size, self.seed = list(brains), size, seed
-        self.pose, self.unknown = pose, unknown
+        self.pose, self.unknown, self.surroundings = pose, unknown, surroundings
         self.kinds: list[tuple[list[int], str | None]] = []  # candidates, contrast of the curve
         shares = []
         scans = [n for n, b in enumerate(self.brains) if not b.synthetic]
@@ -139,10 +144,16 @@ class Crops(Dataset[dict[str, Tensor]]):
         if curve is not None:
             table, contrast = intensity_curve(brain.tissues, curve, rng), curve
         image, matrix = draw_crop(brain, table, self.size, rng, pose=self.pose)
+        around = no_surroundings(image.shape)
+        if self.surroundings:
+            around = draw_surroundings(image > 0, contrast, rng)
         if rng.random() < self.unknown:
             contrast = "unknown"
         return {
-            "image": torch.from_numpy(image)[None],
+            "image": torch.from_numpy(image + around.head * around.region)[None],
+            "head": torch.from_numpy(image + around.head)[None],
+            "region": torch.from_numpy(around.region)[None],
+            "near": torch.from_numpy(around.near)[None],
             "matrix": torch.from_numpy(matrix).float(),
             "contrast": torch.tensor(CONTRASTS.index(contrast)),
         }

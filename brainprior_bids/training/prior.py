@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
@@ -48,7 +49,8 @@ from brainprior_bids.training.preprocess import (
 from brainprior_bids.training.processes import Processes, join, leave
 from brainprior_bids.training.samples import draw_samples
 from brainprior_bids.training.spectra import gains, measure_spectra, spread_errors, stack_errors
-from brainprior_bids.training.stacks import draw_stack, draw_voxels, log_uniform, slices_last
+from brainprior_bids.training.stacks import draw_voxels, log_uniform, slices_last
+from brainprior_bids.training.surroundings import draw_stack_of_head
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +62,7 @@ BAND_WEIGHT = 0.3
 ADDED = ("stack_hidden", "spread")
 """Parts of a ``UNet`` that start at 0, so that they can be added to a trained one."""
 OUTSIDE = 0.05
-"""Weight of the background in the loss of the SD."""
+"""Weight of a voxel outside of the restored region in the loss."""
 PACED = 30
 """Steps after which a training with ``--minutes`` estimates the number of steps."""
 
@@ -97,6 +99,9 @@ class Recipe:
     spread : bool
         Train only the output for the SD of the error of E[x | y], of a network that is otherwise
         finished.
+    surroundings : bool
+        Stacks show the brain with its surroundings; see ``surroundings``. (Not so in earlier
+        weights.)
     """
 
     steps: int = 6000
@@ -117,6 +122,7 @@ class Recipe:
     blocks: tuple[int, ...] = (2, 2, 2)
     stack_hidden: int = 128
     spread: bool = False
+    surroundings: bool = True
 
     def rate(self, step: int) -> float:
         """Learning rate of step ``step`` (from 0)."""
@@ -228,7 +234,9 @@ class Trainer:
         self.recipe, self.work, self.device = recipe, work, device
         self.checkpoint = work / (SPREAD_CHECKPOINT if recipe.spread else CHECKPOINT)
         self.processes = processes or Processes(0, 1, device)
-        self.crops = Crops(brains, size=recipe.size, seed=recipe.seed)
+        self.crops = Crops(
+            brains, size=recipe.size, seed=recipe.seed, surroundings=recipe.surroundings
+        )
         self.step, self.seconds = 0, 0.0
         self.begun_with: dict[str, Any] = {}
         self.recent = torch.zeros(3, LEVELS, 9)
@@ -353,6 +361,7 @@ class Trainer:
         own = torch.Generator().manual_seed(seed + step)
         sigma = draw_sigmas(count * self.processes.size, own)[first : first + count]
         noise, place = torch.empty(image.shape), batch["matrix"].clone()
+        region = batch["region"].to(self.device, copy=True)
         posteriors: list[BandPosterior | None] = [None] * count
         kinds = [0] * count  # nothing, a stack, a hole
         for n, crop in enumerate(batch["image"]):
@@ -362,17 +371,20 @@ class Trainer:
             u = float(torch.rand((), generator=generator))
             if u < self.recipe.stacks + self.recipe.holes:
                 kinds[n] = 1 if u < self.recipe.stacks else 2
-                measurements: Stack | Voxels = (
-                    draw_stack(crop[0], generator)
-                    if kinds[n] == 1
-                    else draw_voxels(crop[0], generator)
-                )
+                if kinds[n] == 1:
+                    near = batch["near"][n]
+                    stack = draw_stack_of_head(batch["head"][n, 0], near[0], generator)
+                    image[n] = batch["head"][n] * near
+                    measurements: Stack | Voxels = stack
+                    if self.recipe.slices_last:
+                        last = slices_last(image[n], place[n], stack)
+                        image[n], place[n], measurements = last
+                        region[n] = region[n].movedim(1 + stack.axis, -1).clone()
+                else:
+                    measurements = draw_voxels(crop[0], generator)
                 sigma[n] = log_uniform(*self.recipe.conditioned_sigma, generator)
                 if float(torch.rand((), generator=generator)) < self.recipe.blind:
                     sigma[n] = self.recipe.conditioned_sigma[1]
-                if isinstance(measurements, Stack) and self.recipe.slices_last:
-                    turned, place[n], measurements = slices_last(crop, place[n], measurements)
-                    image[n] = turned
                 posteriors[n] = measurements.posterior(
                     self.model.band_sd, float(sigma[n]), self.device
                 )
@@ -395,9 +407,10 @@ class Trainer:
                 spread=self.recipe.spread,
             )
         if sd is not None:
-            return spread_loss(from_bands(estimate - clean), sd, inside=image > 0)
+            return spread_loss(from_bands(estimate - clean), sd, inside=region)
         linear = self.model.left_open(sigma, posteriors)  # error of the linear filter, (n, 8)
-        square = (estimate - clean).square().mean((2, 3, 4))
+        weight = OUTSIDE + (1 - OUTSIDE) * F.avg_pool3d(region.float(), 2)
+        square = (weight * (estimate - clean).square()).mean((2, 3, 4))
         read = torch.cat(
             [square.sum(1, keepdim=True) / linear.sum(1, keepdim=True), square / linear], 1
         )  # (n, 9)

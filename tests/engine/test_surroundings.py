@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A network that is given the surroundings of the brain, in a world known in closed form.
+
+The prior is white: N(0, 0.5²) in every voxel. For slices of four voxels with equal weights, the
+posterior mean of a voxel is the value of its slice, shrunk by the noise.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+from calls import restore_one
+from gaussian import gaussian_prior
+from scipy import ndimage
+from test_restore import block_mean, grid_of
+from torch import full
+
+from brainprior_bids.engine.acquisition import Acquisition
+
+SD, NOISE, THICK, UNIT = 0.5, 0.01, 4, 300.0
+
+
+@functools.cache
+def head(bright=1.5):
+    """Slices of a ball of random texture in a shell of other brightness: scan, truth, mask."""
+    fine = grid_of((44, 44, 44), (1.0, 1.0, 1.0))
+    rng = np.random.default_rng(0)
+    radius = np.linalg.norm(fine.points_mm(), axis=0)
+    mask = radius < 12
+    texture = rng.uniform(0.2, 1.0, fine.shape)
+    truth = np.where(mask, texture, 0)
+    whole = np.where(mask | (radius > 20), truth, bright * texture)
+    y = block_mean(whole, (1, 1, THICK))
+    return y + NOISE * rng.normal(size=y.shape), truth, mask
+
+
+def restored(y, mask, **recipe):
+    grid = grid_of(y.shape, (1.0, 1.0, float(THICK)))
+    prior = gaussian_prior(full((8,), SD), recipe=recipe)
+    result = restore_one(
+        scan=(UNIT * y).astype(np.float32),
+        grid=grid,
+        acquisition=Acquisition(2, float(THICK), float(THICK), profile="boxcar"),
+        mask=block_mean(mask.astype(np.float32), (1, 1, THICK)),
+        mask_1mm=mask.astype(np.float32),
+        to_mni305=np.eye(4),
+        contrast="T1w",
+        prior=prior,
+        sampler="mean",
+        noise_sd=NOISE,
+    )
+    return result.mean / result.unit, UNIT / result.unit
+
+
+def slice_values(y, gain):
+    """The closed form."""
+    seen = SD**2 / THICK
+    return np.repeat(gain * y, THICK, axis=2) * seen / (seen + NOISE**2)
+
+
+@pytest.mark.parametrize("bright", [1.5, 0.1])
+def test_the_slices_at_the_border_count_as_they_are(bright):
+    """The closed form holds up to the brain's border, and nothing is restored beyond it."""
+    y, _, mask = head(bright)
+    image, gain = restored(y, mask, surroundings=True)
+    np.testing.assert_allclose(image[mask], slice_values(y, gain)[mask], atol=2e-3)
+    assert not image[~mask].any()
+
+
+def test_what_is_far_away_is_not_given():
+    """A bright spot 10 mm from the brain, in the slices of the brain, changes nothing in it."""
+    y, _, mask = head()
+    other = y.copy()
+    far = ndimage.distance_transform_edt(~mask)[:, :, ::THICK] > 9
+    other[far] += 20.0
+    one, gain = restored(y, mask, surroundings=True)
+    two, _ = restored(other, mask, surroundings=True)
+    np.testing.assert_allclose(one[mask], two[mask], atol=1e-5)
+
+
+def test_earlier_weights_are_given_the_brain_alone():
+    """Their estimate of the border is not the closed form."""
+    y, _, mask = head()
+    image, gain = restored(y, mask)
+    border = mask & ~ndimage.binary_erosion(mask, iterations=2)
+    inner = ndimage.binary_erosion(mask, iterations=5)
+    exact = slice_values(y, gain)
+    np.testing.assert_allclose(image[inner], exact[inner], atol=2e-3)
+    assert np.abs(image - exact)[border].mean() > 0.05
