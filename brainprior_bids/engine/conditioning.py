@@ -185,10 +185,15 @@ class GivenDenoiser:
     """
 
     def __init__(
-        self, view: Conditioning, likelihood: Likelihood, measured: Measured, *, brain_alone: bool
+        self,
+        view: Conditioning,
+        likelihood: Likelihood,
+        measured: Measured,
+        *,
+        with_surroundings: bool,
     ) -> None:
         self._view, self._likelihood, self._measured = view, likelihood, measured
-        self._brain_alone = brain_alone
+        self._with_surroundings = with_surroundings
         self.sd: Tensor | None = None
 
     def __call__(self, x_t: Tensor, sigma: float) -> Tensor:
@@ -196,7 +201,7 @@ class GivenDenoiser:
         mean, sd = self._view.ask(x_t, sigma, spread=blind, measured=self._measured)
         if blind:
             self.sd = sd
-        return self._likelihood.constrain(mean) if self._brain_alone else mean
+        return mean if self._with_surroundings else self._likelihood.constrain(mean)
 
 
 class Conditioning:
@@ -245,19 +250,20 @@ class Conditioning:
 
     def denoiser_given(self, likelihood: Likelihood, slice_weights: Tensor) -> GivenDenoiser:
         """The same, conditioned on the reference's measurements."""
-        alone = not self._with_surroundings
-        measured = self._measurements(likelihood, slice_weights, brain_alone=alone)
-        return GivenDenoiser(self, likelihood, measured, brain_alone=alone)
+        measured = self._measurements(likelihood, slice_weights)
+        return GivenDenoiser(self, likelihood, measured, with_surroundings=self._with_surroundings)
 
     @property
     def _with_surroundings(self) -> bool:
-        """Whether the network is given the surroundings of the brain and restores them too: of
-        one scan with thick slices, if it was trained for that.
+        """Whether the network is given the surroundings of the brain and restores them too: if it
+        was trained for that, for one scan with thick slices. Other scans and other tools' images
+        do not show the surroundings.
         """
-        problem = self.problem
-        box = problem.reference.box
-        alone = len(problem.scans) > 1 or box.shape == box.data_shape
-        return not alone and getattr(self.prior, "takes_surroundings", False)
+        if len(self.problem.scans) > 1 or self.image is not None:
+            return False
+        box = self.problem.reference.box
+        thick = box.shape != box.data_shape
+        return thick and getattr(self.prior, "takes_surroundings", False)
 
     def ask(
         self, x_t: Tensor, sigma: float, *, spread: bool = False, **measured: Measured
@@ -277,31 +283,28 @@ class Conditioning:
         mean, sd = prior.estimate(x, sigma, coordinates=place, contrast=contrast, **measured)
         return mean[0, 0], None if sd is None else sd[0, 0]
 
-    def _measurements(
-        self, likelihood: Likelihood, slice_weights: Tensor, *, brain_alone: bool
-    ) -> Measured:
-        """The reference divided by its bias field, 0 outside the brain and its surroundings.
+    def _measurements(self, likelihood: Likelihood, slice_weights: Tensor) -> Measured:
+        """The reference divided by its bias field; 0 far from the brain, or outside it.
 
-        ``brain_alone``: without the surroundings. On the restored grid, voxels that are partly
-        outside the brain are then hidden. In thick slices, such a voxel has the Gaussian estimate
-        of the signal of the brain alone.
+        Without the surroundings, voxels partly outside the brain are hidden on the restored grid.
+        In thick slices, they have the Gaussian estimate of the signal of the brain alone.
         """
         term, box = likelihood.reference, self.problem.reference.box
         if box.shape == box.data_shape:
-            alone = term.brain_alone(torch.zeros_like(likelihood.support))
-            return Voxels(alone.cpu(), term.partly_seen().cpu(), term.noise_sd)
-        if brain_alone:
-            alone = term.brain_alone(likelihood.expect(self.guess, SIGMA_BLIND)).cpu()
+            y = term.brain_alone(torch.zeros_like(likelihood.support))
+            return Voxels(y.cpu(), term.partly_seen().cpu(), term.noise_sd)
+        if self._with_surroundings:
+            y = self.problem.reference_with_surroundings()
         else:
-            alone = self.problem.reference_with_surroundings()
+            y = term.brain_alone(likelihood.expect(self.guess, SIGMA_BLIND)).cpu()
         axis, shares = self.problem.scans[0].acquisition.slice_axis, []
         for a in range(3):
-            n, m = alone.shape[a], box.shape[a]
+            n, m = y.shape[a], box.shape[a]
             if a != axis:
                 shares.append(n / m)
-                alone = SliceProfile(resampling_matrix(n, m), tuple(alone.shape), a)(alone)
+                y = SliceProfile(resampling_matrix(n, m), tuple(y.shape), a)(y)
         noise_sd = term.noise_sd / math.sqrt(shares[0] * shares[1])
-        return Stack(alone, slice_weights.double().cpu(), axis, noise_sd, (shares[0], shares[1]))
+        return Stack(y, slice_weights.double().cpu(), axis, noise_sd, (shares[0], shares[1]))
 
     def obstacle(self) -> str | None:
         """Why the network cannot be conditioned on the reference's measurements, or None."""

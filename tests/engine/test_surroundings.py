@@ -75,7 +75,7 @@ def test_what_is_far_away_is_not_given():
     other = y.copy()
     far = ndimage.distance_transform_edt(~mask)[:, :, ::THICK] > 9
     other[far] += 20.0
-    one, gain = restored(y, mask, surroundings=True)
+    one, _ = restored(y, mask, surroundings=True)
     two, _ = restored(other, mask, surroundings=True)
     np.testing.assert_allclose(one[mask], two[mask], atol=1e-5)
 
