@@ -255,15 +255,12 @@ class Conditioning:
 
     @property
     def _with_surroundings(self) -> bool:
-        """Whether the network is given the surroundings of the brain and restores them too: if it
-        was trained for that, for one scan with thick slices. Other scans and other tools' images
-        do not show the surroundings.
+        """Whether the network is given the brain with its nearest surroundings, and restores them
+        too: for one scan with thick slices. Other tools' images and the solve for further scans
+        do not include them.
         """
-        if len(self.problem.scans) > 1 or self.image is not None:
-            return False
-        box = self.problem.reference.box
-        thick = box.shape != box.data_shape
-        return thick and getattr(self.prior, "takes_surroundings", False)
+        box, scans = self.problem.reference.box, self.problem.scans
+        return box.shape != box.data_shape and len(scans) == 1 and self.image is None
 
     def ask(
         self, x_t: Tensor, sigma: float, *, spread: bool = False, **measured: Measured

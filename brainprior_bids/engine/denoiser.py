@@ -386,11 +386,6 @@ class Prior:
         return self.takes_stacks and self.metadata.get("recipe", {}).get("holes", 0) > 0
 
     @property
-    def takes_surroundings(self) -> bool:
-        """Whether stacks showed the surroundings of the brain in training."""
-        return self.takes_stacks and bool(self.metadata.get("recipe", {}).get("surroundings"))
-
-    @property
     def predicts_spread(self) -> bool:
         """Whether ``estimate`` predicts the SD of its error."""
         return bool(self.model.network.config.get("spread", False))

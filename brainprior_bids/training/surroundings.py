@@ -25,7 +25,7 @@ STRIPPED = 0.35
 """Share of crops whose surroundings are 0, as in a stripped scan."""
 RIM_MM = (0.0, 2.5)
 """Range of the width of the rim that is restored with the brain; the command's is 1.5 mm."""
-NEAR_MM = (4.0, 9.0)
+NEAR_MM = (1.0, 5.0)
 """Range of the distance from the brain up to which the network is given the surroundings."""
 FLUID = {"T2w": (0.75, 1.05), "FLAIR": (0.05, 0.25), "T1w": (0.1, 0.35), "unknown": (0.05, 1.0)}
 """Brightness of the fluid around the brain, engine unit."""

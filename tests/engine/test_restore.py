@@ -647,7 +647,9 @@ def test_the_weights_factor_on_the_noise_counts_for_slices_and_not_beside_a_hole
 
 
 def test_another_tools_image_beside_slices_under_conditional():
-    """As with "exact": better than the scan alone, and not trusted it has no say."""
+    """As with "exact": better than the scan alone, and not trusted it has no say. (At the border,
+    the surroundings of the brain count for the scan alone.)
+    """
     case = phantom()
     rng = np.random.default_rng(0)
     other = 3.0 * (case["truth"] + 0.02 * rng.standard_normal(case["truth"].shape))
@@ -659,7 +661,8 @@ def test_another_tools_image_beside_slices_under_conditional():
     assert rmse(both.mean, case) < 0.021
     assert both.images[0][1] > 0.95
     ignored = run(case, image=other, trust=1e4, **options)
-    np.testing.assert_allclose(ignored.mean, alone.mean, atol=0.02 * GAIN)
+    inner = ndimage.binary_erosion(case["mask"], iterations=4)
+    np.testing.assert_allclose(ignored.mean[inner], alone.mean[inner], atol=0.02 * GAIN)
 
 
 @pytest.mark.parametrize(

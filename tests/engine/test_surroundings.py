@@ -18,6 +18,7 @@ from test_restore import block_mean, grid_of
 from torch import full
 
 from brainprior_bids.engine.acquisition import Acquisition
+from brainprior_bids.engine.problem import NEAR_MM
 
 SD, NOISE, THICK, UNIT = 0.5, 0.01, 4, 300.0
 
@@ -36,9 +37,9 @@ def head(bright=1.5):
     return y + NOISE * rng.normal(size=y.shape), truth, mask
 
 
-def restored(y, mask, **recipe):
+def restored(y, mask, **options):
     grid = grid_of(y.shape, (1.0, 1.0, float(THICK)))
-    prior = gaussian_prior(full((8,), SD), recipe=recipe)
+    prior = gaussian_prior(full((8,), SD))
     result = restore_one(
         scan=(UNIT * y).astype(np.float32),
         grid=grid,
@@ -50,22 +51,25 @@ def restored(y, mask, **recipe):
         prior=prior,
         sampler="mean",
         noise_sd=NOISE,
+        **options,
     )
     return result.mean / result.unit, UNIT / result.unit
 
 
-def slice_values(y, gain):
-    """The closed form."""
+def slice_values(y, gain, mask):
+    """The closed form: slices count by their share of the brain and the nearest millimetre."""
+    near = ndimage.distance_transform_edt(~mask) <= NEAR_MM
     seen = SD**2 / THICK
-    return np.repeat(gain * y, THICK, axis=2) * seen / (seen + NOISE**2)
+    given = gain * y * block_mean(near.astype(float), (1, 1, THICK))
+    return np.repeat(given, THICK, axis=2) * seen / (seen + NOISE**2)
 
 
 @pytest.mark.parametrize("bright", [1.5, 0.1])
 def test_the_slices_at_the_border_count_as_they_are(bright):
     """The closed form holds up to the brain's border, and nothing is restored beyond it."""
     y, _, mask = head(bright)
-    image, gain = restored(y, mask, surroundings=True)
-    np.testing.assert_allclose(image[mask], slice_values(y, gain)[mask], atol=2e-3)
+    image, gain = restored(y, mask)
+    np.testing.assert_allclose(image[mask], slice_values(y, gain, mask)[mask], atol=2e-3)
     assert not image[~mask].any()
 
 
@@ -75,17 +79,18 @@ def test_what_is_far_away_is_not_given():
     other = y.copy()
     far = ndimage.distance_transform_edt(~mask)[:, :, ::THICK] > 9
     other[far] += 20.0
-    one, _ = restored(y, mask, surroundings=True)
-    two, _ = restored(other, mask, surroundings=True)
+    one, _ = restored(y, mask)
+    two, _ = restored(other, mask)
     np.testing.assert_allclose(one[mask], two[mask], atol=1e-5)
 
 
-def test_earlier_weights_are_given_the_brain_alone():
-    """Their estimate of the border is not the closed form."""
-    y, _, mask = head()
-    image, gain = restored(y, mask)
-    border = mask & ~ndimage.binary_erosion(mask, iterations=2)
+def test_beside_another_tools_image_the_brain_alone_is_given():
+    """That image does not show the surroundings; this one is so uncertain that it says nothing."""
+    y, truth, mask = head()
+    image, gain = restored(y, mask, image=truth.astype(np.float32), trust=100.0)
+    share = np.repeat(block_mean(mask.astype(float), (1, 1, THICK)), THICK, axis=2)
+    border = mask & (share < 0.9)
     inner = ndimage.binary_erosion(mask, iterations=5)
-    exact = slice_values(y, gain)
+    exact = slice_values(y, gain, mask)
     np.testing.assert_allclose(image[inner], exact[inner], atol=2e-3)
     assert np.abs(image - exact)[border].mean() > 0.05
