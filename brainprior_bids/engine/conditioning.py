@@ -248,9 +248,11 @@ class Conditioning:
         """``E[x | x_t]``, or ``E[x | x_t, z]``: (i, j, k) -> (i, j, k)."""
         return lambda x_t, sigma: self.ask(x_t, sigma)[0]
 
-    def denoiser_given(self, likelihood: Likelihood, slice_weights: Tensor) -> GivenDenoiser:
-        """The same, conditioned on the reference's measurements."""
-        measured = self._measurements(likelihood, slice_weights)
+    def denoiser_given(self, likelihood: Likelihood, thickness_factor: float) -> GivenDenoiser:
+        """The same, conditioned on the reference's measurements, with slices that are
+        ``thickness_factor`` times as thick as stated.
+        """
+        measured = self._measurements(likelihood, thickness_factor)
         return GivenDenoiser(self, likelihood, measured, with_surroundings=self._with_surroundings)
 
     @property
@@ -280,7 +282,7 @@ class Conditioning:
         mean, sd = prior.estimate(x, sigma, coordinates=place, contrast=contrast, **measured)
         return mean[0, 0], None if sd is None else sd[0, 0]
 
-    def _measurements(self, likelihood: Likelihood, slice_weights: Tensor) -> Measured:
+    def _measurements(self, likelihood: Likelihood, thickness_factor: float) -> Measured:
         """The reference divided by its bias field; 0 far from the brain, or outside it.
 
         Without the surroundings, voxels partly outside the brain are hidden on the restored grid.
@@ -291,7 +293,7 @@ class Conditioning:
             y = term.brain_alone(torch.zeros_like(likelihood.support))
             return Voxels(y.cpu(), term.partly_seen().cpu(), term.noise_sd)
         if self._with_surroundings:
-            y = self.problem.reference_with_surroundings()
+            y = self.problem.reference_with_surroundings(thickness_factor)
         else:
             y = term.brain_alone(likelihood.expect(self.guess, SIGMA_BLIND)).cpu()
         axis, shares = self.problem.scans[0].acquisition.slice_axis, []
@@ -301,7 +303,8 @@ class Conditioning:
                 shares.append(n / m)
                 y = SliceProfile(resampling_matrix(n, m), tuple(y.shape), a)(y)
         noise_sd = term.noise_sd / math.sqrt(shares[0] * shares[1])
-        return Stack(y, slice_weights.double().cpu(), axis, noise_sd, (shares[0], shares[1]))
+        weights = self.problem.slice_weights(thickness_factor)
+        return Stack(y, weights.double().cpu(), axis, noise_sd, (shares[0], shares[1]))
 
     def obstacle(self) -> str | None:
         """Why the network cannot be conditioned on the reference's measurements, or None."""

@@ -304,7 +304,7 @@ class Problem:
         profile, _ = sensitivity(scan.grid, scan.acquisition, part.data_shape, thickness_factor)
         return profile[box.data_start[a] : box.data_stop[a], box.start[a] : box.stop[a]]
 
-    def reference_with_surroundings(self) -> Tensor:
+    def reference_with_surroundings(self, thickness_factor: float = 1.0) -> Tensor:
         """(i', j', k') the reference divided by its bias field, 0 further than ``NEAR_MM`` from
         the brain with its rim. Voxels partly beyond that distance are multiplied by their share.
         """
@@ -314,7 +314,7 @@ class Problem:
         near = torch.zeros_like(part.brain)
         distance = distance_transform_edt(outside, sampling=spacing)
         near[part.box.image_slices] = torch.from_numpy(distance <= NEAR_MM).to(near)
-        _, weights = sensitivity(scan.grid, scan.acquisition, part.data_shape)
+        _, weights = sensitivity(scan.grid, scan.acquisition, part.data_shape, thickness_factor)
         y = part.y / part.log_bias.exp()
         return y * brain_share(near, weights)[part.box.data_slices]
 

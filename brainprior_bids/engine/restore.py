@@ -352,7 +352,7 @@ class Chain:
         problem, view, name = self.problem, self.view, self.facts.name
         shape, device = problem.box.shape, problem.device
         if name == "mean" or self._every_level:
-            given = view.denoiser_given(likelihood, problem.slice_weights(factor))
+            given = view.denoiser_given(likelihood, factor)
             x0 = self._draw_given(given, generator, note)
             self.sd = given.sd
             return x0
@@ -372,7 +372,7 @@ class Chain:
             )
         with_data, guess = name == "conditional", view.guess
         if with_data:
-            denoise = view.denoiser_given(likelihood, problem.slice_weights(factor))
+            denoise = view.denoiser_given(likelihood, factor)
             guess = expected_image(denoise, shape=shape, device=device)
         return sample_exact(
             denoise,
