@@ -168,9 +168,9 @@ def test_report_methods_and_sidecar_say_what_was_fused():
         in rows[f"Run {STEMS[0]}"]
     )
     assert rows[f"Run {STEMS[0]}"].endswith("; 1.2 ml under its own lesion mask excluded")
-    assert rows["Coverage of its intervals"] == "not measured for these weights"
+    assert rows["Coverage of the intervals"] == "not measured for these weights"
     measured = {**FACTS, "prior": {"coverage": "50 % in 44 %"}}
-    assert ("Coverage of its intervals", "50 % in 44 %") in restore_rows(scan_record(measured))
+    assert ("Coverage of the intervals", "50 % in 44 %") in restore_rows(scan_record(measured))
     text = " ".join(methods_text([of_summary(scan_record(FACTS))]).split())
     assert "1 of these images combines 2 runs of one contrast each" in text
     alone = {**FACTS, "runs": None}

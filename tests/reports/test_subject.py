@@ -448,7 +448,7 @@ def test_what_was_measured_of_the_prior_is_said_of_it_alone(tmp_path):
     """A contrast, sampler or task beyond the measurement is named; other weights: no figures."""
     held = json.loads((files("brainprior_bids") / "data" / "measured.json").read_text())
     said = {
-        "coverage": "50 and 90 % intervals of a mean that contained",
+        "coverage": "50 and 90 % intervals of a regional mean that contained",
         "lesions": "lesion&#39;s contrast that a restored",
     }
     for study, words in said.items():  # each part has its own weights
