@@ -22,10 +22,10 @@ def test_mae_and_psnr_are_their_formulas(pair):
     image, truth, mask = pair
     unit = np.percentile(truth[mask > 0], 99)
     error = (image - truth)[mask > 0] / unit
-    figures = compare(image, truth, mask)
-    assert figures["mae"] == pytest.approx(np.abs(error).mean())
-    assert figures["psnr_db"] == pytest.approx(-20 * np.log10(error.std() + 0), abs=0.05)
-    assert figures["psnr_db"] == pytest.approx(-20 * np.log10(figures["rmse"]))
+    metrics = compare(image, truth, mask)
+    assert metrics["mae"] == pytest.approx(np.abs(error).mean())
+    assert metrics["psnr_db"] == pytest.approx(-20 * np.log10(error.std() + 0), abs=0.05)
+    assert metrics["psnr_db"] == pytest.approx(-20 * np.log10(metrics["rmse"]))
 
 
 def test_ssim_is_that_of_scikit_image(pair):

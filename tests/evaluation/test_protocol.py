@@ -105,9 +105,9 @@ def test_a_record_holds_every_method(tmp_path):
     )
     json.dumps(record)
     assert list(record["methods"]) == list(protocol.METHODS)
-    figures = record["methods"]
-    assert figures["tv"]["psnr_db"] > figures["linear"]["psnr_db"]  # it knows the weights
-    for row in figures.values():
+    metrics = record["methods"]
+    assert metrics["tv"]["psnr_db"] > metrics["linear"]["psnr_db"]  # it is given the weights
+    for row in metrics.values():
         assert 0 < row["ssim"] < 1
         assert row["lpips"] is None
     assert record["sampler_used"] == "conditional"

@@ -132,7 +132,7 @@ def test_a_missing_scan_is_a_usage_error(head, tmp_path, capsys):
 
 
 def test_a_failing_command_is_reported_with_its_last_words(tmp_path):
-    with pytest.raises(BrainpriorError, match=r"ended with 2(.|\n)*nowhere"):
+    with pytest.raises(BrainpriorError, match=r"exited with status 2(.|\n)*nowhere"):
         run_command(tmp_path / "nowhere", tmp_path / "out", [])
 
 

@@ -83,7 +83,7 @@ def test_every_method_is_judged_by_the_sd_of_the_restored_image(monkeypatch, tmp
     assert list(methods) == ["cubic", "tv", "sample", "restored"]
     assert methods["restored"]["largest"] == 0
     assert methods["sample"]["largest"] == 27
-    assert methods["cubic"]["share"] > methods["tv"]["share"] > 0  # it knows the slice weights
+    assert methods["cubic"]["share"] > methods["tv"]["share"] > 0  # it is given the slice weights
     result.sd = result.sd * 1.1
     assert (
         hallucination.measure(participant, CONDITION, bench)["methods"]["sample"]["largest"] == 0
