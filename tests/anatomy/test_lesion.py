@@ -123,7 +123,7 @@ def test_masks_are_found_by_their_names(tmp_path):
     on_t2w = touch(other / "sub-01/ses-a/anat/sub-01_ses-a_space-T2w_label-lesion_mask.nii")
     assert find_lesion(t2w, settings) == on_t2w
     touch(other / "sub-01/ses-a/anat/sub-01_ses-a_label-lesion_desc-2_mask.nii.gz")
-    with pytest.raises(InputError, match="2 lesion masks fit it"):
+    with pytest.raises(InputError, match="2 lesion masks match it"):
         find_lesion(t1w, settings)
     named = Settings(
         raw, tmp_path / "o", tmp_path / "w",
@@ -132,7 +132,7 @@ def test_masks_are_found_by_their_names(tmp_path):
     assert find_lesion(t1w, named).name == "sub-01_ses-a_run-2_label-lesion_roi.nii.gz"
     for number in range(2000):  # all of a disk, for example
         touch(tmp_path / f"many/{number:05d}.nii")
-    with pytest.raises(InputError, match="2000 lesion masks fit it") as caught:
+    with pytest.raises(InputError, match="2000 lesion masks match it") as caught:
         find_lesion(t1w, replace(named, lesion_mask=str(tmp_path / "many" / "*")))
     assert "00009.nii and 1990 more); one is needed." in str(caught.value)
 

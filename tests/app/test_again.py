@@ -142,7 +142,7 @@ def test_a_changed_scan_sidecar_or_output_does_only_that_scan_again(raw, told):
     assert "metadata SliceThickness (5.0, now 3.0)" in result[only]
     finish(raw)
     (raw.parent / "out" / f"{only}.nii.gz").unlink()
-    assert "1 file(s) are gone" in again(raw, told)[only]
+    assert "1 file(s) are missing" in again(raw, told)[only]
     # inherited by both
     finish(raw)
     write_json(raw / "T1w.json", {"SliceThickness": 5.0, "MRAcquisitionType": "2D"})
@@ -253,6 +253,6 @@ def test_a_dry_run_says_which_scans_are_done(raw, capsys):
     assert main(command(raw, "--dry-run")) == 0
     messages = capsys.readouterr().out
     assert messages.count("it would be skipped") == 1
-    assert messages.count("again, as this changed: image") == 1
+    assert messages.count("rerunning because of changes: image") == 1
     assert "2 scan(s), of which 1 would be skipped, 40 network calls" in messages
     assert read_summary(raw.parent / "out", "sub-01_run-1_T1w") == before

@@ -36,7 +36,7 @@ from brainprior_bids.cli.run import main
 from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.run.jobs import plan_jobs
 from brainprior_bids.run.participants import name_absent
-from brainprior_bids.run.preflight import judged
+from brainprior_bids.run.preflight import with_problems
 from brainprior_bids.settings import Settings
 
 GOOD = "sub-09/anat/sub-09_T1w.nii.gz"
@@ -243,7 +243,7 @@ def test_scans_whose_results_would_share_names_are_not_both_done(raw, asked):
     put(raw, "sub-01/anat/sub-01_run-1_acq-x_T1w.nii.gz")
     first, second, _ = find_scans(asked)
     assert first.problem is None
-    assert "two files are this scan" in second.problem
+    assert "two files represent this scan" in second.problem
     assert first.name.derivative() != second.name.derivative()
 
 
@@ -259,7 +259,7 @@ def test_a_misplaced_file_does_not_replace_the_results_of_another_participant(ra
     put(raw, "sub-02/anat/sub-09_T1w.nii.gz")
     (scan,) = find_scans(replace(asked, participant_label=("02",)))
     assert scan.subject == "02"
-    assert "lies in sub-02/anat, but its name says sub-09/anat" in scan.problem
+    assert "is in sub-02/anat, but its name belongs in sub-09/anat" in scan.problem
     assert scan.name.derivative() != "sub-09_T1w.nii.gz"
 
 
@@ -406,7 +406,7 @@ def test_a_header_that_nibabel_refuses_is_left_to_its_scan(raw, asked, kind, cap
     path = put(raw, "sub-01/anat/sub-01_T1w.nii")
     broken_header(path, kind)
     assert field_of_view_l(path) >= 0
-    monkeypatch.setattr(plan, "seconds_a_voxel", lambda settings: 1e-6)
+    monkeypatch.setattr(plan, "seconds_per_voxel", lambda settings: 1e-6)
     plan.print_plan(find_scans(asked), asked)
     assert f"{GOOD}  restore" in capsys.readouterr().out
 
@@ -433,12 +433,12 @@ def test_an_error_of_the_validator_fails_the_scans_that_it_concerns(raw, asked):
         Issue("INVALID_JSON_ENCODING", "/sub-03/anat/sub-03_T1w.json", ""),  # was read
         Issue("EMPTY_FILE", f"/{GOOD}", ""),  # its own steps say why
     ]
-    problems = [scan.problem for scan in judged(find_scans(asked), issues, raw)]
+    problems = [scan.problem for scan in with_problems(find_scans(asked), issues, raw)]
     assert "JSON_INVALID" in problems[0]
     assert "notes.txt" in problems[1]
     assert problems[2:] == [None, None]
     with pytest.raises(UsageError, match="that all participants share"):
-        judged(find_scans(asked), [Issue("JSON_INVALID", "/participants.json", "")], raw)
+        with_problems(find_scans(asked), [Issue("JSON_INVALID", "/participants.json", "")], raw)
 
 
 def test_a_description_with_a_byte_order_mark_is_read(raw):
@@ -447,7 +447,7 @@ def test_a_description_with_a_byte_order_mark_is_read(raw):
     assert check_dataset(raw)["Name"] == "t"
     path.unlink()
     os.mkfifo(path)
-    with pytest.raises(UsageError, match="must be a file"):
+    with pytest.raises(UsageError, match="is not a regular file"):
         check_dataset(raw)
 
 

@@ -218,7 +218,7 @@ def test_a_description_of_another_type_in_the_output_folder(raw, tmp_path, capsy
     out = tmp_path / "out"
     out.mkdir()
     (out / "dataset_description.json").write_text('{"GeneratedBy": 5}')
-    assert "did not make" in refused(raw, capsys)
+    assert "did not write" in refused(raw, capsys)
 
 
 @pytest.mark.parametrize(

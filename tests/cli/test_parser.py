@@ -331,9 +331,12 @@ def test_a_reader_that_stops_reading_is_no_crash(monkeypatch, capfd):
 @pytest.mark.parametrize(
     ("words", "hint"),
     [
-        (["--fs-license-file", "license.txt"], "--fs-license-file: brainprior makes no surfaces"),
+        (
+            ["--fs-license-file", "license.txt"],
+            "--fs-license-file: brainprior reconstructs no surfaces",
+        ),
         (["--fs-no-reconall"], "no FreeSurfer licence: leave it out."),
-        (["--fs-some-new-option"], "--fs-some-new-option: brainprior makes no surfaces"),
+        (["--fs-some-new-option"], "--fs-some-new-option: brainprior reconstructs no surfaces"),
         (["--output-layout", "bids"], "--output-layout: brainprior has one layout"),
         (["--mem_gb=8"], "--mem_gb: use --mem with a unit"),
         (["-t", "rest"], "-t: brainprior processes no functional"),

@@ -652,7 +652,7 @@ def test_another_tools_image_and_its_trust(files, raw, output_dir, prior, tmp_pa
     result = json.loads(Path(mapped.restore_json).read_text())["noise_sd_initial"]
     assert result == pytest.approx(0.07)
     nib.save(sd.slicer[1:], tmp_path / "cut.nii.gz")
-    with pytest.raises(GeometryError, match="does not lie on the grid"):
+    with pytest.raises(GeometryError, match="is not on the grid"):
         refined("cut", trust_map=str(tmp_path / "cut.nii.gz"))
 
 
@@ -872,7 +872,7 @@ def test_the_links_of_earlier_runs_stay(raw, output_dir, tmp_path):
 
 
 def test_a_foreign_data_set_is_not_written_into(raw, tmp_path):
-    with pytest.raises(UsageError, match="did not make"):
+    with pytest.raises(UsageError, match="did not write"):
         check_output(raw)
     locked = tmp_path / "file"
     locked.write_text("")

@@ -19,7 +19,7 @@ from nipype.pipeline import engine as pe
 
 from brainprior_bids.cli.run import main
 from brainprior_bids.engine.errors import UsageError
-from brainprior_bids.run.cluster import LOST, REFUSED, _last_words, make_batch_plugin
+from brainprior_bids.run.cluster import LOST, REFUSED, _last_line, make_batch_plugin
 from brainprior_bids.run.plugin_file import BATCH, STEPS, read_plugin_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -158,7 +158,7 @@ def test_a_lost_and_a_refused_job_leave_the_others_alone(tmp_path, scheduler):
     assert (tmp_path / "fine.done").exists()
     messages = {path.read_text() for path in (tmp_path / "crash").glob("*.txt")}
     assert len(messages) == 2
-    assert any(f"{LOST} It last said: slurmstepd: error: Exceeded" in text for text in messages)
+    assert any(f"{LOST} Its last output: slurmstepd: error: Exceeded" in text for text in messages)
     assert any(REFUSED in text and "Invalid partition" in text for text in messages)
 
 
@@ -170,7 +170,7 @@ def test_what_a_lost_job_wrote_is_quoted(tmp_path, name):
     (batch / name.replace("7", "17")).write_text("not this\n")
     (batch / name).write_text("loading\nout of memory\n\n")
     folder = str(tmp_path / "wf" / "scan" / "n4")
-    assert _last_words(folder, 7) == "It last said: out of memory"
+    assert _last_line(folder, 7) == "Its last output: out of memory"
 
 
 def test_a_graph_of_jobs_is_waited_for(tmp_path, scheduler):
@@ -311,8 +311,8 @@ def test_a_scan_that_no_task_began_has_failed_and_has_its_report(tmp_path, raw, 
     assert "no scan is done" in capsys.readouterr().err
     rows = (out / "logs" / "status.tsv").read_text().splitlines()[1:]
     assert [row.split("\t")[2] for row in rows] == ["failed", "failed"]
-    assert all("job 7 ended before this scan was begun" in row for row in rows)
-    assert "was begun" in (out / "sub-01.html").read_text()
+    assert all("job 7 ended before this scan was started" in row for row in rows)
+    assert "was started" in (out / "sub-01.html").read_text()
     assert not (out / "sub-02.html").exists()
 
 

@@ -27,7 +27,7 @@ def settings(tmp_path):
 
 
 def test_a_brain_counts_not_the_whole_field_of_view(settings, monkeypatch, capsys):
-    monkeypatch.setattr(plan, "seconds_a_voxel", lambda settings: 1e-6)
+    monkeypatch.setattr(plan, "seconds_per_voxel", lambda settings: 1e-6)
     plan.print_plan(find_scans(settings), settings)
     lines = capsys.readouterr().out.splitlines()
     times = [line.split("(")[1] for line in lines if line.startswith("  about ")]
