@@ -3,9 +3,9 @@
 
 Per skull-stripped brain: closest-canonical axes, N4 inside the brain, 99th percentile of the
 corrected brain = 1 (the engine's unit), affine registration to the MNI305 average (ANTs), mean
-intensity of the three tissue classes. Whole heads go through the workflow's own steps instead (``prepare_head``). A pack
-is a few ``.npz`` parts, each small enough to be copied elsewhere, with the brains as uint8
-(``UNIT`` = 1), their affines and the split: training needs nothing else.
+intensity of the three tissue classes. Whole heads go through the workflow's own steps instead
+(``prepare_head``). A pack is a few ``.npz`` parts, each small enough to be copied elsewhere, with
+the brains as uint8 (``UNIT`` = 1), their affines and the split: training needs nothing else.
 """
 
 from __future__ import annotations
