@@ -235,12 +235,12 @@ def output_names(
         names[residual_role(run.stem)] = run.derivative("residual", mod=run.suffix, desc="fused")
     if lesion and "inpainted" in image.lower():
         names["hidden"] = source.derivative("mask", space=space, label="lesion", desc=image)
-    own = dict(names)
+    own_space = dict(names)
     if "MNI305" in spaces:
-        names |= names_in_space(source, own, "MNI305", image=image)
+        names |= names_in_space(source, own_space, "MNI305", image=image)
     for template in TEMPLATE_SPACES:
         if template in spaces:
-            names |= names_in_space(source, own, template, image=image)
+            names |= names_in_space(source, own_space, template, image=image)
             there, back = transform_roles(template)
             xfm = {"suffix": "xfm", "extension": ".h5", "mode": "image", **to}
             names[there] = source.derivative(from_=source.suffix, to=template, **xfm)

@@ -64,9 +64,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=list(STUDIES),
         help="default: all",
     )
-    own = "default: the study's own"
-    what.add_argument("--spacing", type=float, nargs="+", metavar="MM", help=f"of slices; {own}")
-    what.add_argument("--noise", type=float, nargs="+", metavar="SD", help=own)
+    default = "default: the study's own"
+    what.add_argument(
+        "--spacing", type=float, nargs="+", metavar="MM", help=f"slice spacings; {default}"
+    )
+    what.add_argument(
+        "--noise", type=float, nargs="+", metavar="SD", help=f"SDs of the noise; {default}"
+    )
     what.add_argument("--profile", default="pulse", help="boxcar, trapezoid, cosine, pulse")
     what.add_argument(
         "--width-off",
@@ -75,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="relative error of the stated slice thickness, alternately above and below "
         "(default: 0.1)",
     )
-    what.add_argument("--n-samples", type=int, help=own)
+    what.add_argument("--n-samples", type=int, help=f"samples per image; {default}")
     what.add_argument("--n-steps", type=int, help="default: the sampler's own")
     what.add_argument("--sampler", default="auto")
     what.add_argument("--ablation-participants", type=int, default=2)

@@ -217,15 +217,15 @@ def _plot_dice(records: Sequence[Record], path: Path) -> None:
 
     names = structure_names()
     shown = ("degraded", "cubic", "tv", "restored")
-    seen = sorted({i for r in records for i in r["segmentation"]["cubic"]["dice"]}, key=int)
+    indices = sorted({i for r in records for i in r["segmentation"]["cubic"]["dice"]}, key=int)
     figure = Figure(figsize=(10, 4.5))
     axes = figure.subplots()
     for m, method in enumerate(shown):
         tables = [r["segmentation"][method]["dice"] for r in records]
-        means = [np.mean([table[i] for table in tables if i in table]) for i in seen]
-        axes.bar(np.arange(len(seen)) + (m - 1.5) * 0.2, means, 0.19, label=method)
-    axes.set_xticks(range(len(seen)))
-    axes.set_xticklabels([names[int(i)] for i in seen], rotation=90, fontsize=6)
+        means = [np.mean([table[i] for table in tables if i in table]) for i in indices]
+        axes.bar(np.arange(len(indices)) + (m - 1.5) * 0.2, means, 0.19, label=method)
+    axes.set_xticks(range(len(indices)))
+    axes.set_xticklabels([names[int(i)] for i in indices], rotation=90, fontsize=6)
     axes.set_ylabel("Dice")
     axes.legend(fontsize=7)
     _save(figure, path)

@@ -108,22 +108,24 @@ def join(device: str) -> Processes:
         If one GPU is named for several processes, or there are fewer GPUs than processes.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    own = torch.device(device)
+    torch_device = torch.device(device)
     if size == 1:
-        return Processes(0, 1, own)
-    if own.type == "cuda":
+        return Processes(0, 1, torch_device)
+    if torch_device.type == "cuda":
         local = int(os.environ["LOCAL_RANK"])
-        if own.index is not None or local >= torch.cuda.device_count():
+        if torch_device.index is not None or local >= torch.cuda.device_count():
             raise UsageError(
                 f"torchrun: process {local} of this machine needs a GPU of its own; --device is "
                 f"{device}, torch sees {torch.cuda.device_count()}. Pass --device cuda and start "
                 "as many processes as there are GPUs."
             )
-        own = torch.device("cuda", local)
-        torch.cuda.set_device(own)
+        torch_device = torch.device("cuda", local)
+        torch.cuda.set_device(torch_device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=PATIENCE)
-    return Processes(dist.get_rank(), dist.get_world_size(), own)
+        dist.init_process_group(
+            "nccl" if torch_device.type == "cuda" else "gloo", timeout=PATIENCE
+        )
+    return Processes(dist.get_rank(), dist.get_world_size(), torch_device)
 
 
 def leave() -> None:

@@ -58,7 +58,7 @@ def test_a_lesion_that_the_brain_mask_leaves_out_is_added_to_it():
     assert result.mask_scan[lesion].all()
     assert result.mask_1mm[36, 20, 21]
     assert not result.measured[lesion].any()
-    assert any("lies in the brain" in text for text in result.warnings)
+    assert any("is inside the brain mask" in text for text in result.warnings)
     assert result.facts["volume_ml"] == pytest.approx(lesion.sum() * 4 / 1000)
 
 
@@ -144,7 +144,7 @@ def image(path, spacing_mm=1.0):
 
 
 def test_fused_runs_have_the_masks_that_are_theirs(tmp_path):
-    """By name; a mask that names no run is of those on whose grid it lies."""
+    """By name; a mask without run- belongs to the runs that have its grid."""
     raw = tmp_path / "raw"
     settings = Settings(raw, tmp_path / "o", tmp_path / "w", task="restore+inpaint", fuse="runs")
     runs = [scan(tmp_path, f"sub-01/anat/sub-01_run-{k}_T1w.nii.gz") for k in (1, 2, 3)]
@@ -161,7 +161,7 @@ def test_fused_runs_have_the_masks_that_are_theirs(tmp_path):
     second.unlink()
     shared = image(raw / "sub-01/anat/sub-01_label-lesion_roi.nii.gz")
     assert find_lesions_of_runs(runs, settings) == [shared, None, shared]
-    image(shared, 3.0)  # on no grid: the step that reads it says so, of the first
+    image(shared, 3.0)  # on no run's grid: the step that reads it reports this for the first run
     assert find_lesions_of_runs(runs, settings) == [shared, None, None]
 
 
