@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A finished scan is skipped where nothing changed, and done again, with the reason, where it did.
+"""A finished scan is skipped if nothing changed, and otherwise processed again, with the reason.
 
 Nothing is restored here: the summary is written as ``Write`` does, with the parts that were looked
 up, and what a second command would do is asked.
@@ -63,7 +63,7 @@ def hashes(settings):
 
 
 def finish(raw, *extra):
-    """What a run of this command leaves in the folder of summaries."""
+    """Write the summaries that a run of this command would write."""
     settings = parse_settings(command(raw, *extra))
     for scan in scans_of(settings):
         result = look_up(scan, settings, hashes(settings))
@@ -84,7 +84,7 @@ def finish(raw, *extra):
 
 
 def again(raw, told, *extra):
-    """What the next run would do: stem of a scan that it would do again -> why."""
+    """Scans that the next run would process again: stem -> reason."""
     settings = parse_settings(command(raw, *extra))
     told.clear()
     with Claims([settings.work_dir]) as claims:
@@ -172,7 +172,7 @@ def test_other_weights_do_it_again(raw, told, tmp_path, monkeypatch, role):
 
 
 def test_other_code_does_it_again(raw, told, tmp_path, monkeypatch):
-    """A checkout that was brought up to date, with the same version number."""
+    """An updated checkout with the same version number."""
     finish(raw)
     copy = tmp_path / "package"
     for name in code.COMPUTES:
@@ -224,7 +224,7 @@ def test_what_an_older_version_left_is_done_again(raw, told):
 
 
 def test_a_failure_says_that_an_earlier_result_is_still_there(raw, told):
-    """And keeps its names, so that a later success can remove what it does not replace."""
+    """The paths are kept, so that a later success can remove files that it does not replace."""
     finish(raw)
     for _ in range(2):  # a second failure forgets nothing
         again(raw, told, "--task", "restore", "--skull-strip", "mask", "-d", f"x={given(raw)}")

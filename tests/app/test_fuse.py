@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``--fuse runs``: which scans are fused, what that is called, and what is said of it."""
+"""``--fuse runs``: which scans are fused, the name of the result, and the reports."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def test_report_methods_and_sidecar_say_what_was_fused():
     residual = every[residual_role(STEMS[0])]
     assert names[residual_role(STEMS[0])] == f"{STEMS[0][:-4]}_mod-T2w_desc-fused_residual.nii.gz"
     assert residual["Sources"] == [uri, f"bids::{names['restored']}"]
-    assert residual["NoiseStandardDeviation"] == 8.0  # in that run's own units
+    assert residual["NoiseStandardDeviation"] == 8.0  # in the units of that run
     side = every["restored"]
     assert side["Sources"][:2] == [f"bids:raw:{path}", uri]
     assert side["Description"].endswith("of 2 runs in one likelihood")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: what is accepted, what is refused and how it ends."""
+"""The command line: accepted and refused options, and exit codes."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 """``restore`` end to end on a small phantom, under a prior known in closed form.
 
 The prior is Gaussian: a mean image that is a function of the MNI305 coordinates (so that wrong
-coordinates show), and a stationary covariance around it. The scan is made by code of its own.
+coordinates show), and a stationary covariance around it. The scan is simulated independently.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def scale_of(y, share):
 
 @functools.cache
 def phantom(axis=2, thick=4, bias=0.0, seed=0):
-    """A scan of thick slices by plain block means, with everything that ``restore`` asks."""
+    """A scan of thick slices by plain block means, with all inputs of ``restore``."""
     fine = grid_of((48, 56, 48), (1.0, 1.0, 1.0))
     factors = [thick if a == axis else 1 for a in range(3)]
     shape = tuple(n // f for n, f in zip(fine.shape, factors, strict=True))
@@ -172,7 +172,7 @@ def test_restores_thick_slices_along_any_axis(axis):
     assert rmse(result.samples.mean(0), case) < rmse(result.samples[0], case)
     assert result.residual_ratios == pytest.approx([1, 1, 1], abs=0.1)
     assert result.noise_sd * result.unit / GAIN == pytest.approx(NOISE, rel=0.15)
-    # the SD says how wrong the mean of three is
+    # the SD predicts the error of the mean of three
     z = (result.samples.mean(0) / GAIN - case["truth"])[case["mask"]]
     expected = math.sqrt(float((result.sd[case["mask"]] ** 2).mean()) * (1 + 1 / 3)) / GAIN
     assert float(np.sqrt((z**2).mean())) == pytest.approx(expected, rel=0.15)
@@ -205,7 +205,7 @@ def ball(grid, centre_mm, radius_mm):
 
 @pytest.mark.parametrize("thick", [1, 4])
 def test_what_lies_under_the_mask_has_no_say(thick):
-    """The same result whatever the scan shows there, and close to what is missing."""
+    """The same result for any values of the scan there, and close to the hidden truth."""
     case = phantom(thick=thick)
     scan, grid = case["arguments"]["scan"], case["arguments"]["grid"]
     hidden = ball(grid, (4, -5, 3), 7)
@@ -215,14 +215,14 @@ def test_what_lies_under_the_mask_has_no_say(thick):
     np.testing.assert_array_equal(result.mean, again.mean)
     np.testing.assert_array_equal(result.samples, again.samples)
     assert result.predictions.shape == (3, *grid.shape)
-    # better than the prior's mean, which is one prior SD wrong; the scan's noise is not predicted
+    # better than the prior's mean, whose error is one prior SD; the scan's noise is not predicted
     fine = ball(grid.one_millimetre(), (4, -5, 3), 7)
     prior = anatomy(torch.from_numpy(grid.one_millimetre().points_mm(TO_MNI))).numpy()
     ignorant = np.sqrt(((prior - case["truth"])[fine] ** 2).mean())
     assert np.sqrt(((result.mean / GAIN - case["truth"])[fine] ** 2).mean()) < 0.95 * ignorant
     error = np.sqrt(((result.predictions[0] - scan)[hidden] ** 2).mean()) / GAIN
     assert error < np.hypot(NOISE, ignorant)
-    # the spread is larger under the mask than beside it
+    # the spread is larger under the mask than next to it
     brain = case["mask"]
     assert result.sd[fine].mean() > {1: 1.2, 4: 1.05}[thick] * result.sd[brain & ~fine].mean()
     # in units of the true noise: the estimate beforehand takes texture for noise, by 15 % at 1 mm
@@ -247,7 +247,7 @@ def test_a_mask_over_the_whole_brain_is_refused():
     grid = case["arguments"]["grid"]
     with pytest.raises(InputError, match="covers the whole brain"):
         run(case, hidden=np.ones(grid.shape))
-    rim = case["arguments"]["mask"] > 0.95  # what is left is cut by the mask's edge
+    rim = case["arguments"]["mask"] > 0.95  # the remainder is cut by the mask's edge
     with pytest.raises(InputError, match="nothing is left to condition on"):
         run(case, hidden=rim)
 
@@ -315,7 +315,7 @@ def test_no_global_randomness_is_read_or_moved(sampler):
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
 @pytest.mark.parametrize("flips", [(1, 1, -1), (-1, 1, 1)])
 def test_storage_order_and_flips_do_not_matter(order, flips):
-    """A file stored otherwise is the same scan once it is read in closest-canonical order."""
+    """A file in another storage order is the same scan in closest-canonical order."""
     case = phantom()
     scan, grid = case["arguments"]["scan"], case["arguments"]["grid"]
     stored = nib.Nifti1Image(scan, grid.affine)
@@ -341,7 +341,7 @@ def test_bias_is_found_from_nothing():
     result = run(case, n_samples=1, n_steps=20, move_bias=True, bias_scale_mm=25)
     error = float((result.log_bias - case["field"])[brain].std())
     assert error < 0.3 * start
-    # the gain that was found is the image's: field times image is as bright as the scan
+    # the estimated gain belongs to the image: field times image is as bright as the scan
     core, scan = case["arguments"]["mask"] > 0.99, case["arguments"]["scan"]
     again = np.exp(result.log_bias) * block_mean(result.samples[0], [1, 1, 4])
     assert again[core].sum() == pytest.approx(scan[core].sum(), rel=0.005)
@@ -352,7 +352,7 @@ def test_bias_is_found_from_nothing():
 
 
 def told(case, found):
-    """Error of the mean of the samples over what their SD says of it."""
+    """Error of the mean of the samples divided by the error that their SD predicts."""
     z = (found.samples.mean(0) / GAIN - case["truth"])[case["mask"]]
     n = len(found.samples)
     expected = float((found.sd[case["mask"]] ** 2).mean()) * (1 + 1 / n) / GAIN**2
@@ -360,7 +360,7 @@ def told(case, found):
 
 
 def test_another_tools_image_beside_the_scan():
-    """Better than the scan alone and than the image alone, and the SD still says how wrong."""
+    """Better than the scan alone and the image alone, and the SD still predicts the error."""
     case = phantom()
     rng = np.random.default_rng(0)
     error = 0.02  # phantom units: about what the prior and the scan leave open
@@ -377,7 +377,7 @@ def test_another_tools_image_beside_the_scan():
     assert rmse(both.mean, case) < 0.85 * error
     assert told(case, both) == pytest.approx(1, rel=0.15)
     assert both.residual_ratios == pytest.approx([1, 1, 1], abs=0.1)
-    # not trusted, it has no say
+    # with a large SD, it has no influence
     ignored = run(case, n_samples=1, image=other, trust=1e3)
     np.testing.assert_allclose(ignored.mean, run(case, n_samples=1).mean, atol=1e-2 * GAIN)
     for options, messages in (
@@ -537,7 +537,7 @@ def test_fallbacks_of_the_prior_are_told():
 
 
 def test_a_measured_profile_is_believed():
-    """A lopsided one: told of it, the result lies where the brain does."""
+    """An asymmetric profile: if it is given, the result is at the brain's position."""
     case = phantom()
     pairs = ((-2.0, 0.0), (-1.9, 0.0), (0.0, 1.0), (2.0, 1.0), (2.1, 0.0))
     messages = Acquisition(2, 4.0, 4.0, pairs)
@@ -588,7 +588,7 @@ def test_a_scan_turned_further_than_training_is_warned_of(angles, warned):
 
 
 def given_prior(holes=0.0, **metadata):
-    """A prior that takes measurements, as wide as the phantom."""
+    """A prior that can be conditioned on data, as wide as the phantom."""
     sd = torch.tensor([1.0, 0.2, 0.2, 0.06, 0.2, 0.06, 0.06, 0.04])
     return gaussian_prior(sd, recipe={"holes": holes}, **metadata)
 
@@ -647,7 +647,7 @@ def test_the_weights_factor_on_the_noise_counts_for_slices_and_not_beside_a_hole
 
 
 def test_another_tools_image_beside_slices_under_conditional():
-    """As with "exact": better than the scan alone, and not trusted it has no say."""
+    """As with "exact": better than the scan alone, and without influence if its SD is large."""
     case = phantom()
     rng = np.random.default_rng(0)
     other = 3.0 * (case["truth"] + 0.02 * rng.standard_normal(case["truth"].shape))
@@ -673,7 +673,7 @@ def test_another_tools_image_beside_slices_under_conditional():
     ],
 )
 def test_between_slices_the_first_answer_counts_more_the_fewer_there_are(scan, n_samples, first):
-    """The first answer of each chain is 0, the others are 1: the mean tells the weights."""
+    """The first estimate of each chain is 0, the others are 1: the mean reveals the weights."""
     case, prior = phantom(thick=4 if scan == "slices" else 1), given_prior(0.1)
     prior.answered, calls, options = 0, 6, {}
 
@@ -720,7 +720,7 @@ def test_auto_falls_back_where_the_slices_are_not_of_that_kind():
 
 @pytest.mark.parametrize("sampler", ["exact", "conditional"])
 def test_each_sample_takes_slices_of_a_thickness_of_its_own(sampler):
-    """Sample k is what a scan gives that is stated to be as thick as sample k assumes."""
+    """Sample k equals the result of a scan whose stated thickness is that assumed by sample k."""
     case = phantom()
     options = {"sampler": sampler, "n_samples": 3, "n_steps": 4, "prior": given_prior()}
     if sampler == "exact":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Degradations: what they claim to do, measured on their output."""
+"""Degradations: their effects, measured on the output."""
 
 import numpy as np
 import pytest

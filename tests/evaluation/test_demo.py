@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo data set: BIDS, oblique, the same bytes again, and a brain inside a head."""
+"""The demo data set: BIDS, oblique, reproducible bytes, and a brain inside a head."""
 
 import json
 import shutil

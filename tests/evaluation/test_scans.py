@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole-scan evaluation: what it writes, what it asks of the command, what it makes of the result.
+"""Whole-scan evaluation: its data set, its calls of the command, and its use of the results.
 
-The command itself is replaced by one that knows the answer, so that a perfect restoration must
-come out perfect, on the right voxels, and a failing one must be reported.
+The command itself is replaced by one that writes the truth, so that a perfect restoration must
+be rated perfect, on the right voxels, and a failing one must be reported.
 """
 
 import csv

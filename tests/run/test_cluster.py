@@ -120,7 +120,7 @@ def test_every_node_has_its_whole_line(tmp_path, scheduler):
 
 @pytest.mark.parametrize("name", ["sge", "pbs"])
 def test_restore_goes_to_the_gpu_queue_alone(tmp_path, monkeypatch, name):
-    """As the ready files have it; to Grid Engine two queues mean either."""
+    """As in the plugin files of docs/cluster; Grid Engine would use either of two queues."""
     monkeypatch.setenv("LOGNAME", "somebody")
     (tmp_path / "qstat").write_text("#!/bin/sh\necho '<all><job_info/></all>'\n")
     (tmp_path / "qstat").chmod(0o755)
@@ -164,7 +164,7 @@ def test_a_lost_and_a_refused_job_leave_the_others_alone(tmp_path, scheduler):
 
 @pytest.mark.parametrize("name", ["slurm-7.out", "n4.sub_01_T2w_wf.brainprior_wf.me.e7"])
 def test_what_a_lost_job_wrote_is_quoted(tmp_path, name):
-    """As Slurm and Grid Engine call its file; job 17 is another's."""
+    """With the file names of Slurm and Grid Engine; job 17 belongs to another step."""
     batch = tmp_path / "wf" / "batch"
     batch.mkdir(parents=True)
     (batch / name.replace("7", "17")).write_text("not this\n")
@@ -221,7 +221,7 @@ def test_a_file_that_cannot_be_used_says_why(tmp_path, text, said):
 
 
 def test_a_scheduler_that_is_not_here_is_said_at_the_start(tmp_path, raw, monkeypatch, capsys):
-    """As in a container: no output folder, no scan that waits for ever."""
+    """As in a container: no output folder, and no scan that waits forever."""
     monkeypatch.setenv("PATH", str(tmp_path))
     file = str(ROOT / "docs" / "cluster" / "slurm.yml")
     line = [str(raw), str(tmp_path / "out"), "participant", "--nipype-plugin-file", file]
@@ -337,7 +337,7 @@ def test_the_script_is_refused_for_what_a_task_would_be(tmp_path, raw, extra, sa
 
 
 def test_folders_with_spaces_are_quoted_as_sbatch_reads_them(tmp_path, raw, monkeypatch, capsys):
-    """sbatch 22.05 says of these lines: Found in script, argument "--output=… my out/…"."""
+    """sbatch 22.05 reports for these lines: Found in script, argument "--output=… my out/…"."""
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "my out"
     assert main(["slurm-script", str(raw), str(out), "participant"]) == 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The time that ``--dry-run`` predicts, and what it says of the machine."""
+"""The time that ``--dry-run`` predicts, and its message about the machine."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_short_time_has_a_decimal():
     [
         ({}, 0, "prior"),
         ({"sampler": "mean", "n_samples": 1}, 0, "prior"),
-        ({}, 2, "samples"),  # fused: the network did not learn it
+        ({}, 2, "samples"),  # fused: the network does not predict it
         ({"task": "restore+refine"}, 0, "samples"),
         ({"task": "inpaint"}, 0, "samples"),
         ({"sampler": "exact"}, 0, "samples"),
