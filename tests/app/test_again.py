@@ -133,7 +133,7 @@ def test_a_changed_scan_sidecar_or_output_does_only_that_scan_again(raw, told):
     image(raw / f"{SCAN}.nii.gz", value=1)
     result = again(raw, told)
     assert list(result) == [only]
-    assert result[only].endswith("changed: image")
+    assert result[only].endswith("changes: image")
     finish(raw)
     write_json(raw / f"{SCAN}.json", {"SliceThickness": 3.0, "EchoTime": 0.1})
     result = again(raw, told)
@@ -163,12 +163,12 @@ def test_other_weights_do_it_again(raw, told, tmp_path, monkeypatch, role):
     write_weights(path, state, kept)
     if role == "prior":
         result = again(raw, told, "--prior", path)
-        assert all(text.endswith("changed: weights of prior") for text in result.values())
+        assert all(text.endswith("changes: weights of prior") for text in result.values())
         assert len(result) == 2
     monkeypatch.setattr(embedded, "FOLDER", folder)
     result = again(raw, told)
     assert len(result) == 2
-    assert all(text.endswith(f"changed: weights of {role}") for text in result.values())
+    assert all(text.endswith(f"changes: weights of {role}") for text in result.values())
 
 
 def test_other_code_does_it_again(raw, told, tmp_path, monkeypatch):
@@ -188,7 +188,7 @@ def test_other_code_does_it_again(raw, told, tmp_path, monkeypatch):
         code.code_version.cache_clear()
         result = again(raw, told)
         assert len(result) == 2
-        assert all(text.endswith("changed: program") for text in result.values())
+        assert all(text.endswith("changes: program") for text in result.values())
     finally:
         code.code_version.cache_clear()
 
@@ -198,7 +198,7 @@ def test_each_fused_run_counts(raw, told):
     assert again(raw, told, "--fuse", "runs") == {}
     image(raw / f"{SCAN.replace('run-1', 'run-2')}.nii.gz", value=1)
     (text,) = again(raw, told, "--fuse", "runs").values()
-    assert text.endswith("changed: sub-01_run-2_T1w")
+    assert text.endswith("changes: sub-01_run-2_T1w")
 
 
 def test_a_lesion_mask_counts(raw, told):
@@ -220,7 +220,7 @@ def test_what_an_older_version_left_is_done_again(raw, told):
         write_summary(out, replace(summary, parts={}, fingerprint="0"))
     result = again(raw, told)
     assert len(result) == 2
-    assert all("not known" in text for text in result.values())
+    assert all("not recorded" in text for text in result.values())
 
 
 def test_a_failure_says_that_an_earlier_result_is_still_there(raw, told):
