@@ -86,7 +86,7 @@ def test_a_crop_stays_where_it_is():
 
 
 def test_a_lesion_outside_the_brain_is_refused(capsys):
-    with pytest.raises(InputError, match="wholly in the brain"):
+    with pytest.raises(InputError, match="not entirely inside the brain"):
         contrast_kept(
             case(), Flat(1.0), centre_mm=np.full(3, 50.0), sizes_mm=[8.0], contrasts=[1.0],
             n_samples=1, n_steps=2,
