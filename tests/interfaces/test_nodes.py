@@ -383,7 +383,7 @@ def test_masks_that_do_not_agree_on_the_template_are_warned_about(on_template):
     (record,) = TemplatesRecord.read(on_template.templates_json).templates
     assert disagreements([record]) == []
     (warning,) = disagreements([record, replace(record, agreement=0.5)])
-    assert f"that of {SPACE} agree badly after the registration (Dice 0.50" in warning
+    assert f"that of {SPACE} agree poorly after the registration (Dice 0.50" in warning
 
 
 def test_slice_gains_are_in_sidecar_provenance_and_verdict(files, raw, output_dir, tmp_path):
@@ -492,7 +492,7 @@ def test_a_predicted_uncertainty_says_so_and_what_regions_need(files, raw, outpu
     name = "sub-01/ses-a/anat/sub-01_ses-a_mod-FLAIR_desc-restored_uncertainty.json"
     side = json.loads((output_dir / name).read_text())
     assert side["UncertaintyFrom"] == "prior"
-    assert "as the prior predicts it" in side["Description"]
+    assert "predicted by the prior" in side["Description"]
     assert side["IntervalHalfWidths"] == {"50": 0.6745, "90": 1.6449}
     assert side["RegionalErrorStandardDeviation"] == pytest.approx(0.002 * facts["unit"])
 
