@@ -2,7 +2,7 @@
 """Whether mask, structures and affine depend on how a head is stored, scanned and placed.
 
 ``python benchmarks/anatomy_holds.py axes HEAD.nii.gz`` stores one head (averaged to about 2 mm, a
-bright marker on its left) in all 48 axis orders and flips, and with three oblique affines, and
+bright marker on the left) in all 48 axis orders and flips, and with three oblique affines, and
 runs conform, parcellate and affine on each.
 
 ``python benchmarks/anatomy_holds.py overlap BIDS_DIR`` labels the T1w and T2w of every participant
@@ -10,17 +10,18 @@ and compares the two in MNI305, each transformed by its own affine. With ``--res
 output folder of the program on the same data, it also compares the restored images.
 
 ``python benchmarks/anatomy_holds.py nodes BIDS_DIR`` measures the time of conform, parcellate, n4
-and affine for the T1w and T2w of every participant, alternately.
+and affine for the T1w and the T2w of every participant in turn.
 
 ``python benchmarks/anatomy_holds.py restored HEAD.nii.gz`` cuts a cube with a marker in the left
 hemisphere out of a head, averages it to thick slices, stores it in all 48 axis orders and flips,
-and restores each. Then it scans the same cube in three oblique poses and compares the means (eight
-samples each) with the posterior SD, with the truth, and with the error of rotating the voxels.
+and restores each. Then it simulates scans of the same cube in three oblique poses and compares the
+means (eight samples each) with the posterior SD, with the truth, and with the error of rotating
+the voxels.
 
-``python benchmarks/anatomy_holds.py turns HEAD.nii.gz`` scans cubes at four places of a head in
-many poses, and compares the error of the posterior mean (two network calls) with that of cubic
-interpolation, which uses no prior. The ratio separates the cost of a rotated field of view from
-the effect of slice positioning.
+``python benchmarks/anatomy_holds.py turns HEAD.nii.gz`` simulates scans of cubes at four places of
+a head in many poses, and compares the error of the posterior mean (two network calls) with that of
+cubic interpolation, which uses no prior. The ratio separates the cost of a rotated field of view
+from the effect of slice positioning.
 
 ``python benchmarks/anatomy_holds.py poses LABELS AVG305T1`` generates T1-like heads from held-out
 label maps in random poses and compares the affine from the network's structures with the
@@ -75,7 +76,7 @@ PLACES = (
     ("Brain-Stem", (0, 0, 25)),
     ("Left-Cerebral-White-Matter", (0, -25, 5)),
 )
-"""Structures in whose middle cubes are cut out, and how far from there, mm."""
+"""Structures around whose centroids cubes are cut out, and the shift from there, mm."""
 
 
 def network() -> Any:
@@ -86,8 +87,9 @@ def network() -> Any:
 def label(image: nib.Nifti1Image, net: Any) -> tuple[Parcellation, AffineFit, Grid]:
     """Parcellation and affine of a conformed image, and the 1 mm grid."""
     grid = Grid(image.shape, image.affine).one_millimetre()
-    found = parcellate(image, network=net, restored_grid=grid)
-    return found, fit_affine(found.table, surface=surface(found.mask > 0, grid)), grid
+    parcellation = parcellate(image, network=net, restored_grid=grid)
+    edge = surface(parcellation.mask > 0, grid)
+    return parcellation, fit_affine(parcellation.table, surface=edge), grid
 
 
 def dice(a: Any, b: Any) -> float:
@@ -107,7 +109,7 @@ def horn_dice(one: Any, two: Any) -> float:
 
 
 def small_head(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """A head averaged over 2 x 2 x 2 voxels or less, on RAS axes, with a marker on its left."""
+    """A head averaged to about 2 mm, on RAS axes, with a bright marker on the left."""
     image = nib.as_closest_canonical(nib.load(path))
     data, affine = image.get_fdata(dtype=np.float32), image.affine
     steps = [max(round(2.0 / s), 1) for s in np.linalg.norm(affine[:3, :3], axis=0)]
@@ -133,7 +135,7 @@ def marker(image: nib.Nifti1Image) -> np.ndarray:
 
 
 def axes(head: Path) -> dict[str, Any]:
-    """48 axis orders and flips, and three oblique affines, against the first."""
+    """Compare 48 axis orders and flips, and three oblique affines, with the first."""
     net = network()
     data, affine = small_head(head)
     rows = []
@@ -147,33 +149,35 @@ def axes(head: Path) -> dict[str, Any]:
             image.set_sform(affine, 1)
             image.set_qform(affine, 1)
             nib.save(image, path)
-            done = conform(path, metadata={})
-        found, fit, grid = label(done.image, net)
+            conformed = conform(path, metadata={})
+        parcels, fit, grid = label(conformed.image, net)
         if reference is None:
-            reference = (done, found, fit, grid)
-        same_grid = done.image.shape == reference[0].image.shape
-        left = next(r for r in found.table if r["name"] == "Left-Thalamus")["centroid_mm"]
-        right = next(r for r in found.table if r["name"] == "Right-Thalamus")["centroid_mm"]
-        there = pose @ [*marker(reference[0].image), 1.0]
+            reference = (conformed, parcels, fit, grid)
+        same_grid = conformed.image.shape == reference[0].image.shape
+        left = next(r for r in parcels.table if r["name"] == "Left-Thalamus")["centroid_mm"]
+        right = next(r for r in parcels.table if r["name"] == "Right-Thalamus")["centroid_mm"]
+        expected = pose @ [*marker(reference[0].image), 1.0]
         # the anatomical left of the posed head
         leftward = pose[:3, :3] @ [-1.0, 0.0, 0.0]
         rows.append(
             {
                 "stored": name,
                 "voxels_equal": same_grid
-                and bool(np.array_equal(done.image.dataobj, reference[0].image.dataobj)),
-                "mask_dice": dice(found.mask > 0, reference[1].mask > 0) if same_grid else None,
+                and bool(np.array_equal(conformed.image.dataobj, reference[0].image.dataobj)),
+                "mask_dice": dice(parcels.mask > 0, reference[1].mask > 0) if same_grid else None,
                 "labels_changed": (
-                    int((found.structures != reference[1].structures).sum()) if same_grid else None
+                    int((parcels.structures != reference[1].structures).sum())
+                    if same_grid
+                    else None
                 ),
                 "corner_mm": corner_distance(fit.matrix @ pose, reference[2].matrix),
-                "marker_mm": float(np.linalg.norm(marker(done.image) - there[:3])),
+                "marker_mm": float(np.linalg.norm(marker(conformed.image) - expected[:3])),
                 "left_is_left": bool((np.array(left) - right) @ leftward > 5),
-                "acquisition_equal": done.acquisition.slice_axis
+                "acquisition_equal": conformed.acquisition.slice_axis
                 == reference[0].acquisition.slice_axis
-                and abs(done.acquisition.thickness_mm - reference[0].acquisition.thickness_mm)
+                and abs(conformed.acquisition.thickness_mm - reference[0].acquisition.thickness_mm)
                 < 1e-4,
-                "mask_ml": float(found.mask.sum() * np.prod(grid.spacing_mm) / 1000),
+                "mask_ml": float(parcels.mask.sum() * np.prod(grid.spacing_mm) / 1000),
             }
         )
         print(json.dumps(rows[-1]), flush=True)
@@ -202,21 +206,21 @@ def axes(head: Path) -> dict[str, Any]:
 
 
 class Scene:
-    """A head and its brain, out of which cubes are cut to be scanned anew."""
+    """A head and its brain, from which cubes are cut for simulated scans."""
 
     def __init__(self, head: Path) -> None:
         image = conform(head, metadata={}).image
-        found, self.fit, self.fine = label(image, network())
-        self.centres = {row["name"]: np.array(row["centroid_mm"]) for row in found.table}
+        parcels, self.fit, self.fine = label(image, network())
+        self.centres = {row["name"]: np.array(row["centroid_mm"]) for row in parcels.table}
         self.data, self.grid = image.get_fdata(dtype=np.float32), Grid(image.shape, image.affine)
-        self.mask = found.mask.astype(np.float32)
-        self.bright = float(np.percentile(self.data[found.mask_scan > 0.5], 99))
+        self.mask = parcels.mask.astype(np.float32)
+        self.bright = float(np.percentile(self.data[parcels.mask_scan > 0.5], 99))
         self.prior = weights.load_prior()
 
     def scan(
         self, middle: np.ndarray, turn: np.ndarray, *, marked: bool = False
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, Grid]:
-        """A cube in thick slices and their affine; its mask, the truth, and the grid of both."""
+        """Thick slices of a cube, their affine, the cube's mask, the truth, and its grid."""
         affine = np.eye(4)
         affine[:3, :3] = turn
         affine[:3, 3] = middle - turn @ np.full(3, (CUBE_MM - 1) / 2)
@@ -240,7 +244,7 @@ class Scene:
         calls: int,
         seed: int = 0,
     ) -> Restoration:
-        """Stored, conformed, restored."""
+        """Store, conform and restore a simulated scan."""
         with tempfile.TemporaryDirectory() as folder:
             paths = [Path(folder) / "sub-01_T1w.nii", Path(folder) / "mask.nii"]
             for path, volume, where in zip(
@@ -268,17 +272,17 @@ class Scene:
 
 
 def distance(grid: Grid, point: np.ndarray) -> np.ndarray:
-    """Of every voxel from a point, mm."""
+    """Distance of every voxel from a point, mm."""
     return np.asarray(np.linalg.norm(grid.points_mm() - point[:, None, None, None], axis=0))
 
 
 def rotation(angles: Sequence[float]) -> np.ndarray:
-    """About the scanner's x, y and z in turn, degrees."""
+    """(3, 3) rotation about the scanner's x, y and z in turn, degrees."""
     return np.asarray(Rotation.from_euler("xyz", angles, degrees=True).as_matrix())
 
 
 def deep(grid: Grid, middle: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Deep in the brain and in every cube around ``middle``, whatever its turn."""
+    """Voxels deep in the brain and in every cube around ``middle``, whatever its rotation."""
     inside = ndimage.binary_erosion(mask, iterations=3)
     return np.asarray((distance(grid, middle) < CUBE_MM / 2 - 6) & inside)
 
@@ -313,7 +317,7 @@ def turns(head: Path) -> dict[str, Any]:
 
 
 def restored(head: Path, samples: int, steps: int) -> dict[str, Any]:
-    """48 axis orders and flips, and three oblique poses, through restoration."""
+    """Restore 48 axis orders and flips, and three oblique poses."""
     scene = Scene(head)
     middle = scene.centres["Left-Cerebral-White-Matter"]
 
@@ -354,7 +358,7 @@ def restored(head: Path, samples: int, steps: int) -> dict[str, Any]:
         return float(np.sqrt(np.mean(values**2)) / plain.unit)
 
     def inner(done: Restoration, mask: np.ndarray) -> np.ndarray:
-        """Without the marker's edge; on the cube's grid."""
+        """Voxels of the cube's grid that are deep in the brain and away from the marker."""
         return deep(done.grid, middle, mask) & (distance(done.grid, middle) > MARKER_MM)
 
     plain = scene.through(thick, affine, mask, at, samples, steps)
@@ -406,10 +410,10 @@ def restored(head: Path, samples: int, steps: int) -> dict[str, Any]:
 
 
 def overlap(bids_dir: Path, participants: int, output_dir: Path | None) -> dict[str, Any]:
-    """Dice of everybody's T1w and T2w, in MNI305 (2 mm) and in the scanner's space.
+    """Dice of every participant's T1w and T2w, in MNI305 (2 mm) and in the scanner's space.
 
-    ``labels``: labelled in the scanner's space, the labels moved; ``scan``: the scan moved, and
-    labelled in MNI305; ``restored``: the same of the program's output.
+    ``labels``: labelled in the scanner's space, then the labels are resampled; ``scan``: the scan
+    is resampled, then labelled in MNI305; ``restored``: as ``scan``, for the program's output.
     """
     net = network()
     coarse = Grid(
@@ -418,8 +422,8 @@ def overlap(bids_dir: Path, participants: int, output_dir: Path | None) -> dict[
 
     def there(image: nib.Nifti1Image) -> np.ndarray:
         """Labels of an image on the MNI305 grid."""
-        found = parcellate(image, network=net, restored_grid=MNI305)
-        return resample(found.structures.astype(np.float32), MNI305, coarse, order=0)
+        parcels = parcellate(image, network=net, restored_grid=MNI305)
+        return resample(parcels.structures.astype(np.float32), MNI305, coarse, order=0)
 
     rows = []
     for subject in sorted(bids_dir.glob("sub-*"))[:participants]:
@@ -428,9 +432,9 @@ def overlap(bids_dir: Path, participants: int, output_dir: Path | None) -> dict[
         for suffix in ("T1w", "T2w"):
             (path,) = subject.rglob(f"*_{suffix}.nii.gz")
             image = conform(path, metadata={}).image
-            found, fit, grid = label(image, net)
-            structures = found.structures.astype(np.float32)
-            scanner.append((found.structures, grid, fit))
+            parcels, fit, grid = label(image, net)
+            structures = parcels.structures.astype(np.float32)
+            scanner.append((parcels.structures, grid, fit))
             labels["labels"].append(resample(structures, grid, coarse, matrix=fit.matrix, order=0))
             labels["scan"].append(there(move(image, MNI305, fit.matrix)))
             if output_dir is not None:
@@ -439,9 +443,9 @@ def overlap(bids_dir: Path, participants: int, output_dir: Path | None) -> dict[
                 )
                 labels["restored"].append(there(conform(path, metadata={}).image))
         (structures, grid, fit), (other, other_grid, other_fit) = scanner
-        beside = resample(other.astype(np.float32), other_grid, grid, order=0)
-        # where the T2w's view ends, nothing can overlap
-        seen = resample(np.ones(other.shape, np.float32), other_grid, grid, order=0) > 0
+        moved = resample(other.astype(np.float32), other_grid, grid, order=0)
+        # outside the T2w's field of view, nothing can overlap
+        covered = resample(np.ones(other.shape, np.float32), other_grid, grid, order=0) > 0
         row: dict[str, Any] = {"subject": subject.name}
         for name, both in labels.items():
             if both:
@@ -449,7 +453,7 @@ def overlap(bids_dir: Path, participants: int, output_dir: Path | None) -> dict[
                 row[f"{name}: mask"] = dice(one > 0, two > 0)
                 row[f"{name}: structures"] = compact_dice(one, two)
                 row[f"{name}: horns"] = horn_dice(one, two)
-        row["scanner: mask"] = dice((structures > 0) & seen, (beside > 0) & seen)
+        row["scanner: mask"] = dice((structures > 0) & covered, (moved > 0) & covered)
         row["affines_apart_mm"] = corner_distance(other_fit.matrix, fit.matrix)
         rows.append(row)
         print(json.dumps(row), flush=True)
@@ -460,9 +464,9 @@ def overlap(bids_dir: Path, participants: int, output_dir: Path | None) -> dict[
 
 
 def nodes(bids_dir: Path, participants: int, threads: int) -> dict[str, Any]:
-    """Seconds from conform to the affine, of everybody's T1w and T2w in turns.
+    """Seconds from conform to the affine, for the T1w and the T2w of every participant in turn.
 
-    In one process, with a first scan that is not counted; weights are read before.
+    Everything runs in one process, after the weights were read; the first scan is not counted.
     """
     net = network()
     rows = []
@@ -480,12 +484,12 @@ def nodes(bids_dir: Path, participants: int, threads: int) -> dict[str, Any]:
             row: dict[str, Any] = {}
             image = timed("conform", row, partial(conform, path, metadata={})).image
             grid = Grid(image.shape, image.affine).one_millimetre()
-            found = timed(
+            parcels = timed(
                 "parcellate", row, partial(parcellate, image, network=net, restored_grid=grid)
             )
-            timed("n4", row, partial(n4, image, found.mask_scan, threads=threads))
-            edge = partial(surface, found.mask > 0, grid)
-            timed("affine", row, lambda f=found, e=edge: fit_affine(f.table, surface=e()))
+            timed("n4", row, partial(n4, image, parcels.mask_scan, threads=threads))
+            edge = partial(surface, parcels.mask > 0, grid)
+            timed("affine", row, lambda p=parcels, e=edge: fit_affine(p.table, surface=e()))
             row = {**row, "all": np.sum(list(row.values()), axis=0).tolist()}
             rows.append({"subject": subject.name, "suffix": suffix, **row})
             print(json.dumps(rows[-1]), flush=True)
@@ -568,17 +572,17 @@ def poses(folder: Path, average: Path, maps: list[int], n: int) -> dict[str, Any
 
 
 def main() -> None:
-    """Measure one of the six and print the result as JSON."""
+    """Run one of the six measurements and print the result as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("axes", "nodes", "overlap", "poses", "restored", "turns"))
     parser.add_argument("data", type=Path)
     parser.add_argument("average", type=Path, nargs="?", help="avg305T1.nii, for poses")
     parser.add_argument("--participants", type=int, default=9)
     parser.add_argument("--maps", type=int, nargs="+", default=[18, 19, 20])
-    parser.add_argument("--poses", type=int, default=5, help="of every map")
+    parser.add_argument("--poses", type=int, default=5, help="poses per map")
     parser.add_argument("--restored", type=Path, help="for overlap: output of the program")
-    parser.add_argument("--samples", type=int, default=8, help="of every pose, for restored")
-    parser.add_argument("--steps", type=int, default=20, help="calls of each, for restored")
+    parser.add_argument("--samples", type=int, default=8, help="samples per pose, for restored")
+    parser.add_argument("--steps", type=int, default=20, help="calls per sample, for restored")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

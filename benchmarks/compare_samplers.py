@@ -36,7 +36,7 @@ from brainprior_bids.evaluation.metrics import compare, crps
 from brainprior_bids.training.preprocess import UNIT, mni305_brain, prepare
 
 CALLS = 20
-"""Of `conditional` and `exact`, so that they are compared at equal work."""
+"""Network calls of `conditional` and `exact`, which are compared at equal cost."""
 SETTINGS: dict[str, tuple[str, DapsSettings]] = {
     f"conditional, {CALLS} calls": ("conditional", DAPS_1K),
     f"exact, {CALLS} calls": ("exact", DAPS_1K),
@@ -46,7 +46,7 @@ SETTINGS: dict[str, tuple[str, DapsSettings]] = {
 
 
 HEAD = (
-    "| sampler | calls | s a sample | times first | PSNR of mean, dB | CRPS | residual / sigma |"
+    "| sampler | calls | s per sample | times first | PSNR of mean, dB | CRPS | residual / sigma |"
     "\n|---|---|---|---|---|---|---|"
 )
 
@@ -108,7 +108,7 @@ def show(name: str, row: Sequence[float], sd: str = "") -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run and print one table a brain, and one of their means."""
+    """Run and print one table per brain, and one of their means."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("brains", type=Path, nargs="+", help="1 mm T1w brains, 0 outside")
     parser.add_argument("--average", type=Path, required=True, help="MNI305 average head")
@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--clock",
         choices=("wall", "cpu"),
         default="wall",
-        help="cpu: processor time, which with one thread is what a core of its own would take",
+        help="cpu: processor time, with one thread that of a dedicated core",
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
@@ -147,26 +147,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in args.only:
             sampler, daps = SETTINGS[name]
             began = clock()
-            found = restore(
+            result = restore(
                 observation, prior=prior, sampler=sampler, daps=daps, device=args.device, **call
             )
             seconds = (clock() - began) / args.n_samples
             base = base or seconds
             residual = [
                 float(np.sqrt(np.mean((x @ weights.T - scan)[core] ** 2))) / args.noise
-                for x in found.samples
+                for x in result.samples
             ]
             row = [
                 seconds,
                 seconds / base,
-                compare(found.samples.mean(0), truth, inside)["psnr_db"],
-                crps(found.samples, truth, inside),
+                compare(result.samples.mean(0), truth, inside)["psnr_db"],
+                crps(result.samples, truth, inside),
                 float(np.mean(residual)),
             ]
-            table.setdefault(f"{name} | {found.calls}", []).append(row)
-            show(f"{name} | {found.calls}", row)
+            table.setdefault(f"{name} | {result.calls}", []).append(row)
+            show(f"{name} | {result.calls}", row)
             if sampler in ("conditional", "exact"):
-                reported = compare(found.mean, truth, inside)["psnr_db"]
+                reported = compare(result.mean, truth, inside)["psnr_db"]
                 table.setdefault("its reported mean | ", []).append([reported])
                 print(f"| its reported mean | | | | {reported:.2f} | | |", flush=True)
     if len(args.brains) > 1:

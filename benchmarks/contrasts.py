@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How well a session's contrasts lie on each other: landmarks in T1w and T2w.
+"""How well a session's contrasts are aligned: distances between landmarks in T1w and T2w.
 
 ``python benchmarks/contrasts.py HEADS --subjects 01 02 …``
 
 HEADS is a BIDS data set with a T1w and a T2w per participant. The landmarks are the centroids of
-the structures that the embedded network finds in each scan on its own, if it is sure of them
-(0.6) and the field of view does not cut them. The T2w is registered to the T1w by
+the structures that the embedded network segments in each scan separately, if its confidence is at
+least 0.6 and the field of view does not cut them. The T2w is registered to the T1w by
 ``anatomy.contrasts.align_contrast``, as after a run, but the images are the scans themselves,
-interpolated linearly to 1 mm, not the restored ones. Prints, as the headers place the scans and
-after the registration, the median distance of the landmarks, which contains the error of each
-centroid, and the length of their mean displacement, in which such errors average out.
+interpolated linearly to 1 mm, not the restored ones. Prints, according to the headers and after
+the registration, the median distance of the landmarks, which contains the error of each centroid,
+and the length of their mean displacement, in which such errors average out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from brainprior_bids.anatomy.spaces import resample
 from brainprior_bids.engine.errors import InputError
 from brainprior_bids.engine.weights import load_parcellation
 
-SURE, LARGEST_CUT = 0.6, 0.05
+LOWEST_CONFIDENCE, LARGEST_CUT = 0.6, 0.05
 Landmarks = dict[str, NDArray[np.float64]]
 
 
@@ -43,35 +43,35 @@ def contrast(path: Path) -> tuple[RestoredContrast, Landmarks]:
     landmarks = {
         row["name"]: np.array(row["centroid_mm"])
         for row in ready.brain.table
-        if row["confidence"] >= SURE and row["cut_share"] <= LARGEST_CUT
+        if row["confidence"] >= LOWEST_CONFIDENCE and row["cut_share"] <= LARGEST_CUT
     }
     return RestoredContrast(path.name.partition(".")[0], *images), landmarks
 
 
 def apart(one: Landmarks, other: Landmarks, matrix: NDArray[np.float64]) -> str:
-    """Distance between the landmarks that both have, in words."""
+    """Distances between the landmarks that both have, as text."""
     names = sorted(one.keys() & other.keys())
     moved = np.array([(matrix @ np.append(other[name], 1.0))[:3] for name in names])
-    away = moved - np.array([one[name] for name in names])
-    median = np.median(np.linalg.norm(away, axis=1))
-    return f"{len(names)} landmarks, {median:.2f}, mean {np.linalg.norm(away.mean(0)):.2f} mm"
+    shifts = moved - np.array([one[name] for name in names])
+    median = np.median(np.linalg.norm(shifts, axis=1))
+    return f"{len(names)} landmarks, {median:.2f}, mean {np.linalg.norm(shifts.mean(0)):.2f} mm"
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description="Landmarks after the contrasts' registration.")
     parser.add_argument("heads", type=Path)
     parser.add_argument("--subjects", nargs="+", required=True)
     args = parser.parse_args()
     for subject in args.subjects:
         folder = args.heads / f"sub-{subject}" / "anat"
-        t1w, here = contrast(folder / f"sub-{subject}_T1w.nii.gz")
-        t2w, there = contrast(folder / f"sub-{subject}_T2w.nii.gz")
+        t1w, landmarks_t1w = contrast(folder / f"sub-{subject}_T1w.nii.gz")
+        t2w, landmarks_t2w = contrast(folder / f"sub-{subject}_T2w.nii.gz")
         start = time.process_time()
-        line = f"sub-{subject}: by the headers {apart(here, there, np.eye(4))}"
+        line = f"sub-{subject}: by the headers {apart(landmarks_t1w, landmarks_t2w, np.eye(4))}"
         try:
             motion = align_contrast(t1w, t2w)
-            line += f"; registered {apart(here, there, motion.to_reference)}"
+            line += f"; registered {apart(landmarks_t1w, landmarks_t2w, motion.to_reference)}"
             line += f"; {100 * motion.alike:.0f} % alike, {100 * motion.shared:.0f} % shared"
         except InputError as error:
             line += f"; {error}"

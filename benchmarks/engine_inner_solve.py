@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time of the inner solve and of the network, in one run.
 
-A 1 x 1 x 5 mm scan of a 176 x 208 x 176 mm head with bias, partial voxels and noise; every level
-of the default schedule is timed: denoiser call, refinement of bias and noise, exact draw, the
-rest. Prints a table and the ratio, with the peak memory of the process.
+The scan has 1 x 1 x 5 mm voxels, 176 x 208 x 176 mm, with bias, partial volume and noise. At every
+level of the default schedule, the denoiser call, the refinement of bias and noise, the exact draw
+and the rest are timed. Prints a table and the ratio, with the peak memory of the process.
 
     python benchmarks/engine_inner_solve.py [--threads 2] [--device cuda] [--sampler conditional]
 """
@@ -36,14 +36,14 @@ SPENT: dict[str, list[float]] = defaultdict(list)
 
 
 def now() -> float:
-    """Seconds; what was asked of a GPU is done."""
+    """Time in seconds, after the GPU's queue is empty."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, noting its seconds under ``name``."""
+    """The same function, which records its seconds under ``name``."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         start = now()
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--samples", type=int, default=1)
     parser.add_argument("--sampler", choices=("conditional", "exact"), default="exact")
-    parser.add_argument("--move-bias", action="store_true", help="the field inside the loop")
+    parser.add_argument("--move-bias", action="store_true", help="refine the field while sampling")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     case = head(tuple(args.extent), tuple(args.spacing))
@@ -104,7 +104,7 @@ def main() -> None:
         setattr(Likelihood, name, timed(name, getattr(Likelihood, name)))
     SpectralSolver.factors = timed("matrices", SpectralSolver.factors)  # type: ignore[method-assign]
     start = now()
-    found = entry.restore(
+    result = entry.restore(
         case.pop("observation"),
         contrast="T1w",
         prior=prior,
@@ -120,14 +120,12 @@ def main() -> None:
     network = sum(SPENT["network"])
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(
-        f"{args.sampler}, image {found.box.shape}, data {found.box.data_shape}, "
+        f"{args.sampler}, image {result.box.shape}, data {result.box.data_shape}, "
         f"{args.device}, {args.threads} threads, {args.samples} samples"
     )
     print("| part | s per level (median) | s in all |\n|---|---|---|")
     for name in ("network", "refine", "draw", "expect"):
-        if not SPENT[
-            name
-        ]:  # "conditional" takes the data into the network and solves once, at the end
+        if not SPENT[name]:  # "conditional" passes the data to the network and solves only once
             continue
         print(f"| {name} | {np.median(SPENT[name]):.3f} | {sum(SPENT[name]):.1f} |")
     small = SPENT["matrices"]
@@ -135,7 +133,7 @@ def main() -> None:
     print(f"| everything | | {total:.1f} |")
     print(
         f"inner solve / network = {inner / network:.3f}; inner / everything = "
-        f"{inner / total:.3f}; {found.inner_iterations:.1f} iterations a level; "
+        f"{inner / total:.3f}; {result.inner_iterations:.1f} iterations per level; "
         f"peak memory {memory:.2f} GiB"
     )
     if torch.cuda.is_available():

@@ -4,9 +4,9 @@
     python benchmarks/fused_samplers.py OUT sub-01_desc-brain_T1w.nii.gz ...
 
 The middle ``--cube`` mm of a brain are averaged to axial and sagittal slices (Gaussian profile, no
-motion, no bias field, noise of ``--noise``). ``restore`` gets the first stack alone, and both with
-``exact``, with ``conditional`` and with ``exact`` at twice the calls. PSNR of the restored image
-inside the brain, after one gain; residual of the samples in noise SDs.
+motion, no bias field, noise of ``--noise``). ``restore`` is given the first stack alone, and both
+with ``exact``, with ``conditional`` and with ``exact`` at twice the calls. The metrics are PSNR of
+the restored image inside the brain, after one gain, and the residual of the samples in noise SDs.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def stack(
 
 
 def one_brain(path: Path, args: argparse.Namespace) -> Rows:
-    """A row for each sampler."""
+    """One row per sampler."""
     torch.set_num_threads(1)
     truth = cube(participant(path, args), args.cube)
     rng = np.random.default_rng([args.seed, int(truth.name)])
@@ -103,7 +103,7 @@ def one_brain(path: Path, args: argparse.Namespace) -> Rows:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command; returns its exit status."""
     options = parser(__doc__, n_samples=2)
     options.add_argument("--cube", type=int, default=80, help="edge, mm")
     options.add_argument("--spacing", type=int, default=5, help="slice spacing, mm")

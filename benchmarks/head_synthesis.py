@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time of a synthetic head: our generator and cornucopia's, in the same process.
+"""Time to synthesise a head with brainprior's and cornucopia's generators, in one process.
 
     pip install cornucopia
     python benchmarks/head_synthesis.py training_seg_01.nii.gz
 
 Both draw a deformed head of random contrast, resolution, noise and bias with its labels from one
-1 mm label map. Ours samples the 1 mm map on a 2 mm grid. Cornucopia deforms a map on its own grid:
-it receives the map at 1 mm, and a map of every second voxel, with linear deformations, which are
-much faster than the cubic default according to its documentation. One thread, processor time.
+1 mm label map. brainprior samples the 1 mm map on a 2 mm grid. Cornucopia deforms a map on its own
+grid: it is given the map at 1 mm, and a map of every second voxel, with linear deformations, which
+are much faster than the cubic default according to its documentation. Measured with one thread, in
+processor time.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 from brainprior_bids.training.synthesis import HeadMap, HeadSynthesiser, load_labels
 
 SHAPE = (80, 96, 80)
-"""Voxels of 2 mm; 1 mm: twice as many an axis."""
+"""Shape in voxels of 2 mm; at 1 mm there are twice as many along each axis."""
 
 
 def seconds(draw: Callable[[], Any], repeats: int) -> float:
@@ -40,7 +41,7 @@ def seconds(draw: Callable[[], Any], repeats: int) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command; returns its exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("labels", type=Path, help="whole-head label map of 1 mm")
     parser.add_argument("--repeats", type=int, default=3)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A scan whose odd slices were measured after a motion: restored as one scan, and as two.
+"""A scan with motion before its odd slices, restored as one scan and as two observations.
 
     python benchmarks/interleaves.py OUT sub-01_T1w.nii.gz ...
 
-Whole heads of about 1 mm are averaged to axial slices, the odd ones of the head after a random
-rigid motion (``--move`` mm and degrees), with noise of ``--noise`` of the head's 99th percentile.
-Twelve slices through the middle of the brain are restored with ``exact``: as one scan; as two
-observations, each with the other's slices hidden (which must be as good, and shows what tissue
-around the brain does to each strategy of the solve); with the odd slices moved, as if they were
-not; at their true place; and where the estimate of the command puts them. PSNR against the head,
+Whole heads of about 1 mm are averaged to axial slices, the odd ones after a random rigid motion of
+the head (``--move`` mm and degrees), with noise of ``--noise`` of the head's 99th percentile.
+Twelve slices through the middle of the brain are restored with ``exact``. Without motion: as one
+scan, and as two observations, each with the other's slices hidden (which must be as good, and
+shows how tissue around the brain affects each strategy of the solve). With motion: ignoring it,
+with the true motion, and with the command's estimate of it. PSNR is computed against the head,
 2 mm inside the brain, after one gain.
 """
 
@@ -54,7 +54,7 @@ class Head:
 
 
 def head(path: Path) -> Head:
-    """By brainprior's own preprocessing."""
+    """Read a head and preprocess it as brainprior does."""
     scan = nib.as_closest_canonical(nib.load(path))
     values = scan.get_fdata(dtype=np.float32)
     grid = Grid(values.shape, scan.affine)
@@ -65,7 +65,7 @@ def head(path: Path) -> Head:
 
 
 def moved(one: Head, matrix: NDArray[np.float64]) -> Head:
-    """The head as it lies where mm p shows what was at ``matrix`` p."""
+    """The head after the rigid motion of which ``matrix`` is the inverse (mm to mm)."""
     back = np.linalg.inv(matrix)
     image = resample(one.image, one.grid, one.grid, matrix=back, order=3)
     brain = resample(one.brain, one.grid, one.grid, matrix=back, order=1)
@@ -73,7 +73,7 @@ def moved(one: Head, matrix: NDArray[np.float64]) -> Head:
 
 
 def sliced(volume: Image, thick: int) -> Image:
-    """Means of so many voxels along ``AXIS``."""
+    """Average ``thick`` voxels along ``AXIS``."""
     n = volume.shape[AXIS] // thick * thick
     lead = np.moveaxis(volume, AXIS, 0)[:n]
     means = lead.reshape(-1, thick, *lead.shape[1:]).mean(1, dtype=np.float32)
@@ -81,7 +81,7 @@ def sliced(volume: Image, thick: int) -> Image:
 
 
 def scan(even: Head, odd: Head, args: argparse.Namespace) -> Observation:
-    """Thick slices of the one and the other in turn, with noise."""
+    """Noisy thick slices, the even ones of one head and the odd ones of the other."""
     values, share = sliced(even.image, args.thick), sliced(even.brain, args.thick)
     values[..., 1::2] = sliced(odd.image, args.thick)[..., 1::2]
     share[..., 1::2] = sliced(odd.brain, args.thick)[..., 1::2]
@@ -97,7 +97,7 @@ def scan(even: Head, odd: Head, args: argparse.Namespace) -> Observation:
 
 
 def slab(whole: Observation) -> Observation:
-    """The ``SLICES`` of it in the middle of the brain; the first of them is an even one."""
+    """``SLICES`` slices of a scan in the middle of the brain; the first of them is an even one."""
     share = np.asarray(whole.mask)
     first = int(np.flatnonzero(share.max((0, 1)) > 0.9).mean()) - SLICES // 2
     first = max(first, 0) // 2 * 2
@@ -126,7 +126,7 @@ def motion(one: Head, args: argparse.Namespace, rng: np.random.Generator) -> NDA
 
 
 def one_head(path: Path, args: argparse.Namespace) -> Rows:
-    """A row for each way to restore it."""
+    """One row per way of restoring the scan."""
     torch.set_num_threads(1)
     still = head(path)
     true = motion(still, args, np.random.default_rng([args.seed, int(label_of(path))]))
@@ -168,15 +168,17 @@ def one_head(path: Path, args: argparse.Namespace) -> Rows:
             device=args.device,
         )
         image = result.mean * matching_gain(result.mean, truth, inside)
-        figures = {"PSNR dB": compare(image, truth, inside)["psnr_db"]}
-        rows[label] = figures | {"residual": float(np.mean(result.residual_ratios))}
+        rows[label] = {
+            "PSNR dB": compare(image, truth, inside)["psnr_db"],
+            "residual": float(np.mean(result.residual_ratios)),
+        }
     return rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command; returns its exit status."""
     options = parser(__doc__, n_samples=1)
-    options.add_argument("--thick", type=int, default=5, help="voxels averaged to a slice")
+    options.add_argument("--thick", type=int, default=5, help="voxels averaged into one slice")
     options.add_argument("--move", type=float, default=2.0, help="mm and degrees")
     options.add_argument("--noise", type=float, default=0.01, help="SD over the 99th percentile")
     options.add_argument("--n-steps", type=int, default=4, help="network calls per sample")

@@ -39,7 +39,7 @@ def skeleton(root: Path, subjects: int) -> None:
 
 
 def summaries(output_dir: Path, subjects: int) -> None:
-    """Write one finished scan a subject, with figures that vary."""
+    """Write one finished scan per subject, with varying metrics."""
     draw = random.Random(0)
     for n in range(subjects):
         table = [
@@ -67,15 +67,15 @@ def summaries(output_dir: Path, subjects: int) -> None:
 
 
 def timed(what: str, work: Callable[[], object]) -> None:
-    """Print how long it took."""
+    """Print how long ``work`` takes."""
     start = time.monotonic()
-    made = work()
-    size = f" ({len(made)})" if isinstance(made, list) else ""
+    result = work()
+    size = f" ({len(result)})" if isinstance(result, list) else ""
     print(json.dumps({"what": what + size, "seconds": round(time.monotonic() - start, 2)}))
 
 
 def main() -> None:
-    """Write, time, remove."""
+    """Write the data sets, time the steps, and remove everything."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--subjects", type=int, default=1000)
     options = parser.parse_args()

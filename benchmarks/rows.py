@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shared by fused_samplers.py and interleaves.py: a record per participant, and the table.
 
-A participant whose ``OUT/<participant>.json`` is of the same weights and options is not measured
-again. The table, ``OUT/table.md``, has the mean of each metric over the participants and the 95 %
-interval of a bootstrap over them.
+A participant is not measured again if ``OUT/<participant>.json`` is from the same weights and
+options. The table, ``OUT/table.md``, has the mean of each metric over the participants and the
+95 % interval of a bootstrap over them.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ PATHS = ("out", "brains", "prior")
 
 
 def label_of(path: Path) -> str:
-    """The participant's, of ``sub-<label>_...``."""
+    """The participant's label, from ``sub-<label>_...``."""
     return path.name.partition("_")[0].removeprefix("sub-")
 
 
 def participant(path: Path, args: argparse.Namespace) -> Participant:
-    """The truth: mask, bias field and unit by brainprior's own preprocessing; made once."""
+    """The truth, with mask, bias field and unit from brainprior's preprocessing; prepared once."""
     source = Source(str(path), label_of(path), "T1w", synthetic=False, choosing=False)
     harness.prepare(source, args.out)
     return Participant.load(harness.participant_path(args.out, source))
@@ -38,14 +38,14 @@ def participant(path: Path, args: argparse.Namespace) -> Participant:
 
 def parser(description: str | None, *, n_samples: int) -> argparse.ArgumentParser:
     """The options that the scripts have in common."""
-    made = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
-    made.add_argument("out", type=Path, help="folder of the records and of table.md")
-    made.add_argument("brains", type=Path, nargs="+", help="1 mm T1w")
-    made.add_argument("--prior", type=Path, help="weights; default: embedded")
-    made.add_argument("--n-samples", type=int, default=n_samples)
-    made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--device", default="cpu")
-    return made
+    common = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
+    common.add_argument("out", type=Path, help="folder of the records and of table.md")
+    common.add_argument("brains", type=Path, nargs="+", help="1 mm T1w")
+    common.add_argument("--prior", type=Path, help="weights; default: embedded")
+    common.add_argument("--n-samples", type=int, default=n_samples)
+    common.add_argument("--seed", type=int, default=0)
+    common.add_argument("--device", default="cpu")
+    return common
 
 
 def run(
@@ -58,20 +58,22 @@ def run(
     Parameters
     ----------
     one : function
-        Makes a participant's rows.
+        Measures a participant's rows.
     header : sequence of str
-        What the parts of a row's label are, separated by " | ".
+        Headings of the parts of a row's label, which are separated by " | ".
     """
     options = {key: value for key, value in vars(args).items() if key not in PATHS}
     weights = sha256_file(find_weights(args.prior, kind="prior"))
     mark = harness.fingerprint(options=options, prior=weights)
-    held = []
+    records = []
     for path in args.brains:
         record = args.out / f"{label_of(path)}.json"
         if not harness.is_done(record, mark):
             harness.write(record, {"fingerprint": mark, "rows": one(path, args)})
-        held.append(harness.read(record)["rows"])
+        records.append(harness.read(record)["rows"])
         print(path.name, flush=True)
-    text = "\n".join([*label_table(held, header), "", f"Prior {weights[:12]} (start of SHA-256)."])
+    text = "\n".join(
+        [*label_table(records, header), "", f"Prior {weights[:12]} (start of SHA-256)."]
+    )
     (args.out / "table.md").write_text(f"{text}\n", encoding="utf-8")
     print(text)

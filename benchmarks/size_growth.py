@@ -73,7 +73,7 @@ def measure(
         setattr(Likelihood, name, timed(name, getattr(Likelihood, name)))
     start = clock()
     grid = Grid(shape, np.diag([*spacing, 1.0]))
-    found = entry.restore(
+    result = entry.restore(
         Observation(scan, grid, Acquisition(2, spacing[2], spacing[2]), ball(shape)),
         mask_1mm=ball(extent),
         to_mni305=centre,
@@ -84,9 +84,9 @@ def measure(
     )
     total = clock() - start
     return {
-        "box": found.box.shape,
+        "box": result.box.shape,
         "total": total,
-        # a chain's first guess is one draw more; it is part of the set-up
+        # the initial estimate of a chain is one more draw, which is part of the set-up
         "setup": total - spent["network"] - spent["refine"] - spent["draw"] / 2 - spent["expect"],
         "network": spent["network"],
         "inner": spent["refine"] + spent["draw"] / 2,
@@ -104,13 +104,13 @@ def main() -> None:
         "--clock",
         choices=("wall", "cpu"),
         default="wall",
-        help="cpu: processor time, which with one thread is what a core of its own would take",
+        help="cpu: processor time, with one thread that of a dedicated core",
     )
     parser.add_argument("--tile", type=int, default=32, help="slab thickness, mm")
     parser.add_argument(
         "--largest-whole", type=int, default=256, help="untiled up to this edge, mm"
     )
-    parser.add_argument("--case", help=argparse.SUPPRESS)  # the child's part
+    parser.add_argument("--case", help=argparse.SUPPRESS)  # for the child process
     args = parser.parse_args()
     if args.case:
         extent, tile = json.loads(args.case)
@@ -125,12 +125,12 @@ def main() -> None:
         for tile in (None, args.tile):
             if tile is None and max(extent) > args.largest_whole:
                 continue
-            done = subprocess.run(
+            child = subprocess.run(
                 [sys.executable, __file__, "--threads", str(args.threads), "--clock", args.clock,
                  "--case", json.dumps([extent, tile])],
                 check=True, capture_output=True, text=True,
             )  # fmt: skip
-            case = json.loads(done.stdout.splitlines()[-1])
+            case = json.loads(child.stdout.splitlines()[-1])
             million = float(np.prod(case["box"])) / 1e6
             sample = case["setup"] + 20 * (case["network"] + case["inner"]) + 10 * case["expect"]
             print(

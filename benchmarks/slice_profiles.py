@@ -41,7 +41,7 @@ SLAB_MM, CUT_MM = 64, 8
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command; returns its exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("brain", type=Path, help="1 mm T1w brain, 0 outside")
     parser.add_argument("--prior", type=Path, help="weights; default: embedded")
@@ -52,13 +52,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     inside = ndimage.binary_fill_holes(truth > 0)
     image = nib.Nifti1Image(truth, np.array(whole.affine))
     truth = truth / np.exp(n4(image, inside))
-    found = parcellate(image, network=load_parcellation(), restored_grid=whole)
-    to_mni305 = fit_affine(found.table, surface=surface(found.mask > 0, whole)).matrix
+    parcels = parcellate(image, network=load_parcellation(), restored_grid=whole)
+    to_mni305 = fit_affine(parcels.table, surface=surface(parcels.mask > 0, whole)).matrix
 
     low = truth.shape[1] // 2 - SLAB_MM // 2
     slab = np.s_[:, low : low + SLAB_MM]
     grid = whole.crop((0, low, 0), (whole.shape[0], low + SLAB_MM, whole.shape[2]))
-    truth, inside, network_mask = truth[slab], inside[slab], found.mask[slab] > 0
+    truth, inside, network_mask = truth[slab], inside[slab], parcels.mask[slab] > 0
     judged = inside.copy()
     judged[:, :CUT_MM] = judged[:, -CUT_MM:] = False
     unit = float(np.percentile(truth[inside], 99))
@@ -67,16 +67,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     def row(name: str, estimate: np.ndarray, note: str = "") -> None:
         alike = matching_gain(estimate, truth, judged) * estimate
         psnr = compare(alike, truth, judged)["psnr_db"]
-        middle = np.s_[:, CUT_MM:-CUT_MM]  # the ends of the slab are no border
+        middle = np.s_[:, CUT_MM:-CUT_MM]  # the ends of the slab are not a border of the brain
         shells = by_depth(alike[middle], truth[middle], inside[middle], grid.spacing_mm)
         cells = "  ".join(f"{key} {value:.4f}" for key, value in shells.items())
         print(f"{name:44s} {psnr:.2f} dB  {cells}{note}", flush=True)
 
-    def judge(recipe: Recipe, told: str, mask: np.ndarray, rim_mm: float, name: str) -> None:
+    def judge(recipe: Recipe, assumed: str, mask: np.ndarray, rim_mm: float, name: str) -> None:
         scan, thick = degrade(truth, grid, recipe, np.random.default_rng(1), unit=unit)
         share = mask.reshape(*mask.shape[:2], thick.shape[2], -1).mean(-1)
-        acquisition = Acquisition(2, recipe.spacing_mm, recipe.spacing_mm, told)
-        done = restore(
+        acquisition = Acquisition(2, recipe.spacing_mm, recipe.spacing_mm, assumed)
+        result = restore(
             Observation(scan, thick, acquisition, share),
             mask_1mm=mask,
             rim_mm=rim_mm,
@@ -86,14 +86,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             n_samples=1,
             n_steps=2,
         )
-        row(name, done.mean, f"  ({done.sampler})")
+        row(name, result.mean, f"  ({result.sampler})")
 
     for profile, width in TRUE:
         recipe = Recipe(profile=profile, width=width)
         scan, thick = degrade(truth, grid, recipe, np.random.default_rng(1), unit=unit)
         row(f"{profile} x {width}: cubic", interpolate(scan, thick, grid, order=3))
-        for told in PROFILES:
-            judge(recipe, told, inside, 0.0, f"{profile} x {width}: told {told}")
+        for assumed in PROFILES:
+            judge(recipe, assumed, inside, 0.0, f"{profile} x {width}: assumed {assumed}")
     for mask, what in ((inside, "truth's mask"), (network_mask, "network's mask")):
         for rim in (0.0, 1.0, RIM_MM, 2.0, 3.0):
             judge(Recipe(), "trapezoid", mask, rim, f"{what}, rim {rim:g} mm")

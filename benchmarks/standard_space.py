@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How well brains lie on a standard space's template: by the affine to MNI305 alone, and by SyN.
+"""How well brains are aligned with a template by the affine to MNI305 alone, and by SyN.
 
 ``python benchmarks/standard_space.py BRAINS --work DIR --subjects 10 …``
 
@@ -8,8 +8,8 @@ nilearn's ICBM152 2009a (symmetric). Template and brains are labelled by the emb
 network, each in its own space; the brain's labels are resampled to the template by either
 transform, and compared with the template's. Prints, for each brain, the mean Dice over the
 structures, the Dice of the brain masks, processor seconds and peak memory of the registration.
-``--known`` registers the template itself after a known smooth deformation instead, and prints how
-far points of the brain are from where they belong.
+``--known`` registers the template itself after a known smooth deformation instead, and prints the
+distances of points of the brain from their true positions.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from brainprior_bids.engine.weights import load_parcellation
 
 LPS = np.array([[-1.0], [-1.0], [1.0]])
 KNOWN_MM, KNOWN_SMOOTH_MM = 4.0, 20.0
-"""SD of each component of the known deformation, and the scale on which it varies."""
+"""SD of each component of the known deformation, and the SD of its Gaussian smoothing."""
 
 
 def make_template(work: Path) -> Template:
@@ -52,18 +52,18 @@ def make_template(work: Path) -> Template:
     return template
 
 
-def labelled(image: nib.Nifti1Image, kept: Path) -> dict[str, NDArray[Any]]:
-    """Mask and labels on the 1 mm grid, and the affine to MNI305; from ``kept`` if it is there."""
-    if not kept.exists():
+def labelled(image: nib.Nifti1Image, cache: Path) -> dict[str, NDArray[Any]]:
+    """Mask and labels on the 1 mm grid, and the affine to MNI305, from ``cache`` if it exists."""
+    if not cache.exists():
         brain = find_brain(image, network=load_parcellation())
         fit = align_to_mni305(image, brain.mask, brain.table)
-        np.savez_compressed(kept, mask=brain.mask, structures=brain.structures, matrix=fit.matrix)
-    with np.load(kept) as found:
-        return dict(found)
+        np.savez_compressed(cache, mask=brain.mask, structures=brain.structures, matrix=fit.matrix)
+    with np.load(cache) as arrays:
+        return dict(arrays)
 
 
 def mean_dice(labels: NDArray[Any], truth: NDArray[Any]) -> float:
-    """Mean over the structures of the truth."""
+    """Mean Dice over the structures of the truth."""
     values = []
     for label in np.unique(truth)[1:]:
         one, other = labels == label, truth == label
@@ -107,7 +107,7 @@ def compare(path: Path, template: Template, work: Path, contrast: str) -> None:
 
 
 def known(template: Template, work: Path, contrast: str) -> None:
-    """Print how far points are from where they belong, for a known deformation of the template."""
+    """Print the errors of points, for a known deformation of the template."""
     grid = template.grid
     rng = np.random.default_rng(0)
     smooth = [
@@ -128,9 +128,9 @@ def known(template: Template, work: Path, contrast: str) -> None:
     truth = grid.affine[:3, :3] @ where[:, *chosen] + grid.affine[:3, 3:]
     points = grid.affine[:3, :3] @ chosen + grid.affine[:3, 3:]
     back = sitk.ReadTransform(str(warp.from_template))
-    found = LPS * np.array([back.TransformPoint(p) for p in (LPS * points).T]).T
-    for name, guess in (("before", points), ("SyN", found)):
-        mm = np.linalg.norm(guess - truth, axis=0)
+    mapped = LPS * np.array([back.TransformPoint(p) for p in (LPS * points).T]).T
+    for name, estimate in (("before", points), ("SyN", mapped)):
+        mm = np.linalg.norm(estimate - truth, axis=0)
         print(f"known, {name}: mean {mm.mean():.2f} mm, 95 % {np.percentile(mm, 95):.2f} mm")
     print(f"  {cost}")
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Write the descriptors under which other platforms list brainprior.
+"""Write the descriptors with which other platforms list brainprior.
 
     .venv/bin/python scripts/descriptors.py OUT
 
 OUT gets one folder per platform: ``boutiques``, ``nipoppy`` (a bundle for ``nipoppy pipeline
 install``), ``neurodesk`` (a recipe for its container builder) and ``bids-apps`` (the entry for the
 list of BIDS Apps). Owner, registry and address come from ``publishing.toml``, the version and the
-options from the package, so that no descriptor can lag behind.
+options from the package, so that no descriptor can be outdated.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from brainprior_bids.cli.boutiques import descriptor
 
 ROOT = Path(__file__).resolve().parents[1]
 CORES, MEMORY, TIME = 4, "8G", "12:00:00"
-"""What a Nipoppy job asks for, for one participant and session on a CPU."""
+"""Resources that a Nipoppy job requests for one participant and session on a CPU."""
 
 
 def publishing() -> dict[str, str]:
@@ -49,7 +49,7 @@ def nipoppy(image: str) -> dict[str, dict[str, Any]]:
     """A Nipoppy bundle: file name -> content. One job per participant and session."""
     subject, session = "[[NIPOPPY_BIDS_PARTICIPANT_ID]]", "[[NIPOPPY_BIDS_SESSION_ID]]"
     tool = descriptor()
-    # Nipoppy makes the folders and runs the container itself
+    # Nipoppy creates the folders and runs the container itself
     tool["command-line"] = tool["command-line"].removeprefix("mkdir -p [OUTPUT_DIR]; ")
     tool["container-image"] = {
         "type": "singularity",
@@ -135,7 +135,7 @@ def neurodesk(repository_url: str, image: str) -> dict[str, dict[str, Any]]:
             "tests": [
                 {
                     "name": "version",
-                    "description": "The command answers with the recipe's version",
+                    "description": "The command reports the recipe's version",
                     "command": "brainprior --version",
                     "expected_output_contains": f"brainprior {__version__}",
                 },
@@ -167,7 +167,7 @@ def bids_apps(repository: str, image: str) -> list[dict[str, Any]]:
 
 
 class Lines(yaml.SafeDumper):
-    """YAML with texts of several lines as blocks."""
+    """YAML with multi-line texts as blocks."""
 
 
 Lines.add_representer(
@@ -212,7 +212,7 @@ def write(out: Path) -> list[Path]:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description="Write the descriptors for other platforms.")
     parser.add_argument("out", type=Path, help="folder of the descriptors")
     for path in write(parser.parse_args().out):

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Write the demo's scan as DICOM files, to try a converter without data of a participant.
+"""Write the demo's scan as DICOM files, to test a converter without data of a participant.
 
     python scripts/phantom_dicom.py BIDS_DIR OUT
 
-BIDS_DIR is the demo data set, made by ``python -m brainprior_bids.evaluation.demo``. OUT gets two
-series of one study, one file per slice: a three-slice localizer, as most sessions begin with, and
-the T1w. The script needs numpy, nibabel and pydicom and nothing of brainprior, so that it runs in
-the environment of the converters (docs/dicom.md).
+BIDS_DIR is the demo data set, written by ``python -m brainprior_bids.evaluation.demo``. OUT gets
+two series of one study, one file per slice: a three-slice localizer, with which most sessions
+begin, and the T1w. The script needs numpy, nibabel and pydicom but not brainprior, so that it runs
+in the environment of the converters (docs/dicom.md).
 
-The same bytes on every run: identifiers are numbered under a root that is derived from a fixed
+Every run writes the same bytes: identifiers are numbered under a root that is derived from a fixed
 name, and dates are fixed.
 """
 
@@ -29,7 +29,7 @@ from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage
 
 ROOT = f"2.25.{uuid.uuid5(uuid.NAMESPACE_URL, 'brainprior phantom').int >> 64}"
-"""A UID root of our own; the UUID is shortened so that numbered UIDs stay within 64 characters."""
+"""UID root of the phantom; the UUID is shortened so that numbered UIDs fit into 64 characters."""
 DATE, TIME = "20260101", "120000"
 TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 LOCALIZER_SLICES = 3
@@ -37,7 +37,7 @@ LOCALIZER_SLICES = 3
 
 @dataclass(frozen=True)
 class Series:
-    """A stack of slices and what the scanner would write about it.
+    """A stack of slices, with the metadata that a scanner would write.
 
     Attributes
     ----------
@@ -61,7 +61,7 @@ class Series:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description="Write the demo's scan as DICOM files.")
     parser.add_argument("bids_dir", type=Path, help="the demo data set")
     parser.add_argument("out", type=Path, help="folder of the DICOM files")
@@ -90,7 +90,7 @@ def load_lps(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def localizer(scan: Series) -> Series:
-    """Every so many slices of the scan, as a series that a heuristic has to leave out."""
+    """Evenly spaced slices of the scan, as a series that a heuristic must exclude."""
     step = scan.data.shape[2] // LOCALIZER_SLICES
     first = step // 2
     data = scan.data[:, :, first::step][:, :, :LOCALIZER_SLICES]
@@ -114,8 +114,8 @@ def dicom_slice(series: Series, k: int) -> FileDataset:
     data.SOPClassUID = meta.MediaStorageSOPClassUID
     data.SOPInstanceUID = meta.MediaStorageSOPInstanceUID
     data.InstanceNumber = k + 1
-    place = series.affine @ [0, 0, k, 1]
-    data.ImagePositionPatient = numbers(place[:3])
+    position = series.affine @ [0, 0, k, 1]
+    data.ImagePositionPatient = numbers(position[:3])
     data.ImageOrientationPatient = numbers([*columns / spacing[0], *rows / spacing[1]])
     data.PixelSpacing = numbers([spacing[1], spacing[0]])  # between rows, then between columns
     pixels = series.data[:, :, k].T  # (row, column)
@@ -130,7 +130,7 @@ def dicom_slice(series: Series, k: int) -> FileDataset:
 
 
 def describe(data: Dataset, series: Series) -> None:
-    """What all slices of a series have in common."""
+    """Set the fields that all slices of a series share."""
     data.SpecificCharacterSet = "ISO_IR 192"
     data.PatientName, data.PatientID = "Phantom^Demo", "phantom01"
     data.PatientBirthDate, data.PatientSex = "", ""

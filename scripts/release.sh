@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Checks that the tree can be released, makes what a release consists of, in dist/, and tests it.
+# Checks that the tree can be released, builds the files of a release in dist/, and tests them.
 #
 #   scripts/release.sh [checks] [packages] [containers]        (default: all)
 #
@@ -11,14 +11,15 @@
 #             descriptors for other platforms
 # containers  image and SIF by scripts/test_containers.sh, on the demo head or on DATA and LABEL
 #
-# OUT (default: dist) takes the files; WORK (default: a new folder, removed at the end) the rest.
-# PYTHON (default: python3) makes the environments. See scripts/test_containers.sh for LAB.
+# OUT (default: dist) is the folder of these files, WORK (default: a new folder, removed at the end)
+# that of all others. PYTHON (default: python3) creates the environments. See
+# scripts/test_containers.sh for LAB.
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 cd "$here"
 parts=${*:-checks packages containers}
 for part in $parts; do
-    case $part in checks | packages | containers) ;; *) sed -n '3,17s/^# \{0,1\}//p' "$0" >&2; exit 2 ;; esac
+    case $part in checks | packages | containers) ;; *) sed -n '3,16s/^# \{0,1\}//p' "$0" >&2; exit 2 ;; esac
 done
 PYTHON=${PYTHON:-python3}
 OUT=$(realpath -m "${OUT:-dist}")
@@ -33,7 +34,7 @@ say() { echo "release: $*"; }
 version=$(sed -n 's/^version = //p' setup.cfg)
 say "brainprior $version, $(git rev-parse --short HEAD 2>/dev/null || echo 'no git')"
 problem() {
-    [ -n "${DRAFT:-}" ] || [[ $parts != *checks* ]] || { say "$* (DRAFT=1 goes on)"; exit 1; }
+    [ -n "${DRAFT:-}" ] || [[ $parts != *checks* ]] || { say "$* (DRAFT=1 continues)"; exit 1; }
     say "WARNING: $*"
 }
 [ -z "$(git status --porcelain 2>/dev/null)" ] || problem "the tree has changes that are not committed"
@@ -49,7 +50,7 @@ if [[ $parts == *checks* ]]; then
 fi
 
 env=$WORK/env
-# FILE: install it in place of what was there, and try it
+# FILE: install it in place of an earlier one, and test it
 try() {
     SECONDS=0
     if [ -d "$env" ]; then
@@ -73,7 +74,8 @@ if [[ $parts == *packages* ]]; then
     "$PYTHON" -m venv "$WORK/tools"
     "$WORK/tools/bin/pip" install --quiet --disable-pip-version-check build twine
     rm -f "$OUT"/brainprior-*.whl "$OUT"/brainprior-*.tar.gz
-    # the sdist from the tree, the wheel from the sdist: what the sdist lacks, the wheel lacks too
+    # the sdist from the tree, the wheel from the sdist: files missing from the sdist are missing
+    # from the wheel too
     "$WORK/tools/bin/python" -m build --outdir "$OUT" . >"$WORK/build.log" 2>&1 ||
         { tail -n 20 "$WORK/build.log"; exit 1; }
     rm -rf build

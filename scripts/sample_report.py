@@ -25,7 +25,7 @@ PNG = re.compile(r"data:image/png;base64,([A-Za-z0-9+/=\s]+)")
 
 
 def smaller(match: re.Match[str]) -> str:
-    """The embedded picture with a palette, where that is shorter."""
+    """The embedded picture with a palette, if that is shorter."""
     picture = Image.open(BytesIO(base64.b64decode(match[1])))
     if picture.mode not in LEVELS:
         return match[0]
@@ -38,7 +38,7 @@ def smaller(match: re.Match[str]) -> str:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description="Copy a report with smaller pictures.")
     parser.add_argument("output_dir", type=Path, help="output folder of a run")
     parser.add_argument("out", type=Path, help="folder of the copy")

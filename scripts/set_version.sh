@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Sets the version. It is read from setup.cfg; the other files that have to name it are changed with it.
+# Sets the version. It is read from setup.cfg; the other files that contain it are changed as well.
 #
 #   scripts/set_version.sh 0.2.0
 set -euo pipefail

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Builds the image and the SIF, and restores one real head in each: without network, with a
-# read-only root, as a user that the image does not know, the image with 4 GiB of memory.
+# read-only root, as a user that does not exist in the image, the image with 4 GiB of memory.
 #
 #   scripts/test_containers.sh BIDS_DIR LABEL [image] [sif]     (default: both)
 #
 # Where ../shared/lab is present, its builders are used; else docker (or podman) and apptainer.
-# WORK (default: a new folder) keeps the outputs; OPTIONS (default: --sloppy) goes to brainprior.
-# BUILD=0 takes the image TAG and the file SIF as they are.
+# WORK (default: a new folder) is for the outputs; OPTIONS (default: --sloppy) is for brainprior.
+# BUILD=0 uses the existing image TAG and file SIF.
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 cd "$here"
@@ -34,7 +34,7 @@ else
     docker=$(command -v docker || command -v podman) || { say "neither docker nor podman is here"; exit 1; }
     engine() { "$docker" "$@"; }
     build_image() { "$docker" build -t "$TAG" --build-arg "REVISION=$revision" .; }
-    build_sif() { # by way of an archive: podman has no daemon
+    build_sif() { # from an archive: podman has no daemon
         rm -f "$WORK/image.tar"
         "$docker" save -o "$WORK/image.tar" "$TAG"
         apptainer build --force --build-arg BOOTSTRAP=docker-archive --build-arg "FROM=$WORK/image.tar" \
@@ -46,7 +46,7 @@ else
 fi
 revision=$(git rev-parse HEAD 2>/dev/null || echo unknown)
 
-# FOLDER: a run left what it should
+# FOLDER: a run wrote its outputs
 check() {
     cat "$1/logs/status.tsv"
     [ "$(tail -n +2 "$1/logs/status.tsv" | cut -f3 | sort -u)" = done ]
@@ -54,7 +54,7 @@ check() {
     [ -n "$(find "$1/sub-$label" -name '*_desc-restored_*.nii.gz' -size +100k)" ]
 }
 
-# PATTERN COMMAND...: it must end at the start with code 2 and an error that matches
+# PATTERN COMMAND...: it must stop at the start with code 2 and an error that matches
 refused() {
     local pattern=$1 code=0
     shift
@@ -85,7 +85,7 @@ if [[ $parts == *image* ]]; then
             "{{index .Config.Labels \"org.opencontainers.image.$label_name\"}}" "$TAG")" ]
     done
     say "labelled"
-    # a GPU that is asked for and not there, and too little memory, stop the run at the start
+    # a requested GPU that is missing, and too little memory, stop the run at the start
     refused '--gpus all' engine run --rm --network none -v "$data:/data:ro" "$TAG" /data /tmp/out \
         participant --device cuda
     refused 'not enough memory' engine run --rm --network none --memory 2g -v "$data:/data:ro" \

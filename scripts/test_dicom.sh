@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Runs every command of docs/dicom.md, in order, in a copy of what the page uses, and checks that the
-# three data sets hold the scan that they were made from.
+# Runs every command of docs/dicom.md, in order, with links to the files that the page uses, and
+# checks that the three data sets contain the scan from which they were made.
 #
 #   scripts/test_dicom.sh
 #
-# WORK (default: a new folder, removed at the end) takes the files. Needs .venv (make demo makes it).
+# WORK (default: a new folder, removed at the end) is for the files. Needs .venv, which `make demo`
+# creates.
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 if [ -n "${WORK:-}" ]; then

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Trains the prior for a few minutes on a GPU node, measures it, checks the engine on that GPU and times one sample.
 #   scripts/train_on_gpu.sh WORK OUT [MINUTES [DEVICE [STEPS]]]
-# WORK    holds the packs that `brainprior train prior` made (docs/training.md), and gets the checkpoint
-# OUT     gets prior.safetensors, log.jsonl, train.log, quality.txt, checks.txt and timing.txt, all below 16 MB
-# MINUTES of training, a fifth of them for the output that predicts the SD
-# STEPS   the most steps; as many are taken as fit into MINUTES, and the learning rate falls over the last two thirds
+# WORK    folder with the packs of `brainprior train prior` (docs/training.md); the checkpoint is written there
+# OUT     folder for prior.safetensors, log.jsonl, train.log, quality.txt, checks.txt, timing.txt; each below 16 MB
+# MINUTES duration of the training; a fifth is for the output that predicts the SD
+# STEPS   maximum number of steps within MINUTES; the learning rate falls over the last two thirds
 # Environment: PYTHON (python3), BATCH (64 crops), WORKERS (all processors but two), RATE (1e-3).
 # A rehearsal without a GPU: BATCH=2 WORKERS=1 scripts/train_on_gpu.sh WORK OUT 3 cpu 20
 set -euo pipefail

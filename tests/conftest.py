@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from brainprior_bids.evaluation.demo import Demo
 
 # Before torch is imported. Idle threads sleep, as in the command: on busy cores they would spin in
-# the way of the work (tests/engine/test_voxels.py, two threads: 253 s, and 17 s if they sleep).
+# the way of other work (tests/engine/test_voxels.py, two threads: 253 s; 17 s if they sleep).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # make test runs several processes
 os.environ.setdefault("ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS", "1")
@@ -37,7 +37,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real scans beside the checkout; the test is skipped where it is absent."""
+    """The folder of real scans next to the checkout; the test is skipped if it is absent."""
     if not SHARED.is_dir():
         pytest.skip("no real scans beside this checkout")
     return SHARED
@@ -45,7 +45,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def demo_head() -> Demo:
-    """The demo's person, made once (a quarter of a minute); nobody may write into it."""
+    """The demo participant, created once (15 s); it must not be modified."""
     from brainprior_bids.evaluation import demo
 
     output = demo.make_demo()
@@ -56,7 +56,7 @@ def demo_head() -> Demo:
 
 @pytest.fixture(scope="session")
 def demo_slab(demo_head: Demo) -> Demo:
-    """A slab of 30 mm through its middle, scan and truth: what takes minutes takes seconds."""
+    """A slab of 30 mm through its middle, scan and truth, to save time."""
     from brainprior_bids.evaluation.demo import Demo
 
     start, stop = (20, 14, 15), (172, 210, 21)
@@ -73,7 +73,7 @@ def demo_slab(demo_head: Demo) -> Demo:
 
 @pytest.fixture(scope="session")
 def write_demo(demo_head: Demo) -> Callable[[Path], Path]:
-    """``demo.write_demo`` with that person."""
+    """``demo.write_demo`` with that participant."""
     from brainprior_bids.evaluation import demo
 
     def write(out: Path) -> Path:
@@ -86,7 +86,7 @@ def write_demo(demo_head: Demo) -> Callable[[Path], Path]:
 
 @pytest.fixture
 def told(caplog, monkeypatch):
-    """What the program logs. Its logger does not hand lines on, so caplog would hear nothing."""
+    """The program's log. Its logger does not propagate records, so caplog would be empty."""
     monkeypatch.setattr(logging.getLogger("brainprior"), "propagate", True)
     caplog.set_level(logging.INFO, logger="brainprior")
     return caplog

@@ -28,14 +28,14 @@ def toy_participant(name="01", contrast="T1w", seed=0):
 
 
 class Answer:
-    """A command that writes an image it was given as the result of every scan.
+    """A command that writes a given image as the result of every scan.
 
     Parameters
     ----------
     image : Volume
         99th percentile 1, as the scans have before they are written.
     mask : array
-        Of the brain, on the image's grid.
+        Brain mask on the image's grid.
     factor : function, optional
         Role of the output (``restored``, ``sample01``) -> factor on the image.
     runs : dict, optional

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The descriptors of ``scripts/descriptors.py`` have what each platform asks for.
+"""The descriptors of ``scripts/descriptors.py`` meet the requirements of each platform.
 
 Their own validators passed when this was written: ``bosh validate``, ``nipoppy pipeline validate``
 (Nipoppy 0.4.8) and ``builder/validation.py`` of Neurodesk's recipes. Only bosh runs in the tests.

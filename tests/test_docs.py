@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pages name things that exist."""
+"""The pages mention only options, files and names that exist."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_the_method_page_names_code_that_exists():
 
 
 def test_the_comparison_names_options_that_exist():
-    """First column: ours, and theirs in brackets where we have none."""
+    """First column: brainprior's option, or the other program's in brackets."""
     ours = {option for action in build_parser()._actions for option in action.option_strings}
     text = (DOCS / "comparison.md").read_text()
     rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `-")]
@@ -52,7 +52,7 @@ def test_the_comparison_names_options_that_exist():
 def table_of(study, page):
     """Lines of a study's table; of the page, until the study is remade with shipped weights.
 
-    Either names its weights, which must be those of ``data/measured.json``.
+    Both state their weights, which must be those of ``data/measured.json``.
     """
     weights = MEASURED[study]["prior_sha256"][:DIGITS]
     path = DOCS / "tables" / f"{study}.md"
@@ -73,7 +73,7 @@ def test_the_coverage_that_reports_quote_is_that_of_the_table():
     for cells in map(cells_of, table_of("coverage", "tasks/samples.md")):
         if len(cells) == 6 and cells.pop(2) != "0":  # with the network's own error
             continue
-        if len(cells) == 5 and " mm, " in cells[0] + scans:  # below a condition the next ones' is
+        if len(cells) == 5 and " mm, " in cells[0] + scans:  # the next conditions follow below
             scans = cells[0] or scans
             shares = [int(share) for share in re.findall(r"(\d+) %", " ".join(cells[2:4]))]
             said[scans, re.sub(r"^\d+ ", "", cells[1])] = shares

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Imports go one way, and no module uses another module's private names."""
+"""Imports have one direction, and no module uses another module's private names."""
 
 from __future__ import annotations
 

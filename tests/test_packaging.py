@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is installed is what is in the tree."""
+"""The installed files are those in the tree."""
 
 from __future__ import annotations
 

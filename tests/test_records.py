@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records: what is written is read back, old and partial files are read, wrong types are named."""
+"""Records: round trip, old and partial files, messages about wrong types."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_files_used_to_be_their_own_source():
     assert record.mask_origin.data_set == "the data set fs"
     assert record.structures_origin == Origin(StructuresSource.FILE, "aseg.nii.gz")
     assert record.structures_origin.data_set == "aseg.nii.gz"
-    assert given == {"mask": {"uri": uri, "sha256": "12"}}  # the caller's is not changed
+    assert given == {"mask": {"uri": uri, "sha256": "12"}}  # the caller's value is not changed
 
 
 def test_every_option_is_a_source_and_every_source_has_its_words():

@@ -20,7 +20,7 @@ FIRST, SECOND = re.findall(
 
 
 def test_the_five_lines_of_the_page_restore_a_scan(demo_slab, tmp_path, monkeypatch):
-    """As they stand there, with the embedded networks, but for fewer and shorter chains."""
+    """As on the page, with the embedded networks, but with fewer and shorter chains."""
     assert len([line for line in FIRST.splitlines() if line]) == 5
     output = demo_slab
     monkeypatch.chdir(tmp_path)
@@ -60,7 +60,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 
 
 def test_the_engine_as_the_page_calls_it():
-    """As it stands there, with the embedded prior, on a ball of 22 mm; tensors and arrays."""
+    """As on the page, with the embedded prior, on a ball of 22 mm; tensors and arrays."""
     squares = [np.linspace(-1, 1, n) ** 2 for n in (24, 28, 25)]
     inside = squares[0][:, None, None] + squares[1][:, None] + squares[2] < 0.81
     share = inside.reshape(24, 28, 5, 5).mean(-1, dtype=np.float32)

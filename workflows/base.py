@@ -58,7 +58,7 @@ def configure_nipype(settings: Settings, *, crash_dir: Path) -> None:
     config.update_config(
         {
             "execution": {
-                "crashdump_dir": str(crash_dir).replace("%", "%%"),  # as configparser wants it
+                "crashdump_dir": str(crash_dir).replace("%", "%%"),  # as configparser requires
                 "crashfile_format": "txt",
                 "hash_method": "content",
                 "stop_on_first_crash": str(settings.stop_on_first_crash).lower(),

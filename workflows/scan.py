@@ -69,7 +69,7 @@ class Job:
     ----------
     scan : Scan
     seed : int
-        The scan's own, derived from the run's.
+        Seed of the scan, derived from that of the run.
     fingerprint : str
         SHA-256 over everything that determines the result.
     given : role -> Given
@@ -101,8 +101,8 @@ def claims_gb(settings: Settings, field_of_view_l: float = 0.0) -> dict[str, flo
         del claims["templates"]
     if settings.low_mem:
         claims["restore"] = RESTORE_IN_TILES_GB
-    for name, (least, a_litre) in WIDE_GB.items():
-        claims[name] = max(claims[name], least + a_litre * field_of_view_l)
+    for name, (least, per_litre) in WIDE_GB.items():
+        claims[name] = max(claims[name], least + per_litre * field_of_view_l)
     claims["restore"] += SAMPLE_GB * max(0, settings.n_samples - 4)
     return claims
 
@@ -118,7 +118,7 @@ def field_of_view_l(path: Path) -> float:
 
 
 def expected_work(settings: Settings) -> dict[str, float]:
-    """Node -> share of a scan's time, for the progress: seconds of a thin T1w on one core."""
+    """Node -> expected seconds for a thin T1w on one core, for the progress bar."""
     calls = settings.n_samples * registry.find(settings.sampler).calls(
         settings.n_steps, simple=settings.simple
     )
@@ -155,7 +155,7 @@ def init_scan_wf(
     With a lesion mask, ``lesion`` precedes n4, and the voxels that it hides are excluded from n4,
     align and restore. With other runs, ``align`` follows n4. Another tool's image alone needs no
     n4. For exports, restore → export → deliver precede write. ``templates`` exists only if the job
-    has some.
+    has templates.
 
     Parameters
     ----------

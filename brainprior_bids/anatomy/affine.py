@@ -169,8 +169,8 @@ def _residual_warning(median: float) -> list[str]:
     if median <= UNUSUAL_RESIDUAL_MM:
         return []
     return [
-        f"Structures lie {median:.1f} mm (median) from their places in MNI305 after the affine; "
-        f"usual is below {UNUSUAL_RESIDUAL_MM:g} mm."
+        f"The structures are {median:.1f} mm (median) from their expected positions in MNI305 "
+        f"after the affine; usually this is below {UNUSUAL_RESIDUAL_MM:g} mm."
     ]
 
 

@@ -241,7 +241,7 @@ def _stripped_mask(image: nib.Nifti1Image, grid: Grid, own: Parcellation) -> _Re
 
 
 def _edge_mask(image: nib.Nifti1Image, grid: Grid) -> _Replacement:
-    """The scan's own edge, because the user says that it is skull-stripped."""
+    """The scan's own edge, because the settings state that it is skull-stripped."""
     edge, empty = external.own_edge(image)
     warnings = []
     if empty < EMPTY_BACKGROUND:

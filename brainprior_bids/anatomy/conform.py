@@ -289,7 +289,7 @@ def _about(resolution: Resolution, name: str) -> list[str]:
     if resolution.used_mm == resolution.stored_mm:
         return [
             f"{what}; they are used as they are, so that the result is as blurred. With the voxel "
-            "size that was measured, --effective-resolution restores what lies between."
+            "size that was measured, --effective-resolution restores the missing resolution."
         ]
     return [
         f"{what}; the image was reduced to {used} mm before it was restored. If that is wrong, "

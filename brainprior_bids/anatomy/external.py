@@ -184,7 +184,7 @@ def mask_from_file(path: Path, grid: Grid, *, name: str) -> Mask:
     InputError
         If it cannot be read, is not a 3-D mask, or is outside of the scan.
     GeometryError
-        If its header does not say where it lies.
+        If its header does not state its position.
     """
     values, source = _read(path, name)
     inside = values > 0.5 * float(values.max())
@@ -207,7 +207,7 @@ def labels_from_file(path: Path, grid: Grid, *, name: str) -> NDArray[np.int16]:
     InputError
         If it cannot be read or has hardly any of FreeSurfer's inner structures.
     GeometryError
-        If its header does not say where it lies.
+        If its header does not state its position.
     """
     values, source = _read(path, name)
     labels = values.round().astype(np.int32)
@@ -290,6 +290,6 @@ def run_program(command: Sequence[str], output: Path) -> dict[str, Any]:
         output_tail = " / ".join((result.stderr or result.stdout).strip().splitlines()[-3:])
         raise AnatomyError(
             f"{command[0]} ended with {result.returncode} and "
-            f"{'an' if output.exists() else 'no'} output; it said: {output_tail or 'nothing'}."
+            f"{'an' if output.exists() else 'no'} output; its messages: {output_tail or 'none'}."
         )
     return {"command": list(command), "program": shutil.which(command[0])}

@@ -76,9 +76,9 @@ class InterleaveMotion:
         if not self.moved:
             return []
         return [
-            f"The odd slices lie {self.rms_mm:.1f} mm from the even ones (RMS in the brain): the "
-            "participant moved between the interleaves. This is not corrected: expect jagged "
-            "edges across the slices."
+            f"The odd slices are displaced by {self.rms_mm:.1f} mm (RMS in the brain) relative to "
+            "the even ones: the participant moved between the interleaves. This is not corrected: "
+            "expect jagged edges across the slices."
         ]
 
 

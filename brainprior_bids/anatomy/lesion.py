@@ -138,8 +138,8 @@ def prepare_lesion(
     warnings = []
     if inside < MOSTLY_INSIDE:
         warnings.append(
-            f"Only {inside:.0%} of the lesion mask lies in the brain as it was found; the rest "
-            "was added to the brain. Check the mask and the scan's parcellation."
+            f"Only {inside:.0%} of the lesion mask is inside the brain mask; the rest was added "
+            "to the brain. Check the lesion mask and the scan's parcellation."
         )
     whole = brain | lesion
     hidden = lesion

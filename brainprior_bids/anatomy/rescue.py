@@ -84,7 +84,7 @@ def find_affine(
         if fit.median_residual_mm <= UNUSUAL_RESIDUAL_MM:
             return fit
         problem = (
-            f"the structures lie {fit.median_residual_mm:.1f} mm from their expected positions"
+            f"the structures are {fit.median_residual_mm:.1f} mm from their expected positions"
         )
     except AnatomyError as error:
         problem = str(error)

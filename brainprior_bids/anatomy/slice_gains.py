@@ -148,7 +148,7 @@ def find_slice_gains(
     Raises
     ------
     ShapeMismatchError
-        If an array does not lie on the grid.
+        If an array is not on the grid.
     """
     scan, share, bias = (np.asarray(a, np.float32) for a in (values, mask, log_bias))
     for name, array in (("scan", scan), ("mask", share), ("log_bias", bias)):
@@ -210,7 +210,7 @@ def slice_steps(
 
 
 def _blocks(shape: tuple[int, ...], in_plane_mm: Array) -> NDArray[np.intp]:
-    """The number of the block that each voxel of a slice lies in."""
+    """The number of the block that contains each voxel of a slice."""
     rows, columns = (
         (np.arange(size) * mm // BLOCK_MM).astype(np.intp)
         for size, mm in zip(shape, in_plane_mm, strict=True)

@@ -79,7 +79,9 @@ def slice_fit(image: nib.Nifti1Image, mask: ArrayLike, *, axis: int) -> SliceFit
     axis : {0, 1, 2}
         Slice axis.
 
-    Returns ------- SliceFit, or None if fewer than three slices contain enough brain.
+    Returns
+    -------
+    SliceFit, or None if fewer than three slices contain enough brain.
 
     Raises
     ------
@@ -99,25 +101,25 @@ def slice_fit(image: nib.Nifti1Image, mask: ArrayLike, *, axis: int) -> SliceFit
     smooth = ndimage.gaussian_filter(data, widths) / np.maximum(weight, 1e-3)
     slices, brain = np.moveaxis(smooth, axis, 0), np.moveaxis(inside, axis, 0)
     area_cm2 = brain.sum((1, 2)) * float(np.prod(np.delete(spacing, axis))) / 100
-    judged = [k for k in range(1, len(slices) - 1) if area_cm2[k - 1 : k + 2].min() >= LEAST_CM2]
-    if len(judged) < FEWEST:
+    compared = [k for k in range(1, len(slices) - 1) if area_cm2[k - 1 : k + 2].min() >= LEAST_CM2]
+    if len(compared) < FEWEST:
         return None
     within = apart = 0.0
     ratios = []
-    for k in judged:
+    for k in compared:
         here = brain[k - 1] & brain[k] & brain[k + 1]
         before, this, after = (slices[n][here].astype(np.float64) for n in (k - 1, k, k + 1))
         within += float(np.sum((this - (before + after) / 2) ** 2))
         apart += float(np.sum((after - before) ** 2))
-        beside = sum(float(np.median(slices[n][brain[n]])) for n in (k - 1, k + 1)) / 2
-        ratios.append(float(np.median(slices[k][brain[k]])) / beside if beside > 0 else 1.0)
+        around = sum(float(np.median(slices[n][brain[n]])) for n in (k - 1, k + 1)) / 2
+        ratios.append(float(np.median(slices[k][brain[k]])) / around if around > 0 else 1.0)
     if apart <= 0:
         return None
     faintest = int(np.argmin(ratios))
     return SliceFit(
         mismatch=round(float(np.sqrt(within / apart)), 4),
         faintest=round(ratios[faintest], 4),
-        faintest_slice=judged[faintest],
+        faintest_slice=compared[faintest],
     )
 
 

@@ -82,7 +82,7 @@ def resample(
 
 
 def check_placed(image: nib.spatialimages.SpatialImage, who: str) -> None:
-    """Refuse an image whose header does not say where it lies: nibabel would guess.
+    """Refuse an image whose header does not state its position: nibabel would guess.
 
     Raises
     ------

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process per scan: a process that works on a scan locks it for others. Otherwise two
-simultaneous runs of one scan would use the same work folder. A claim is a lock on one byte of a
-file; the byte is derived from the scan's name. POSIX record locks work on NFS too, need one open
-file for any number of scans, and are released when their process ends for any reason. A run claims
-its own name as an owner in the same way: temporary files whose owner's byte can be locked belong
-to a run that was killed.
+"""Claims: a process that works on a scan locks it, so that no other process takes the same scan.
+
+Without them, two simultaneous runs of one scan would use the same work folder. A claim is a lock
+on one byte of a file; the byte is derived from the scan's name. POSIX record locks work on NFS
+too, need one open file for any number of scans, and are released when their process ends for any
+reason. A run claims its own name as the owner of its temporary files in the same way: if an
+owner's byte can be locked, that run was killed, and its temporary files can be removed.
 """
 
 from __future__ import annotations
@@ -58,8 +59,9 @@ class Claims:
                 fcntl.lockf(file, fcntl.LOCK_EX, 1, _byte(self._owner), os.SEEK_SET)
 
     def take(self, scan: str) -> bool:
-        """Claim a scan; False if another process has it. On a file system without locks nothing is
-        claimed; the result is True, with a warning.
+        """Claim a scan; False if another process has it.
+
+        On a file system without locks nothing is claimed; the result is True, with a warning.
         """
         claimed = self._try(scan)
         if not claimed:

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The derivative data set: its description, the files for the validator to ignore, and
-sidecars."""
+"""The derivative data set: its description, files that the validator ignores, and sidecars."""
 
 from __future__ import annotations
 
@@ -41,7 +40,7 @@ from brainprior_bids.settings import (
 )
 
 BIDS_VERSION = "1.11.1"
-"""The newest that the validator knows (bids-validator-deno 3.0.2 warns about 1.11.2)."""
+"""The newest version that the validator supports (bids-validator-deno 3.0.2 warns of 1.11.2)."""
 
 BIDSIGNORE = (
     "*.html",
@@ -59,16 +58,16 @@ BIDSIGNORE = (
 
 DESCRIPTIONS = {
     "restored": "1 mm skull-stripped image without bias field: estimate of the posterior mean",
-    "restoredSample01": "one posterior sample, and so on for every number; with --save-samples",
-    "inpainted": "the scan, bit for bit, except under the lesion mask: there what the posterior "
-    "mean of the brain predicts for the scan",
-    "refined": "1 mm skull-stripped image: what the prior makes of another tool's image that is "
-    "trusted to within --trust",
+    "restoredSample01": "one posterior sample (02, 03, … are others); with --save-samples",
+    "inpainted": "the scan, bit for bit, except under the lesion mask, where the values are "
+    "predicted from the posterior mean of the brain",
+    "refined": "1 mm skull-stripped image: another tool's image, regularised by the prior within "
+    "the error --trust",
     "restoredRefined": "as restored, from the scan and another tool's image together",
     "restoredInpainted": "as restored, voxels under the lesion mask excluded from the likelihood",
-    "inpaintedRefined": "as inpainted; another tool's image informs what is filled in",
-    "restoredInpaintedRefined": "as restoredInpainted, from the scan and another tool's image: "
-    "under the lesion mask from that image alone",
+    "inpaintedRefined": "as inpainted, using another tool's image under the lesion mask",
+    "restoredInpaintedRefined": "as restoredInpainted, from the scan and another tool's image; "
+    "under the lesion mask, from that image alone",
     "fused": "residual map of a fused run that is not the reference, on its own voxels",
     "brain": "brain mask; its sidecar states the source",
     "structures": "brain structures, FreeSurfer's label values; the sidecar states the source",
@@ -77,16 +76,16 @@ DESCRIPTIONS = {
 
 
 UNCERTAINTY = {
-    "prior": "voxelwise standard deviation of the true image about the restored one, as the prior "
-    "predicts it from the scan, in the image's units",
+    "prior": "voxelwise standard deviation of the true image about the restored one, predicted by "
+    "the prior from the scan, in the image's units",
     "samples": "voxelwise standard deviation of the posterior samples, in the image's units",
 }
 RESIDUAL = (
-    "scan minus what the samples predict for it (mean over samples), in units of the standard "
+    "scan minus the samples' prediction of it (mean over samples), in units of the standard "
     "deviation of the noise as estimated before sampling"
 )
 REFINED_RESIDUAL = (
-    "the image to refine minus what the samples predict for it (mean over samples), in units of "
+    "the image to refine minus the samples' prediction of it (mean over samples), in units of "
     "--trust"
 )
 
@@ -117,11 +116,11 @@ def descriptions() -> dict[str, str]:
 
 
 MNI305_URL = "https://templateflow.s3.amazonaws.com/tpl-MNI305/tpl-MNI305_T1w.nii.gz"
-"""The image that defines the space; it is not fetched."""
+"""The image that defines the space; it is not downloaded."""
 RESOLUTION = "1 mm, the voxels of TemplateFlow's res-01"
 
 OWN_SPACE = ("volume_mm3", "confidence")
-"""Metadata that describe columns of the table next to the labels in the scan's own space."""
+"""Metadata on columns of the table of labels, which the table in other spaces does not have."""
 
 INHERITED = (
     "Manufacturer",
@@ -180,19 +179,19 @@ def write_dataset_files(
     write_text(
         output_dir / "README",
         "Images restored by brainprior. Open sub-<label>.html for the report of a participant;\n"
-        "logs/status.tsv says which scans were done. The images are estimates under a prior:\n"
-        "read the uncertainty map beside each (suffix uncertainty).\n",
+        "logs/status.tsv has the status of every scan. The images are estimates under a prior:\n"
+        "see the uncertainty map next to each (suffix uncertainty).\n",
     )
 
 
 def write_descriptions(root: Path, meanings: Mapping[str, str]) -> None:
-    """Write ``descriptions.tsv``, which says what each ``desc-`` means, and its sidecar."""
+    """Write ``descriptions.tsv``, with the meaning of each ``desc-``, and its sidecar."""
     rows = [f"desc-{label}\t{text}" for label, text in meanings.items()]
     write_text(root / "descriptions.tsv", "\n".join(["desc_id\tdescription", *rows]) + "\n")
     sidecar = {
-        "Description": "What each desc- label of this data set means",
+        "Description": "The meaning of each desc- label of this data set",
         "desc_id": {"Description": "The entity desc- with its label"},
-        "description": {"Description": "What the files with this label hold"},
+        "description": {"Description": "The content of the files with this label"},
     }
     write_json(root / "descriptions.json", sidecar)
 
@@ -222,7 +221,7 @@ def code_url() -> str | None:
 
 
 def container() -> dict[str, str] | None:
-    """The container that this process runs in, as BIDS describes it; None outside of one.
+    """The container in which this process runs, as BIDS describes it; None outside a container.
 
     The digest is known if it is passed at the start of the container: an image cannot contain its
     own. ``BRAINPRIOR_IMAGE`` and ``BRAINPRIOR_IMAGE_DIGEST`` are read.
@@ -242,25 +241,26 @@ def container() -> dict[str, str] | None:
 
 
 def check_output(output_dir: Path) -> None:
-    """Refuse an output folder that contains another program's data set, or cannot be written.
+    """Check that the output folder can be used.
 
     Raises
     ------
     UsageError
+        If it contains another program's data set, or cannot be written.
     """
     path = output_dir / "dataset_description.json"
     if path.exists():
         try:
-            there = read_json(path)
+            description = read_json(path)
         except (OSError, ValueError) as error:
             raise UsageError(f"{path} cannot be read ({error}). Repair or remove it.") from error
-        generated_by = there.get("GeneratedBy")
+        generated_by = description.get("GeneratedBy")
         generated_by = generated_by if isinstance(generated_by, list) else []
         makers = [maker.get("Name") for maker in generated_by if isinstance(maker, dict)]
         if "brainprior" not in makers:
             raise UsageError(
-                f"output_dir {output_dir} is a data set that brainprior did not make "
-                f"({there.get('Name', 'unnamed')}). Choose another folder, for example "
+                f"output_dir {output_dir} is a data set that brainprior did not write "
+                f"({description.get('Name', 'unnamed')}). Choose another folder, for example "
                 f"{output_dir / 'derivatives' / 'brainprior'}."
             )
     try:
@@ -364,16 +364,16 @@ def sidecars(
             "volume_mm3": {"Description": "volume of the structure", "Units": "mm^3"},
             "confidence": {
                 "Description": "the network's mean probability inside the structure, 0 to 1; "
-                "n/a where the labels are not its own"
+                "n/a if the labels are from another source"
             },
             **({"Weights": _card(parcellation.weights)} if structures_origin.embedded else {}),
         },
     }
     if "restored_native" in outputs:
         contents["restored_native"] = {
-            "Description": "the whole head on the scan's own voxels, bias field and skull "
-            "included: voxels that lie wholly in the brain are what the result predicts for "
-            "them, every other voxel is the scan's",
+            "Description": "the whole head on the scan's own voxels, with bias field and skull: "
+            "voxels entirely inside the brain are predicted from the result, all others are "
+            "those of the scan",
             **image,
             **estimator,
             "SkullStripped": parcellation.mask_source.scan_is_stripped,
@@ -444,8 +444,8 @@ def sidecars(
 def _warp(template: TemplateRecord, way: str, image: str) -> dict[str, Any]:
     """The JSON next to a nonlinear transform."""
     return {
-        "Description": f"nonlinear transform, {way}: composite ITK transform in HDF5, which "
-        "antsApplyTransforms takes as one",
+        "Description": f"nonlinear transform, {way}: composite ITK transform in HDF5, to be "
+        "passed to antsApplyTransforms as one transform",
         "Sources": [image, str(template.address)],
         "Metric": template.metric,
         "Software": template.program,
@@ -495,9 +495,7 @@ def _card(weights: WeightsRecord) -> dict[str, str | None]:
 
 
 def _resolution(resolution: ResolutionRecord) -> dict[str, Any]:
-    """The measured voxels of an interpolated scan, and those that were used; mm, along the
-    closest-canonical axes.
-    """
+    """Measured and used voxel sizes of an interpolated scan, mm along closest-canonical axes."""
     if not resolution.interpolated:
         return {}
     return {"MeasuredVoxelSize": resolution.measured_mm, "UsedVoxelSize": resolution.used_mm}
@@ -552,7 +550,7 @@ def interval_half_widths(n_samples: int | None) -> dict[str, float]:
     """
     if n_samples is None:
         return {"50": 0.6745, "90": 1.6449}
-    from scipy.stats import t as student_t  # takes a second to import, and --help needs it not
+    from scipy.stats import t as student_t  # slow to import, and not needed for --help
 
     return {
         str(percent): round(

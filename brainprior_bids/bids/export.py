@@ -43,10 +43,10 @@ TISSUE_TABLE = (
     "index\tname\tabbreviation\n1\tgrey matter\tGM\n2\twhite matter\tWM\n3\tfluid\tCSF\n"
 )
 HEAD = (
-    "whole head of 1 mm: the restored brain in the scan, which is divided by the bias field, "
-    "matched in brightness, and interpolated where it is not brain"
+    "whole head, 1 mm: the restored brain, and outside it the scan, divided by its bias field, "
+    "matched in brightness and interpolated"
 )
-DESCRIPTIONS = {"preproc": HEAD, "brain": "brain mask; the sidecar's Sources lead to what made it"}
+DESCRIPTIONS = {"preproc": HEAD, "brain": "brain mask; the sidecar's Sources lead to its origin"}
 OWN_ORIGIN = ("GeneratedBy", "SidecarGeneratedBy", "Digest")
 """Metadata on the provenance of the scan that do not apply to an image made from it."""
 
@@ -139,7 +139,7 @@ def prepare(
         write_json(folder / "dataset_description.json", described)
         write_text(
             folder / "README",
-            "Made by brainprior for another program; see docs/fmriprep.md of brainprior.\n"
+            "Written by brainprior for another program; see docs/fmriprep.md of brainprior.\n"
             "The brains in it are estimates under a prior.\n",
         )
 
@@ -162,7 +162,7 @@ def stage_fmriprep(
     fingerprint: str,
     made_from: Mapping[str, str],
 ) -> list[str]:
-    """Write a subject's files below ``staging``; their paths from there.
+    """Write a subject's files below ``staging``; returns the relative paths.
 
     Parameters
     ----------
@@ -170,7 +170,7 @@ def stage_fmriprep(
         ``head, mask, dseg, gm, wm, csf``.
     export : ExportRecord
     fingerprint : str
-        The result's.
+        Fingerprint of the result.
     made_from : role -> path in the output folder
         See ``parents``.
     """
@@ -214,7 +214,7 @@ def stage_fmriprep(
 def stage_raw(
     staging: Path, scan: Scan, head: Path, *, export: ExportRecord, fingerprint: str
 ) -> list[str]:
-    """Write a scan's restored head and its sidecar below ``staging``; their paths from there."""
+    """Write a scan's restored head and its sidecar below ``staging``; returns relative paths."""
     path = raw_name(scan.name)
     target = staging / path
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -242,10 +242,10 @@ def fmriprep_files(source: BIDSName) -> list[str]:
 
 
 def remove_others(root: Path, subject: str, kept: Iterable[str], *, per: str) -> list[str]:
-    """Remove what an earlier export left that a query of this subject would match as well.
+    """Remove files of earlier exports that a query for this subject would match as well.
 
-    Per subject, that is everything of the subject that was not just written; per session, what
-    lies in the same folder. Returns the paths removed.
+    Per subject, these are all of the subject's files except ``kept``; per session, those in the
+    same folder. Returns the removed paths.
     """
     kept = set(kept)
     folder = (root / next(iter(kept))).parent if per == "session" else root / f"sub-{subject}"
@@ -259,7 +259,7 @@ def remove_others(root: Path, subject: str, kept: Iterable[str], *, per: str) ->
 
 
 def is_delivered(exports: Mapping[str, str], scan: Scan, fingerprint: str) -> bool:
-    """Whether the scan's files lie in the roots, and are those of this very result."""
+    """Whether all roots contain the scan's files, and those of this result (by fingerprint)."""
     for kind, root in exports.items():
         paths = fmriprep_files(scan.name) if kind == "fmriprep" else [raw_name(scan.name)]
         if not all((Path(root) / path).is_file() for path in paths):
@@ -279,18 +279,18 @@ def link_rest(
 ) -> tuple[int, dict[str, str]]:
     """Fill the ``raw`` root with links to all that is not ``anat`` and to what it inherits.
 
-    Links are absolute, so the original has to lie (or be mounted) where it lay here. ``anat``
-    images of the original are left out: fMRIPrep takes every ``T1w`` that it finds. Sessions
-    without a scan of ours are linked too (a head of the first session, functional images of all),
-    those of ``sessions`` where any were asked for.
+    Links are absolute, so the original data must remain (or be mounted) at the same path. The
+    original's ``anat`` images are not linked, because fMRIPrep uses every ``T1w``. Sessions
+    without a restored scan are linked too (a head of the first session, functional images of
+    all); if ``sessions`` are requested, only these.
 
     Returns
     -------
     links : int
         Number of files linked.
     problems : subject -> message
-        Where something is in the way, or the disk refuses; under "", of what all participants
-        share. The links of the others are made.
+        For participants whose links could not be created; the key "" is for the files that all
+        participants share. The links of the others are created.
     """
     links, problems = 0, {}
     usable = [scan for scan in scans if scan.problem is None]
@@ -319,9 +319,7 @@ def describe_raw(root: Path, bids_dir: Path) -> None:
 def _rest(
     bids_dir: Path, subject: str, folders: set[PurePosixPath], sessions: Sequence[str]
 ) -> Iterator[Path]:
-    """The files to link for one subject with scans in ``folders``; without a subject, those of the
-    root.
-    """
+    """The files to link for one subject with scans in ``folders``, or (subject "") for all."""
     if not subject:
         yield from _inherited(bids_dir)
         return
@@ -340,7 +338,7 @@ def _rest(
 
 
 def _inherited(folder: Path) -> list[Path]:
-    """Files of a folder that hold for images below it, restored heads (they say all) left out."""
+    """Files that apply to images below a folder; none of restored heads, which need no others."""
     heads = (*MODALITIES, *OTHER_MODALITIES)
     listed = ("participants.tsv", "dataset_description.json")
     return [
@@ -363,7 +361,7 @@ def _link(link: Path, target: Path) -> None:
         raise InputError(f"--export raw: {link} is in the way. Remove it and run again.")
     partial = link.with_name(f".{link.name}.{os.getpid()}")
     partial.symlink_to(target)
-    partial.replace(link)  # another process may be making the same link
+    partial.replace(link)  # another process may be creating the same link
 
 
 def _write_participants(root: Path, bids_dir: Path) -> None:
@@ -391,8 +389,8 @@ def _filters(root: Path) -> dict[str, Any]:
         name = BIDSName.parse(path.name)
         labels.setdefault(name.suffix.lower(), set()).add(str(name.get("rec")))
     filters = {}
-    for key, found in sorted(labels.items()):
-        values = sorted(found)
+    for key, reconstructions in sorted(labels.items()):
+        values = sorted(reconstructions)
         filters[key] = {
             "datatype": "anat",
             "reconstruction": values[0] if len(values) == 1 else values,

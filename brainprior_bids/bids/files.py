@@ -33,9 +33,10 @@ TEMPORARY = re.compile(r"\.(?:.*\.)?brainprior-(?:[a-z]+-)?([0-9]+x[0-9a-f]{12})
 
 
 def become_owner() -> str:
-    """Make this process the owner of the temporary files that it and its workers write. Workers
-    inherit the name with the environment. A step that a scheduler starts without the environment
-    has no owner: it is unknown whether its files are still in use, so they are kept.
+    """Make this process the owner of the temporary files that it and its workers write.
+
+    Workers inherit the name with the environment. A step that a scheduler starts without the
+    environment has no owner: it is unknown whether its files are still in use, so they are kept.
     """
     if not os.environ.get(OWNER, "").startswith(f"{os.getpid()}x"):
         os.environ[OWNER] = f"{os.getpid()}x{secrets.token_hex(6)}"
@@ -182,12 +183,10 @@ def decoded(data: bytes) -> tuple[str, str | None]:
 
 
 def readable(path: Path | PurePath | str) -> str:
-    """A path on one line, for any terminal and file. Control characters and bytes that are not
-    text are escaped.
-    """
+    """A path on one line, with control characters and bytes that are not text escaped."""
     text = str(path).encode("utf-8", "backslashreplace").decode("utf-8")
     return "".join(
-        sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
     )
 
 

@@ -23,9 +23,9 @@ from brainprior_bids.settings import Settings
 
 PACKAGE = Path(__file__).parents[1]
 COMPUTES = ("engine", "anatomy", "interfaces", "data/mni305_centroids.json", "data/structures.tsv")
-"""Packages that compute results. Reports and records are rebuilt without a restoration."""
+"""Packages and data that determine results; reports and records need no new restoration."""
 WIRING = "brainprior_bids.workflows.scan"
-"""The graph of a scan; its folder is elsewhere in a checkout."""
+"""The graph of a scan; in a checkout it is in another folder."""
 SHOWN = 40
 """Values up to this length are stored, longer ones are replaced by their SHA-256."""
 
@@ -38,8 +38,8 @@ def code_version() -> str:
     """
     digest = hashlib.sha256()
     for name in COMPUTES:
-        place = PACKAGE / name
-        for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+        source = PACKAGE / name
+        for path in sorted(source.rglob("*.py")) if source.is_dir() else [source]:
             digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0")
             digest.update(path.read_bytes() + b"\0")
     wiring = find_spec(WIRING)
@@ -91,7 +91,7 @@ def fingerprint(scan: Scan, parts: Mapping[str, str]) -> str:
 def changes(before: Mapping[str, str] | None, now: Mapping[str, str]) -> str:
     """The differences, for a message: ``setting n_samples (2, now 4), weights of prior``."""
     if not before:
-        return "what it was made from is not known"
+        return "unknown, as its inputs were not recorded"
     differences = []
     for key in sorted({*before, *now}):
         old, new = before.get(key), now.get(key)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``--fuse runs``: which scans are runs of one contrast, and the name of their result. Scans are
-fused if their names differ only in ``run-`` and ``acq-``. The result drops both:
+"""``--fuse runs``: which scans are runs of one contrast, and the name of their result.
+
+Scans are fused if their names differ only in ``run-`` and ``acq-``. The result's name has neither:
 ``sub-01_run-1_T1w`` and ``sub-01_run-2_T1w`` become ``sub-01_desc-restored_T1w``.
 """
 
@@ -20,12 +21,11 @@ DROPPED = ("run", "acq")
 
 
 def fuse_runs(scans: Sequence[Scan]) -> list[Scan]:
-    """Combine every group of runs to one scan; other scans are unchanged; in the order of the
-    first.
+    """Combine every group of runs into one scan; other scans are unchanged.
 
-    A fused scan has its runs, the reference first, in ``runs``; path and metadata are those of the
-    reference: the run with the thinnest slices; if equal, the first. It has a problem if one of
-    its runs has.
+    The order is that of the first scan of each group. A fused scan has its runs, the reference
+    first, in ``runs``. The reference is the run with the thinnest slices, the first one if equal;
+    path and metadata are those of the reference. The scan has a problem if one of its runs has.
     """
     groups: dict[str, list[Scan]] = {}
     for scan in scans:

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Masks and labels of a scan in other derivative data sets (``--derivatives``). A file belongs to
-a scan if it is in the same ``sub-XX/[ses-YY/]anat``, names no entity that contradicts the scan's,
-and is in the scan's space: for a T1w no ``space-`` or ``space-T1w``, for another contrast
-``space-<suffix>`` (fMRIPrep's convention, and ours). The data sets are searched in the order of
-the command line; within a data set, the file that shares most entities with the scan is used.
+"""Masks and labels of a scan in other derivative data sets (``--derivatives``).
+
+A file belongs to a scan if it is in the same ``sub-XX/[ses-YY/]anat``, has no entity that
+contradicts the scan's, and is in the scan's space: for a T1w no ``space-`` or ``space-T1w``, for
+another contrast ``space-<suffix>`` (the convention of fMRIPrep and of brainprior). The data sets
+are searched in the order of the command line; within a data set, the file that shares most
+entities with the scan is used.
 """
 
 from __future__ import annotations
@@ -26,10 +28,11 @@ OPTIONS = {"mask": "--skull-strip mask", "dseg": "--parcellation derivatives"}
 
 
 def find_given(scan: Scan, settings: Settings) -> list[dict[str, Given]]:
-    """Additional files of each run of a scan, the reference first: role -> file. Roles: ``mask``
-    and ``dseg`` (anatomy), ``lesion``, and for the reference only ``refined`` (another tool's
-    image, in its space) and ``trust`` (a map of its SD). A scan that is not fused is its own
-    reference.
+    """Additional files of each run of a scan, the reference first: role -> file.
+
+    The roles are ``mask`` and ``dseg`` (anatomy), ``lesion``, and for the reference only
+    ``refined`` (another tool's image, in its space) and ``trust`` (a map of its SD). A scan that
+    is not fused is its own reference.
 
     Raises
     ------
@@ -128,7 +131,7 @@ def _find(scan: Scan, suffix: str, derivatives: Mapping[str, str]) -> Given:
 
 
 def _rank(source: BIDSName, file_name: str, suffix: str) -> tuple[int, int] | None:
-    """How well a file matches a scan, lower is better; None if it is of another scan or kind."""
+    """How well a file matches a scan, lower is better; None for another scan or kind of file."""
     try:
         name = BIDSName.parse(file_name)
     except InputError:
@@ -148,6 +151,6 @@ def _rank(source: BIDSName, file_name: str, suffix: str) -> tuple[int, int] | No
     if suffix == "mask" and (
         kind not in (None, *known) or name.get("label") not in (None, "brain")
     ):
-        return None  # of a lesion, a tissue, a head
+        return None  # a mask of a lesion, a tissue or a head
     place = known.index(kind) if kind in known else len(known) + (kind is None)
     return -shared, place

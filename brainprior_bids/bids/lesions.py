@@ -47,23 +47,24 @@ def find_lesion(scan: Scan, settings: Settings) -> Path:
         return _one(matches, scan, f"--lesion-mask {pattern}", "")
     places = [(Path(path), "mask") for path in settings.derivatives.values()]
     places.append((settings.bids_dir, "roi"))
-    looked, others = [], []
+    searched, others = [], []
     for root, suffix in places:
-        looked.append(f"{root / name.folder / 'anat'}/*label-lesion*_{suffix}.nii[.gz]")
+        searched.append(f"{root / name.folder / 'anat'}/*label-lesion*_{suffix}.nii[.gz]")
         every = _candidates(root.glob(f"sub-{scan.subject}/**/anat/*_{suffix}.nii*"))
-        mine = [path for path, mask in every if _belongs(mask, name)]
-        if mine:
-            return _one(mine, scan, "", "")
+        matches = [path for path, mask in every if _belongs(mask, name)]
+        if matches:
+            return _one(matches, scan, "", "")
         others += [path for path, mask in every if mask.get("ses") != name.get("ses")]
     hint = "".join(f" {path.name} is of another session." for path in others)
-    hint += " A mask on a scan other than the T1w is named space-<suffix>, such as space-T2w."
-    return _one([], scan, ", ".join(looked), hint)
+    hint += " The name of a mask on a scan other than the T1w has space-<suffix>, as in space-T2w."
+    return _one([], scan, ", ".join(searched), hint)
 
 
 def find_lesions_of_runs(runs: Sequence[Scan], settings: Settings) -> list[Path | None]:
-    """The mask of every run that has one; a run without a mask is used everywhere. A mask that
-    matches several runs by its name belongs to those that have its grid, or to the first of them
-    by name if none has (a later step reports the problem).
+    """The mask of every run that has one; a run without a mask is used everywhere.
+
+    A mask that matches several runs by its name belongs to those that have its grid, or to the
+    first of them by name if none has (a later step reports the problem).
 
     Raises
     ------
@@ -89,7 +90,7 @@ def find_lesions_of_runs(runs: Sequence[Scan], settings: Settings) -> list[Path 
 
 
 def _same_grid(one: Path, other: Path) -> bool:
-    """Whether two images have one grid, up to the order of their axes, by their headers."""
+    """Whether two images have the same grid by their headers, up to the order of the axes."""
     try:
         images = [nib.as_closest_canonical(open_image(path, path.name)) for path in (one, other)]
     except Exception:  # any error of nibabel: the step that opens the image reports it
@@ -132,12 +133,12 @@ def _belongs(mask: BIDSName, scan: BIDSName) -> bool:
     return all(same_value(scan.get(key), value) for key, value in mask.entities if key not in OWN)
 
 
-def _one(found: list[Path], scan: Scan, looked: str, hint: str) -> Path:
-    if len(found) == 1:
-        return found[0]
-    if found:
+def _one(matches: list[Path], scan: Scan, searched: str, hint: str) -> Path:
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
         raise InputError(
-            f"{scan.name.stem}: {len(found)} lesion masks fit it ({listing(found)}); one is "
-            "needed. Remove the others, or name one with --lesion-mask."
+            f"{scan.name.stem}: {len(matches)} lesion masks match it ({listing(matches)}); one is "
+            "needed. Remove the others, or choose one with --lesion-mask."
         )
-    raise NoLesionError(f"{scan.name.stem}: no lesion mask; looked for {looked}.{hint}")
+    raise NoLesionError(f"{scan.name.stem}: no lesion mask; looked for {searched}.{hint}")

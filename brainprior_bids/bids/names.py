@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BIDS names: the parts of a scan's name, and the names of its derivatives. A derivative keeps
-every entity of its source, in the source's spelling (``run-01`` remains ``run-01``), so two
-different scans never share a name. Only ``space``, ``res``, ``desc`` and the like are inserted, in
-the order of the specification.
+"""BIDS names: the parts of a scan's name, and the names of its derivatives.
+
+A derivative keeps every entity of its source, in the source's spelling (``run-01`` remains
+``run-01``), so two different scans never share a name. Only ``space``, ``res``, ``desc`` and the
+like are inserted, in the order of the specification.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class BIDSName:
 
     @classmethod
     def parse(cls, path: str | PurePosixPath) -> BIDSName:
-        """From a file name or path.
+        """Parse a file name or path.
 
         Raises
         ------
@@ -85,8 +86,9 @@ class BIDSName:
 
     @classmethod
     def stand_in(cls, relative: PurePosixPath, suffix: str) -> BIDSName:
-        """A name under which a file is reported if its own name or folder cannot be used. It has
-        the participant (and session) of the file's folder, is unique, and is short.
+        """A name under which a file is reported if its own name or folder cannot be used.
+
+        It has the participant (and session) of the file's folder, is unique, and is short.
         """
         digest = hashlib.sha256(str(relative).encode("utf-8", "surrogateescape")).hexdigest()[:8]
         entities = []
@@ -125,7 +127,12 @@ class BIDSName:
         suffix : str, optional
             By default the scan's own.
         entities : str or None
-            Added or replaced; None removes one. ``from_`` stands for ``from``.
+            Added or replaced; None removes one. ``from_`` is the entity ``from``.
+
+        Raises
+        ------
+        ValueError
+            For an entity that BIDS does not define.
         """
         pairs = dict(self.entities)
         for key, value in entities.items():
@@ -191,7 +198,7 @@ def output_names(
 
     ``runs`` are those that were fused with the reference, whose residual is ``residual``.
     ``lesion`` is False if only other runs have a lesion mask, not the reference. ``uncertainty``
-    states whether there is a map; None: there is one from two samples on.
+    states whether there is a map; None: there is one if there are two samples or more.
 
     Masks and label images of a T1w carry no ``space-``; those of another contrast carry
     ``space-<suffix>``, because without it they would be read as the T1w's. Maps that are no images
@@ -228,12 +235,12 @@ def output_names(
         names[residual_role(run.stem)] = run.derivative("residual", mod=run.suffix, desc="fused")
     if lesion and "inpainted" in image.lower():
         names["hidden"] = source.derivative("mask", space=space, label="lesion", desc=image)
-    own = dict(names)
+    own_space = dict(names)
     if "MNI305" in spaces:
-        names |= names_in_space(source, own, "MNI305", image=image)
+        names |= names_in_space(source, own_space, "MNI305", image=image)
     for template in TEMPLATE_SPACES:
         if template in spaces:
-            names |= names_in_space(source, own, template, image=image)
+            names |= names_in_space(source, own_space, template, image=image)
             there, back = transform_roles(template)
             xfm = {"suffix": "xfm", "extension": ".h5", "mode": "image", **to}
             names[there] = source.derivative(from_=source.suffix, to=template, **xfm)
@@ -256,7 +263,7 @@ def names_in_space(
 ) -> dict[str, str]:
     """The files of ``output_names`` that are resampled to a space: role -> file name.
 
-    The role is that of the file, with ``_`` and the space in small letters. On a template's grid
+    The role is that of the file, with ``_`` and the space in lower case. On a template's grid
     the names have ``res-1``, as TemplateFlow calls its 1 mm. An inpainted scan keeps its own grid,
     skull and bias: only its mask and structures are resampled. Masks and labels of other contrasts
     than T1w have the contrast in their ``desc-``; otherwise they would have the names of the T1w's

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Patterns of paths with ``{subject}`` and the like: names only, no attributes, no widths.
+
 ``str.format`` would look up attributes of its arguments, and pad them to any width.
 """
 
@@ -33,14 +34,12 @@ def fill(pattern: str, values: Mapping[str, str]) -> str:
 
 
 def place(pattern: str, otherwise: Path) -> tuple[Path, str]:
-    """Folder and pattern of a search: a pattern without a leading slash is relative to
-    ``otherwise``.
-    """
+    """Folder and pattern of a search; without a leading slash, relative to ``otherwise``."""
     return (Path("/"), pattern.lstrip("/")) if pattern[:1] == "/" else (otherwise, pattern)
 
 
 def check(pattern: str) -> None:
-    """Try a pattern out.
+    """Try a pattern.
 
     Raises
     ------
@@ -51,4 +50,4 @@ def check(pattern: str) -> None:
     try:
         next(root.joinpath("nonexistent").glob(text), None)
     except (ValueError, NotImplementedError, IndexError, OSError) as error:
-        raise ValueError(f"it is no pattern of a path ({error})") from error
+        raise ValueError(f"it is not a valid path pattern ({error})") from error

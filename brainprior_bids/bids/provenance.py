@@ -47,7 +47,7 @@ SHA256 = "spdx:checksumAlgorithm_sha256"
 """Name of the algorithm in the records."""
 
 FILES_RECORDS = ("io", "ent")
-"""Records that list files: their name now, and the name in earlier versions."""
+"""Names of the records that list files: the present one, and that of earlier versions."""
 
 
 def new_run_uuid() -> str:
@@ -181,8 +181,9 @@ class Verified:
 
 
 def verify_records(output_dir: Path) -> Verified:
-    """Compare outputs, and reachable inputs, with their recorded SHA-256. If a scan was processed
-    more than once, its newest record counts.
+    """Compare outputs, and reachable inputs, with their recorded SHA-256.
+
+    If a scan was processed more than once, its newest record is used.
     """
     outputs: dict[str, str] = {}
     inputs: dict[str, str] = {}
@@ -216,9 +217,8 @@ def _recorded_files(output_dir: Path) -> Iterator[dict[str, Any]]:
     paths = [path for record in FILES_RECORDS for path in folder.glob(f"prov-*_{record}.json")]
     for path in sorted(paths):  # names begin with the time
         content = read_json(path)
-        yield from content.get(
-            "Files", content.get("Entities", ())
-        )  # its name in earlier versions
+        # "Entities" was the name in earlier versions
+        yield from content.get("Files", content.get("Entities", ()))
 
 
 def verify_export(root: Path) -> Verified:
@@ -274,7 +274,7 @@ def scan_records(
     Parameters
     ----------
     activity : str
-        Its identifier.
+        Identifier of the activity.
     outputs : (label, path from the output folder, SHA-256)
     steps : StepRecords
         The records of the nodes.
@@ -348,7 +348,7 @@ def contrast_records(
     title : str
         Name of the contrast's result.
     activity : str
-        Its identifier.
+        Identifier of the activity.
     inputs : path from the output folder -> SHA-256
     outputs : (path from the output folder, SHA-256)
     """
@@ -378,9 +378,10 @@ def contrast_records(
 
 
 def write_provenance_table(output_dir: Path) -> None:
-    """Write ``prov/provenance.tsv``, which describes every label of the records. It is derived
-    from the existing records, so that several processes may share an output folder; records do not
-    change, so the rows of an earlier table are kept.
+    """Write ``prov/provenance.tsv``, which describes every label of the records.
+
+    It is derived from the existing records, so that several processes may share an output folder;
+    records do not change, so the rows of an earlier table are kept.
     """
     folder = output_dir / "prov"
     table = folder / "provenance.tsv"

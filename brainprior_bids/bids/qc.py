@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quality metrics of a restored scan, and a verdict: pass, look, or fail. The limits mark unusual
-values; they were set by judgement, and a scan within all of them can be wrong
-(docs/models/parcellation.md reports how they performed where this could be measured). They are in
-one table, and every verdict names the limits that were exceeded.
+"""Quality metrics of a restored scan, and a verdict: pass, look, or fail.
+
+The limits mark unusual values; they were set by judgement, and a scan within all of them can be
+wrong (docs/models/parcellation.md reports their performance where it could be measured). They are
+in one table, and every verdict lists the limits that were exceeded.
 
 Volumes are compared with those of 54 participants (``data/volumes.json``): z is the distance of a
 volume's logarithm from their mean, in their SDs.
@@ -184,46 +185,46 @@ def _fallbacks(affine: AffineRecord) -> int | None:
 
 def _anatomy(parcellation: ParcellationRecord) -> dict[str, float | None]:
     """Metrics of mask and structures."""
-    figures = dict.fromkeys(
+    values = dict.fromkeys(
         ("brain_ml", "brain_z", "structure_z", "cut_cm2", "mask_agreement", "confidence",
          "lowest_confidence", "structures", "slice_mismatch", "faintest_slice",
          "asymmetry_percent"), None,
     )  # type: dict[str, float | None] # fmt: skip
-    figures["mask_agreement"] = parcellation.mask_agreement
+    values["mask_agreement"] = parcellation.mask_agreement
     if parcellation.slices is not None:
-        figures["slice_mismatch"] = parcellation.slices.mismatch
-        figures["faintest_slice"] = parcellation.slices.faintest
+        values["slice_mismatch"] = parcellation.slices.mismatch
+        values["faintest_slice"] = parcellation.slices.faintest
     table = parcellation.table
     volumes = [row.volume_mm3 or 0.0 for row in table]
     total = sum(volumes)
     if total <= 0:
-        return figures
+        return values
     # cut_share is the area on the border over volume^(2/3)
     cut_mm2 = sum(
         (row.cut_share or 0.0) * volume ** (2 / 3)
         for row, volume in zip(table, volumes, strict=True)
     )
-    figures.update(brain_ml=total / 1000, cut_cm2=cut_mm2 / 100, structures=len(table))
+    values.update(brain_ml=total / 1000, cut_cm2=cut_mm2 / 100, structures=len(table))
     limit = METRICS["cut_cm2"].high
     if limit is None or cut_mm2 / 100 <= limit:
-        figures["brain_z"] = z_score("Brain", total)
-        figures["structure_z"] = max(relative_scores(table).values(), key=abs, default=None)
+        values["brain_z"] = z_score("Brain", total)
+        values["structure_z"] = max(relative_scores(table).values(), key=abs, default=None)
     sides = [
         sum(v for row, v in zip(table, volumes, strict=True) if row.name.startswith(side))
         for side in ("Left-", "Right-")
     ]
     if sum(sides):
-        figures["asymmetry_percent"] = 200 * abs(sides[0] - sides[1]) / sum(sides)
+        values["asymmetry_percent"] = 200 * abs(sides[0] - sides[1]) / sum(sides)
     if parcellation.structures_origin.embedded:
-        sure = [row.confidence or 0.0 for row in table]
-        figures["confidence"] = (
-            sum(v * share for v, share in zip(volumes, sure, strict=True)) / total
+        confidences = [row.confidence or 0.0 for row in table]
+        values["confidence"] = (
+            sum(v * c for v, c in zip(volumes, confidences, strict=True)) / total
         )
-        figures["lowest_confidence"] = min(
-            (c for row, c in zip(table, sure, strict=True) if row.name not in UNCERTAIN),
+        values["lowest_confidence"] = min(
+            (c for row, c in zip(table, confidences, strict=True) if row.name not in UNCERTAIN),
             default=None,
         )
-    return figures
+    return values
 
 
 @cache
@@ -246,16 +247,17 @@ def z_score(name: str, volume_mm3: float) -> float | None:
 
 
 def relative_scores(table: Sequence[StructureRecord]) -> dict[str, float]:
-    """Structure -> how unusual its share of the brain is, in SDs of its volume; without thin
-    parts. A large brain has large structures, so the brain's own deviation is subtracted first.
+    """Structure -> how unusual its share of the brain is, in SDs of its volume; no thin parts.
+
+    A large brain has large structures, so the brain's own deviation is subtracted first.
     """
     total = sum(row.volume_mm3 or 0.0 for row in table)
     if total <= 0:
         return {}
-    away = math.log(total) - reference()["Brain"]["log_mean"]
+    deviation = math.log(total) - reference()["Brain"]["log_mean"]
     scores = {}
     for row in table:
-        score = z_score(row.name, (row.volume_mm3 or 0.0) / math.exp(away))
+        score = z_score(row.name, (row.volume_mm3 or 0.0) / math.exp(deviation))
         if score is not None and row.name not in UNCERTAIN:
             scores[row.name] = score
     return scores
@@ -310,7 +312,7 @@ def rebuild_qc(output_dir: Path) -> Path:
         values = metrics(summary)
         volumes = {row.name: row.volume_mm3 for row in summary.facts.parcellation.table}
         tissues = summary.facts.tissues or TissuesRecord.empty()
-        figures = [
+        cells = [
             *(values[name] for name in METRICS),
             *(image.get(name) for image in (tissues.input, tissues.restored) for name in RATIOS),
             *(volumes.get(name) for name in names),
@@ -321,7 +323,7 @@ def rebuild_qc(output_dir: Path) -> Path:
                 summary.source or "n/a",
                 verdict(values),
                 "; ".join(concerns(values)) or "n/a",
-                *("n/a" if value is None else f"{value:.6g}" for value in figures),
+                *("n/a" if value is None else f"{value:.6g}" for value in cells),
             ]
         )
     return write_text(output_dir / "logs" / "qc.tsv", stream.getvalue())

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The requested scans, and the metadata in their sidecars. pybids reads the names and answers the
-query. It indexes only the images in the ``anat`` folders of the requested subjects and sessions,
-so that the time depends on the request, not on the data set. Sidecars are read here, by the
-inheritance principle of BIDS, and only for the scans found: pybids reads them for every file of
-its index, which takes most of its time. Nothing is written to the data set: the index is in
-memory.
+"""The requested scans, and the metadata in their sidecars.
+
+pybids reads the names and answers the query. It indexes only the images in the ``anat`` folders of
+the requested subjects and sessions, so that the time depends on the request, not on the data set.
+Sidecars are read here, by the inheritance principle of BIDS, and only for the scans that match:
+pybids reads them for every file of its index, which takes most of its time. Nothing is written to
+the data set: the index is in memory.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ def check_dataset(bids_dir: Path) -> dict[str, Any]:
     path = bids_dir / "dataset_description.json"
     try:
         if path.exists() and not path.is_file():
-            raise UsageError(f"{path} must be a file of JSON text, it is none. Replace it.")
+            raise UsageError(f"{path} is not a regular file. Replace it by a file of JSON text.")
         text, other = decoded(path.read_bytes())
         description = parse_json(text)
     except FileNotFoundError:
@@ -133,13 +134,13 @@ def check_dataset(bids_dir: Path) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(
             f"{path} cannot be read ({error.strerror}). Check its permissions."
-        ) from (error)
+        ) from error
     except ValueError as error:
         raise UsageError(f"{path} is not valid JSON ({error}). Repair it.") from error
     if not isinstance(description, dict):
-        raise UsageError(f"{path} must hold a JSON object, got {type(description).__name__}.")
+        raise UsageError(f"{path} must contain a JSON object, got {type(description).__name__}.")
     if other is not None:
-        LOG.warning("%s is %s; BIDS asks for UTF-8. Save it as that.", path, other)
+        LOG.warning("%s is %s; BIDS requires UTF-8. Save it as UTF-8.", path, other)
     makers = description.get("GeneratedBy")
     makers = makers if isinstance(makers, list) else []
     if any(isinstance(maker, dict) and maker.get("Name") == "brainprior" for maker in makers):
@@ -179,7 +180,7 @@ def misnamed_folders(bids_dir: Path) -> dict[str, str]:
             place = readable(entry.relative_to(bids_dir))
             messages[place] = (
                 f"{place}: this folder is ignored, as its name does not begin with '{key}-' in "
-                f"small letters. Rename it (and its files), for example to {key}-{label}."
+                f"lower case. Rename it (and its files), for example to {key}-{label}."
             )
     return messages
 
@@ -187,7 +188,7 @@ def misnamed_folders(bids_dir: Path) -> dict[str, str]:
 def locked_folders(
     bids_dir: Path, subjects: Iterable[str], sessions: Sequence[str]
 ) -> dict[str, str]:
-    """Folders that may hold scans of these subjects and sessions (empty: all), but cannot be read.
+    """Unreadable folders that may contain scans of these subjects and sessions (empty: all).
 
     Returns
     -------
@@ -341,7 +342,7 @@ def _fits(value: Any, asked: Any) -> bool:
 
 
 def _require_fields(fields: Mapping[str, Any], files: Iterable[_File], suffix: str) -> None:
-    """Refuse a filter whose key is neither an entity nor in any sidecar."""
+    """Refuse a filter with a key that is neither an entity nor in any sidecar."""
     files = list(files)
     keys = {key for file in files for key in file.metadata}
     unknown = sorted(set(fields) - keys)
@@ -384,8 +385,11 @@ def _no_file(path: Path, bids_dir: Path) -> str | None:
 
 
 def _scans(bids_dir: Path, files: Mapping[Path, _File]) -> list[Scan]:
-    """The files as scans. Phase, real and imaginary images show no brain: they are left out where
-    their magnitude image is among the files, and are scans with a problem elsewhere."""
+    """The files as scans.
+
+    Phase, real and imaginary images do not show a brain: they are left out if their magnitude
+    image is among the files, and are scans with a problem otherwise.
+    """
     named = {
         path: _named(PurePosixPath(path.relative_to(bids_dir)), files[path])
         for path in sorted(files)
@@ -410,7 +414,7 @@ def _scans(bids_dir: Path, files: Mapping[Path, _File]) -> list[Scan]:
         result = name.derivative()  # entities in the order of BIDS, unique for each set of results
         if result in scans:
             twin = scans[result]
-            both = f"two files are this scan ({twin.relative} and {readable(relative)})"
+            both = f"two files represent this scan ({twin.relative} and {readable(relative)})"
             if twin.name.stem == name.stem:
                 problem = f"{name.stem}: {both}. Remove one of them."
             else:  # the same entities in another order: the first one keeps the name
@@ -440,8 +444,8 @@ def _named(relative: PurePosixPath, file: _File) -> tuple[BIDSName, str | None]:
             problem = f"{stem}: its name has {len(name.stem)} characters, too long. Shorten it."
             if wrong:
                 problem = (
-                    f"{stem}: the file lies in {readable(relative.parent)}, but its name says "
-                    f"{name.folder / 'anat'}. Whose scan is it? Rename or move it."
+                    f"{stem}: the file is in {readable(relative.parent)}, but its name belongs in "
+                    f"{name.folder / 'anat'}. Rename or move it."
                 )
     return BIDSName.stand_in(relative, file.suffix), problem
 
@@ -452,12 +456,12 @@ def _unusable(path: Path, name: BIDSName) -> str | None:
     if added:
         return (
             f"{name.stem}: a raw scan has no {', '.join(added)} in its name. Give raw data; "
-            "another tool's image goes with --task refine and --derivatives."
+            "for another tool's image, use --task refine and --derivatives."
         )
     if os.path.isfile(path):
         return None
     if os.path.exists(path):
-        return f"{name.stem}: expected an image file, {path} is none. Replace or remove it."
+        return f"{name.stem}: expected an image file, {path} is not one. Replace or remove it."
     if os.path.islink(path):
         return f"{name.stem}: {_without_content(path)}"
     return (
@@ -469,8 +473,8 @@ def _unusable(path: Path, name: BIDSName) -> str | None:
 def _without_content(path: Path) -> str:
     """Advice about a broken link."""
     return (
-        f"{path.name} is a link whose content is not here. Fetch it (datalad get, or "
-        "git annex get) and run again; if it is not of git-annex, correct the link."
+        f"{path.name} is a link whose target is missing. Fetch it (datalad get, or "
+        "git annex get) and run again; if git-annex is not in use, correct the link."
     )
 
 
@@ -493,13 +497,13 @@ def _index(
         NOT_TEXT.pattern,  # its database cannot store them
     ]
     everyone = list_subjects(bids_dir) if database_dir is not None or not subjects else subjects
-    # it would enter what lies in an anat folder, also through a link that leads anywhere, and
-    # give up at a folder that is closed to it
-    sought = () if database_dir is not None else sessions
-    closed = [*locked_folders(bids_dir, everyone, sought)]
+    # pybids would descend into folders below an anat folder, also through links to anywhere, and
+    # fail at a folder that it cannot read
+    indexed = () if database_dir is not None else sessions
+    closed = [*locked_folders(bids_dir, everyone, indexed)]
     closed += [
         path.relative_to(bids_dir).as_posix()
-        for path in _anat_entries(bids_dir, everyone, sought)
+        for path in _anat_entries(bids_dir, everyone, indexed)
         if os.path.isdir(path)
     ]
     ignore += [rf"^/{re.escape(place)}$" for place in closed]
@@ -544,8 +548,8 @@ def _kept_index(bids_dir: Path, ignore: Sequence[str], database_dir: Path) -> An
                 layout = _layout(bids_dir, ignore, metadata=False, **database)
     except Exception as error:  # any error of pybids and its database
         raise UsageError(
-            f"{option} cannot be used for {bids_dir}: {error} Remove that folder, and it is made "
-            "anew."
+            f"{option} cannot be used for {bids_dir}: {error} Remove that folder; it will be "
+            "created again."
         ) from error
     if Path(layout.root).resolve() != bids_dir.resolve():
         raise UsageError(
@@ -574,7 +578,7 @@ def _layout(
 
 
 class Sidecars:
-    """Reads sidecars by the inheritance principle: from the root down, the nearest wins.
+    """Reads sidecars by the inheritance principle: from the root down, the nearest overrides.
 
     A JSON file applies to an image below it that has its suffix and all of its entities. Every
     folder is listed once, and every file is read once.
@@ -594,7 +598,7 @@ class Sidecars:
         InputError
             If one of them cannot be read or is not a JSON object.
         """
-        suffix, entities = _taken_apart(image)
+        suffix, entities = _parts_of(image)
         merged: dict[str, Any] = {}
         warnings = []
         for folder in reversed(image.relative_to(self._root).parents):
@@ -610,7 +614,7 @@ class Sidecars:
         if folder not in self._folders:
             listed: dict[str, list[tuple[Path, dict[str, str]]]] = {}
             for path in sorted(folder.glob("*.json")):
-                suffix, entities = _taken_apart(path)
+                suffix, entities = _parts_of(path)
                 listed.setdefault(suffix, []).append((path, entities))
             for sidecars in listed.values():
                 sidecars.sort(key=lambda item: len(item[1]))
@@ -625,7 +629,7 @@ class Sidecars:
                 self._contents[path] = error
             else:
                 if other is not None:
-                    self._warnings[path] = f"{path.name} is {other}; BIDS asks for UTF-8."
+                    self._warnings[path] = f"{path.name} is {other}; BIDS requires UTF-8."
         content = self._contents[path]
         if isinstance(content, InputError):
             raise content
@@ -638,13 +642,13 @@ def _read_sidecar(path: Path) -> tuple[dict[str, Any], str | None]:
     if os.path.islink(path) and not os.path.exists(path):
         raise InputError(_without_content(path))
     if not os.path.isfile(path):
-        raise InputError(f"{title} is no file. Replace or remove it.")
+        raise InputError(f"{title} is not a file. Replace or remove it.")
     try:
         if path.stat().st_size > LARGEST_SIDECAR:
             size = path.stat().st_size / 2**20
             raise InputError(
                 f"{title} has {size:.0f} MiB, expected less than {LARGEST_SIDECAR / 2**20:.0f}. "
-                "Is it one? Replace or remove it."
+                "Is it a sidecar? Replace or remove it."
             )
         text, other = decoded(path.read_bytes())
         content = parse_json(text)
@@ -672,7 +676,7 @@ def _as_text(value: Any) -> Any:
     return NOT_TEXT.sub("\ufffd", value) if isinstance(value, str) else value
 
 
-def _taken_apart(path: Path) -> tuple[str, dict[str, str]]:
+def _parts_of(path: Path) -> tuple[str, dict[str, str]]:
     """Suffix and entities of a name; ``run-01`` is ``run-1``."""
     *pairs, suffix = path.name.partition(".")[0].split("_")
     entities = dict(pair.partition("-")[::2] for pair in pairs)
@@ -712,14 +716,16 @@ def _query(settings: Settings, suffix: str) -> tuple[dict[str, Any], dict[str, A
 def read_filters(path: Path, modalities: Iterable[str]) -> dict[str, Any]:
     """``--bids-filter-file``: ``{"t1w": {"acquisition": "mprage", "session": null}}``.
 
-    Returns ------- suffix -> {pybids entity -> value}; null means "the entity is absent", "*" "it
-    is present", alone or in a list. Keys that only fMRIPrep knows, and those of modalities that
-    were not requested, are ignored: one file may serve several programs.
+    Returns
+    -------
+    suffix -> {pybids entity -> value}; null means "the entity is absent", "*" "it is present",
+    alone or in a list. Keys for fMRIPrep and related programs, and those of modalities that were
+    not requested, are ignored: one file may serve several programs.
 
     Raises
     ------
     UsageError
-        If the file is missing, is not JSON, or has a key that none of them knows.
+        If the file is missing, is not JSON, or has a key for none of these programs.
     """
     who = f"--bids-filter-file {path}"
     try:
@@ -753,8 +759,8 @@ def checked_filters(filters: Any, modalities: Iterable[str], who: str) -> dict[s
     unknown = sorted(key for key in filters if key.lower() not in by_key)
     if unknown:
         raise UsageError(
-            f"{who}: unknown key {readable(', '.join(unknown))}; known are {', '.join(by_key)} "
-            "(set by --modalities)."
+            f"{who}: unknown key {readable(', '.join(unknown))}; the known keys are "
+            f"{', '.join(by_key)} (set by --modalities)."
         )
     for key, query in filters.items():
         for entity, value in query.items():

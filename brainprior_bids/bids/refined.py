@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Another tool's image of a scan (``--task refine``), and the name of its result. An image belongs
-to a scan if it is in the same ``sub-XX/[ses-YY/]anat`` of a derivative data set, names no entity
-that contradicts the scan's (``desc-``, ``rec-`` and the like are the tool's), and is in the scan's
-space: no ``space-``, ``orig`` or the scan's suffix. The tool may have produced another contrast;
-SynthSR always returns a T1w. Such an image is used if no other raw scan could be its source, and
-its result is named after it: ``sub-01_FLAIR`` and ``sub-01_desc-SynthSR_T1w`` give
+"""Another tool's image of a scan (``--task refine``), and the name of its result.
+
+An image belongs to a scan if it is in the same ``sub-XX/[ses-YY/]anat`` of a derivative data set,
+has no entity that contradicts the scan's (``desc-``, ``rec-`` and the like are the tool's), and is
+in the scan's space: no ``space-``, ``orig`` or the scan's suffix. The tool may have produced
+another contrast; SynthSR always returns a T1w. Such an image is used if no other raw scan could be
+its source, and its result is named after it: ``sub-01_FLAIR`` and ``sub-01_desc-SynthSR_T1w`` give
 ``sub-01_desc-refined_T1w``.
 """
 
@@ -90,8 +91,10 @@ def find_refined(scan: Scan, settings: Settings) -> Given:
 
 
 def name_after_images(scans: Sequence[Scan], settings: Settings) -> list[Scan]:
-    """Name scans after their image if it has another contrast. Two scans to which one image could
-    belong, and that would have the same name, get a ``problem``.
+    """Name scans after their image if it has another contrast.
+
+    Two scans that could be the source of one image, and would have the same name, get a
+    ``problem``.
     """
     named = []
     for scan in scans:
@@ -112,8 +115,8 @@ def name_after_images(scans: Sequence[Scan], settings: Settings) -> list[Scan]:
         if len(others) > 1 and scan.problem is None:
             problem = (
                 f"{scan.name.stem}: its image to refine, a {own.name.suffix}, could have been "
-                f"made of each of {', '.join(others)}. Name the one in it "
-                f"(space-{scan.name.suffix}), or leave the others out with --modalities."
+                f"made from any of {', '.join(others)}. Specify the source in its name "
+                f"(space-{scan.name.suffix}), or exclude the others with --modalities."
             )
             named[index] = replace(scan, problem=problem)
     return named
@@ -134,7 +137,7 @@ def _shows(source: BIDSName, file_name: str) -> bool:
 
 
 def _has_own(file_name: str, scan: Scan) -> bool:
-    """Whether another scan could be the image's source, or needs the result's name."""
+    """Whether another scan could be the source of the image, or has the name of its result."""
     image, raw = BIDSName.parse(file_name), BIDSName.parse(scan.relative.name)
     wanted = BIDSName(raw.entities, image.suffix).stem
     for path in Path(scan.path).parent.glob(f"*_{image.suffix}.nii*"):

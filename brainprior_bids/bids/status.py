@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One summary file per scan, and the table that is rebuilt from all of them.
 
-``logs/scans/<scan>.json`` is put in place by rename, by whichever process finished the scan;
+``logs/scans/<scan>.json`` is moved into place by the process that finished the scan;
 ``logs/status.tsv`` is derived from those files alone, so that several processes may share an
 output folder (appending to one table is not atomic on NFS). A summary is a ``records.ScanRecord``.
 
@@ -34,9 +34,9 @@ from brainprior_bids.records import ErrorRecord, ScanRecord, ScanStatus
 KILLED_JOB = "KilledJob"
 """``ErrorRecord.type`` of a scan whose job ended before it did."""
 NO_SCAN = "no scan"
+"""Status of a participant without a scan."""
 LONGEST_CELL = 10_000
 """Longest value in the table, in characters; readers refuse more than 131,072."""
-"""Status of a participant without a scan."""
 COLUMNS = ("source", "task", "status", "seconds", "message")
 
 
@@ -76,8 +76,7 @@ def read_summaries(output_dir: Path) -> list[ScanRecord]:
 
 
 def write_absent(output_dir: Path, absent: Mapping[str, str], present: Iterable[str]) -> None:
-    """Record the participants without a scan, or with a folder that cannot be read, and remove the
-    records of the others.
+    """Record participants without a scan or with an unreadable folder; remove other records.
 
     Parameters
     ----------
@@ -116,8 +115,9 @@ def forget_gone(output_dir: Path, bids_dir: Path, subjects: Iterable[str]) -> li
     subjects : labels
         Only their folders are checked, so that a part of the data set can be processed elsewhere.
 
-    Returns ------- Names of the scans. Results are kept, and so are failures with results of an
-    earlier run.
+    Returns
+    -------
+    Names of the scans. Results are kept, and so are failures with results of an earlier run.
     """
     folders = {f"sub-{subject}" for subject in subjects}
     gone = []
@@ -165,7 +165,7 @@ def settle(output_dir: Path, job: str) -> list[str]:
             continue
         message = (
             f"{summary.scan}: job {own} ended before this scan was done: it was killed "
-            "(memory, time) or cancelled. Submit it again; what is done is not repeated."
+            "(memory, time) or cancelled. Submit it again; finished scans are not repeated."
         )
         error = ErrorRecord(type=KILLED_JOB, message=message)
         failed = replace(summary, status=ScanStatus.FAILED, message=message, error=error)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The BIDS validator, applied to the requested part only. The validator reads a whole data set.
-Therefore it runs on a folder of links: to the files of the root (whose metadata are inherited) and
-to the ``anat`` folders of the requested subjects. Errors elsewhere in the data set do not affect
-this run.
+"""The BIDS validator, applied to the requested part only.
+
+The validator reads a whole data set. Therefore it runs on a folder of links: to the files of the
+root (whose metadata are inherited) and to the ``anat`` folders of the requested subjects. Errors
+elsewhere in the data set do not affect this run.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ class Issue:
 
 def find_validator() -> str | None:
     """The command ``bids-validator-deno``, next to this Python or on the path; None if absent."""
-    beside = Path(sys.executable).with_name("bids-validator-deno")
-    return str(beside) if beside.exists() else shutil.which("bids-validator-deno")
+    neighbour = Path(sys.executable).with_name("bids-validator-deno")
+    return str(neighbour) if neighbour.exists() else shutil.which("bids-validator-deno")
 
 
 def validate(root: Path, *, command: str) -> list[Issue]:
@@ -56,7 +57,7 @@ def validate(root: Path, *, command: str) -> list[Issue]:
         issues = json.loads(result.stdout)["issues"]["issues"]
     except (ValueError, KeyError):
         raise RuntimeError(
-            f"bids-validator-deno did not answer: {result.stderr.strip()[-500:]}"
+            f"bids-validator-deno gave no result: {result.stderr.strip()[-500:]}"
         ) from None
     return [
         Issue(
@@ -74,15 +75,15 @@ def validate_scans(
 ) -> list[Issue]:
     """``validate`` on the root's files and the ``anat`` folders of ``scans``.
 
-    Sidecars above those folders may be of images that are not in the view (functional ones, other
-    participants'): missing data for them are not an error.
+    Sidecars above those folders may belong to images that are not linked (functional ones, those
+    of other participants): that their images are missing is not an error.
     """
     folders = sorted({scan.relative.parent for scan in scans})
     with tempfile.TemporaryDirectory(prefix="validate-", dir=scratch) as name:
         view = Path(name)
         for entry in bids_dir.iterdir():
-            # participants.tsv lists participants outside the view, and other tables and gradients
-            # at the root are of images that are not
+            # participants.tsv lists participants that are not linked, and other tables and
+            # gradients at the root belong to images that are not
             other = entry.suffix in (".tsv", ".bval", ".bvec") or entry.name.startswith(
                 (".", "participants.")
             )

@@ -29,8 +29,8 @@ NUMBERS: dict[str, dict[str, Any]] = {
 }
 """Type of an option -> its name in Boutiques."""
 ERROR_CODES = {
-    1: "A scan failed, the others were processed: logs/status.tsv lists which and why.",
-    2: "The command line or the data set cannot be used, or the memory does not suffice.",
+    1: "A scan failed, the others were processed: logs/status.tsv lists the reasons.",
+    2: "The command line or the data set cannot be used, or there is not enough memory.",
 }
 
 
@@ -43,7 +43,7 @@ def descriptor() -> dict[str, Any]:
         for action in build_parser()._actions
         if action.option_strings and action.dest not in ("help", "version")
     ]
-    # what BIDS Apps have in common comes first, in this order
+    # the options that BIDS Apps share are first, in this order
     options.sort(key=lambda option: option["id"] not in ("participant_label", "session_label"))
     keys = [option["value-key"] for option in options]
     return {

@@ -145,8 +145,8 @@ def _check_refine(options: argparse.Namespace, task: str) -> None:
             raise UsageError(
                 f"--task {task.replace('+', ' ')} takes one SD for all voxels, got --trust "
                 f"{options.trust}: next to a scan, the error of the image must be white noise "
-                "(the same SD everywhere) to be merged with the noisy image that the network "
-                "sees. Give a number."
+                "(the same SD everywhere) to be combined with the noisy image that is the "
+                "network's input. Give a number."
             ) from None
         _check_pattern("--trust", options.trust)
     else:

@@ -74,18 +74,18 @@ def command(arguments: list[str]) -> int:
         return 1
     except BrokenPipeError:
         raise
-    except Exception as error:  # the one place for unforeseen errors
+    except Exception as error:  # the only place for unexpected errors
         if settings is not None and is_full(error):
             text = f"{no_room(settings)}."
         else:
             logs = settings and settings.output_dir / "logs"
-            text = _not_foreseen(error, logs, arguments)
+            text = _unexpected(error, logs, arguments)
         print(f"brainprior: failed: {text}", file=sys.stderr)
         return 1
 
 
-def _not_foreseen(error: Exception, logs: Path | None, arguments: Sequence[str]) -> str:
-    """One line about an unforeseen error; its traceback is written to a file."""
+def _unexpected(error: Exception, logs: Path | None, arguments: Sequence[str]) -> str:
+    """One line about an unexpected error; its traceback is written to a file."""
     message = " ".join(str(error).split()) or "an error without a message"
     text = f"brainprior {__version__}: {shlex.join(arguments)}\n\n"
     text += "".join(traceback.format_exception(error))
@@ -96,8 +96,8 @@ def _not_foreseen(error: Exception, logs: Path | None, arguments: Sequence[str])
                 path = write_text(folder / name, text)
             except OSError:  # full or read-only: the next one
                 continue
-            return f"{message}. This was not foreseen: please report it, with {path}."
-    return f"{message}. This was not foreseen: please report it ({type(error).__name__})."
+            return f"unexpected error: {message}. Please report it, with {path}."
+    return f"unexpected error: {message}. Please report it ({type(error).__name__})."
 
 
 def train(argv: Sequence[str]) -> int:
@@ -119,8 +119,8 @@ def verify(argv: Sequence[str]) -> int:
     """``brainprior verify OUT``: compare every file with its recorded SHA-256."""
     parser = argparse.ArgumentParser(
         prog="brainprior verify",
-        description="Compare every output with the SHA-256 in its provenance, and every input "
-        "that is still where it was; exit 1 if one changed or is missing.",
+        description="Compare every output, and every input that is still in its place, with the "
+        "SHA-256 in the provenance; exit with status 1 if one is changed or missing.",
     )
     parser.add_argument(
         "output_dir", type=Path, help="output folder of a run, or a data set of --export"

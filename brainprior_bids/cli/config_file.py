@@ -24,7 +24,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """The settings in a file, without those specific to the run that wrote it."""
     try:
         if "\\u0000" in (text := path.read_bytes().decode("latin-1")) or "\0" in text:
-            raise ValueError("a setting holds a zero byte. Remove it.")
+            raise ValueError("a setting contains a zero byte. Remove it.")
         config = read_table(decoded(path.read_bytes())[0])
     except OSError as error:
         raise UsageError(

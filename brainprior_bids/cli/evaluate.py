@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``brainprior evaluate``: brains are degraded, restored and compared with the originals.
 
-The studies are in ``evaluation.studies``; ``evaluation.harness`` works through their cases.
+The studies are in ``evaluation.studies``; ``evaluation.harness`` runs their cases.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "tuned (default: none, fixed penalties)",
     )
     who.add_argument(
-        "-m", "--modalities", nargs="+", choices=CONTRASTS, help="default: all that are there"
+        "-m", "--modalities", nargs="+", choices=CONTRASTS, help="default: all that exist"
     )
     who.add_argument("--labels", type=Path, help="folder of label maps for synthetic brains")
     who.add_argument(
@@ -64,9 +64,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=list(STUDIES),
         help="default: all",
     )
-    own = "default: the study's own"
-    what.add_argument("--spacing", type=float, nargs="+", metavar="MM", help=f"of slices; {own}")
-    what.add_argument("--noise", type=float, nargs="+", metavar="SD", help=own)
+    default = "default: the study's own"
+    what.add_argument(
+        "--spacing", type=float, nargs="+", metavar="MM", help=f"slice spacings; {default}"
+    )
+    what.add_argument(
+        "--noise", type=float, nargs="+", metavar="SD", help=f"SDs of the noise; {default}"
+    )
     what.add_argument("--profile", default="pulse", help="boxcar, trapezoid, cosine, pulse")
     what.add_argument(
         "--width-off",
@@ -75,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="relative error of the stated slice thickness, alternately above and below "
         "(default: 0.1)",
     )
-    what.add_argument("--n-samples", type=int, help=own)
+    what.add_argument("--n-samples", type=int, help=f"samples per image; {default}")
     what.add_argument("--n-steps", type=int, help="default: the sampler's own")
     what.add_argument("--sampler", default="auto")
     what.add_argument("--ablation-participants", type=int, default=2)
@@ -143,41 +147,41 @@ def evaluate(argv: Sequence[str]) -> int:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments."""
+    """Parse the arguments."""
     parser = argparse.ArgumentParser(
         prog="brainprior evaluate",
-        description="Make 1 mm brains into degraded scans, restore them, and compare with the "
-        "truth and with other methods; tables and plots, one study each.",
+        description="Degrade 1 mm brains, restore them, and compare the results with the truth "
+        "and with other methods; writes tables and plots for each study.",
     )
     add_arguments(parser)
     return parser.parse_args(list(argv))
 
 
 def plan(args: argparse.Namespace, sources: Sequence[Source]) -> tuple[list[Case], list[str]]:
-    """Every case of the studies that were asked for, and what the data lack for them."""
+    """Every case of the requested studies, and a message for each scan that they lack."""
     problems = _missing_contrasts(args, sources)
     cases = []
     for name in (name for name in STUDIES if name in args.studies):
         study = find(name)
-        own = [
+        study_cases = [
             Case(name, source, settings)
             for source, settings in study.cases(study.options(args), sources)
         ]
-        if not any(not case.source.choosing for case in own):
+        if not any(not case.source.choosing for case in study_cases):
             problems.append(f"{name}: no scan for this study in {args.data}.")
-        cases += own
+        cases += study_cases
     return cases, problems
 
 
 def _missing_contrasts(args: argparse.Namespace, sources: Sequence[Source]) -> list[str]:
-    """Of the contrasts that were asked for by name: those that participants do not have."""
+    """A message for each requested contrast that requested participants do not have."""
     problems = []
     for contrast in args.modalities or ():
-        there = {s.name for s in sources if s.contrast == contrast and not s.choosing}
-        asked = {label.removeprefix("sub-") for label in args.participant_label}
-        if asked - there:
-            problems.append(f"no {contrast} of {', '.join(sorted(asked - there))} in {args.data}.")
-        elif not there:
+        available = {s.name for s in sources if s.contrast == contrast and not s.choosing}
+        missing = {s.removeprefix("sub-") for s in args.participant_label} - available
+        if missing:
+            problems.append(f"no {contrast} of {', '.join(sorted(missing))} in {args.data}.")
+        elif not available:
             problems.append(f"no {contrast} of the test set in {args.data}.")
     return problems
 
@@ -210,7 +214,7 @@ def _write_pages(
 def _run(
     args: argparse.Namespace, cases: Sequence[Case], sources: Sequence[Source]
 ) -> list[Failure]:
-    """Make every record; what failed."""
+    """Compute every record; returns the failures."""
     prior = find_weights(args.prior, kind="prior")
     if args.nprocs < 1 or (args.n_samples or 1) < 1:
         raise UsageError("evaluate: --nprocs and --n-samples: expected at least 1.")
@@ -241,20 +245,20 @@ def find_sources(args: argparse.Namespace) -> list[Source]:
     """
     from brainprior_bids.training.preprocess import find_brains
 
-    report = {label.removeprefix("sub-") for label in args.participant_label}
-    choosing = {label.removeprefix("sub-") for label in args.choose_label}
-    both = sorted(report & choosing) + sorted(set(args.maps) & set(args.choose_maps))
+    test = {label.removeprefix("sub-") for label in args.participant_label}
+    validation = {label.removeprefix("sub-") for label in args.choose_label}
+    both = sorted(test & validation) + sorted(set(args.maps) & set(args.choose_maps))
     if both:
         raise UsageError(
             f"evaluate: {', '.join(both)} cannot be in both the test and the validation set. "
             "Name each once."
         )
-    brains = find_brains(args.data, validation=sorted(report | choosing), exclude=())
+    brains = find_brains(args.data, validation=sorted(test | validation), exclude=())
     sources = [
-        Source(str(path), name, contrast, synthetic=False, choosing=name in choosing)
+        Source(str(path), name, contrast, synthetic=False, choosing=name in validation)
         for name, contrast, _, path in brains
         if contrast in (args.modalities or CONTRASTS)
-        and (name in choosing or name in report or not report)
+        and (name in validation or name in test or not test)
     ]
     stems = [source.stem for source in sources]
     twice = sorted({stem for stem in stems if stems.count(stem) > 1})
@@ -275,7 +279,7 @@ def find_sources(args: argparse.Namespace) -> list[Source]:
             for contrast in args.synthetic
         ]
     if args.quick:
-        reporting = [source for source in sources if not source.choosing]
-        first = min(reporting, key=lambda source: source.contrast != "T1w")
+        test_sources = [source for source in sources if not source.choosing]
+        first = min(test_sources, key=lambda source: source.contrast != "T1w")
         sources = [source for source in sources if source.choosing or source == first]
     return sources

@@ -80,14 +80,14 @@ def _libraries() -> None:
     )
     if result.returncode:
         raise BrainpriorError(
-            f"self-test: {command} --version ended with {result.returncode}: "
+            f"self-test: {command} --version exited with status {result.returncode}: "
             f"{result.stderr.strip()[-500:]}. Reinstall it."
         )
     print(result.stdout.strip())
 
 
 def _weights() -> None:
-    """``read_weights`` compares the tensors with the hash that their header holds."""
+    """Check the weights: ``read_weights`` compares the tensors with the hash in their header."""
     from brainprior_bids.engine.weights import FOLDER, read_weights
 
     for kind in ("prior", "parcellation"):
@@ -96,7 +96,7 @@ def _weights() -> None:
 
 
 def _restoration(device: str) -> None:
-    """Two steps on a ball of 5 mm slices: the values must be finite, and like the ball's."""
+    """Two steps on a ball of 5 mm slices: the values must be finite, and similar to the ball's."""
     import numpy as np
     import torch
 

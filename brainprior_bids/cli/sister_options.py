@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
-_SURFACES = "brainprior makes no surfaces and needs no FreeSurfer licence: leave it out"
+_SURFACES = "brainprior reconstructs no surfaces and needs no FreeSurfer licence: leave it out"
 _FUNCTIONAL = "brainprior processes no functional or diffusion images: leave it out"
 _ALONE = "brainprior restores every scan on its own: leave it out"
 _LAYOUT = "brainprior has one layout of its output and one report per participant: leave it out"
@@ -54,7 +54,7 @@ OPTIONS = {
     "use --resource-monitor": "--profile",
     "crash files are always text: leave it out": "--crashfile-format",
     "images are always float32: leave it out": "-f --float32",
-    "brainprior fetches nothing: leave it out": "--no-datalad-get",
+    "brainprior downloads nothing: leave it out": "--no-datalad-get",
     "brainprior is for human brains: leave it out": "--species",
     "the data set's name is that of its dataset_description.json: leave it out": "--dsname",
     "results keep the scan's own frame, tilted or not: leave it out": "--deoblique",
@@ -66,14 +66,14 @@ FAMILIES = {"--fs-": _SURFACES, "--me-": _FUNCTIONAL, "--fmap-": _FUNCTIONAL}
 
 
 def advice(unknown: Sequence[str], known: Iterable[str]) -> list[str]:
-    """One line for each unknown option: a hint, or options that are spelt like it.
+    """One line for each unknown option: a hint, or options with a similar spelling.
 
     Parameters
     ----------
     unknown : sequence of str
-        Words that the parser did not recognise; values among them are passed over.
+        Words that the parser did not recognise; values among them are ignored.
     known : iterable of str
-        Options that there are.
+        Existing options.
     """
     options = list(known)
     lines = []

@@ -74,7 +74,7 @@ def slurm_script(argv: Sequence[str]) -> int:
     parser.add_argument("--participant-label", "--participant_label", nargs="+", default=[])
     own, rest = parser.parse_known_args(_joined(argv))
     labels = ["--participant-label", *own.participant_label] if own.participant_label else []
-    # the tasks' machine has its own devices: what is asked for is checked there
+    # the tasks run on a machine with other devices: --device is checked there
     settings = parse_settings([*rest, *labels, "--device", "cpu"])
     check_dataset(settings.bids_dir)
     if "group" in rest:
@@ -97,7 +97,7 @@ def _array_job(
     participants = sorted({scan.subject for scan in find_scans(settings)})
     own_cpus = _given(rest, "--nprocs", "--nthreads", "--n-cpus", "--n_cpus")
     own_memory = _given(rest, "--mem", "--mem-mb", "--mem_mb")
-    # the same selection, so that it knows of scans that no task began; on whatever machine
+    # the same selection, to detect scans that no task started; on any machine
     level = [*_as_group(rest), "--device", "cpu", "--participant-label", *participants]
     return ArrayJob(
         participants=participants,
@@ -125,7 +125,7 @@ def _as_group(rest: Sequence[str]) -> list[str]:
 
 
 def _joined(argv: Sequence[str]) -> list[str]:
-    """``--sbatch --partition=gpu`` as one word: argparse takes no value with a dash."""
+    """``--sbatch --partition=gpu`` as one word: argparse accepts no value with a dash."""
     words: list[str] = []
     for word in argv:
         if words and words[-1] in ("--sbatch", "--group-sbatch"):

@@ -108,7 +108,7 @@ def distance(text: str) -> float:
 
 
 def _number(text: str) -> float:
-    """The number in a text; NaN, which is in no range, if it is none."""
+    """The number in a text; NaN, which is outside every range, if it is not a number."""
     try:
         return float(text)
     except ValueError:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a restoration has to beat: interpolation, Tikhonov and total variation.
+"""Baselines for a restoration: interpolation, Tikhonov and total variation.
 
-All of them give an image on the finer grid of the same field of view. Tikhonov and TV are given
-the exact slice weights ``W`` (see ``degrade.averaging_weights``), unknown for a real scan.
+Each returns an image on the finer grid of the same field of view. Tikhonov and TV are given the
+exact slice weights ``W`` (see ``degrade.averaging_weights``), which are unknown for a real scan.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def interpolate(
     Raises
     ------
     GeometryError
-        If the grids are turned against each other.
+        If the grids are rotated relative to each other.
     """
     index = np.linalg.inv(source.affine) @ target.affine
     if not np.allclose(index[:3, :3], np.diag(np.diag(index[:3, :3])), atol=1e-4):
@@ -51,6 +51,16 @@ def tikhonov(
         Slice axis.
     penalty : float
         Dimensionless.
+
+    Returns
+    -------
+    (i, j, k) float32 array
+        ``fine`` voxels along ``axis``; the unit of ``data``.
+
+    Raises
+    ------
+    ShapeMismatchError
+        If the rows of W are not as many as the slices.
     """
     _check_slices(data, weights, axis)
     difference = np.diff(np.eye(weights.shape[1]), axis=0)
@@ -80,6 +90,16 @@ def total_variation(
         In the unit of ``data``.
     iterations : int
         Primal-dual steps.
+
+    Returns
+    -------
+    (i, j, k) float32 array
+        As ``tikhonov``.
+
+    Raises
+    ------
+    ShapeMismatchError
+        As ``tikhonov``.
     """
     _check_slices(data, weights, axis)
     y = np.moveaxis(np.asarray(data, np.float32), axis, 0)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make a worse scan from a good one, for evaluation.
+"""Degrade a good scan, for evaluation.
 
-Written apart from the engine's operators on purpose: the profile's shape and width, the noise's
-law and the field's form are not the ones that the engine assumes, so that an evaluation does not
-reward a method for undoing its own formula.
+The simulation is deliberately independent of the engine's operators: slice profile, noise
+distribution and bias field differ from what the engine assumes, so that an evaluation does not
+reward a method for inverting its own forward model.
 
 Intensities are in the caller's unit; where a number is relative, ``unit`` is the intensity that
 counts as 1 (the 99th percentile of the brain).
@@ -21,7 +21,7 @@ from scipy import ndimage
 from brainprior_bids.engine.errors import GeometryError, UsageError
 from brainprior_bids.engine.grids import Grid
 
-_OVERSAMPLING = 20  # points a fine voxel at which the profile is evaluated
+_OVERSAMPLING = 20  # points per fine voxel at which the profile is evaluated
 
 
 def _boxcar(u: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -38,7 +38,7 @@ def _raised_cosine(u: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _truncated_pulse(u: NDArray[np.float64]) -> NDArray[np.float64]:
     """Magnitude response of a two-lobed Hamming sinc pulse: flat top, ramps, small side lobes."""
-    t = np.linspace(-1, 1, 401)  # of the pulse's duration
+    t = np.linspace(-1, 1, 401)  # time, from the beginning to the end of the pulse
     pulse = np.sinc(2 * t) * (0.54 + 0.46 * np.cos(np.pi * t))
     response = np.abs(np.cos(4 * np.pi * np.multiply.outer(u, t)) @ pulse)
     at_zero = pulse.sum()
@@ -61,14 +61,15 @@ def averaging_weights(
     thickness_mm: float,
     profile: str,
 ) -> NDArray[np.float64]:
-    """Share of every fine voxel in every slice.
+    """Weight of every fine voxel in every slice.
 
     Parameters
     ----------
     n_fine, fine_mm : int, float
         Fine voxels along the slice axis and their size.
     spacing_mm, thickness_mm : float
-        Of the slices; slices are centred at (k + 1/2) spacings from the first voxel's edge.
+        Spacing and thickness of the slices, which are centred at (k + 1/2) spacings from the
+        first voxel's edge.
     profile : str
         A key of ``PROFILES``.
 
@@ -90,8 +91,8 @@ def averaging_weights(
         )
     if min(fine_mm, spacing_mm, thickness_mm) <= 0 or n_fine * fine_mm < spacing_mm:
         raise GeometryError(
-            f"averaging_weights: {n_fine} voxels of {fine_mm} mm hold no slice of spacing "
-            f"{spacing_mm} and thickness {thickness_mm} mm."
+            f"averaging_weights: {n_fine} voxels of {fine_mm} mm are too few for a slice of "
+            f"spacing {spacing_mm} and thickness {thickness_mm} mm."
         )
     slices = int(np.floor(n_fine * fine_mm / spacing_mm + 1e-6))
     centres = (np.arange(slices) + 0.5) * spacing_mm
@@ -110,7 +111,7 @@ def thick_slices(
     thickness_mm: float | None = None,
     profile: str = "trapezoid",
 ) -> tuple[NDArray[np.float32], Grid]:
-    """The image as thick slices along one of its axes.
+    """Average the image to thick slices along one of its axes.
 
     Returns
     -------
@@ -138,7 +139,7 @@ def thick_slices(
 def coarse_in_plane(
     data: NDArray[np.float32], grid: Grid, *, axis: int, spacing_mm: float
 ) -> tuple[NDArray[np.float32], Grid]:
-    """Low-field in-plane resolution: blurred to, and sampled at, about ``spacing_mm``.
+    """Blur and resample the in-plane axes to about ``spacing_mm``, as for a low-field scan.
 
     The blur is Gaussian with a full width at half maximum of one coarse voxel; the coarse voxels'
     edges meet the fine ones' at the border.
@@ -163,18 +164,23 @@ def coarse_in_plane(
 def smooth_field(
     grid: Grid, rng: np.random.Generator, *, sd: float, knots_mm: float = 80.0
 ) -> NDArray[np.float32]:
-    """A random smooth multiplicative field, as of a receive coil.
+    """A random smooth multiplicative field, like that of a receive coil.
 
     Parameters
     ----------
     grid : Grid
-        Where.
+        Grid of the field.
     rng : numpy Generator
         Source of the random knots.
     sd : float
         Standard deviation of the natural logarithm over the field of view.
     knots_mm : float
-        Distance of the random knots that a cubic spline runs through.
+        Distance between the random knots of a cubic spline.
+
+    Returns
+    -------
+    (i, j, k) float32 array
+        Factors on the signal.
     """
     knots = tuple(int(np.ceil(e / knots_mm)) + 3 for e in grid.extent_mm)
     coarse = rng.normal(size=knots)
@@ -198,24 +204,24 @@ def add_noise(
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a scan is made worse; the defaults are a clinical axial scan.
+    """How a scan is degraded; the defaults correspond to a clinical axial scan.
 
     Attributes
     ----------
     axis : int
         Slice axis.
     spacing_mm, thickness_mm : float
-        Of the slices.
+        Spacing and thickness of the slices.
     profile : str
         A key of ``PROFILES``.
     width : float
-        True thickness over the thickness stated to the method under test.
+        True slice thickness divided by the thickness given to the method under test.
     in_plane_mm : float or None
-        Coarser in-plane voxels; None leaves them.
+        Coarser in-plane voxels; None leaves them unchanged.
     noise_sd, bias_sd : float
-        Noise relative to ``unit``; SD of the log field.
+        SD of the noise, relative to ``unit``; SD of the log bias field.
     rician : bool
-        Law of the noise.
+        Rician noise; Gaussian if False.
     """
 
     axis: int = 2
@@ -237,12 +243,24 @@ def degrade(
     *,
     unit: float,
 ) -> tuple[NDArray[np.float32], Grid]:
-    """A thick-slice, biased, noisy scan: field, slices, in-plane, noise, in this order.
+    """A thick-slice, biased, noisy scan: bias field, slices, in-plane, noise, in this order.
+
+    Parameters
+    ----------
+    data : (i, j, k) array
+        The image on ``grid``.
+    unit : float
+        Intensity that counts as 1 for ``recipe.noise_sd``.
 
     Returns
     -------
     (data, grid)
         In the unit of the input.
+
+    Raises
+    ------
+    UsageError, GeometryError
+        As ``averaging_weights``.
     """
     if recipe.bias_sd > 0:
         data = data * smooth_field(grid, rng, sd=recipe.bias_sd)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo data set: ``python -m brainprior_bids.evaluation.demo OUT``.
 
-One person who never lived: the ICBM152 average brain that nilearn carries, inside a head made of
-formulas (subarachnoid fluid, two tables of skull with marrow between, fat and skin, eyes, airways,
-jaw, neck), scanned as a hospital would: 1 x 1 x 5 mm axial slices, tilted, under a coil's bias
-field, with noise. It shows that the program runs; an average brain is blurred already and says
-little about how well a person's is restored.
+One simulated participant: the ICBM152 average brain that nilearn provides, inside a synthetic head
+(subarachnoid fluid, two tables of skull with marrow between, fat and skin, eyes, airways, jaw,
+neck), with a simulated clinical scan: tilted axial slices of 1 x 1 x 5 mm, a bias field and noise.
+It shows that the program runs. An average brain is smooth already, so it does not show how well an
+individual brain is restored.
 
-The same bytes on every run: every random number comes from ``SEED``.
+Every run writes the same bytes: all random numbers derive from ``SEED``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from brainprior_bids.engine.grids import Grid
 from brainprior_bids.evaluation.degrade import Recipe, degrade
 
 SEED = 152
-TILT_DEG = (9.0, -4.0, 3.0)  # pitch, roll and yaw of the slices against the head
+TILT_DEG = (9.0, -4.0, 3.0)  # pitch, roll and yaw of the slices relative to the head
 FOV_MM = (192, 224, 175)
 CENTRE_MM = (0.0, -14.0, 6.0)  # MNI152 coordinates of the middle of the field of view
 RECIPE = Recipe(noise_sd=0.015, bias_sd=0.12, rician=True)
@@ -47,7 +47,7 @@ _FLUID, _BONE, _MARROW, _FAT, _SKIN, _MUSCLE, _AIR = 0.22, 0.07, 0.55, 1.15, 0.5
 
 @dataclass(frozen=True)
 class Demo:
-    """The demo scan beside the truth it was made from.
+    """The demo scan, and the truth from which it was simulated.
 
     Attributes
     ----------
@@ -65,7 +65,7 @@ class Demo:
 
 
 def make_demo() -> Demo:
-    """Build the head, put it in the scanner, scan it."""
+    """Build the head, resample it to the tilted grid and simulate the scan."""
     rng = np.random.default_rng(SEED)
     head, brain, head_grid = _head(rng)
     grid = _tilted_grid()
@@ -92,7 +92,7 @@ def write_demo(out: Path) -> Path:
     Raises
     ------
     UsageError
-        If ``out`` exists and is no folder, or holds anything but an earlier demo.
+        If ``out`` exists and is not a folder, or contains anything other than an earlier demo.
     """
     description = out / "dataset_description.json"
     if out.exists() and not out.is_dir():
@@ -100,7 +100,7 @@ def write_demo(out: Path) -> Path:
     if out.is_dir() and any(out.iterdir()):
         known = description.is_file() and _DESCRIPTION["Name"] in description.read_text("utf-8")
         if not known:
-            raise UsageError(f"demo: {out} holds other files. Name an empty or a new folder.")
+            raise UsageError(f"demo: {out} contains other files. Name an empty or a new folder.")
     demo = make_demo()
     anat = out / "sub-01" / "anat"
     anat.mkdir(parents=True, exist_ok=True)
@@ -127,7 +127,7 @@ def write_demo(out: Path) -> Path:
     )
     _write_json(
         out / "participants.json",
-        {"species": {"Description": "An average of 152 people in a synthetic head"}},
+        {"species": {"Description": "An average of 152 participants in a synthetic head"}},
     )
     return out
 
@@ -175,7 +175,7 @@ def _head(rng: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.boo
 
     head = np.full(brain.shape, _AIR, np.float32)
     head[soft] = _MUSCLE * (1 + wobble(2.5, 0.12))[soft]
-    head[soft & (wobble(4, 1.0) > 1.3)] = 0.8 * _FAT  # between the muscles
+    head[soft & (wobble(4, 1.0) > 1.3)] = 0.8 * _FAT  # fat between the muscles
     head[soft & (under_skin < 6 + wobble(8, 1.0))] = _FAT
     head[soft & (under_skin < 1.8)] = _SKIN
 
@@ -222,7 +222,7 @@ def _head(rng: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.boo
 
 
 def _close(mask: NDArray[np.bool_], radius_mm: float) -> NDArray[np.bool_]:
-    """Closing by a ball on a 1 mm grid, worked out at 2 mm and rounded off."""
+    """Closing by a ball on a 1 mm grid, computed at 2 mm and then smoothed."""
     margin = int(radius_mm) + 2
     padded = np.pad(mask, margin)
     dilated = ndimage.distance_transform_edt(~padded[::2, ::2, ::2], sampling=2) <= radius_mm
@@ -255,7 +255,7 @@ _DESCRIPTION: dict[str, Any] = {
     "Montreal Neurological Institute, McGill University; use, copy, modify and distribute freely "
     "with this notice",
     "Authors": ["brainprior developers"],
-    "Acknowledgements": "Brain: ICBM152 nonlinear symmetric template 2009a, as nilearn carries it",
+    "Acknowledgements": "Brain: ICBM152 nonlinear symmetric template 2009a, from nilearn",
     "ReferencesAndLinks": [
         "Fonov et al., NeuroImage 54 (2011) 313-327",
         "https://nilearn.github.io/stable/modules/generated/nilearn.datasets.load_mni152_template.html",
@@ -266,21 +266,21 @@ _README = """\
 brainprior demo
 ===============
 
-No person was scanned. sub-01 is the ICBM152 average brain (2009a, nonlinear, symmetric, as nilearn
-carries it) inside a synthetic head: fluid, skull with marrow, fat, skin, eyes, airways, jaw and
-neck drawn by formulas. The head was tilted by 9, -4 and 3 degrees and "scanned" with 5 mm axial
+No participant was scanned. sub-01 is the ICBM152 average brain (2009a, nonlinear, symmetric, as
+nilearn provides it) inside a synthetic head with fluid, skull, marrow, fat, skin, eyes, airways,
+jaw and neck. The head was tilted by 9, -4 and 3 degrees and "scanned" with 5 mm axial
 slices of 1 x 1 mm in-plane, a trapezoid slice profile, a smooth bias field (SD 12 %) and Rician
 noise (SD 1.5 % of bright white matter).
 
-An average brain is smooth to begin with: this data set shows that the program runs, not how well
-it restores a person's brain.
+An average brain is smooth already: this data set shows that the program runs, not how well it
+restores an individual brain.
 
-Made by ``python -m brainprior_bids.evaluation.demo``; every run makes the same bytes.
+Written by ``python -m brainprior_bids.evaluation.demo``; every run writes the same bytes.
 """
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command; returns its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m brainprior_bids.evaluation.demo", description="Write the demo data set."
     )

@@ -51,16 +51,16 @@ def draw(
         PNG.
     columns : sequence of Column
     inside : (i, j, k) bool array
-        The brain: the picture is cropped around it, the planes lie in its middle (the sagittal
-        one beside the midline).
+        The brain. The picture is cropped around it, and the planes go through its middle (the
+        sagittal one is off the midline).
     spacing_mm : (3,)
         Voxel size.
     caption : str
-        A line below: whose scan, from where.
+        A line below the images, with the source of the scan.
     planes : sequence of 0, 1, 2
         Sagittal, coronal, axial; one row each.
     dpi : int
-        Dots an inch.
+        Dots per inch.
     """
     ends = [(int(w.min()), int(w.max()) + 1) for w in np.nonzero(inside)]
     margin = [max(1, round(6 / s)) for s in spacing_mm]
@@ -93,11 +93,11 @@ def draw(
         },
     )
     for row, plane in enumerate(planes):
-        for place, column in zip(axes[row], columns, strict=True):
+        for panel, column in zip(axes[row], columns, strict=True):
             view = np.take(column.data, at[plane], axis=plane)
             kept = [box[axis] for axis in range(3) if axis != plane]
             aspect = spacing_mm[height_mm[plane]] / spacing_mm[width_mm[plane]]
-            place.imshow(
+            panel.imshow(
                 view[kept[0], kept[1]].T,
                 origin="lower",
                 cmap=column.colours,
@@ -106,9 +106,9 @@ def draw(
                 aspect=aspect,
                 interpolation="nearest",
             )
-            place.set_axis_off()
+            panel.set_axis_off()
             if row == 0:
-                place.set_title(column.title, color="white", fontsize=9, pad=4)
+                panel.set_title(column.title, color="white", fontsize=9, pad=4)
     figure.text(0.5, 0.03 / height, caption, color="0.75", fontsize=7, ha="center", va="bottom")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, facecolor="black", metadata={"Software": None})

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Harm real heads and see what is left of their mask and affine.
+"""Corrupt real heads and measure how much their brain mask and affine change.
 
 ``python -m brainprior_bids.evaluation.harm BIDS_DIR TABLE.json`` conforms every T1w and T2w of a
-data set, labels it, harms the scan in the ways of :data:`KINDS`, labels it again, and compares:
-Dice of the two masks inside the field of view that is left, and the mean distance of the corners
-of the brain's box between the two affines; and what the verdict on it would be, from mask,
-structures, affine and the noise as estimated before sampling (what follows the restoration does
-not enter). The table is in the parcellation's model card.
+data set, labels it, corrupts the scan in the ways of :data:`KINDS`, labels it again, and compares:
+Dice of the two masks inside the remaining field of view, the mean distance between the two affines
+at the corners of the brain's box, and the verdict from mask, structures, affine and the noise as
+estimated before sampling (nothing is restored, so metrics of the restoration do not enter). The
+table is in the parcellation's model card.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _head(image: nib.Nifti1Image, data: Volume) -> nib.Nifti1Image:
 
 
 def crop(image: nib.Nifti1Image, brain: Mask, *, top_mm: float, bottom_mm: float) -> Any:
-    """Cut the field of view so that this much of the brain is lost (negative: left beyond it)."""
+    """Crop the field of view: this much of the brain is lost (negative: margin beyond it)."""
     low, high = _extent(brain, 2)
     spacing = Grid(image.shape, image.affine).spacing_mm[2]
     start = max(low + round(bottom_mm / spacing), 0)
@@ -65,16 +65,17 @@ def crop(image: nib.Nifti1Image, brain: Mask, *, top_mm: float, bottom_mm: float
 
 
 def deface(image: nib.Nifti1Image, brain: Mask) -> nib.Nifti1Image:
-    """0 in front of and below a plane that touches the brain's lower front."""
+    """Set to 0 what is in front of and below a plane that touches the brain's lower front."""
     where = np.argwhere(brain) @ image.affine[:3, :3].T + image.affine[:3, 3]
     normal = np.array([0.0, 1.0, -1.0]) / np.sqrt(2)
-    every = np.indices(image.shape).reshape(3, -1).T @ image.affine[:3, :3].T + image.affine[:3, 3]
-    beyond = (every @ normal > (where @ normal).max()).reshape(image.shape)
+    points = np.indices(image.shape).reshape(3, -1).T
+    points = points @ image.affine[:3, :3].T + image.affine[:3, 3]
+    beyond = (points @ normal > (where @ normal).max()).reshape(image.shape)
     return _head(image, np.where(beyond, 0, image.get_fdata(dtype=np.float32)))
 
 
 def low_contrast(image: nib.Nifti1Image, brain: Mask) -> nib.Nifti1Image:
-    """A fifth of the contrast in the head, and noise of 2 % of its brightness."""
+    """Reduce the contrast in the head to a fifth, and add 2 % noise."""
     data = image.get_fdata(dtype=np.float32)
     mean = float(np.median(data[brain]))
     head = data > 0.2 * mean
@@ -83,7 +84,7 @@ def low_contrast(image: nib.Nifti1Image, brain: Mask) -> nib.Nifti1Image:
 
 
 def noise(image: nib.Nifti1Image, brain: Mask, *, share: float) -> nib.Nifti1Image:
-    """Rician noise, its SD a share of the brain's 99th percentile."""
+    """Rician noise whose SD is ``share`` times the brain's 99th percentile."""
     data = image.get_fdata(dtype=np.float32)
     rng = np.random.default_rng(0)
     sd = share * float(np.percentile(data[brain], 99))
@@ -92,7 +93,7 @@ def noise(image: nib.Nifti1Image, brain: Mask, *, share: float) -> nib.Nifti1Ima
 
 
 def coil(image: nib.Nifti1Image, brain: Mask, *, times: float) -> nib.Nifti1Image:
-    """One surface coil at the back of the head: so many times brighter there than in front."""
+    """One surface coil at the back of the head: ``times`` brighter there than in front."""
     grid = np.indices(image.shape)
     low, high = _extent(brain, 1)
     place = (grid[1] - low) / (high - low)
@@ -112,7 +113,7 @@ def thick(image: nib.Nifti1Image, brain: Mask, *, axis: int, mm: float) -> nib.N
 
 
 def turned(image: nib.Nifti1Image, brain: Mask, *, axis: int, degrees: float) -> nib.Nifti1Image:
-    """The head turned in its field of view, about its brain's middle; the header knows of it."""
+    """Rotate the head in its field of view about the brain's middle, with a correct header."""
     grid = Grid(image.shape, image.affine)
     middle = image.affine[:3, :3] @ np.argwhere(brain).mean(0) + image.affine[:3, 3]
     shape = tuple(int(n) for n in np.ceil(VIEW_MM / grid.spacing_mm))
@@ -128,7 +129,7 @@ def turned(image: nib.Nifti1Image, brain: Mask, *, axis: int, degrees: float) ->
 def between(
     image: nib.Nifti1Image, brain: Mask, *, gain: float = 1.0, moved_mm: float = 0.0
 ) -> nib.Nifti1Image:
-    """Every second slice along the last axis with another gain, or moved to the front."""
+    """Multiply every second slice along the last axis by ``gain``, or shift it anteriorly."""
     data = image.get_fdata(dtype=np.float32).copy()
     moved = moved_mm / float(Grid(image.shape, image.affine).spacing_mm[1])
     data[:, :, ::2] = gain * ndimage.shift(data[:, :, ::2], (0, moved, 0), order=1)
@@ -136,18 +137,18 @@ def between(
 
 
 def faint(image: nib.Nifti1Image, brain: Mask, *, share: float) -> nib.Nifti1Image:
-    """The middle slice of the brain, along the last axis, with this share of its signal."""
+    """Multiply the brain's middle slice along the last axis by ``share``."""
     data = image.get_fdata(dtype=np.float32).copy()
     data[:, :, sum(_extent(brain, 2)) // 2] *= share
     return _head(image, data)
 
 
 def mislabelled(image: nib.Nifti1Image, brain: Mask, *, axes: str) -> nib.Nifti1Image:
-    """A header that says ``axes`` (such as "LPS") of data that lie in RAS."""
-    said = apply_orientation(image.get_fdata(dtype=np.float32), axcodes2ornt(tuple(axes)))
+    """Store RAS data with a header of the wrong orientation ``axes`` (such as "LPS")."""
+    data = apply_orientation(image.get_fdata(dtype=np.float32), axcodes2ornt(tuple(axes)))
     spacing = Grid(image.shape, image.affine).spacing_mm
     order = axcodes2ornt(tuple(axes))[:, 0].astype(int)
-    return nib.Nifti1Image(np.ascontiguousarray(said), np.diag([*spacing[np.argsort(order)], 1.0]))
+    return nib.Nifti1Image(np.ascontiguousarray(data), np.diag([*spacing[np.argsort(order)], 1.0]))
 
 
 HARMS: dict[str, Callable[[nib.Nifti1Image, Mask], nib.Nifti1Image]] = {
@@ -187,7 +188,7 @@ HEADERS = {
     f"header says {axes}": (lambda i, b, axes=axes: mislabelled(i, b, axes=axes))
     for axes in ("LPS", "RPI", "LAI", "RAI", "RSA", "RSP", "SAL", "PRS", "ASR", "SRA", "LAS")
 }
-"""The truth in such a header's space is not that of the unharmed scan: no Dice, no corners."""
+"""The uncorrupted scan is no reference in the space of such a header: no Dice, no corners."""
 SLICES = {
     **{f"a slice with {100 * s:g} % signal": partial(faint, share=s) for s in (0.0, 0.5, 0.7)},
     **{f"every second slice × {g:g}": partial(between, gain=g) for g in (1.05, 1.1, 1.2)},
@@ -204,7 +205,7 @@ KINDS = {
 
 
 def _on(grid: Grid, image: nib.Nifti1Image, mask: Mask) -> Mask:
-    """A mask of another grid on this one, nearest; all grids here share their axes."""
+    """Resample a mask to this grid (nearest neighbour); all grids here share their axes."""
     index = np.linalg.inv(image.affine) @ grid.affine
     moved: Mask = ndimage.affine_transform(
         mask.astype(np.uint8), index[:3, :3], index[:3, 3], grid.shape, order=0
@@ -226,15 +227,15 @@ def compare(
     network: ParcellationNetwork,
     reference: dict[str, Any] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Facts of one scan, against the unharmed one where that is given; and what to compare with.
+    """Label one scan, and compare it with the uncorrupted one if that is given.
 
     Returns
     -------
     facts : dict
         ``error``, or ``volume_ml``, ``residual_mm``, ``dof``, ``warnings``, ``verdict``,
-        ``reasons``, the figures behind it and, with a reference, ``dice`` and ``corner_mm``.
+        ``reasons``, the metrics behind it and, with a reference, ``dice`` and ``corner_mm``.
     result : dict
-        ``parcellation``, ``fit``, ``grid``, empty after an error.
+        ``parcellation``, ``fit``, ``grid``, to be used as a reference; empty after an error.
     """
     scan_grid = Grid(image.shape, image.affine)
     grid, axis = scan_grid.one_millimetre(), int(np.argmax(scan_grid.spacing_mm))
@@ -261,11 +262,11 @@ def compare(
     }
     values = metrics(ScanRecord.from_json({"scan": "", "facts": steps}))
     facts |= {"verdict": verdict(values), "reasons": concerns(values)}
-    kept = (
+    keys = (
         "brain_z", "structure_z", "noise_percent", "confidence", "lowest_confidence",
         "slice_mismatch", "faintest_slice",
     )  # fmt: skip
-    facts |= {key: values[key] for key in kept}
+    facts |= {key: values[key] for key in keys}
     facts |= {"residual_mm": fit.median_residual_mm, "dof": fit.dof}
     facts["warnings"] += fit.warnings
     if reference:
@@ -280,32 +281,32 @@ def summarise(rows: list[dict[str, Any]]) -> str:
         "| centres, mm, median | worst | verdicts |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    figures = (("dice", min, 3), ("corner_mm", max, 1), ("residual_mm", max, 1))
+    columns = (("dice", min, 3), ("corner_mm", max, 1), ("residual_mm", max, 1))
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(f"{row['scan'].rpartition('_')[2]}, {row['harm']}", []).append(row)
     for name, group in groups.items():
         cells = [name, str(len(group))]
-        for key, worst, digits in figures:
+        for key, worst, digits in columns:
             values = [row[key] for row in group if key in row]
             both = (float(np.median(values)), worst(values)) if values else ()
             cells += [f"{value:.{digits}f}" for value in both] or ["", ""]
         counts = [(sum(row["verdict"] == v for row in group), v) for v in VERDICTS]
         refused = sum("error" in row for row in group)
-        said = ", ".join(f"{n} {v}" for n, v in counts if n)
-        cells.append(said + (f" ({refused} refused)" if refused else ""))
+        verdicts = ", ".join(f"{n} {v}" for n, v in counts if n)
+        cells.append(verdicts + (f" ({refused} refused)" if refused else ""))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Harm every scan, write the facts, print a table of them."""
+    """Corrupt every scan, write the facts, print a table of them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bids_dir", type=Path)
-    parser.add_argument("table", type=Path, help="JSON, one row per scan and harm; resumed")
+    parser.add_argument("table", type=Path, help="JSON, one row per scan and corruption; resumed")
     parser.add_argument("--suffix", nargs="+", default=["T1w", "T2w"])
-    parser.add_argument("--subjects", type=int, default=9, help="at most this many")
-    parser.add_argument("--kind", choices=KINDS, default="harms", help="in what ways")
+    parser.add_argument("--subjects", type=int, default=9, help="at most this many participants")
+    parser.add_argument("--kind", choices=KINDS, default="harms", help="group of corruptions")
     args = parser.parse_args()
     rows = json.loads(args.table.read_text(encoding="utf-8")) if args.table.exists() else []
     done = {(row["scan"], row["harm"]) for row in rows}
@@ -322,10 +323,10 @@ def main() -> None:
                 nib.Nifti1Image(np.zeros(1), reference["grid"].affine),
                 reference["parcellation"].mask > 0,
             )
-            beside = None if args.kind == "headers" else reference
+            compared = None if args.kind == "headers" else reference
             for harm, change in KINDS[args.kind].items():
                 if (name, harm) not in done:
-                    facts, _ = compare(change(image, brain), network, beside)
+                    facts, _ = compare(change(image, brain), network, compared)
                     rows.append({"scan": name, "harm": harm, **facts})
                     print(json.dumps(rows[-1]), flush=True)
                     args.table.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work through the cases of studies: one pool of processes, one way to resume, one kind of record.
+"""Run the cases of all studies in one pool of processes, and resume unfinished runs.
 
-Three rounds of parallel jobs: the participants, the penalties of the classical methods on the
-validation set, the cases. Each job's result is one file below the output folder, put in place when
-complete, with a fingerprint of its inputs, settings and weights: the same command resumes where it
-stopped, and replaces results of other weights or settings. A job that fails, or whose process
-dies, is named; the others continue.
+There are three rounds of parallel jobs: the participants, the penalties of the classical methods
+on the validation set, and the cases. Each job's result is one file below the output folder, moved
+into place when complete, with a fingerprint of its inputs, settings and weights: the same command
+resumes where it stopped, and replaces results of other weights or settings. A job that fails, or
+whose process dies, is reported; the others continue.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from brainprior_bids.evaluation.summary import Record
 log = logging.getLogger(__name__)
 
 VERSION = 2
-"""Of the records: raise it when their meaning changes."""
+"""Version of the records; raise it when their meaning changes."""
 TUNED_BY = ("spacing_mm", "noise_sd", "width", "profile", "in_plane_mm", "rician", "crop_mm")
-"""Parts of a condition that decide its penalties."""
+"""Fields of a condition that determine its penalties."""
 
 
 @dataclass(frozen=True)
@@ -51,18 +51,18 @@ class Case:
 
     @property
     def stem(self) -> str:
-        """Name of its files."""
+        """Stem of the names of its files."""
         name = self.settings.name.replace(" ", "-").replace(",", "")
         return f"{self.source.stem}_{name}"
 
     def record(self, out: Path) -> Path:
-        """Its record below the output folder."""
+        """Path of its record below the output folder."""
         return out / "results" / self.study / f"{self.stem}.json"
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What failed, and the studies that lack a result by it."""
+    """The message of a failed job, and the studies that lack a result because of it."""
 
     text: str
     studies: frozenset[str]
@@ -70,7 +70,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Job:
-    """A function with its arguments, run in some process."""
+    """A function with its arguments, to be run in any process."""
 
     title: str
     name: str
@@ -83,14 +83,14 @@ def run(
     cases: Sequence[Case], sources: Sequence[Source], *, out: Path, prior: Path, device: str,
     nprocs: int, crop: tuple[int, int, int], width_off: float,
 ) -> list[Failure]:  # fmt: skip
-    """Make every record that is not there yet.
+    """Compute every record that is missing.
 
     Parameters
     ----------
     cases, sources : sequence
         All cases, and all participants and label maps with the validation set.
     out : Path
-        Folder of participants, penalties and records; made if it is not there.
+        Folder of participants, penalties and records; created if missing.
     prior : Path
         Weights.
     device : str
@@ -100,6 +100,10 @@ def run(
     crop, width_off
         For the penalties: block of conditions on whole brains, mm, and the relative error of the
         stated slice thickness.
+
+    Returns
+    -------
+    list of Failure
     """
     bench = Bench(prior, device, out)
     sha256 = read_weights(prior, kind="prior")[1]["sha256"]
@@ -108,11 +112,11 @@ def run(
         failures = pool.run([_participant_job(source, cases, tuned, out) for source in sources])
         ready = [source for source in sources if participant_path(out, source).is_file()]
         cases = [case for case in cases if case.source in ready]
-        choosing = [source for source in ready if source.choosing]
+        validation = [source for source in ready if source.choosing]
         failures += pool.run(
-            _tuning_jobs(cases, choosing, tuned, out, crop=crop, width_off=width_off)
+            _tuning_jobs(cases, validation, tuned, out, crop=crop, width_off=width_off)
         )
-        failures += pool.run(_case_jobs(cases, choosing, tuned, bench, sha256))
+        failures += pool.run(_case_jobs(cases, validation, tuned, bench, sha256))
     return failures
 
 
@@ -124,20 +128,20 @@ def _participant_job(source: Source, cases: Sequence[Case], tuned: set[str], out
 
 def _tuning_jobs(
     cases: Sequence[Case],
-    choosing: Sequence[Source],
+    validation: Sequence[Source],
     tuned: set[str],
     out: Path,
     *,
     crop: tuple[int, int, int],
     width_off: float,
 ) -> list[Job]:
-    """One per participant of the validation set and kind of scan."""
+    """One job per participant of the validation set and kind of scan."""
     jobs: dict[tuple[str, str], Job] = {}
     for case in (case for case in cases if case.study in tuned):
         condition = case.settings
         assert isinstance(condition, Condition)
         plain = replace(condition, bias_sd=0.0, field="none", crop_mm=condition.crop_mm or crop)
-        for number, source in enumerate(choosing):
+        for number, source in enumerate(validation):
             if not _alike(source, case.source):
                 continue
             key = (source.stem, condition.kind)
@@ -149,24 +153,24 @@ def _tuning_jobs(
 
 
 def _case_jobs(
-    cases: Sequence[Case], choosing: Sequence[Source], tuned: set[str], bench: Bench, sha256: str
+    cases: Sequence[Case], validation: Sequence[Source], tuned: set[str], bench: Bench, sha256: str
 ) -> list[Job]:
-    """One per case; the first of each contrast and settings is drawn."""
+    """One job per case; a picture is drawn of the first case of each contrast and settings."""
     drawn = set()
     jobs = []
     for case in cases:
         key = (case.study, case.settings.name, case.source.contrast)
         picture = bench.folder / "pictures" / f"{case.study}_{case.stem}.png"
-        own = replace(bench, picture=None if key in drawn else picture)
+        case_bench = replace(bench, picture=None if key in drawn else picture)
         drawn.add(key)
-        choosers = [s.name for s in choosing if case.study in tuned and _alike(s, case.source)]
+        names = [s.name for s in validation if _alike(s, case.source)]
         jobs.append(
             Job(
                 "result",
                 f"{case.study} {case.source.stem} {case.settings.name}",
                 frozenset({case.study}),
                 measure,
-                (case, bench.folder, own, sha256, choosers if case.study in tuned else None),
+                (case, bench.folder, case_bench, sha256, names if case.study in tuned else None),
             )
         )
     return jobs
@@ -192,11 +196,11 @@ class Pool:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self.executor is not None:  # at an interrupt, not before all jobs are through
+        if self.executor is not None:  # after an interrupt, do not start the remaining jobs
             self.executor.shutdown(cancel_futures=True)
 
     def run(self, jobs: Sequence[Job]) -> list[Failure]:
-        """Run jobs; what failed."""
+        """Run the jobs; returns the failures."""
         failures = []
         for count, (job, error) in enumerate(self._done(jobs), 1):
             if error is None:
@@ -207,18 +211,18 @@ class Pool:
         return failures
 
     def _done(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, str | None]]:
-        """Each job as it ends, with its error."""
+        """Yield each job when it ends, with its error or None."""
         if self.nprocs == 1:
             for job in jobs:
                 yield job, _error_of(job.work, *job.arguments)
             return
         lost = yield from self._together(jobs)
-        for job in lost:  # one of them ended its process, and the pool with it
+        for job in lost:  # one of them killed its process, which broke the pool
             if (yield from self._together([job])):
                 yield job, "its process was killed. Is there enough memory? Try a lower --nprocs."
 
     def _together(self, jobs: Sequence[Job]) -> Any:
-        """Yields (job, error) for jobs that ended; returns those that were lost with the pool."""
+        """Yield (job, error) for jobs that ended; return those that were lost with the pool."""
         if self.executor is None:
             self.executor = _processes(self.nprocs)
         futures: dict[Future[None], Job] = {
@@ -249,7 +253,7 @@ def _one_thread() -> None:
 
 
 def _error_of(work: Callable[..., None], *arguments: Any) -> str | None:
-    """Call it; its error in words."""
+    """Call ``work``; returns its error message, or None."""
     try:
         work(*arguments)
     except BrainpriorError as error:
@@ -266,7 +270,7 @@ def participant_path(out: Path, source: Source) -> Path:
 
 
 def prepare(source: Source, out: Path) -> None:
-    """The truth: mask, bias field and unit by brainprior's own preprocessing."""
+    """Save a participant's truth, with mask, bias field and unit by brainprior's preprocessing."""
     path = participant_path(out, source)
     note = path.with_suffix(".json")
     mark = fingerprint(
@@ -276,13 +280,13 @@ def prepare(source: Source, out: Path) -> None:
     )
     if path.is_file() and is_done(note, mark):
         return
-    path.unlink(missing_ok=True)  # of another scan
+    path.unlink(missing_ok=True)  # made from another scan
     file, network = Path(source.path), parcellation()
     if source.synthetic:
-        made = from_labels(file, source.name, source.contrast, network, path.parent)
+        participant = from_labels(file, source.name, source.contrast, network, path.parent)
     else:
-        made = from_scan(file, source.name, source.contrast, network)
-    made.save(path)
+        participant = from_scan(file, source.name, source.contrast, network)
+    participant.save(path)
     write(note, {"fingerprint": mark, "source": file.name})
 
 
@@ -295,40 +299,41 @@ def _tuning_path(out: Path, stem: str, condition: Condition) -> Path:
 
 
 def tune(source: Source, condition: Condition, out: Path) -> None:
-    """Errors of every penalty on one participant of the validation set."""
+    """Save the errors of every penalty on one participant of the validation set."""
     path = _tuning_path(out, source.stem, condition)
     used = {key: value for key, value in asdict(condition).items() if key in TUNED_BY}
     grids = (protocol.TIKHONOV_PENALTIES, protocol.TV_PENALTIES, protocol.SPREADS)
     mark = fingerprint(participant=_note(out, source), condition=used, grids=grids)
     if not is_done(path, mark):
-        found = protocol.tune(Participant.load(participant_path(out, source)), condition)
-        write(path, {"fingerprint": mark, "errors": found})
+        errors = protocol.tune(Participant.load(participant_path(out, source)), condition)
+        write(path, {"fingerprint": mark, "errors": errors})
 
 
 def penalties_for(
-    out: Path, source: Source, condition: Condition, choosers: Sequence[str]
+    out: Path, source: Source, condition: Condition, names: Sequence[str]
 ) -> tuple[dict[str, float], list[str]]:
-    """Penalties for a condition from those of the choosers that were measured, and their names."""
-    files = {name: _tuning_path(out, f"{name}_{source.contrast}", condition) for name in choosers}
-    there = {name: path for name, path in files.items() if path.is_file()}
-    if not there:
+    """Penalties for a condition, and the participants (of ``names``) on whom they were tuned."""
+    paths = {name: _tuning_path(out, f"{name}_{source.contrast}", condition) for name in names}
+    paths = {name: path for name, path in paths.items() if path.is_file()}
+    if not paths:
         return dict(protocol.UNTUNED), []
-    return protocol.choose([read(path)["errors"] for path in there.values()]), list(there)
+    return protocol.choose([read(path)["errors"] for path in paths.values()]), list(paths)
 
 
 def measure(
-    case: Case, out: Path, bench: Bench, sha256: str, choosers: Sequence[str] | None
+    case: Case, out: Path, bench: Bench, sha256: str, validation: Sequence[str] | None
 ) -> None:
-    """Make the record of a case if there is none of these weights and settings.
+    """Compute the record of a case, unless there is one of the same weights and settings.
 
-    ``choosers`` is None for a study without the classical methods.
+    ``validation`` has the participants for the penalties of the classical methods; None for a
+    study without these.
     """
     source, path = case.source, case.record(out)
     facts: Record = {"prior_sha256": sha256}
     penalties: dict[str, float] = {}
-    if choosers is not None:
+    if validation is not None:
         assert isinstance(case.settings, Condition)
-        penalties, facts["tuned_on"] = penalties_for(out, source, case.settings, choosers)
+        penalties, facts["tuned_on"] = penalties_for(out, source, case.settings, validation)
     settings = asdict(case.settings)  # type: ignore[call-overload]
     mark = fingerprint(
         participant=_note(out, source),
@@ -352,24 +357,24 @@ def measure(
 
 
 def fingerprint(**values: Any) -> str:
-    """Of everything that decides a result."""
+    """SHA-256 of everything that determines a result."""
     text = json.dumps({"version": VERSION, **values}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def is_done(path: Path, mark: str) -> bool:
-    """Whether a result with this fingerprint is there."""
+    """Whether a result with this fingerprint exists."""
     return path.is_file() and read(path).get("fingerprint") == mark
 
 
 def read(path: Path) -> Record:
-    """A record."""
-    found: Record = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    """Read a record."""
+    record: Record = json.loads(path.read_text(encoding="utf-8"))
+    return record
 
 
 def write(path: Path, values: Record) -> None:
-    """In place only once complete."""
+    """Write a record; the file is moved into place when complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

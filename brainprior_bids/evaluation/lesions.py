@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a restoration leaves of a lesion: one is put into a scan, restored, and measured.
+"""How much of a lesion's contrast a restoration keeps: add a lesion to a scan, restore, measure.
 
-A sphere of given diameter becomes brighter or darker by a given part of the tissue in which it
-lies, in the scan's own voxels: a voxel that is half lesion changes by half. The scan is restored
-with and without it, with the same random numbers, and the difference of the two results over the
-sphere is divided by the difference that was put in. Beside it stands the same figure of the scan
-interpolated linearly: thick slices dilute a small lesion before any prior sees it.
+The tissue inside a sphere of given diameter is made brighter or darker by a given fraction, in the
+scan's own voxels: a voxel that is half lesion changes by half of it. The scan is restored with and
+without the lesion, with the same random numbers, and the difference of the two results over the
+sphere is divided by the difference that was added. The linearly interpolated scan is measured in
+the same way: thick slices dilute a small lesion before any prior is applied.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ WHITE_MATTER = (2, 41)
 
 @dataclass(frozen=True, eq=False)
 class LesionCase:
-    """A scan with what ``restore`` needs, and where a lesion may be put."""
+    """A scan with the inputs of ``restore``, and the depth in the white matter, for lesions."""
 
     scan: NDArray[np.float32]
     grid: Grid
@@ -47,7 +47,7 @@ class LesionCase:
     log_bias: NDArray[np.float32]
     to_mni305: NDArray[np.float64]
     contrast: str
-    depth_mm: NDArray[np.float64]  # 1 mm grid: how deep in the white matter, 0 elsewhere
+    depth_mm: NDArray[np.float64]  # 1 mm grid: depth in the white matter, 0 elsewhere
 
     @classmethod
     def from_scan(cls, scan: Prepared, contrast: str) -> LesionCase:
@@ -68,10 +68,10 @@ class LesionCase:
         )
 
     def deepest_mm(self) -> NDArray[np.float64]:
-        """(3,) the place deepest in the white matter, mm."""
+        """(3,) the deepest point of the white matter, scanner mm."""
         deepest = np.unravel_index(self.depth_mm.argmax(), self.depth_mm.shape)
-        place: NDArray[np.float64] = self.grid.one_millimetre().affine @ np.append(deepest, 1)
-        return place[:3]
+        point: NDArray[np.float64] = self.grid.one_millimetre().affine @ np.append(deepest, 1)
+        return point[:3]
 
     def crop(self, centre_mm: NDArray[np.float64], size_mm: float) -> LesionCase:
         """The part of the field of view within half of ``size_mm`` along each axis."""
@@ -123,7 +123,7 @@ def prepare_case(
 
 @dataclass(frozen=True)
 class Kept:
-    """Part of a lesion's contrast that is left, 1: all of it."""
+    """The fraction of a lesion's contrast that remains; 1 is all of it."""
 
     size_mm: float
     contrast: float
@@ -142,46 +142,55 @@ def contrast_kept(
     noise_sd: float | None = None,
     **options: Any,
 ) -> list[Kept]:
-    """One restoration for every lesion, and one without any.
+    """Restore the scan once without a lesion, and once with each lesion.
 
     Parameters
     ----------
-    sizes_mm : diameters
-    contrasts : relative change of the tissue: -0.3 is darker by 30 %
+    centre_mm : (3,) array
+        Centre of the lesions, scanner mm.
+    sizes_mm : sequence of float
+        Diameters.
+    contrasts : sequence of float
+        Relative change of the tissue: -0.3 is darker by 30 %.
     noise_sd : float, optional
-        Of a scan voxel, engine unit; estimated without.
+        SD of the noise of a scan voxel, in the engine's unit; estimated if not given.
     options
         Of ``restore``: ``n_samples``, ``seed`` …
+
+    Returns
+    -------
+    list of Kept
+        One per size and contrast.
 
     Raises
     ------
     InputError
-        If a lesion does not lie wholly in the brain.
+        If a lesion is not entirely inside the brain.
     """
     fine = case.grid.one_millimetre()
-    away = np.linalg.norm(fine.points_mm() - centre_mm[:, None, None, None], axis=0)
+    distance = np.linalg.norm(fine.points_mm() - centre_mm[:, None, None, None], axis=0)
     plain = _restored(case, case.scan, prior, noise_sd, options)
     kept = []
     for size, contrast in itertools.product(sizes_mm, contrasts):
-        sphere = away <= size / 2
+        sphere = distance <= size / 2
         if not sphere.any() or not (case.mask_1mm[sphere] > 0.5).all():
             raise InputError(
                 f"check-lesion: a sphere of {size:g} mm at {np.round(centre_mm, 1).tolist()} mm "
-                "does not lie wholly in the brain. Choose another place with --at."
+                "is not entirely inside the brain. Choose another position with --at."
             )
         share = F.adaptive_avg_pool3d(
             torch.from_numpy(sphere)[None, None].float(), case.grid.shape
         )[0, 0].numpy()
         scan = case.scan * (1 + contrast * share)
         with_lesion = _restored(case, scan, prior, noise_sd, options)
-        put_in = contrast * plain.mean[sphere].mean()
+        added = contrast * plain.mean[sphere].mean()
         flat = resample((scan - case.scan) * np.exp(-case.log_bias), case.grid, fine, order=1)
         kept.append(
             Kept(
                 float(size),
                 float(contrast),
-                float((with_lesion.mean - plain.mean)[sphere].mean() / put_in),
-                float(flat[sphere].mean() / put_in),
+                float((with_lesion.mean - plain.mean)[sphere].mean() / added),
+                float(flat[sphere].mean() / added),
                 with_lesion.sampler,
             )
         )

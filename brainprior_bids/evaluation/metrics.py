@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far an image is from the truth, inside a mask, in units where the truth's brain is 1.
+"""Errors of an image with respect to the truth, inside a mask.
 
-The unit is the 99th percentile of the truth inside the mask; PSNR's peak and SSIM's data range
-are that unit, so figures of different scans can be put side by side.
+The unit of intensity is the 99th percentile of the truth inside the mask. It is also PSNR's peak
+and SSIM's data range, so that the metrics of different scans can be compared.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ def matching_gain(image: ArrayLike, truth: ArrayLike, mask: ArrayLike) -> float:
 
     Raises
     ------
-    ShapeMismatchError, InputError
-        As ``compare``.
+    ShapeMismatchError
+        If the shapes disagree.
+    InputError
+        If the mask is empty, a value inside is not finite, or the image is 0 inside.
     """
     x, t, _ = _inside(image, truth, mask)
     power = float(x @ x)
@@ -70,7 +72,7 @@ def compare(image: ArrayLike, truth: ArrayLike, mask: ArrayLike) -> dict[str, fl
 
 
 SHELLS_MM = (0, 1, 2, 3, 5)
-"""Depths below the mask's border at which ``by_depth`` divides; the last shell is all deeper."""
+"""Depths below the mask's border that separate the shells of ``by_depth``; the last is open."""
 DEPTHS = tuple(
     f"rmse_{low}_{high}mm" if high else f"rmse_{low}mm"
     for low, high in zip(SHELLS_MM, (*SHELLS_MM[1:], None), strict=True)
@@ -81,14 +83,14 @@ DEPTHS = tuple(
 def by_depth(
     image: ArrayLike, truth: ArrayLike, mask: ArrayLike, spacing_mm: Sequence[float]
 ) -> dict[str, float]:
-    """RMSE in shells by the distance from the nearest voxel outside of the mask.
+    """RMSE in shells, by the distance from the nearest voxel outside the mask.
 
     Parameters
     ----------
     image, truth, mask : (i, j, k) arrays
         As ``compare``.
     spacing_mm : three floats
-        Of the voxels.
+        Voxel size.
 
     Returns
     -------
@@ -122,6 +124,11 @@ def crps(samples: ArrayLike, truth: ArrayLike, mask: ArrayLike) -> float:
     ----------
     samples : (n, i, j, k) array
     truth, mask : (i, j, k) arrays
+
+    Raises
+    ------
+    ShapeMismatchError, InputError
+        As ``compare``.
     """
     stack = np.asarray(samples)
     parts = [_inside(sample, truth, mask) for sample in stack]

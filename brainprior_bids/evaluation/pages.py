@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the documentation and the reports show of studies: tables, and ``data/measured.json``.
+"""Write results of studies for documentation and reports: tables and ``data/measured.json``.
 
-Each table is a file with its stamp, the caption and the study's own text; pages include it.
+Each table is a file with its stamp, the caption and the study's own text, which pages include.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from brainprior_bids.evaluation.summary import Record
 
 
 def write_pages(records: Sequence[Record], docs: Path, *, command: str, day: str) -> list[Path]:
-    """``docs/tables/STUDY.md`` for every study of the records, and the reports' figures.
+    """Write ``docs/tables/STUDY.md`` for every study, and the values that reports quote.
 
     Parameters
     ----------
     records : sequence
-        Of one prior.
+        Records of one prior.
     docs : Path
-        Folder of the pages; made if it is not there. If it is that of a checkout, the studies'
-        parts of the package's ``data/measured.json`` beside it are replaced too.
+        Folder of the pages; created if missing. In a checkout, the studies' parts of the
+        package's ``data/measured.json`` are replaced too.
     command, day : str
         As in ``Stamp``.
 
     Returns
     -------
     list of Path
-        What was written.
+        The files written.
 
     Raises
     ------
     UsageError
-        If the records are of more than one prior.
+        If the records are from more than one prior.
     """
     priors = sorted({r["prior_sha256"] for r in records})
     if len(priors) != 1:
@@ -52,7 +52,7 @@ def write_pages(records: Sequence[Record], docs: Path, *, command: str, day: str
     parts = read_json(measured) if measured.is_file() else None
     for name in STUDIES:
         part = [r for r in records if r["study"] == name and not r.get("choosing")]
-        chose = [r for r in records if r["study"] == name and r.get("choosing")]
+        validation = [r for r in records if r["study"] == name and r.get("choosing")]
         if not part:
             continue
         study = find(name)
@@ -61,12 +61,12 @@ def write_pages(records: Sequence[Record], docs: Path, *, command: str, day: str
             for synthetic in (False, True)
         )
         stamp = Stamp(priors[0][:DIGITS], day, participants, maps, command)
-        text = [stamp.line(), "", stamp.caption(), "", *study.table(part, chose)]
+        text = [stamp.line(), "", stamp.caption(), "", *study.table(part, validation)]
         paths.append(docs / "tables" / f"{name}.md")
         paths[-1].parent.mkdir(parents=True, exist_ok=True)
         paths[-1].write_text("\n".join(text).strip() + "\n", encoding="utf-8")
         if parts is not None and study.measured is not None:
-            parts[name] = {"prior_sha256": priors[0], **study.measured(part, chose)}
+            parts[name] = {"prior_sha256": priors[0], **study.measured(part, validation)}
             paths.append(measured)
     if measured in paths:
         write_text(measured, json.dumps(parts, indent=2) + "\n")

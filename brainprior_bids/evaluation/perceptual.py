@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LPIPS (Zhang et al., CVPR 2018), where it is installed with its network's weights.
+"""LPIPS (Zhang et al., CVPR 2018), if it is installed with its network's weights.
 
 Nothing is downloaded: without the package ``lpips``, or without AlexNet's weights in torch's own
-cache, there is no figure.
+cache, there is no value.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ SLICES = 8
 def _network() -> Any:
     """The metric, or None with a line in the log."""
     if find_spec("lpips") is None:
-        log.info("LPIPS is left out: the package lpips is not installed.")
+        log.info("LPIPS is omitted: the package lpips is not installed.")
         return None
     cached = Path(torch.hub.get_dir()) / "checkpoints"
     if not list(cached.glob(BACKBONE)):
-        log.info("LPIPS is left out: %s holds no %s; nothing is downloaded.", cached, BACKBONE)
+        log.info("LPIPS is omitted: %s has no %s; nothing is downloaded.", cached, BACKBONE)
         return None
     import lpips
 
@@ -41,9 +41,13 @@ def _network() -> Any:
 def lpips_distance(
     image: NDArray[np.float32], truth: NDArray[np.float32], inside: NDArray[np.bool_]
 ) -> float | None:
-    """Mean LPIPS over ``SLICES`` planes an axis, images 0 outside the mask, 0-1 as -1 to 1.
+    """Mean LPIPS over ``SLICES`` planes per axis; None if LPIPS is not available.
 
-    None where LPIPS is not there.
+    Parameters
+    ----------
+    image, truth : (i, j, k) arrays
+        Clipped to 0-1, set to 0 outside the mask, and mapped to -1 to 1.
+    inside : (i, j, k) bool array
     """
     metric = _network()
     if metric is None:

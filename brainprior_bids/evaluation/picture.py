@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Before and after, with the truth beside it: the picture of the README.
+"""The README's picture: a degraded brain, its restoration, and the truth.
 
-``python -m brainprior_bids.evaluation.picture BRAIN.nii.gz OUT.png --caption "whose, from where"``
+``python -m brainprior_bids.evaluation.picture BRAIN.nii.gz OUT.png --caption "source, licence"``
 
-A real 1 mm T1w brain, skull-stripped, is made worse as a hospital's axial scan is (5 mm slices
-with a trapezoid profile, a smooth bias field, noise), ``brainprior`` restores it as it would any
-scan, and the truth (divided by its own N4 field) is drawn beside it. The figures are printed.
+A real, skull-stripped 1 mm T1w brain is degraded to a clinical axial scan (5 mm slices with a
+trapezoid profile, a smooth bias field, noise), restored with ``brainprior`` like any other scan,
+and drawn next to the truth (divided by its own N4 field). The metrics are printed.
 """
 
 from __future__ import annotations
@@ -30,36 +30,36 @@ from brainprior_bids.evaluation.degrade import Recipe, degrade
 from brainprior_bids.evaluation.figure import Column, draw
 from brainprior_bids.evaluation.metrics import matching_gain
 from brainprior_bids.evaluation.scans import Volume, read_output, run_command, write_scan
-from brainprior_bids.evaluation.thick_slices import figures
+from brainprior_bids.evaluation.thick_slices import metrics_of
 
 SEED = 7
 RECIPE = Recipe(noise_sd=0.01, bias_sd=0.1)
-MARGIN = 10  # voxels of nothing around the brain
+MARGIN = 10  # empty voxels around the brain
 NAME = "sub-01_T1w"
 
 
 def picture(
     brain: Path, out: Path, *, caption: str, work: Path, options: Sequence[str] = ()
 ) -> dict[str, dict[str, float]]:
-    """Make the scan, restore it, draw it.
+    """Simulate the scan, restore it and draw it.
 
     Parameters
     ----------
     brain : Path
-        1 mm, 0 outside the brain.
+        Image of 1 mm voxels, 0 outside the brain.
     out : Path
         PNG to write.
     caption : str
         Source and licence.
     work : Path
-        Folder for the made data set and the command's output.
+        Folder for the simulated data set and the command's output.
     options : sequence of str
         Passed on to the command.
 
     Returns
     -------
     dict
-        The figures of cubic interpolation, of the restored mean and of a single sample.
+        The metrics of cubic interpolation, of the restored mean and of a single sample.
 
     Raises
     ------
@@ -78,7 +78,7 @@ def picture(
         bids,
         NAME,
         scan,
-        dataset="A brain made thick-sliced",
+        dataset="A brain degraded to thick slices",
         metadata={
             "MRAcquisitionType": "2D",
             "SliceThickness": RECIPE.thickness_mm,
@@ -95,7 +95,7 @@ def picture(
     for method, folder in (("mean of samples", "out"), ("single sample", "single")):
         restored = read_output(work / folder, NAME, "restored")
         images[method] = resample(restored.data, restored.grid, grid)
-    table = figures(images, reference, inside, grid.spacing_mm)
+    table = metrics_of(images, reference, inside, grid.spacing_mm)
 
     blocks = interpolate(scan.data, scan.grid, grid, order=0)
     spread = read_output(work / "out", NAME, "uncertainty")
@@ -140,14 +140,14 @@ def padded(brain: Path) -> tuple[np.ndarray, Grid]:
 
 
 def _share(inside: np.ndarray) -> np.ndarray:
-    """Of every thick voxel in the mask."""
+    """Fraction of every thick voxel that is inside the mask."""
     per_slice = round(RECIPE.spacing_mm)
     i, j, k = inside.shape
     return inside.reshape(i, j, k // per_slice, per_slice).mean(-1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status. Unknown options go on to ``brainprior``."""
+    """Run the command; returns its exit status. Other options are passed on to ``brainprior``."""
     parser = argparse.ArgumentParser(
         prog="python -m brainprior_bids.evaluation.picture",
         description="Draw a degraded brain, its restoration and the truth. Options that are not "
@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("brain", type=Path, help="1 mm T1w brain, 0 outside")
     parser.add_argument("out", type=Path, help="PNG to write")
     parser.add_argument("--caption", required=True, help="source and licence of the brain")
-    parser.add_argument("--work", type=Path, help="keep the made data set and outputs here")
+    parser.add_argument("--work", type=Path, help="keep the simulated data set and outputs here")
     args, options = parser.parse_known_args(argv)
     try:
         with tempfile.TemporaryDirectory() as temporary:

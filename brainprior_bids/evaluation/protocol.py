@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One brain, one way of making it worse, and what every method makes of that.
+"""Degrade a brain, restore it with every method, and compare the results with the truth.
 
-The truth is a brain at 1 mm (``Participant``); a ``Condition`` says how its scan is made (by
-``degrade``, whose slice profile is not the engine's) and how it is restored. ``measure`` gives a
-JSON-able record with a row for every method:
+The truth is a brain at 1 mm (``Participant``); a ``Condition`` specifies how its scan is simulated
+(by ``degrade``, whose slice profile is not the engine's) and how it is restored. ``measure``
+returns a JSON-serialisable record with one row per method:
 
 * ``linear``, ``cubic``: interpolation along all axes;
 * ``tikhonov``, ``tv``: given the true slice weights, penalties tuned on other participants;
 * ``sample``: one posterior sample; ``restored``: ``desc-restored`` of all samples.
 
-Every image is multiplied by its least-squares gain on the truth. With a block (``crop``) the
-engine and the classical methods see only that block of the scan, and its outer millimetres, of
-which they know less than in a whole brain, are left out of every figure.
+Every image is multiplied by its least-squares gain on the truth. With a block (``crop_mm``) the
+engine and the classical methods are given only that block of the scan; its outer millimetres,
+which have less context than in a whole brain, are excluded from all metrics.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ from brainprior_bids.training.synthesis import bounding_box, brain_mask, load_la
 from brainprior_bids.training.synthesis import synthesise_brain as draw_brain
 
 MARGIN_MM = 7
-"""Of a block; along the slice axis at least a slice and 3 mm."""
+"""Margin of a block that is excluded from metrics; along k at least one slice and 3 mm."""
 SURROUND_MM = 10
-"""Of nothing around a whole brain."""
+"""Empty margin around a whole brain."""
 METHODS = ("linear", "cubic", "tikhonov", "tv", "sample", "restored")
 TIKHONOV_PENALTIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 TV_PENALTIES = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016)
 SPREADS = (0.02, 0.03, 0.045, 0.07, 0.1, 0.15)
-"""Of Tikhonov's prior: SD in the brain's unit; see ``tikhonov_sd``."""
+"""Candidates for the mean SD of Tikhonov's posterior, in the brain's unit; see ``tikhonov_sd``."""
 UNTUNED = {"tikhonov": 0.01, "tv": 0.001, "spread": 0.045}
 """Penalties without a validation set; tuned on two participants at 5 mm, noise 0.01."""
 GREY, WHITE, FLUID = (3, 42), (2, 41), (4, 43)
@@ -71,7 +71,7 @@ HISTOGRAM = np.linspace(0, 1.4, 71)
 
 @dataclass(frozen=True, eq=False)
 class Participant:
-    """A truth.
+    """The truth of one participant.
 
     Attributes
     ----------
@@ -80,7 +80,7 @@ class Participant:
         Voxels of 1 mm, RAS; 99th percentile 1, no bias field, 0 outside the brain.
     inside : (i, j, k) bool array
     structures : (i, j, k) int16 array
-        The parcellation of the truth, or of a synthetic one the map's own labels.
+        The parcellation of the truth; for a synthetic brain, the labels of its map.
     to_mni305 : (4, 4) array
         Voxel index to MNI305 mm.
     """
@@ -93,7 +93,7 @@ class Participant:
     to_mni305: NDArray[np.float64]
 
     def save(self, path: Path) -> None:
-        """Write; in place only once complete."""
+        """Write the file; it is moved into place when complete."""
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial.npz")
         np.savez_compressed(
@@ -109,15 +109,15 @@ class Participant:
 
     @classmethod
     def load(cls, path: Path) -> Participant:
-        """What ``save`` wrote."""
-        with np.load(path, allow_pickle=False) as held:
+        """Read a file written by ``save``."""
+        with np.load(path, allow_pickle=False) as arrays:
             return cls(
-                str(held["name"]),
-                str(held["contrast"]),
-                held["data"],
-                held["inside"],
-                held["structures"],
-                held["to_mni305"],
+                str(arrays["name"]),
+                str(arrays["contrast"]),
+                arrays["data"],
+                arrays["inside"],
+                arrays["structures"],
+                arrays["to_mni305"],
             )
 
 
@@ -129,9 +129,14 @@ def from_scan(path: Path, name: str, contrast: str, network: ParcellationNetwork
 def from_labels(
     path: Path, name: str, contrast: str, network: ParcellationNetwork, folder: Path
 ) -> Participant:
-    """A brain synthesised from a label map, the same for the same name.
+    """A brain synthesised from a label map; ``name`` and ``contrast`` seed the random numbers.
 
-    The affine is found as for a scan; the structures are the map's.
+    The affine is estimated as for a scan; the structures are those of the map.
+
+    Raises
+    ------
+    UsageError
+        If the voxels of the map are not 1 mm.
     """
     labels, affine = load_labels(path)
     mask = brain_mask(labels)
@@ -141,17 +146,16 @@ def from_labels(
     start = np.eye(4)
     start[:3, 3] = [edge.start for edge in box]
     folder.mkdir(parents=True, exist_ok=True)
-    made = folder / f"{name}_{contrast}.nii.gz"
-    nib.save(nib.Nifti1Image(data[box], affine @ start), made)
-    brain = extract_brain(made, network=network, unbias=False)
-    made.unlink()
+    image_path = folder / f"{name}_{contrast}.nii.gz"
+    nib.save(nib.Nifti1Image(data[box], affine @ start), image_path)
+    brain = extract_brain(image_path, network=network, unbias=False)
+    image_path.unlink()
     participant = _participant(brain, name, contrast)
-    own = labels[box] if brain.grid.shape == data[box].shape else None
-    if own is None:
+    if brain.grid.shape != data[box].shape:
         raise UsageError(f"{path.name}: expected a label map of 1 mm voxels.")
-    known = np.isin(own, list(structure_names()))
+    known = np.isin(labels[box], list(structure_names()))
     around = bounding_box(brain.mask, 0)
-    structures = np.where(known, own, 0)[around].astype(np.int16)
+    structures = np.where(known, labels[box], 0)[around].astype(np.int16)
     return Participant(
         name, contrast, participant.data, participant.inside, structures, participant.to_mni305
     )
@@ -173,26 +177,26 @@ def _participant(brain: ExtractedBrain, name: str, contrast: str) -> Participant
 
 @dataclass(frozen=True)
 class Condition:
-    """How the scan is made, and how it is restored.
+    """How a scan is simulated, and how it is restored.
 
     Attributes
     ----------
     study : str
-        The table it belongs to.
+        Name of the study.
     variant : str
-        The row of an ablation.
+        Row of the ablation study.
     spacing_mm, noise_sd, width, profile, in_plane_mm, rician, bias_sd
         As ``degrade.Recipe``; ``width`` is the true over the stated thickness.
     field : {"none", "n4"}
-        Of a scan with a bias field: what every method is given of it.
+        For a scan with a bias field: the estimate of it that every method is given.
     move_bias : bool
-        Whether the engine moves it further.
+        Whether the engine refines this estimate while sampling.
     assumed_noise : float or None
-        Given to the engine; None: it estimates it.
+        SD of the noise that the engine is given; None: the engine estimates it.
     sampler, n_samples, n_steps
-        Of ``restore``.
+        As in ``restore``.
     crop_mm : (int, int, int) or None
-        Block in the middle of the brain; None: all of it.
+        Block in the middle of the brain; None: the whole brain.
     segment : bool
         Parcellate every image.
     seed : int
@@ -219,14 +223,14 @@ class Condition:
 
     @property
     def kind(self) -> str:
-        """Of the degraded scan, for file names; penalties are tuned for each kind."""
+        """Kind of degraded scan, for file names; penalties are tuned for each kind."""
         plane = "" if self.in_plane_mm is None else f"-{self.in_plane_mm:g}inplane"
         law = "-rician" if self.rician else ""
         return f"{self.spacing_mm:g}mm{plane}-noise{self.noise_sd:g}{law}"
 
     @property
     def name(self) -> str:
-        """Of the result's file."""
+        """Name of the result's file."""
         return f"{self.kind}-{self.variant}" if self.variant else self.kind
 
 
@@ -242,20 +246,20 @@ class Case:
     truth: Volume
     slice_weights: NDArray[np.float64]  # (slices, fine)
     inside: NDArray[np.bool_]  # brain, fine
-    mask: NDArray[np.float32]  # share of every scan voxel in the brain
-    judged: NDArray[np.bool_]  # where figures are taken, fine
+    mask: NDArray[np.float32]  # fraction of every scan voxel that is brain
+    judged: NDArray[np.bool_]  # where metrics are computed, fine
     structures: NDArray[np.int16]
-    log_bias: NDArray[np.float32]  # what the methods are given, on the scan's grid
+    log_bias: NDArray[np.float32]  # the estimate that the methods are given, scan's grid
     to_mni305: NDArray[np.float64]  # mm of the grids to MNI305 mm
 
     @property
     def flat(self) -> Volume:
-        """The scan divided by the field that every method is given."""
+        """The scan divided by the bias field that every method is given."""
         return Volume((self.scan.data / np.exp(self.log_bias)).astype(np.float32), self.scan.grid)
 
 
 def period(spacing_mm: float) -> int:
-    """The fewest whole millimetres that hold a whole number of voxels.
+    """The smallest whole number of millimetres that is a multiple of the voxel size.
 
     Raises
     ------
@@ -272,7 +276,13 @@ def period(spacing_mm: float) -> int:
 
 
 def make_case(participant: Participant, condition: Condition) -> Case:
-    """Degrade the whole brain, then cut the block out of scan and truth."""
+    """Degrade the whole brain, then crop scan and truth to the block.
+
+    Raises
+    ------
+    UsageError
+        If no brain is left in the block, or a voxel size has no ``period``.
+    """
     in_plane = condition.in_plane_mm or 1.0
     sizes = [in_plane, in_plane, in_plane]
     sizes[AXIS] = condition.spacing_mm
@@ -342,7 +352,7 @@ def make_case(participant: Participant, condition: Condition) -> Case:
     part = weights[coarse[AXIS], fine[AXIS]]
     if not judged[fine].any():
         raise UsageError(
-            f"evaluate: nothing of {participant.name} is left {MARGIN_MM} mm inside a block of "
+            f"evaluate: {participant.name} has no brain voxel {MARGIN_MM} mm inside a block of "
             f"{condition.crop_mm} mm. Pass a larger --crop."
         )
     return Case(
@@ -375,11 +385,11 @@ def in_slices(case: Case) -> NDArray[np.float32]:
 
 
 def tune(participant: Participant, condition: Condition) -> dict[str, dict[str, float]]:
-    """Mean squared error of every penalty, and CRPS of every spread of every Tikhonov penalty.
+    """Mean squared error of every penalty, and CRPS of every spread with every Tikhonov penalty.
 
-    Keys are the numbers as text; of a spread, "penalty spread".
+    Keys are the numbers as text; for a spread, "penalty spread".
     """
-    found: dict[str, dict[str, float]] = {"tikhonov": {}, "tv": {}, "spread": {}}
+    errors: dict[str, dict[str, float]] = {"tikhonov": {}, "tv": {}, "spread": {}}
     case = make_case(participant, condition)
     data = in_slices(case)
     truth = case.truth.data
@@ -389,24 +399,24 @@ def tune(participant: Participant, condition: Condition) -> dict[str, dict[str, 
 
     for penalty in TIKHONOV_PENALTIES:
         image = tikhonov(data, case.slice_weights, axis=AXIS, penalty=penalty)
-        found["tikhonov"][str(penalty)] = error(image)
+        errors["tikhonov"][str(penalty)] = error(image)
         for spread in SPREADS:
             sd = tikhonov_sd(case.slice_weights, penalty, spread)
-            found["spread"][f"{penalty} {spread}"] = gaussian_crps(image, sd, truth, case.judged)
+            errors["spread"][f"{penalty} {spread}"] = gaussian_crps(image, sd, truth, case.judged)
     for penalty in TV_PENALTIES:
         image = total_variation(data, case.slice_weights, axis=AXIS, penalty=penalty)
-        found["tv"][str(penalty)] = error(image)
-    return found
+        errors["tv"][str(penalty)] = error(image)
+    return errors
 
 
-def choose(found: list[dict[str, dict[str, float]]]) -> dict[str, float]:
-    """The penalties that did best over the participants of ``tune``."""
+def choose(errors: list[dict[str, dict[str, float]]]) -> dict[str, float]:
+    """The penalties with the smallest mean error, from ``tune`` on each participant."""
     best = {}
     for method in ("tikhonov", "tv"):
-        mean = {k: float(np.mean([f[method][k] for f in found])) for k in found[0][method]}
+        mean = {k: float(np.mean([e[method][k] for e in errors])) for k in errors[0][method]}
         best[method] = float(min(mean, key=lambda k: mean[k]))
     spreads = {
-        spread: float(np.mean([f["spread"][f"{best['tikhonov']} {spread}"] for f in found]))
+        spread: float(np.mean([e["spread"][f"{best['tikhonov']} {spread}"] for e in errors]))
         for spread in SPREADS
     }
     best["spread"] = min(spreads, key=lambda k: spreads[k])
@@ -416,10 +426,10 @@ def choose(found: list[dict[str, dict[str, float]]]) -> dict[str, float]:
 def tikhonov_sd(
     slice_weights: NDArray[np.float64], penalty: float, spread: float
 ) -> NDArray[np.float64]:
-    """(fine,) SD of the Gaussian posterior whose mean Tikhonov is.
+    """(fine,) SD of the Gaussian posterior whose mean is the Tikhonov estimate.
 
-    Prior precision ``DᵀD`` and noise of variance ``penalty`` times one amplitude: the covariance
-    is ``a (WᵀW / penalty + DᵀD)^-1``, and ``a`` makes the mean SD ``spread``.
+    Prior precision ``DᵀD`` and noise of variance ``penalty``, up to a common amplitude: the
+    covariance is ``a (WᵀW / penalty + DᵀD)^-1``, and ``a`` makes the mean SD equal ``spread``.
     """
     difference = np.diff(np.eye(slice_weights.shape[1]), axis=0)
     precision = slice_weights.T @ slice_weights / penalty + difference.T @ difference
@@ -433,7 +443,15 @@ def gaussian_crps(
     truth: NDArray[np.float32],
     inside: NDArray[np.bool_],
 ) -> float:
-    """Mean CRPS of normal laws whose SD may depend on the voxel; the truth's unit.
+    """Mean CRPS of normal distributions, in units of the truth's 99th percentile.
+
+    Parameters
+    ----------
+    mean, truth : (i, j, k) arrays
+    sd : array
+        Broadcast to (i, j, k).
+    inside : (i, j, k) bool array
+        Where they are compared.
 
     Gneiting and Raftery, JASA 102 (2007), equation 21.
     """
@@ -446,7 +464,7 @@ def gaussian_crps(
 def restored(
     case: Case, condition: Condition, contrast: str, *, prior: Prior, device: str = "cpu"
 ) -> Restoration:
-    """What the engine makes of a case under its condition."""
+    """Restore a case with the engine, as its condition specifies."""
     observation = Observation(
         case.scan.data,
         grid=case.scan.grid,
@@ -486,21 +504,26 @@ def measure(
     Parameters
     ----------
     penalties : Mapping
-        As ``choose`` gives them.
+        From ``choose``.
     network : ParcellationNetwork, optional
-        For conditions that segment.
+        For conditions with ``segment``.
     own_labels : bool
         Whether ``participant.structures`` are the true ones (a label map's).
     picture : Path, optional
         PNG of truth, slices, cubic, TV, restored, a sample and the SD.
+
+    Raises
+    ------
+    UsageError
+        As ``make_case``.
     """
     began = time.perf_counter()
     case = make_case(participant, condition)
     images = classical(case, penalties)
-    found = restored(case, condition, participant.contrast, prior=prior, device=device)
+    result = restored(case, condition, participant.contrast, prior=prior, device=device)
     truth = case.truth.data
-    samples = {"sample": found.samples[0]} if len(found.samples) else {}
-    images |= {**samples, "restored": found.mean}
+    samples = {"sample": result.samples[0]} if len(result.samples) else {}
+    images |= {**samples, "restored": result.mean}
     images = {
         method: (image * matching_gain(image, truth, case.judged)).astype(np.float32)
         for method, image in images.items()
@@ -527,22 +550,22 @@ def measure(
             method: np.histogram(image[case.judged], HISTOGRAM)[0].tolist()
             for method, image in {"truth": truth, **images}.items()
         },
-        "sampler_used": found.sampler,
-        "noise_found": found.noise_sd,
-        "residual_ratios": found.residual_ratios,
-        "warnings": found.warnings,
-        **_spread(case, found, penalties),
+        "sampler_used": result.sampler,
+        "noise_found": result.noise_sd,
+        "residual_ratios": result.residual_ratios,
+        "warnings": result.warnings,
+        **_spread(case, result, penalties),
     }
     if condition.segment and network is not None:
         record["segmentation"] = _segment(case, images, network, own_labels=own_labels)
     if picture is not None:
-        _picture(picture, case, images, found, f"{participant.name} {participant.contrast}")
+        _picture(picture, case, images, result, f"{participant.name} {participant.contrast}")
     record["seconds"] = round(time.perf_counter() - began, 1)
     return record
 
 
 def classical(case: Case, penalties: Mapping[str, float]) -> dict[str, NDArray[np.float32]]:
-    """Interpolations, Tikhonov and TV on the fine grid, without any gain."""
+    """Interpolations, Tikhonov and TV on the fine grid, not multiplied by a gain."""
     flat, grid, data = case.flat, case.truth.grid, in_slices(case)
     return {
         "linear": interpolate(flat.data, flat.grid, grid, order=1),
@@ -552,33 +575,33 @@ def classical(case: Case, penalties: Mapping[str, float]) -> dict[str, NDArray[n
     }
 
 
-def _spread(case: Case, found: Restoration, penalties: Mapping[str, float]) -> dict[str, Any]:
-    """CRPS of the samples, of the map of the SD and of the tuned Tikhonov posterior; error / SD.
+def _spread(case: Case, result: Restoration, penalties: Mapping[str, float]) -> dict[str, Any]:
+    """CRPS of the samples, of the predicted SD and of the tuned Tikhonov posterior; error / SD.
 
-    The map may be the samples' SD, about their mean, or the prior's prediction (``sd_from``).
+    The SD map is that of the samples about their mean, or predicted by the prior (``sd_from``).
     """
     truth, judged = case.truth.data, case.judged
     image = tikhonov(in_slices(case), case.slice_weights, axis=AXIS, penalty=penalties["tikhonov"])
     sd = tikhonov_sd(case.slice_weights, penalties["tikhonov"], penalties["spread"])
     facts: dict[str, Any] = {
-        "crps": crps(found.samples, truth, judged) if len(found.samples) else None,
+        "crps": crps(result.samples, truth, judged) if len(result.samples) else None,
         "crps_tikhonov": gaussian_crps(image, sd, truth, judged),
     }
-    if found.sd is not None:
-        error = (found.mean - truth)[judged]
-        predicted = found.sd[judged]
-        if found.sd_from == "prior":
-            facts["crps_predicted"] = gaussian_crps(found.mean, found.sd, truth, judged)
+    if result.sd is not None:
+        error = (result.mean - truth)[judged]
+        predicted = result.sd[judged]
+        if result.sd_from == "prior":
+            facts["crps_predicted"] = gaussian_crps(result.mean, result.sd, truth, judged)
             facts["error_over_sd_by_decile"] = by_decile(error, predicted)
         else:
-            predicted = predicted * math.sqrt(1 + 1 / len(found.samples))
+            predicted = predicted * math.sqrt(1 + 1 / len(result.samples))
         facts["error_over_sd"] = float(np.sqrt(np.mean(error**2) / np.mean(predicted**2)))
         facts["sd_error_correlation"] = float(np.corrcoef(np.abs(error), predicted)[0, 1])
     return facts
 
 
 def by_decile(error: NDArray[np.float32], sd: NDArray[np.float32]) -> list[float]:
-    """RMS of the errors over the RMS of their SD, in ten equal parts from small to large SD."""
+    """RMS of the errors divided by the RMS of their SD, by decile of the SD (smallest first)."""
     order = np.argsort(sd, kind="stable")
     return [
         float(np.sqrt(np.mean(error[part] ** 2) / np.mean(sd[part] ** 2)))
@@ -589,10 +612,10 @@ def by_decile(error: NDArray[np.float32], sd: NDArray[np.float32]) -> list[float
 def tissue_contrast(
     image: NDArray[np.float32], structures: NDArray[np.int16], inside: NDArray[np.bool_]
 ) -> dict[str, float | None]:
-    """Grey-white contrast, mean of the tissues.
+    """Mean of each tissue, and the grey-white contrast.
 
-    ``cnr`` is |white - grey| over the root of the mean of their variances; None where a tissue
-    is missing or has no variance.
+    ``cnr`` is |white - grey| divided by the root of the mean of their variances. A value is None
+    if a tissue is missing or has no variance.
     """
     values = {
         name: image[np.isin(structures, labels) & inside].astype(np.float64)
@@ -616,11 +639,11 @@ def _segment(
     *,
     own_labels: bool,
 ) -> dict[str, dict[str, Any]]:
-    """Dice and volumes of the parcellation of the scan, cubic, TV, restored, a sample.
+    """Dice and volume errors of the parcellations of the scan, cubic, TV, restored and a sample.
 
-    Against the map's labels, of a synthetic brain; there the true image's own parcellation is a
-    row too. Otherwise against the parcellation of the true image on the same grid (moved by a
-    voxel the network's 2 mm would fall elsewhere, which alone costs a tenth of Dice).
+    The reference of a synthetic brain is its label map, and the parcellation of the true image is
+    a row too. Otherwise the reference is the parcellation of the true image on the same grid (a
+    shift by one voxel would move the network's 2 mm voxels, which alone costs 0.1 of Dice).
     """
     wanted = [index for index, name in structure_names().items() if name != "CSF"]
     labels = case.structures
@@ -633,13 +656,13 @@ def _segment(
             image = case.truth.data if method == "true" else images[method]
             volume, data = case.truth, np.where(case.inside, image, 0)
         scan = nib.Nifti1Image(data.astype(np.float32), np.array(volume.grid.affine))
-        found = parcellate(scan, network=network, restored_grid=case.truth.grid).structures
+        result = parcellate(scan, network=network, restored_grid=case.truth.grid).structures
         if method == "true" and not own_labels:
-            labels = found
+            labels = result
             continue
         dice, off = {}, {}
         for index in wanted:
-            true, own = (labels == index) & case.inside, (found == index) & case.inside
+            true, own = (labels == index) & case.inside, (result == index) & case.inside
             if true.sum() < 50:
                 continue
             dice[index] = float(2 * (true & own).sum() / (true.sum() + own.sum()))
@@ -657,7 +680,7 @@ def _picture(
     path: Path,
     case: Case,
     images: Mapping[str, NDArray[np.float32]],
-    found: Restoration,
+    result: Restoration,
     caption: str,
 ) -> None:
     from brainprior_bids.evaluation.figure import Column, draw
@@ -670,6 +693,6 @@ def _picture(
 
     columns = [column("truth", case.truth.data), column("slices", blocks)]
     columns += [column(method, images[method]) for method in ("cubic", "tv", "restored", "sample")]
-    if found.sd is not None:
-        columns.append(Column("SD", np.where(case.judged, found.sd, 0), 0.2, "magma"))
+    if result.sd is not None:
+        columns.append(Column("SD", np.where(case.judged, result.sd, 0), 0.2, "magma"))
     draw(path, columns, inside=case.judged, spacing_mm=(1.0, 1.0, 1.0), caption=caption)

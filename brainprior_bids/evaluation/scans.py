@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A made scan as a BIDS data set, the command run on it, and its outputs read back."""
+"""Write a simulated scan as a BIDS data set, run the command on it, and read its outputs."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ def write_scan(
     Parameters
     ----------
     bids_dir : Path
-        Made where it is missing.
+        Created if missing.
     name : str
         ``sub-<label>_<suffix>``.
     volume : Volume
         Stored as float32.
     dataset : str
-        Name of the data set: what was done to whose scan.
+        Name of the data set, which describes the simulation.
     metadata : Mapping
-        The scan's sidecar.
+        Content of the scan's sidecar.
     """
     anat = bids_dir / name.partition("_")[0] / "anat"
     anat.mkdir(parents=True, exist_ok=True)
@@ -62,12 +62,12 @@ def write_scan(
 
 
 def run_command(bids_dir: Path, output_dir: Path, options: Sequence[str]) -> None:
-    """``brainprior bids_dir output_dir participant OPTIONS`` in a process of its own.
+    """``brainprior bids_dir output_dir participant OPTIONS`` in a separate process.
 
     Raises
     ------
     BrainpriorError
-        If it does not exit with 0; its last lines are in the message.
+        If it does not exit with 0; the message has the last lines of its output.
     """
     command = [sys.executable, "-m", "brainprior_bids", str(bids_dir), str(output_dir)]
     run = subprocess.run(
@@ -76,7 +76,7 @@ def run_command(bids_dir: Path, output_dir: Path, options: Sequence[str]) -> Non
     if run.returncode != 0:
         tail = "\n".join((run.stdout + run.stderr).splitlines()[-15:])
         raise BrainpriorError(
-            f"Evaluation: brainprior ended with {run.returncode} on {bids_dir}:\n{tail}"
+            f"Evaluation: brainprior exited with status {run.returncode} on {bids_dir}:\n{tail}"
         )
 
 
@@ -86,7 +86,7 @@ def read_output(output_dir: Path, name: str, desc: str) -> Volume:
     Parameters
     ----------
     output_dir : Path
-        The command's.
+        Output folder of the command.
     name : str
         ``sub-<label>_<suffix>`` of the scan.
     desc : str
@@ -102,6 +102,6 @@ def read_output(output_dir: Path, name: str, desc: str) -> Volume:
 
 
 def read_image(path: Path) -> Volume:
-    """An image file, float32."""
+    """Read an image file as float32."""
     image = nib.load(path)
     return Volume(image.get_fdata(dtype=np.float32), Grid(image.shape, image.affine))

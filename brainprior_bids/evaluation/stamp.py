@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a table of the documentation was made, and whether it is one of the shipped weights.
+"""How a table of the documentation was produced, and whether it is from the shipped weights.
 
 ``brainprior evaluate --tables docs`` writes each table to ``docs/tables/STUDY.md``. The file's
 first line is its stamp: an HTML comment with the attributes of ``Stamp`` as JSON. ``check_tables``
 runs in the documentation build and in the tests. ``older.toml`` in the same folder lists the
-tables that may still be of older weights: file name = first digits of these weights' SHA-256.
+tables that may still be from older weights: file name = first digits of these weights' SHA-256.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ BEGIN, END = "<!-- brainprior evaluate: ", " -->"
 DIGITS = 12
 OLDER = "older.toml"
 MEASURED = Path("brainprior_bids", "data", "measured.json")
-"""In a checkout: figures that the reports quote, each part with its weights."""
+"""In a checkout: values that the reports quote, each part with its weights."""
 
 
 @dataclass(frozen=True)
 class Stamp:
-    """How a table was made.
+    """How a table was produced.
 
     Attributes
     ----------
@@ -99,17 +99,17 @@ def shipped_prior() -> str:
 
 
 def check_tables(folder: Path, shipped: str, measured: Path | None = None) -> list[str]:
-    """One sentence for each table that is neither of the shipped weights nor listed as older.
+    """One sentence for each table that is not from the shipped weights and not listed as older.
 
     Parameters
     ----------
     folder : Path
-        The tables'.
+        Folder of the tables.
     shipped : str
         First digits of the SHA-256 of the shipped weights.
     measured : Path, optional
-        ``data/measured.json``. A part of it must be of the weights of the table of its study; a
-        part without a table is checked as if it had one.
+        ``data/measured.json``. Each of its parts must be from the same weights as the table of
+        its study; a part without a table is checked as if it had one.
     """
     listed = folder / OLDER
     older = tomllib.loads(listed.read_text(encoding="utf-8")) if listed.is_file() else {}
@@ -139,7 +139,7 @@ def check_tables(folder: Path, shipped: str, measured: Path | None = None) -> li
             )
             problems.append(
                 f"{name}: made with weights {sha256}, but the shipped weights are "
-                f"{shipped}. Remake it with `{command}`, or list it in {OLDER}."
+                f"{shipped}. Regenerate it with `{command}`, or list it in {OLDER}."
             )
         elif recorded is not None and (recorded != sha256 or recorded == shipped):
             problems.append(
@@ -159,7 +159,7 @@ def _measured_weights(measured: Path | None) -> dict[str, str]:
 
 
 def with_note(text: str, shipped: str) -> str:
-    """A table as its page shows it: one of other than the shipped weights says so above it."""
+    """A table as its page shows it, with a note above it if it is not from the shipped weights."""
     stamp = read_stamp(text, "table")
     if stamp.weights == shipped:
         return text

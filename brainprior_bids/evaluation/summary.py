@@ -15,8 +15,8 @@ Record = dict[str, Any]
 NAMES = {
     "linear": "linear",
     "cubic": "cubic",
-    "tikhonov": "Tikhonov (knows the slice weights)",
-    "tv": "TV (knows the slice weights)",
+    "tikhonov": "Tikhonov (given the slice weights)",
+    "tv": "TV (given the slice weights)",
     "sample": "one sample",
     "restored": "`desc-restored`",
     "true": "truth",
@@ -25,15 +25,15 @@ NAMES = {
 
 
 def groups_of(records: Sequence[Record], key: Callable[[Record], Any]) -> list[list[Record]]:
-    """Records of the same key together, in the order of the keys."""
-    found: dict[Any, list[Record]] = {}
+    """Group the records by a key; the groups are in the order of their keys."""
+    groups: dict[Any, list[Record]] = {}
     for record in records:
-        found.setdefault(key(record), []).append(record)
-    return [found[k] for k in sorted(found)]
+        groups.setdefault(key(record), []).append(record)
+    return [groups[k] for k in sorted(groups)]
 
 
 def condition_key(r: Record) -> tuple[Any, ...]:
-    """What the degraded scans of one row or table have in common."""
+    """The fields in which the degraded scans of one row or table agree."""
     return (r["synthetic"], r["contrast"], r["spacing_mm"], r["in_plane_mm"] or 0, r["noise_sd"])
 
 
@@ -45,10 +45,10 @@ def mean_sd(values: Sequence[float], digits: int, sign: bool = False) -> str:
     return shown if len(values) < 2 else f"{shown} ± {np.std(values, ddof=1):.{digits}f}"
 
 
-def values_of(records: Sequence[Record], method: str, figure: str) -> list[float]:
-    """One metric of one method, of the records that have it."""
-    found = [r["methods"].get(method, {}).get(figure) for r in records]
-    return [value for value in found if value is not None]
+def values_of(records: Sequence[Record], method: str, metric: str) -> list[float]:
+    """One metric of one method, from the records that have it."""
+    values = [r["methods"].get(method, {}).get(metric) for r in records]
+    return [value for value in values if value is not None]
 
 
 def title(r: Record, count: int) -> str:
@@ -69,20 +69,20 @@ def methods_table(group: Sequence[Record]) -> list[str]:
     lpips = bool(values_of(group, "restored", "lpips"))
     true = [r["truth"]["cnr"] for r in group if r["truth"]["cnr"] is not None]
     cnr = "grey-white CNR" + (f" (truth {np.mean(true):.2f})" if true else "")
-    figures = [("mae", "MAE", 4), ("psnr_db", "PSNR, dB", 2), ("ssim", "SSIM", 3)]
-    figures += [("lpips", "LPIPS", 3)] if lpips else []
-    figures += [("cnr", cnr, 2), ("histogram_distance", "histogram distance", 4)]
-    text = ["| | " + " | ".join(name for _, name, _ in figures) + " |"]
-    text += ["|---" * (len(figures) + 1) + "|"]
+    metrics = [("mae", "MAE", 4), ("psnr_db", "PSNR, dB", 2), ("ssim", "SSIM", 3)]
+    metrics += [("lpips", "LPIPS", 3)] if lpips else []
+    metrics += [("cnr", cnr, 2), ("histogram_distance", "histogram distance", 4)]
+    text = ["| | " + " | ".join(name for _, name, _ in metrics) + " |"]
+    text += ["|---" * (len(metrics) + 1) + "|"]
     for method in METHODS:
-        cells = [mean_sd(values_of(group, method, key), digits) for key, _, digits in figures]
+        cells = [mean_sd(values_of(group, method, key), digits) for key, _, digits in metrics]
         name = NAMES[method] + (f" ({first['n_samples']})" if method == "restored" else "")
         text.append(f"| {name} | " + " | ".join(cells) + " |")
     return text
 
 
 def scan(r: Record) -> str:
-    """The row of a condition."""
+    """A condition in words, the label of its row."""
     kind = "synthetic " if r["synthetic"] else ""
     return f"{kind}{r['contrast']}, {r['spacing_mm']:g} mm, noise {r['noise_sd']:g}"
 
@@ -99,17 +99,17 @@ def gains(group: Sequence[Record], method: str, metric: str) -> np.ndarray:
 
 
 def facts(group: Sequence[Record], key: str) -> list[float]:
-    """A number of each record that has it."""
+    """The values of ``key``, from the records that have it."""
     return [r[key] for r in group if r.get(key) is not None]
 
 
 def residuals(group: Sequence[Record]) -> list[float]:
-    """Residual of the samples over the noise, per participant."""
+    """Residual of the samples in noise SDs, mean over the samples of each participant."""
     return [float(np.mean(r["residual_ratios"])) for r in group]
 
 
 def settings(records: Sequence[Record]) -> str:
-    """What the records have in common: extent, samples, and the validation set."""
+    """The settings that the records share: extent, samples, and the validation set."""
     first = records[0]
     tuned = list(dict.fromkeys(name for r in records for name in r["tuned_on"]))
     penalties = f"tuned on {', '.join(tuned)}" if tuned else "not tuned on these data"
@@ -158,19 +158,19 @@ def label_table(
     Parameters
     ----------
     rows : sequence
-        Of each participant: label -> metric -> value. The parts of a label are separated by
-        " | ". A label whose only metric is ``value`` has a line of its own below the table.
+        For each participant: label -> metric -> value. The parts of a label are separated by
+        " | ". A label whose only metric is ``value`` is listed below the table.
     header : sequence of str
-        What the parts of a label are.
+        Headings of the parts of a label.
     """
-    labels = dict.fromkeys(label for held in rows for label in held)
-    keys = list(dict.fromkeys(k for held in rows for figures in held.values() for k in figures))
+    labels = dict.fromkeys(label for row in rows for label in row)
+    keys = list(dict.fromkeys(k for row in rows for values in row.values() for k in values))
     keys = [key for key in keys if key != "value"]
     lines = [f"| {' | '.join([*header, *keys, 'participants'])} |"]
     lines += ["|---" * (len(header) + len(keys) + 1) + "|"]
     single = []
     for label in labels:
-        group = [held[label] for held in rows if label in held]
+        group = [row[label] for row in rows if label in row]
         if "value" in group[0]:
             single.append(f"- {label}: {interval([row['value'] for row in group])} ({len(group)})")
             continue

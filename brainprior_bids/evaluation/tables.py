@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the records of ``brainprior evaluate`` to tables (TSV, Markdown) and plots (PNG)."""
+"""Write the records of ``brainprior evaluate`` as tables (TSV, Markdown) and plots (PNG)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ STYLES = {"truth": "k-", "cubic": "C1:", "tv": "C3--", "sample": "C4-", "restore
 
 
 def read_records(out: Path) -> list[Record]:
-    """Every record below ``out/results``.
+    """Read every record below ``out/results``.
 
     Raises
     ------
@@ -52,28 +52,34 @@ def read_records(out: Path) -> list[Record]:
 
 
 def write_tables(out: Path) -> Path:
-    """``results.tsv``, ``tables.md`` and the plots; returns the Markdown's path."""
+    """Write ``results.tsv``, ``tables.md`` and the plots; returns the path of ``tables.md``.
+
+    Raises
+    ------
+    UsageError
+        As ``read_records``.
+    """
     records = [r for r in read_records(out) if not r.get("choosing")]
-    chose = [r for r in read_records(out) if r.get("choosing")]
-    made = {study: [r for r in records if r["study"] == study] for study in _studies(records)}
-    _write_tsv([r for study in METHOD_STUDIES for r in made.get(study, [])], out / "results.tsv")
+    validation = [r for r in read_records(out) if r.get("choosing")]
+    parts = {study: [r for r in records if r["study"] == study] for study in _studies(records)}
+    _write_tsv([r for study in METHOD_STUDIES for r in parts.get(study, [])], out / "results.tsv")
     text = []
-    for study, part in made.items():
+    for study, part in parts.items():
         if study in ("restoration", "low-field"):
             text += _methods(part)
         else:
-            own = find(study).table(part, [r for r in chose if r["study"] == study])
-            text += ["", f"### Study {study}", "", *own]
+            lines = find(study).table(part, [r for r in validation if r["study"] == study])
+            text += ["", f"### Study {study}", "", *lines]
     priors = sorted({r["prior_sha256"] for r in records})
     text += ["", f"Prior: {', '.join(sha[:12] for sha in priors)} (start of SHA-256)."]
     if len(priors) > 1:
-        text.append("**These results are of more than one prior: run the command again.**")
+        text.append("**These results are from more than one prior: run the command again.**")
     for study in ("restoration", "low-field"):
-        if study in made:
-            _plot(made[study], out / f"{study}.png")
-            _histograms(made[study], out / f"{study}_histograms.png")
-    if "segmentation" in made:
-        _plot_dice(made["segmentation"], out / "segmentation.png")
+        if study in parts:
+            _plot(parts[study], out / f"{study}.png")
+            _histograms(parts[study], out / f"{study}_histograms.png")
+    if "segmentation" in parts:
+        _plot_dice(parts["segmentation"], out / "segmentation.png")
     path = out / "tables.md"
     path.write_text("\n".join(text).strip() + "\n", encoding="utf-8")
     return path
@@ -111,7 +117,7 @@ def _methods(records: Sequence[Record]) -> list[str]:
 
 
 def _paired(group: Sequence[Record]) -> list[str]:
-    """The restored image against cubic and TV in the same participants; the spread."""
+    """The restored image minus cubic and TV, paired; CRPS and error / SD; the penalties."""
     lines = []
     for method in ("cubic", "tv"):
         gain = {
@@ -122,9 +128,9 @@ def _paired(group: Sequence[Record]) -> list[str]:
         share = 100 * gain["mae"] / np.array(values_of(group, method, "mae"))
         lines.append(
             f"- restored minus {method}, paired: PSNR {mean_sd(gain['psnr_db'], 2, True)} dB "
-            f"(ahead in {int((gain['psnr_db'] > 0).sum())} of {len(group)}), MAE "
+            f"(better in {int((gain['psnr_db'] > 0).sum())} of {len(group)}), MAE "
             f"{mean_sd(share, 1, True)} %, SSIM {mean_sd(gain['ssim'], 3, True)} "
-            f"(ahead in {int((gain['ssim'] > 0).sum())})"
+            f"(better in {int((gain['ssim'] > 0).sum())})"
         )
     tuned = group[0]["tuned_on"]
     penalties = ", ".join(
@@ -160,7 +166,7 @@ def _plot(records: Sequence[Record], path: Path) -> None:
     """PSNR, MAE and SSIM of every method and condition: bars are means, dots participants."""
     groups = groups_of(records, condition_key)
     figure = Figure(figsize=(max(6, 1.5 * len(groups) + 2), 9))
-    for place, (key, label) in zip(
+    for axes, (key, label) in zip(
         figure.subplots(3, 1),
         (("psnr_db", "PSNR, dB"), ("mae", "MAE"), ("ssim", "SSIM")),
         strict=True,
@@ -168,15 +174,15 @@ def _plot(records: Sequence[Record], path: Path) -> None:
         for m, method in enumerate(METHODS):
             at = np.arange(len(groups)) + (m - 2.5) * 0.14
             values = [values_of(group, method, key) for group in groups]
-            place.bar(at, [np.mean(v) for v in values], 0.13, color=f"C{m}", label=method)
+            axes.bar(at, [np.mean(v) for v in values], 0.13, color=f"C{m}", label=method)
             for x, v in zip(at, values, strict=True):
-                place.plot([x] * len(v), v, ".", color="0.15", markersize=3)
+                axes.plot([x] * len(v), v, ".", color="0.15", markersize=3)
         everything = [v for method in METHODS for g in groups for v in values_of(g, method, key)]
         low, high = min(everything), max(everything)
-        place.set_ylim(low - 0.25 * (high - low + 1e-3), high + 0.05 * (high - low + 1e-3))
-        place.set_ylabel(label)
-        place.set_xticks(range(len(groups)))
-        place.set_xticklabels(
+        axes.set_ylim(low - 0.25 * (high - low + 1e-3), high + 0.05 * (high - low + 1e-3))
+        axes.set_ylabel(label)
+        axes.set_xticks(range(len(groups)))
+        axes.set_xticklabels(
             [
                 f"{g[0]['contrast']} {g[0]['spacing_mm']:g} mm\n{g[0]['noise_sd']:g}"
                 for g in groups
@@ -194,15 +200,13 @@ def _histograms(records: Sequence[Record], path: Path) -> None:
     groups = groups_of(records, condition_key)
     figure = Figure(figsize=(3.2 * len(groups), 2.8))
     centres = (HISTOGRAM[1:] + HISTOGRAM[:-1]) / 2
-    for place, group in zip(
-        figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True
-    ):
+    for axes, group in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
         for method, style in STYLES.items():
             counts = np.sum([r["histograms"][method] for r in group], axis=0)
-            place.plot(centres, counts / counts.sum(), style, label=method, linewidth=1)
+            axes.plot(centres, counts / counts.sum(), style, label=method, linewidth=1)
         r = group[0]
-        place.set_title(f"{r['contrast']} {r['spacing_mm']:g} mm, {r['noise_sd']:g}", fontsize=8)
-        place.set_yticks([])
+        axes.set_title(f"{r['contrast']} {r['spacing_mm']:g} mm, {r['noise_sd']:g}", fontsize=8)
+        axes.set_yticks([])
     figure.axes[0].legend(fontsize=6)
     _save(figure, path)
 
@@ -213,15 +217,15 @@ def _plot_dice(records: Sequence[Record], path: Path) -> None:
 
     names = structure_names()
     shown = ("degraded", "cubic", "tv", "restored")
-    seen = sorted({i for r in records for i in r["segmentation"]["cubic"]["dice"]}, key=int)
+    indices = sorted({i for r in records for i in r["segmentation"]["cubic"]["dice"]}, key=int)
     figure = Figure(figsize=(10, 4.5))
-    place = figure.subplots()
+    axes = figure.subplots()
     for m, method in enumerate(shown):
         tables = [r["segmentation"][method]["dice"] for r in records]
-        means = [np.mean([table[i] for table in tables if i in table]) for i in seen]
-        place.bar(np.arange(len(seen)) + (m - 1.5) * 0.2, means, 0.19, label=method)
-    place.set_xticks(range(len(seen)))
-    place.set_xticklabels([names[int(i)] for i in seen], rotation=90, fontsize=6)
-    place.set_ylabel("Dice")
-    place.legend(fontsize=7)
+        means = [np.mean([table[i] for table in tables if i in table]) for i in indices]
+        axes.bar(np.arange(len(indices)) + (m - 1.5) * 0.2, means, 0.19, label=method)
+    axes.set_xticks(range(len(indices)))
+    axes.set_xticklabels([names[int(i)] for i in indices], rotation=90, fontsize=6)
+    axes.set_ylabel("Dice")
+    axes.legend(fontsize=7)
     _save(figure, path)

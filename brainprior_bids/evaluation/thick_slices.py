@@ -1,26 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole head averaged to thick slices, restored by the command, compared with itself.
+"""Average a whole head to thick slices, restore it with the command, compare with the original.
 
 ``python -m brainprior_bids.evaluation.thick_slices BIDS_DIR OUT --participant-label 01``
 
-The T1w (or another contrast) is averaged along its slice axis to slices of ``--spacing`` mm, a
-plain mean of the thin slices. ``brainprior`` restores the result twice, as the mean of
+The T1w (or another contrast) is averaged along its slice axis to slices of ``--spacing`` mm, each
+the mean of the thin slices. ``brainprior`` restores the result twice, as the mean of
 ``--n-samples`` and as a single sample. Everything is compared inside the brain mask of the
 *original* scan, on the original's own voxels:
 
 * reference: the original divided by its N4 field;
 * linear and cubic interpolation, Tikhonov and TV of the thick slices, each divided by the
-  *reference's* field, which is the most that they can be given;
+  *reference's* field, the best estimate that they could be given;
 * the restored images (bias-free by the program's own estimate), interpolated to the original's
   voxels by a cubic spline.
 
 Every image is multiplied by the one factor that brings it closest to the reference in least
 squares. ``psnr_field_db`` is the PSNR after a factor that may vary smoothly over the brain (a
-cubic polynomial of position): what is left when the two bias fields' disagreement is taken away.
-``rmse_0_1mm`` and so on are the errors in shells below the mask's border.
-``noise`` in the original stays in the reference, so that no method can reach it.
+cubic polynomial of position), so that a disagreement of the two bias fields does not count.
+``rmse_0_1mm`` and so on are the errors in shells below the mask's border. The noise of the
+original remains in the reference, so that no method can reach an error of 0.
 
-Writes ``metrics.tsv`` and one PNG a scan.
+Writes ``metrics.tsv`` and one PNG per scan.
 """
 
 from __future__ import annotations
@@ -52,19 +52,24 @@ from brainprior_bids.evaluation.scans import Volume, read_output, run_command, w
 
 COLUMNS = ("scan", "method", "mae", "psnr_db", "ssim", "psnr_field_db", "mask_dice", *DEPTHS)
 TIKHONOV_PENALTY = 0.01
-TV_PENALTY = 0.001  # of the brain's 99th percentile; both tuned on two other participants's brains
+TV_PENALTY = 0.001  # of the brain's 99th percentile; both tuned on two other participants
 
 
 def matching_field(
     image: NDArray[np.float32], truth: NDArray[np.float32], mask: NDArray[np.bool_]
 ) -> NDArray[np.float32]:
-    """The cubic polynomial of position by which ``image`` comes closest to ``truth``.
+    """The cubic polynomial of position that, as a gain, brings ``image`` closest to ``truth``.
 
     Parameters
     ----------
     image, truth : (i, j, k) arrays
     mask : (i, j, k) bool array
-        Where they are compared; the factor is 1 elsewhere.
+        Where they are compared.
+
+    Returns
+    -------
+    (i, j, k) float32 array
+        The gain; 1 outside the mask.
     """
     where = np.array(np.nonzero(mask), dtype=np.float64)
     middle, half = where.mean(1, keepdims=True), np.ptp(where, axis=1)[:, None] / 2 + 1
@@ -92,7 +97,7 @@ def classical(
     grid : Grid
         The fine grid.
     weights : (slices, fine) array
-        The slice weights, known to Tikhonov and TV only.
+        The slice weights, given to Tikhonov and TV only.
     axis : int
         Slice axis.
     unit : float
@@ -106,13 +111,13 @@ def classical(
     }
 
 
-def figures(
+def metrics_of(
     images: Mapping[str, NDArray[np.float32]],
     reference: NDArray[np.float32],
     inside: NDArray[np.bool_],
     spacing_mm: Sequence[float],
 ) -> dict[str, dict[str, float]]:
-    """The metrics of every image after its gain; see the module's text."""
+    """The metrics of every image after its gain; see the module's docstring."""
     table = {}
     for method, image in images.items():
         alike = matching_gain(image, reference, inside) * image
@@ -137,7 +142,7 @@ def evaluate(
     out : Path
         Folder for the thick scan, the outputs, the picture.
     spacing_mm : float
-        Of the thick slices; a whole number of thin ones.
+        Spacing of the thick slices, rounded to a whole number (2 or more) of thin ones.
     axis : 0, 1, 2 or None
         Along which to average, on RAS axes; None: the scan's slice axis.
     options : sequence of str
@@ -146,7 +151,7 @@ def evaluate(
     Returns
     -------
     list of dict
-        One row a method, keys ``COLUMNS``.
+        One row per method, with the keys ``COLUMNS``.
     """
     name = path.name.removesuffix(".nii.gz")
     conformed = conform(path, metadata={})
@@ -194,9 +199,9 @@ def evaluate(
         restored = read_output(out / folder, name, "restored")
         images[method] = resample(restored.data, restored.grid, grid)
         brain = read_output(out / folder, name, "brain")
-        again = resample(brain.data, brain.grid, grid, order=1) > 0.5
-        dice[method] = 2 * float((again & inside).sum()) / float(again.sum() + inside.sum())
-    table = figures(images, reference, inside, grid.spacing_mm)
+        own = resample(brain.data, brain.grid, grid, order=1) > 0.5
+        dice[method] = 2 * float((own & inside).sum()) / float(own.sum() + inside.sum())
+    table = metrics_of(images, reference, inside, grid.spacing_mm)
     rows = [
         {"scan": name, "method": method, "mask_dice": dice.get(method), **table[method]}
         for method in images
@@ -235,7 +240,7 @@ def _picture(
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """The rows as TSV, ``n/a`` where there is no value."""
+    """Write the rows as TSV, with ``n/a`` for missing values."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, delimiter="\t", lineterminator="\n")
         writer.writerow(COLUMNS)
@@ -251,14 +256,14 @@ def _cell(value: Any) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status. Unknown options go on to ``brainprior``."""
+    """Run the command; returns its exit status. Other options are passed on to ``brainprior``."""
     parser = argparse.ArgumentParser(
         prog="python -m brainprior_bids.evaluation.thick_slices",
         description="Average a head to thick slices, restore it, compare. Options that are not "
         "listed are passed on to brainprior.",
     )
     parser.add_argument("bids_dir", type=Path, help="raw BIDS data set with near-isotropic heads")
-    parser.add_argument("out", type=Path, help="folder for everything that is made")
+    parser.add_argument("out", type=Path, help="output folder")
     parser.add_argument("--participant-label", nargs="+", required=True)
     parser.add_argument("--modality", default="T1w")
     parser.add_argument("--spacing", type=float, default=5.0, help="slice spacing in mm")

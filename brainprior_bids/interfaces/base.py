@@ -44,7 +44,7 @@ class MeasuredInputSpec(BaseInterfaceInputSpec):
     code_version = traits.Str(
         code_version(),
         usedefault=True,
-        desc="results of other versions of the code are not reused",
+        desc="results of another version of the code are not reused",
     )
 
 
@@ -91,8 +91,9 @@ class MeasuredInterface(SimpleInterface):
 
 
 def release_memory() -> None:
-    """Return free memory to the system: a worker waits for its next node while others need the
-    memory. glibc keeps freed memory: 1.5 GiB in a worker that had restored a head, 0.4 after this.
+    """Return free memory to the system, because a worker may wait long for its next node.
+
+    glibc keeps freed memory: 1.5 GiB in a worker that had restored a head, 0.4 after this.
     """
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only

@@ -148,7 +148,7 @@ class Reportlets(MeasuredInterface):
                 figures += make_viewers(
                     paths, folder / "figures", prefix=prefix, suffix=name.suffix
                 )
-        except Exception as error:  # a picture that fails must not cost the images
+        except Exception as error:  # a failed picture must not prevent writing the images
             what = "the viewer's pages" if figures else "the pictures"
             warnings.append(
                 f"{inputs.name}: {what} could not be drawn "
@@ -197,8 +197,9 @@ class Write(MeasuredInterface):
     """Put the derivatives, their sidecars, the pictures and the provenance in place.
 
     Everything is first written into a hidden folder of the output folder, then renamed: a reader
-    sees a whole file or none. The summary comes last, so a scan is ``done`` only with everything
-    in place. It always runs: the outputs may have been removed while the work folder was kept.
+    sees a whole file or none. The summary is written last, so a scan is ``done`` only with
+    everything in place. The node always runs: the outputs may have been removed while the work
+    folder was kept.
     """
 
     input_spec = _WriteInputSpec

@@ -117,7 +117,9 @@ class _DeliverInputSpec(MeasuredInputSpec):
     source_file = File(exists=True, mandatory=True, desc="the raw image")
     relative = traits.Str(mandatory=True, desc="its path from the data set's root")
     metadata = traits.Dict({}, usedefault=True)
-    fingerprint = traits.Str(mandatory=True, desc="of everything that decides the result")
+    fingerprint = traits.Str(
+        mandatory=True, desc="SHA-256 over everything that determines the result"
+    )
     exports = traits.Dict(mandatory=True, desc="kind -> root")
     per = traits.Enum(*EXPORT_PER, usedefault=True)
     made_from = traits.Dict(mandatory=True, desc="role -> path of its parent in the output folder")
@@ -148,7 +150,7 @@ class Deliver(MeasuredInterface):
                     staged = stage_fmriprep(
                         staging, scan, images, made_from=inputs.made_from, **facts
                     )
-                    # before, so that there are never two of them
+                    # before publishing, so that there are never two T1w
                     remove_others(root, scan.subject, staged, per=inputs.per)
                 else:
                     staged = stage_raw(staging, scan, Path(inputs.head), **facts)

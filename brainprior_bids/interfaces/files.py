@@ -53,7 +53,7 @@ def grid_of(image: nib.Nifti1Image) -> Grid:
 
 
 def save(array: np.ndarray, grid: Grid, path: Path) -> str:
-    """Write an array on a grid as NIfTI: its own dtype, slope 1, sform and qform alike."""
+    """Write an array on a grid as NIfTI: its own dtype, slope 1, equal sform and qform."""
     image = nib.Nifti1Image(array, np.array(grid.affine))
     image.set_sform(grid.affine, 1)
     image.set_qform(grid.affine, 1)

@@ -54,8 +54,8 @@ ALIKE = 0.7
 """Correlation with the scan inside the brain below which a refined image causes a warning."""
 FEW_STEPS = 5
 """Smallest number of noise levels for which the quality was measured (docs/evaluation.md)."""
-WHOLLY = 0.999
-"""A voxel of the scan with this share of brain counts as wholly inside."""
+ENTIRELY = 0.999
+"""A voxel of the scan with this share of brain counts as entirely inside."""
 OUTSIDE_TRAINING = (
     "The prior was not trained on this contrast (its class is 'unknown'): less is known about its "
     "accuracy, and the uncertainty map is not calibrated for it."
@@ -75,7 +75,7 @@ def read_observations(inputs: Inputs) -> list[Observation | ImageObservation]:
     grid = grid_of(nib.load(inputs["in_file"]))
     acquisition = read_acquisition(inputs["conform_json"])
     lost = read_lost(inputs.get("structures_json"))
-    beside = "refined" in inputs
+    has_image = "refined" in inputs
     reference = Observation(
         read_array(inputs["in_file"]),
         grid,
@@ -85,11 +85,11 @@ def read_observations(inputs: Inputs) -> list[Observation | ImageObservation]:
         hidden=hidden_voxels(
             _optional(inputs, "hidden"), lost, grid.shape, axis=acquisition.slice_axis
         ),
-        noise_sd=None if beside else _trust(inputs, grid),
+        noise_sd=None if has_image else _trust(inputs, grid),
         name=_reference_name(inputs),
     )
     scans: list[Observation | ImageObservation] = [reference, *(_read_runs(inputs))]
-    if beside:
+    if has_image:
         scans.append(_read_image(Path(inputs["refined"]), float(inputs["trust"]), grid))
     return scans
 
@@ -139,8 +139,8 @@ def _trust(inputs: Inputs, grid: Grid) -> float | NDArray[np.float32] | None:
     sd = nib.as_closest_canonical(open_image(path, f"--trust {path.name}"))
     if sd.shape != grid.shape or not np.allclose(sd.affine, grid.affine, atol=1e-2):
         raise GeometryError(
-            f"--trust {path.name}: the map ({sd.shape}) does not lie on "
-            f"the grid of the image to refine ({grid.shape}). Resample it."
+            f"--trust {path.name}: the map ({sd.shape}) is not on the grid of the image to "
+            f"refine ({grid.shape}). Resample it."
         )
     return np.asarray(sd.dataobj, np.float32)
 
@@ -174,8 +174,8 @@ def find_warnings(inputs: Inputs, result: Restoration, device_warnings: list[str
     for _, correlation in result.images:
         if correlation < ALIKE:
             warnings.append(
-                f"The image to refine and the scan correlate by {correlation:.2f} only: is it "
-                "of this participant, in this space, and of this contrast?"
+                f"The correlation of the image to refine with the scan is only {correlation:.2f}. "
+                "Is it of this participant, in this space, and of this contrast?"
             )
     return warnings
 
@@ -285,20 +285,20 @@ def write_images(
     image, sd, samples, target, changed = result.mean, result.sd, result.samples, result.grid, None
     if inputs["keep_scan"]:
         assert result.predictions is not None
-        here, scan = read_array(inputs["hidden"]) > 0, read_array(inputs["in_file"])
-        image, *filled = np.where(here, result.predictions, scan).astype(np.float32)
+        hidden, scan = read_array(inputs["hidden"]) > 0, read_array(inputs["in_file"])
+        image, *filled = np.where(hidden, result.predictions, scan).astype(np.float32)
         samples, target = np.array(filled, np.float32), grid
         sd = samples.std(0, ddof=1) if len(samples) > 1 else None
-        changed = _changed(image, scan, here)
+        changed = _changed(image, scan, hidden)
         outputs["image"] = save(image, target, folder / "image.nii.gz")
     else:
         outputs["image"] = outputs["restored"]
     if inputs["native"]:
-        # partly outside the brain, a voxel's prediction lacks the rest of the head
+        # the prediction of a voxel that is partly outside the brain lacks the rest of the head
         assert result.predictions is not None
-        whole, scan = read_array(inputs["mask_scan"]) > WHOLLY, read_array(inputs["in_file"])
-        native = np.where(whole, result.predictions[0], scan)
-        changed = _changed(native, scan, whole)
+        inside, scan = read_array(inputs["mask_scan"]) > ENTIRELY, read_array(inputs["in_file"])
+        native = np.where(inside, result.predictions[0], scan)
+        changed = _changed(native, scan, inside)
         outputs["restored_native"] = save(native, grid, folder / "native.nii.gz")
     if sd is not None:
         outputs["uncertainty"] = save(

@@ -29,7 +29,7 @@ LOW_AGREEMENT = 0.9
 def disagreements(records: Sequence[TemplateRecord]) -> list[str]:
     """A warning for each registration after which the brain masks do not agree."""
     return [
-        f"The brain mask and that of {record.space} agree badly after the registration (Dice "
+        f"The brain mask and that of {record.space} agree poorly after the registration (Dice "
         f"{record.agreement:.2f}, usually above {LOW_AGREEMENT:g}). Look at the images in "
         f"{record.space} before you use them."
         for record in records
@@ -55,7 +55,7 @@ class _ToTemplatesInputSpec(MeasuredInputSpec):
 class _ToTemplatesOutputSpec(MeasuredOutputSpec):
     files = OutputMultiPath(File(), desc="images on the templates' grids, and transforms")
     roles = traits.List(traits.Str, desc="role of each file, as in bids.names.output_names")
-    templates_json = File(desc="what was registered to, and how the masks agree")
+    templates_json = File(desc="the templates, and the agreement of the masks")
 
 
 class ToTemplates(MeasuredInterface):

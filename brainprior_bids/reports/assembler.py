@@ -83,19 +83,19 @@ class FigureIndex:
 
     def __init__(self, output_dir: Path, subject: str) -> None:
         self.root = str(output_dir)
-        self._found: dict[tuple[str, str], Path] = {}
+        self._paths: dict[tuple[str, str], Path] = {}
         for path in sorted((output_dir / f"sub-{subject}" / "figures").glob("sub-*_*.*")):
             try:
                 name = BIDSName.parse(path.name)
-            except InputError:  # not one of ours
+            except InputError:  # not a picture of a scan
                 continue
             image, desc = split_desc(name.get("desc") or "")
-            own = name.derivative(extension="", space=None, desc=None)
-            self._found[result_name(BIDSName.parse(own), image), desc] = path
+            scan = name.derivative(extension="", space=None, desc=None)
+            self._paths[result_name(BIDSName.parse(scan), image), desc] = path
 
     def get(self, *, scan: str, desc: str) -> list[SimpleNamespace]:
         """The picture ``desc`` of a scan, as a list with one entry or none."""
-        path = self._found.get((scan, desc))
+        path = self._paths.get((scan, desc))
         return [] if path is None else [SimpleNamespace(path=str(path), entities={})]
 
 
@@ -140,7 +140,7 @@ class SubjectReport(Report):
 
 
 def _viewers(figures: FigureIndex, scan: str, out_dir: Path) -> str:
-    """A paragraph with links to the scan's pages with three linked planes, if there are any."""
+    """A paragraph with links to the scan's viewer pages; empty if there are none."""
     links = []
     for desc, text in VIEWER_LINKS.items():
         for page in figures.get(scan=scan, desc=desc):
@@ -148,7 +148,7 @@ def _viewers(figures: FigureIndex, scan: str, out_dir: Path) -> str:
             links.append(f'<a href="{address}">{text}</a>')
     if not links:
         return ""
-    return f'<p class="viewers">Look at it in three linked planes: {" · ".join(links)}</p>\n'
+    return f'<p class="viewers">View in three linked planes: {" · ".join(links)}</p>\n'
 
 
 def _accessible(
@@ -161,8 +161,8 @@ def _accessible(
     """
     with picture.open(encoding="utf-8") as stream:
         start = stream.read(HEAD)
-    own = re.search(r"<desc>(.*?)</desc>", start, re.DOTALL)
-    alt = html.escape(f"{scan}: {entry['alt']}" + (f" {html.unescape(own[1])}." if own else ""))
+    desc = re.search(r"<desc>(.*?)</desc>", start, re.DOTALL)
+    alt = html.escape(f"{scan}: {entry['alt']}" + (f" {html.unescape(desc[1])}." if desc else ""))
     content = content.replace("<img ", f'<img alt="{alt}" ', 1)
     content = content.replace("<object ", f'<object name="{name}" aria-label="{alt}" ', 1)
     address = re.search(r'<object [^>]*data="([^"]*)"', content)
@@ -192,6 +192,12 @@ def assemble(
     ----------
     out_file : Path
         A file in the root of the derivative data set, so that links to pictures are relative.
+    title : str
+        Title of the page.
+    subject : str
+        Label, without ``sub-``.
+    sections : sequence of TextSection or ScanSection
+        In the order of the report.
     """
     data = files("brainprior_bids") / "data" / "reports"
     specification = yaml.safe_load((data / SPECIFICATION).read_text(encoding="utf-8"))

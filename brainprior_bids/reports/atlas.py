@@ -19,7 +19,7 @@ from brainprior_bids.records import StructureRecord
 RGB = tuple[int, int, int]
 UNKNOWN: RGB = (160, 160, 160)
 DARKER = 0.65
-"""Brightness of right-sided colours relative to the left; FreeSurfer's are the same."""
+"""Brightness of right-sided colours relative to the left (FreeSurfer uses the same colours)."""
 
 
 @cache
@@ -57,8 +57,10 @@ def outlines() -> list[dict[str, Any]]:
 
     Returns
     -------
-    list of ``axis`` (the section is perpendicular to it), ``mm`` (its place) and ``lines`` (each a
-    list of points, mm along the two other axes), from ``data/reports/mni305_outline.json``.
+    list of dict
+        ``axis`` perpendicular to the section, its position ``mm`` along this axis, and ``lines``,
+        each a list of points (mm along the two other axes); from
+        ``data/reports/mni305_outline.json``.
     """
     source = files("brainprior_bids") / "data" / "reports" / "mni305_outline.json"
     return list(json.loads(source.read_text(encoding="utf-8"))["sections"])

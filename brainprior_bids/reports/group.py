@@ -129,9 +129,10 @@ def _sidecar() -> dict[str, Any]:
 
 
 def _view(suffix: str, scans: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the page shows of one contrast and task.
+    """The page's data on one contrast and task.
 
-    A metric that is the same in all of several scans has no column: it is in a line of its own.
+    A metric with the same value in all of several scans is listed below the table, which then has
+    no column for it.
     """
     texts = {
         name: ["–" if scan[name] is None else f"{scan[name]:.4g}" for scan in scans]
@@ -141,7 +142,7 @@ def _view(suffix: str, scans: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     columns = {name: metric for name, metric in METRICS.items() if name not in same}
     figures = []
     for name, metric in METRICS.items():
-        # as in the table: of values that are the same there, no distribution is drawn
+        # rounded as in the TSV: values that are the same there have no distribution
         points = [
             (row, float(f"{scan[name]:.6g}"))
             for row, scan in enumerate(scans)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measured performance of the embedded prior, worded for the report.
+"""Measured performance of the embedded prior, as sentences for the report.
 
 ``data/measured.json`` has the values of each study and the SHA-256 of the weights for which they
 were measured (``brainprior evaluate --study coverage lesions --tables docs`` writes it;
@@ -25,7 +25,7 @@ def _measured() -> dict[str, Any]:
 
 
 def coverage(restore: RestoreRecord, *, task: str) -> str:
-    """How often the intervals of such a result contain the true value.
+    """How often the intervals of a result like this one contain the true value.
 
     Parameters
     ----------
@@ -40,8 +40,8 @@ def coverage(restore: RestoreRecord, *, task: str) -> str:
         return "not measured for these weights"
     shares = _by_scans(study["rows"], "of", lambda row: f"{row['50']} and {row['90']} %")
     text = (
-        f"share of 50 and 90 % intervals of a mean that contained the true value ({study['how']}; "
-        f"in brackets: slices, noise): {shares}."
+        "share of the 50 and 90 % intervals of a regional mean that contained the true value "
+        f"({study['how']}; in brackets: slices, noise): {shares}."
     )
     kinds = {"contrast": restore.contrast, "sampler": restore.sampler, "task": task}
     other = [f"the {key} {kind}" for key, kind in kinds.items() if kind != study["of"][key]]

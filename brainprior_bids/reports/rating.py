@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The form with which a reader rates a scan in the report, and saves the rating as a file.
 
-It works from a disk, without a network; the browser remembers what was entered. The file's fields
-are in ``docs/outputs.md``.
+It works offline, from a local file; the browser keeps the entries. The fields of the saved file
+are described in ``docs/outputs.md``.
 """
 
 from __future__ import annotations
 
 RATINGS = ("excellent", "acceptable", "poor", "exclude")
-"""MRIQC's four words, best first."""
+"""MRIQC's four ratings, best first."""
 ARTEFACTS = {
     "motion": "motion: blur, or slices that do not match",
     "noise": "noise",

@@ -167,7 +167,7 @@ class ScanImages:
 
     @cached_property
     def unbiased(self) -> Volume:
-        """The input without its bias field, where there is one."""
+        """The input divided by its bias field, if one was estimated."""
         if "log_bias" not in self.files:
             return self.scan
         return self.scan.like(self.scan.data * np.exp(-self.load("log_bias").data))
@@ -239,9 +239,9 @@ def make_reportlets(
     paths = []
     for what, (needs, draw) in REPORTLETS.items():
         if what == "tissues" and "filled" in images:
-            continue  # outside the lesion mask it is the scan
+            continue  # outside the lesion mask the result is the scan
         if what == "gains" and not images.record("gains", BiasRecord).gains:
-            continue  # a 3-D scan
+            continue  # no slice gains were estimated, as for a 3-D scan
         if all(role in images for role in needs):
             space = "_space-MNI305" if what == "mni305" else ""
             path = Path(out_dir) / f"{prefix}{space}_desc-{what}_{suffix}.svg"
@@ -257,7 +257,7 @@ def make_viewers(
     Returns
     -------
     list of Path
-        ``<prefix>_desc-<what>_<suffix>.html``; arguments as of ``make_reportlets``.
+        ``<prefix>_desc-<what>_<suffix>.html``; the arguments are those of ``make_reportlets``.
     """
     images, paths = ScanImages(files), []
     for what, (needs, write) in VIEWERS.items():
@@ -276,7 +276,7 @@ def tissues_record(files: Mapping[str, Path]) -> TissuesRecord | None:
 
     Returns
     -------
-    None for a scan that was filled in (``filled``): the rest of it is the scan.
+    None for an inpainted scan (``filled``): outside the lesion mask it is unchanged.
     """
     if "filled" in files:
         return None
@@ -330,7 +330,7 @@ def draw_slices(images: ScanImages, path: Path) -> Path:
         note=f"{PLANES[images.slice_axis]} slices every {thick:.3g} mm, voxels not interpolated",
     )
     for axis in (axis for axis in range(3) if axis != images.slice_axis):
-        # sagittal beside the midline, where the hemisphere is cut
+        # the sagittal section is off the midline, through a hemisphere
         index = spread(images.mask, axis, 2)[0] if axis == 0 else spread(images.mask, axis, 1)[0]
         sheet.row(
             [
@@ -424,9 +424,9 @@ def draw_structures(images: ScanImages, path: Path) -> Path:
     table = np.array([(0, 0, 0), *(atlas.colour(v) for v in values)], np.uint8)
     sheet = Sheet(images.footer)
     sheet.title("Structures over the restored image", note="right-sided structures are darker")
-    beside_midline = spread(images.mask, 0, 2)[0]
+    off_midline = spread(images.mask, 0, 2)[0]
     places = [(2, index) for index in spread(images.mask, 2, 3)]
-    places += [(0, beside_midline), *((1, index) for index in spread(images.mask, 1, 2))]
+    places += [(0, off_midline), *((1, index) for index in spread(images.mask, 1, 2))]
     panels = [
         Panel(
             [
@@ -446,7 +446,7 @@ def draw_structures(images: ScanImages, path: Path) -> Path:
 
 
 def draw_mni305(images: ScanImages, path: Path) -> Path:
-    """The restored image in MNI305 space, with found and expected centroids of structures."""
+    """The restored image in MNI305 space, with its own and the expected structure centroids."""
     volume = images.load("restored_mni305")
     low, high = (-80, -116, -72), (80, 80, 88)  # the average brain and a margin, mm
     box = tuple(
@@ -505,7 +505,7 @@ def draw_mni305(images: ScanImages, path: Path) -> Path:
 
 
 def _fit(affine: AffineRecord) -> tuple[str, str]:
-    """How well the affine fits, and what it is: a title and its note."""
+    """A title with the residuals of the affine, and a note with its degrees of freedom."""
     far, used = f"{affine.median_residual_mm:.1f} mm", affine.used
     text = f"Median distance of {len(used) or 'the'} centroids from the expected ones: {far}"
     if affine.hull_residual_mm is not None:
@@ -723,11 +723,11 @@ VIEWERS: dict[str, tuple[tuple[str, ...], Callable[[ScanImages, Path], Path]]] =
     "viewer": ((), view_before_after),
     "viewerUncertainty": (("uncertainty",), view_uncertainty),
 }
-"""``desc`` of a page with linked planes -> as ``REPORTLETS``."""
+"""``desc`` of a page with linked planes -> roles and function, as in ``REPORTLETS``."""
 
 
 def _dim_outside(volume: Volume, mask: Volume) -> Volume:
-    """The surroundings of the brain at a third of their brightness."""
+    """Reduce everything outside the mask to a third of its brightness."""
     return volume.like(volume.data * np.where(mask.data > 0.5, 1.0, 0.33))
 
 
@@ -771,7 +771,7 @@ def _plot() -> tuple[Figure, Axes]:
 
 
 def _dress(axes: Axes) -> None:
-    """The colours of the report."""
+    """Apply the colours of the report."""
     axes.set_facecolor(GROUND)
     axes.tick_params(colors=FAINT)
     for spine in axes.spines.values():

@@ -134,6 +134,8 @@ class Mark:
     ----------
     shape : {"ring", "cross", "line"}
         A line runs from (x, y) to (x2, y2).
+    hint : str
+        Tooltip of a ring or a cross.
     """
 
     x: float
@@ -183,7 +185,7 @@ class Sheet:
     Parameters
     ----------
     footer : str
-        The small print below the last row.
+        Small text below the last row.
     """
 
     footer: str = ""
@@ -195,7 +197,7 @@ class Sheet:
     def title(self, text: str, note: str = "", before: str = "") -> None:
         """A line of text above the next row; ``before`` replaces it in the "before" state.
 
-        Text and note are also the picture's description for those who do not see it.
+        Text and note are also the picture's description for screen readers.
         """
         height = 26.0
         self._words.append(f"{text} ({note})" if note else text)

@@ -190,7 +190,7 @@ def restore_rows(scan: ScanRecord) -> Rows:
         ),
         ("Correlation of residuals between neighbouring voxels", _correlation(restore)),
         ("Prior", restore.prior.name or MISSING),
-        ("Coverage of its intervals", measured.coverage(restore, task=scan.task or "restore")),
+        ("Coverage of the intervals", measured.coverage(restore, task=scan.task or "restore")),
         ("Seed", str(MISSING if scan.seed is None else scan.seed)),
     ]
 
@@ -255,7 +255,7 @@ def _anatomy_rows(scan: ScanRecord) -> Rows:
         ("Structures found", str(len(parcellation.table) or MISSING)),
         ("Volume of all structures", f"{volume / 1000:.0f} ml" if volume else MISSING),
         (
-            "Its z-score (54 participants, T1w)",
+            "z-score of this volume (54 participants, T1w)",
             _number(metrics(scan)["brain_z"], "+.1f", none="–"),
         ),
         ("Transform to MNI305", f"{affine.dof} parameters" if affine.dof else MISSING),
@@ -396,7 +396,7 @@ def _activity(output_dir: Path, scan: ScanRecord) -> Mapping[str, Any]:
 
 
 def _packages(output_dir: Path, run: str) -> dict[str, str]:
-    """Name -> version of the software below brainprior, in the records of a run."""
+    """Name -> version of the software that brainprior used, from the records of a run."""
     environment = output_dir / "prov" / f"prov-{run}_env.json"
     software = environment.with_name(f"prov-{run}_soft.json")
     if environment.is_file():
@@ -405,7 +405,7 @@ def _packages(output_dir: Path, run: str) -> dict[str, str]:
             return dict(first["Dependencies"])
     if not software.is_file():
         return {}
-    (first, *_) = read_json(software).get("Software") or [{}]  # in the earlier form
+    (first, *_) = read_json(software).get("Software") or [{}]  # written by earlier versions
     return {"python": str(first.get("Python")), **(first.get("Packages") or {})}
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pages on which a result is looked at in three linked planes: nilearn's viewer.
+"""Pages that show a result in three linked planes, made with nilearn's viewer.
 
-Over the result lies a second image, with a slider for its opacity. Each page is one file that
-needs no other and no network, but JavaScript.
+A second image is overlaid on the result, with a slider for its opacity. Each page is a single
+file; it needs JavaScript, but no other file and no network connection.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from brainprior_bids.reports.volumes import Box, Volume
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """The image that lies over the result, on the result's grid.
+    """The image overlaid on the result, on the result's grid.
 
     Parameters
     ----------
     image : Volume
     shown : (float, float)
-        Values below the first are transparent, and above the second shown as that.
+        Values below the first are transparent, values above the second are clipped to it.
     colours : str
         matplotlib's name of a colour map, from 0 to the end of ``shown``.
     opacity : float
-        To begin with, 0 to 1.
+        Initial opacity, 0 to 1.
     scale : bool
         Whether there is a colour bar.
     """
@@ -57,12 +57,12 @@ def write_viewer(
     Parameters
     ----------
     window : (float, float)
-        Grey window of the result.
+        Grey window of the result, in its units.
     box : Box
-        The part that is shown.
+        The part of the volume that is shown.
     title : (str, str)
-        What is shown, above the planes (there is room for 20 letters), and the scan, in the
-        browser's title.
+        Content, written above the planes (at most about 20 characters), and the scan; both are
+        in the browser's title.
     """
     low, high = layer.shown
     view = plotting.view_img(
@@ -80,7 +80,7 @@ def write_viewer(
         dim=0,
         resampling_interpolation="nearest",
     )
-    # its icon is on a server
+    # the icon of nilearn's page is on a server
     page = re.sub(r"<link[^>]*favicon[^>]*>", "", view.get_standalone())
     name = f"<title>{html.escape(' · '.join(title))}</title>"
     write_text(path, re.sub(r"<title>.*?</title>", lambda _: name, page, count=1, flags=re.S))

@@ -8,11 +8,11 @@ Problems of Nipype 1.11:
   Here every node gets its whole argument line, output files included, and Nipype joins nothing.
 - LOGNAME must be set; batch jobs and containers often lack it.
 - A job that the scheduler killed, or did not accept, ends the whole run with a TypeError or an
-IndexError. Here only its scan fails, and the others continue.
+  IndexError. Here only its scan fails, and the others continue.
 - The exit codes of sbatch and squeue are not checked: while Slurm does not answer, running jobs
-count as ended. Here Slurm is asked again.
+  count as ended. Here the query is repeated.
 - SLURMGraph returns once the jobs are submitted, and jobs whose predecessor failed wait forever.
-Here they are removed, and the run waits for the others.
+  Here they are removed, and the run waits for the others.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ SILENCE_S = 600.0
 POLL_S = 2.0
 RECORDS_GB = 0.4
 MARGIN = 1.25
-"""Requested over expected memory of a step: a scheduler kills a job at its limit."""
+"""Ratio of requested to expected memory of a step; a job at its limit is killed."""
 
 
 def make_batch_plugin(
@@ -168,7 +168,7 @@ class _FaultTolerant(RecordsFailures):
         folder = self._pending.get(taskid)
         result = super()._get_result(taskid)
         if result is not None and isinstance(result["traceback"], str):
-            return killed(f"{LOST} {_last_words(folder, taskid)}".strip())
+            return killed(f"{LOST} {_last_line(folder, taskid)}".strip())
         return result
 
     def _report_crash(self, node: Any, result: dict[str, Any] | None = None) -> str:
@@ -264,8 +264,8 @@ def _quiet(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def _last_words(folder: str | None, taskid: int) -> str:
-    """The last line that a job of Slurm or Grid Engine wrote: it often says what killed it."""
+def _last_line(folder: str | None, taskid: int) -> str:
+    """The last line that a job of Slurm or Grid Engine wrote: often the reason why it ended."""
     if folder is None:
         return ""
     for parent in Path(folder).parents:
@@ -273,5 +273,5 @@ def _last_words(folder: str | None, taskid: int) -> str:
             for output in (parent / "batch").glob(pattern):
                 lines = output.read_text(encoding="utf-8", errors="replace").split("\n")
                 messages = [line.strip() for line in lines if line.strip()]
-                return f"It last said: {messages[-1]}" if messages else ""
+                return f"Its last output: {messages[-1]}" if messages else ""
     return ""

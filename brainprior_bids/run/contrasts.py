@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""After the scans: the contrasts of every session are registered to its T1w."""
+"""Registration of the contrasts of every session to its T1w, after all scans."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from brainprior_bids.settings import Settings
 def align_contrasts(subjects: Collection[str], settings: Settings) -> None:
     """Align every finished result of these participants with its session's reference.
 
-    What cannot be aligned is named in a warning, and nothing else fails.
+    A contrast that cannot be aligned causes a warning, and nothing else fails.
     """
     summaries = {
         summary.scan: summary
@@ -110,7 +110,7 @@ def _align(pair: Pair, summary: ScanRecord, settings: Settings) -> None:
 
 
 def _write_record(pair: Pair, settings: Settings, fingerprint: str, *, message: str) -> None:
-    """Write down why a contrast is not aligned."""
+    """Record why a contrast is not aligned."""
     record = ContrastRecord(
         scan=pair.other.title,
         reference=pair.reference.title,
@@ -124,10 +124,10 @@ def _write_record(pair: Pair, settings: Settings, fingerprint: str, *, message: 
 def _previous(path: Path) -> ContrastRecord | None:
     try:
         return ContrastRecord.read(path)
-    except (OSError, RecordError):  # missing or unreadable: it is made again
+    except (OSError, RecordError):  # missing or unreadable: the contrast is aligned again
         return None
 
 
 def _is_current(previous: ContrastRecord, fingerprint: str, settings: Settings) -> bool:
-    there = all((settings.output_dir / path).is_file() for path in previous.outputs)
-    return previous.fingerprint == fingerprint and there and not settings.force
+    complete = all((settings.output_dir / path).is_file() for path in previous.outputs)
+    return previous.fingerprint == fingerprint and complete and not settings.force

@@ -15,7 +15,7 @@ from brainprior_bids.run.logs import LOG
 from brainprior_bids.run.plan import uncertainty_from
 from brainprior_bids.settings import Settings
 
-AGAIN = "The images are not affected; --reports-only makes it again."
+AGAIN = "The images are not affected; --reports-only writes it again."
 
 
 def write_documents(subjects: Iterable[str], settings: Settings) -> bool:

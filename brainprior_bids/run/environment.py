@@ -110,17 +110,17 @@ def use_utf8() -> None:
             return
 
 
-def find_place_for_sockets(asked: str) -> None:
-    """Have multiprocessing put its sockets where their paths are short enough for the system.
+def find_place_for_sockets(requested: str) -> None:
+    """Have multiprocessing create its sockets where their paths are short enough for the system.
 
-    All else that is temporary stays in the folder ``asked`` for.
+    All other temporary files remain in the folder ``requested``.
     """
     before = tempfile.tempdir
-    for folder in (asked, *SHORT_FOLDERS, os.environ.get("XDG_RUNTIME_DIR", asked)):
+    for folder in (requested, *SHORT_FOLDERS, os.environ.get("XDG_RUNTIME_DIR", requested)):
         if len(os.fsencode(folder)) + SOCKET_NAME <= LONGEST_SOCKET:
             tempfile.tempdir = folder
             try:
-                multiprocessing.util.get_temp_dir()  # made now, and kept for this process
+                multiprocessing.util.get_temp_dir()  # created now, and kept
             except OSError:  # it cannot be written
                 continue
             finally:
@@ -129,7 +129,7 @@ def find_place_for_sockets(asked: str) -> None:
 
 
 def why_no_workers() -> str | None:
-    """Why no worker process can be started here; None if it can."""
+    """Why no worker process can be started here; None if one can."""
     try:
         multiprocessing.get_context("forkserver").Lock()
     except (OSError, ImportError) as error:

@@ -179,7 +179,10 @@ def make_plugin(workflow: Any, settings: Settings, progress: Progress) -> Any:
             tag=f"brainprior-{settings.run_uuid}",
         )
     if (problem := why_no_workers()) is not None:
-        LOG.warning("No worker processes: %s. The steps run in this process, in turn.", problem)
+        LOG.warning(
+            "No worker process can be started: %s. The steps run in this process, one by one.",
+            problem,
+        )
         return InTurn(plugin_args={"status_callback": progress})
     arguments = {
         "n_procs": settings.nprocs,

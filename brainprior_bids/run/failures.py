@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reasons of failed steps, which the plugin keeps in memory: a full disk takes no file."""
+"""The reasons of failed steps; the plugin keeps them in memory, because a disk may be full."""
 
 from __future__ import annotations
 

@@ -16,6 +16,13 @@ from brainprior_bids.settings import Settings
 
 
 def run_group(settings: Settings) -> None:
+    """Run the group level.
+
+    Raises
+    ------
+    UsageError
+        If no scan is done.
+    """
     from brainprior_bids.reports.group import build_group
 
     if settings.job_id is not None:
@@ -32,7 +39,7 @@ def run_group(settings: Settings) -> None:
 def _settle(settings: Settings, job: str) -> None:
     """Mark the unfinished scans of an ended job as failed, in the status and the reports.
 
-    Scans that it never started are known only if the participants are named.
+    Scans that it never started are known only if participants are requested by label.
     """
     for scan in status.settle(settings.output_dir, job):
         LOG.error("FAILED %s: its job was killed", scan)
@@ -40,8 +47,8 @@ def _settle(settings: Settings, job: str) -> None:
         result = result_name(scan.name, settings.image)
         if status.read_summary(settings.output_dir, result) is None:
             message = (
-                f"job {job} ended before this scan was begun: its task was refused, killed or "
-                "cancelled. The task's own output (logs/slurm) says why. Submit it again."
+                f"job {job} ended before this scan was started: its task was refused, killed or "
+                "cancelled. The task's own output (logs/slurm) has the reason. Submit it again."
             )
             write_failure(scan, settings, ErrorRecord(type=status.KILLED_JOB, message=message))
             LOG.error("FAILED %s: its task never started it", result)

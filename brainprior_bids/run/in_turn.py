@@ -27,7 +27,7 @@ class InTurn(RecordsFailures, DistributedPluginBase):
         return self._results[taskid]
 
     def _clear_task(self, taskid: int) -> None:
-        self._results[taskid] = {}  # its number stays taken
+        self._results[taskid] = {}  # its number is not used again
 
     def stop(self) -> None:
         """Nothing to close: there are no other processes."""

@@ -18,24 +18,24 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 """The signals of a terminal (Ctrl-C) and of a scheduler."""
 
 
-class _Asked:
+class _Signal:
     """Whether a signal was received."""
 
-    yet = False
+    received = False
 
 
 def _interrupt(*_: object) -> None:
-    if _Asked.yet:
+    if _Signal.received:
         os.write(2, b"brainprior: stopping.\n")  # the signal may have interrupted a print
         return
-    _Asked.yet = True
+    _Signal.received = True
     raise KeyboardInterrupt
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
     """A block in which the first signal, and it alone, raises KeyboardInterrupt."""
-    _Asked.yet = False
+    _Signal.received = False
     before = {number: signal.signal(number, _interrupt) for number in SIGNALS}
     try:
         yield
@@ -46,7 +46,7 @@ def interruptible() -> Iterator[None]:
 
 def check() -> None:
     """Raise the pending interrupt."""
-    if _Asked.yet:
+    if _Signal.received:
         raise KeyboardInterrupt
 
 

@@ -46,17 +46,17 @@ def plan_jobs(
     jobs = []
     to_fmriprep = exported_t1w(scans, settings)
     through = via_t1w(scans, settings)
-    _say_export(scans, settings, to_fmriprep)
+    _log_export(scans, settings, to_fmriprep)
     for scan in scans:
         try:
             job = look_up(scan, settings, weights, via_t1w=scan.name.stem in through)
         except InputError as error:
             write_failure(scan, settings, ErrorRecord(type="InputError", message=str(error)))
             continue
-        except Exception as error:  # not foreseen: this scan's failure all the same
+        except Exception as error:  # unexpected: only this scan fails
             LOG.debug("%s", scan.name.stem, exc_info=True)
             kind, reason = type(error).__name__, " ".join(str(error).split())
-            message = f"it cannot be begun ({kind}: {reason}). Please report this, with -vv."
+            message = f"it cannot be started ({kind}: {reason}). Please report this, with -vv."
             write_failure(scan, settings, ErrorRecord(type=kind, message=message))
             continue
         for text in scan.warnings:
@@ -110,7 +110,7 @@ def plan_jobs(
 
 
 @dataclass(frozen=True)
-class Found:
+class ScanInputs:
     """The inputs of a scan's result.
 
     Parameters
@@ -142,7 +142,7 @@ def via_t1w(scans: Sequence[Scan], settings: Settings) -> set[str]:
 
 def look_up(
     scan: Scan, settings: Settings, weights: Mapping[str, str], *, via_t1w: bool = False
-) -> Found:
+) -> ScanInputs:
     """Find and hash everything that determines a scan's result.
 
     Parameters
@@ -182,7 +182,7 @@ def look_up(
         hashes["way to the templates"] = "through the T1w"
     hashes |= {f"template {space}": template_sha256(find_template(space)) for space in templates}
     parts = decisive(scan, settings, input_sha256=image, weights=weights, given=hashes)
-    return Found(parts, fingerprint(scan, parts), given, others, templates)
+    return ScanInputs(parts, fingerprint(scan, parts), given, others, templates)
 
 
 @cache
@@ -218,29 +218,32 @@ def _check_lengths(scan: Scan, settings: Settings) -> None:
 
 
 def why_again(
-    scan: Scan, found: Found, settings: Settings, exports: Mapping[str, str]
+    scan: Scan, inputs: ScanInputs, settings: Settings, exports: Mapping[str, str]
 ) -> str | None:
     """Why a scan must be processed ("" if it is new); None if it is done and unchanged.
 
     Parameters
     ----------
     exports : kind -> root
-        Where the scan's exports belong.
+        Exports that include the scan.
     """
     previous = status.read_summary(settings.output_dir, result_name(scan.name, settings.image))
     if previous is None or not previous.finished:
         return ""
-    if previous.fingerprint != found.fingerprint:
-        what = changes(previous.parts, found.parts)
-        return f"done before; again, as this changed: {what}"
+    if previous.fingerprint != inputs.fingerprint:
+        what = changes(previous.parts, inputs.parts)
+        return f"already processed; rerunning because of changes: {what}"
     files = (*previous.outputs, *previous.figures)
     missing = [path for path in files if not (settings.output_dir / path).is_file()]
     if missing:
-        return f"done before; again, as {len(missing)} file(s) are gone, such as {missing[0]}"
+        return (
+            f"already processed; rerunning because {len(missing)} file(s) are missing, such as "
+            f"{missing[0]}"
+        )
     if settings.force:
-        return "done before; again, because of --force"
-    if not export.is_delivered(exports, scan, found.fingerprint):
-        return "done, but not exported: it is run again for that"
+        return "already processed; rerunning because of --force"
+    if not export.is_delivered(exports, scan, inputs.fingerprint):
+        return "already processed, but not exported; rerunning for the export"
     return None
 
 
@@ -260,7 +263,7 @@ def export_roots_of(scan: Scan, settings: Settings, to_fmriprep: set[str]) -> di
     }
 
 
-def _say_export(scans: Sequence[Scan], settings: Settings, chosen: set[str]) -> None:
+def _log_export(scans: Sequence[Scan], settings: Settings, chosen: set[str]) -> None:
     """Log which of several T1w is exported for fMRIPrep, and which participants have none."""
     if "fmriprep" not in settings.exports:
         return

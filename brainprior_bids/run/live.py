@@ -29,9 +29,9 @@ class LiveResults:
         The scans of this run.
     settings : Settings
     failing : function
-        Names of the workflows of which a step has failed.
+        Returns the names of the workflows in which a step has failed.
     settle : function
-        Writes the summary of a scan that has failed.
+        Writes the summary of a failed scan.
     interval_s : float
         Time between two checks.
     """
@@ -63,8 +63,8 @@ class LiveResults:
         while not self._stop.wait(self._interval_s):
             try:
                 self.refresh()
-            except Exception as error:  # a full disk, perhaps: the run goes on
-                LOG.debug("the status was not renewed: %s", error, exc_info=True)
+            except Exception as error:  # a full disk, perhaps: the run continues
+                LOG.debug("the status was not updated: %s", error, exc_info=True)
 
     def refresh(self) -> None:
         """Check once."""

@@ -25,9 +25,9 @@ class ResourceMonitor:
         cent of one processor, resident memory in GiB (shared pages count once per process),
         running steps.
     running : function
-        Returns the steps that run now.
+        Returns the steps that are running.
     interval_s : float
-        Between two rows.
+        Time between two rows.
     """
 
     def __init__(
@@ -72,8 +72,10 @@ class ResourceMonitor:
 
 
 def _measure(known: dict[int, psutil.Process]) -> tuple[dict[int, psutil.Process], float, int]:
-    """Processes by id, processor usage, bytes. (psutil measures usage since the last call, so the
-    process objects are kept.)"""
+    """Processes by id, processor usage in per cent of one processor, resident memory in bytes.
+
+    psutil measures usage since its last call, so the process objects are kept in ``known``.
+    """
     me = psutil.Process()
     alive: dict[int, psutil.Process] = {}
     cpu, memory = 0.0, 0

@@ -34,7 +34,7 @@ LITTLE_BYTES, LITTLE_FILES = 16 * 2**20, 16
 
 
 def write_running(scan: Scan, settings: Settings) -> None:
-    """Set the status to running, until the scan ends (or for good if this process is killed)."""
+    """Set the status to running, until the scan ends; it remains so if this process is killed."""
     number = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ.get("SLURM_JOB_ID"))
     task = os.environ.get("SLURM_ARRAY_TASK_ID")
     job = settings.job_id or (f"{number}_{task}" if task else number)
@@ -69,7 +69,7 @@ def write_failure(
     run that succeeds removes those that it does not replace.
     """
     message = str(error.message)
-    if message != scan.problem:  # it names the file, perhaps not as the scan is named
+    if message != scan.problem:  # which names the file, perhaps not by the scan's name
         message = named(message, scan.name.stem)
     previous = status.read_summary(settings.output_dir, result_name(scan.name, settings.image))
     earlier = () if previous is None else previous.files
@@ -191,7 +191,7 @@ def _error(
         message = failure.message
     else:
         message = (
-            f"{step}: an error that was not foreseen: {failure.message} ({failure.type}). Please "
+            f"{step}: unexpected error: {failure.message} ({failure.type}). Please "
             f"report it{f', with {crash}' if crash else ''}"
         )
     return ErrorRecord(node=step, type=failure.type, message=message, crash_file=crash)
@@ -213,9 +213,9 @@ def no_room(settings: Settings) -> str:
 def _has_no_room(folder: Path) -> bool:
     """Whether the file system reports little free space; it does not report quotas."""
     try:
-        there = os.statvfs(folder)
+        disk = os.statvfs(folder)
     except OSError:
         return False
-    return there.f_bavail * there.f_frsize < LITTLE_BYTES or (
-        there.f_files > 0 and there.f_favail < LITTLE_FILES
+    return disk.f_bavail * disk.f_frsize < LITTLE_BYTES or (
+        disk.f_files > 0 and disk.f_favail < LITTLE_FILES
     )

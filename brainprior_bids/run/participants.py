@@ -77,7 +77,7 @@ def _restore(
     )
     LOG.info("brainprior %s, run %s", __version__, settings.run_uuid)
     LOG.info(
-        "%d scan(s) of %d participant(s); %s, %d processor(s), %d thread(s) a step",
+        "%d scan(s) of %d participant(s); %s, %d processor(s), %d thread(s) per step",
         len(scans),
         len({scan.subject for scan in scans}),
         settings.device,
@@ -141,9 +141,10 @@ def name_absent(scans: Sequence[Scan], settings: Settings) -> list[str]:
     folders that are ignored because of their names. Failures of files that no longer exist are
     removed from the status.
 
-    Returns ------- Labels of the participants for whom the run failed: those named in the request
-    that have no scan or a folder that cannot be read. (If all are requested, not everyone needs to
-    have every contrast.)
+    Returns
+    -------
+    Labels of the participants for whom the run failed: those requested by label that have no scan
+    or a folder that cannot be read. (If all are requested, not everyone needs every contrast.)
     """
     requested = requested_subjects(settings)
     locked: dict[str, str] = {}

@@ -22,7 +22,7 @@ from brainprior_bids.engine.grids import PLANES
 from brainprior_bids.engine.samplers import registry
 from brainprior_bids.records import ConformFacts
 from brainprior_bids.run.jobs import (
-    Found,
+    ScanInputs,
     export_roots_of,
     exported_t1w,
     look_up,
@@ -38,7 +38,7 @@ BOX_MM = (160, 200, 164)
 """Typical box around a brain, its margins included, along right, anterior and superior: 5.2
 million voxels. In 60 participants it had 4.4 to 6.4 million, in a tilted head 6.4."""
 FUSED_SHARE = 0.5
-"""Time of each further fused run over that of the network: 0.02 per iteration, 15 iterations, 3
+"""Time for each fused run, relative to that of the network: 0.02 per iteration, 15 iterations, 3
 solves in 2 levels (measured with two and three runs)."""
 RUN_S = 60.0
 """Seconds of preprocessing for each fused run except the first."""
@@ -56,7 +56,7 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
 
     sampler = registry.find(settings.sampler)
     calls = settings.n_samples * sampler.calls(settings.n_steps, simple=settings.simple)
-    a_voxel = seconds_a_voxel(settings)
+    voxel_s = seconds_per_voxel(settings)
     total = 0.0
     refused = skipped = 0
     to_align: list[Result] = []
@@ -82,7 +82,7 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
             print(f"  would fail: {error if known else f'{type(error).__name__}: {error}'}")
             refused += 1
             continue
-        seconds = scan_seconds(voxels, len(scan.runs), settings, a_voxel)
+        seconds = scan_seconds(voxels, len(scan.runs), settings, voxel_s)
         seconds += REGISTRATION_S * len(job.templates)
         total += seconds
         print(f"  about {minutes(seconds)} ({voxels / 1e6:.1f} million voxels)")
@@ -109,7 +109,7 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
     for name in contrast_names(to_align, settings, through):
         print(f"  {name}")
     for subject in subjects_without(scans, settings):
-        print(f"sub-{readable(subject)}: no scan of it matches")
+        print(f"sub-{readable(subject)}: no scan matches the request")
     to_do = len(scans) - refused - skipped
     memory = max(claims_gb(settings).values())
     at_once = (
@@ -119,11 +119,11 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
         at_once = max(1, min(at_once, int(settings.mem_gb / memory), to_do))
     else:
         at_once = 1
-    less = [(skipped, "would be skipped"), (refused, "would fail")]
-    failing = ", of which " * any(n for n, _ in less)
-    failing += " and ".join(f"{n} {what}" for n, what in less if n)
+    omitted = [(skipped, "would be skipped"), (refused, "would fail")]
+    counts = ", of which " * any(n for n, _ in omitted)
+    counts += " and ".join(f"{n} {what}" for n, what in omitted if n)
     print(
-        f"{len(scans)} scan(s){failing}, {calls} network calls each ({settings.sampler} "
+        f"{len(scans)} scan(s){counts}, {calls} network calls each ({settings.sampler} "
         f"sampler), on {settings.device}, {at_once} at once: about "
         f"{minutes(total / at_once)} on an idle machine, and {at_once * memory:.0f} GiB of "
         "memory. One network call was timed for this. Nothing was written."
@@ -140,8 +140,9 @@ def _predicts_spread(prior: Path | None) -> bool:
 
 
 def uncertainty_from(settings: Settings, n_runs: int) -> str | None:
-    """Source of a scan's uncertainty map: the ``prior``, ``samples``, or None. If the default
-    sampler turns out not to be applicable to a scan, its map is from the samples.
+    """Source of a scan's uncertainty map: the ``prior``, ``samples``, or None.
+
+    If the default sampler turns out not to be applicable to a scan, its map is from the samples.
     """
     sampler = registry.find(settings.sampler)
     alone = n_runs < 2 and not settings.refines and not settings.fills_scan
@@ -150,7 +151,7 @@ def uncertainty_from(settings: Settings, n_runs: int) -> str | None:
     return "samples" if settings.n_samples > 1 else None
 
 
-def scan_seconds(voxels: float, n_runs: int, settings: Settings, a_voxel: float) -> float:
+def scan_seconds(voxels: float, n_runs: int, settings: Settings, voxel_s: float) -> float:
     """Seconds of one scan on an idle machine.
 
     Parameters
@@ -159,13 +160,13 @@ def scan_seconds(voxels: float, n_runs: int, settings: Settings, a_voxel: float)
         Number of 1 mm voxels in the box that the network processes.
     n_runs : int
         Number of fused runs; 0 if nothing is fused.
-    a_voxel : float
+    voxel_s : float
         Seconds of a network call per voxel.
     """
     sampler = registry.find(settings.sampler)
     calls = settings.n_samples * sampler.calls(settings.n_steps, simple=settings.simple)
     share = FUSED_SHARE * n_runs if n_runs else sampler.solve_share
-    restoration = calls * voxels * a_voxel * (1 + share) + SAMPLE_S * settings.n_samples
+    restoration = calls * voxels * voxel_s * (1 + share) + SAMPLE_S * settings.n_samples
     return OTHER_S + restoration + RUN_S * max(0, n_runs - 1)
 
 
@@ -178,7 +179,7 @@ def minutes(seconds: float) -> str:
 def busy_now() -> str:
     """How busy this machine is, by its load of the last minute."""
     if not hasattr(os, "getloadavg"):
-        return "How busy this machine is now is not known."
+        return "The present load of this machine is not known."
     load = os.getloadavg()[0] / (os.cpu_count() or 1)
     if load <= BUSY:
         return f"This machine is not busy now (load {load:.1f} per processor)."
@@ -191,7 +192,7 @@ def busy_now() -> str:
 def contrast_names(
     results: Sequence[Result], settings: Settings, through: Collection[str]
 ) -> list[str]:
-    """Paths of the transforms between the contrasts of a session, and of what they resample."""
+    """Paths of the transforms between the contrasts of a session, and of the resampled files."""
     paths: list[str] = []
     for pair in pairs(results):
         uncertain = uncertainty_from(settings, 0) is not None
@@ -210,14 +211,16 @@ def plain_spaces(settings: Settings) -> list[str]:
     return [space for space in settings.output_spaces if space not in TEMPLATE_SPACES]
 
 
-def _planned(scan: Scan, settings: Settings, found: Found) -> float:
+def _planned(scan: Scan, settings: Settings, inputs: ScanInputs) -> float:
     """Print the geometry of a scan and the other files that it uses.
 
-    Returns ------- Number of 1 mm voxels in the box that the network processes: a typical brain's,
-    or the field of view if that is smaller.
+    Returns
+    -------
+    Number of 1 mm voxels in the box that the network processes: a typical brain's, or the field
+    of view if that is smaller.
     """
-    given = found.given
-    for run, files in [(scan.runs[0] if scan.runs else scan, given), *found.others]:
+    given = inputs.given
+    for run, files in [(scan.runs[0] if scan.runs else scan, given), *inputs.others]:
         if scan.runs:
             print(f"  fuses {run.relative}")
         for file in files.values():
@@ -246,10 +249,11 @@ def _planned(scan: Scan, settings: Settings, found: Found) -> float:
     return voxels
 
 
-def seconds_a_voxel(settings: Settings) -> float:
-    """Time of a network call per voxel on this machine when it is idle. On the CPU it is the
-    processor time of the calling thread: time taken by other programs does not count, and the
-    thread sleeps while it waits for the other threads of the call.
+def seconds_per_voxel(settings: Settings) -> float:
+    """Time of a network call per voxel on this machine when it is idle.
+
+    On the CPU it is the processor time of the calling thread: time taken by other programs does
+    not count, and the thread sleeps while it waits for the other threads of the call.
     """
     import torch
 
@@ -257,7 +261,9 @@ def seconds_a_voxel(settings: Settings) -> float:
 
     if not settings.use_gpu:
         torch.set_num_threads(settings.omp_nthreads)
-    device = "cpu" if settings.device == "auto" else settings.device  # a scheduler's job decides
+    device = (
+        "cpu" if settings.device == "auto" else settings.device
+    )  # known only in a scheduler's job
     prior = load_prior(settings.prior, device=device)
     shape = (TIMED,) * 3
     x = torch.zeros((1, 1, *shape), device=device)

@@ -48,7 +48,7 @@ EXPENDABLE = 500
 
 
 def start_server(context: str | None) -> None:
-    """Start the process that starts the workers; it and they leave Ctrl-C to this process."""
+    """Start the process that starts the workers; it and the workers ignore Ctrl-C."""
     if context != "forkserver" or threading.current_thread() is not threading.main_thread():
         return
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by the workers
@@ -62,13 +62,13 @@ def start_worker(cwd: str, main_pid: int) -> None:
     """Nipype's own initializer, and a thread that ends this worker when the run is gone."""
     use_utf8()
     process_initializer(cwd)
-    with suppress(OSError):  # no Linux, or a sandbox: then the kernel takes the largest
+    with suppress(OSError):  # no Linux, or a sandbox: the kernel kills the largest process
         Path("/proc/self/oom_score_adj").write_text(str(EXPENDABLE))
 
     def watch() -> None:
         parent = mp.parent_process()
-        gone: list[Any] = [] if parent is None else [parent.sentinel]
-        while not wait(gone, timeout=WATCH_S):  # a worker started later may hold it open
+        sentinels: list[Any] = [] if parent is None else [parent.sentinel]
+        while not wait(sentinels, timeout=WATCH_S):  # a worker started later may hold it open
             try:
                 os.kill(main_pid, 0)
             except ProcessLookupError:
@@ -115,8 +115,8 @@ class SurvivingPool(RecordsFailures, MultiProcPlugin):
         super()._send_procs_to_workers(updatehash=updatehash, graph=graph)
 
     def _sort_jobs(self, jobids: Any, scheduler: str = "tsort") -> list[int]:
-        """Sort jobs by their place in the order, last place first; jobs without a place, which
-        only gather results, come before all others.
+        """Sort jobs by their rank in the order, highest first; jobs without a rank, which only
+        gather results, are before all others.
         """
         last = len(self._order)
         return sorted(jobids, key=lambda job: (-self._order.get(self.procs[job].name, last), job))
@@ -150,10 +150,10 @@ class SurvivingPool(RecordsFailures, MultiProcPlugin):
     def _get_result(self, taskid: int) -> dict[str, Any] | None:
         if taskid in self._broken:
             self._broken.remove(taskid)
-            self._taskresult[taskid] = self._again(taskid)
+            self._taskresult[taskid] = self._rerun(taskid)
         return self._taskresult.get(taskid)
 
-    def _again(self, task: int) -> dict[str, Any]:
+    def _rerun(self, task: int) -> dict[str, Any]:
         """Run a task alone, in a new pool, and wait for it."""
         node, updatehash = self._submitted[task]
         LOG.warning("A worker was killed; %s is run again, alone.", node.fullname)
@@ -179,9 +179,9 @@ class SurvivingPool(RecordsFailures, MultiProcPlugin):
     def _watch_workers(self) -> None:
         """Have the pool watch the worker that it started last.
 
-        ``submit`` wakes the pool's thread, which then waits for the workers that it knows, and
-        only afterwards starts one more: the death of that one would be noticed no sooner than
-        the end of another task.
+        ``submit`` wakes the pool's thread, which then waits for the existing workers, and only
+        afterwards starts one more: the death of that one would not be noticed before the end of
+        another task.
         """
         with self.pool._shutdown_lock:
             if (wakeup := self.pool._executor_manager_thread_wakeup) is not None:

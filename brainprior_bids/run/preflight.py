@@ -68,12 +68,12 @@ def validate_request(scans: Sequence[Scan], settings: Settings) -> Sequence[Scan
 
     Returns
     -------
-    The scans; those that an error in a participant's folder concerns have a ``problem``.
+    The scans; those affected by an error in their participant's folder have a ``problem``.
 
     Raises
     ------
     UsageError
-        With its errors in what all participants share.
+        With its errors in files that all participants share.
     """
     command = find_validator()
     if command is None:
@@ -86,10 +86,12 @@ def validate_request(scans: Sequence[Scan], settings: Settings) -> Sequence[Scan
     except RuntimeError as error:
         LOG.warning("%s The data set was not validated.", error)
         return scans
-    return judged(scans, issues, settings.bids_dir)
+    return with_problems(scans, issues, settings.bids_dir)
 
 
-def judged(scans: Sequence[Scan], issues: Sequence[Issue], bids_dir: Path) -> Sequence[Scan]:
+def with_problems(
+    scans: Sequence[Scan], issues: Sequence[Issue], bids_dir: Path
+) -> Sequence[Scan]:
     """The scans; errors of the validator in a scan's folder become its ``problem``.
 
     Raises
@@ -107,7 +109,7 @@ def judged(scans: Sequence[Scan], issues: Sequence[Issue], bids_dir: Path) -> Se
         image = by_sidecar.get(issue.location, issue.location)
         own = images.get(image)
         if own is not None and (
-            # an image that is broken says so when it is opened, and its sidecar lacks an image
+            # a broken image is reported when it is opened; its sidecar then has no image
             image in broken
             or own.problem is not None
             or (own.warnings and issue.code in ENCODING)  # it could be read nevertheless
@@ -146,7 +148,7 @@ def checked_weights(settings: Settings) -> dict[str, tuple[Path, str]]:
 
     prior = settings.prior or weights.FOLDER / "prior.safetensors"
     parcellation = weights.FOLDER / "parcellation.safetensors"
-    try:  # in the way the steps will load them
+    try:  # as the steps will load them
         return {
             "prior": (prior, weights.load_prior(prior).metadata["sha256"]),
             "parcellation": (

@@ -35,9 +35,9 @@ class Progress:
     folders : workflow name -> Path
         Folder of the scan's nodes.
     work : node -> float
-        Share of a scan's time that a node is expected to take, in any unit.
+        Expected time of a node relative to the others, in any unit.
     left_out : sequence of str
-        Nodes that a scan does not have, once for each scan.
+        Nodes that a scan does not have, one entry per scan.
     terminal : bool, optional
         Whether a line may be overwritten; by default, whether stderr is a terminal.
     """
@@ -91,7 +91,7 @@ class Progress:
 
     @property
     def running(self) -> Sequence[str]:
-        """``sub-01_T1w restore`` for every step that runs now."""
+        """``sub-01_T1w restore`` for every step that is running."""
         with self._lock:
             return [f"{self._scans[scan]} {step}" for scan, step in self._running.values()]
 
@@ -105,7 +105,7 @@ class Progress:
                 self._running[node.fullname] = (scan, step)
                 LOG.info("%s: %s …", name, step)
                 return
-            if node.fullname not in self._running:  # never started: one before it failed
+            if node.fullname not in self._running:  # never started: a step before it failed
                 return
             del self._running[node.fullname]
             self._ended += 1
@@ -129,12 +129,12 @@ class Progress:
             if at is not None:
                 text += f" sample {at.sample}/{at.samples} step {at.step}/{at.steps}"
                 done += self._work[step] * at.share
-                self._say_quarters(scan, text, int(4 * at.share))
+                self._log_quarters(scan, text, int(4 * at.share))
             shown.append(text)
         self._bar.n = done
         self._bar.set_postfix_str("; ".join(shown[:2]) + (" …" if len(shown) > 2 else ""))
 
-    def _say_quarters(self, scan: str, text: str, quarter: int) -> None:
+    def _log_quarters(self, scan: str, text: str, quarter: int) -> None:
         if self._bar.disable and quarter > self._quarter.get(scan, 0):
             self._quarter[scan] = quarter
             LOG.info("%s", text)

@@ -15,9 +15,9 @@ from brainprior_bids.run.logs import LOG
 from brainprior_bids.settings import Settings
 
 CGROUP = Path("/sys/fs/cgroup")
-"""Where control groups are mounted."""
+"""Mount point of the control groups."""
 PROC = Path("/proc/self/cgroup")
-"""Which groups this process is in."""
+"""File that lists the control groups of this process."""
 MAIN_GB = 1.0
 """Memory of a run in addition to its steps: the command (0.35 GiB) and idle workers (0.25
 each)."""
@@ -101,7 +101,8 @@ def fit_memory(
         ``mem_gb`` is the value of ``--mem``, or the available memory.
     largest_gb, largest_low_gb : float
         Memory that the largest step reserves, without and with ``--low-mem``.
-    limit : GiB and its origin, of ``memory_limit_gb``
+    limit : (float, str)
+        Limit in GiB and its origin, from ``memory_limit_gb``.
 
     Raises
     ------
@@ -109,20 +110,20 @@ def fit_memory(
         With the required and the available memory.
     """
     limit_gb, who = limit
-    there_gb = memory_for_steps_gb(limit_gb)
-    steps_gb = min(settings.mem_gb, there_gb)
-    if settings.mem_gb > there_gb + 0.01:
+    available_gb = memory_for_steps_gb(limit_gb)
+    steps_gb = min(settings.mem_gb, available_gb)
+    if settings.mem_gb > available_gb + 0.01:
         LOG.warning(
             "--mem %.3g GiB is more than is available: %s %.3g GiB; the steps get %.3g",
             settings.mem_gb,
             who,
             limit_gb,
-            there_gb,
+            available_gb,
         )
     needed_gb = largest_low_gb if settings.low_mem else largest_gb
     if steps_gb + 0.01 >= needed_gb:
         return replace(settings, mem_gb=steps_gb)
-    if there_gb < needed_gb:
+    if available_gb < needed_gb:
         available = f"{who} {limit_gb:.3g} GiB"
         give = f"Give it {needed_gb + MAIN_GB:.3g} GiB"
     else:
@@ -166,18 +167,18 @@ def _words(path: Path) -> list[str]:
     return " ".join(_lines(path)).split()
 
 
-def resolve_device(asked: str) -> str:
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` -> ``cpu`` or ``cuda:N``; says which, and why.
+def resolve_device(requested: str) -> str:
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` -> ``cpu`` or ``cuda:N``; logs the reason.
 
     Raises
     ------
     UsageError
         If CUDA was requested and this process sees no such GPU.
     """
-    if asked == "cpu":
+    if requested == "cpu":
         return "cpu"  # without importing torch
     from brainprior_bids.engine.device import choose_device
 
-    device, why, unexpected = choose_device(asked)
+    device, why, unexpected = choose_device(requested)
     LOG.log(logging.WARNING if unexpected else logging.INFO, "device %s: %s", device, why)
     return device

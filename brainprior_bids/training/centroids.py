@@ -92,7 +92,7 @@ def mapped_mask(
     matrix: NDArray[np.float64],
     template: nib.Nifti1Image,
 ) -> NDArray[np.float64]:
-    """A mask on the template's voxels, linear."""
+    """(i, j, k) a mask resampled linearly to the template's voxels, 0 to 1."""
     back = np.linalg.inv(affine) @ np.linalg.inv(matrix) @ template.affine
     mapped: NDArray[np.float64] = ndimage.affine_transform(
         mask.astype(float), back[:3, :3], back[:3, 3], template.shape, order=1
@@ -103,8 +103,8 @@ def mapped_mask(
 def _place(table: list[dict[str, Any]], matrix: NDArray[np.float64]) -> list[float]:
     """Mapped position of the left thalamus, for the log."""
     row = next(row for row in table if row["name"] == "Left-Thalamus")
-    place: list[float] = np.round((matrix @ [*row["centroid_mm"], 1.0])[:3], 1).tolist()
-    return place
+    position: list[float] = np.round((matrix @ [*row["centroid_mm"], 1.0])[:3], 1).tolist()
+    return position
 
 
 def average(
@@ -154,13 +154,13 @@ def average_hull(surfaces: list[Any], matrices: list[Any]) -> dict[str, Any]:
 
 
 def corner_error(
-    found: NDArray[np.float64], true: NDArray[np.float64], table: list[dict[str, Any]]
+    estimate: NDArray[np.float64], true: NDArray[np.float64], table: list[dict[str, Any]]
 ) -> float:
     """Mean distance in MNI305 of the eight corners of the brain's box, mm."""
     centre = np.mean([row["centroid_mm"] for row in table], axis=0)
     corners = centre + (np.array(list(np.ndindex(2, 2, 2))) * 2 - 1) * [65.0, 80.0, 60.0]
     points = np.c_[corners, np.ones(8)]
-    return float(np.linalg.norm((points @ (found - true).T)[:, :3], axis=1).mean())
+    return float(np.linalg.norm((points @ (estimate - true).T)[:, :3], axis=1).mean())
 
 
 def main() -> None:

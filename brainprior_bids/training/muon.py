@@ -41,7 +41,7 @@ class Muon(torch.optim.Optimizer):
     parameters : iterable of tensors
         At least two axes each; the first is the output.
     lr : float
-        Shared with AdamW.
+        Learning rate, shared with AdamW.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update from the gradients at hand."""
+        """One update from the current gradients."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:

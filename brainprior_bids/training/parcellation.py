@@ -100,8 +100,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Mean structure Dice and mask Dice by contrast and slice thickness.
 
-    Every map, contrast and thickness (2 and 5 mm) is drawn once with pose and damage-free field
-    of view; noise SD 0.02.
+    One head is drawn per map, contrast and thickness (2 and 5 mm), with a random pose and without
+    damage; noise SD 0.02.
     """
     device = next(network.parameters()).device
     precision = fast_dtype(device)
@@ -159,7 +159,7 @@ class TrainingState:
         Raises
         ------
         UsageError
-            If the checkpoint is of another network.
+            If the checkpoint is from another network.
         """
         saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         if saved["config"] != self.network.config:
@@ -239,7 +239,7 @@ def train(
     batch: int = 1,
     processes: Processes | None = None,
 ) -> TrainingState:
-    """Run, or continue, a training; see the module's text.
+    """Run or continue a training; see the module's docstring.
 
     ``work_dir`` receives ``last.pt`` and ``log.jsonl`` (one line every 50 steps). ``batch`` heads
     per step are drawn in each of the ``processes``; the loss is averaged over them.
@@ -270,7 +270,7 @@ def train(
         num_workers=workers,
         prefetch_factor=4 if workers else None,
     )
-    choosing = HeadSynthesiser(held_out, shape)
+    validation = HeadSynthesiser(held_out, shape)
     work_dir.mkdir(parents=True, exist_ok=True)
     started, losses, dices, waited = time.monotonic() - state.seconds, [], [], 0.0
     ready = time.monotonic()
@@ -282,8 +282,8 @@ def train(
         image, target = image.to(device), target.to(device)
         with torch.autocast(device.type, precision, enabled=precision is not None):
             logits = network(image)
-        each = [segmentation_loss(logits[n : n + 1], target[n : n + 1]) for n in range(batch)]
-        loss = torch.stack([loss for loss, _ in each]).mean()
+        scores = [segmentation_loss(logits[n : n + 1], target[n : n + 1]) for n in range(batch)]
+        loss = torch.stack([loss for loss, _ in scores]).mean()
         network.zero_grad()
         loss.backward()
         loss = processes.average(network.parameters(), loss)
@@ -293,7 +293,7 @@ def train(
         state.step += 1
         state.average_step()
         losses.append(float(loss))
-        dices += [float(dice[1 : CLASSES.index(24)].nanmean()) for _, dice in each]
+        dices += [float(dice[1 : CLASSES.index(24)].nanmean()) for _, dice in scores]
         state.seconds = time.monotonic() - started
         entry: dict[str, Any] = {}
         if state.step % 50 == 0 or state.step == steps:
@@ -308,8 +308,8 @@ def train(
         if not processes.first:
             continue
         if state.step % validate_every == 0 or state.step == steps:
-            scores = evaluate(state.average.eval(), choosing)
-            entry |= {key: round(value, 4) for key, value in scores.items()}
+            validated = evaluate(state.average.eval(), validation)
+            entry |= {key: round(value, 4) for key, value in validated.items()}
         if entry:
             with (work_dir / "log.jsonl").open("a", encoding="utf-8") as log:
                 log.write(json.dumps(entry) + "\n")
@@ -363,7 +363,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Train as the parsed options say; returns the exit code."""
+    """Train with the parsed options; returns the exit status."""
     torch.set_num_threads(args.threads)
     processes = join(args.device)
     try:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Skull-stripped brains -> one compact training pack.
+"""Prepare brains as a compact training pack.
 
-Per brain: closest-canonical axes, N4 inside the brain, 99th percentile of the corrected brain = 1
-(the engine's unit), affine registration to the MNI305 average (ANTs), mean intensity of the three
-tissue classes. Whole heads go through the workflow's own steps instead (``prepare_head``). A pack
-is a few ``.npz`` parts, each small enough to be copied elsewhere, with the brains as uint8
-(``UNIT`` = 1), their affines and the split: training needs nothing else.
+Per skull-stripped brain: closest-canonical axes, N4 inside the brain, 99th percentile of the
+corrected brain = 1 (the engine's unit), affine registration to the MNI305 average (ANTs), mean
+intensity of the three tissue classes. Whole heads go through the workflow's own steps instead
+(``prepare_head``). A pack is a few ``.npz`` parts, each small enough to be copied elsewhere, with
+the brains as uint8 (``UNIT`` = 1), their affines and the split: training needs nothing else.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Brain:
     tissues : (3,) float64
         Mean intensity of the dark, middle and bright tissue (CSF, grey, white in a T1w).
     synthetic : bool
-        Made from a label map, not scanned.
+        Synthesised from a label map, not scanned.
     """
 
     name: str
@@ -149,7 +149,7 @@ def n4(
 def mni305_brain(average: Path) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     """The MNI305 average head without its skull: array and affine.
 
-    The mask is nilearn's MNI152 brain mask, carried over by ``MNI152_FROM_MNI305``.
+    The mask is nilearn's MNI152 brain mask, transformed by ``MNI152_FROM_MNI305``.
     """
     from nilearn.datasets import load_mni152_brain_mask
 
@@ -322,7 +322,7 @@ def build_pack(
     Raises
     ------
     UsageError
-        As ``find_brains``, and if not one scan could be prepared.
+        As ``find_brains``, and if no scan could be prepared.
     """
     os.environ.setdefault("ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS", "1")
     jobs: list[tuple[Any, ...]] = list(find_brains(folder, validation=validation, exclude=exclude))
@@ -385,6 +385,11 @@ def build_synthetic_pack(
     """Brains synthesised from every label map below ``folder``: parts ``synthetic-*.npz``.
 
     ``validation`` and ``exclude`` name maps by their file name up to the first dot.
+
+    Raises
+    ------
+    UsageError
+        If there are none.
     """
     os.environ.setdefault("ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS", "1")
     reference = mni305_brain(average)
@@ -400,9 +405,9 @@ def build_synthetic_pack(
     out.mkdir(parents=True, exist_ok=True)
     brains: list[Brain] = []
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        for count, made in enumerate(pool.map(_prepare_labels_star, jobs), 1):
-            log.info("synthesised from %s (%d of %d)", made[0].name, count, len(jobs))
-            brains.extend(made)
+        for count, part in enumerate(pool.map(_prepare_labels_star, jobs), 1):
+            log.info("synthesised from %s (%d of %d)", part[0].name, count, len(jobs))
+            brains.extend(part)
     return write_pack(brains, out, stem="synthetic")
 
 

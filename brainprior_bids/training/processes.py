@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One training in several processes started by ``torchrun``. Every process has its own crops of a
-step and the same weights; gradients are averaged, so N processes with batch B take the same step
-as one process with batch N B. Only process 0 writes. Without ``torchrun`` there is one process,
-and every method returns its argument.
+"""One training in several processes, started by ``torchrun``.
+
+All processes have the same weights, and each draws its own crops at every step; gradients are
+averaged, so N processes with batch B take the same step as one process with batch N B. Only
+process 0 writes. Without ``torchrun`` there is one process, and every method returns its argument.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Processes:
     Parameters
     ----------
     rank, size : int
-        This process counts from 0.
+        Rank of this process, from 0, and number of processes.
     device : torch.device
         Device of this process.
     """
@@ -40,7 +41,7 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes."""
+        """Whether this process writes: the one of rank 0."""
         return self.rank == 0
 
     def gather(self, rows: Tensor) -> Tensor:
@@ -74,7 +75,7 @@ class Processes:
         return flat[-1]
 
     def least(self, count: int) -> int:
-        """The smallest of the processes' numbers."""
+        """The minimum of ``count`` over the processes."""
         if self.size == 1:
             return count
         least = torch.tensor(count, device=self.device)
@@ -107,25 +108,27 @@ def join(device: str) -> Processes:
         If one GPU is named for several processes, or there are fewer GPUs than processes.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    place = torch.device(device)
+    torch_device = torch.device(device)
     if size == 1:
-        return Processes(0, 1, place)
-    if place.type == "cuda":
+        return Processes(0, 1, torch_device)
+    if torch_device.type == "cuda":
         local = int(os.environ["LOCAL_RANK"])
-        if place.index is not None or local >= torch.cuda.device_count():
+        if torch_device.index is not None or local >= torch.cuda.device_count():
             raise UsageError(
                 f"torchrun: process {local} of this machine needs a GPU of its own; --device is "
                 f"{device}, torch sees {torch.cuda.device_count()}. Pass --device cuda and start "
                 "as many processes as there are GPUs."
             )
-        place = torch.device("cuda", local)
-        torch.cuda.set_device(place)
+        torch_device = torch.device("cuda", local)
+        torch.cuda.set_device(torch_device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=PATIENCE)
-    return Processes(dist.get_rank(), dist.get_world_size(), place)
+        dist.init_process_group(
+            "nccl" if torch_device.type == "cuda" else "gloo", timeout=PATIENCE
+        )
+    return Processes(dist.get_rank(), dist.get_world_size(), torch_device)
 
 
 def leave() -> None:
-    """End what ``join`` began."""
+    """Leave the process group, if ``join`` created one."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -19,7 +19,7 @@ HEAD = Grid(
     (144, 176, 144),
     np.array([[1.12, 0, 0, -80.6], [0, 1.12, 0, -116], [0, 0, 1.12, -70], [0, 0, 0, 1.0]]),
 )
-"""1 mm voxels of a brain of the training participants' mean size: MNI305 is 1.12 larger."""
+"""1 mm voxels for a brain of the training participants' mean size; MNI305 is 1.12 times larger."""
 
 
 def unconditional(

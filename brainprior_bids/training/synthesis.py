@@ -8,7 +8,7 @@ Two generators:
 - :class:`HeadSynthesiser` draws a deformed whole head of random contrast, resolution and quality
   at 2 mm together with its labels, for the parcellation.
 
-Label maps hold FreeSurfer values, 24 for cerebrospinal fluid around the brain and 502-530 for
+Label maps contain FreeSurfer values, 24 for cerebrospinal fluid around the brain and 502-530 for
 tissues outside it (the convention of SynthSeg's training maps). The intensity statistics are
 those published with SynthSR (``prior_means_t1_hr``, ``prior_means_t2``) and SynthSeg
 (``prior_means_t1``), copied below: mean and SD over scans of a structure's mean, and of its SD.
@@ -114,6 +114,7 @@ def bounding_box(mask: NDArray[np.bool_], margin: int) -> tuple[slice, ...]:
 
 def brain_mask(labels: NDArray[np.integer], *, radius: float = 7.0) -> NDArray[np.bool_]:
     """The brain mask as from skull-stripping programs: structures and the fluid between the gyri.
+
     The structures are closed with a ball, so that sulci are inside, one voxel of fluid is kept
     around them, and other tissue (bone, veins) is excluded.
 
@@ -150,8 +151,8 @@ def _brain_intensities(contrast: str, rng: np.random.Generator) -> dict[int, tup
     """Mean and SD of every statistics key for one scan, 0-255.
 
     FLAIR has no published statistics here. Rule: a T2-like draw with its tissue contrast
-    compressed (55 + 0.65 T2), grey matter so above white matter, fluid suppressed to 18 +- 6,
-    plexus 90, SDs multiplied by 0.6. Unknown: uniform means and SDs.
+    compressed (55 + 0.65 T2), so that grey matter is brighter than white matter; fluid suppressed
+    to 18 +- 6, plexus 90, SDs multiplied by 0.6. Unknown: uniform means and SDs.
     """
     table = _T1 if contrast == "T1w" else _T2
     drawn = {}
@@ -187,9 +188,9 @@ def synthesise_brain(
     rng : numpy Generator
         Source of every draw.
     mask : (i, j, k) bool array, optional
-        :func:`brain_mask` of ``labels`` when already computed (it costs seconds).
+        :func:`brain_mask` of ``labels`` if already computed (it takes seconds).
     blur : float, optional
-        SD of the partial-volume Gaussian in voxels; drawn from 0.35-0.65 when not given.
+        SD of the partial-volume Gaussian in voxels; drawn from 0.35-0.65 if not given.
 
     Returns
     -------
@@ -261,7 +262,7 @@ _T2_OUTSIDE = {
     0: (0, 8), 502: (5, 60), 506: (180, 255), 507: (25, 200), 508: (40, 200), 509: (80, 250),
     511: (15, 220), 512: (55, 95), 514: (5, 120), 515: (3, 50), 516: (15, 170), 530: (55, 130),
 }  # fmt: skip
-"""Ranges for T2-like heads, 0-255: fluid bright, cortical bone dark, fat anything."""
+"""Ranges for T2-like heads, 0-255: bright fluid, dark cortical bone, fat of any intensity."""
 
 
 def mean_t1_head(labels: NDArray[np.integer]) -> NDArray[np.float32]:
@@ -423,7 +424,7 @@ class HeadSynthesiser:
     shape : (i, j, k)
         Voxels of the drawn window.
     voxel_mm : float
-        Their size.
+        Size of these voxels.
     """
 
     def __init__(
@@ -565,7 +566,7 @@ class HeadSynthesiser:
     def _outside_texture(
         self, image: Tensor, target: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """Patches of another intensity outside the brain, for muscle and fat."""
+        """Add patches of other intensities outside the brain, like those of muscle and fat."""
         outside = (target == CLASSES.index(HEAD)) | (target == CLASSES.index(SKULL))
         strength = _uniform(generator, 0.0, 0.9)
         nodes = int(torch.randint(6, 24, (), generator=generator))
@@ -581,7 +582,7 @@ class HeadSynthesiser:
         points: Tensor,
         generator: torch.Generator,
     ) -> tuple[Tensor, Tensor]:
-        """Strip, deface and crop."""
+        """Strip, deface and crop the head, each at random."""
         keep = torch.ones(self.shape, dtype=torch.bool)
         if _uniform(generator, 0, 1) < 0.08:
             inside = (target > 0) & (target < CLASSES.index(SKULL))
@@ -615,7 +616,7 @@ class HeadSynthesiser:
     def _acquire(
         self, image: Tensor, generator: torch.Generator, settings: HeadSettings
     ) -> Tensor:
-        """Slices, in-plane resolution, noise; back on the window by linear interpolation."""
+        """Simulate slices, resolution and noise; interpolate linearly back to the window."""
         image = image / (image.max() * 0.8 + 1e-6)
         choice = _uniform(generator, 0, 1)
         thickness = settings.thickness_mm
@@ -671,7 +672,7 @@ def _rotation(angles: Tensor) -> Tensor:
 def _grid_sample(volume: Tensor, points: Tensor, mode: str) -> Tensor:
     """(1, 1, i, j, k) at (a, b, c, 3) voxel coordinates -> (a, b, c); zero outside."""
     size = torch.tensor(volume.shape[2:]) - 1
-    locations = (points / size * 2 - 1).flip(-1)[None]  # grid_sample wants the last axis first
+    locations = (points / size * 2 - 1).flip(-1)[None]  # grid_sample expects the last axis first
     return functional.grid_sample(volume, locations, mode=mode, align_corners=True)[0, 0]
 
 

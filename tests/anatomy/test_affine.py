@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The centroid affine: known poses come back, wrong structures do not matter."""
+"""The centroid affine recovers known poses and ignores wrong structures."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ STRUCTURES = mni305_centroids()["structures"]
 
 
 def make_table(to_scan, names=None, noise_mm=0.0, seed=0):
-    """Structures as a scan would show them whose MNI305-to-scan transform is ``to_scan``."""
+    """Structures of a scan with the MNI305-to-scan transform ``to_scan``."""
     rng = np.random.default_rng(seed)
     table = []
     for name in names or STRUCTURES:
@@ -61,7 +61,7 @@ def test_a_similarity_comes_back_exactly(seed):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_unequal_scales_come_back_nearly(seed):
-    # the ridge towards a similarity costs a part of a 4 % anisotropy: 3.6 mm at a 90 mm corner
+    # the ridge reduces a 4 % anisotropy, which is 3.6 mm at a 90 mm corner
     true = pose(seed, scales=(0.88, 0.92, 0.90))
     fit = fit_affine(make_table(true))
     assert corner_error(fit.matrix, true) < 3.6
@@ -76,7 +76,7 @@ def test_three_wrong_structures_do_not_matter(seed):
         row["centroid_mm"] = (np.array(row["centroid_mm"]) + shift).tolist()
     fit = fit_affine(table)
     assert corner_error(fit.matrix, true) < corner_error(without.matrix, true) + 1.5
-    assert max(fit.residuals_mm.values()) > 25  # and they are shown
+    assert max(fit.residuals_mm.values()) > 25  # and they are reported
 
 
 def test_few_structures_fall_to_seven_and_six_degrees():
@@ -117,7 +117,7 @@ def test_structures_in_the_wrong_places_are_refused():
 
 
 def test_a_mirrored_head_is_refused_or_far_off():
-    # a header that lies about left and right: sides do not match any rotation
+    # a header with left and right exchanged: the sides match no rotation
     table = make_table(np.diag([-1.0, 1.0, 1.0, 1.0]))
     with pytest.raises(AnatomyError):
         fit_affine(table)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""N4: a field put on a phantom is found again, on thin and on thick slices."""
+"""N4 recovers the simulated bias field of a phantom, in thin and in thick slices."""
 
 import nibabel as nib
 import numpy as np
@@ -51,7 +51,7 @@ def test_the_scale_does_not_matter_and_two_runs_agree(monkeypatch):
 
 
 def test_what_ran_before_in_the_process_does_not_matter(monkeypatch):
-    """A registration leaves its number of threads to the filters of ITK that follow."""
+    """A registration changes the number of threads of the ITK filters that follow."""
     monkeypatch.setattr(bias, "ITERATIONS", (5, 5))
     image, mask, _ = phantom((2.5, 2.5, 5.0))
     before = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conform: the same scan however it was stored, and a clear refusal of what is no scan."""
+"""Conform gives the same scan for every storage order, and refuses files that are not scans."""
 
 import gzip
 import itertools
@@ -235,13 +235,13 @@ def test_axes_that_are_not_at_right_angles_are_refused(tmp_path, cosine, qform):
 
 @pytest.mark.parametrize("cosine", [1e-7, 1e-5, 9e-5, 1.1e-4, 3e-4, 6e-4])
 def test_axes_that_are_oblique_by_rounding_end_as_one_truth(tmp_path, cosine):
-    """Sform and qform of what is written agree, and ITK reads it where the scan lay."""
+    """The written sform and qform agree, and ITK reads the image at the scan's position."""
     data, affine = sheared(cosine)
     path = write(tmp_path / "sub-01_T1w.nii", data, affine, qform=0)
     image = conform(path, metadata={}).image
     nib.save(image, tmp_path / "out.nii")
     image.set_qform(None, 0)
-    nib.save(image, tmp_path / "sform.nii")  # ITK has nothing but the sform
+    nib.save(image, tmp_path / "sform.nii")  # ITK can only use the sform
     corner = np.array([255.0, 255.0, 39.0])
     lay = (affine @ np.append(corner, 1))[:3]
     written = nib.load(tmp_path / "out.nii").header
@@ -252,7 +252,7 @@ def test_axes_that_are_oblique_by_rounding_end_as_one_truth(tmp_path, cosine):
             corner
         )
         assert np.linalg.norm(np.array(point) * [-1, -1, 1] - lay) <= 0.1
-    if cosine < 1e-4:  # nothing is touched that need not be
+    if cosine < 1e-4:  # nothing is changed without need
         np.testing.assert_array_equal(image.affine, np.float32(affine).astype(float))
 
 
@@ -263,7 +263,9 @@ def test_a_field_of_view_that_no_scanner_has_is_refused_by_its_geometry(tmp_path
     message = r"field of view of up to 600 mm, got 2.05e\+03 × 2.05e\+03 × 162 mm .*voxel size"
     with pytest.raises(GeometryError, match=message):
         read_geometry(path, metadata={})
-    assert field_of_view_l(path) == 0  # so that no memory is asked for, and conform can say why
+    assert (
+        field_of_view_l(path) == 0
+    )  # so that no memory is allocated, and conform can report the reason
 
 
 @pytest.mark.parametrize("offset", [2e4, -1e30])
@@ -327,7 +329,7 @@ def a_head():
 
 @pytest.mark.parametrize("kind", ["z-scored", "UNI", "white matter", "all negative", "stripped"])
 def test_an_image_without_a_zero_of_its_own_is_as_the_positive_one(tmp_path, kind):
-    """Shifted, it is the positive image up to one factor."""
+    """After the shift, it equals the positive image up to one factor."""
     data, affine = a_head()
     inside = data > 0
     moved, scale = {
@@ -533,7 +535,7 @@ def test_the_option_overrides_the_json(tmp_path):
 
 @pytest.mark.shared
 def test_real_heads(shared_data):
-    """Nine people, T1w 1 x 1.33 x 1.33 mm and T2w 1.56 x 1.56 x 5 mm, stored LAS."""
+    """Nine participants, T1w 1 x 1.33 x 1.33 mm and T2w 1.56 x 1.56 x 5 mm, stored LAS."""
     scans = sorted((shared_data / "heads").glob("sub-*/anat/*.nii.gz"))
     assert len(scans) == 18
     for path in scans:

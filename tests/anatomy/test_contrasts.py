@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rigid transform between two contrasts, and two different brains refused."""
+"""The rigid transform between two contrasts; two different brains are refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MOTION[:3, 3] = CENTRE - MOTION[:3, :3] @ CENTRE + (4, -3, 2)
 
 
 def contrast(name, seed, matrix=None, *, inverted=False):
-    """Four tissues in the ellipsoid of a person, bright to dark or dark to bright."""
+    """Four tissues in a participant's ellipsoid, bright to dark or dark to bright."""
     rng = np.random.default_rng(seed)
     texture = ndimage.gaussian_filter(rng.normal(size=SHAPE), 3.5)
     away = (np.indices(SHAPE).T - CENTRE) / np.array([20.0, 25.0, 19.0])

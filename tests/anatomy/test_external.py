@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Masks and labels from elsewhere: recognised, mended, refused; programs that fail say so."""
+"""Masks and labels from other sources: recognised, corrected or refused; failing programs."""
 
 import os
 
@@ -45,7 +45,7 @@ def test_a_stripped_scan_is_recognised_and_a_head_is_not(background):
 
 def test_a_head_with_an_emptied_background_is_not_a_stripped_scan():
     head = scan(stripped=False).get_fdata(dtype=np.float32)
-    head[~ball((37, 43, 35))] = 0  # what defacing tools leave
+    head[~ball((37, 43, 35))] = 0  # as after defacing
     image = nib.Nifti1Image(head, AFFINE)
     assert external.own_edge(image)[1] == 1.0
     assert external.stripped_edge(image, BRAIN * 1.0) is None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole head to a brain at 1 mm; from there to training data."""
+"""Extraction of a 1 mm brain from a whole head, and from there training data."""
 
 import nibabel as nib
 import numpy as np
@@ -17,7 +17,7 @@ from brainprior_bids.training import preprocess
 
 @pytest.fixture(scope="module")
 def data_set(tmp_path_factory):
-    """A head with a bias field, stored turned round, at 1.5 mm; and a 5 mm scan.
+    """A head with a bias field, stored in another orientation, at 1.5 mm; and a 5 mm scan.
 
     Without the neck and the air around it: half the voxels.
     """
@@ -57,7 +57,7 @@ def test_heads_become_training_data(data_set, tmp_path):
     centre = brain.to_mni305 @ [*np.argwhere(inside).mean(0), 1]
     assert np.linalg.norm(centre[:3] - [0, -20, 15]) < 15  # the middle of a brain in MNI305
     first = brain.to_mni305[:3, :3] @ [1, 0, 0]
-    assert 0.7 < first[0] < 1.3  # RAS again, though stored turned round
+    assert 0.7 < first[0] < 1.3  # RAS again, whatever the stored orientation
 
 
 def test_thick_scans_are_refused(data_set, caplog):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far the brain reaches: against an ellipsoid's formula, and in the affine."""
+"""The extent of the brain: against the formula of an ellipsoid, and in the affine."""
 
 import numpy as np
 
@@ -102,7 +102,7 @@ def test_the_hull_corrects_an_anisotropy_that_the_ridge_would_keep():
     assert corner_distance(without.matrix, truth) > 1.5
     assert corner_distance(with_hull.matrix, truth) < 0.5
     assert with_hull.hull_residual_mm < 0.5
-    # a view in which hardly anything is whole leaves the centroids alone to decide
+    # if hardly any structure is in view as a whole, only the centroids are used
     blind = fit_affine(table, here, surface=(points, ~cut))
     np.testing.assert_allclose(blind.matrix, without.matrix)
     assert blind.hull_residual_mm is None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Motion between even and odd slices: found where it is, not found where it is not."""
+"""Motion between even and odd slices is detected if it is present, and only then."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def slabs(values, axis):
 
 
 def scanned(axis, motion):
-    """Slices of 5 mm, the odd ones after a motion (reference mm -> theirs), and their geometry."""
+    """Slices of 5 mm, the odd ones after a motion (reference mm -> their mm); their geometry."""
     still = brain()
     moved = resample(still, FINE, FINE, matrix=motion, order=1)
     scan, late = slabs(still, axis), slabs(moved, axis)
@@ -78,7 +78,7 @@ def test_motion_is_found_along_any_axis(axis):
 
 @pytest.mark.parametrize(("axis", "lost"), [(0, ()), (2, ()), (2, (12,)), (1, (14, 15))])
 def test_a_still_scan_is_left_alone(axis, lost):
-    """Also one that lost a slice."""
+    """Also for a scan with a lost slice."""
     result = find(axis, np.eye(4), lost)
     assert result.rms_mm < 0.15 * THICK
     assert not result.moved, result

@@ -58,7 +58,7 @@ def test_a_lesion_that_the_brain_mask_leaves_out_is_added_to_it():
     assert result.mask_scan[lesion].all()
     assert result.mask_1mm[36, 20, 21]
     assert not result.measured[lesion].any()
-    assert any("lies in the brain" in text for text in result.warnings)
+    assert any("is inside the brain mask" in text for text in result.warnings)
     assert result.facts["volume_ml"] == pytest.approx(lesion.sum() * 4 / 1000)
 
 
@@ -123,7 +123,7 @@ def test_masks_are_found_by_their_names(tmp_path):
     on_t2w = touch(other / "sub-01/ses-a/anat/sub-01_ses-a_space-T2w_label-lesion_mask.nii")
     assert find_lesion(t2w, settings) == on_t2w
     touch(other / "sub-01/ses-a/anat/sub-01_ses-a_label-lesion_desc-2_mask.nii.gz")
-    with pytest.raises(InputError, match="2 lesion masks fit it"):
+    with pytest.raises(InputError, match="2 lesion masks match it"):
         find_lesion(t1w, settings)
     named = Settings(
         raw, tmp_path / "o", tmp_path / "w",
@@ -132,7 +132,7 @@ def test_masks_are_found_by_their_names(tmp_path):
     assert find_lesion(t1w, named).name == "sub-01_ses-a_run-2_label-lesion_roi.nii.gz"
     for number in range(2000):  # all of a disk, for example
         touch(tmp_path / f"many/{number:05d}.nii")
-    with pytest.raises(InputError, match="2000 lesion masks fit it") as caught:
+    with pytest.raises(InputError, match="2000 lesion masks match it") as caught:
         find_lesion(t1w, replace(named, lesion_mask=str(tmp_path / "many" / "*")))
     assert "00009.nii and 1990 more); one is needed." in str(caught.value)
 
@@ -144,7 +144,7 @@ def image(path, spacing_mm=1.0):
 
 
 def test_fused_runs_have_the_masks_that_are_theirs(tmp_path):
-    """By name; a mask that names no run is of those on whose grid it lies."""
+    """By name; a mask without run- belongs to the runs that have its grid."""
     raw = tmp_path / "raw"
     settings = Settings(raw, tmp_path / "o", tmp_path / "w", task="restore+inpaint", fuse="runs")
     runs = [scan(tmp_path, f"sub-01/anat/sub-01_run-{k}_T1w.nii.gz") for k in (1, 2, 3)]
@@ -161,7 +161,7 @@ def test_fused_runs_have_the_masks_that_are_theirs(tmp_path):
     second.unlink()
     shared = image(raw / "sub-01/anat/sub-01_label-lesion_roi.nii.gz")
     assert find_lesions_of_runs(runs, settings) == [shared, None, shared]
-    image(shared, 3.0)  # on no grid: the step that reads it says so, of the first
+    image(shared, 3.0)  # on no run's grid: the step that reads it reports this for the first run
     assert find_lesions_of_runs(runs, settings) == [shared, None, None]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rigid motion between two scans of one brain, and two different brains refused."""
+"""The rigid motion between two scans of one brain; two different brains are refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CENTRE = np.array(SHAPE) / 2
 
 
 def brain(seed):
-    """Blobs of some 8 mm in an ellipsoid of that person."""
+    """Blobs of about 8 mm in the ellipsoid of that participant."""
     rng = np.random.default_rng(seed)
     texture = ndimage.gaussian_filter(rng.normal(size=SHAPE), 3.5)
     radii = np.array([20.0, 25.0, 19.0]) * (1 + 0.03 * rng.normal(size=3))
@@ -58,7 +58,9 @@ def test_the_motion_between_two_stacks_is_found(axis, most_mm):
     corners = CENTRE + 30 * (np.indices((2, 2, 2)).reshape(3, -1).T - 0.5)
     off = result.to_reference @ TRUE - np.eye(4)
     error = np.linalg.norm(corners @ off[:3, :3].T + off[:3, 3], axis=1).max()
-    assert error < most_mm  # measured: 0.05 and 0.37, of blobs that 5 mm slices can hardly show
+    assert (
+        error < most_mm
+    )  # measured: 0.05 and 0.37, for blobs that are hardly resolved in 5 mm slices
     np.testing.assert_allclose(
         result.to_reference[:3, :3] @ result.to_reference[:3, :3].T, np.eye(3), atol=1e-9
     )
@@ -86,7 +88,7 @@ def test_the_common_mask_is_that_of_most_runs():
     reference = stack("one", image, 2)
     grid = reference.grid.one_millimetre()
     ragged = np.array(reference.mask)
-    ragged[:, :, :24] = False  # the reference's mask lost the lower part
+    ragged[:, :, :24] = False  # the reference's mask lacks the lower part
     reference = PlacedScan("one", reference.data, reference.grid, reference.acquisition, ragged)
     others = []
     for name, axis in (("two", 0), ("three", 1)):
@@ -99,7 +101,7 @@ def test_the_common_mask_is_that_of_most_runs():
 
 
 def test_a_lesion_is_not_compared_but_is_brain():
-    """A lesion that one run shows much brighter would make two runs of one brain unlike."""
+    """A lesion that is much brighter in one run would make two runs appear different."""
     image = brain(1)
     reference, other = stack("one", image, 2), stack("two", image, 0, TRUE)
     centre = CENTRE + np.array([8, 0, 0])

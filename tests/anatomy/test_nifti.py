@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that claim more than they hold are refused before anything of that size is allocated."""
+"""Files with less data than the header states are refused before that size is allocated."""
 
 import gzip
 import subprocess
@@ -33,16 +33,16 @@ def header(shape, dtype, *, kind=nib.Nifti1Header, offset=None, order="<"):
 
 
 def write(path, content, megabytes_of_zeros=0):
-    """The content, and zeros; packed where the name says so."""
+    """The content, followed by zeros; compressed if the name ends in .gz."""
     zeros = bytes(MEGABYTE)
-    if path.suffix == ".gz":  # gzip files one behind the other are one
+    if path.suffix == ".gz":  # concatenated gzip files are one file
         content, zeros = gzip.compress(content), gzip.compress(zeros)
     path.write_bytes(content + megabytes_of_zeros * zeros)
     return path
 
 
 def extension(length):
-    """The sign that extensions follow, and one of so many bytes."""
+    """The flag that extensions follow, and one extension of that many bytes."""
     return b"\1\0\0\0" + np.array([length, 6], "<i4").tobytes()
 
 
@@ -83,7 +83,7 @@ for path in sys.argv[1:]:
 
 @pytest.fixture(scope="module")
 def messages(tmp_path_factory):
-    """Kind -> what is said of it."""
+    """Kind -> expected message."""
     paths = []
     for suffix, content, megabytes in CLAIMS.values():
         folder = tmp_path_factory.mktemp("claims")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SyN to a template: a known deformation is undone, in the same bytes each time."""
+"""SyN to a template recovers a known deformation, with the same bytes each time."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ POSE = np.array([[1.03, 0.04, 0, 3], [-0.04, 1.02, 0.03, -4], [0, -0.03, 1.0, 2]
 
 
 def displacement(points: np.ndarray) -> np.ndarray:
-    """(3, …) mm that are added to points of the scan before the affine; up to 7 mm."""
+    """(3, …) displacement in mm of points of the scan, before the affine; up to 7 mm."""
     x, y, z = points / 40.0
     return np.stack([5 * np.sin(y) * np.cos(z), 5 * np.sin(z + 1) * np.cos(x), 4 * np.sin(x - y)])
 
 
 def to_template(points: np.ndarray) -> np.ndarray:
-    """(3, …) mm of the scan -> mm of the template: what the registration is to find."""
+    """(3, …) mm of the scan -> mm of the template: the transform to be estimated."""
     moved = points + displacement(points)
     return np.einsum("ij,j...->i...", POSE[:3, :3], moved) + POSE[:3, 3].reshape(
         3, *(1,) * (points.ndim - 1)
@@ -89,7 +89,7 @@ def warp(brain, small, tmp_path_factory):
 
 
 def errors_mm(warp, mask):
-    """Distance of where points of the scan go from where they belong, without and with SyN."""
+    """Errors of mapped points of the scan, without and with SyN."""
     inner = ndimage.binary_erosion(np.asarray(mask.dataobj) > 0, iterations=2)
     points = GRID.points_mm()[:, inner][:, ::37]
     truth = to_template(points)
@@ -101,14 +101,14 @@ def errors_mm(warp, mask):
 
 
 def test_a_known_deformation_is_undone(brain, warp):
-    """With the affine alone, points are off by what the deformation moves them."""
+    """With the affine alone, the errors equal the displacement by the deformation."""
     before, after = errors_mm(warp, brain[2])
     assert before > 4
     assert after < 0.4 * before
 
 
 def test_the_two_transforms_are_inverse(warp):
-    """As ITK reads them, with no help from ANTs."""
+    """As ITK reads them, without ANTs."""
     both = sitk.CompositeTransform(
         [sitk.ReadTransform(str(path)) for path in (warp.to_template, warp.from_template)]
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A head that was cut and padded: found by the shipped network as the same cut without padding."""
+"""The shipped network segments a cut and padded head like the same cut without padding."""
 
 import nibabel as nib
 import numpy as np
@@ -21,7 +21,7 @@ def whole(demo_head):
 
 
 def test_a_padded_head_is_aligned_as_the_whole_one(demo_head, whole):
-    """Before, the cut surface was fitted to the top of the brain: 3.5 mm off, 10.7 at most."""
+    """Earlier, the cut surface was fitted to the top of the brain: error 3.5 mm, 10.7 at most."""
     assert not [text for text in whole.warnings if "cuts" in text]
     data = np.array(demo_head.scan)
     data[:, :, 27:] = 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parcellation: geometry, sides, mask and table, with a network whose answer is known."""
+"""Parcellation: geometry, sides, mask and table, with a network of known output."""
 
 import nibabel as nib
 import numpy as np
@@ -32,7 +32,7 @@ LEVELS = {258: 0.15, 24: 0.3, 3: 0.45, 2: 0.6, 10: 0.8, 4: 1.0}
 
 
 class Oracle(nn.Module):
-    """Reads the class off the brightness and the side off the first axis."""
+    """Determines the class from the brightness and the side from the first axis."""
 
     def __init__(self):
         super().__init__()
@@ -113,7 +113,7 @@ def test_holes_are_filled_and_islands_dropped():
     image, grid = toy_head((2.0, 2.0, 2.0))
     data = image.get_fdata()
     data[45:48, 38:41, 30:33] = 0  # a flow void in white matter
-    data[4:9, 4:9, 4:9] = 700 * LEVELS[2]  # a bright thing in the air
+    data[4:9, 4:9, 4:9] = 700 * LEVELS[2]  # a bright object in the air
     result = parcellate(
         nib.Nifti1Image(data.astype(np.float32), image.affine),
         network=Oracle(),
@@ -139,14 +139,14 @@ def test_a_cut_brain_is_a_warning_and_no_brain_an_error():
 
 
 def cut_cm2(found):
-    """Area of the mask where the brain is cut, as the quality metrics have it."""
+    """Area of the mask where the brain is cut, as in the quality metrics."""
     return sum(row["cut_share"] * row["volume_mm3"] ** (2 / 3) for row in found.table) / 100
 
 
 @pytest.mark.parametrize("zooms", [(1.0, 1.0, 1.0), (1.2, 1.2, 5.0)])
 @pytest.mark.parametrize("kind", ["top", "back", "another value", "oblique", "stripped"])
 def test_padding_is_a_cut_like_the_border(zooms, kind):
-    """The same cut with and without what fills the image up."""
+    """The same cut, with and without padding."""
     image, grid = toy_head(zooms, rotation=(0, 0, 0) if kind == "stripped" else (8, 0, 0))
     data = image.get_fdata(dtype=np.float32)
     if kind == "stripped":
@@ -169,7 +169,7 @@ def test_padding_is_a_cut_like_the_border(zooms, kind):
     (warning,) = [text for text in other.warnings if "field of view cuts" in text]
     assert "padded with one value" in warning
     assert cut_cm2(one) > 50
-    # the edge of what fills the image up is a staircase where it is oblique
+    # the edge of an oblique padding is a staircase
     assert cut_cm2(one) * 0.8 < cut_cm2(other) < cut_cm2(one) * 1.5
     empty = unmeasured(padded, other.mask)
     assert not other.mask[empty].any()

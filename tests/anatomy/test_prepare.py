@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``prepare`` gives what the nodes of the command give, with the same fallbacks and errors."""
+"""``prepare`` gives the same results as the nodes, with the same fallbacks and errors."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_the_facts_name_the_weights_and_the_slices(prepared):
     assert facts["weights"]["sha256"] == weights.sha256_file(Path(PARCELLATION))
     assert facts["slices"]["mismatch"] > 0
     assert facts["lost_slices"] == [LOST]
-    assert prepared.brain.mask_scan[:, :, LOST].sum() > 1000  # its neighbours stand in
+    assert prepared.brain.mask_scan[:, :, LOST].sum() > 1000  # its neighbours are used instead
 
 
 def test_what_restore_reads_of_a_lost_slice_is_missing(prepared, nodes):
@@ -264,7 +264,7 @@ def test_an_error_names_its_run_once():
 
 @pytest.fixture
 def without_structures(monkeypatch):
-    """The structures lead nowhere."""
+    """No affine can be fitted to the structures."""
 
     def fails(table, **_):
         raise AnatomyError("fit_affine: the structures make no sense.")
@@ -275,7 +275,7 @@ def without_structures(monkeypatch):
 def test_restore_scan_rescues_a_failed_affine(
     prepared, files, without_structures, monkeypatch, tmp_path
 ):
-    """As the command does: by the template, where it is on this machine; with a warning."""
+    """As the command does: by the template, if it is on this machine; with a warning."""
     path, result = files / "sub-01_T1w.nii", {}
     doubtful = replace(prepared.brain, warnings=["Neighbouring slices are inconsistent"])
     monkeypatch.setattr(prepare_module, "find_brain", lambda image, **_: doubtful)
@@ -352,7 +352,7 @@ def head(*, stripped=False):
 
 
 class Network(torch.nn.Linear):
-    """Stands in for the embedded network: parameters and a card."""
+    """A substitute for the embedded network: parameters and a card."""
 
     def __init__(self):
         super().__init__(1, 1)
@@ -449,7 +449,7 @@ def test_a_supplied_file_that_is_missing_is_named(network):
 
 
 def test_programs_are_given_a_file_of_the_scan(network, supplied, tmp_path, monkeypatch):
-    """An image in memory is written for them; what was run is recorded."""
+    """An image in memory is written to a file for them; the command is recorded."""
     programs = tmp_path / "bin"
     programs.mkdir()
     for name, option, file in (

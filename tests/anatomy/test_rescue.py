@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When structures do not lead to MNI305: the template, or a refusal that says both reasons."""
+"""If the structures give no affine to MNI305: the template, or an error with both reasons."""
 
 import nibabel as nib
 import numpy as np

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interpolated images are recognised, and reduced to the voxels that were measured."""
+"""Interpolated images are recognised, and reduced to the measured voxels."""
 
 import nibabel as nib
 import numpy as np
@@ -104,7 +104,7 @@ def test_what_is_asked_for_is_done():
 
 @pytest.mark.parametrize("how", ["linear", "cubic", "zero-filled"])
 def test_the_reduced_image_is_the_measured_one(how):
-    """To rounding. Its grid has the same edges."""
+    """Equal up to rounding; the grid has the same edges."""
     slices = thick(brain(), 2, 5).astype(np.float32)
     image = interpolated(slices, 2, 5, how).astype(np.float32)
     affine = np.array([[0, 0, 1.0, -20], [0.8, 0, 0, 5], [0, 1.2, 0, 7], [0, 0, 0, 1]])
@@ -146,7 +146,7 @@ def scan(tmp_path):
 def test_conform_reduces_the_scan_says_so_and_takes_the_slices_from_it(scan):
     conformed = conform(scan, metadata={"SliceThickness": 5})
     size = conformed.grid.spacing_mm[2]
-    assert size == 5  # the sidecar knows it exactly
+    assert size == 5  # the exact value is in the sidecar
     assert (conformed.acquisition.slice_axis, conformed.acquisition.thickness_mm) == (2, 5)
     assert conformed.acquisition.spacing_mm == size
     (text,) = conformed.warnings

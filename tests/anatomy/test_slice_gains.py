@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slice gains: found where they were put, and none found where there are none.
+"""Slice gains are detected if they were simulated, and only then.
 
 The bounds are the measured values (``docs/tasks/restore.md``) with a margin.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slices that fit together, and such that do not."""
+"""Slices that are consistent with their neighbours, and others."""
 
 import nibabel as nib
 import numpy as np

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Grids to grids and ITK text, against SimpleITK, antspyx and nitransforms."""
+"""Resampling between grids, and ITK text files, against SimpleITK, antspyx and nitransforms."""
 
 import nibabel as nib
 import numpy as np
@@ -69,7 +69,7 @@ def test_points_agree_with_antspyx_and_nitransforms(tmp_path, seed):
 
 
 def test_the_file_does_what_its_name_says_in_ants(tmp_path):
-    """antsApplyTransforms with the file puts the T1w where to_mni305 puts it."""
+    """antsApplyTransforms with the file maps the T1w as to_mni305 does."""
     import ants
 
     grid, matrix = scan_grid(), an_affine(7)
@@ -85,7 +85,7 @@ def test_the_file_does_what_its_name_says_in_ants(tmp_path):
         interpolator="linear",
     )
     ours = move(image, MNI305, matrix, kind=Kind.SPREAD)
-    inside = ours.get_fdata() > 5  # ants has its own idea of the outermost half voxel
+    inside = ours.get_fdata() > 5  # ants treats the outermost half voxel differently
     assert inside.sum() > 100_000
     np.testing.assert_allclose(ours.get_fdata()[inside], moved.numpy()[inside], atol=0.01)
     back = write_itk_affine(tmp_path / "inverse.txt", np.linalg.inv(matrix))
@@ -177,7 +177,7 @@ def test_data_on_another_grid_are_refused():
 
 
 def test_a_skull_stripped_image_stays_so():
-    """The edge of a mask does not ring into the background."""
+    """There is no ringing from the edge of a mask into the background."""
     grid = scan_grid()
     points = grid.points_mm()
     ball = (sum((p - c) ** 2 for p, c in zip(points, (0, -20, 10), strict=True)) < 40**2) * 80.0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Templates are looked up in TemplateFlow's folder, checked, and never fetched."""
+"""Templates are looked up in TemplateFlow's folder, checked, and never downloaded."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signal and contrast by tissue: closed forms, and what is left out."""
+"""Signal and contrast by tissue: closed forms, and excluded voxels."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scans as clinics make them: the demo's head as other sequences would show it.
+"""Simulated clinical scans: the demo's head with other sequences.
 
 Each goes through ``prepare`` without N4. The mask is compared with the demo's brain, and the
 affine with that of MNI152 (in which the demo's brain lies) to MNI305: the demo's own T1w has a
@@ -41,7 +41,7 @@ def t1w(demo):
 
 
 def depth_mm(demo):
-    """How far outside of the brain."""
+    """Distance outside the brain."""
     return ndimage.distance_transform_edt(~demo.brain).astype(np.float32)
 
 
@@ -76,7 +76,7 @@ def other_contrast(demo, table):
 
 
 def t2starw(demo):
-    """With signal lost above the sinuses and the ears, and in veins."""
+    """With signal loss above the sinuses and the ears, and in veins."""
     x, points = other_contrast(demo, T2STARW), demo.grid.points_mm()
     for centre, mm in (((0, 45, -25), 18), ((45, -20, -35), 12), ((-45, -20, -35), 12)):
         away = sum((a - c) ** 2 for a, c in zip(points, centre, strict=True))
@@ -102,7 +102,7 @@ def unit1(demo):
 
 
 def scanned(demo, x, **recipe):
-    """As a scanner measures it: field, slices, noise."""
+    """A simulated measurement: bias field, slices, noise."""
     defaults = {"noise_sd": 0.015, "bias_sd": 0.12, "rician": True}
     settings = Recipe(**{**defaults, **recipe})
     rng = np.random.default_rng(3)
@@ -160,13 +160,13 @@ def test_a_scan_of_a_clinic_gets_the_brain_and_its_place(demo_head, name):
     assert found > dice - 0.015
     assert off_mm < error_mm + 1.5
     spacing = prepared.grid.spacing_mm
-    if spacing.max() > 2:  # the slices are found from the header, whatever the plane
+    if spacing.max() > 2:  # the slice axis is read from the header, in every plane
         assert prepared.acquisition.slice_axis == int(np.argmax(spacing))
         assert prepared.acquisition.spacing_mm == pytest.approx(spacing.max())
 
 
 def test_a_slab_gets_its_part_of_the_brain(demo_head):
-    """45 mm in slices of 5 mm; that it is a part is a warning."""
+    """45 mm in slices of 5 mm; a warning states that it is a part of the brain."""
     dice, _, prepared = found_in(*slab(demo_head, 45), demo_head)
     assert dice > 0.97  # measured: 0.990
     assert any("only the part inside is restored" in text for text in prepared.warnings)
@@ -192,7 +192,7 @@ def test_the_network_is_given_the_contrast(name, contrast):
 
 
 def test_echoes_and_enhanced_scans_are_scans_of_their_own():
-    """Under names of their own; never fused with others, also where runs are."""
+    """With separate names; never fused with others, even if there are runs."""
     names = ("T1w", "ce-gadolinium_T1w", "echo-1_T1w", "echo-2_T1w", "part-mag_T1w", "inv-1_T1w",
              "inv-2_T1w", "UNIT1")  # fmt: skip
     stems = [f"sub-01_{name}" for name in names]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A finished scan is skipped where nothing changed, and done again, with the reason, where it did.
+"""A finished scan is skipped if nothing changed, and otherwise processed again, with the reason.
 
 Nothing is restored here: the summary is written as ``Write`` does, with the parts that were looked
 up, and what a second command would do is asked.
@@ -63,7 +63,7 @@ def hashes(settings):
 
 
 def finish(raw, *extra):
-    """What a run of this command leaves in the folder of summaries."""
+    """Write the summaries that a run of this command would write."""
     settings = parse_settings(command(raw, *extra))
     for scan in scans_of(settings):
         result = look_up(scan, settings, hashes(settings))
@@ -84,7 +84,7 @@ def finish(raw, *extra):
 
 
 def again(raw, told, *extra):
-    """What the next run would do: stem of a scan that it would do again -> why."""
+    """Scans that the next run would process again: stem -> reason."""
     settings = parse_settings(command(raw, *extra))
     told.clear()
     with Claims([settings.work_dir]) as claims:
@@ -133,7 +133,7 @@ def test_a_changed_scan_sidecar_or_output_does_only_that_scan_again(raw, told):
     image(raw / f"{SCAN}.nii.gz", value=1)
     result = again(raw, told)
     assert list(result) == [only]
-    assert result[only].endswith("changed: image")
+    assert result[only].endswith("changes: image")
     finish(raw)
     write_json(raw / f"{SCAN}.json", {"SliceThickness": 3.0, "EchoTime": 0.1})
     result = again(raw, told)
@@ -142,7 +142,7 @@ def test_a_changed_scan_sidecar_or_output_does_only_that_scan_again(raw, told):
     assert "metadata SliceThickness (5.0, now 3.0)" in result[only]
     finish(raw)
     (raw.parent / "out" / f"{only}.nii.gz").unlink()
-    assert "1 file(s) are gone" in again(raw, told)[only]
+    assert "1 file(s) are missing" in again(raw, told)[only]
     # inherited by both
     finish(raw)
     write_json(raw / "T1w.json", {"SliceThickness": 5.0, "MRAcquisitionType": "2D"})
@@ -163,16 +163,16 @@ def test_other_weights_do_it_again(raw, told, tmp_path, monkeypatch, role):
     write_weights(path, state, kept)
     if role == "prior":
         result = again(raw, told, "--prior", path)
-        assert all(text.endswith("changed: weights of prior") for text in result.values())
+        assert all(text.endswith("changes: weights of prior") for text in result.values())
         assert len(result) == 2
     monkeypatch.setattr(embedded, "FOLDER", folder)
     result = again(raw, told)
     assert len(result) == 2
-    assert all(text.endswith(f"changed: weights of {role}") for text in result.values())
+    assert all(text.endswith(f"changes: weights of {role}") for text in result.values())
 
 
 def test_other_code_does_it_again(raw, told, tmp_path, monkeypatch):
-    """A checkout that was brought up to date, with the same version number."""
+    """An updated checkout with the same version number."""
     finish(raw)
     copy = tmp_path / "package"
     for name in code.COMPUTES:
@@ -188,7 +188,7 @@ def test_other_code_does_it_again(raw, told, tmp_path, monkeypatch):
         code.code_version.cache_clear()
         result = again(raw, told)
         assert len(result) == 2
-        assert all(text.endswith("changed: program") for text in result.values())
+        assert all(text.endswith("changes: program") for text in result.values())
     finally:
         code.code_version.cache_clear()
 
@@ -198,7 +198,7 @@ def test_each_fused_run_counts(raw, told):
     assert again(raw, told, "--fuse", "runs") == {}
     image(raw / f"{SCAN.replace('run-1', 'run-2')}.nii.gz", value=1)
     (text,) = again(raw, told, "--fuse", "runs").values()
-    assert text.endswith("changed: sub-01_run-2_T1w")
+    assert text.endswith("changes: sub-01_run-2_T1w")
 
 
 def test_a_lesion_mask_counts(raw, told):
@@ -220,11 +220,11 @@ def test_what_an_older_version_left_is_done_again(raw, told):
         write_summary(out, replace(summary, parts={}, fingerprint="0"))
     result = again(raw, told)
     assert len(result) == 2
-    assert all("not known" in text for text in result.values())
+    assert all("not recorded" in text for text in result.values())
 
 
 def test_a_failure_says_that_an_earlier_result_is_still_there(raw, told):
-    """And keeps its names, so that a later success can remove what it does not replace."""
+    """The paths are kept, so that a later success can remove files that it does not replace."""
     finish(raw)
     for _ in range(2):  # a second failure forgets nothing
         again(raw, told, "--task", "restore", "--skull-strip", "mask", "-d", f"x={given(raw)}")
@@ -253,6 +253,6 @@ def test_a_dry_run_says_which_scans_are_done(raw, capsys):
     assert main(command(raw, "--dry-run")) == 0
     messages = capsys.readouterr().out
     assert messages.count("it would be skipped") == 1
-    assert messages.count("again, as this changed: image") == 1
+    assert messages.count("rerunning because of changes: image") == 1
     assert "2 scan(s), of which 1 would be skipped, 40 network calls" in messages
     assert read_summary(raw.parent / "out", "sub-01_run-1_T1w") == before

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole command on a data set with one good scan and several that cannot be used."""
+"""The whole command on a data set with one good scan and several unusable ones."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def raw(tmp_path_factory, write_demo):
     data = np.asarray(image.dataobj)
     moved = np.array(image.affine)
     moved[0, 3] += 7
-    image.set_qform(moved, 1)  # a fallback to tell of: the sform is used
+    image.set_qform(moved, 1)  # a fallback with a warning: the sform is used
     nib.save(nib.Nifti1Image(data, None, image.header), good)
     for subject, what in BAD.items():
         path = root / f"sub-{subject}" / "anat" / f"sub-{subject}_T1w.nii.gz"
@@ -83,7 +83,7 @@ def raw(tmp_path_factory, write_demo):
             path.write_bytes(good.read_bytes()[: good.stat().st_size // 2])
         elif what == "a link to nothing":
             path.symlink_to("../../.git/annex/objects/gone")
-        elif what == "cannot be opened":  # as root, permissions would not do
+        elif what == "cannot be opened":  # permissions have no effect for root
             path.with_name(f"sub-{subject}_T1w.json").unlink()
             folder = os.open(path.parent, os.O_RDONLY)
             with socket.socket(socket.AF_UNIX) as listener:
@@ -185,7 +185,7 @@ def test_the_outputs_are_on_their_grids_and_plausible(ended, raw):
     assert not values[away > RIM_MM + 0.1].any()
     ml = inside.sum() * np.prod(mask.header.get_zooms()) / 1000
     assert 1200 < ml < 2300
-    # bias-free and in the scan's units: what the demo is made of
+    # without bias field and in the scan's units: the truth of the demo
     assert np.percentile(values[inside], 99) == pytest.approx(demo.SCANNER_UNIT, rel=0.25)
 
 
@@ -231,7 +231,7 @@ def test_provenance_is_as_its_schema_says(ended, record):
     result = json.loads(files[0].read_text())
     check = schema(record)
     check.validate(result)
-    for key in next(iter(result.values()))[0]:  # and the schema is not one that takes anything
+    for key in next(iter(result.values()))[0]:  # and the schema does not accept everything
         if key in ("AtLocation", "GeneratedBy"):
             continue
         less = copy.deepcopy(result)
@@ -288,7 +288,7 @@ def test_removed_outputs_come_back_from_the_work_folder(ended, raw):
     shutil.rmtree(output_dir / "sub-01" / "anat")
     again = brainprior(raw, output_dir, "participant", "--participant-label", "01")
     assert again.returncode == 0, again.stderr
-    assert "restore …" not in again.stderr  # taken from the work folder
+    assert "restore …" not in again.stderr  # reused from the work folder
     assert digests(output_dir / "sub-01" / "anat") == before
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What fMRIPrep takes over: one T1w a subject or session, and a raw view."""
+"""Exports for fMRIPrep: one T1w per subject or session, and a raw view."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def raw(tmp_path):
     (root / "sub-01/sub-01_task-rest_bold.json").write_text('{"EchoTime": 0.03}')
     (root / "sub-01/ses-a/sub-01_ses-a_task-rest_bold.json").write_text('{"FlipAngle": 77}')
     (root / "T1w.json").write_text('{"SpacingBetweenSlices": 6.0}')
-    (root / "._task-rest_bold.json").write_bytes(b"\x00\xff")  # a Mac was here
+    (root / "._task-rest_bold.json").write_bytes(b"\x00\xff")  # a file of macOS
     (root / "sub-01/ses-a/fmap/sub-01_ses-a_dir-AP_epi.json").write_text(
         '{"PhaseEncodingDirection": "j", "TotalReadoutTime": 0.05}'
     )
@@ -107,7 +107,7 @@ def deliver(raw, tmp_path, monkeypatch, *, per="subject", labels=()):
 
 
 def spec():
-    """What sMRIPrep 0.19 asks for, by suffix: ``datatype anat`` and no ``space``."""
+    """The query of sMRIPrep 0.19, by suffix: ``datatype anat`` and no ``space``."""
     image = {"datatype": "anat", "space": Query.NONE, "extension": [".nii.gz", ".nii"]}
     return {
         "preproc": {**image, "desc": "preproc", "suffix": "T1w"},
@@ -144,7 +144,7 @@ def test_smriprep_collects_one_of_each(raw, tmp_path, monkeypatch, per):
     root = deliver(raw, tmp_path, monkeypatch, per=per)["fmriprep"]
     for subject, session in (("01", "a"), ("01", "b"), ("02", None)):
         if per == "subject":
-            session = ["a", "b"] if session else None  # what fMRIPrep gives without sessionwise
+            session = ["a", "b"] if session else None  # as in fMRIPrep without sessionwise
         result = bids.collect_derivatives(root, subject, ["MNI152NLin2009cAsym", "MNI305"],
                                          session_id=session)  # fmt: skip
         tissues = result.pop("t1w_tpms")
@@ -219,7 +219,7 @@ def test_the_raw_view_holds_restored_heads_and_links(raw, tmp_path, monkeypatch)
 
 
 def test_the_raw_view_has_the_sessions_without_a_head(raw, tmp_path):
-    """Functional images of a session in which no T1w was taken, unless sessions were chosen."""
+    """Functional images of a session without a T1w, unless sessions were requested."""
     for session in "cd":
         bold = raw / f"sub-01/ses-{session}/func/sub-01_ses-{session}_task-rest_bold.nii.gz"
         bold.parent.mkdir(parents=True)
@@ -234,7 +234,7 @@ def test_the_raw_view_has_the_sessions_without_a_head(raw, tmp_path):
 
 @pytest.mark.parametrize("kind", ["file", "folder", "file as a folder", "no permission"])
 def test_something_in_the_way_of_a_link_fails_one_participant(raw, tmp_path, kind):
-    """Before, the export ended for everybody, without a status."""
+    """Earlier, the export ended for all participants, without a status."""
     places = [
         "sub-01/ses-a/func/sub-01_ses-a_task-rest_bold.nii.gz",
         "sub-02/func/sub-02_task-rest_bold.nii.gz",
@@ -333,7 +333,7 @@ def test_an_export_says_where_it_comes_from_and_can_be_verified(
         content = json.loads(side.read_text())
         (entry,) = content.pop("Checksum")
         side.write_text(json.dumps(content | {"SHA256": entry["ChecksumValue"]}))
-        assert main(["verify", str(root)]) == 0  # in the earlier form
+        assert main(["verify", str(root)]) == 0  # as written by earlier versions
         assert f"{checked} output(s)" in capsys.readouterr().out
         image, *others = sorted(root.rglob("anat/*.nii.gz"))
         image.write_bytes(image.read_bytes() + b"x")
@@ -427,12 +427,12 @@ def test_a_head_is_scan_outside_and_restored_brain_inside():
     assert "multiplied by 2.00" in done.warnings[0]
     assert done.head[20, 20, 18] == pytest.approx(130)
     rest = np.delete(done.head.ravel(), np.ravel_multi_index((20, 20, 18), FINE.shape))
-    # no seam, and the head goes on to the edge of the field of view
+    # no seam, and the head extends to the edge of the field of view
     np.testing.assert_allclose(rest, 100, rtol=2e-3)
 
 
 def test_slice_gains_are_divided_out_slice_by_slice_beyond_the_brain_too():
-    """Outside the brain the field is held to its range inside; the gain of a slice is not."""
+    """Outside the brain the field is limited to its range inside; the gain of a slice is not."""
     mask, mask_scan = ball(FINE, 14), ball(SCAN_GRID, 14).astype(np.float32)
     gains = np.where(np.arange(SCAN_GRID.shape[2]) % 2, 0.05, -0.05)[None, None, :]
     log_bias = np.broadcast_to(gains, SCAN_GRID.shape) - 0.01  # of another mean
@@ -478,7 +478,7 @@ def test_tissues_follow_labels_and_at_borders_the_intensity():
         0, 4, FINE.shape
     )
     labels = np.where(mask, truth, 0)
-    labels[8:20] = np.roll(labels, 1, axis=1)[8:20]  # a parcellation that is a voxel off
+    labels[8:20] = np.roll(labels, 1, axis=1)[8:20]  # a parcellation shifted by one voxel
     labels[~mask] = 0
     result = tissue_probabilities(image, labels, mask, spacing_mm=FINE.spacing_mm)
     np.testing.assert_allclose(sum(result.values())[mask], 1, rtol=1e-5)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Full disks: small file systems in memory, mounted where only the command sees them.
+"""Full disks: small file systems in memory, mounted for the command only.
 
 Where no mount is possible (no user namespaces), the tests are skipped. The scan is that of
 ``test_robust``: a slab of 40 mm through the middle of the demo's head.
@@ -51,7 +51,7 @@ def command(raw, out, work, *more):
 
 @pytest.fixture(scope="module")
 def whole(raw):
-    """Output and work folder of a run with room enough."""
+    """Output and work folder of a run with enough space."""
     out, work = raw.parent / "whole", raw.parent / "work"
     subprocess.run(command(raw, out, work), check=True, capture_output=True)
     return out, work
@@ -93,7 +93,7 @@ def row(out):
 
 
 def check_whole_or_absent(out):
-    """Every file that a full disk left is a whole one."""
+    """Every file that remains on a full disk is complete."""
     for path in (path for path in out.rglob("*") if path.is_file()):
         if path.suffix == ".json":
             json.loads(path.read_text())

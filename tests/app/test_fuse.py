@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``--fuse runs``: which scans are fused, what that is called, and what is said of it."""
+"""``--fuse runs``: which scans are fused, the name of the result, and the reports."""
 
 from __future__ import annotations
 
@@ -168,9 +168,9 @@ def test_report_methods_and_sidecar_say_what_was_fused():
         in rows[f"Run {STEMS[0]}"]
     )
     assert rows[f"Run {STEMS[0]}"].endswith("; 1.2 ml under its own lesion mask excluded")
-    assert rows["Coverage of its intervals"] == "not measured for these weights"
+    assert rows["Coverage of the intervals"] == "not measured for these weights"
     measured = {**FACTS, "prior": {"coverage": "50 % in 44 %"}}
-    assert ("Coverage of its intervals", "50 % in 44 %") in restore_rows(scan_record(measured))
+    assert ("Coverage of the intervals", "50 % in 44 %") in restore_rows(scan_record(measured))
     text = " ".join(methods_text([of_summary(scan_record(FACTS))]).split())
     assert "1 of these images combines 2 runs of one contrast each" in text
     alone = {**FACTS, "runs": None}
@@ -191,7 +191,7 @@ def test_report_methods_and_sidecar_say_what_was_fused():
     residual = every[residual_role(STEMS[0])]
     assert names[residual_role(STEMS[0])] == f"{STEMS[0][:-4]}_mod-T2w_desc-fused_residual.nii.gz"
     assert residual["Sources"] == [uri, f"bids::{names['restored']}"]
-    assert residual["NoiseStandardDeviation"] == 8.0  # in that run's own units
+    assert residual["NoiseStandardDeviation"] == 8.0  # in the units of that run
     side = every["restored"]
     assert side["Sources"][:2] == [f"bids:raw:{path}", uri]
     assert side["Description"].endswith("of 2 runs in one likelihood")

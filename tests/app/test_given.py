@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Masks and labels of other data sets: which file is a scan's, and what is recorded of it."""
+"""Masks and labels of other data sets: which file belongs to a scan, and its record."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from brainprior_bids.settings import Settings
 
 
 def given_of(scan, settings):
-    """What one scan that is not fused needs."""
+    """The files of a scan that is not fused."""
     (given,) = find_given(scan, settings)
     return given
 
@@ -180,7 +180,7 @@ def test_a_given_mask_and_labels_are_used_and_recorded(settings, tmp_path):
     share = np.asarray(output.dataobj).reshape(48, 4, 56, 4, 48, 4).mean((1, 3, 5)) > 0.5
     assert 2 * (share & brain).sum() / (share.sum() + brain.sum()) > 0.98
     facts = json.loads(Path(done.structures_json).read_text())
-    # the network is asked as well, whether the mask may be the brain
+    # the network runs as well, to check whether the mask can be the brain
     assert 0.5 < facts["mask_agreement"] < 1, facts["mask_agreement"]
     uri = "bids:fs:sub-01/anat/sub-01_desc-brain_mask.nii.gz"
     assert facts["mask_source"] == "mask"
@@ -213,7 +213,10 @@ def test_a_given_mask_and_labels_are_used_and_recorded(settings, tmp_path):
         line.split("\t")
         for line in structures_table(ParcellationRecord.from_json(facts)).splitlines()
     ]
-    assert {row[-1] for row in rows} == {"confidence", "n/a"}  # the network's, not of these
+    assert {row[-1] for row in rows} == {
+        "confidence",
+        "n/a",
+    }  # from the network, not from these files
 
 
 def test_the_image_to_refine_and_its_trust(settings, tmp_path):
@@ -231,7 +234,7 @@ def test_the_image_to_refine_and_its_trust(settings, tmp_path):
     with pytest.raises(InputError, match="no image to refine"):
         given_of(scan(), asked)
     (folder / "sub-01_desc-SynthSR_T1w.nii.gz").touch()
-    (folder / "sub-01_T2w.nii.gz").touch()  # the scan's own contrast goes before
+    (folder / "sub-01_T2w.nii.gz").touch()  # the scan's own contrast takes precedence
     result = given_of(scan(), asked)
     assert result["refined"].uri == "bids:fs:sub-01/anat/sub-01_desc-SynthSR_T1w.nii.gz"
     assert set(result) == {"refined"}
@@ -246,7 +249,7 @@ def test_the_image_to_refine_and_its_trust(settings, tmp_path):
 
 
 def test_an_image_of_another_contrast_is_found_and_gives_its_name(settings, tmp_path):
-    """SynthSR makes a T1w of anything; what is refined is a T1w then."""
+    """SynthSR returns a T1w for every contrast; the refined image is then a T1w."""
     root = dataset(tmp_path / "fs", "sub-01_desc-SynthSR_T1w.nii.gz")
     raw = tmp_path / "raw" / "sub-01" / "anat"
     raw.mkdir(parents=True)
@@ -266,7 +269,7 @@ def test_an_image_of_another_contrast_is_found_and_gives_its_name(settings, tmp_
     assert given_of(named, asked) == given_of(t2w, asked)
     with pytest.raises(InputError, match="Use --task refine alone"):
         given_of(t2w, replace(asked, task="restore+refine"))
-    # two scans, one image: whose it is must be said
+    # two scans, one image: its source must be specified
     flair = of("sub-01_FLAIR")
     problems = [s.problem for s in name_after_images([t2w, flair], asked)]
     assert all("sub-01_T2w.nii.gz, sub-01_FLAIR.nii.gz" in problem for problem in problems)
@@ -277,12 +280,12 @@ def test_an_image_of_another_contrast_is_found_and_gives_its_name(settings, tmp_
     assert given_of(right, asked)["refined"].path.name == "sub-01_space-FLAIR_T1w.nii.gz"
     with pytest.raises(InputError, match="no image to refine"):
         given_of(left, asked)
-    # with a T1w among the scans an image without space- is that one's
+    # if there is a T1w among the scans, an image without space- belongs to it
     (folder / "sub-01_space-FLAIR_T1w.nii.gz").rename(folder / "sub-01_T1w.nii.gz")
     of("sub-01_T1w")
     with pytest.raises(InputError, match="no image to refine"):
         given_of(t2w, asked)
-    (folder / "sub-01_space-T2w_T1w.nii.gz").touch()  # would be called as that one's result
+    (folder / "sub-01_space-T2w_T1w.nii.gz").touch()  # would have the name of that scan's result
     with pytest.raises(InputError, match="no image to refine"):
         given_of(t2w, asked)
     (raw / "sub-01_T1w.nii.gz").unlink()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quality figures, the tables and the page of the group level."""
+"""Quality metrics, the tables and the page of the group level."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_volumes_are_compared_with_those_of_54_people():
     values, messages = judged(brain())
     assert abs(values["brain_z"]) < 0.2  # medians add up to about the median of the sum
     assert messages == "pass"
-    # a large head has large structures: only the brain as a whole is apart
+    # a large head has large structures: only the whole brain is unusual
     values, messages = judged(brain(math.exp(5 * sd)))
     assert values["brain_z"] == pytest.approx(5, abs=0.2)
     assert abs(values["structure_z"]) < 0.3
@@ -149,7 +149,7 @@ def test_labels_from_elsewhere_have_no_confidence_and_a_mask_is_compared():
     ],
 )
 def test_a_fallback_of_the_affine_never_passes(affine, fallbacks, expected):
-    """However close the structures lie: three of them fit anywhere."""
+    """Even if the distances are small: three structures fit anywhere."""
     steps = {"affine": {**affine, "median_residual_mm": 0.8}}
     values = metrics(ScanRecord.from_json({"scan": "x", "facts": steps}))
     assert values["affine_fallbacks"] == fallbacks
@@ -202,7 +202,7 @@ def test_a_table_a_contrast_and_one_page(tmp_path):
     assert float(rows[0]["mni305_residual_mm"]) == pytest.approx(1.01)
     assert rows[12]["outlier"] == "mni305_residual_mm"
     assert "mni305_residual_mm 9.5 is above 9" in rows[12]["concerns"]
-    assert {row["verdict"] for row in rows} == {"fail"}  # two structures are no brain
+    assert {row["verdict"] for row in rows} == {"fail"}  # two structures are not a brain
     assert {row["outlier"] for row in rows[:12]} == {"n/a"}
     assert set(json.loads((tmp_path / "group_T1w.json").read_text())) == set(rows[0])
     text = (tmp_path / "group.html").read_text()
@@ -213,7 +213,7 @@ def test_a_table_a_contrast_and_one_page(tmp_path):
     assert "<no>" not in text
     (failed,) = page.xpath("//section[@id='failed']//li")
     assert failed.text_content() == "sub-20_T1w: <no> brain"
-    assert text.count("sub-20_T1w") == 1  # without the name in front of its message
+    assert text.count("sub-20_T1w") == 1  # without the name at the beginning of its message
 
 
 def test_rows_and_dots_lead_to_the_reports(tmp_path):
@@ -267,7 +267,7 @@ def test_the_reasons_are_next_to_the_verdict_and_the_page_can_be_filtered(tmp_pa
     labels = [label.text_content().strip() for label in page.xpath("//fieldset/label")]
     assert labels == ["pass (8)", "look (1)", "fail (0)"]
     assert page.xpath("//fieldset/@hidden")  # shown by the script that makes it work
-    assert ".filter[hidden] { display: none; }" in text  # its own display would overrule "hidden"
+    assert ".filter[hidden] { display: none; }" in text  # its own display would override "hidden"
     for name in VERDICTS:
         assert f'[data-hide~="{name}"] .{name}' in text
 

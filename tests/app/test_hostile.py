@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One bad file harms no other: what is read before a scan's own steps fails that scan alone.
+"""A bad file fails only its own scan, also for data that are read before the scan's steps.
 
 No image is restored here: the scans are empty files or a few voxels. The tests look at which scans
-are found, what is said of them, and which could be begun.
+are found, with which messages, and which could be started.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from brainprior_bids.cli.run import main
 from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.run.jobs import plan_jobs
 from brainprior_bids.run.participants import name_absent
-from brainprior_bids.run.preflight import judged
+from brainprior_bids.run.preflight import with_problems
 from brainprior_bids.settings import Settings
 
 GOOD = "sub-09/anat/sub-09_T1w.nii.gz"
@@ -68,7 +68,7 @@ def put(root, relative, sidecar=None):
 
 
 def only_other(scans):
-    """The scan beside the good one, which is there and has no problem."""
+    """The scan next to the good one, which is found and has no problem."""
     by_source = {str(scan.relative): scan for scan in scans}
     assert by_source.pop(GOOD).problem is None
     (other,) = by_source.values()
@@ -159,7 +159,7 @@ def test_a_filter_by_metadata_reads_past_a_broken_sidecar(raw, asked, tmp_path):
     none = replace(asked, bids_filters={"T1w": {"EchoTime": 0.1}})
     assert [str(scan.relative)[:6] for scan in find_scans(none)] == ["sub-01"]
     kept = replace(asked, bids_database_dir=tmp_path / "index")
-    for _ in range(2):  # made, then read
+    for _ in range(2):  # created, then read
         assert only_other(find_scans(kept)).problem
 
 
@@ -243,7 +243,7 @@ def test_scans_whose_results_would_share_names_are_not_both_done(raw, asked):
     put(raw, "sub-01/anat/sub-01_run-1_acq-x_T1w.nii.gz")
     first, second, _ = find_scans(asked)
     assert first.problem is None
-    assert "two files are this scan" in second.problem
+    assert "two files represent this scan" in second.problem
     assert first.name.derivative() != second.name.derivative()
 
 
@@ -255,11 +255,11 @@ def test_a_file_with_a_bad_name_is_no_run_to_be_fused(raw, asked):
 
 
 def test_a_misplaced_file_does_not_replace_the_results_of_another_participant(raw, asked):
-    """The file in sub-02's folder is named as sub-09's; only sub-02 is asked for."""
+    """The file in sub-02's folder has a name of sub-09; only sub-02 is requested."""
     put(raw, "sub-02/anat/sub-09_T1w.nii.gz")
     (scan,) = find_scans(replace(asked, participant_label=("02",)))
     assert scan.subject == "02"
-    assert "lies in sub-02/anat, but its name says sub-09/anat" in scan.problem
+    assert "is in sub-02/anat, but its name belongs in sub-09/anat" in scan.problem
     assert scan.name.derivative() != "sub-09_T1w.nii.gz"
 
 
@@ -267,11 +267,11 @@ NO_IMAGES = ["dangling", "folder", "full folder", "link to a folder", "pipe", "d
 
 
 def no_image(path, kind):
-    """Put something at a path that is called like an image and is none."""
+    """Put something that is not an image at a path with an image's name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if "folder" in kind:
         folder = path.parents[3] / "elsewhere" if kind.startswith("link") else path
-        put(folder, f"sub-01/anat/{path.name}")  # a trap: it must not be taken for a scan
+        put(folder, f"sub-01/anat/{path.name}")  # a trap: it must not be treated as a scan
         put(folder, path.name)
         if folder is not path:
             path.symlink_to(folder)
@@ -319,8 +319,8 @@ def test_what_lies_below_an_anat_folder_is_not_entered(raw, asked, tmp_path, mon
 
 @pytest.fixture
 def unprivileged(tmp_path_factory):
-    """Permissions hold for the superuser's tests too: the test runs as nobody, in a folder of its
-    own that this one may enter."""
+    """Root would ignore permissions, so the test runs as the user nobody, in a separate folder
+    that this user can access."""
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         os.chmod(name, 0o777)
         patch.setattr(tmp_path_factory, "_basetemp", Path(name))
@@ -348,7 +348,7 @@ def test_a_folder_that_cannot_be_read_is_named(
         others = [] if place == "sub-01" else ["sub-01/ses-3/anat/sub-01_ses-3_T1w.nii.gz"]
         assert [str(scan.relative) for scan in scans] == [*others, GOOD]
         assert name_absent(scans, asked) == ["01"]
-        session = () if place == "sub-01" else ("2",)  # nobody knows its sessions
+        session = () if place == "sub-01" else ("2",)  # its sessions are unknown
         alone = replace(asked, participant_label=("01",), session_label=session)
         with pytest.raises(UsageError, match=f"{place}: this folder cannot be read"):
             find_scans(alone)
@@ -361,7 +361,9 @@ def test_a_folder_that_cannot_be_read_is_named(
     assert row.split("\t")[0] == "sub-01"
     assert f"{place}: this folder cannot be read (Permission denied)" in row
     assert f"{place}: this folder cannot be read" in told.text
-    scans = find_scans(replace(asked, bids_database_dir=None))  # opened: its row goes
+    scans = find_scans(
+        replace(asked, bids_database_dir=None)
+    )  # readable again: its row is removed
     assert len(scans) == 3
     assert name_absent(scans, asked) == []
     assert "sub-01" not in status.rebuild_status(asked.output_dir).read_text("utf-8")
@@ -387,7 +389,7 @@ def broken_header(path, kind):
         data[108:112] = np.float32(np.nan).tobytes()
     elif kind == "offset beyond the file":
         data[108:112] = np.float32(1e30).tobytes()
-    elif kind == "extension":  # CIFTI's code, with what is no XML
+    elif kind == "extension":  # CIFTI's code, with a content that is not XML
         data[348:352] = b"\1\0\0\0"
         data[352:352] = np.array([32, 32], "<i4").tobytes() + b"<no" + bytes(21)
     elif kind == "dimensions":
@@ -406,7 +408,7 @@ def test_a_header_that_nibabel_refuses_is_left_to_its_scan(raw, asked, kind, cap
     path = put(raw, "sub-01/anat/sub-01_T1w.nii")
     broken_header(path, kind)
     assert field_of_view_l(path) >= 0
-    monkeypatch.setattr(plan, "seconds_a_voxel", lambda settings: 1e-6)
+    monkeypatch.setattr(plan, "seconds_per_voxel", lambda settings: 1e-6)
     plan.print_plan(find_scans(asked), asked)
     assert f"{GOOD}  restore" in capsys.readouterr().out
 
@@ -431,14 +433,14 @@ def test_an_error_of_the_validator_fails_the_scans_that_it_concerns(raw, asked):
         Issue("JSON_INVALID", "/sub-01/anat/sub-01_T1w.json", ""),
         Issue("NOT_INCLUDED", "/sub-02/anat/notes.txt", ""),
         Issue("INVALID_JSON_ENCODING", "/sub-03/anat/sub-03_T1w.json", ""),  # was read
-        Issue("EMPTY_FILE", f"/{GOOD}", ""),  # its own steps say why
+        Issue("EMPTY_FILE", f"/{GOOD}", ""),  # its own steps report the reason
     ]
-    problems = [scan.problem for scan in judged(find_scans(asked), issues, raw)]
+    problems = [scan.problem for scan in with_problems(find_scans(asked), issues, raw)]
     assert "JSON_INVALID" in problems[0]
     assert "notes.txt" in problems[1]
     assert problems[2:] == [None, None]
     with pytest.raises(UsageError, match="that all participants share"):
-        judged(find_scans(asked), [Issue("JSON_INVALID", "/participants.json", "")], raw)
+        with_problems(find_scans(asked), [Issue("JSON_INVALID", "/participants.json", "")], raw)
 
 
 def test_a_description_with_a_byte_order_mark_is_read(raw):
@@ -447,7 +449,7 @@ def test_a_description_with_a_byte_order_mark_is_read(raw):
     assert check_dataset(raw)["Name"] == "t"
     path.unlink()
     os.mkfifo(path)
-    with pytest.raises(UsageError, match="must be a file"):
+    with pytest.raises(UsageError, match="is not a regular file"):
         check_dataset(raw)
 
 
@@ -455,7 +457,7 @@ def test_participants_without_a_scan_are_named_in_log_and_status(raw, asked, tol
     (raw / "sub-01" / "anat").mkdir(parents=True)
     put(raw, "sub-02/anat/sub-02_FLAIR.nii.gz")
     (raw / "sub-\udcff").mkdir()
-    put(raw, "sub-0.1/anat/sub-0.1_T1w.nii.gz")  # to pybids no image
+    put(raw, "sub-0.1/anat/sub-0.1_T1w.nii.gz")  # not an image for pybids
     some = replace(asked, modalities=("T1w",))
     scans = find_scans(some)
     assert subjects_without(scans, some) == ["0.1", "01", "02", "\udcff"]
@@ -467,7 +469,7 @@ def test_participants_without_a_scan_are_named_in_log_and_status(raw, asked, tol
     assert "sub-02: no scan matches the request" in told.text
     named = replace(some, participant_label=("09", "02"))
     assert subjects_without(find_scans(named), named) == ["02"]
-    put(raw, "sub-02/anat/sub-02_T1w.nii.gz")  # it came: its row goes
+    put(raw, "sub-02/anat/sub-02_T1w.nii.gz")  # it exists now: its row is removed
     name_absent(find_scans(named), named)
     assert "sub-02" not in status.rebuild_status(some.output_dir).read_text("utf-8")
 
@@ -481,7 +483,7 @@ MISNAMED = {
 @pytest.mark.parametrize("name", MISNAMED)
 def test_a_folder_that_is_ignored_because_of_its_name_is_named(raw, asked, told, name):
     put(raw, f"{name}/anat/{name.rpartition('/')[2]}_T1w.nii.gz")
-    for other in ("code", "substitutions", "sub-", "Subjects", "derivatives"):  # nothing to say of
+    for other in ("code", "substitutions", "sub-", "Subjects", "derivatives"):  # no message needed
         (raw / other).mkdir()
     (raw / "SUB-07").touch()
     scans = find_scans(asked)
@@ -492,13 +494,15 @@ def test_a_folder_that_is_ignored_because_of_its_name_is_named(raw, asked, told,
     assert sources == [name, "sub-"]
     assert f"{name}: this folder is ignored" in told.text
     assert f"for example to {MISNAMED[name]}." in rows[0]
-    (raw / name).rename(raw / name.replace(name.rpartition("/")[2], "x"))  # gone: its row goes
+    (raw / name).rename(
+        raw / name.replace(name.rpartition("/")[2], "x")
+    )  # removed: its row is removed
     name_absent(scans, asked)
     assert name not in status.rebuild_status(asked.output_dir).read_text("utf-8")
 
 
 def test_a_link_that_cannot_be_made_is_a_failure_in_the_status(raw, tmp_path, capsys):
-    """The command goes on to its end: status, filter file, exit code 1."""
+    """The command continues to the end: status, filter file, exit code 1."""
     put(raw, "sub-09/func/sub-09_task-rest_bold.nii.gz")
     view, out = tmp_path / "view", tmp_path / "out"
     put(view, "sub-09/func/sub-09_task-rest_bold.nii.gz")
@@ -523,11 +527,11 @@ def test_a_failure_leaves_the_status_with_its_file(raw, asked):
 
     both = [str(path.relative_to(raw)) for path in (bad, other)]
     name_absent(find_scans(asked), asked)
-    assert failed() == both  # while they are there
+    assert failed() == both  # while they exist
     bad.rename(bad.with_name("sub-01_acq-x_T1w.nii.gz"))
     elsewhere = replace(asked, participant_label=("09",))
     name_absent(find_scans(elsewhere), elsewhere)
-    assert failed() == both  # sub-01 was not asked for: its data may lie on another machine
+    assert failed() == both  # sub-01 was not requested: its data may be on another machine
     name_absent(find_scans(asked), asked)
     assert failed() == both[1:]
 

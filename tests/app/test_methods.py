@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The methods text names what ran, in four formats that agree."""
+"""The methods text describes what was run, in four consistent formats."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_four_files(tmp_path):
     assert "[@" not in tex
     bib = (tmp_path / "CITATION.bib").read_text()
     cited = set(re.findall(r"\\cite\{(\w+)\}", tex))
-    assert cited == set(re.findall(r"@\w+\{(\w+),", bib))  # no sampler that did not run
+    assert cited == set(re.findall(r"@\w+\{(\w+),", bib))  # no sampler that was not used
     assert {"daps", "n4"} <= cited
     assert "eps" not in cited
 

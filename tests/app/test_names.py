@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of scans and of what is made from them."""
+"""Names of scans and of their derivatives."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_the_scan_seed_is_the_documented_hash():
 
 
 def test_no_task_replaces_what_another_made():
-    """But for the scan's mask, structures and transforms, the same whatever the task."""
+    """Except for the scan's mask, structures and transforms, which are the same for every task."""
     name = BIDSName.parse("sub-01_T2w.nii.gz")
     shared = {"mask", "structures", "structures_table", "to_mni305", "from_mni305"}
     shared |= {f"{role}_mni305" for role in shared}
@@ -191,7 +191,7 @@ def test_every_desc_that_a_task_writes_is_described():
 
 
 def test_plain_pybids_finds_one_t1w_per_desc(tmp_path):
-    """Without a configuration; maps and masks are not taken for images of the contrast."""
+    """Without a configuration; maps and masks do not match as images of the contrast."""
     for suffix in ("T1w", "T2w"):
         source = BIDSName.parse(f"sub-01_{suffix}.nii.gz")
         names = output_names(source, n_samples=2, save_samples=True, native=True)

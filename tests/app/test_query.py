@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which scans are found, and what is said when none is."""
+"""Which scans are found, and the messages if there is none."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_everything_by_default_but_phase_images_and_other_folders(settings):
 
 
 def test_a_phase_image_without_its_magnitude_is_refused(settings, dataset):
-    """It is not left out silently: nothing else says that this participant has no result."""
+    """It is not omitted silently: nothing else reports that this participant has no result."""
     for part in ("phase", "real", "mag"):
         for subject in ("02", "03"):
             anat = dataset / f"sub-{subject}" / "anat"
@@ -123,7 +123,7 @@ def test_only_the_requested_subject_is_opened(settings, dataset):
 
 
 def test_derivatives_are_no_raw_scans(settings, dataset):
-    """Their results could have the name of another scan's, and ours are no measurements."""
+    """Their results could have the name of another scan's; brainprior's are not raw data."""
     anat = dataset / "sub-02" / "anat"
     (anat / "sub-02_space-MNI305_desc-preproc_T2w.nii.gz").write_bytes(b"x")
     raw, scan = find_scans(replace(settings, participant_label=("02",)))
@@ -136,7 +136,7 @@ def test_derivatives_are_no_raw_scans(settings, dataset):
 
 
 def test_when_every_scan_failed_both_levels_end_with_1(dataset, tmp_path, capsys):
-    """Not with 2: the command line was right."""
+    """Not with 2: the command line was valid."""
     anat = dataset / "sub-02" / "anat"
     (anat / "sub-02_T2w.nii.gz").unlink()
     (anat / "sub-02_T2w.nii.gz").symlink_to("gone")
@@ -234,7 +234,7 @@ def test_a_filter_file_is_read(tmp_path):
     path = tmp_path / "filter.json"
     path.write_text(json.dumps({"T1w": {"session": None}}))
     assert read_filters(path, ("T1w", "T2w")) == {"T1w": {"session": None}}
-    # one file for several programs: fMRIPrep's keys, and contrasts that were not asked for
+    # one file for several programs: fMRIPrep's keys, and contrasts that were not requested
     path.write_text(json.dumps({"bold": {"task": "rest"}, "flair": {}, "t1w": {"run": 1}}))
     assert read_filters(path, ("T1w", "T2w")) == {"T1w": {"run": 1}}
     with pytest.raises(UsageError, match="cannot be read"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs that are killed, that meet in one output folder, and that are made twice.
+"""Runs that are killed, that share an output folder, and that are repeated.
 
 The scan is a slab of 40 mm through the middle of the demo's head: a run takes seconds.
 """
@@ -42,7 +42,7 @@ def raw(tmp_path_factory, write_demo):
 
 
 def start(raw, out, *extra, new_session=False):
-    """The command as a process of its own; its lines on standard error."""
+    """The command in a separate process; its lines on standard error."""
     command = [sys.executable, "-m", "brainprior_bids", str(raw), str(out), "participant",
                "--device", "cpu", "--nprocs", "1", "--omp-nthreads", "1", "--sloppy",
                "--skip-bids-validation", *extra]  # fmt: skip
@@ -66,7 +66,7 @@ def statuses(out):
 
 
 def leftovers(out):
-    """Hidden files and folders that are not the data set's own."""
+    """Hidden files and folders that do not belong to the data set."""
     own = {".brainprior_work", ".bidsignore", ".lock"}
     work = out / ".brainprior_work"
     hidden = (p for p in out.rglob(".*") if not p.is_relative_to(work))
@@ -75,9 +75,9 @@ def leftovers(out):
 
 @pytest.fixture(scope="module")
 def killed(raw, tmp_path_factory):
-    """A run that was killed while it sampled, and beside which another was tried before.
+    """A run that was killed while sampling, after a second run on the same folder was refused.
 
-    Returns its folder, its processes, and what the other said.
+    Returns its folder, its processes, and the messages of the second run.
     """
     out = tmp_path_factory.mktemp("killed") / "out"
     process = start(raw, out, "--participant-label", "01")
@@ -87,13 +87,13 @@ def killed(raw, tmp_path_factory):
     else:
         pytest.fail("the run ended before it could be killed")
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for member in family:  # it holds its claim, and does not end meanwhile
+    for member in family:  # it keeps its claim, and does not end meanwhile
         member.suspend()
     second = start(raw, out, "--participant-label", "01")
     messages = second.communicate()[1]
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    for member in family[1:]:  # each sees at once that the run is gone
+    for member in family[1:]:  # each notices at once that the run has ended
         member.resume()
     process.stderr.close()
     return out, family, (second.returncode, messages)
@@ -110,7 +110,7 @@ def test_a_second_process_leaves_a_scan_to_the_one_that_is_at_work(killed):
 def test_a_killed_run_leaves_no_process_and_no_derivative(killed):
     out, family, _ = killed
     assert len(family) > 1
-    # back as soon as all are gone: each looks every 2 s (WATCH_S). The limit only ends a failure.
+    # returns when all have ended: each checks every 2 s (WATCH_S). The limit only ends a failure.
     _, alive = psutil.wait_procs(family, timeout=600)
     assert [p for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
     assert not (out / "sub-01" / "anat").exists()
@@ -139,7 +139,7 @@ def test_the_same_command_goes_on_where_it_was_killed(resumed):
 
 @pytest.fixture(scope="module")
 def shared(raw, tmp_path_factory):
-    """Two processes at once on one output folder, a participant each."""
+    """Two simultaneous processes on one output folder, one participant each."""
     out = tmp_path_factory.mktemp("shared") / "out"
     both = [start(raw, out, "--participant-label", who) for who in ("01", "02")]
     messages = [process.communicate()[1] for process in both]
@@ -159,7 +159,7 @@ def test_two_processes_share_an_output_folder(shared, capsys):
 
 
 def test_the_same_seed_gives_the_same_bytes(resumed, shared):
-    """A run in two parts, and a run beside another: every image and sidecar is the same."""
+    """A run in two parts, and two simultaneous runs: every image and sidecar is the same."""
     assert images(resumed[0]) == images(shared[0])
     # a participant's name is part of the seed
     one, other = (images(shared[0], who) for who in ("01", "02"))
@@ -170,7 +170,7 @@ def test_the_same_seed_gives_the_same_bytes(resumed, shared):
 
 
 def summary_of(out):
-    """A scan's summary without what may differ (docs/outputs.md, "Status, provenance")."""
+    """A scan's summary without the fields that may differ (docs/outputs.md, "Status")."""
     summary = json.loads((out / "logs" / "scans" / "sub-01_T1w.json").read_text())
     run = "".join(sign for sign in summary.pop("run_uuid") if sign.isalnum())
     for key in ("status", "message", "seconds"):

@@ -2,7 +2,7 @@
 """The command with a standard space, from the scan to the images on the template's grid.
 
 The demo's head contains the brain of nilearn's ICBM152 template, tilted and scanned in thick
-slices: registered to that template, it must come to lie on itself.
+slices: registered to that template, it must match it.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files put in place whole, and the status table made from the summaries."""
+"""Files are moved into place when complete; the status table is derived from the summaries."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_a_scan_is_claimed_by_one_process_until_it_ends(tmp_path):
             assert claims.take("sub-02_T1w")
             assert claims.refused == ["sub-01_T1w"]
     with Claims([tmp_path / "mine"]) as claims:
-        assert claims.take("sub-01_T1w")  # what was refused above holds nothing
+        assert claims.take("sub-01_T1w")  # the refused process above has no claim
     other.kill()
     other.communicate()
     with Claims([out, work]) as claims:
@@ -181,7 +181,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
 
 def test_a_name_that_is_not_text_comes_back_from_json(tmp_path):
     value = {"source": "sub-\udcff", "long": "x"}
-    path = write_json(tmp_path / f"{'a' * 250}.json", value)  # the longest name that there can be
+    path = write_json(tmp_path / f"{'a' * 250}.json", value)  # the longest possible name
     assert read_json(path) == value
 
 
@@ -199,7 +199,7 @@ def test_files_are_published_all_or_none(tmp_path):
 
 
 def write_files_record(folder, name, files, *, old):
-    """A record of files, as it is written, or in the form of versions before.
+    """A record of files, in the present form or that of earlier versions.
 
     Parameters
     ----------
@@ -248,7 +248,7 @@ def test_verify_finds_what_changed_and_what_is_gone(tmp_path, capsys, old, newer
     assert main(["verify", str(tmp_path)]) == 1
     out = capsys.readouterr().out.splitlines()
     assert out[:3] == ["changed\tchanged", "missing\tgone", "changed\tbids:raw:scan"]
-    # a newer record of the same scan counts
+    # a newer record of the same scan is used
     newer = {"bids::changed": hashlib.sha256(b"other").hexdigest()}
     write_files_record(tmp_path, "2", newer, old=newer_old)
     assert verify_records(tmp_path).changes == {"gone": "missing", "bids:raw:scan": "changed"}
@@ -256,7 +256,7 @@ def test_verify_finds_what_changed_and_what_is_gone(tmp_path, capsys, old, newer
 
 
 def test_a_record_in_the_earlier_form_is_verified(tmp_path):
-    """Field by field as it was written before the names of the draft changed."""
+    """Every field as it was written before the names of the draft changed."""
     digest = hashlib.sha256(b"image").hexdigest()
     text = """
     {"Entities": [
@@ -287,7 +287,7 @@ def test_the_table_of_records_keeps_its_rows_and_forgets_what_is_gone(tmp_path):
     assert not (tmp_path / "prov").exists()
     act = tmp_path / "prov" / "prov-1sub01T1w_act.json"
     write_json(act, {"Activities": [{"Label": "restore sub-01_T1w"}]})
-    write_files_record(tmp_path, "0sub02T1w", {}, old=True)  # its activities are gone
+    write_files_record(tmp_path, "0sub02T1w", {}, old=True)  # its activities are missing
     write_provenance_table(tmp_path)
     table = tmp_path / "prov" / "provenance.tsv"
     assert table.read_text().splitlines() == [
@@ -306,7 +306,7 @@ def test_the_table_of_records_keeps_its_rows_and_forgets_what_is_gone(tmp_path):
 
 
 def test_what_a_killed_run_left_is_removed_and_nothing_else(tmp_path, monkeypatch):
-    """By its owner: this run's, a living one's, a dead one's, and files that are not ours."""
+    """By owner: this run, a running one, a killed one; and files of other programs."""
     logs = tmp_path / "logs"
     logs.mkdir()
     code = HOLD.replace('print(claims.take("sub-01_T1w"), flush=True)', LEAVE)
@@ -330,8 +330,10 @@ def test_what_a_killed_run_left_is_removed_and_nothing_else(tmp_path, monkeypatc
         assert {".mine", ".status.tsv.abcd1234", ".brainprior-staging-unowned.abcd1234"} < left
         owners = {match[1] for name in left if (match := TEMPORARY.fullmatch(name))}
         assert owners == {os.environ[OWNER], f"{living.pid}x{owners_part(left, living.pid)}"}
-        assert len(left) == 3 + 2 + 1 + 1  # foreign, of the living, own, the lock file
-    # whoever cannot lock removes nothing
+        assert (
+            len(left) == 3 + 2 + 1 + 1
+        )  # other programs', a running run's, this run's, the lock file
+    # without locks nothing is removed
     living.kill()
     living.communicate()
     with Claims([logs]) as claims:
@@ -376,7 +378,7 @@ def test_room_is_kept_for_the_last_words(tmp_path):
 
 
 def test_on_a_full_disk_a_status_gives_its_room_to_the_next(tmp_path, monkeypatch):
-    """The summary says ``running``, which is wrong from now on: rather none than that one."""
+    """The summary has the status ``running``, which is outdated: no summary is better."""
     path = write_summary(tmp_path, summary("sub-01_T1w", status="running"))
     flushed = os.fsync
 

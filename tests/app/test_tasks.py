@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every task but the plain one through the command, each beside scans that cannot be used.
+"""Every task except plain restoration, through the command, together with unusable scans.
 
 The scan is a slab of 30 mm through the middle of the demo's head: a run takes seconds.
 """
@@ -193,14 +193,14 @@ def test_an_image_of_another_contrast_is_refined_within_a_map_of_trust(head, tmp
 
 
 def test_runs_of_one_person_are_fused_and_of_two_refused(head, tmp_path):
-    """Beside them a PDw, a contrast that the prior was not trained on."""
+    """Also a PDw, a contrast on which the prior was not trained."""
     raw, output_dir = tmp_path / "raw", tmp_path / "out"
     rng = np.random.default_rng(0)
     affine = np.array(head.scan_grid.affine)
     again = (head.scan + rng.normal(0, 10, head.scan.shape)).astype(np.float32)
     turned = affine.copy()
-    turned[:3, 3] += (3.0, -2.0, 1.0)  # the person moved
-    # another person: every structure elsewhere by some 5 mm
+    turned[:3, 3] += (3.0, -2.0, 1.0)  # the participant moved
+    # another participant: every structure displaced by about 5 mm
     away = [ndimage.gaussian_filter(rng.normal(size=again.shape), (12, 12, 2)) for _ in range(3)]
     size = np.array([5, 5, 0.5])[:, None, None, None]
     points = np.indices(again.shape) + size * [a / a.std() for a in away]
@@ -241,7 +241,7 @@ def test_runs_of_one_person_are_fused_and_of_two_refused(head, tmp_path):
 def two_runs(tmp_path_factory, head):
     """A participant with two runs, a lesion mask on each, and another tool's image of the first.
 
-    The person moved by 3 mm; the lesion is dark in both, the tool's image shows healthy tissue.
+    The participant moved by 3 mm; the lesion is dark in both, the tool's image is healthy tissue.
     """
     root = tmp_path_factory.mktemp("combinations")
     raw, tool = root / "raw", root / "tool"
@@ -270,7 +270,7 @@ def two_runs(tmp_path_factory, head):
 
 
 def check_filled(raw, output_dir, name, image):
-    """Outside the mask the reference's voxels bit for bit, inside none of them."""
+    """Outside the mask, the reference's voxels bit for bit; inside, all of them changed."""
     anat, own = output_dir / "sub-01" / "anat", raw / "sub-01" / "anat"
     before = np.asarray(nib.load(own / "sub-01_run-1_T1w.nii.gz").dataobj)
     hole = np.asarray(nib.load(own / "sub-01_run-1_label-lesion_roi.nii.gz").dataobj) > 0
@@ -331,7 +331,7 @@ def test_runs_are_fused_with_lesions_and_another_tools_image(two_runs, tmp_path,
     residual = np.asarray(
         nib.load(anat / "sub-01_run-2_mod-T1w_desc-fused_residual.nii.gz").dataobj
     )
-    if "inpaint" in task:  # what is hidden is compared with nothing
+    if "inpaint" in task:  # hidden voxels are not compared
         hole = raw / "sub-01" / "anat" / "sub-01_run-2_label-lesion_roi.nii.gz"
         assert (residual[np.asarray(nib.load(hole).dataobj) > 0] == 0).all()
     if task == "inpaint":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Boutiques descriptor is the parser's, validates, and leads to command lines that parse."""
+"""The Boutiques descriptor agrees with the parser, validates, and gives valid command lines."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STORED = ROOT / "docs" / "boutiques" / "brainprior.json"
 
 
 def bosh(*arguments):
-    """The program as its users call it; it needs a home that it may write to."""
+    """bosh as users call it; it needs a writable home folder."""
     code = "import sys; from boutiques.bosh import bosh; sys.exit(bosh(sys.argv[1:]) and 0)"
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)],

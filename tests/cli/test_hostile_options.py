@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options, files of settings and surroundings that cannot be used: a sentence, no traceback."""
+"""Unusable options, settings files and environments cause a one-sentence error, no traceback."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def raw(tmp_path):
 
 
 def refused(raw, capsys, *options):
-    """What is said of options that end the command with 2."""
+    """The error message of options for which the command exits with 2."""
     assert main([str(raw), str(raw.parent / "out"), "participant", *map(str, options)]) == 2
     messages = capsys.readouterr().err
     assert "Traceback" not in messages
@@ -218,7 +218,7 @@ def test_a_description_of_another_type_in_the_output_folder(raw, tmp_path, capsy
     out = tmp_path / "out"
     out.mkdir()
     (out / "dataset_description.json").write_text('{"GeneratedBy": 5}')
-    assert "did not make" in refused(raw, capsys)
+    assert "did not write" in refused(raw, capsys)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_a_per_cent_sign_in_the_output_folder(raw, tmp_path, monkeypatch):
 
 
 def in_new_process(code, **environ):
-    """Output of Python code in an environment of its own."""
+    """Output of Python code in a separate environment."""
     return subprocess.run(
         [sys.executable, "-c", code],
         env={"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", **environ},
@@ -314,7 +314,9 @@ def test_sockets_have_short_paths(tmp_path):
     )
     result = in_new_process(code, TMPDIR=str(long))
     assert result.returncode == 0, result.stderr
-    assert result.stdout.decode().strip() == str(long)  # all else stays where it was asked for
+    assert result.stdout.decode().strip() == str(
+        long
+    )  # everything else stays in the requested folder
 
 
 def test_why_no_worker_can_start(monkeypatch, tmp_path):
@@ -377,7 +379,7 @@ def test_a_log_takes_names_that_are_not_text(tmp_path, capsys):
     ],
 )
 def test_an_argument_that_is_not_text_is_refused(raw, tmp_path, capsys, words):
-    """No TOML and no JSON can hold it: the settings of such a run could not be read again."""
+    """TOML and JSON cannot represent it: the settings of such a run could not be read again."""
     words = [word.replace("{out}", str(tmp_path / "out")) for word in words]
     assert main([str(raw), *words]) == 2
     line = capsys.readouterr().err.splitlines()[-1]

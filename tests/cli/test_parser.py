@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: what is accepted, what is refused and how it ends."""
+"""The command line: accepted and refused options, and exit codes."""
 
 from __future__ import annotations
 
@@ -331,9 +331,12 @@ def test_a_reader_that_stops_reading_is_no_crash(monkeypatch, capfd):
 @pytest.mark.parametrize(
     ("words", "hint"),
     [
-        (["--fs-license-file", "license.txt"], "--fs-license-file: brainprior makes no surfaces"),
+        (
+            ["--fs-license-file", "license.txt"],
+            "--fs-license-file: brainprior reconstructs no surfaces",
+        ),
         (["--fs-no-reconall"], "no FreeSurfer licence: leave it out."),
-        (["--fs-some-new-option"], "--fs-some-new-option: brainprior makes no surfaces"),
+        (["--fs-some-new-option"], "--fs-some-new-option: brainprior reconstructs no surfaces"),
         (["--output-layout", "bids"], "--output-layout: brainprior has one layout"),
         (["--mem_gb=8"], "--mem_gb: use --mem with a unit"),
         (["-t", "rest"], "-t: brainprior processes no functional"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The self-test, the choice of the device, and what the container files repeat of setup.cfg."""
+"""The self-test, the choice of the device, and the agreement of container files with setup.cfg."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_the_image_gets_every_folder_of_the_package():
 
 @pytest.mark.parametrize("name", ["Dockerfile", "Singularity.def"])
 def test_torch_comes_alone_from_its_own_index(name):
-    """PyTorch's index has other versions of what torch needs than constraints.txt."""
+    """PyTorch's index has other versions of torch's dependencies than constraints.txt."""
     (command,) = re.findall(
         r"bin/pip install((?:.*\\\n)+.*--index-url.* torch)$", (ROOT / name).read_text(), re.M
     )

@@ -23,7 +23,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def own(tmp_path):
-    """A small prior of the user's."""
+    """A small prior of the user."""
     network = UNet((8, 8), (1, 1))
     model = Precondition(network, torch.ones(8))
     facts = {"kind": "prior", "name": "mine", "licence": "CC0", "training_data": "none"}
@@ -93,7 +93,7 @@ def test_verify_notices_a_file_that_changed(folder, own, capsys):
     assert main(["weights", "verify", "a"]) == 0
     assert "file as added" in capsys.readouterr().out
     path = folder / "a.safetensors"
-    shutil.copyfile(FOLDER / "prior.safetensors", path)  # whole, but not what was added
+    shutil.copyfile(FOLDER / "prior.safetensors", path)  # intact, but not the file that was added
     assert main(["weights", "verify"]) == 1
     shown = capsys.readouterr().out
     assert "BAD\ta\tSHA-256 is" in shown

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Likelihoods built by hand, without a scan."""
+"""Likelihoods built directly, without a scan."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def stacked_likelihood(
     excess=None,
     **term,
 ):
-    """Scans of any operators, solved in image space; every voxel lies wholly in the brain."""
+    """Scans of any operators, solved in image space; every voxel is entirely inside the brain."""
     excess = excess or [None] * len(scans)
     terms = [
         Term(y, operator=operator, share=y.new_ones(y.shape), excess=more, **term)

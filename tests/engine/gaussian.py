@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A world of which every answer is known: the bands of an image are independent and Gaussian."""
+"""A Gaussian prior with known posterior: the bands of an image are independent and Gaussian."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BAND_SD = torch.tensor([0.5, 0.2, 0.15, 0.05, 0.1, 0.05, 0.06, 0.02])
 
 
 def gaussian_prior(band_sd=BAND_SD, device="cpu", spread=False, **metadata):
-    """A prior that takes measurements; its network answers 0: it is N(0, diag s²) in bands."""
+    """A prior that can be conditioned; its network returns 0: it is N(0, diag s²) in bands."""
     return Prior(
         Precondition(UNet((4, 4), (1, 1), stacks=True, spread=spread), band_sd),
         spectra={"unknown": ErrorSpectrum.isotropic(0.2)},

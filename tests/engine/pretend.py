@@ -22,7 +22,7 @@ INDEXING = ("aten.index.", "aten.index_put.", "aten.index_put_.", "aten._index_p
 
 
 class FarTensor(torch.Tensor):
-    """Says that it lies on the other device; ``near`` holds its values."""
+    """Reports that it is on the other device; ``near`` has its values."""
 
     near: torch.Tensor
 

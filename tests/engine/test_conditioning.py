@@ -108,7 +108,7 @@ def other_image(case, error=0.02):
 
 @pytest.mark.parametrize("thick", [1, 4])
 def test_a_lesion_and_another_tools_image_together(thick):
-    """Where the scan is hidden the image speaks; what the scan shows there has no say."""
+    """Where the scan is hidden, only the image is used, whatever the scan's values."""
     case = phantom(thick=thick)
     scan, grid = case["arguments"]["scan"], case["arguments"]["grid"]
     hidden, fine = ball(grid, (4, -5, 3), 7), ball(grid.one_millimetre(), (4, -5, 3), 7)
@@ -145,7 +145,7 @@ def test_an_image_of_another_place_kind_or_trust_is_refused():
 
 
 def test_mean_is_one_call_and_draws_nothing():
-    """What a chain of the conditional sampler begins with, without its noise."""
+    """The start of a chain of the conditional sampler, without its noise."""
     case, prior, levels = phantom(), given_prior(), []
     ask = prior.denoise
     prior.denoise = lambda x, sigma, **more: (levels.append(sigma), ask(x, sigma, **more))[1]
@@ -207,7 +207,7 @@ def test_fused_scans_under_a_network_that_is_given_the_reference(noise):
     assert (one.sampler, one.solve) == ("conditional", "image space")
     assert error(one.mean, truth) < 0.9 * error(alone.mean, truth)
     expected = gaussian_mean(runs, prior)
-    inside = ndimage.binary_erosion(truth > 0, iterations=5)  # slices wholly in the brain
+    inside = ndimage.binary_erosion(truth > 0, iterations=5)  # slices entirely inside the brain
 
     def rms(image):
         return float(np.sqrt(np.square(image[inside]).mean()))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a residual is judged to be noise: white, too large, smooth, or too few voxels to say."""
+"""Classification of a residual: white noise, too large, smooth, or too few voxels."""
 
 from __future__ import annotations
 

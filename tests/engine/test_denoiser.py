@@ -182,7 +182,7 @@ def test_fast_dtype_is_one_that_the_device_has():
 
 @pytest.mark.parametrize("tile_mm", [None, 8])
 def test_slices_are_seen_along_the_last_axis(tile_mm):
-    """A prior trained so gives the same answer however the scan's axes are ordered."""
+    """Such a prior gives the same result for every order of the scan's axes."""
     torch.manual_seed(0)
     network = UNet((8, 8), (1, 1), embedding=8, stacks=True)
     for parameter in network.parameters():

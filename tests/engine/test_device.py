@@ -83,7 +83,7 @@ def test_restore_on_another_device(monkeypatch, route):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("route", ROUTES)
 def test_restore_on_a_gpu(route):
-    """The same noise on both: what differs is the order in which float32 numbers are added."""
+    """The same noise on both: only the order of float32 summation differs."""
     thick, options = ROUTES[route]
     case = phantom(thick=thick)
     near, far = (
@@ -114,7 +114,7 @@ def test_mni305_on_another_device(monkeypatch):
 
 @pytest.mark.parametrize("tile", [None, 8])
 def test_the_shipped_network_on_another_device(monkeypatch, tile):
-    """As a whole and in tiles; what comes back lies where the image lay."""
+    """As a whole and in tiles; the result is on the device of the image."""
     x = torch.randn(1, 1, 16, 24, 24, generator=torch.Generator().manual_seed(1))
     place = torch.from_numpy(MNI305.crop((80, 100, 80), (96, 124, 104)).points_mm())
     options = {"dtype": torch.float32, "tile_mm": tile}

@@ -125,7 +125,7 @@ def halves(run):
 
 @pytest.mark.parametrize("around", [0.0, 1.5], ids=["stripped", "in fat"])
 def test_the_slices_of_a_scan_say_the_same_in_two_observations(around):
-    """Both strategies know that x is 0 beyond the brain, and not what surrounds it."""
+    """In both strategies x is 0 outside the brain, and the surroundings are unknown."""
     scan, truth = make_run(2, np.eye(4), seed=1, around=around)
     one, _ = together(scan, thickness_sd=0.0)
     two, _ = together(*halves(scan), thickness_sd=0.0)

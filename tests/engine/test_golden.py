@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A dozen small problems over all tasks and samplers: their results stay what they were.
+"""A dozen small problems over all tasks and samplers, with stored results.
 
 ``golden.json`` holds, for each problem, the noise SD, the residuals, and the mean, the SD and some
 voxels of the restored image and of the last sample, in scanner units. ``python
-tests/engine/test_golden.py [PROBLEM ...]`` writes it anew; the commit that changes it says why the
+tests/engine/test_golden.py [PROBLEM ...]`` rewrites it; the commit that changes it states why the
 new values are right.
 """
 

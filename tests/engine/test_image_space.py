@@ -269,7 +269,7 @@ def test_that_x_is_0_beyond_the_support_is_known_to_the_solve():
     result, sd = data.expect(mean, 3.0).flatten().double(), left.diagonal().sqrt()
     inside = support.flatten() > 0
     assert float(((result - expected) / sd)[inside].abs().max()) < 0.01
-    # without those rows it is another problem
+    # without those rows the result differs
     other = scans.expect(mean, 3.0).flatten().double()
     assert float(((other - expected) / sd)[inside].abs().max()) > 0.5
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The unknown on the MNI305 grid: the affine is part of the forward model."""
+"""An unknown image on the MNI305 grid: the affine is part of the forward model."""
 
 from __future__ import annotations
 

@@ -291,7 +291,7 @@ def test_finer_data_than_the_image_are_refused():
 
 @pytest.mark.parametrize("flip", [1.0, -1.0])
 def test_affine_resampling_against_scipy(flip):
-    """Linear interpolation; only voxels wholly inside, where both agree on the border."""
+    """Linear interpolation; only voxels entirely inside, for which the border rules agree."""
     source = Grid((9, 8, 7), np.diag([1.0, 1.0, 1.2, 1.0]))
     affine = OBLIQUE.copy()
     affine[:, 0] *= flip

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The samplers against laws known in closed form.
+"""The samplers against distributions in closed form.
 
 Many chains at once: axes of the image whose voxels are ``FAR`` apart have no frequency but 0, so
 that what lies along them is independent. A world is a problem of one or two dimensions, 400 times,
@@ -261,7 +261,7 @@ def calibrated_spectrum(world, generator):
 
 
 def mixture_data(world, generator):
-    """Data between two modes, and the modes' weights given them."""
+    """Data between two modes, and the modes' posterior weights."""
     modes = world.modes()
     y = world.measurement(0.5 * (modes[1] + modes[2]), generator)
     posteriors = [world.posterior(mode, y) for mode in modes]
@@ -282,7 +282,7 @@ def test_exact_finds_the_weights_of_a_mixture(world):
     generator = torch.Generator().manual_seed(2)
     spectrum = calibrated_spectrum(world, generator)
     y, _, expected = mixture_data(world, generator)
-    assert expected.sort().values[-2] > 0.2  # there is something to decide
+    assert expected.sort().values[-2] > 0.2  # the data do not determine the mode
     x = sample_exact(
         mixture_denoiser(world),
         world.likelihood(y, spectrum),
@@ -295,7 +295,7 @@ def test_exact_finds_the_weights_of_a_mixture(world):
 
 @WORLDS
 def test_conditional_finds_the_weights_of_a_mixture_and_its_spread(world):
-    """Under the exact E[x | x_t, y], which the network has to learn.
+    """With the exact E[x | x_t, y], which the network approximates.
 
     The levels end at 0.003. The last call leaves out what is open below the last level: at 0.01,
     where ``restore`` ends, the variance is 0.81 to 0.93 of what it should be here. The embedded
@@ -401,7 +401,7 @@ class WithoutHalf:
 
 
 def walk(world, settings, half=True):
-    """How far DAPS ends from its own law, in standard errors."""
+    """Deviation of DAPS from its own distribution, in standard errors."""
     generator = torch.Generator().manual_seed(4)
     y = world.measurement(draw_truth(world, generator), generator)
     data = world.likelihood(y)

@@ -542,7 +542,7 @@ def test_noise_needs_voxels():
 
 
 def test_noise_level_moves_to_the_truth_in_the_loop():
-    """Data with noise 0.05 and a start of 0.08: where V is narrow, the residual tells."""
+    """Data with noise 0.05 and a start of 0.08: where V is narrow, the residual determines it."""
     data = likelihood(
         torch.zeros(4, 8, 9), noise_sd=0.08, share=torch.ones(4, 8, 9), log_bias=None
     )
@@ -564,7 +564,7 @@ def test_noise_level_moves_to_the_truth_in_the_loop():
 
 @pytest.mark.parametrize("sigma", [3.0, 0.1, 0.02])
 def test_the_step_of_the_noise_is_fishers_weighted_by_what_the_data_tell(sigma):
-    """Against dense matrices: where V is wide, the data hardly tell noise from anatomy."""
+    """Against dense matrices: where V is wide, the data hardly separate noise from anatomy."""
     data = likelihood(
         torch.zeros(4, 8, 9), noise_sd=0.08, share=torch.ones(4, 8, 9), log_bias=None
     )
@@ -586,7 +586,7 @@ def test_the_step_of_the_noise_is_fishers_weighted_by_what_the_data_tell(sigma):
 
 
 def test_finer_slices_than_profile_reduce():
-    """A profile narrower than a voxel still averages to the voxel it lies in."""
+    """A profile narrower than a voxel still averages to the voxel that contains it."""
     w = slice_weights(gaussian_profile(0.2), n_slices=6, spacing_mm=1.0, n_thin=6, thin_mm=1.0)
     torch.testing.assert_close(w, torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-6)
     x = random(6, 2, 2).double()

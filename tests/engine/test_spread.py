@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The SD that a prior predicts of its own error: what it means, where it is used."""
+"""The SD of its own error that a prior predicts: meaning and use."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_a_restoration_takes_it_from_the_first_call(sampler):
 
 
 def test_beside_another_tools_image_the_samples_say_it():
-    """The network has seen no such image in training."""
+    """The network was not trained on such images."""
     case = phantom()
     prior = gaussian_prior(PHANTOM_SD, spread=True, recipe={"holes": 0.0})
     image = (GAIN * case["truth"]).astype(np.float32)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stack of slices beside a noisy image: against dense matrices, and sampled from."""
+"""Conditioning on a stack of slices: against dense matrices, and in the sampler."""
 
 import math
 
@@ -73,7 +73,7 @@ def test_estimate_and_spread_are_the_dense_posterior(axis, sigma):
 
 
 def test_slices_that_tell_nothing_leave_edms_preconditioning():
-    """Noise of 1e4: the stack is there, and says nothing."""
+    """Noise of 1e4: the stack is uninformative."""
     stack = make_stack(2)
     deaf = Stack(stack.y, stack.slice_weights, 2, 1e4)
     posterior = StackPosterior(deaf, BAND_SD, 0.3)
@@ -201,7 +201,7 @@ def test_bad_stacks_are_refused():
 
 
 def test_a_coarse_plane_changes_what_it_measured_and_nothing_else():
-    """Half of the frequencies an axis: the estimate moves at those, as if all were measured."""
+    """Half of the frequencies per axis: there the estimate changes as if all were measured."""
     shape, kept = (16, 16, 10), (0.5, 0.5)
     white = torch.full((8,), 0.3)
     full = make_stack(2, shape=shape)
@@ -225,5 +225,5 @@ def test_a_coarse_plane_changes_what_it_measured_and_nothing_else():
     total = float(posterior.c_out.square().sum()) * n / 8
     assert float(draws.square().sum() / 100) == pytest.approx(total, rel=0.03)
     silent = draws[0] - keep(draws[0], 2, kept)
-    power = float(silent.square().sum()) / (n * (1 - 0.4375**2))  # 7 of 16 frequencies an axis
+    power = float(silent.square().sum()) / (n * (1 - 0.4375**2))  # 7 of 16 frequencies per axis
     assert power == pytest.approx(0.09 * 0.25 / (0.09 + 0.25), rel=0.25)

@@ -104,7 +104,7 @@ def test_a_block_needs_the_rows_of_its_neighbours(monkeypatch):
 
 
 def test_features_beyond_a_slab_are_not_made():
-    """What every layer gets is as thick as a slab and what it reads beside it, not more."""
+    """The input of every layer is a slab plus its receptive margin, not more."""
     prior = random_prior(tile_mm=16)
     seen = []
     for module in prior.model.modules():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A scan with hidden voxels beside a noisy image: against dense matrices, and sampled from."""
+"""Conditioning on a scan with hidden voxels: against dense matrices, and in the sampler."""
 
 import math
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights files: round trip, refusal of what is not ours, and the files that ship."""
+"""Weights files: round trip, refusal of other files, and the embedded files."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Degradations: what they claim to do, measured on their output."""
+"""Degradations: their effects, measured on the output."""
 
 import numpy as np
 import pytest
@@ -106,7 +106,7 @@ def test_a_recipe_is_reproducible_and_its_parts_matter():
 def test_bad_recipes_are_refused():
     with pytest.raises(UsageError, match="profile must be one of"):
         averaging_weights(60, 1.0, 5.0, 5.0, "triangle")
-    with pytest.raises(GeometryError, match="hold no slice"):
+    with pytest.raises(GeometryError, match="too few for a slice"):
         averaging_weights(3, 1.0, 5.0, 5.0, "boxcar")
-    with pytest.raises(GeometryError, match="hold no slice"):
+    with pytest.raises(GeometryError, match="too few for a slice"):
         averaging_weights(60, 1.0, 5.0, 0.0, "boxcar")

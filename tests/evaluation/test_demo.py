@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo data set: BIDS, oblique, the same bytes again, and a brain inside a head."""
+"""The demo data set: BIDS, oblique, reproducible bytes, and a brain inside a head."""
 
 import json
 import shutil
@@ -91,7 +91,7 @@ def test_the_same_bytes_again(made, written, tmp_path, monkeypatch):
 def test_other_folders_are_left_alone(tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("mine")
     assert demo.main([str(tmp_path)]) == 2
-    assert "holds other files" in capsys.readouterr().err
+    assert "contains other files" in capsys.readouterr().err
     assert demo.main([str(tmp_path / "thesis.txt")]) == 2
     assert "is a file" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]

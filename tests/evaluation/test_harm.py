@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ways to harm a head that move its voxels: what the header then says of them."""
+"""Corruptions that move the voxels of a head, and the resulting header."""
 
 import nibabel as nib
 import numpy as np
@@ -20,7 +20,7 @@ def an_image():
 
 @pytest.mark.parametrize("axes", ["LPS", "RSA", "SAL", "ASR"])
 def test_a_false_header_turns_the_voxels(axes):
-    """As nibabel reads the same voxels under an affine that says so."""
+    """As nibabel reads the same voxels with a corresponding affine."""
     image = an_image()
     false = np.zeros((4, 4))
     false[3, 3] = 1
@@ -31,12 +31,12 @@ def test_a_false_header_turns_the_voxels(axes):
     made = harm.mislabelled(image, np.ones(image.shape, bool), axes=axes)
     np.testing.assert_array_equal(made.get_fdata(), expected.get_fdata())
     np.testing.assert_allclose(made.header.get_zooms(), expected.header.get_zooms())
-    assert made.get_fdata(dtype=np.float32).flags.c_contiguous  # as torch wants it
+    assert made.get_fdata(dtype=np.float32).flags.c_contiguous  # as torch requires
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_a_turned_head_stays_where_it_is(axis):
-    """Only the field of view moves: its middle is the brain's, a bright spot keeps its place."""
+    """Only the field of view moves: it is centred on the brain; a bright spot does not move."""
     image = an_image()
     place = np.indices(image.shape)
     spot = np.exp(-sum((p - c) ** 2 for p, c in zip(place, (12, 8, 14), strict=True)) / 8)
@@ -58,7 +58,7 @@ def no_transform(*_):
 
 
 def test_a_scan_agrees_with_itself(demo_head, monkeypatch):
-    """Steps and limits of the command, on the demo's head; what moved is measured."""
+    """Steps and limits of the command on the demo's head; motion is measured."""
     image = nib.Nifti1Image(demo_head.scan.astype(np.float32), demo_head.scan_grid.affine)
     network = load_parcellation()
     facts, reference = harm.compare(image, network)
@@ -68,9 +68,9 @@ def test_a_scan_agrees_with_itself(demo_head, monkeypatch):
     again, _ = harm.compare(image, network, reference)
     assert again["dice"] == 1
     assert again["corner_mm"] == 0
-    # what the networks make of an image without a brain depends on the processor's rounding
+    # the networks' output for an image without a brain depends on the processor's rounding
     monkeypatch.setattr(harm, "align_to_mni305", no_transform)
     refused, nothing = harm.compare(image, network, reference)
     assert (refused["verdict"], nothing) == ("fail", {})
     assert refused["error"] == "affine: no plausible transform"
-    assert refused["volume_ml"] > 0  # what was measured before it failed is kept
+    assert refused["volume_ml"] > 0  # measurements before the failure are kept

@@ -89,7 +89,7 @@ def test_the_command_measures_once_and_writes_tables(ready, capsys):
     assert paths[1].stat().st_mtime_ns == written[1]
     again = json.loads(paths[0].read_text())
     assert again["methods"] == records[0]["methods"]
-    assert main([*words, "--random-seed", "1"]) == 0  # another condition: done again
+    assert main([*words, "--random-seed", "1"]) == 0  # another condition: computed again
     assert paths[1].stat().st_mtime_ns != written[1]
 
 
@@ -262,5 +262,5 @@ def test_every_study_is_planned(ready):
     assert (own["refine"].slab_mm, own["fuse"].slab_mm) == (60, None)
     samples = [own[name].n_samples for name in STUDIES]
     assert samples == [8, 4, 4, 2, 8, 4, 2, 2, 2, 1]
-    for case in cases:  # settings make a fingerprint, and a record
+    for case in cases:  # settings determine the fingerprint, and are in the record
         json.dumps(dataclasses.asdict(case.settings))

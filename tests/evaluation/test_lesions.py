@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is left of a lesion's contrast, under a prior that is known in closed form."""
+"""The remaining contrast of a lesion, under a prior in closed form."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def kept(power, thick=1, noise=0.01):
 
 
 def test_a_white_prior_keeps_what_wiener_keeps():
-    """``P / (P + s^2)`` of any change, P the prior's variance and s the noise."""
+    """The fraction ``P / (P + s^2)`` of any change, P the prior's variance and s the noise."""
     for power in (1e-2, 1e-4):
         found = kept(power)
         assert found.restored == pytest.approx(power / (power + 1e-4), abs=0.02)
@@ -86,7 +86,7 @@ def test_a_crop_stays_where_it_is():
 
 
 def test_a_lesion_outside_the_brain_is_refused(capsys):
-    with pytest.raises(InputError, match="wholly in the brain"):
+    with pytest.raises(InputError, match="not entirely inside the brain"):
         contrast_kept(
             case(), Flat(1.0), centre_mm=np.full(3, 50.0), sizes_mm=[8.0], contrasts=[1.0],
             n_samples=1, n_steps=2,

@@ -22,10 +22,10 @@ def test_mae_and_psnr_are_their_formulas(pair):
     image, truth, mask = pair
     unit = np.percentile(truth[mask > 0], 99)
     error = (image - truth)[mask > 0] / unit
-    figures = compare(image, truth, mask)
-    assert figures["mae"] == pytest.approx(np.abs(error).mean())
-    assert figures["psnr_db"] == pytest.approx(-20 * np.log10(error.std() + 0), abs=0.05)
-    assert figures["psnr_db"] == pytest.approx(-20 * np.log10(figures["rmse"]))
+    metrics = compare(image, truth, mask)
+    assert metrics["mae"] == pytest.approx(np.abs(error).mean())
+    assert metrics["psnr_db"] == pytest.approx(-20 * np.log10(error.std() + 0), abs=0.05)
+    assert metrics["psnr_db"] == pytest.approx(-20 * np.log10(metrics["rmse"]))
 
 
 def test_ssim_is_that_of_scikit_image(pair):
@@ -40,8 +40,8 @@ def test_ssim_is_that_of_scikit_image(pair):
         use_sample_covariance=False,
         full=True,
     )
-    # scikit-image reflects at the border of the array as we do; the mask's bounding box plus the
-    # filter's radius is all that the values inside depend on
+    # scikit-image reflects at the array's border as we do; the mask's bounding box plus the
+    # filter's radius contains all voxels on which the values inside depend
     assert compare(image, truth, mask)["ssim"] == pytest.approx(whole[mask > 0].mean(), abs=1e-9)
 
 
@@ -99,7 +99,9 @@ def test_bad_input_is_refused(pair):
 def test_the_error_by_depth_below_the_border():
     truth = np.ones((12, 12, 12))
     mask = np.zeros(truth.shape, bool)
-    mask[2:, 2:10, 2:10] = True  # 10 x 8 x 8 voxels; the end of the image is no border
+    mask[2:, 2:10, 2:10] = (
+        True  # 10 x 8 x 8 voxels; the end of the image does not count as a border
+    )
     image = truth.copy()
     image[2:, 2, 2:10] += 0.5  # one outermost layer
     found = by_depth(image, truth, mask, (1, 1, 1))

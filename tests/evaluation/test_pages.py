@@ -166,7 +166,7 @@ def coverage_record(participant, errors, *, choosing=False, sha256="ab" * 32):
 
 
 def lesion_record(participant, spacing, kept):
-    """Shares of +-30 % in spheres of 8 mm that are left."""
+    """Remaining shares of a contrast of +-30 % in spheres of 8 mm."""
     rows = [
         {"size_mm": 8.0, "contrast": c, "restored": share, "interpolated": 0.5,
          "sampler": "conditional"}
@@ -200,7 +200,7 @@ def test_the_own_error_is_of_the_validation_set(tmp_path):
     assert read_stamp(text, "coverage.md").participants == 1
     assert "estimated in 04." in text
     rows = [line for line in text.splitlines() if line.startswith("| 5 mm, 1 % |")]
-    assert [row.split("|")[3].strip() for row in rows] == ["0", "0.0500"]  # the largest tried
+    assert [row.split("|")[3].strip() for row in rows] == ["0", "0.0500"]  # the largest candidate
 
 
 @pytest.mark.parametrize("true", [0.0, 0.02])
@@ -213,7 +213,7 @@ def test_the_own_error_is_found_by_its_likelihood(true):
 
 
 def test_the_figures_of_the_reports_are_written_in_a_checkout(tmp_path):
-    """And the parts of other studies are left as they are."""
+    """The parts of other studies are unchanged."""
     measured = tmp_path / MEASURED
     measured.parent.mkdir(parents=True)
     lesions = {"prior_sha256": "cd" * 32, "how": "before", "rows": []}

@@ -46,7 +46,7 @@ def test_a_block_is_a_part_of_the_whole_and_its_rim_is_not_judged():
     edge = np.argwhere(block.judged)
     assert edge.min(0).tolist() == [7, 7, 8]
     assert edge.max(0).tolist() == [24, 24, 31]
-    # a voxel's place in MNI305 is that of the participant's own voxel
+    # a voxel's MNI305 position is that of the participant's voxel
     at = block.to_mni305 @ block.truth.grid.affine @ [0, 0, 0, 1]
     own = participant.to_mni305 @ [*(start - protocol.SURROUND_MM), 1]
     assert np.allclose(at, own)
@@ -83,7 +83,7 @@ def test_the_spread_of_tikhonov_is_that_of_its_gaussian():
     difference = np.diff(np.eye(20), axis=0)
     covariance = np.linalg.inv(weights.T @ weights / 0.01 + difference.T @ difference)
     assert np.allclose(sd**2 / sd[0] ** 2, np.diag(covariance) / covariance[0, 0])
-    assert sd[0] > sd[2]  # the end of the field of view is known least
+    assert sd[0] > sd[2]  # the error is largest at the end of the field of view
 
 
 def test_penalties_are_those_of_the_least_mean_error():
@@ -105,9 +105,9 @@ def test_a_record_holds_every_method(tmp_path):
     )
     json.dumps(record)
     assert list(record["methods"]) == list(protocol.METHODS)
-    figures = record["methods"]
-    assert figures["tv"]["psnr_db"] > figures["linear"]["psnr_db"]  # it knows the weights
-    for row in figures.values():
+    metrics = record["methods"]
+    assert metrics["tv"]["psnr_db"] > metrics["linear"]["psnr_db"]  # it is given the weights
+    for row in metrics.values():
         assert 0 < row["ssim"] < 1
         assert row["lpips"] is None
     assert record["sampler_used"] == "conditional"

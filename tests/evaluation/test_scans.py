@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole-scan evaluation: what it writes, what it asks of the command, what it makes of the result.
+"""Whole-scan evaluation: its data set, its calls of the command, and its use of the results.
 
-The command itself is replaced by one that knows the answer, so that a perfect restoration must
-come out perfect, on the right voxels, and a failing one must be reported.
+The command itself is replaced by one that writes the truth, so that a perfect restoration must
+be rated perfect, on the right voxels, and a failing one must be reported.
 """
 
 import csv
@@ -132,7 +132,7 @@ def test_a_missing_scan_is_a_usage_error(head, tmp_path, capsys):
 
 
 def test_a_failing_command_is_reported_with_its_last_words(tmp_path):
-    with pytest.raises(BrainpriorError, match=r"ended with 2(.|\n)*nowhere"):
+    with pytest.raises(BrainpriorError, match=r"exited with status 2(.|\n)*nowhere"):
         run_command(tmp_path / "nowhere", tmp_path / "out", [])
 
 

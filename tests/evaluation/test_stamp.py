@@ -60,7 +60,7 @@ def test_a_command_has_names_in_place_of_paths():
         (NEW, {}, ""),
         (OLD, {"a.md": OLD}, ""),
         (OLD, {}, f"a.md: made with weights {OLD}, but the shipped weights are {NEW}. "
-         f"Remake it with `{COMMAND}`, or list it in older.toml."),
+         f"Regenerate it with `{COMMAND}`, or list it in older.toml."),
         (OLD, {"a.md": "0" * 12}, f"but older.toml lists {'0' * 12}"),
         (NEW, {"a.md": OLD}, "Correct or remove its line"),
         (NEW, {"a.md": NEW}, "Correct or remove its line"),

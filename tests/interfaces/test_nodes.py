@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nodes on small files: what they leave, what they measure, how they fail."""
+"""Nodes on small files: their outputs, measurements and failures."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture
 def raw(source, tmp_path):
-    """A copy of it that a test may change."""
+    """A copy of it that a test can change."""
     return Path(shutil.copytree(source, tmp_path / "raw"))
 
 
@@ -87,7 +87,7 @@ def ellipsoid(grid: Grid) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def prior(tmp_path_factory):
-    """A prior that knows nothing but its spread: an untrained network, white errors."""
+    """A prior with an untrained network: zero mean, white errors of known SD."""
     torch.manual_seed(0)
     model = Precondition(UNet(channels=(8, 8), blocks=(1, 1), embedding=16), torch.full((8,), 0.5))
     path = tmp_path_factory.mktemp("prior") / "prior.safetensors"
@@ -112,7 +112,7 @@ def run(interface, folder: Path):
 
 @pytest.fixture(scope="module")
 def files(source, prior, tmp_path_factory):
-    """The files of every node before Write, the restoration really made; not to be changed."""
+    """The files of every node before Write, from a real restoration; they must not be changed."""
     folder = tmp_path_factory.mktemp("files")
     scan = source / "sub-01" / "ses-a" / "anat" / "sub-01_ses-a_FLAIR.nii.gz"
     conformed = run(Conform(in_file=str(scan), metadata={"SliceThickness": 4.0}), folder / "c")
@@ -299,7 +299,7 @@ def test_a_finished_scan_leaves_the_documented_files(files, raw, output_dir, tmp
 
 @pytest.fixture(scope="module")
 def on_template(files, tmp_path_factory):
-    """The restored brain registered to a small template: one iteration, no more than the files."""
+    """The restored brain registered to a small template, with one iteration, for its files."""
     home = tmp_path_factory.mktemp("templates")
     restored = nib.load(files["restored"])
     template = np.where(nib.load(files["mask"]).get_fdata() > 0, restored.get_fdata(), 0)
@@ -383,7 +383,7 @@ def test_masks_that_do_not_agree_on_the_template_are_warned_about(on_template):
     (record,) = TemplatesRecord.read(on_template.templates_json).templates
     assert disagreements([record]) == []
     (warning,) = disagreements([record, replace(record, agreement=0.5)])
-    assert f"that of {SPACE} agree badly after the registration (Dice 0.50" in warning
+    assert f"that of {SPACE} agree poorly after the registration (Dice 0.50" in warning
 
 
 def test_slice_gains_are_in_sidecar_provenance_and_verdict(files, raw, output_dir, tmp_path):
@@ -492,7 +492,7 @@ def test_a_predicted_uncertainty_says_so_and_what_regions_need(files, raw, outpu
     name = "sub-01/ses-a/anat/sub-01_ses-a_mod-FLAIR_desc-restored_uncertainty.json"
     side = json.loads((output_dir / name).read_text())
     assert side["UncertaintyFrom"] == "prior"
-    assert "as the prior predicts it" in side["Description"]
+    assert "predicted by the prior" in side["Description"]
     assert side["IntervalHalfWidths"] == {"50": 0.6745, "90": 1.6449}
     assert side["RegionalErrorStandardDeviation"] == pytest.approx(0.002 * facts["unit"])
 
@@ -531,7 +531,7 @@ def test_samples_and_residual_are_what_their_sidecars_say(files, raw, output_dir
 
 
 def test_an_inpainted_scan_is_the_scan_outside_the_mask(files, raw, output_dir, prior, tmp_path):
-    """Bit for bit, in the order of axes of the file; and it replaces nothing of another task."""
+    """Bit for bit, in the file's order of axes; no file of another task is replaced."""
     run(writer(files, raw, output_dir), tmp_path / "w0")
     before = {path: sha256_file(output_dir / path) for path in tree(output_dir)}
     scan = nib.load(files["scan"])
@@ -610,7 +610,7 @@ def test_an_inpainted_scan_is_the_scan_outside_the_mask(files, raw, output_dir, 
 
 
 def test_another_tools_image_and_its_trust(files, raw, output_dir, prior, tmp_path):
-    """On a grid and in a unit of its own; a map must lie on the grid of the image."""
+    """On its own grid and in its own unit; a map must be on the grid of the image."""
     scan = nib.load(files["scan"])
     # flipped, a voxel less on each side, and 3 times as bright as the scan
     other = scan.slicer[1:-1, 1:-1, 1:-1].as_reoriented([[0, -1], [1, 1], [2, 1]])
@@ -652,12 +652,12 @@ def test_another_tools_image_and_its_trust(files, raw, output_dir, prior, tmp_pa
     result = json.loads(Path(mapped.restore_json).read_text())["noise_sd_initial"]
     assert result == pytest.approx(0.07)
     nib.save(sd.slicer[1:], tmp_path / "cut.nii.gz")
-    with pytest.raises(GeometryError, match="does not lie on the grid"):
+    with pytest.raises(GeometryError, match="is not on the grid"):
         refined("cut", trust_map=str(tmp_path / "cut.nii.gz"))
 
 
 def test_the_whole_head_on_the_scans_own_voxels(files, raw, prior, output_dir, tmp_path):
-    """Bit for bit the scan outside, and inside as far from it as the noise goes."""
+    """Outside, the scan bit for bit; inside, the difference is that of the noise."""
     restored = run(
         Restore(
             in_file=files["scan"],
@@ -682,7 +682,7 @@ def test_the_whole_head_on_the_scans_own_voxels(files, raw, prior, output_dir, t
     scan = nib.load(raw / "sub-01" / "ses-a" / "anat" / "sub-01_ses-a_FLAIR.nii.gz")
     assert output.shape == scan.shape
     np.testing.assert_array_equal(output.affine, scan.affine)
-    new = {"datatype", "bitpix", "scl_slope", "scl_inter"}  # what describes the values
+    new = {"datatype", "bitpix", "scl_slope", "scl_inter"}  # fields that describe the values
     for key in set(scan.header) - new:
         np.testing.assert_array_equal(output.header[key], scan.header[key], key)
     canonical = nib.as_closest_canonical(output)
@@ -754,7 +754,7 @@ def test_the_validator_finds_no_error(files, raw, output_dir, tmp_path):
     command = find_validator()
     assert validate(output_dir, command=command) == []
     (output_dir / "sub-01" / "ses-a" / "anat" / "nonsense.nii.gz").touch()
-    assert validate(output_dir, command=command)  # it does look
+    assert validate(output_dir, command=command)  # it does check
 
 
 @pytest.mark.skipif(find_validator() is None, reason="bids-validator-deno is not installed")
@@ -769,7 +769,7 @@ def test_only_the_requested_part_is_validated(raw, tmp_path):
     scans = find_scans(settings)
     assert validate_scans(raw, scans, command=find_validator(), scratch=tmp_path) == []
     assert validate(raw, command=find_validator())
-    # at the root: sidecars and tables of images that are not asked for, and what is to be ignored
+    # at the root: sidecars and tables of images that are not requested, and ignored files
     for name in ("task-rest_bold.json", "FLAIR.json", "task-rest_events.json"):
         (raw / name).write_text("{}")
     (raw / "task-rest_events.tsv").write_text("onset\tduration\n1\t2\n")
@@ -780,7 +780,7 @@ def test_only_the_requested_part_is_validated(raw, tmp_path):
     (raw / ".bidsignore").write_text("notes.xyz\n*_CT.nii.gz\n")
     assert validate_scans(raw, scans, command=find_validator(), scratch=tmp_path) == []
     alone = ignored.with_name("sub-01_ses-a_acq-gone_T1w.json")
-    alone.write_text("{}")  # beside the scans it is an error
+    alone.write_text("{}")  # next to the scans it is an error
     (issue,) = validate_scans(raw, scans, command=find_validator(), scratch=tmp_path)
     assert issue.code == "SIDECAR_WITHOUT_DATAFILE"
     assert issue.location.endswith(alone.name)
@@ -852,7 +852,7 @@ def test_the_meter_sees_memory_that_is_gone_again():
     with meter:
         begun = time.monotonic()
         block = np.ones(60 * 2**20, np.uint8)
-        while meter._peak - meter._baseline < 55 * 2**20:  # until its thread has looked
+        while meter._peak - meter._baseline < 55 * 2**20:  # until its thread has measured
             time.sleep(0.01)
         del block
         inside = time.monotonic() - begun
@@ -862,7 +862,7 @@ def test_the_meter_sees_memory_that_is_gone_again():
 
 
 def test_the_links_of_earlier_runs_stay(raw, output_dir, tmp_path):
-    """Their sidecars name files by them."""
+    """Their sidecars contain names of files with these links."""
     for tool in ("one", "two"):
         given = {tool: str(tmp_path / tool)}
         write_dataset_files(output_dir, bids_dir=raw, raw={}, derivatives=given)
@@ -872,7 +872,7 @@ def test_the_links_of_earlier_runs_stay(raw, output_dir, tmp_path):
 
 
 def test_a_foreign_data_set_is_not_written_into(raw, tmp_path):
-    with pytest.raises(UsageError, match="did not make"):
+    with pytest.raises(UsageError, match="did not write"):
         check_output(raw)
     locked = tmp_path / "file"
     locked.write_text("")

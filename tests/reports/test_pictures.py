@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pictures of a scan: left is left, whatever the storage; coordinates; size; contents."""
+"""The pictures of a scan: left is left for every storage order; coordinates; size; contents."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ FOUND = (-15.0, -10.0, 22.0)
 
 
 def head(grid, rotation):
-    """Brain, marks and mask of a synthetic head that is turned with the scan's axes.
+    """Brain, marks and mask of a synthetic head that is rotated with the scan's axes.
 
     Returns (image, mask); the marks are 3 times as bright as the brain.
     """
@@ -63,7 +63,7 @@ def stored(image, grid, codes):
 
 
 def node_files(folder, *, codes="RAS", angles=(0, 0, 0), spacing=(2.0, 2.0, 5.0)):
-    """Files as the nodes leave them, of a synthetic head."""
+    """Files of a synthetic head, as the nodes write them."""
     folder.mkdir(parents=True, exist_ok=True)
     rotation = Rotation.from_euler("xyz", angles, degrees=True).as_matrix()
     shape = tuple(int(np.ceil(112 / s)) for s in spacing)
@@ -168,7 +168,7 @@ def centre_of_mark(picture):
 def marks_of_axial(picture, left_of=0.4):
     """Row of the front mark and column of the left mark, as shares, in an axial section.
 
-    The left mark lies left of ``left_of``, the front mark right of it.
+    The left mark is left of ``left_of``, the front mark right of it.
     """
     pixels = np.asarray(picture.convert("L"), float)
     rows, columns = np.nonzero(pixels > 0.9 * pixels.max())
@@ -338,7 +338,7 @@ def test_the_filled_scan_is_shown_through_the_middle_of_the_lesion(tmp_path):
 
 
 def test_tissues_are_measured_on_each_images_own_voxels(tmp_path):
-    """In the scan through its bias field and without the lesion; not in a scan filled in."""
+    """In the scan divided by its bias field, without the lesion; not in an inpainted scan."""
     files = node_files(tmp_path)
     scan, restored = nb.load(files["scan"]), nb.load(files["restored"])
     noise = np.random.default_rng(0).normal(0, 2, scan.shape).astype(np.float32)
@@ -428,7 +428,7 @@ def test_the_same_files_make_the_same_bytes(tmp_path, drawn):
 
 
 def test_structures_keep_their_sides(drawn):
-    """The left half's colour is the brighter one and lies on the left."""
+    """The left half has the brighter colour and is on the left."""
     overlay = images(drawn["structures"])[1][1]  # axial, over its grey picture
     rgb = np.asarray(overlay.convert("RGBA")).astype(int)
     shown = rgb[..., 3] > 0
@@ -499,7 +499,7 @@ def viewers(tmp_path_factory, reference):
 
 
 def mosaics(page):
-    """Grey values and opacity: of the result, and of the layer above it."""
+    """Grey values and opacity of the result and of the layer above it."""
     result = re.findall(r'src="data:image/png;base64,([^"]+)"', page.read_text(encoding="utf-8"))
     pictures = [Image.open(io.BytesIO(base64.b64decode(content))) for content in result]
     return [np.asarray(picture.convert("LA"), float) for picture in (pictures[0], pictures[-1])]
@@ -515,7 +515,7 @@ def test_the_pages_need_no_network(viewers):
 
 
 def test_input_result_and_uncertainty_lie_over_one_another(viewers):
-    """Bright and coloured pixels of each layer are as many as the voxels that they stand for."""
+    """The numbers of bright and coloured pixels of each layer match the numbers of voxels."""
     files, pages = viewers
     restored = nb.load(files["restored"]).get_fdata()
     mask = nb.load(files["mask"]).get_fdata() > 0.5

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report of a subject: links resolve, nothing comes from the network, errors are shown."""
+"""The report of a subject: links resolve, nothing is loaded from the network, errors are shown."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ def test_every_picture_has_a_text_for_those_who_do_not_see_it(output_dir):
 
 
 def test_a_picture_describes_itself_and_the_flicker_has_states(tmp_path):
-    """The numbers that the picture shows are in its alternative text; links keep one state."""
+    """The numbers in the picture are in its alternative text; links keep one state."""
     store(tmp_path, summary("sub-01_T1w"))
     folder = tmp_path / "sub-01" / "figures"
     folder.mkdir(parents=True)
@@ -445,13 +445,13 @@ def test_the_caution_about_lesions_is_in_the_summary(output_dir):
 
 
 def test_what_was_measured_of_the_prior_is_said_of_it_alone(tmp_path):
-    """A contrast, sampler or task beyond the measurement is named; other weights: no figures."""
+    """Unmeasured contrasts, samplers and tasks are named; other weights have no values."""
     held = json.loads((files("brainprior_bids") / "data" / "measured.json").read_text())
     said = {
-        "coverage": "50 and 90 % intervals of a mean that contained",
+        "coverage": "50 and 90 % intervals of a regional mean that contained",
         "lesions": "lesion&#39;s contrast that a restored",
     }
-    for study, words in said.items():  # each part has its own weights
+    for study, words in said.items():  # each part records its weights
         weights = {"sha256": held[study]["prior_sha256"]}
         restore = {"prior": weights, "contrast": "T1w", "sampler": "conditional"}
         store(tmp_path, summary("sub-2_T1w", facts={"restore": restore}))
@@ -509,7 +509,7 @@ def test_provenance_is_read_from_the_records(tmp_path, old):
     )
     env = soft.replace("soft", "env")
     packages = {"torch": "2.13.0"}
-    if old:  # in the earlier form
+    if old:  # as written by earlier versions
         write_json(tmp_path / soft, {"Software": [{"Python": "3.11.7", "Packages": packages}]})
         write_json(tmp_path / env, {"Environments": [{"Label": "machine"}]})
     else:

@@ -19,7 +19,7 @@ from nipype.pipeline import engine as pe
 
 from brainprior_bids.cli.run import main
 from brainprior_bids.engine.errors import UsageError
-from brainprior_bids.run.cluster import LOST, REFUSED, _last_words, make_batch_plugin
+from brainprior_bids.run.cluster import LOST, REFUSED, _last_line, make_batch_plugin
 from brainprior_bids.run.plugin_file import BATCH, STEPS, read_plugin_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,7 +120,7 @@ def test_every_node_has_its_whole_line(tmp_path, scheduler):
 
 @pytest.mark.parametrize("name", ["sge", "pbs"])
 def test_restore_goes_to_the_gpu_queue_alone(tmp_path, monkeypatch, name):
-    """As the ready files have it; to Grid Engine two queues mean either."""
+    """As in the plugin files of docs/cluster; Grid Engine would use either of two queues."""
     monkeypatch.setenv("LOGNAME", "somebody")
     (tmp_path / "qstat").write_text("#!/bin/sh\necho '<all><job_info/></all>'\n")
     (tmp_path / "qstat").chmod(0o755)
@@ -158,19 +158,19 @@ def test_a_lost_and_a_refused_job_leave_the_others_alone(tmp_path, scheduler):
     assert (tmp_path / "fine.done").exists()
     messages = {path.read_text() for path in (tmp_path / "crash").glob("*.txt")}
     assert len(messages) == 2
-    assert any(f"{LOST} It last said: slurmstepd: error: Exceeded" in text for text in messages)
+    assert any(f"{LOST} Its last output: slurmstepd: error: Exceeded" in text for text in messages)
     assert any(REFUSED in text and "Invalid partition" in text for text in messages)
 
 
 @pytest.mark.parametrize("name", ["slurm-7.out", "n4.sub_01_T2w_wf.brainprior_wf.me.e7"])
 def test_what_a_lost_job_wrote_is_quoted(tmp_path, name):
-    """As Slurm and Grid Engine call its file; job 17 is another's."""
+    """With the file names of Slurm and Grid Engine; job 17 belongs to another step."""
     batch = tmp_path / "wf" / "batch"
     batch.mkdir(parents=True)
     (batch / name.replace("7", "17")).write_text("not this\n")
     (batch / name).write_text("loading\nout of memory\n\n")
     folder = str(tmp_path / "wf" / "scan" / "n4")
-    assert _last_words(folder, 7) == "It last said: out of memory"
+    assert _last_line(folder, 7) == "Its last output: out of memory"
 
 
 def test_a_graph_of_jobs_is_waited_for(tmp_path, scheduler):
@@ -221,7 +221,7 @@ def test_a_file_that_cannot_be_used_says_why(tmp_path, text, said):
 
 
 def test_a_scheduler_that_is_not_here_is_said_at_the_start(tmp_path, raw, monkeypatch, capsys):
-    """As in a container: no output folder, no scan that waits for ever."""
+    """As in a container: no output folder, and no scan that waits forever."""
     monkeypatch.setenv("PATH", str(tmp_path))
     file = str(ROOT / "docs" / "cluster" / "slurm.yml")
     line = [str(raw), str(tmp_path / "out"), "participant", "--nipype-plugin-file", file]
@@ -311,8 +311,8 @@ def test_a_scan_that_no_task_began_has_failed_and_has_its_report(tmp_path, raw, 
     assert "no scan is done" in capsys.readouterr().err
     rows = (out / "logs" / "status.tsv").read_text().splitlines()[1:]
     assert [row.split("\t")[2] for row in rows] == ["failed", "failed"]
-    assert all("job 7 ended before this scan was begun" in row for row in rows)
-    assert "was begun" in (out / "sub-01.html").read_text()
+    assert all("job 7 ended before this scan was started" in row for row in rows)
+    assert "was started" in (out / "sub-01.html").read_text()
     assert not (out / "sub-02.html").exists()
 
 
@@ -337,7 +337,7 @@ def test_the_script_is_refused_for_what_a_task_would_be(tmp_path, raw, extra, sa
 
 
 def test_folders_with_spaces_are_quoted_as_sbatch_reads_them(tmp_path, raw, monkeypatch, capsys):
-    """sbatch 22.05 says of these lines: Found in script, argument "--output=… my out/…"."""
+    """sbatch 22.05 reports for these lines: Found in script, argument "--output=… my out/…"."""
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "my out"
     assert main(["slurm-script", str(raw), str(out), "participant"]) == 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contrasts of a session, from finished results: what is written, kept and removed."""
+"""Alignment of a session's contrasts, from finished results: written, kept and removed files."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def settings(tmp_path):
 
 
 def left(root: Path) -> dict[str, int]:
-    """What an alignment may write: path -> time of its last change."""
+    """The files that an alignment can write: path -> time of the last change."""
     result = [*root.glob("sub-01/anat/*xfm*"), *root.glob("sub-01/anat/*space-T1w*")]
     return {str(path.relative_to(root)): path.stat().st_mtime_ns for path in result}
 
@@ -107,7 +107,7 @@ def test_transforms_and_images_on_the_t1w(settings):
         f"{ANAT}_space-T1w_desc-structuresT2w_dseg.tsv",
     ]
     assert sorted(left(root)) == sorted(names)
-    # ITK, with the file, puts the T2w where our image is
+    # with the file, ITK maps the T2w to the position of our image
     t1w = sitk.ReadImage(str(root / f"{ANAT}_desc-restored_T1w.nii.gz"), sitk.sitkFloat32)
     t2w = sitk.ReadImage(str(root / f"{ANAT}_desc-restored_T2w.nii.gz"), sitk.sitkFloat32)
     moved = sitk.Resample(t2w, t1w, sitk.ReadTransform(str(root / FORWARD)), sitk.sitkBSpline)
@@ -212,7 +212,7 @@ def test_an_unreadable_image_stops_nothing(settings, told):
 
 @pytest.fixture
 def with_template(settings, tmp_path, monkeypatch):
-    """The T1w has a transform to a template that lies 4 mm to its right."""
+    """The T1w has a transform to a template that is shifted by 4 mm to the right."""
     home = tmp_path / "templates"
     monkeypatch.setenv("TEMPLATEFLOW_HOME", str(home))
     write_template(home, np.ones(SHAPE), GRID.affine)

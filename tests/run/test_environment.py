@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the command sets around itself, and what it does without a home folder."""
+"""The environment that the command sets, and its behaviour without a home folder."""
 
 from __future__ import annotations
 

@@ -17,22 +17,22 @@ from brainprior_bids.run.interrupt import SIGNALS, check, interruptible
 def test_an_interrupt_that_was_swallowed_is_raised_again(number, capfd):
     before = [signal.getsignal(one) for one in SIGNALS]
     with interruptible():
-        check()  # nothing came yet
+        check()  # no signal yet
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), number)
         with pytest.raises(KeyboardInterrupt):
             check()
-        os.kill(os.getpid(), signal.SIGINT)  # again: it does not break the end off
+        os.kill(os.getpid(), signal.SIGINT)  # again: it does not interrupt the end
         os.kill(os.getpid(), signal.SIGTERM)
     assert capfd.readouterr().err.count("brainprior: stopping") == 2
     assert [signal.getsignal(one) for one in SIGNALS] == before
     with interruptible():
-        check()  # a new block begins anew
+        check()  # a new block starts afresh
 
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_the_imports_can_be_interrupted(number):
-    """Python names each module when it has been imported: torch's own come in their middle."""
+    """Python prints each module after its import: torch's modules are in the middle."""
     words = ("none", "out", "participant")
     process = subprocess.Popen(
         [sys.executable, "-X", "importtime", "-m", "brainprior_bids", *words],

@@ -77,7 +77,7 @@ def test_status_and_report_change_as_scans_finish(settings, jobs):
     live.refresh()
     assert states(settings)["sub-01_T2w"] == "failed"
     assert "it is broken" in (settings.output_dir / "sub-01.html").read_text()
-    # of the last one the end of the run tells, which rebuilds everything
+    # the last one is reported at the end of the run, which rebuilds everything
     write_summary(settings.output_dir, done("sub-02_T1w"))
     live.refresh()
     assert states(settings)["sub-02_T1w"] == "running"

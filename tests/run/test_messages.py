@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the errors of the command tell its users, read from its source.
+"""The error messages of the command, read from its source.
 
 Every error that ``run`` and ``cli`` raise with a text of their own has advice in it: what was
-expected, or what to do. What only hands another error's text on is not looked at here.
+expected, or what to do. Errors that only pass on another error's text are not checked here.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ADVICE = re.compile(
 
 
 def words(call):
-    """The literal text of a call's arguments; None where there is none to speak of."""
+    """The literal text of a call's arguments; None if there is too little of it."""
     parts = [
         node.value
         for argument in [*call.args, *(k.value for k in call.keywords if k.arg != "type")]

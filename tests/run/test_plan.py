@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The time that ``--dry-run`` predicts, and what it says of the machine."""
+"""The time that ``--dry-run`` predicts, and its message about the machine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def settings(tmp_path):
 
 
 def test_a_brain_counts_not_the_whole_field_of_view(settings, monkeypatch, capsys):
-    monkeypatch.setattr(plan, "seconds_a_voxel", lambda settings: 1e-6)
+    monkeypatch.setattr(plan, "seconds_per_voxel", lambda settings: 1e-6)
     plan.print_plan(find_scans(settings), settings)
     lines = capsys.readouterr().out.splitlines()
     times = [line.split("(")[1] for line in lines if line.startswith("  about ")]
@@ -76,7 +76,7 @@ def test_a_short_time_has_a_decimal():
     [
         ({}, 0, "prior"),
         ({"sampler": "mean", "n_samples": 1}, 0, "prior"),
-        ({}, 2, "samples"),  # fused: the network did not learn it
+        ({}, 2, "samples"),  # fused: the network does not predict it
         ({"task": "restore+refine"}, 0, "samples"),
         ({"task": "inpaint"}, 0, "samples"),
         ({"sampler": "exact"}, 0, "samples"),

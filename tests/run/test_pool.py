@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A worker that is killed neither hangs the run nor takes other nodes with it."""
+"""A killed worker neither hangs the run nor makes other nodes fail."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from brainprior_bids.records import FULL_DISK
 from brainprior_bids.run.failures import KILLED_WORKER
 from brainprior_bids.run.pool import KILLED, SurvivingPool
 
-# Jobs here wait for each other: what is scheduled wrongly ends at this limit. With twice as many
+# Jobs here wait for each other: wrongly scheduled ones end at this limit. With twice as many
 # busy programs as cores a test took 14 s.
 pytestmark = pytest.mark.timeout(300)
 
 
 def die_once(folder, value):
-    """Killed in its first run, once the node beside it has begun."""
+    """Killed in its first run, after the other node has started."""
     import os
     import signal
     import time
@@ -53,7 +53,7 @@ def die(folder, value):
 
 
 def unfinished(folder, value):
-    """Ends only when it is run again: the loss of its pool must interrupt the first run."""
+    """Ends only in its second run: the loss of its pool must interrupt the first."""
     import threading
     from pathlib import Path
 
@@ -159,7 +159,7 @@ def fill(value):
 
 @pytest.mark.parametrize("crash_dir", ["crash", "a file/crash"])
 def test_a_full_disk_is_recorded_without_any_file(tmp_path, crash_dir):
-    """And where the crash file cannot be written, the other nodes are run all the same."""
+    """If the crash file cannot be written, the other nodes are run nevertheless."""
     (tmp_path / "a file").touch()
     nodes = [node(fill, "full", ["value"], value=1), node(instant, "later", ["value"], value=2)]
     with pytest.raises(RuntimeError):
@@ -240,7 +240,7 @@ def most_at_once(events):
 
 @pytest.mark.parametrize("slots", [1, 3])
 def test_so_many_restorations_at_once_as_the_gpu_has_slots(tmp_path, slots):
-    """By what the scheduler starts and sees end, not by the clock."""
+    """From the scheduler's events, not by the clock."""
     nodes = [pe.Node(Gpu(), name=f"restore{number}") for number in range(3)]
     workflow = pe.Workflow(name="wf", base_dir=str(tmp_path))
     workflow.add_nodes(nodes)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is looked at before the first step."""
+"""Checks before the first step."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_the_scans_of_a_running_process_are_not_cleaned_away(tmp_path, beside, t
         assert not (tmp_path / "brainprior_wf" / "sub_02_T1w_wf").exists()
         assert (tmp_path / "home").is_dir()  # its temporary files
         assert "another process uses" in told.text
-        assert claims.refused == []  # nothing was asked for
+        assert claims.refused == []  # nothing was requested
     beside.kill()
     beside.communicate()
     with Claims([tmp_path]) as claims:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is said while a run goes on, and what --resource-monitor writes."""
+"""Messages during a run, and the table of --resource-monitor."""
 
 from __future__ import annotations
 
@@ -99,7 +99,9 @@ def test_the_line_shows_on_a_real_terminal_of_unknown_width_too(tmp_path, monkey
             messages(node("conform"), "start")
             messages.refresh()
     shown = b""
-    with suppress(OSError):  # Linux says so when all is read that was written before the close
+    with suppress(
+        OSError
+    ):  # raised by Linux after everything that was written before the close has been read
         while chunk := os.read(leader, 10_000):
             shown += chunk
     os.close(leader)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deriving the MNI305 centroids: transforms there and back, averages, a known registration."""
+"""Deriving the MNI305 centroids: transforms and their inverses, averages, a known registration."""
 
 import numpy as np
 import pytest

@@ -69,7 +69,7 @@ def agree(one, two, key):
     one, two = (torch.load(path, weights_only=True)[key] for path in (one, two))
     assert one.keys() == two.keys()
     for name, a in one.items():
-        # Muon brings every update to one size: three steps of up to 1.5e-3 move a weight by 1e-3
+        # Muon gives every update the same size: three steps of up to 1.5e-3 move a weight by 1e-3
         assert torch.allclose(a, two[name], rtol=1e-4, atol=3e-6), name
 
 

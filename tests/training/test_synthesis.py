@@ -114,7 +114,7 @@ def test_without_deformation_the_target_is_the_label_map(toy_head):
 
 
 def test_flips_exchange_the_labels(toy_head):
-    """In half of the draws the map is mirrored; left must stay on the left all the same."""
+    """In half of the draws the map is mirrored; left must nevertheless stay on the left."""
     synthesiser = HeadSynthesiser([HeadMap.from_labels(toy_head)], shape=(32, 32, 32))
     settings = HeadSettings("T1w", 2.0, damage=False)
     for seed in range(6):

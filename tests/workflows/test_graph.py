@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The graph that is built, and the tree that it announces."""
+"""The graph of a run, and the files that --dry-run lists."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def by_step(workflow):
 
 
 def test_a_dry_run_announces_the_golden_tree(raw, tmp_path):
-    """With what each scan is taken for; of a scan that its header rules out, why."""
+    """With the interpretation of each scan, and the reason if its header cannot be used."""
     series = raw / "sub-02" / "ses-b" / "anat" / "sub-02_ses-b_T2w.nii.gz"
     nib.save(nib.Nifti1Image(np.zeros((9, 8, 7, 2), "uint8"), np.diag([1, 1, 4, 1])), series)
     given = [str(raw), str(tmp_path / "out"), "participant", "--dry-run", "--device", "cpu"]
@@ -176,7 +176,7 @@ def sources_of(workflow, step):
     [*((task, False) for task in TASKS), *((task, True) for task in TASKS if task != "refine")],
 )
 def test_every_combination_of_tasks_has_its_graph(raw, tmp_path, task, fused):
-    """Inpainting masks N4 and the alignment; another tool's image alone stands for the scan."""
+    """Inpainting masks N4 and the alignment; another tool's image alone replaces the scan."""
     file = tmp_path / "file.nii"
     file.touch()
     settings = Settings(
@@ -202,7 +202,7 @@ def test_every_combination_of_tasks_has_its_graph(raw, tmp_path, task, fused):
     assert (restore.trust == 0.1) == ("refine" in words)
     recorded = steps["write"][0].inputs.given
     assert {role: recorded[role]["uri"] for role in given} == {r: g.uri for r, g in given.items()}
-    if task != "refine":  # nothing hidden is measured, for the bias field as for the likelihood
+    if task != "refine":  # hidden voxels are excluded from the bias field and from the likelihood
         masked = ("lesion", "measured") if "inpaint" in words else ("parcellate", "mask_scan")
         assert sources_of(workflow, "n4")["mask_scan"] == masked
     links = sources_of(workflow, "restore")

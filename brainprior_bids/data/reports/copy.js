@@ -1,5 +1,5 @@
 for (const button of document.querySelectorAll("button[data-copy]")) {
-  const source = document.getElementById(button.dataset.copy), said = button.nextElementSibling;
+  const source = document.getElementById(button.dataset.copy), status = button.nextElementSibling;
   const plain = element => element.textContent.replace(/\s+/g, " ").trim();
   button.hidden = false;
   button.onclick = async () => {
@@ -12,11 +12,11 @@ for (const button of document.querySelectorAll("button[data-copy]")) {
       const area = document.body.appendChild(document.createElement("textarea"));
       area.value = text;
       area.select();
-      const done = document.execCommand("copy");
+      const copied = document.execCommand("copy");
       area.remove();
-      said.textContent = done ? "Copied." : "The browser refused: select the text and copy it.";
+      status.textContent = copied ? "Copied." : "The browser refused: select the text and copy it.";
       return;
     }
-    said.textContent = "Copied.";
+    status.textContent = "Copied.";
   };
 }

@@ -3,8 +3,8 @@ const storage = (() => {
 })();
 for (const form of document.querySelectorAll("form.rating")) {
   const { scan, source, sha256, fingerprint, version } = form.dataset;
-  const key = `brainprior rating ${scan} ${fingerprint}`, said = form.querySelector("[role=status]");
-  const entered = () => {
+  const key = `brainprior rating ${scan} ${fingerprint}`, status = form.querySelector("[role=status]");
+  const entries = () => {
     const data = new FormData(form);
     return {
       rating: data.get("rating"), artefacts: data.getAll("artefacts"),
@@ -12,13 +12,13 @@ for (const form of document.querySelectorAll("form.rating")) {
     };
   };
   const remember = () => {
-    const values = entered();
-    said.textContent = "";
+    const values = entries();
+    status.textContent = "";
     try {
       storage.setItem(key, JSON.stringify(values));
       storage.setItem("brainprior rater", values.rater);
     } catch {
-      said.textContent = "This browser does not remember the rating: save it.";
+      status.textContent = "This browser does not remember the rating: save it.";
     }
   };
   const before = JSON.parse(storage?.getItem(key) ?? "{}");
@@ -30,12 +30,12 @@ for (const form of document.querySelectorAll("form.rating")) {
   form.oninput = remember;
   form.onreset = () => {
     storage?.removeItem(key);
-    said.textContent = "Cleared.";
+    status.textContent = "Cleared.";
   };
   form.onsubmit = event => {
     event.preventDefault();
     const record = {
-      scan, source, source_sha256: sha256, fingerprint, version, ...entered(),
+      scan, source, source_sha256: sha256, fingerprint, version, ...entries(),
       rated_at: new Date().toISOString(),
     };
     const blob = new Blob([JSON.stringify(record, null, 2), "\n"], { type: "application/json" });
@@ -44,6 +44,6 @@ for (const form of document.querySelectorAll("form.rating")) {
     link.download = `${scan}_rating.json`;
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 60000);
-    said.textContent = `Saved as ${link.download}, where this browser puts downloads.`;
+    status.textContent = `Saved as ${link.download}, where this browser puts downloads.`;
   };
 }

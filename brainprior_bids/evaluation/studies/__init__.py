@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The studies of ``brainprior evaluate``, one module each; a module is imported once needed."""
+"""The studies of ``brainprior evaluate``, one module each; modules are imported when needed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STUDIES = (
     "restoration", "low-field", "ablation", "segmentation", "coverage", "hallucination", "lesions",
     "inpaint", "fuse", "refine",
 )  # fmt: skip
-"""In the order of their tables."""
+"""Names, in the order of the tables."""
 
 
 def find(name: str) -> Study:

@@ -91,8 +91,8 @@ def table(records: Sequence[Record], _: Sequence[Record]) -> list[str]:
 
 
 def _plain(group: Sequence[Record], method: str) -> str:
-    figures = (("mae", 4), ("psnr_db", 2), ("ssim", 3))
-    return " | ".join(mean_sd(values_of(group, method, k), d) for k, d in figures) + " | | | | |"
+    metrics = (("mae", 4), ("psnr_db", 2), ("ssim", 3))
+    return " | ".join(mean_sd(values_of(group, method, k), d) for k, d in metrics) + " | | | | |"
 
 
 STUDY = Study("ablation", cases, measure, table, defaults={"n_samples": 4}, tuned=True)

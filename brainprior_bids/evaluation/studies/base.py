@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a study of ``brainprior evaluate`` is: its cases, the work on one case, and its table."""
+"""The parts of a study of ``brainprior evaluate``: cases, the work on one case, and the table."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Source:
     synthetic : bool
         The brain is synthesised from the label map.
     choosing : bool
-        Of the validation set, which has no row in a table.
+        Whether it belongs to the validation set, which has no row in a table.
     """
 
     path: str
@@ -40,7 +40,7 @@ class Source:
 
     @property
     def stem(self) -> str:
-        """Of the names of its files."""
+        """Stem of the names of its files."""
         return f"{self.name}_{self.contrast}"
 
 
@@ -55,7 +55,7 @@ class Settings(Protocol):
 
 @dataclass(frozen=True)
 class Bench:
-    """What the work on a case is given beside participant and settings.
+    """Inputs of the work on a case, besides participant and settings.
 
     Attributes
     ----------
@@ -64,12 +64,12 @@ class Bench:
     device : str
         ``cpu`` or ``cuda[:N]``.
     folder : Path
-        For this case alone. It is kept until the record is complete, so that commands which ran
-        in it are not run again.
+        Folder of this case alone. It is kept until the record is complete, so that commands that
+        finished in it are not repeated.
     penalties : Mapping
-        Of the classical methods, as ``protocol.choose`` gives them.
+        Penalties of the classical methods, from ``protocol.choose``.
     own_labels : bool
-        Whether the participant's structures are true ones, a label map's.
+        Whether the participant's structures are the true ones, from a label map.
     picture : Path, optional
         PNG to draw.
     """
@@ -82,7 +82,7 @@ class Bench:
     picture: Path | None = None
 
     def load_prior(self) -> Prior:
-        """The prior, loaded once in a process."""
+        """The prior, loaded once per process."""
         return _prior(self.prior, self.device)
 
 
@@ -93,7 +93,7 @@ def _prior(path: Path, device: str) -> Prior:
 
 @cache
 def parcellation() -> ParcellationNetwork:
-    """The embedded network, loaded once in a process."""
+    """The embedded network, loaded once per process."""
     return load_parcellation()
 
 
@@ -104,7 +104,7 @@ class Study:
     Attributes
     ----------
     name : str
-        Of the table's file, and for ``--study``.
+        Name of the table's file, and value of ``--study``.
     cases : function
         Options (see ``options``) and sources -> (source, settings) of each case.
     measure : function
@@ -112,7 +112,7 @@ class Study:
     table : function
         Records of the test set and of the validation set -> lines of Markdown.
     defaults, quick : Mapping
-        Options that the command line leaves open (None): values, and those of ``--quick``.
+        Values of options that are not set (None) on the command line, and those for ``--quick``.
     tuned : bool
         Whether the cases need the penalties of the classical methods; their settings are then
         ``protocol.Condition``.
@@ -130,7 +130,7 @@ class Study:
     measured: Callable[[Sequence[Record], Sequence[Record]], dict[str, Any]] | None = None
 
     def options(self, args: Namespace) -> Namespace:
-        """The command line's options, those left open replaced by the study's own."""
+        """The command line's options, with the study's own values for those that are not set."""
         filled = vars(args).copy()
         for values in (self.quick if args.quick else {}, self.defaults):
             for key, value in values.items():
@@ -149,5 +149,5 @@ def of_test_set(sources: Sequence[Source], contrast: str | None = None) -> list[
 
 
 def number_of(name: str) -> int:
-    """A participant's number, for seeds; a label that is none is read as bytes."""
+    """A participant's number, for seeds; a label that is not a number is read as bytes."""
     return int(name) if name.isdecimal() else int.from_bytes(name.encode(), "big")

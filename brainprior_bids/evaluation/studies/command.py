@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""For studies of the whole command: degraded scans as BIDS data sets, and results read back."""
+"""Studies of the whole command: write degraded scans as BIDS data sets, and read the results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from brainprior_bids.records import RestoreRecord
 SCANNER_UNIT = 500.0
 """Scanner value of the brain's 99th percentile in the simulated scans."""
 MARGIN = 14
-"""Voxels of nothing around a brain, at least."""
+"""Smallest number of empty voxels around a brain."""
 
 Image = NDArray[np.float32]
 Rows = dict[str, dict[str, float]]
@@ -33,18 +33,18 @@ Rows = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class CommandSettings:
-    """What all studies of the whole command have.
+    """Settings shared by all studies of the whole command.
 
     Attributes
     ----------
     spacing_mm, noise_sd : float
-        Of the scan; the brain's 99th percentile is 1.
+        Slice spacing and noise of the scan; the brain's 99th percentile is 1.
     n_samples, seed : int
-        Of the command.
+        Options of the command.
     slab_mm : int or None
-        Only the middle of the brain along k.
+        Height of a slab in the middle of the brain, along k; None: the whole brain.
     sloppy : bool
-        Three network calls: to try a study, not to measure anything.
+        Three network calls per sample, to test a study.
     """
 
     spacing_mm: float
@@ -56,16 +56,16 @@ class CommandSettings:
 
     @property
     def name(self) -> str:
-        """Of the record's file."""
+        """Name of the record's file."""
         slab = "" if self.slab_mm is None else f"-slab{self.slab_mm}"
         return f"{self.spacing_mm:g}mm-noise{self.noise_sd:g}{slab}"
 
     def rng(self, participant: Participant) -> np.random.Generator:
-        """The degradation's randomness."""
+        """Random numbers of the degradation."""
         return np.random.default_rng([self.seed, number_of(participant.name)])
 
     def planes(self) -> Sequence[int]:
-        """Planes to draw: of a slab, the axial one."""
+        """Planes to draw; for a slab, only the axial one."""
         return (0, 1, 2) if self.slab_mm is None else (2,)
 
 
@@ -80,12 +80,12 @@ class Truth:
 
 
 def padded(participant: Participant, spacing_mm: float, slab_mm: int | None = None) -> Truth:
-    """The participant with ``MARGIN`` voxels or more around."""
-    held = participant if slab_mm is None else _slab(participant, slab_mm)
+    """The participant with at least ``MARGIN`` empty voxels around."""
+    part = participant if slab_mm is None else _slab(participant, slab_mm)
     thick = round(spacing_mm)
-    sides = [(MARGIN, MARGIN + -(n + 2 * MARGIN) % thick) for n in held.data.shape]
-    data, inside = np.pad(held.data, sides), np.pad(held.inside, sides)
-    to_mni305 = held.to_mni305.copy()
+    sides = [(MARGIN, MARGIN + -(n + 2 * MARGIN) % thick) for n in part.data.shape]
+    data, inside = np.pad(part.data, sides), np.pad(part.inside, sides)
+    to_mni305 = part.to_mni305.copy()
     to_mni305[:3, 3] -= to_mni305[:3, :3] @ np.full(3, MARGIN)
     return Truth(data, inside, Grid(data.shape, np.eye(4)), to_mni305)
 
@@ -105,7 +105,7 @@ def _slab(participant: Participant, slab_mm: int) -> Participant:
 
 
 def sidecar(spacing_mm: float) -> dict[str, Any]:
-    """Of a scan of contiguous slices."""
+    """Metadata of a scan with contiguous slices."""
     return {
         "SliceThickness": spacing_mm,
         "SpacingBetweenSlices": spacing_mm,
@@ -129,19 +129,19 @@ class Command:
             self.options.append("--sloppy")
 
     def run(self, bids_dir: Path, output: str, *options: str) -> Path:
-        """Run it; a scan that is there already is not made again. Returns the output folder."""
+        """Run the command; finished scans are not processed again. Returns the output folder."""
         output_dir = self.folder / output
         run_command(bids_dir, output_dir, [*self.options, *options])
         return output_dir
 
 
 def read(output_dir: Path, stem: str, image: str, role: str = "restored") -> Volume:
-    """An image that the command wrote.
+    """Read an image that the command wrote.
 
     Parameters
     ----------
     stem : str
-        Of the scan, ``sub-01_T1w``.
+        File name of the scan without extension, ``sub-01_T1w``.
     image : str
         ``restored``, ``inpainted`` …
     role : str
@@ -153,7 +153,13 @@ def read(output_dir: Path, stem: str, image: str, role: str = "restored") -> Vol
 
 
 def restore_record(output_dir: Path, stem: str, image: str) -> RestoreRecord:
-    """What the command keeps of a result's restoration (``logs/scans``)."""
+    """The record of a result's restoration, from its summary in ``logs/scans``.
+
+    Raises
+    ------
+    UsageError
+        If there is no summary.
+    """
     source = BIDSName.parse(f"{stem}.nii.gz")
     summary = read_summary(output_dir, result_name(source, image))
     if summary is None:
@@ -162,7 +168,7 @@ def restore_record(output_dir: Path, stem: str, image: str) -> RestoreRecord:
 
 
 def rows_by_settings(records: Sequence[Record], header: Sequence[str]) -> Iterator[str]:
-    """A table of labels for each spacing, noise and slab among the records, with its caption."""
+    """A caption and a table of labels for each spacing, noise and slab among the records."""
 
     def key(r: Record) -> tuple[float, float, int | None, int]:
         return (r["spacing_mm"], r["noise_sd"], r["slab_mm"], r["n_samples"])

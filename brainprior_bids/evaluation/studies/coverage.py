@@ -50,15 +50,15 @@ from brainprior_bids.evaluation.summary import Record, calls_of, counted, extent
 FEWEST = 200
 REGION_MM = 8
 KINDS = {"cubes": f"cubes of {REGION_MM} mm", "structures": "structures"}
-"""Of regions, and their names in the table."""
+"""Kinds of regions, and their names in the table."""
 
 
 def cases(options: Namespace, sources: Sequence[Source]) -> Iterator[tuple[Source, Condition]]:
     """Every spacing and noise for the T1w of the test and of the validation set."""
     base = base_condition(options, "coverage")
-    choosing = [s for s in sources if s.choosing and not s.synthetic and s.contrast == "T1w"]
+    validation = [s for s in sources if s.choosing and not s.synthetic and s.contrast == "T1w"]
     for spacing, noise in itertools.product(options.spacing, options.noise):
-        for source in [*of_test_set(sources, "T1w"), *choosing]:
+        for source in [*of_test_set(sources, "T1w"), *validation]:
             yield source, replace(base, spacing_mm=spacing, noise_sd=noise)
 
 
@@ -74,9 +74,9 @@ def measure(participant: Participant, condition: Condition, bench: Bench) -> Rec
     )
     where = regions(case, seen_structures(participant, condition, case))
     means = {
-        kind: region_means(result.samples, case.truth.data, found)
-        for kind, found in where.items()
-        if found
+        kind: region_means(result.samples, case.truth.data, indices)
+        for kind, indices in where.items()
+        if indices
     }
     return {"sampler_used": result.sampler, **means}
 
@@ -84,13 +84,14 @@ def measure(participant: Participant, condition: Condition, bench: Bench) -> Rec
 def seen_structures(
     participant: Participant, condition: Condition, case: Case
 ) -> NDArray[np.int16]:
-    """(i, j, k) structures as found in the degraded scan, on the case's 1 mm grid."""
+    """(i, j, k) structures segmented in the degraded scan, on the case's 1 mm grid."""
     whole = make_case(participant, replace(condition, crop_mm=None))
     fine = whole.scan.grid.one_millimetre()
     image = nib.Nifti1Image(whole.scan.data, np.array(whole.scan.grid.affine))
-    found = parcellate(image, network=parcellation(), restored_grid=fine).structures
+    structures = parcellate(image, network=parcellation(), restored_grid=fine).structures
     start = np.round(case.truth.grid.affine[:3, 3] - fine.affine[:3, 3]).astype(int)
-    return found[tuple(slice(s, s + n) for s, n in zip(start, case.truth.data.shape, strict=True))]
+    part = tuple(slice(s, s + n) for s, n in zip(start, case.truth.data.shape, strict=True))
+    return structures[part]
 
 
 def regions(case: Case, structures: NDArray[np.int16]) -> dict[str, list[NDArray[np.int64]]]:
@@ -111,11 +112,19 @@ def regions(case: Case, structures: NDArray[np.int16]) -> dict[str, list[NDArray
 
 
 def region_means(
-    samples: NDArray[np.float32], truth: NDArray[np.float32], found: list[NDArray[np.int64]]
+    samples: NDArray[np.float32], truth: NDArray[np.float32], indices: list[NDArray[np.int64]]
 ) -> dict[str, list[float]]:
-    """``error`` (truth - mean of the samples) and ``sd`` (between samples) of each region."""
-    means = np.array([[s.ravel()[where].mean() for where in found] for s in samples])
-    true = np.array([truth.ravel()[where].mean() for where in found])
+    """``error`` (truth - mean of the samples) and ``sd`` (between samples) of each region.
+
+    Parameters
+    ----------
+    samples : (n, i, j, k) array
+    truth : (i, j, k) array
+    indices : list of arrays
+        Flat voxel indices of each region.
+    """
+    means = np.array([[s.ravel()[where].mean() for where in indices] for s in samples])
+    true = np.array([truth.ravel()[where].mean() for where in indices])
     return {
         "error": [round(float(e), 7) for e in true - means.mean(0)],
         "sd": [round(float(sd), 7) for sd in means.std(0, ddof=1)],
@@ -123,15 +132,15 @@ def region_means(
 
 
 def spread(row: Mapping[str, list[float]], n: int, own: float) -> NDArray[np.float64]:
-    """SD of the truth's distance from the mean of n samples, ``own`` SD shared by all samples."""
+    """SD of the truth about the mean of n samples, with an error of SD ``own`` shared by all."""
     total: NDArray[np.float64] = np.sqrt(np.square(row["sd"]) * (1 + 1 / n) + own**2)
     return total
 
 
 def covered(row: Mapping[str, list[float]], n: int, own: float) -> dict[str, float]:
-    """Per cent -> share of the regions whose interval holds the truth; and how far off it is.
+    """Per cent -> share of the regions whose interval contains the truth; and ``rms_z``.
 
-    ``rms_z`` is the root mean square of the truth's distance in units of ``spread``.
+    ``rms_z`` is the root mean square of the error in units of ``spread``.
     """
     z = np.abs(row["error"]) / spread(row, n, own)
     result = {"rms_z": float(np.sqrt(np.mean(z**2)))}
@@ -141,7 +150,7 @@ def covered(row: Mapping[str, list[float]], n: int, own: float) -> dict[str, flo
 
 
 def own_error(rows: Sequence[Mapping[str, list[float]]], n: int) -> float:
-    """The SD that all samples share: the likeliest under Student's t with n - 1 degrees."""
+    """Maximum-likelihood SD of the shared error, for Student's t with n - 1 degrees of freedom."""
     candidates = np.concatenate([[0.0], np.geomspace(2e-4, 0.05, 60)])
     likelihood = [
         sum(
@@ -154,24 +163,24 @@ def own_error(rows: Sequence[Mapping[str, list[float]]], n: int) -> float:
     return float(candidates[int(np.argmax(likelihood))])
 
 
-def rows_of(records: Sequence[Record], choosing: Sequence[Record]) -> list[dict[str, Any]]:
+def rows_of(records: Sequence[Record], validation: Sequence[Record]) -> list[dict[str, Any]]:
     """One row per condition, kind of region and own error: coverage in %, with its interval."""
     rng = np.random.default_rng(0)
     n = records[0]["n_samples"]
     rows = []
     for condition in sorted({_condition(r) for r in records}):
         for kind in KINDS:
-            held, chose = (
+            regions_test, regions_validation = (
                 [r[kind] for r in group if _condition(r) == condition and kind in r]
-                for group in (records, choosing)
+                for group in (records, validation)
             )
-            for shared in (False, True) if chose else (False,):
-                own = own_error(chose, n) if shared else 0.0
-                shares = [covered(row, n, own) for row in held]
+            for shared in (False, True) if regions_validation else (False,):
+                own = own_error(regions_validation, n) if shared else 0.0
+                shares = [covered(row, n, own) for row in regions_test]
                 if not shares:
                     continue
                 row = {"scans": scans(*condition), "kind": kind, "shared": shared, "own": own}
-                row["regions"] = int(np.mean([len(one["sd"]) for one in held]))
+                row["regions"] = int(np.mean([len(one["sd"]) for one in regions_test]))
                 for percent in ("50", "90"):
                     values = np.array([share[percent] for share in shares])
                     draws = rng.choice(values, (2000, len(values))).mean(1)
@@ -191,10 +200,10 @@ def scans(spacing_mm: float, noise_sd: float) -> str:
     return f"{spacing_mm:g} mm, {100 * noise_sd:g} %"
 
 
-def table(records: Sequence[Record], choosing: Sequence[Record]) -> list[str]:
+def table(records: Sequence[Record], validation: Sequence[Record]) -> list[str]:
     """Coverage by condition and kind of region, without and with the network's own error."""
     first = records[0]
-    others = sorted({r["participant"] for r in choosing})
+    others = sorted({r["participant"] for r in validation})
     text = (
         f"{first['contrast']}. {extent(first)}; samples per image: {first['n_samples']}, "
         f"{first['sampler_used']}, of {calls_of(first)} calls each."
@@ -204,7 +213,7 @@ def table(records: Sequence[Record], choosing: Sequence[Record]) -> list[str]:
     columns = "| slices, noise | regions per participant | e | coverage of the 50 % interval "
     columns += "| coverage of the 90 % interval | RMS of error / SD |"
     lines = [text, "", columns, "|---|---|---|---|---|---|"]
-    for row in rows_of(records, choosing):
+    for row in rows_of(records, validation):
         shares = [f"{m} % [{low}, {high}]" for m, low, high in (row["50"], row["90"])]
         own = f"{row['own']:.4f}" if row["shared"] else "0"
         lines.append(
@@ -214,7 +223,7 @@ def table(records: Sequence[Record], choosing: Sequence[Record]) -> list[str]:
     return lines
 
 
-def measured(records: Sequence[Record], choosing: Sequence[Record]) -> dict[str, Any]:
+def measured(records: Sequence[Record], validation: Sequence[Record]) -> dict[str, Any]:
     """The rows without the own error, for reports."""
     first = records[0]
     who = counted(len({r["participant"] for r in records}), "participant")
@@ -228,7 +237,7 @@ def measured(records: Sequence[Record], choosing: Sequence[Record]) -> dict[str,
         "rows": [
             {"scans": row["scans"], "of": names[row["kind"]], "50": row["50"][0],
              "90": row["90"][0]}
-            for row in rows_of(records, choosing)
+            for row in rows_of(records, validation)
             if not row["shared"]
         ],
     }  # fmt: skip

@@ -8,8 +8,8 @@ twice: with ``--task restore``, separately for each run, and with ``--fuse runs`
 the motion. For the comparison, the single restorations and the cubic interpolations (divided by
 N4's field) are moved back by the *true* motion and averaged. Metrics are computed after one gain,
 in the intersection of the truth's mask and that of the fused run: the masks supplied with some
-brains are wide and include vessels and fat, which ``brainprior`` removes (a separate line has
-their share). ``psnr_field`` is computed after a gain that may vary slowly.
+brains are wide and include vessels and fat, which ``brainprior`` removes (a separate line reports
+their share). ``psnr_field`` is computed after a gain that may vary smoothly.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from brainprior_bids.evaluation.studies.command import (
     sidecar,
 )
 from brainprior_bids.evaluation.summary import Record
-from brainprior_bids.evaluation.thick_slices import figures
+from brainprior_bids.evaluation.thick_slices import metrics_of
 from brainprior_bids.records import RunRecord
 
 STACKS = {"axi": 2, "cor": 1, "sag": 0}
@@ -62,7 +62,7 @@ Matrix = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """One run: its name, its motion (mm of the truth to mm of the run), its cubic image."""
+    """One run: its name, its motion (mm of the truth to mm of the run), its interpolated image."""
 
     stem: str
     motion: Matrix
@@ -133,8 +133,8 @@ def make_stack(
     motion = np.eye(4)
     if axis != next(iter(STACKS.values())):
         motion = rigid(rng, np.array(grid.shape) / 2)
-    there = resample(truth.inside, grid, grid, matrix=motion, order=1) > 0.5
-    moved = np.where(there, resample(truth.data, grid, grid, matrix=motion), 0)
+    brain = resample(truth.inside, grid, grid, matrix=motion, order=1) > 0.5
+    moved = np.where(brain, resample(truth.data, grid, grid, matrix=motion), 0)
     recipe = Recipe(
         axis=axis, spacing_mm=spacing, thickness_mm=spacing,
         noise_sd=settings.noise_sd, bias_sd=BIAS_SD,
@@ -144,7 +144,7 @@ def make_stack(
         bids_dir, stem, Volume(data * SCANNER_UNIT, own),
         dataset="Crossed thick-slice stacks of one participant", metadata=sidecar(spacing),
     )  # fmt: skip
-    share, _ = thick_slices(there.astype(np.float32), grid, axis=axis, spacing_mm=spacing)
+    share, _ = thick_slices(brain.astype(np.float32), grid, axis=axis, spacing_mm=spacing)
     flat = data / np.exp(n4(nib.Nifti1Image(data, np.array(own.affine)), share, threads=1))
     cubic = resample(resample(flat, own, grid), grid, grid, matrix=np.linalg.inv(motion))
     return Stack(stem, motion, cubic)
@@ -167,8 +167,8 @@ def compare_images(
     stacks: Sequence[Stack],
     runs: Sequence[RunRecord],
 ) -> Rows:
-    """Metrics of every image; of the fused one its motion, residual and gain too."""
-    table = figures(images, truth.data, inside, truth.grid.spacing_mm)
+    """Metrics of every image; for the fused one also the motion's error, residual and gain."""
+    table = metrics_of(images, truth.data, inside, truth.grid.spacing_mm)
     points = np.argwhere(inside)[:: max(1, inside.sum() // 1000)]
     worst = []
     for stack in stacks:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How often does an image show a structure that is not there?
 
-A *false structure* is a connected region in which image minus truth exceeds ``FACTOR`` predicted
-SDs, or is below minus as many. The SD is that of the restored image (predicted by the prior, or
-the samples' where the weights predict none), so that every method is judged by the same
-threshold. Voxels are neighbours across faces. Each image has its least-squares gain.
+A *false structure* is a connected region in which the image is above the truth, or below it, by
+more than ``FACTOR`` predicted SDs. The SD is that of the restored image (predicted by the prior,
+or that of the samples if the weights predict none), so that the threshold is the same for every
+method. Voxels are neighbours if they share a face. Each image has its least-squares gain.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from brainprior_bids.evaluation.summary import (
 
 FACTOR = 3.0
 SIZES_MM3 = (10, 100)
-"""Regions of at least so many mm³ are counted."""
+"""Smallest volumes of the regions that are counted."""
 METHODS = ("cubic", "tv", "sample", "restored")
 
 
@@ -104,8 +104,8 @@ def false_structures(
     Returns
     -------
     dict
-        ``share`` of the voxels inside, ``largest`` region in mm³, and ``regions``: number of
-        regions per 100 ml inside of at least so many mm³ (the keys).
+        ``share`` of the voxels inside, ``largest`` region in mm³, and ``regions``: smallest volume
+        in mm³ -> number of regions of at least this volume, per 100 ml inside.
     """
     error = image - truth
     sizes = np.concatenate(
@@ -135,12 +135,12 @@ def table(records: Sequence[Record], _: Sequence[Record]) -> list[str]:
     text += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for group in groups_of(records, condition_key):
         for method in METHODS:
-            held = [r["methods"][method] for r in group if method in r["methods"]]
+            rows = [r["methods"][method] for r in group if method in r["methods"]]
             cells = [scan(group[0]), NAMES[method]]
-            cells.append(interval([100 * row["share"] for row in held], 2))
-            cells += [interval([r["regions"][str(least)] for r in held], 1) for least in SIZES_MM3]
-            cells.append(f"{max((row['largest'] for row in held), default=0)}")
-            if held:
+            cells.append(interval([100 * row["share"] for row in rows], 2))
+            cells += [interval([r["regions"][str(least)] for r in rows], 1) for least in SIZES_MM3]
+            cells.append(f"{max((row['largest'] for row in rows), default=0)}")
+            if rows:
                 text.append(f"| {' | '.join(cells)} |")
     return text
 

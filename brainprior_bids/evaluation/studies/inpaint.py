@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Holes in healthy brains, filled in: error, seam, and influence of the hidden content.
+"""Inpaint holes in healthy brains: error, seam, and influence of the hidden content.
 
 One mask has separate spheres of 10, 20 and 30 mm and a ragged blob of some 20 mm, on a T1w at 1 mm
 with 2 % noise and a bias field. Three BIDS data sets have the same scan and mask, but differ under
@@ -64,7 +64,7 @@ PLACES = {
     "30 mm": (0.30, 0.63, 0.58),
     "blob": (0.70, 0.75, 0.55),
 }
-"""Middle of each hole, as a share of the brain's box, RAS."""
+"""Centre of each hole, as a fraction of the brain's bounding box, RAS."""
 LESION = 0.4
 OUTSIDE = "every voxel outside the mask is the scan's, bit for bit"
 
@@ -73,7 +73,7 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Settings(CommandSettings):
-    """``average``: file of the average head, or None: no such row."""
+    """``average``: file of the average head; without it (None) the row is omitted."""
 
     average: str | None = None
 
@@ -91,8 +91,8 @@ class Scan:
     @property
     def everywhere(self) -> Mask:
         """All holes, 1 mm."""
-        found: Mask = np.any(list(self.holes.values()), axis=0)
-        return found
+        union: Mask = np.any(list(self.holes.values()), axis=0)
+        return union
 
 
 def cases(options: Namespace, sources: Sequence[Source]) -> Iterator[tuple[Source, Settings]]:
@@ -133,11 +133,11 @@ def make_scan(truth: Truth, settings: Settings, rng: np.random.Generator) -> Sca
     )
     clean, grid = degrade(truth.data, truth.grid, recipe, rng, unit=1.0)
     data = add_noise(clean, rng, sd=settings.noise_sd, rician=False)
-    found = holes(truth.inside, rng)
+    masks = holes(truth.inside, rng)
     factors = (1, 1, round(spacing))
     shape = [n for m, f in zip(grid.shape, factors, strict=True) for n in (m, f)]
-    mask = np.any(list(found.values()), axis=0).reshape(shape).any((1, 3, 5))
-    return Scan(clean, data, grid, found, mask)
+    mask = np.any(list(masks.values()), axis=0).reshape(shape).any((1, 3, 5))
+    return Scan(clean, data, grid, masks, mask)
 
 
 def holes(inside: Mask, rng: np.random.Generator) -> dict[str, Mask]:
@@ -145,15 +145,15 @@ def holes(inside: Mask, rng: np.random.Generator) -> dict[str, Mask]:
     edges = [np.flatnonzero(inside.any(axis=tuple({0, 1, 2} - {a})))[[0, -1]] for a in range(3)]
     low, high = np.transpose(edges)
     ragged = ndimage.gaussian_filter(rng.normal(size=inside.shape), 3)
-    found = {}
+    masks = {}
     for name, place in PLACES.items():
         centre = low + np.array(place) * (high - low)
-        away = np.linalg.norm(np.indices(inside.shape).T - centre, axis=-1).T
+        distance = np.linalg.norm(np.indices(inside.shape).T - centre, axis=-1).T
         if name == "blob":
-            found[name] = (away + 5 * ragged / ragged.std() <= 10) & (away < 25) & inside
+            masks[name] = (distance + 5 * ragged / ragged.std() <= 10) & (distance < 25) & inside
         else:
-            found[name] = (away <= float(name.split()[0]) / 2) & inside
-    return found
+            masks[name] = (distance <= float(name.split()[0]) / 2) & inside
+    return masks
 
 
 def fill(
@@ -194,8 +194,8 @@ def fill(
             if thin and what == "mean":
                 equal = np.array_equal(result.data[~scan.mask], scanned.data[~scan.mask])
                 same[variant] = float(equal)
-            fitting = result.data if thin else resample(result.data, result.grid, fine)
-            filled[f"{variant} | {what}"] = fitting / SCANNER_UNIT
+            values = result.data if thin else resample(result.data, result.grid, fine)
+            filled[f"{variant} | {what}"] = values / SCANNER_UNIT
     return filled, same
 
 
@@ -206,7 +206,7 @@ def baselines(
     nearest = ndimage.distance_transform_edt(
         scan.everywhere | ~truth.inside, return_distances=False, return_indices=True
     )
-    found = {"nearest": dict.fromkeys(scan.holes, reference[tuple(nearest)])}
+    images = {"nearest": dict.fromkeys(scan.holes, reference[tuple(nearest)])}
     if average is not None:
         image: Any = nib.as_closest_canonical(nib.load(Path(average)))
         head = resample(
@@ -215,12 +215,12 @@ def baselines(
             truth.grid,
             matrix=np.linalg.inv(truth.to_mni305),
         )
-        found["average"] = {}
+        images["average"] = {}
         for kind, where in scan.holes.items():
             around = ndimage.binary_dilation(where, iterations=8) & truth.inside & ~scan.everywhere
             fit = np.polyfit(head[around], reference[around], 1)
-            found["average"][kind] = np.polyval(fit, head)
-    return found
+            images["average"][kind] = np.polyval(fit, head)
+    return images
 
 
 def compare_holes(
@@ -233,15 +233,15 @@ def compare_holes(
     """Metrics of every image in every hole."""
     rows: Rows = {}
     for kind, where in scan.holes.items():
-        images = {**filled, **{f"- | {method}": held[kind] for method, held in simple.items()}}
+        images = {**filled, **{f"- | {method}": image[kind] for method, image in simple.items()}}
         for method, image in images.items():
             variant, _, what = method.partition(" | ")
-            put = np.where(where, image, reference)
-            figures = compare(put, reference, where)
+            whole = np.where(where, image, reference)
+            metrics = compare(whole, reference, where)
             row = {
-                "MAE": figures["mae"],
-                "SSIM": figures["ssim"],
-                "seam": seam(put, where, inside) / seam(reference, where, inside),
+                "MAE": metrics["mae"],
+                "SSIM": metrics["ssim"],
+                "seam": seam(whole, where, inside) / seam(reference, where, inside),
             }
             if variant in ("hole", "lesion"):
                 off = np.abs(image - filled[f"control | {what}"])[where]
@@ -270,7 +270,7 @@ def _draw(
     simple: Mapping[str, Mapping[str, Image]],
     settings: Settings,
 ) -> None:
-    """Truth, hole, nearest, mean and a sample, of the control."""
+    """Draw the truth, the holes, and the control filled by nearest, mean and a sample."""
     where = scan.everywhere
     images = {"truth": reference, "hole": np.where(where, 0, reference)}
     images["nearest"] = np.where(where, simple["nearest"]["blob"], reference)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is left of a lesion, by slice thickness, size and contrast: ``check-lesion`` on many scans.
+"""How much of a lesion's contrast remains: ``check-lesion`` by slice thickness, size and contrast.
 
 Each brain is degraded to slices of several thicknesses; spheres are added in the deepest white
 matter, and a block around them is restored (``evaluation.lesions``). ``restored`` and
@@ -36,9 +36,9 @@ class Settings:
     Attributes
     ----------
     spacing_mm : float
-        Of the slices, as thick as they are apart.
+        Spacing and thickness of the slices.
     sizes_mm, contrasts : tuple of float
-        Diameters; relative changes of the tissue.
+        Diameters; relative changes of the tissue's intensity.
     crop_mm : float
         Edge of the block that is restored.
     n_samples, seed : int
@@ -53,6 +53,7 @@ class Settings:
 
     @property
     def name(self) -> str:
+        """Name of the record's file."""
         return f"{self.spacing_mm:g}mm"
 
 
@@ -83,7 +84,7 @@ def measure(participant: Participant, settings: Settings, bench: Bench) -> Recor
         bench.folder,
         f"sub-{participant.name}_{participant.contrast}",
         Volume(data * SCANNER_UNIT, grid),
-        dataset="To put lesions into",
+        dataset="A degraded scan for simulated lesions",
         metadata=sidecar(spacing),
     )
     case, warnings = prepare_case(path, contrast=participant.contrast, thickness_mm=None)
@@ -104,7 +105,7 @@ def measure(participant: Participant, settings: Settings, bench: Bench) -> Recor
 def values_of(
     records: Sequence[Record], what: str, spacing: float, size: float, contrast: float
 ) -> list[float]:
-    """Share of the contrast that is left, in each participant."""
+    """Share of the contrast that remains, in each participant."""
     return [
         row[what]
         for record in records
@@ -124,7 +125,7 @@ def table(records: Sequence[Record], _: Sequence[Record]) -> list[str]:
     text = [
         f"{first['contrast']}, {100 * NOISE_SD:g} % noise, blocks of {first['crop_mm']:g} mm; "
         f"samples per image: {first['n_samples']}, {', '.join(samplers)}. Share of the contrast "
-        "that is left: mean over the participants (least-most).",
+        "that remains: mean over the participants (range).",
         "",
         f"| {' | '.join(columns)} |",
         "|---" * len(columns) + "|",

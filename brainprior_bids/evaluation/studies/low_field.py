@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scans like those of a low-field scanner: coarse in all directions, much noise, Rician."""
+"""Scans like those of a low-field scanner: coarse in all directions, with strong Rician noise."""
 
 from __future__ import annotations
 

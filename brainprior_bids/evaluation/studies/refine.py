@@ -5,10 +5,10 @@ The image of the "other tool" is the truth blurred by a Gaussian of SD 1 mm, or 
 truth plus the detail that this blur removes). They are derivative data sets of a raw data set with
 the participant's scan (thick slices, 1 % noise). ``brainprior`` restores the scan alone, refines
 each image alone (``--task refine``), and both together (``--task restore refine``), at each trust.
-RMSE is computed inside both the given mask and the program's own, in units of the truth's 99th
-percentile, after one gain, and after a gain that may vary slowly (``slow gain``: no bias field is
-estimated for an image that is refined alone). ``residual`` is the samples' residual with respect
-to their input, in units of its stated error.
+RMSE is computed in the intersection of the supplied mask and the program's own, in units of the
+truth's 99th percentile, after one gain, and after a gain that may vary smoothly (``slow gain``: no
+bias field is estimated for an image that is refined alone). ``residual`` is the samples' residual
+with respect to their input, in units of its stated error.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ STRIPPED = "share of the given mask that the program strips, excluded from the e
 
 @dataclass(frozen=True)
 class Settings(CommandSettings):
-    """``tools``: of ``other_tool``; ``trusts``: values of ``--trust``."""
+    """``tools``: kinds of ``other_tool``; ``trusts``: values of ``--trust``."""
 
     tools: tuple[str, ...] = ("smooth", "sharp")
     trusts: tuple[float, ...] = (0.03, 0.1, 0.3)
@@ -73,7 +73,7 @@ def cases(options: Namespace, sources: Sequence[Source]) -> Iterator[tuple[Sourc
 
 
 def other_tool(truth: Image, inside: NDArray[np.bool_], kind: str) -> Image:
-    """The truth blurred by 1 mm, or sharpened by the detail that this removes; 0 outside."""
+    """The truth blurred by 1 mm, or sharpened by the detail that the blur removes; 0 outside."""
     blurred = ndimage.gaussian_filter(truth, 1.0)
     image = blurred if kind == "smooth" else 2 * truth - blurred
     return np.where(inside, np.maximum(image, 0), 0).astype(np.float32)
@@ -112,12 +112,12 @@ def measure(participant: Participant, settings: Settings, bench: Bench) -> Recor
                    Volume(image * SCANNER_UNIT, grid), dataset="Another tool's image",
                    metadata={})  # fmt: skip
         for trust in settings.trusts:
-            asked = ["-d", f"{tool}={other}", "--trust", f"{trust:g}"]
+            options = ["-d", f"{tool}={other}", "--trust", f"{trust:g}"]
             for how, (result, words) in HOWS.items():
-                run(f"{tool} | {how} | {trust:g}", result, "--task", *words, *asked)
+                run(f"{tool} | {how} | {trust:g}", result, "--task", *words, *options)
     mask = read(alone, stem, "restored", role="mask")
     kept = resample(mask.data.astype(np.float32), mask.grid, grid, order=1) > 0.5
-    judged = truth.inside & kept  # the masks of some of these brains hold vessels and fat
+    judged = truth.inside & kept  # some supplied masks contain vessels and fat
     rows: Rows = {STRIPPED: {"value": 1 - float(kept[truth.inside].mean())}}
     rows |= errors(images, residuals, truth.data, judged)
     if bench.picture is not None:
@@ -131,7 +131,7 @@ def errors(
     truth: Image,
     judged: NDArray[np.bool_],
 ) -> Rows:
-    """RMSE of every image, and the residual of those that the command made."""
+    """RMSE of every image, and the residual of those that the command wrote."""
     rows: Rows = {}
     for label, image in images.items():
         alike = matching_gain(image, truth, judged) * image

@@ -37,11 +37,11 @@ from brainprior_bids.evaluation.summary import (
 )
 
 REFERENCE = {"spacing_mm": 5.0, "noise_sd": 0.01}
-"""What ablations and segmentation are done on."""
+"""Condition of the ablation and segmentation studies."""
 
 
 def base_condition(options: Namespace, study: str) -> Condition:
-    """The condition that the command line states; studies change it from row to row."""
+    """The condition that the command line specifies; studies change it from row to row."""
     return Condition(
         study=study,
         profile=options.profile,
@@ -54,17 +54,17 @@ def base_condition(options: Namespace, study: str) -> Condition:
 
 
 def width_of(options: Namespace, number: int) -> float:
-    """True over stated slice thickness, alternately above and below 1."""
+    """True divided by stated slice thickness, alternately above and below 1."""
     return float(1 + options.width_off * (-1) ** number)
 
 
 def cases(options: Namespace, sources: Sequence[Source]) -> Iterator[tuple[Source, Condition]]:
     """Every spacing with every noise; synthetic brains with the first noise alone."""
     base = base_condition(options, "restoration")
-    reporting = [source for source in sources if not source.choosing]
-    number = {source: n for n, source in enumerate(reporting)}
-    made = [source for source in reporting if source.synthetic]
-    for group, noises in ((of_test_set(sources), options.noise), (made, options.noise[:1])):
+    test_sources = [source for source in sources if not source.choosing]
+    number = {source: n for n, source in enumerate(test_sources)}
+    synthetic = [source for source in test_sources if source.synthetic]
+    for group, noises in ((of_test_set(sources), options.noise), (synthetic, options.noise[:1])):
         for n, spacing in enumerate(options.spacing):
             for noise in noises:
                 for source in group:

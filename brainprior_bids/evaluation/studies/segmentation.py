@@ -31,8 +31,8 @@ from brainprior_bids.evaluation.summary import (
 def cases(options: Namespace, sources: Sequence[Source]) -> Iterator[tuple[Source, Condition]]:
     """One scan of each of the first participants and label maps."""
     base = base_condition(options, "segmentation")
-    reporting = [source for source in sources if not source.choosing]
-    for n, source in enumerate(reporting[: options.segmentation_participants]):
+    test_sources = [source for source in sources if not source.choosing]
+    for n, source in enumerate(test_sources[: options.segmentation_participants]):
         changed = {**REFERENCE, "crop_mm": None, "segment": True}
         yield source, replace(base, width=width_of(options, n), **changed)
 
@@ -46,7 +46,7 @@ def table(records: Sequence[Record], _: Sequence[Record]) -> list[str]:
 
 
 def segmentation_table(group: Sequence[Record]) -> list[str]:
-    """One row per image for the records of one condition, and what it is compared with."""
+    """One row per image for the records of one condition, after a line with the reference."""
     what = "the label map" if group[0]["synthetic"] else "that of the truth"
     text = [f"The embedded parcellation of every image against {what}.", ""]
     text += ["| | mean Dice | cortex | white matter | ventricles | volume error, % |"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Studies of the whole command, which is replaced by one that knows the answer."""
+"""Studies of the whole command, which is replaced by one that writes the truth."""
 
 import numpy as np
 import pytest
@@ -61,7 +61,7 @@ def test_a_perfect_filling_has_no_error_and_no_seam(bench, monkeypatch):
         nearest = rows[f"- | nearest | {hole}"]
         assert nearest["MAE"] > 0.01
     assert not any("average" in label for label in rows)
-    # the answer is without noise, so it is not the scan's outside the mask
+    # the written image has no noise, so it differs from the scan outside the mask
     assert rows[f"hole: {inpaint.OUTSIDE}"] == {"value": 0.0}
 
 
@@ -104,7 +104,7 @@ def test_a_fused_image_is_compared_with_each_stack_and_their_average(bench, monk
     shift = np.eye(4)
     shift[:3, 3] = 2, 0, -1
     off = np.eye(4)
-    off[:3, 3] = 0, 0.3, 0.4  # how far the estimate is from the true motion
+    off[:3, 3] = 0, 0.3, 0.4  # the error of the estimated motion
     monkeypatch.setattr(fuse, "rigid", lambda rng, centre: shift)
     runs = {f"sub-01_acq-{name}_T1w": off @ np.linalg.inv(shift) for name in ("cor", "sag")}
     runs["sub-01_acq-axi_T1w"] = np.eye(4)
@@ -119,7 +119,9 @@ def test_a_fused_image_is_compared_with_each_stack_and_their_average(bench, monk
         "restored, sag", "cubic, average of three", "restored, average of three", "fused",
     ]  # fmt: skip
     assert rows["fused"]["MAE"] == pytest.approx(0, abs=1e-5)
-    assert rows["restored, axi"]["MAE"] == pytest.approx(0, abs=1e-5)  # its motion is none
+    assert rows["restored, axi"]["MAE"] == pytest.approx(
+        0, abs=1e-5
+    )  # the reference does not move
     assert rows["restored, cor"]["MAE"] > 0.01  # the truth, moved back by another motion
     assert rows["cubic, average of three"]["PSNR dB"] > rows["cubic, cor"]["PSNR dB"]
     assert rows["fused, motion found to mm at the worst voxel"]["value"] == pytest.approx(0.5)

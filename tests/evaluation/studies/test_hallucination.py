@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Regions that an image shows and the truth does not."""
+"""Regions that are in an image but not in the truth."""
 
 import dataclasses
 
@@ -23,12 +23,12 @@ def test_regions_are_connected_beyond_three_sd_and_inside():
     sd[40:] = 0.2
     image = truth.copy()
     image[2:5, 2:5, 2:4] += 0.31  # 18 voxels
-    image[5:7, 2:5, 2:4] -= 0.31  # 12 voxels beside it, darker: another structure
+    image[5:7, 2:5, 2:4] -= 0.31  # 12 voxels next to it, darker: another structure
     image[10:15, 10:15, 10:15] += 0.29  # below three SDs
     image[42:46, 10:15, 10:15] += 0.5  # as well, where the SD is larger
     image[20:26, 20:25, 20:24] -= 0.4  # 120
     image[30, 30, 30] += 1  # 1
-    image[31, 31, 30] += 1  # 1: voxels that share an edge are no neighbours
+    image[31, 31, 30] += 1  # 1: voxels that only share an edge are not neighbours
     inside = np.ones(shape, bool)
     found = false_structures(image, truth, sd, inside)
     assert found == {
@@ -83,7 +83,7 @@ def test_every_method_is_judged_by_the_sd_of_the_restored_image(monkeypatch, tmp
     assert list(methods) == ["cubic", "tv", "sample", "restored"]
     assert methods["restored"]["largest"] == 0
     assert methods["sample"]["largest"] == 27
-    assert methods["cubic"]["share"] > methods["tv"]["share"] > 0  # it knows the slice weights
+    assert methods["cubic"]["share"] > methods["tv"]["share"] > 0  # it is given the slice weights
     result.sd = result.sd * 1.1
     assert (
         hallucination.measure(participant, CONDITION, bench)["methods"]["sample"]["largest"] == 0
