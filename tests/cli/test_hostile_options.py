@@ -350,7 +350,7 @@ def test_what_nobody_thought_of_is_one_line_and_a_file(monkeypatch, raw, tmp_pat
     messages = capsys.readouterr().err
     (crash,) = (tmp_path / "out" / "logs").glob("crash-*.txt")
     line = messages.splitlines()[-1]
-    assert line.startswith("brainprior: failed: nobody thought of it.")
+    assert line.startswith("brainprior: failed: unexpected error: nobody thought of it.")
     assert str(crash) in line
     assert "Traceback" not in messages
     assert "ZeroDivisionError" in crash.read_text()
