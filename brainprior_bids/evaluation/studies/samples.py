@@ -10,7 +10,8 @@ labelled by the embedded parcellation like a scan. Two comparisons:
   32 mm, its voxel, of which more than half is brain. The real brains are those of the test set,
   followed by those of the validation set. The last n of them are the floor: their distance from
   the others is what real brains reach. The distance of n samples from the same others is next to
-  it.
+  it. Samples without a brain have no features; the distance is then that of the others alone, and
+  favourable.
 
 A sample in which the parcellation finds no brain is a result, not a failure.
 """
@@ -193,7 +194,7 @@ def table(records: Sequence[Record], choosing: Sequence[Record]) -> list[str]:
         seconds = np.mean([r["sampling_seconds"] for r in drawn])
         text += [f"T1w; samples of {drawn[0]['n_steps']} calls, {seconds:.0f} s each.", ""]
     columns = ["brain", "volume, ml", "z of the volume", f"structures within {USUAL:g} SD"]
-    columns += ["mean |z|", "structures beyond"]
+    columns += ["mean absolute z", "structures beyond"]
     text += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for r in drawn:
         text.append(f"| sample {r['number']} | {' | '.join(sample_cells(r))} |")
@@ -207,7 +208,8 @@ def table(records: Sequence[Record], choosing: Sequence[Record]) -> list[str]:
 def sample_cells(r: Record) -> list[str]:
     """Volume, z-scores, and the names of the structures that are absent or unusual."""
     if "problem" in r:
-        return [r["problem"], "", "", "", ""]
+        reason = r["problem"].removeprefix("parcellate: ").partition(". ")[0]
+        return [f"no brain found: {reason}", "", "", "", ""]
     scores = {name: z for name, z in r["z"].items() if name != "Brain"}
     present = [abs(z) for z in scores.values() if z is not None]
     odd = [
@@ -251,7 +253,10 @@ def distances(drawn: Sequence[Record], real: Sequence[Record]) -> list[str]:
     brains = [r for r in real if "features" in r]
     count = min(len(samples), len(brains) // 2)
     if count == 0:
-        return ["Fréchet distance: not computed; it needs a sample and two real brains."]
+        return [
+            "Fréchet distance: not computed. It needs two real brains and a sample in which the "
+            "parcellation finds a brain."
+        ]
     floor, others = brains[-count:], brains[:-count]
     sets = [np.concatenate([r["features"] for r in g]) for g in (samples[:count], floor, others)]
     drawn_blocks, floor_blocks, blocks = (len(rows) for rows in sets)

@@ -114,7 +114,12 @@ def test_the_table_has_a_row_per_sample_and_one_for_real_brains():
     fixed = {"contrast": "T1w", "n_steps": 20, "sampling_seconds": 300.0, "features": [[0.0]]}
     records = [
         {**fixed, "number": 0, "participant": "01", "brain_ml": 1500.0, "z": usual},
-        {**fixed, "number": 2, "participant": "01", "problem": "parcellate: no."},
+        {
+            **fixed,
+            "number": 2,
+            "participant": "01",
+            "problem": "parcellate: found 168 ml. Check it.",
+        },
         {**fixed, "number": 1, "participant": "01", "brain_ml": 1400.4, "z": odd},
     ]
     del records[1]["features"]
@@ -123,7 +128,7 @@ def test_the_table_has_a_row_per_sample_and_one_for_real_brains():
     assert text[4] == (
         "| sample 1 | 1400 | +0.2 | 1 of 3 | 1.70 | Left-Putamen absent, Right-Putamen -3.4 |"
     )
-    assert text[5] == "| sample 2 | parcellate: no. |  |  |  |  |"
+    assert text[5] == "| sample 2 | no brain found: found 168 ml |  |  |  |  |"
     assert (
         text[6] == "| one participant of the test set, mean | 1500 | +0.2 | 3.0 of 3 | 1.00 |  |"
     )
