@@ -84,6 +84,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--sampler", default="auto")
     what.add_argument("--ablation-participants", type=int, default=2)
     what.add_argument("--segmentation-participants", type=int, default=3)
+    what.add_argument("--downstream-participants", type=int, default=2)
+    what.add_argument(
+        "--thickness",
+        action=argparse.BooleanOptionalAction,
+        help="cortical thickness in the study downstream, in minutes per image (default: yes; "
+        "with --quick no)",
+    )
     what.add_argument("--daps", action="store_true", help="add DAPS-1k: 1000 calls per sample")
     what.add_argument(
         "--average", type=Path, help="average head in MNI305, a baseline of the study inpaint"
@@ -163,6 +170,13 @@ def plan(args: argparse.Namespace, sources: Sequence[Source]) -> tuple[list[Case
     cases = []
     for name in (name for name in STUDIES if name in args.studies):
         study = find(name)
+        if study.missing_package is not None:
+            text = f"{name}: skipped, because {study.missing_package} is not installed."
+            if set(args.studies) == set(STUDIES):  # not asked for by name
+                log.warning("%s", text)
+            else:
+                problems.append(text)
+            continue
         study_cases = [
             Case(name, source, settings)
             for source, settings in study.cases(study.options(args), sources)

@@ -121,8 +121,8 @@ class ParcellationNetwork(nn.Module):
         """The arguments that rebuild the network: ``ParcellationNetwork(**config)``."""
         return {"classes": list(self.classes), "widths": list(self.widths)}
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(n, 1, i, j, k), axes multiples of ``multiple`` -> (n, classes, i, j, k) logits."""
+    def encode(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The bottleneck, (n, widths[-1], i / multiple, ...), and the finer levels before it."""
         h = self.stem(unshuffle(x))
         skips = []
         for depth, block in enumerate(self.encoder):
@@ -130,7 +130,11 @@ class ParcellationNetwork(nn.Module):
             if depth < len(self.down):
                 skips.append(h)
                 h = self.down[depth](h)
-        h = self.middle(h)
+        return self.middle(h), skips
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, 1, i, j, k), axes multiples of ``multiple`` -> (n, classes, i, j, k) logits."""
+        h, skips = self.encode(x)
         for depth in reversed(range(len(self.up))):
             h = self.decoder[depth](torch.cat([self.up[depth](h), skips[depth]], dim=1))
         h = self.head(functional.silu(self.norm(h)))

@@ -142,6 +142,36 @@ def crps(samples: ArrayLike, truth: ArrayLike, mask: ArrayLike) -> float:
     return float(score.mean() / np.percentile(t, 99))
 
 
+def frechet_distance(one: ArrayLike, other: ArrayLike) -> float:
+    """Between the Gaussians of two sets of features, in units of the features squared.
+
+    ``|m1 - m2|² + tr(C1 + C2 - 2 (C1 C2)^(1/2))`` with the sets' means and covariances (n - 1).
+    Heusel et al., arXiv 1706.08500. Small sets make it larger: compare sets of the same sizes.
+
+    Parameters
+    ----------
+    one, other : (n, features) arrays
+        At least two rows each.
+
+    Raises
+    ------
+    ShapeMismatchError
+        If they disagree on the features or have too few rows.
+    """
+    a, b = np.asarray(one, np.float64), np.asarray(other, np.float64)
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise ShapeMismatchError(
+            f"frechet_distance: expected two sets of at least two rows with the same features, "
+            f"got {a.shape} and {b.shape}."
+        )
+    first, second = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (a, b))
+    values, vectors = np.linalg.eigh(first)
+    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+    shared = np.linalg.eigvalsh(root @ second @ root)  # of C1 C2, which is not symmetric
+    spread = np.trace(first) + np.trace(second) - 2 * np.sqrt(np.maximum(shared, 0)).sum()
+    return float(np.square(a.mean(0) - b.mean(0)).sum() + spread)
+
+
 def _inside(
     image: ArrayLike, truth: ArrayLike, mask: ArrayLike
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:

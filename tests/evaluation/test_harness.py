@@ -128,7 +128,7 @@ def test_a_quick_run_is_one_participant_and_few_cases_of_every_study(ready):
     assert problems == []
     assert {case.source.name for case in cases} == {"01"}
     count = {name: sum(case.study == name for case in cases) for name in STUDIES}
-    assert count == dict.fromkeys(STUDIES, 1) | {"ablation": 2}
+    assert count == dict.fromkeys(STUDIES, 1) | {"ablation": 2, "samples": 2}
     first = cases[0].settings
     assert (first.name, first.n_samples) == ("5mm-noise0.01", 4)
     more = ["--participant-label", "02", "01", "--choose-label", "03", "--noise", "0.05"]
@@ -245,14 +245,16 @@ def test_every_study_is_planned(ready):
         "low-field": 2,
         "ablation": 2 * len(ablation.ABLATIONS),
         "segmentation": 3,
+        "downstream": 2,
         "coverage": 3 * 2 * 2,  # the validation set too
         "hallucination": 2 * 3,
+        "samples": 4 + 3,  # the validation set too
         "lesions": 2 * 3,
         "inpaint": 2,
         "fuse": 2,
         "refine": 2,
     }
-    assert {case.study for case in cases if case.source.name == "3"} == {"coverage"}
+    assert {case.study for case in cases if case.source.name == "3"} == {"coverage", "samples"}
     records = [case.record(ready[0]) for case in cases]
     assert len(set(records)) == len(records)
     own = {case.study: case.settings for case in cases}
@@ -260,7 +262,7 @@ def test_every_study_is_planned(ready):
     assert own["segmentation"].crop_mm is None
     assert own["coverage"].width == 1
     assert (own["refine"].slab_mm, own["fuse"].slab_mm) == (60, None)
-    samples = [own[name].n_samples for name in STUDIES]
-    assert samples == [8, 4, 4, 2, 8, 4, 2, 2, 2, 1]
+    samples = [own[name].n_samples for name in STUDIES if name != "samples"]
+    assert samples == [8, 4, 4, 2, 2, 8, 4, 2, 2, 2, 1]
     for case in cases:  # settings determine the fingerprint, and are in the record
         json.dumps(dataclasses.asdict(case.settings))

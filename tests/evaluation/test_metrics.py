@@ -3,10 +3,17 @@
 
 import numpy as np
 import pytest
+from scipy.linalg import sqrtm
 from skimage.metrics import structural_similarity
 
 from brainprior_bids.engine.errors import InputError, ShapeMismatchError
-from brainprior_bids.evaluation.metrics import by_depth, compare, crps, matching_gain
+from brainprior_bids.evaluation.metrics import (
+    by_depth,
+    compare,
+    crps,
+    frechet_distance,
+    matching_gain,
+)
 
 
 @pytest.fixture
@@ -112,3 +119,31 @@ def test_the_error_by_depth_below_the_border():
     wide = by_depth(image, truth, mask, (3, 3, 3))
     assert wide["rmse_2_3mm"] == found["rmse_0_1mm"]
     assert wide["rmse_5mm"] == 0
+
+
+def gaussian(mean, covariance, n=50):
+    """Rows with exactly this mean and sample covariance."""
+    rows = np.random.default_rng(0).normal(size=(n, len(mean)))
+    rows -= rows.mean(0)
+    white = rows @ np.linalg.inv(np.linalg.cholesky(np.cov(rows, rowvar=False))).T
+    return np.array(mean) + white @ np.linalg.cholesky(covariance).T
+
+
+def test_the_frechet_distance_of_two_gaussians_is_the_closed_form():
+    one = gaussian([0, 1, 2], np.diag([1.0, 4.0, 9.0]))
+    other = gaussian([1, 1, 0], np.diag([4.0, 4.0, 1.0]), n=80)
+    expected = (1 + 0 + 4) + (1 - 2) ** 2 + 0 + (3 - 1) ** 2  # means, then SDs
+    assert frechet_distance(one, other) == pytest.approx(expected)
+    assert frechet_distance(one, one) == pytest.approx(0, abs=1e-9)
+    first = np.array([[2.0, 0.9, 0], [0.9, 1, 0.2], [0, 0.2, 3]])
+    second = np.array([[1.0, -0.3, 0.4], [-0.3, 2, 0], [0.4, 0, 1]])
+    cross = np.trace(sqrtm(first @ second).real)  # covariances that do not commute
+    expected = np.trace(first) + np.trace(second) - 2 * cross + 9
+    assert frechet_distance(
+        gaussian([0, 0, 0], first), gaussian([0, 3, 0], second)
+    ) == pytest.approx(expected)
+    few = np.random.default_rng(1).normal(size=(3, 5))  # covariances of rank two
+    assert frechet_distance(few, few + 2) == pytest.approx(20)
+    for wrong in (one[:1], one[:, :2], one[0]):
+        with pytest.raises(ShapeMismatchError, match="frechet_distance"):
+            frechet_distance(one, wrong)

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from brainprior_bids.evaluation.studies.base import Study
 
 STUDIES = (
-    "restoration", "low-field", "ablation", "segmentation", "coverage", "hallucination", "lesions",
-    "inpaint", "fuse", "refine",
+    "restoration", "low-field", "ablation", "segmentation", "downstream", "coverage",
+    "hallucination", "samples", "lesions", "inpaint", "fuse", "refine",
 )  # fmt: skip
 """Names, in the order of the tables."""
 

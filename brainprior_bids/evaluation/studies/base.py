@@ -7,6 +7,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -118,6 +119,9 @@ class Study:
         ``protocol.Condition``.
     measured : function, optional
         Same arguments as ``table`` -> the study's part of ``data/measured.json``.
+    needs : (str, str), optional
+        Module that must be importable, and the name of its package. Without it, the study is
+        skipped.
     """
 
     name: str
@@ -128,6 +132,14 @@ class Study:
     quick: Mapping[str, Any] = field(default_factory=dict)
     tuned: bool = False
     measured: Callable[[Sequence[Record], Sequence[Record]], dict[str, Any]] | None = None
+    needs: tuple[str, str] | None = None
+
+    @property
+    def missing_package(self) -> str | None:
+        """The package that is needed and not installed."""
+        if self.needs is None or find_spec(self.needs[0]) is not None:
+            return None
+        return self.needs[1]
 
     def options(self, args: Namespace) -> Namespace:
         """The command line's options, with the study's own values for those that are not set."""
