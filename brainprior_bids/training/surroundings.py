@@ -77,7 +77,8 @@ def draw_surroundings(
     contrast : str
         Sets the brightness of the fluid.
     """
-    rim, near, stripped = rng.uniform(*RIM_MM), rng.uniform(*NEAR_MM), rng.random() < STRIPPED
+    rim, stripped = rng.uniform(*RIM_MM), rng.random() < STRIPPED
+    near = max(rng.uniform(*NEAR_MM), rim)
     if mask.all() or not mask.any():
         return no_surroundings(mask.shape)
     depth = ndimage.distance_transform_edt(~ndimage.binary_fill_holes(mask)).astype(np.float32)
