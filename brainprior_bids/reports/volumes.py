@@ -13,8 +13,8 @@ from pathlib import Path
 
 import nibabel as nb
 import numpy as np
+import SimpleITK as sitk
 from numpy.typing import NDArray
-from scipy.ndimage import affine_transform
 
 PLANES = ("sagittal", "coronal", "axial")
 EDGES = ("PAIS", "LRIS", "LRPA")
@@ -54,21 +54,23 @@ class Volume:
         """Other values on the same grid."""
         return Volume(np.asarray(data, np.float32), self.affine)
 
-    def regrid(self, target: Volume, order: int) -> Volume:
+    def regrid(self, target: Volume, order: int, *, extend: bool = True) -> Volume:
         """This image at the voxel centres of ``target``; order 0 is nearest, 1 linear.
 
-        Beyond the border, the value of the nearest voxel is used.
+        Beyond the border, it has the value of the nearest voxel, or 0 without ``extend``.
         """
-        matrix = np.linalg.inv(self.affine) @ target.affine
-        data = affine_transform(
-            self.data,
-            matrix[:3, :3],
-            matrix[:3, 3],
-            output_shape=target.data.shape,
-            order=order,
-            mode="nearest",
+        matrix = np.linalg.inv(self.affine) @ target.affine  # voxel of the target -> own voxel
+        transform = sitk.AffineTransform(3)
+        transform.SetMatrix(matrix[:3, :3].ravel().tolist())
+        transform.SetTranslation(matrix[:3, 3].tolist())
+        resampled = sitk.Resample(
+            sitk.GetImageFromArray(self.data.T),  # ITK's arrays are (k, j, i)
+            target.data.shape,
+            transform,
+            sitk.sitkLinear if order else sitk.sitkNearestNeighbor,
+            useNearestNeighborExtrapolator=extend,
         )
-        return target.like(data)
+        return target.like(sitk.GetArrayFromImage(resampled).T)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ FUSED_SHARE = 0.5
 solves in 2 levels (measured with two and three runs)."""
 RUN_S = 60.0
 """Seconds of preprocessing for each fused run except the first."""
-OTHER_S = 90.0
+OTHER_S = 60.0
 """All steps before and after the network calls, in processor seconds of one thread."""
 SAMPLE_S = 5.0
 """Seconds per sample in addition to its network calls."""

@@ -530,3 +530,21 @@ def test_input_result_and_uncertainty_lie_over_one_another(viewers):
     coloured = ((sd[..., 1] > 0) & (sd[..., 0] > 2)).sum()  # unused tiles are opaque, and 0
     assert 0 < coloured == pytest.approx((share >= UNCERTAIN_PERCENT[0]).sum(), rel=0.03)
     assert coloured < mask.sum() * 1.03
+
+
+@pytest.mark.parametrize("extend", [True, False])
+def test_an_image_on_a_tilted_grid_keeps_its_values_and_ends_with_its_field_of_view(extend):
+    shape, affine = (20, 24, 8), np.diag([1.0, 1.0, 3.0, 1.0])
+    ramp = (np.indices(shape) * np.array([1.0, 2.0, 9.0])[:, None, None, None]).sum(0)
+    tilted = np.eye(4)
+    tilted[:3, :3] = Rotation.from_euler("xyz", (20, 10, -15), degrees=True).as_matrix()
+    target = volumes.Volume(np.zeros((30, 30, 30), np.float32), tilted)
+    placed = volumes.Volume(ramp.astype(np.float32), affine).regrid(target, 1, extend=extend)
+    mm = np.einsum("ab,bijk->aijk", tilted[:3, :3], np.indices(target.data.shape))
+    last = (np.array(shape) - 1) * np.diag(affine)[:3]
+    inside = ((mm >= 0) & (mm <= last[:, None, None, None])).all(0)
+    away = ((mm < -3) | (mm > last[:, None, None, None] + 3)).any(0)
+    expected = mm[0] + 2 * mm[1] + 3 * mm[2]
+    np.testing.assert_allclose(placed.data[inside], expected[inside], atol=1e-3)
+    assert inside.any() and away.any()
+    assert (placed.data[away] > 0).any() == extend
