@@ -345,7 +345,8 @@ def measure(
     if is_done(path, mark):
         return
     folder = out / "work" / case.study / f"{case.stem}_{mark[:8]}"
-    bench = replace(bench, folder=folder, penalties=penalties, own_labels=source.synthetic)
+    bench = replace(bench, folder=folder, source=Path(source.path), penalties=penalties)
+    bench = replace(bench, own_labels=source.synthetic)
     began = time.perf_counter()
     participant = Participant.load(participant_path(out, source))
     record = find(case.study).measure(participant, case.settings, bench)

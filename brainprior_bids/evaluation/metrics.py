@@ -7,7 +7,8 @@ and SSIM's data range, so that the metrics of different scans can be compared.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import product
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -33,6 +34,36 @@ def matching_gain(image: ArrayLike, truth: ArrayLike, mask: ArrayLike) -> float:
     if power == 0:
         raise InputError("matching_gain: the image is 0 everywhere in the mask.")
     return float(x @ t) / power
+
+
+def matching_field(
+    image: NDArray[np.float32], truth: NDArray[np.float32], mask: NDArray[np.bool_]
+) -> NDArray[np.float32]:
+    """The cubic polynomial of position that, as a gain, brings ``image`` closest to ``truth``.
+
+    Parameters
+    ----------
+    image, truth : (i, j, k) arrays
+    mask : (i, j, k) bool array
+        Where they are compared.
+
+    Returns
+    -------
+    (i, j, k) float32 array
+        The gain; 1 outside the mask.
+    """
+    where = np.array(np.nonzero(mask), dtype=np.float64)
+    middle, half = where.mean(1, keepdims=True), np.ptp(where, axis=1)[:, None] / 2 + 1
+    x, y, z = (where - middle) / half
+    powers = [p for p in product(range(4), repeat=3) if sum(p) <= 3]
+    basis = np.stack([x**a * y**b * z**c for a, b, c in powers], axis=1)
+    values = image[mask].astype(np.float64)
+    design = basis * values[:, None]
+    target = truth[mask].astype(np.float64)
+    coefficients = np.linalg.solve(design.T @ design, design.T @ target)
+    field = np.ones(mask.shape, np.float32)
+    field[mask] = basis @ coefficients
+    return field
 
 
 def compare(image: ArrayLike, truth: ArrayLike, mask: ArrayLike) -> dict[str, float]:
@@ -112,6 +143,28 @@ def by_depth(
         key: float(np.sqrt(s / n)) if n else float("nan")
         for key, s, n in zip(DEPTHS, total, count, strict=True)
     }
+
+
+def metrics_of(
+    images: Mapping[str, NDArray[np.float32]],
+    truth: NDArray[np.float32],
+    inside: NDArray[np.bool_],
+    spacing_mm: Sequence[float],
+) -> dict[str, dict[str, float]]:
+    """``compare`` and ``by_depth`` of every image after its gain.
+
+    ``psnr_field_db`` is the PSNR after ``matching_field``.
+    """
+    table = {}
+    for method, image in images.items():
+        alike = matching_gain(image, truth, inside) * image
+        flat = compare(image * matching_field(image, truth, inside), truth, inside)
+        table[method] = {
+            **compare(alike, truth, inside),
+            **by_depth(alike, truth, inside, spacing_mm),
+            "psnr_field_db": flat["psnr_db"],
+        }
+    return table
 
 
 def crps(samples: ArrayLike, truth: ArrayLike, mask: ArrayLike) -> float:

@@ -28,9 +28,8 @@ from brainprior_bids.engine.grids import Grid
 from brainprior_bids.evaluation.baselines import interpolate
 from brainprior_bids.evaluation.degrade import Recipe, degrade
 from brainprior_bids.evaluation.figure import Column, draw
-from brainprior_bids.evaluation.metrics import matching_gain
+from brainprior_bids.evaluation.metrics import matching_gain, metrics_of
 from brainprior_bids.evaluation.scans import Volume, read_output, run_command, write_scan
-from brainprior_bids.evaluation.thick_slices import metrics_of
 
 SEED = 7
 RECIPE = Recipe(noise_sd=0.01, bias_sd=0.1)

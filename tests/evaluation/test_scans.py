@@ -5,7 +5,6 @@ The command itself is replaced by one that writes the truth, so that a perfect r
 be rated perfect, on the right voxels, and a failing one must be reported.
 """
 
-import csv
 from pathlib import Path
 
 import matplotlib.image
@@ -14,11 +13,11 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from brainprior_bids.anatomy.parcellation import Parcellation
 from brainprior_bids.engine.errors import BrainpriorError
 from brainprior_bids.engine.grids import Grid
-from brainprior_bids.evaluation import picture, thick_slices
-from brainprior_bids.evaluation.scans import Volume, read_output, run_command, write_scan
+from brainprior_bids.evaluation import picture
+from brainprior_bids.evaluation.metrics import matching_field
+from brainprior_bids.evaluation.scans import Volume, read_output, run_command
 
 
 def a_brain(shape, spacing, *, rough=2.5, size=1.0):
@@ -58,77 +57,13 @@ def answer(truth, inside, *, noise=0.0):
     return command
 
 
-@pytest.fixture
-def head(tmp_path):
-    """A BIDS head of 1 x 1.5 x 1.5 mm with a bias field, its brain and mask."""
-    shape, spacing = (68, 52, 40), (1.0, 1.5, 1.5)
-    data, inside = a_brain(shape, spacing, size=0.6)
-    x = np.linspace(-1, 1, shape[0])[:, None, None]
-    grid = Grid(shape, np.diag((*spacing, 1.0)))
-    noise = np.random.default_rng(1).normal(0, 1, shape)
-    scan = Volume((data * np.exp(0.1 * x) + noise).astype(np.float32), grid)
-    bids = tmp_path / "raw"
-    path = write_scan(bids, "sub-01_T1w", scan, dataset="test", metadata={})
-    return bids, path, Volume(data, grid), inside
-
-
-def test_a_perfect_restoration_is_found_perfect(head, tmp_path, monkeypatch, capsys):
-    bids, _, truth, inside = head
-    kept = slice(0, 65)  # whole slices of 5 mm
-    command = answer(
-        Volume(truth.data[kept], truth.grid.crop((0, 0, 0), (65, 52, 40))), inside[kept], noise=2
-    )
-    monkeypatch.setattr(thick_slices, "run_command", command)
-    monkeypatch.setattr(thick_slices, "load_parcellation", lambda: None)
-    monkeypatch.setattr(
-        thick_slices,
-        "find_brain",
-        lambda *_, **__: Parcellation(inside, inside, inside[kept].astype(np.float32), []),
-    )
-    out = tmp_path / "out"
-    assert (
-        thick_slices.main([str(bids), str(out), "--participant-label", "01", "--device", "cpu"])
-        == 0
-    )
-    assert [name for name, _ in command.asked] == ["restored", "single"]
-    assert command.asked[0][1][-2:] == ["--device", "cpu"]
-    assert command.asked[1][1][-2:] == ["--n-samples", "1"]
-
-    thick = nib.load(out / "bids" / "sub-01" / "anat" / "sub-01_T1w.nii.gz")
-    assert thick.shape == (13, 52, 40)
-    np.testing.assert_allclose(thick.header.get_zooms(), (5, 1.5, 1.5), rtol=1e-6)
-    original = nib.load(bids / "sub-01" / "anat" / "sub-01_T1w.nii.gz").get_fdata()
-    np.testing.assert_allclose(
-        thick.get_fdata(), original[kept].reshape(13, 5, 52, 40).mean(1), rtol=1e-5, atol=1e-4
-    )
-    np.testing.assert_allclose(thick.affine[:3, 3], (2, 0, 0), atol=1e-6)
-
-    with (out / "metrics.tsv").open() as file:
-        rows = {row["method"]: row for row in csv.DictReader(file, delimiter="\t")}
-    assert list(rows) == ["linear", "cubic", "tikhonov", "tv", "single sample", "mean of samples"]
-    assert rows["cubic"]["mask_dice"] == "n/a"
-    assert float(rows["mean of samples"]["mask_dice"]) == 1
-    restored, cubic = (float(rows[m]["psnr_field_db"]) for m in ("mean of samples", "cubic"))
-    assert restored > 32  # noise of 2 on a unit of about 200, and N4's own error; measured 34.7
-    assert restored > cubic + 3
-    assert "mean of samples" in capsys.readouterr().out
-    drawn = matplotlib.image.imread(out / "sub-01_T1w.png")
-    assert drawn.shape[1] > 1000
-    assert 0.05 < drawn[..., :3].mean() < 0.8
-
-
 def test_a_smooth_factor_is_taken_away_and_nothing_else():
     data, inside = a_brain((50, 60, 40), (2.0, 2.0, 2.5))
     i, j, k = (np.linspace(-1, 1, n) for n in data.shape)
     factor = 1.5 + 0.3 * i[:, None, None] - 0.2 * j[:, None] ** 2 + 0.1 * k * i[:, None, None]
-    field = thick_slices.matching_field(data, data * factor.astype(np.float32), inside)
+    field = matching_field(data, data * factor.astype(np.float32), inside)
     np.testing.assert_allclose(field[inside], factor[inside], rtol=1e-4)
     assert (field[~inside] == 1).all()
-
-
-def test_a_missing_scan_is_a_usage_error(head, tmp_path, capsys):
-    assert thick_slices.main([str(head[0]), str(tmp_path / "o"), "--participant-label", "99"]) == 2
-    assert "there is none at" in capsys.readouterr().err
 
 
 def test_a_failing_command_is_reported_with_its_last_words(tmp_path):

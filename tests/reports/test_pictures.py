@@ -546,5 +546,6 @@ def test_an_image_on_a_tilted_grid_keeps_its_values_and_ends_with_its_field_of_v
     away = ((mm < -3) | (mm > last[:, None, None, None] + 3)).any(0)
     expected = mm[0] + 2 * mm[1] + 3 * mm[2]
     np.testing.assert_allclose(placed.data[inside], expected[inside], atol=1e-3)
-    assert inside.any() and away.any()
+    assert inside.any()
+    assert away.any()
     assert (placed.data[away] > 0).any() == extend

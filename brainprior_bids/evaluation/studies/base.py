@@ -67,6 +67,8 @@ class Bench:
     folder : Path
         Folder of this case alone. It is kept until the record is complete, so that commands that
         finished in it are not repeated.
+    source : Path
+        The participant's scan or label map.
     penalties : Mapping
         Penalties of the classical methods, from ``protocol.choose``.
     own_labels : bool
@@ -78,6 +80,7 @@ class Bench:
     prior: Path
     device: str
     folder: Path
+    source: Path = Path()
     penalties: Mapping[str, float] = field(default_factory=dict)
     own_labels: bool = False
     picture: Path | None = None

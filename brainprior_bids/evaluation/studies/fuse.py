@@ -29,6 +29,7 @@ from brainprior_bids.anatomy.bias import n4
 from brainprior_bids.anatomy.spaces import resample
 from brainprior_bids.evaluation.degrade import Recipe, degrade, thick_slices
 from brainprior_bids.evaluation.figure import Column, draw
+from brainprior_bids.evaluation.metrics import metrics_of
 from brainprior_bids.evaluation.protocol import Participant
 from brainprior_bids.evaluation.scans import Volume, write_scan
 from brainprior_bids.evaluation.studies.base import Bench, Source, Study, of_test_set
@@ -46,7 +47,6 @@ from brainprior_bids.evaluation.studies.command import (
     sidecar,
 )
 from brainprior_bids.evaluation.summary import Record
-from brainprior_bids.evaluation.thick_slices import metrics_of
 from brainprior_bids.records import RunRecord
 
 STACKS = {"axi": 2, "cor": 1, "sag": 0}

@@ -25,7 +25,7 @@ from scipy import ndimage
 from brainprior_bids.anatomy.spaces import resample
 from brainprior_bids.evaluation.degrade import Recipe, degrade
 from brainprior_bids.evaluation.figure import Column, draw
-from brainprior_bids.evaluation.metrics import compare, matching_gain
+from brainprior_bids.evaluation.metrics import compare, matching_field, matching_gain
 from brainprior_bids.evaluation.protocol import Participant
 from brainprior_bids.evaluation.scans import Volume, write_scan
 from brainprior_bids.evaluation.studies.base import Bench, Source, Study, of_test_set
@@ -42,7 +42,6 @@ from brainprior_bids.evaluation.studies.command import (
     sidecar,
 )
 from brainprior_bids.evaluation.summary import Record
-from brainprior_bids.evaluation.thick_slices import matching_field
 
 HOWS = {
     "refined alone": ("refined", ("refine",)),
