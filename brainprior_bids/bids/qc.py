@@ -263,7 +263,7 @@ def relative_scores(table: Sequence[StructureRecord]) -> dict[str, float]:
     return scores
 
 
-def concerns(values: Mapping[str, float | None]) -> list[str]:
+def reasons(values: Mapping[str, float | None]) -> list[str]:
     """The metrics that exceed a limit, as text; empty if none does."""
     return [text for _, text in _exceeded(values)]
 
@@ -322,7 +322,7 @@ def rebuild_qc(output_dir: Path) -> Path:
                 summary.scan,
                 summary.source or "n/a",
                 verdict(values),
-                "; ".join(concerns(values)) or "n/a",
+                "; ".join(reasons(values)) or "n/a",
                 *("n/a" if value is None else f"{value:.6g}" for value in cells),
             ]
         )

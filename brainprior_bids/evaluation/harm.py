@@ -32,7 +32,7 @@ from brainprior_bids.anatomy.conform import conform
 from brainprior_bids.anatomy.external import dice
 from brainprior_bids.anatomy.prepare import align_to_mni305
 from brainprior_bids.anatomy.spaces import resample
-from brainprior_bids.bids.qc import VERDICTS, concerns, metrics, verdict
+from brainprior_bids.bids.qc import VERDICTS, metrics, reasons, verdict
 from brainprior_bids.engine import weights
 from brainprior_bids.engine.errors import BrainpriorError
 from brainprior_bids.engine.grids import Grid
@@ -261,7 +261,7 @@ def compare(
         "restore": {"noise_sd": _noise(image, brain.mask_scan)},
     }
     values = metrics(ScanRecord.from_json({"scan": "", "facts": steps}))
-    facts |= {"verdict": verdict(values), "reasons": concerns(values)}
+    facts |= {"verdict": verdict(values), "reasons": reasons(values)}
     keys = (
         "brain_z", "structure_z", "noise_percent", "confidence", "lowest_confidence",
         "slice_mismatch", "faintest_slice",

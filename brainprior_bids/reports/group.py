@@ -20,7 +20,7 @@ import jinja2
 from brainprior_bids import __version__
 from brainprior_bids.bids.files import write_json, write_text
 from brainprior_bids.bids.names import BIDSName
-from brainprior_bids.bids.qc import METRICS, VERDICTS, Metric, concerns, metrics, verdict
+from brainprior_bids.bids.qc import METRICS, VERDICTS, Metric, metrics, reasons, verdict
 from brainprior_bids.bids.status import read_summaries
 from brainprior_bids.records import unnamed
 
@@ -53,7 +53,7 @@ def build_group(output_dir: Path) -> list[Path]:
         name = BIDSName.parse(f"{summary.scan}.nii.gz")
         suffix = f"desc-{name.get('desc')}_{name.suffix}" if name.get("desc") else name.suffix
         row = {"bids_name": summary.scan, "subject": summary.subject, **values}
-        row |= {"verdict": verdict(values), "concerns": concerns(values)}
+        row |= {"verdict": verdict(values), "reasons": reasons(values)}
         row["report"] = f"sub-{summary.subject}.html#{summary.scan}"
         rows.setdefault(suffix, []).append(row)
     if not rows:
@@ -97,10 +97,10 @@ def robust_scores(scans: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
 def _tsv(scans: Sequence[Mapping[str, Any]]) -> str:
     stream = io.StringIO()
     writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
-    writer.writerow(["bids_name", "verdict", *METRICS, "concerns", "outlier"])
+    writer.writerow(["bids_name", "verdict", *METRICS, "reasons", "outlier"])
     for scan in scans:
         values = ["n/a" if scan[n] is None else f"{scan[n]:.6g}" for n in METRICS]
-        texts = ["; ".join(scan[key]) or "n/a" for key in ("concerns", "outlier")]
+        texts = ["; ".join(scan[key]) or "n/a" for key in ("reasons", "outlier")]
         writer.writerow([scan["bids_name"], scan["verdict"], *values, *texts])
     return stream.getvalue()
 
@@ -121,7 +121,7 @@ def _sidecar() -> dict[str, Any]:
             },
         },
         **columns,
-        "concerns": {"Description": "metrics that exceed a limit, with the limit"},
+        "reasons": {"Description": "metrics that exceed a limit, with the limit"},
         "outlier": {
             "Description": f"metrics whose robust z-score within the contrast is beyond {OUTLIER}"
         },

@@ -20,7 +20,7 @@ import jinja2
 from brainprior_bids.anatomy.tissue_metrics import RATIOS
 from brainprior_bids.bids.files import read_json
 from brainprior_bids.bids.provenance import label
-from brainprior_bids.bids.qc import concerns, metrics, relative_scores, verdict
+from brainprior_bids.bids.qc import metrics, reasons, relative_scores, verdict
 from brainprior_bids.bids.status import read_summaries
 from brainprior_bids.records import (
     ErrorRecord,
@@ -120,7 +120,7 @@ def _scan(scan: ScanRecord) -> str:
         scan=scan.scan,
         warnings=scan.warnings,
         verdict=verdict(metrics(scan)),
-        concerns=concerns(metrics(scan)),
+        reasons=reasons(metrics(scan)),
         groups=groups,
         structures=_structures(scan),
         tissues=_tissues(scan),

@@ -16,7 +16,7 @@ from nibabel.orientations import apply_orientation, inv_ornt_aff
 
 from brainprior_bids.anatomy.conform import conform, read_geometry
 from brainprior_bids.bids.files import to_json
-from brainprior_bids.bids.qc import concerns, metrics, verdict
+from brainprior_bids.bids.qc import metrics, reasons, verdict
 from brainprior_bids.engine.errors import GeometryError, InputError
 from brainprior_bids.records import HeaderRecord, ScanRecord
 
@@ -144,7 +144,7 @@ def test_mirrored_qform_is_called_so(tmp_path):
     steps = {"conform": {"facts": done.facts}}
     values = metrics(ScanRecord.from_json({"scan": "x", "facts": steps}))
     assert verdict(values) == "look"
-    assert concerns(values) == ["mirrored_forms 1 is above 0"]
+    assert reasons(values) == ["mirrored_forms 1 is above 0"]
 
 
 def test_qform_serves_where_the_sform_is_unset_or_singular(tmp_path):

@@ -14,7 +14,7 @@ from brainprior_bids.anatomy.slices import (
     name_lost,
     slice_fit,
 )
-from brainprior_bids.bids.qc import concerns, metrics, verdict
+from brainprior_bids.bids.qc import metrics, reasons, verdict
 from brainprior_bids.engine.errors import ShapeMismatchError
 from brainprior_bids.records import ScanRecord
 
@@ -67,7 +67,7 @@ def test_what_does_not_fit_is_found_along_any_axis(made, said, axis):
     slices = {"mismatch": fit.mismatch, "faintest": fit.faintest}
     facts = {"parcellation": {"slices": slices}}
     values = metrics(ScanRecord.from_json({"scan": "sub-01_T2w", "facts": facts}))
-    assert [text.split()[0] for text in concerns(values)] == said, fit
+    assert [text.split()[0] for text in reasons(values)] == said, fit
     assert verdict(values) == ("look" if said else "pass")
     if made is lost:
         assert (fit.faintest, fit.faintest_slice) == (0, 9)

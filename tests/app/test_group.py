@@ -14,8 +14,8 @@ from lxml import html
 from brainprior_bids.bids.qc import (
     METRICS,
     VERDICTS,
-    concerns,
     metrics,
+    reasons,
     rebuild_qc,
     reference,
     relative_scores,
@@ -70,11 +70,11 @@ def test_figures_come_from_the_summary():
     assert values["asymmetry_percent"] == pytest.approx(40)
     assert values["in_plane_mm"] == 1.0
     assert values["peak_memory_gb"] == 2.5
-    assert concerns(values) == ["structures 2 is below 12", "asymmetry_percent 40 is above 15"]
+    assert reasons(values) == ["structures 2 is below 12", "asymmetry_percent 40 is above 15"]
     assert verdict(values) == "fail"
     empty = metrics(ScanRecord.from_json({"scan": "x"}))
     assert all(v is None for name, v in empty.items() if name != "warnings")
-    assert concerns(empty) == []
+    assert reasons(empty) == []
 
 
 def brain(scale: float = 1.0, **factors: float):
@@ -201,7 +201,7 @@ def test_a_table_a_contrast_and_one_page(tmp_path):
     assert [row["bids_name"] for row in rows] == [f"sub-{n:02d}_T1w" for n in range(1, 14)]
     assert float(rows[0]["mni305_residual_mm"]) == pytest.approx(1.01)
     assert rows[12]["outlier"] == "mni305_residual_mm"
-    assert "mni305_residual_mm 9.5 is above 9" in rows[12]["concerns"]
+    assert "mni305_residual_mm 9.5 is above 9" in rows[12]["reasons"]
     assert {row["verdict"] for row in rows} == {"fail"}  # two structures are not a brain
     assert {row["outlier"] for row in rows[:12]} == {"n/a"}
     assert set(json.loads((tmp_path / "group_T1w.json").read_text())) == set(rows[0])

@@ -24,7 +24,7 @@ from brainprior_bids.anatomy.conform import conform
 from brainprior_bids.anatomy.templates import find_template
 from brainprior_bids.bids.derivatives import check_output, write_dataset_files
 from brainprior_bids.bids.provenance import recorded_sha256, sha256_file, verify_records
-from brainprior_bids.bids.qc import concerns, metrics
+from brainprior_bids.bids.qc import metrics, reasons
 from brainprior_bids.bids.status import read_summaries, read_summary
 from brainprior_bids.bids.validate import find_validator, validate, validate_scans
 from brainprior_bids.engine import weights
@@ -401,7 +401,7 @@ def test_slice_gains_are_in_sidecar_provenance_and_verdict(files, raw, output_di
     (summary,) = read_summaries(output_dir)
     values = metrics(summary)
     assert values["slice_gain_alternation"] == 2.2
-    assert "slice_gain_alternation 2.2 is above 2" in concerns(values)
+    assert "slice_gain_alternation 2.2 is above 2" in reasons(values)
 
 
 MOTION = [[1, 0, 0, 0], [0, 1, 0, 2.0], [0, 0, 1, 0], [0, 0, 0, 1]]
@@ -425,7 +425,7 @@ def test_moved_interleaves_and_lost_slices_reach_sidecar_and_verdict(
     assert content["SlicesNotUsed"] == [3]
     assert (content["InterleaveMotion"], content["InterleaveMotionRMS"]) == (MOTION, 2.0)
     (summary,) = read_summaries(output_dir)
-    assert "interleave_motion_mm 2 is above 0" in concerns(metrics(summary))
+    assert "interleave_motion_mm 2 is above 0" in reasons(metrics(summary))
 
 
 def test_lost_slices_are_restored_as_missing(files, prior, tmp_path):
@@ -475,7 +475,7 @@ def test_interpolation_is_in_sidecar_and_verdict(files, raw, output_dir, tmp_pat
     content = json.loads((output_dir / side).read_text())
     assert (content["MeasuredVoxelSize"], content["UsedVoxelSize"]) == ([1, 1, 5], [1, 1, 5])
     (summary,) = read_summaries(output_dir)
-    assert "interpolation 5 is above 1.35" in concerns(metrics(summary))
+    assert "interpolation 5 is above 1.35" in reasons(metrics(summary))
     assert "This scan had been interpolated" in methods_text([of_summary(summary)])
 
 
