@@ -12,13 +12,14 @@ from pathlib import Path
 
 from brainprior_bids.bids.files import read_json, write_text
 from brainprior_bids.engine.errors import UsageError
+from brainprior_bids.evaluation import plots
 from brainprior_bids.evaluation.stamp import DIGITS, MEASURED, Stamp
 from brainprior_bids.evaluation.studies import STUDIES, find
 from brainprior_bids.evaluation.summary import Record
 
 
 def write_pages(records: Sequence[Record], docs: Path, *, command: str, day: str) -> list[Path]:
-    """Write ``docs/tables/STUDY.md`` for every study, and the values that reports quote.
+    """Write ``docs/tables/STUDY.md`` and the plot of every study, and what reports quote.
 
     Parameters
     ----------
@@ -65,6 +66,9 @@ def write_pages(records: Sequence[Record], docs: Path, *, command: str, day: str
         paths.append(docs / "tables" / f"{name}.md")
         paths[-1].parent.mkdir(parents=True, exist_ok=True)
         paths[-1].write_text("\n".join(text).strip() + "\n", encoding="utf-8")
+        if study.plot is not None:
+            figure = docs / "images" / f"evaluation-{name}.png"
+            paths.append(plots.save(study.plot(part), figure, stamp.caption().partition(":")[0]))
         if parts is not None and study.measured is not None:
             parts[name] = {"prior_sha256": priors[0], **study.measured(part, validation)}
             paths.append(measured)

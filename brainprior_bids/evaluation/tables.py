@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from brainprior_bids.engine.errors import UsageError
-from brainprior_bids.evaluation.protocol import HISTOGRAM, METHODS
+from brainprior_bids.evaluation import plots
+from brainprior_bids.evaluation.protocol import METHODS
 from brainprior_bids.evaluation.studies import STUDIES, find
 from brainprior_bids.evaluation.summary import (
     Record,
@@ -34,7 +34,6 @@ COLUMNS = (
 )  # fmt: skip
 METHOD_STUDIES = ("restoration", "low-field", "ablation", "segmentation")
 """Studies whose records have one row per method in ``results.tsv``."""
-STYLES = {"truth": "k-", "cubic": "C1:", "tv": "C3--", "sample": "C4-", "restored": "C5-"}
 
 
 def read_records(out: Path) -> list[Record]:
@@ -76,10 +75,10 @@ def write_tables(out: Path) -> Path:
         text.append("**These results are from more than one prior: run the command again.**")
     for study in ("restoration", "low-field"):
         if study in parts:
-            _plot(parts[study], out / f"{study}.png")
-            _histograms(parts[study], out / f"{study}_histograms.png")
+            plots.save(plots.methods(parts[study]), out / f"{study}.png")
+            plots.save(plots.histograms(parts[study]), out / f"{study}_histograms.png")
     if "segmentation" in parts:
-        _plot_dice(parts["segmentation"], out / "segmentation.png")
+        plots.save(plots.dice(parts["segmentation"]), out / "segmentation.png")
     path = out / "tables.md"
     path.write_text("\n".join(text).strip() + "\n", encoding="utf-8")
     return path
@@ -155,77 +154,3 @@ def _paired(group: Sequence[Record]) -> list[str]:
         + (f"tuned on {', '.join(tuned)}" if tuned else "not tuned for these data")
     )
     return lines
-
-
-def _save(figure: Figure, path: Path) -> None:
-    figure.tight_layout()
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-
-
-def _plot(records: Sequence[Record], path: Path) -> None:
-    """PSNR, MAE and SSIM of every method and condition: bars are means, dots participants."""
-    groups = groups_of(records, condition_key)
-    figure = Figure(figsize=(max(6, 1.5 * len(groups) + 2), 9))
-    for axes, (key, label) in zip(
-        figure.subplots(3, 1),
-        (("psnr_db", "PSNR, dB"), ("mae", "MAE"), ("ssim", "SSIM")),
-        strict=True,
-    ):
-        for m, method in enumerate(METHODS):
-            at = np.arange(len(groups)) + (m - 2.5) * 0.14
-            values = [values_of(group, method, key) for group in groups]
-            axes.bar(at, [np.mean(v) for v in values], 0.13, color=f"C{m}", label=method)
-            for x, v in zip(at, values, strict=True):
-                axes.plot([x] * len(v), v, ".", color="0.15", markersize=3)
-        everything = [v for method in METHODS for g in groups for v in values_of(g, method, key)]
-        low, high = min(everything), max(everything)
-        axes.set_ylim(low - 0.25 * (high - low + 1e-3), high + 0.05 * (high - low + 1e-3))
-        axes.set_ylabel(label)
-        axes.set_xticks(range(len(groups)))
-        axes.set_xticklabels(
-            [
-                f"{g[0]['contrast']} {g[0]['spacing_mm']:g} mm\n{g[0]['noise_sd']:g}"
-                for g in groups
-            ],
-            fontsize=7,
-        )
-    figure.axes[0].legend(
-        ncol=len(METHODS), fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1)
-    )
-    _save(figure, path)
-
-
-def _histograms(records: Sequence[Record], path: Path) -> None:
-    """Intensities inside the mask, all participants of a condition together."""
-    groups = groups_of(records, condition_key)
-    figure = Figure(figsize=(3.2 * len(groups), 2.8))
-    centres = (HISTOGRAM[1:] + HISTOGRAM[:-1]) / 2
-    for axes, group in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
-        for method, style in STYLES.items():
-            counts = np.sum([r["histograms"][method] for r in group], axis=0)
-            axes.plot(centres, counts / counts.sum(), style, label=method, linewidth=1)
-        r = group[0]
-        axes.set_title(f"{r['contrast']} {r['spacing_mm']:g} mm, {r['noise_sd']:g}", fontsize=8)
-        axes.set_yticks([])
-    figure.axes[0].legend(fontsize=6)
-    _save(figure, path)
-
-
-def _plot_dice(records: Sequence[Record], path: Path) -> None:
-    """Dice of every structure, mean over participants."""
-    from brainprior_bids.anatomy.parcellation import structure_names
-
-    names = structure_names()
-    shown = ("degraded", "cubic", "tv", "restored")
-    indices = sorted({i for r in records for i in r["segmentation"]["cubic"]["dice"]}, key=int)
-    figure = Figure(figsize=(10, 4.5))
-    axes = figure.subplots()
-    for m, method in enumerate(shown):
-        tables = [r["segmentation"][method]["dice"] for r in records]
-        means = [np.mean([table[i] for table in tables if i in table]) for i in indices]
-        axes.bar(np.arange(len(indices)) + (m - 1.5) * 0.2, means, 0.19, label=method)
-    axes.set_xticks(range(len(indices)))
-    axes.set_xticklabels([names[int(i)] for i in indices], rotation=90, fontsize=6)
-    axes.set_ylabel("Dice")
-    axes.legend(fontsize=7)
-    _save(figure, path)

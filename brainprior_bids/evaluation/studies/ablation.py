@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from brainprior_bids.evaluation import plots
 from brainprior_bids.evaluation.protocol import Condition
 from brainprior_bids.evaluation.studies.base import Source, Study, of_test_set
 from brainprior_bids.evaluation.studies.restoration import (
@@ -95,4 +96,12 @@ def _plain(group: Sequence[Record], method: str) -> str:
     return " | ".join(mean_sd(values_of(group, method, k), d) for k, d in metrics) + " | | | | |"
 
 
-STUDY = Study("ablation", cases, measure, table, defaults={"n_samples": 4}, tuned=True)
+STUDY = Study(
+    "ablation",
+    cases,
+    measure,
+    table,
+    defaults={"n_samples": 4},
+    tuned=True,
+    plot=plots.time_and_quality,
+)

@@ -9,13 +9,16 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from brainprior_bids.engine.denoiser import Prior
 from brainprior_bids.engine.parcellation_network import ParcellationNetwork
 from brainprior_bids.engine.weights import load_parcellation, load_prior
 from brainprior_bids.evaluation.protocol import Participant
 from brainprior_bids.evaluation.summary import Record
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,8 @@ class Study:
         ``protocol.Condition``.
     measured : function, optional
         Same arguments as ``table`` -> the study's part of ``data/measured.json``.
+    plot : function, optional
+        Records of the test set -> figure of the documentation.
     needs : (str, str), optional
         Module that must be importable, and the name of its package. Without it, the study is
         skipped.
@@ -135,6 +140,7 @@ class Study:
     quick: Mapping[str, Any] = field(default_factory=dict)
     tuned: bool = False
     measured: Callable[[Sequence[Record], Sequence[Record]], dict[str, Any]] | None = None
+    plot: Callable[[Sequence[Record]], Figure] | None = None
     needs: tuple[str, str] | None = None
 
     @property

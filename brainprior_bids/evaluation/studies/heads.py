@@ -34,6 +34,7 @@ from brainprior_bids.anatomy.brain import find_brain
 from brainprior_bids.anatomy.conform import conform
 from brainprior_bids.anatomy.spaces import resample
 from brainprior_bids.engine.grids import Grid
+from brainprior_bids.evaluation import plots
 from brainprior_bids.evaluation.baselines import interpolate, tikhonov, total_variation
 from brainprior_bids.evaluation.degrade import averaging_weights, thick_slices
 from brainprior_bids.evaluation.figure import Column, draw
@@ -259,4 +260,5 @@ STUDY = Study(
     table,
     defaults={"spacing": (5.0,), "n_samples": 4},
     quick={"n_samples": 1},
+    plot=plots.depth,
 )

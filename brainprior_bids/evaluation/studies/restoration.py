@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from brainprior_bids.evaluation import protocol
+from brainprior_bids.evaluation import plots, protocol
 from brainprior_bids.evaluation.protocol import Condition, Participant
 from brainprior_bids.evaluation.studies.base import (
     Bench,
@@ -159,4 +159,5 @@ STUDY = Study(
     defaults={"spacing": (3.0, 5.0, 7.0), "noise": (0.01, 0.03), "n_samples": 8},
     quick={"spacing": (5.0,), "noise": (0.01,), "n_samples": 4},
     tuned=True,
+    plot=plots.forest,
 )
