@@ -109,7 +109,8 @@ def run(
     sha256 = read_weights(prior, kind="prior")[1]["sha256"]
     tuned = {study for study in {case.study for case in cases} if find(study).tuned}
     with Pool(nprocs) as pool:
-        failures = pool.run([_participant_job(source, cases, tuned, out) for source in sources])
+        jobs = [_participant_job(source, cases, tuned, out) for source in sources]
+        failures = pool.run([job for job in jobs if job.studies])
         ready = [source for source in sources if participant_path(out, source).is_file()]
         cases = [case for case in cases if case.source in ready]
         validation = [source for source in ready if source.choosing]

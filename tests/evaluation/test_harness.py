@@ -250,6 +250,7 @@ def test_every_study_is_planned(ready):
         "hallucination": 2 * 3,
         "samples": 4 + 3,  # the validation set too
         "lesions": 2 * 3,
+        "heads": 2,
         "inpaint": 2,
         "fuse": 2,
         "refine": 2,
@@ -263,6 +264,6 @@ def test_every_study_is_planned(ready):
     assert own["coverage"].width == 1
     assert (own["refine"].slab_mm, own["fuse"].slab_mm) == (60, None)
     samples = [own[name].n_samples for name in STUDIES if name != "samples"]
-    assert samples == [8, 4, 4, 2, 2, 8, 4, 2, 2, 2, 1]
+    assert samples == [8, 4, 4, 2, 2, 8, 4, 2, 4, 2, 2, 1]
     for case in cases:  # settings determine the fingerprint, and are in the record
         json.dumps(dataclasses.asdict(case.settings))

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from brainprior_bids.engine.errors import UsageError
+from brainprior_bids.evaluation import plots
+from brainprior_bids.evaluation.metrics import DEPTHS
 from brainprior_bids.evaluation.pages import write_pages
 from brainprior_bids.evaluation.stamp import MEASURED, read_stamp
 from brainprior_bids.evaluation.studies import coverage
@@ -253,3 +255,38 @@ def test_rows_of_a_study_of_the_command_are_means_with_intervals(tmp_path):
     assert "T1w, whole brains, slices of 5 mm, noise 0.01; samples per image: 1." in text
     assert "| fused | 0.2000 [0.1000, 0.3000] | 2 |" in text
     assert "- gain: 2.0000 [1.0000, 3.0000] (2)" in text
+
+
+def test_the_plot_shows_each_participant_and_the_mean_gain(tmp_path):
+    deciles = {"error_over_sd_by_decile": [1.0] * 10}
+    records = [record("01", restored=25.0, **deciles), record("02", restored=26.0, **deciles)]
+    paths = write_pages(records, tmp_path, command="brainprior evaluate", day="2026-01-02")
+    (image,) = (path for path in paths if path.suffix == ".png")
+    assert image == tmp_path / "images" / "evaluation-restoration.png"
+    assert image.stat().st_size > 5000
+    cubic, tv, calibration = plots.forest(records).axes
+    for axes, values in ((cubic, [4, 5]), (tv, [2, 3])):
+        assert axes.lines[0].get_xdata().tolist() == values
+        assert axes.lines[1].get_xdata().tolist() == [np.mean(values)]
+    assert calibration.lines[0].get_ydata().tolist() == [1.0] * 10
+
+
+def test_the_plot_of_depths_joins_the_means():
+    rows = {key: 0.1 * n for n, key in enumerate(DEPTHS, 1)}
+    methods = {"cubic": rows, "tv": rows, "restored": {k: v / 2 for k, v in rows.items()}}
+    (axes,) = plots.depth([{"methods": methods}, {"methods": methods}]).axes
+    means = [line.get_ydata() for line in axes.lines if line.get_label() == "brainprior"]
+    np.testing.assert_allclose(means, [[0.05, 0.1, 0.15, 0.2, 0.25]])
+
+
+def test_time_and_quality_has_the_variants_of_the_sampler_alone():
+    records = [
+        record(variant=variant, restored=psnr, seconds=s)
+        for variant, psnr, s in (
+            ("default settings", 25.0, 40.0), ("sampler mean", 24.5, 4.0), ("field ignored", 20, 9)
+        )
+    ]  # fmt: skip
+    (axes,) = plots.time_and_quality(records).axes
+    assert {t.get_text() for t in axes.texts} == {"default settings", "sampler mean"}
+    points = {(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines[:2]}
+    assert points == {(40.0, 25.0), (4.0, 24.5)}
