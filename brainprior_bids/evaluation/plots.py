@@ -55,7 +55,9 @@ def forest(records: Sequence[Record]) -> Figure:
         rows = [r["error_over_sd_by_decile"] for r in group if "error_over_sd_by_decile" in r]
         if rows and group[0]["noise_sd"] == lowest:
             ratios = np.mean(rows, axis=0)
-            calibration.plot(range(1, len(ratios) + 1), ratios, ".-", label=f"{group[0]['spacing_mm']:g} mm")
+            calibration.plot(
+                range(1, len(ratios) + 1), ratios, ".-", label=f"{group[0]['spacing_mm']:g} mm"
+            )
     calibration.axhspan(0.9, 1.1, color="0.9")
     calibration.axhline(1, color="0.6", linewidth=1)
     calibration.set_xticks((1, 4, 7, 10))

@@ -34,6 +34,7 @@ from brainprior_bids.anatomy.brain import find_brain
 from brainprior_bids.anatomy.conform import conform
 from brainprior_bids.anatomy.spaces import resample
 from brainprior_bids.engine.grids import Grid
+from brainprior_bids.engine.samplers import registry
 from brainprior_bids.evaluation import plots
 from brainprior_bids.evaluation.baselines import interpolate, tikhonov, total_variation
 from brainprior_bids.evaluation.degrade import averaging_weights, thick_slices
@@ -109,11 +110,12 @@ class Head:
 
 def cases(options: Namespace, sources: Sequence[Source]) -> Iterator[tuple[Source, Settings]]:
     """Every spacing for every T1w of the test set."""
+    sampler = options.sampler
+    n_samples = options.n_samples if registry.find(sampler).yields_samples else 1
     for spacing in options.spacing:
         for source in of_test_set(sources, "T1w"):
-            yield source, Settings(
-                spacing, 0.0, options.n_samples, options.random_seed, sampler=options.sampler
-            )  # fmt: skip
+            seed = options.random_seed
+            yield source, Settings(spacing, 0.0, n_samples, seed, sampler=sampler)
 
 
 def load(path: Path, spacing_mm: float) -> Head:

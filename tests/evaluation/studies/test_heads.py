@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A head against itself; the command is replaced by one that writes the truth."""
 
+from argparse import Namespace
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from brainprior_bids.anatomy.parcellation import Parcellation
 from brainprior_bids.engine.grids import Grid
 from brainprior_bids.evaluation.scans import Volume, write_scan
 from brainprior_bids.evaluation.studies import command, heads
-from brainprior_bids.evaluation.studies.base import Bench
+from brainprior_bids.evaluation.studies.base import Bench, Source
 from brainprior_bids.evaluation.studies.command import SCANNER_UNIT
 
 SHAPE, SPACING = (40, 52, 68), (1.5, 1.5, 1.0)
@@ -111,3 +113,10 @@ def test_the_table_says_who_wins():
     (cubic,) = (line for line in lines if "over cubic" in line)
     assert "+0.25 ± 1.06 dB, better in 1 of 2" in cubic
     assert "border +5.0 %, lower in 0" in cubic
+
+
+@pytest.mark.parametrize(("sampler", "n_samples"), [("auto", 4), ("mean", 1)])
+def test_a_sampler_without_samples_is_not_asked_for_them(sampler, n_samples):
+    options = Namespace(spacing=(5.0,), n_samples=4, random_seed=0, sampler=sampler)
+    ((_, settings),) = heads.cases(options, [Source("", "01", "T1w", False, False)])
+    assert (settings.n_samples, settings.sampler) == (n_samples, sampler)
