@@ -17,12 +17,14 @@ from brainprior_bids.engine.weights import find_weights
 from brainprior_bids.evaluation import harness
 from brainprior_bids.evaluation.harness import Case, Failure
 from brainprior_bids.evaluation.studies import STUDIES, find
-from brainprior_bids.evaluation.studies.base import Source
+from brainprior_bids.evaluation.studies.base import Source, Study
 from brainprior_bids.run import resources
 
 log = logging.getLogger(__name__)
 
 CONTRASTS = ("T1w", "T2w", "FLAIR")
+CROP = (80, 96, 80)
+"""Block of the studies that use blocks, mm."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,16 +97,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--average", type=Path, help="average head in MNI305, a baseline of the study inpaint"
     )
+    what.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        metavar="NAME=COMMAND",
+        help="another program for the study peers, which may be given several times. COMMAND is "
+        "run without a shell; {scan} is the degraded scan, {folder} an empty folder for the "
+        "program's only image (or {output} its path), {thickness} and {spacing} are in mm",
+    )
+    what.add_argument(
+        "--peer-timeout",
+        type=float,
+        default=120,
+        metavar="MINUTES",
+        help="time limit of each run of a --peer (default: 120)",
+    )
     what.add_argument("--random-seed", type=int, default=0)
     block = what.add_mutually_exclusive_group()
     block.add_argument(
         "--crop",
         type=int,
         nargs=3,
-        default=[80, 96, 80],
         metavar="MM",
-        help="block in the middle of each brain (default: 80 96 80); segmentation uses whole "
-        "brains; inpaint, fuse and refine run the whole command on brains or slabs",
+        help="block in the middle of each brain (default: 80 96 80, for peers the whole brain); "
+        "segmentation uses whole brains; inpaint, fuse and refine run the whole command on "
+        "brains or slabs",
     )
     block.add_argument(
         "--whole", action="store_true", help="evaluate whole brains, in eight times the time"
@@ -161,7 +179,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "and with other methods; writes tables and plots for each study.",
     )
     add_arguments(parser)
-    return parser.parse_args(list(argv))
+    args = parser.parse_args(list(argv))
+    args.crop_given, args.crop = args.crop is not None, args.crop or list(CROP)
+    return args
 
 
 def plan(args: argparse.Namespace, sources: Sequence[Source]) -> tuple[list[Case], list[str]]:
@@ -170,12 +190,13 @@ def plan(args: argparse.Namespace, sources: Sequence[Source]) -> tuple[list[Case
     cases = []
     for name in (name for name in STUDIES if name in args.studies):
         study = find(name)
-        if study.missing_package is not None:
-            text = f"{name}: skipped, because {study.missing_package} is not installed."
-            if set(args.studies) == set(STUDIES):  # not asked for by name
+        skipped, messages = _left_out(study, args)
+        if set(args.studies) != set(STUDIES):  # asked for by name
+            problems += messages
+        else:
+            for text in messages:
                 log.warning("%s", text)
-            else:
-                problems.append(text)
+        if skipped:
             continue
         study_cases = [
             Case(name, source, settings)
@@ -185,6 +206,16 @@ def plan(args: argparse.Namespace, sources: Sequence[Source]) -> tuple[list[Case
             problems.append(f"{name}: no scan for this study in {args.data}.")
         cases += study_cases
     return cases, problems
+
+
+def _left_out(study: Study, args: argparse.Namespace) -> tuple[bool, list[str]]:
+    """Whether the study is skipped, and a message for it or for each part that is left out."""
+    if study.missing_package is not None:
+        return True, [f"{study.name}: skipped, because {study.missing_package} is not installed."]
+    everything = set(args.studies) == set(STUDIES)
+    if everything and study.only_with and not getattr(args, study.only_with):
+        return True, [f"{study.name}: skipped, because --{study.only_with} is not given."]
+    return False, list(study.lacking(args)) if study.lacking else []
 
 
 def _missing_contrasts(args: argparse.Namespace, sources: Sequence[Source]) -> list[str]:
@@ -232,6 +263,8 @@ def _run(
     prior = find_weights(args.prior, kind="prior")
     if args.nprocs < 1 or (args.n_samples or 1) < 1:
         raise UsageError("evaluate: --nprocs and --n-samples: expected at least 1.")
+    if not args.peer_timeout > 0:
+        raise UsageError("evaluate: --peer-timeout: expected a number of minutes above 0.")
     if args.average is not None and not args.average.is_file():
         raise UsageError(
             f"evaluate: --average: {args.average} is not a file. Give the average head."
@@ -246,6 +279,7 @@ def _run(
         nprocs=args.nprocs,
         crop=(args.crop[0], args.crop[1], args.crop[2]),
         width_off=args.width_off,
+        limit_s=60 * args.peer_timeout,
     )
 
 

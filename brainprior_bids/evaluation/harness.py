@@ -81,7 +81,7 @@ class Job:
 
 def run(
     cases: Sequence[Case], sources: Sequence[Source], *, out: Path, prior: Path, device: str,
-    nprocs: int, crop: tuple[int, int, int], width_off: float,
+    nprocs: int, crop: tuple[int, int, int], width_off: float, limit_s: float,
 ) -> list[Failure]:  # fmt: skip
     """Compute every record that is missing.
 
@@ -100,12 +100,14 @@ def run(
     crop, width_off
         For the penalties: block of conditions on whole brains, mm, and the relative error of the
         stated slice thickness.
+    limit_s
+        Time limit of another program's command, in seconds.
 
     Returns
     -------
     list of Failure
     """
-    bench = Bench(prior, device, out)
+    bench = Bench(prior, device, out, limit_s=limit_s)
     sha256 = read_weights(prior, kind="prior")[1]["sha256"]
     tuned = {study for study in {case.study for case in cases} if find(study).tuned}
     with Pool(nprocs) as pool:
@@ -354,7 +356,10 @@ def measure(
     facts |= {"study": case.study, "participant": source.name, "contrast": source.contrast}
     facts |= {"synthetic": source.synthetic, "choosing": source.choosing}
     facts["seconds"] = round(time.perf_counter() - began, 1)
-    write(path, {"fingerprint": mark, **facts, **settings, **record})
+    failure = record.get("failure")  # the table shows it, and the next run repeats the case
+    write(path, {"fingerprint": None if failure else mark, **facts, **settings, **record})
+    if failure:
+        raise BrainpriorError(failure)
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -84,13 +84,30 @@ def shown_command(words: Sequence[str]) -> str:
 
     ``--tables-only`` is left out, so that the command makes the results too.
     """
-
-    def short(word: str) -> str:
+    shown = []
+    for before, word in zip(["", *words], words, strict=False):
         option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-        return f"{option}{equals}{PurePath(value).name or value}" if "/" in value else word
+        if (option if equals else before) == "--peer":
+            name, _, command = value.partition("=")
+            value = f"{name}={shown_template(command)}"
+        else:
+            value = _short(value)
+        shown.append(f"{option}{equals}{value}")
+    return shlex.join(
+        ["brainprior", "evaluate", *(word for word in shown if word != "--tables-only")]
+    )
 
-    shown = [short(word) for word in words if word != "--tables-only"]
-    return shlex.join(["brainprior", "evaluate", *shown])
+
+def shown_template(command: str) -> str:
+    """Another program's command template, each path reduced to its last name."""
+    words = [_short(word) for word in shlex.split(command)]
+    return " ".join(shlex.quote(word) if " " in word else word for word in words)
+
+
+def _short(word: str) -> str:
+    """A path, also one after ``--option=``, reduced to its last name."""
+    option, equals, value = word.rpartition("=")
+    return f"{option}{equals}{PurePath(value).name or value}" if "/" in value else word
 
 
 def shipped_prior() -> str:

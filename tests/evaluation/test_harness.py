@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import os
+import sys
 import time
 import types
 from pathlib import Path
@@ -128,7 +129,7 @@ def test_a_quick_run_is_one_participant_and_few_cases_of_every_study(ready):
     assert problems == []
     assert {case.source.name for case in cases} == {"01"}
     count = {name: sum(case.study == name for case in cases) for name in STUDIES}
-    assert count == dict.fromkeys(STUDIES, 1) | {"ablation": 2, "samples": 2}
+    assert count == dict.fromkeys(STUDIES, 1) | {"ablation": 2, "samples": 2, "peers": 0}
     first = cases[0].settings
     assert (first.name, first.n_samples) == ("5mm-noise0.01", 4)
     more = ["--participant-label", "02", "01", "--choose-label", "03", "--noise", "0.05"]
@@ -234,7 +235,8 @@ def test_tables_without_results_are_a_usage_error(tmp_path, capsys):
 
 
 def test_every_study_is_planned(ready):
-    args = command.parse([str(ready[0]), str(ready[0]), "--average", "avg305T1.nii"])
+    words = [str(ready[0]), str(ready[0]), "--average", "avg305T1.nii"]
+    args = command.parse([*words, "--peer", f"other={sys.executable} {{scan}}"])
     sources = [Source("", name, "T1w", False, name == "3") for name in "123"]
     sources.append(Source("", "map", "T2w", True, False))
     cases, problems = command.plan(args, sources)
@@ -248,6 +250,7 @@ def test_every_study_is_planned(ready):
         "downstream": 2,
         "coverage": 3 * 2 * 2,  # the validation set too
         "hallucination": 2 * 3,
+        "peers": 2 * 2,
         "samples": 4 + 3,  # the validation set too
         "lesions": 2 * 3,
         "heads": 2,
@@ -264,6 +267,6 @@ def test_every_study_is_planned(ready):
     assert own["coverage"].width == 1
     assert (own["refine"].slab_mm, own["fuse"].slab_mm) == (60, None)
     samples = [own[name].n_samples for name in STUDIES if name != "samples"]
-    assert samples == [8, 4, 4, 2, 2, 8, 4, 2, 4, 2, 2, 1]
+    assert samples == [8, 4, 4, 2, 2, 8, 4, 4, 2, 4, 2, 2, 1]
     for case in cases:  # settings determine the fingerprint, and are in the record
         json.dumps(dataclasses.asdict(case.settings))

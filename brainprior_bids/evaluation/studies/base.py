@@ -78,6 +78,8 @@ class Bench:
         Whether the participant's structures are the true ones, from a label map.
     picture : Path, optional
         PNG to draw.
+    limit_s : float
+        Time limit of another program's command (``--peer-timeout``), in seconds.
     """
 
     prior: Path
@@ -87,6 +89,7 @@ class Bench:
     penalties: Mapping[str, float] = field(default_factory=dict)
     own_labels: bool = False
     picture: Path | None = None
+    limit_s: float = 7200.0
 
     def load_prior(self) -> Prior:
         """The prior, loaded once per process."""
@@ -115,7 +118,8 @@ class Study:
     cases : function
         Options (see ``options``) and sources -> (source, settings) of each case.
     measure : function
-        Participant, settings and ``Bench`` of a case -> what is added to its record.
+        Participant, settings and ``Bench`` of a case -> what is added to its record. A record
+        with the key ``failure``, a message, is in the table, but counts as failed.
     table : function
         Records of the test set and of the validation set -> lines of Markdown.
     defaults, quick : Mapping
@@ -130,6 +134,10 @@ class Study:
     needs : (str, str), optional
         Module that must be importable, and the name of its package. Without it, the study is
         skipped.
+    only_with : str, optional
+        Option without which a run of all studies skips this one.
+    lacking : function, optional
+        Options -> a sentence for each part of the study that cannot be done on this machine.
     """
 
     name: str
@@ -142,6 +150,8 @@ class Study:
     measured: Callable[[Sequence[Record], Sequence[Record]], dict[str, Any]] | None = None
     plot: Callable[[Sequence[Record]], Figure] | None = None
     needs: tuple[str, str] | None = None
+    only_with: str | None = None
+    lacking: Callable[[Namespace], Sequence[str]] | None = None
 
     @property
     def missing_package(self) -> str | None:
