@@ -415,6 +415,7 @@ class InterleaveRecord(Record):
     to_reference: Matrix
     rms_mm: float
     error_mm: float
+    mismatch_ratio: float | None
 
 
 @dataclass(frozen=True, kw_only=True)

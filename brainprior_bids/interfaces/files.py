@@ -155,6 +155,7 @@ def bias_record(bias: BiasField) -> BiasRecord:
             to_reference=matrix_rows(bias.interleaves.to_reference),
             rms_mm=round(bias.interleaves.rms_mm, 3),
             error_mm=round(bias.interleaves.error_mm, 3),
+            mismatch_ratio=round(bias.interleaves.mismatch_ratio, 3),
         )
     if gains is None:
         return replace(BiasRecord.from_json({"warnings": bias.warnings}), interleaves=motion)

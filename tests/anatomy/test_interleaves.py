@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from brainprior_bids.anatomy.interleaves import find_interleave_motion
+from brainprior_bids.anatomy.interleaves import InterleaveMotion, find_interleave_motion
 from brainprior_bids.anatomy.spaces import resample
 from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.engine.grids import Grid
@@ -94,3 +96,10 @@ def test_scans_without_interleaves_are_not_judged():
     assert find_interleave_motion(scan, 0 * scan, few, grid, acquisition) is None
     fine = Grid(scan.shape, np.diag([5.0, 5.0, 5.0, 1.0]))  # a 3-D scan
     assert find_interleave_motion(scan, 0 * scan, mask, fine, acquisition) is None
+
+
+def test_a_motion_that_does_not_make_the_interleaves_alike_is_not_reported():
+    """Both directions agree on it, as in sagittal slices of a symmetric brain."""
+    found = InterleaveMotion(rigid((4.0, 0, 0), (0, 0, 4.0)), 4.6, 0.6, 1.0, 6.0)
+    assert not found.moved
+    assert replace(found, mismatch_ratio=0.6).moved
