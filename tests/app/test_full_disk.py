@@ -45,7 +45,7 @@ def command(raw, out, work, *more):
     return [
         sys.executable, "-m", "brainprior_bids", str(raw), str(out), "participant",
         "-w", str(work), "--device", "cpu", "--nprocs", "1", "--omp-nthreads", "1", "--sloppy",
-        "--skip-bids-validation", *more,
+        "--skip-bids-validation", "--no-viewer", *more,
     ]  # fmt: skip
 
 

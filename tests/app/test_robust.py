@@ -45,7 +45,7 @@ def start(raw, out, *extra, new_session=False):
     """The command in a separate process; its lines on standard error."""
     command = [sys.executable, "-m", "brainprior_bids", str(raw), str(out), "participant",
                "--device", "cpu", "--nprocs", "1", "--omp-nthreads", "1", "--sloppy",
-               "--skip-bids-validation", *extra]  # fmt: skip
+               "--skip-bids-validation", "--no-viewer", *extra]  # fmt: skip
     return subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"}, start_new_session=new_session,
