@@ -102,17 +102,21 @@ def time_and_quality(records: Sequence[Record]) -> Figure:
     figure = Figure(figsize=(6, 3.6))
     axes = figure.subplots()
     variants = [v for v in SAMPLERS if any(r["variant"] == v for r in records)]
-    for variant in variants:
+    for n, variant in enumerate(variants):
         group = [r for r in records if r["variant"] == variant]
         x = float(np.mean([r["seconds"] for r in group]))
         y = float(np.mean(values_of(group, "restored", "psnr_db")))
         axes.plot(x, y, "o", color="C5")
-        axes.annotate(variant, (x, y), textcoords="offset points", xytext=(6, -3), fontsize=8)
+        below = -14 if n % 2 else 8  # neighbours have almost the same PSNR
+        axes.annotate(
+            variant, (x, y), textcoords="offset points", xytext=(0, below), ha="center", fontsize=8
+        )
     first = [r for r in records if r["variant"] == variants[0]]
     for method in ("cubic", "tv"):
         level = float(np.mean(values_of(first, method, "psnr_db")))
         axes.axhline(level, color=STYLES[method][:2], linestyle=":", label=NAMES[method])
-    axes.margins(x=0.25, y=0.15)
+    axes.set_xscale("log")
+    axes.margins(x=0.2, y=0.2)
     axes.set_xlabel("time of a block with all its samples, s")
     axes.set_ylabel("PSNR of the restored image, dB")
     axes.legend(fontsize=8)

@@ -732,7 +732,8 @@ def _picture(
         return Column(title, np.where(case.judged, image, 0), top)
 
     columns = [column("truth", case.truth.data), column("slices", blocks)]
-    columns += [column(method, images[method]) for method in ("cubic", "tv", "restored", "sample")]
+    shown = [method for method in ("cubic", "tv", "restored", "sample") if method in images]
+    columns += [column(method, images[method]) for method in shown]
     if result.sd is not None:
         columns.append(Column("SD", np.where(case.judged, result.sd, 0), 0.2, "magma"))
     draw(path, columns, inside=case.judged, spacing_mm=(1.0, 1.0, 1.0), caption=caption)

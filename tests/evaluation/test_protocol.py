@@ -140,8 +140,12 @@ def test_ablations_and_segmentation_have_tables(tmp_path):
     options = {"prior": load_prior(), "penalties": protocol.UNTUNED}
     record = protocol.measure(toy_participant(), SMALL, **options)
     mean = protocol.measure(
-        toy_participant(), dataclasses.replace(SMALL, sampler="mean"), **options
+        toy_participant(),
+        dataclasses.replace(SMALL, sampler="mean"),
+        picture=tmp_path / "mean.png",
+        **options,
     )
+    assert (tmp_path / "mean.png").stat().st_size > 10_000  # without a sample
     facts = {"synthetic": False, "prior_sha256": "ab" * 32, "tuned_on": []}
     parts = {
         method: {
