@@ -26,7 +26,7 @@ def brainprior(*arguments):
     """Run the command with few steps; exit code and status table."""
     done = subprocess.run(
         [sys.executable, "-m", "brainprior_bids", *map(str, arguments), "--device", "cpu",
-         "--nprocs", "2", "--omp-nthreads", "1", "--sloppy", "--skip-bids-validation",
+         "--nprocs", "1", "--omp-nthreads", "1", "--sloppy", "--skip-bids-validation",
          "--no-viewer"],
         capture_output=True, text=True, check=False,
         env={"PATH": os.environ["PATH"], "HOME": "/nonexistent"},
