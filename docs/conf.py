@@ -37,6 +37,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings name types, shapes and units
 exclude_patterns = ["_build", "jupyter_execute", "tables"]
 html_extra_path = ["sample"]
+html_static_path = ["_static"]
 html_theme = "alabaster"
 html_theme_options = {
     "description": "Brain MRI restored with a 3-D diffusion prior",
