@@ -92,12 +92,12 @@ def picture(
     flat = scan.data / np.exp(scan_field)
     images = {"cubic": interpolate(flat, scan.grid, grid, order=3)}
     for method, folder in (("mean of samples", "out"), ("single sample", "single")):
-        restored = read_output(work / folder, NAME, "restored")
+        restored = read_output(work / folder, NAME)
         images[method] = resample(restored.data, restored.grid, grid)
     table = metrics_of(images, reference, inside, grid.spacing_mm)
 
     blocks = interpolate(scan.data, scan.grid, grid, order=0)
-    spread = read_output(work / "out", NAME, "uncertainty")
+    spread = read_output(work / "out", NAME, role="uncertainty")
     sd = resample(spread.data, spread.grid, grid, order=1)
     top = 1.05 * float(np.percentile(reference[inside], 99))
 

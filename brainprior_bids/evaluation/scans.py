@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from brainprior_bids.bids.derivatives import BIDS_VERSION
+from brainprior_bids.bids.names import BIDSName, output_names
 from brainprior_bids.engine.errors import BrainpriorError
 from brainprior_bids.engine.grids import Grid
 
@@ -80,25 +81,25 @@ def run_command(bids_dir: Path, output_dir: Path, options: Sequence[str]) -> Non
         )
 
 
-def read_output(output_dir: Path, name: str, desc: str) -> Volume:
-    """One of the images that the command wrote for a scan.
+def read_output(
+    output_dir: Path, stem: str, image: str = "restored", role: str = "restored"
+) -> Volume:
+    """Read an image that the command wrote.
 
     Parameters
     ----------
     output_dir : Path
         Output folder of the command.
-    name : str
-        ``sub-<label>_<suffix>`` of the scan.
-    desc : str
-        ``restored``, ``uncertainty`` or ``brain`` (the mask).
+    stem : str
+        File name of the scan without extension, ``sub-01_T1w``.
+    image : str
+        ``restored``, ``inpainted`` …
+    role : str
+        As in ``bids.names.output_names``: ``restored``, ``mask``, ``uncertainty`` …
     """
-    subject, _, suffix = name.partition("_")
-    if desc == "brain":
-        space = "" if suffix == "T1w" else f"_space-{suffix}"
-        file = f"{subject}{space}_desc-brain_mask.nii.gz"
-    else:
-        file = f"{subject}_desc-{desc}_{suffix}.nii.gz"
-    return read_image(output_dir / subject / "anat" / file)
+    source = BIDSName.parse(f"{stem}.nii.gz")
+    names = output_names(source, n_samples=1, save_samples=True, image=image, uncertainty=True)
+    return read_image(output_dir / source.folder / "anat" / names[role])
 
 
 def read_image(path: Path) -> Volume:

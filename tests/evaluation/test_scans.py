@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from brainprior_bids.bids.names import BIDSName, output_names
 from brainprior_bids.engine.errors import BrainpriorError
 from brainprior_bids.engine.grids import Grid
 from brainprior_bids.evaluation import picture
@@ -44,13 +45,9 @@ def answer(truth, inside, *, noise=0.0):
         rng = np.random.default_rng(0)
         data = truth.data + noise * rng.normal(size=truth.data.shape) * inside
         affine = np.array(truth.grid.affine)
-        suffix = name.partition("_")[2]
-        subject = name.partition("_")[0]
-        for desc, values in (("restored", 3 * data), ("uncertainty", 0.1 * data)):
-            image = nib.Nifti1Image(values.astype(np.float32), affine)
-            nib.save(image, anat / f"{subject}_desc-{desc}_{suffix}.nii.gz")
-        mask = nib.Nifti1Image(inside.astype(np.uint8), affine)
-        nib.save(mask, anat / f"{subject}_desc-brain_mask.nii.gz")
+        files = output_names(BIDSName.parse(scans[0].name), n_samples=4)
+        for role, values in (("restored", 3 * data), ("uncertainty", 0.1 * data)):
+            nib.save(nib.Nifti1Image(values.astype(np.float32), affine), anat / files[role])
         command.asked.append((output_dir.name, list(options)))
 
     command.asked = []
@@ -80,14 +77,16 @@ def test_names_of_the_outputs(tmp_path):
             "sub-01_desc-restored_T2w.nii.gz",
             "sub-01_space-T2w_desc-brain_mask.nii.gz",
             "sub-01_desc-brain_mask.nii.gz",
+            "sub-01_mod-T1w_desc-restored_uncertainty.nii.gz",
         )
     ):
         values = np.full(grid.shape, i, np.float32)
         nib.save(nib.Nifti1Image(values, np.array(grid.affine)), anat / file)
-    assert read_output(tmp_path, "sub-01_T2w", "restored").data.max() == 0
-    assert read_output(tmp_path, "sub-01_T2w", "brain").data.max() == 1
-    assert read_output(tmp_path, "sub-01_T1w", "brain").data.max() == 2
-    assert read_output(tmp_path, "sub-01_T2w", "restored").grid == grid
+    assert read_output(tmp_path, "sub-01_T2w").data.max() == 0
+    assert read_output(tmp_path, "sub-01_T2w", role="mask").data.max() == 1
+    assert read_output(tmp_path, "sub-01_T1w", role="mask").data.max() == 2
+    assert read_output(tmp_path, "sub-01_T1w", role="uncertainty").data.max() == 3
+    assert read_output(tmp_path, "sub-01_T2w").grid == grid
 
 
 def test_the_picture_of_a_known_answer(tmp_path, monkeypatch, capsys):

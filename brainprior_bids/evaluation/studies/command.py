@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from brainprior_bids.bids.names import BIDSName, output_names, result_name
+from brainprior_bids.bids.names import BIDSName, result_name
 from brainprior_bids.bids.status import read_summary
 from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.engine.grids import Grid
 from brainprior_bids.evaluation.protocol import Participant
-from brainprior_bids.evaluation.scans import Volume, read_image, run_command
+from brainprior_bids.evaluation.scans import run_command
 from brainprior_bids.evaluation.studies.base import Bench, number_of
 from brainprior_bids.evaluation.summary import Record, label_table
 from brainprior_bids.records import RestoreRecord
@@ -133,23 +133,6 @@ class Command:
         output_dir = self.folder / output
         run_command(bids_dir, output_dir, [*self.options, *options])
         return output_dir
-
-
-def read(output_dir: Path, stem: str, image: str, role: str = "restored") -> Volume:
-    """Read an image that the command wrote.
-
-    Parameters
-    ----------
-    stem : str
-        File name of the scan without extension, ``sub-01_T1w``.
-    image : str
-        ``restored``, ``inpainted`` …
-    role : str
-        As in ``bids.names.output_names``.
-    """
-    source = BIDSName.parse(f"{stem}.nii.gz")
-    file = output_names(source, n_samples=1, save_samples=True, image=image)[role]
-    return read_image(output_dir / source.folder / "anat" / file)
 
 
 def restore_record(output_dir: Path, stem: str, image: str) -> RestoreRecord:

@@ -31,7 +31,7 @@ from brainprior_bids.evaluation.degrade import Recipe, degrade, thick_slices
 from brainprior_bids.evaluation.figure import Column, draw
 from brainprior_bids.evaluation.metrics import metrics_of
 from brainprior_bids.evaluation.protocol import Participant
-from brainprior_bids.evaluation.scans import Volume, write_scan
+from brainprior_bids.evaluation.scans import Volume, read_output, write_scan
 from brainprior_bids.evaluation.studies.base import Bench, Source, Study, of_test_set
 from brainprior_bids.evaluation.studies.command import (
     SCANNER_UNIT,
@@ -41,7 +41,6 @@ from brainprior_bids.evaluation.studies.command import (
     Rows,
     Truth,
     padded,
-    read,
     restore_record,
     rows_by_settings,
     sidecar,
@@ -100,16 +99,16 @@ def measure(participant: Participant, settings: CommandSettings, bench: Bench) -
     alone = command.run(bids_dir, "alone")
     fused = command.run(bids_dir, "fused", "--fuse", "runs")
     for name, stack in zip(STACKS, stacks, strict=True):
-        single = read(alone, stack.stem, "restored")
+        single = read_output(alone, stack.stem, "restored")
         back = np.linalg.inv(stack.motion)
         images[f"restored, {name}"] = resample(single.data, single.grid, truth.grid, matrix=back)
     for kind in ("cubic", "restored"):
         parts = [images[f"{kind}, {name}"] for name in STACKS]
         images[f"{kind}, average of three"] = np.mean(parts, axis=0)
     stem = f"{command.subject}_{suffix}"
-    result = read(fused, stem, "restored")
+    result = read_output(fused, stem, "restored")
     images["fused"] = resample(result.data, result.grid, truth.grid)
-    own = read(fused, stem, "restored", role="mask")
+    own = read_output(fused, stem, "restored", role="mask")
     kept = resample(own.data.astype(np.float32), own.grid, truth.grid, order=1) > 0.5
     stripped = 1 - float(kept[truth.inside].mean())
     runs = restore_record(fused, stem, "restored").runs or ()

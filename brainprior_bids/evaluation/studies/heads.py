@@ -41,7 +41,7 @@ from brainprior_bids.evaluation.degrade import averaging_weights, thick_slices
 from brainprior_bids.evaluation.figure import Column, draw
 from brainprior_bids.evaluation.metrics import DEPTHS, compare, matching_gain, metrics_of
 from brainprior_bids.evaluation.protocol import UNTUNED, Participant
-from brainprior_bids.evaluation.scans import Volume, write_scan
+from brainprior_bids.evaluation.scans import Volume, read_output, write_scan
 from brainprior_bids.evaluation.studies.base import (
     Bench,
     Source,
@@ -53,7 +53,6 @@ from brainprior_bids.evaluation.studies.command import (
     Command,
     CommandSettings,
     Image,
-    read,
     restore_record,
     sidecar,
 )
@@ -173,7 +172,9 @@ def measure(participant: Participant, settings: Settings, bench: Bench) -> Recor
     metadata = sidecar(head.spacing_mm)
     write_scan(bids_dir, stem, thick, dataset=dataset, metadata=metadata)
     output_dir = command.run(bids_dir, "out", "--sampler", settings.sampler)
-    restored, mask = (read(output_dir, stem, "restored", role) for role in ("restored", "mask"))
+    restored, mask = (
+        read_output(output_dir, stem, "restored", role) for role in ("restored", "mask")
+    )
     found = resample(mask.data, mask.grid, head.grid, order=1) > 0.5
     images = classical(head, thick)
     images["restored"] = resample(restored.data, restored.grid, head.grid)

@@ -40,7 +40,7 @@ from brainprior_bids.evaluation.degrade import Recipe, add_noise, degrade
 from brainprior_bids.evaluation.figure import Column, draw
 from brainprior_bids.evaluation.metrics import compare, matching_gain
 from brainprior_bids.evaluation.protocol import Participant
-from brainprior_bids.evaluation.scans import Volume, write_scan
+from brainprior_bids.evaluation.scans import Volume, read_output, write_scan
 from brainprior_bids.evaluation.studies.base import Bench, Source, Study, of_test_set
 from brainprior_bids.evaluation.studies.command import (
     SCANNER_UNIT,
@@ -50,7 +50,6 @@ from brainprior_bids.evaluation.studies.command import (
     Rows,
     Truth,
     padded,
-    read,
     rows_by_settings,
     sidecar,
 )
@@ -190,7 +189,7 @@ def fill(
         nib.save(mask, path.with_name(f"{command.subject}_label-lesion_roi.nii.gz"))
         output = command.run(bids_dir, f"{variant}-out", "--task", *task, "--save-samples")
         for what, role in (("mean", "restored"), ("sample", "sample01")):
-            result = read(output, stem, image, role)
+            result = read_output(output, stem, image, role)
             if thin and what == "mean":
                 equal = np.array_equal(result.data[~scan.mask], scanned.data[~scan.mask])
                 same[variant] = float(equal)

@@ -27,7 +27,7 @@ from brainprior_bids.evaluation.degrade import Recipe, degrade
 from brainprior_bids.evaluation.figure import Column, draw
 from brainprior_bids.evaluation.metrics import compare, matching_field, matching_gain
 from brainprior_bids.evaluation.protocol import Participant
-from brainprior_bids.evaluation.scans import Volume, write_scan
+from brainprior_bids.evaluation.scans import Volume, read_output, write_scan
 from brainprior_bids.evaluation.studies.base import Bench, Source, Study, of_test_set
 from brainprior_bids.evaluation.studies.command import (
     SCANNER_UNIT,
@@ -36,7 +36,6 @@ from brainprior_bids.evaluation.studies.command import (
     Image,
     Rows,
     padded,
-    read,
     restore_record,
     rows_by_settings,
     sidecar,
@@ -96,7 +95,7 @@ def measure(participant: Participant, settings: Settings, bench: Bench) -> Recor
     def run(label: str, image: str, *options: str) -> Path:
         output = "-".join(word for word in label.replace("|", " ").split() if word != "-")
         output_dir = command.run(bids_dir, output, *options)
-        volume = read(output_dir, stem, image)
+        volume = read_output(output_dir, stem, image)
         images[label] = resample(volume.data, volume.grid, grid)
         ratios = restore_record(output_dir, stem, image).residual_ratios
         residuals[label] = float(np.mean(ratios))
@@ -114,7 +113,7 @@ def measure(participant: Participant, settings: Settings, bench: Bench) -> Recor
             options = ["-d", f"{tool}={other}", "--trust", f"{trust:g}"]
             for how, (result, words) in HOWS.items():
                 run(f"{tool} | {how} | {trust:g}", result, "--task", *words, *options)
-    mask = read(alone, stem, "restored", role="mask")
+    mask = read_output(alone, stem, "restored", role="mask")
     kept = resample(mask.data.astype(np.float32), mask.grid, grid, order=1) > 0.5
     judged = truth.inside & kept  # some supplied masks contain vessels and fat
     rows: Rows = {STRIPPED: {"value": 1 - float(kept[truth.inside].mean())}}
