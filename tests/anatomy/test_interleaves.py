@@ -74,6 +74,7 @@ def test_motion_is_found_along_any_axis(axis):
     rms = float(np.sqrt(np.mean(np.sum(error**2, axis=0))))
     assert result.rms_mm == pytest.approx(3.6, abs=0.6)
     assert rms < 0.8
+    assert result.mismatch_ratio < 0.8
     assert result.moved
     assert "moved between the interleaves" in result.warnings[0]
 
@@ -83,6 +84,7 @@ def test_a_still_scan_is_left_alone(axis, lost):
     """Also for a scan with a lost slice."""
     result = find(axis, np.eye(4), lost)
     assert result.rms_mm < 0.15 * THICK
+    assert result.mismatch_ratio > 0.9
     assert not result.moved, result
     assert result.warnings == []
 
