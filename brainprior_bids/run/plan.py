@@ -43,8 +43,8 @@ solves in 2 levels (measured with two and three runs)."""
 RUN_S = 60.0
 """Seconds of preprocessing for each fused run except the first."""
 OTHER_S = 60.0
-"""All steps before and after the network calls, in seconds: the demo took 52 on an idle machine with
-two threads (most of these steps use one)."""
+"""All steps before and after the network calls, in seconds: the demo took 52 on an idle machine
+with two threads (most of these steps use one)."""
 SAMPLE_S = 5.0
 """Seconds per sample in addition to its network calls."""
 BUSY = 0.5
