@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Brains for tests of the evaluation."""
 
+import json
+
 import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
 from brainprior_bids.bids.names import BIDSName, output_names, result_name
 from brainprior_bids.bids.status import write_summary
+from brainprior_bids.engine.weights import FOLDER, sha256_file
+from brainprior_bids.evaluation import harness
 from brainprior_bids.evaluation.protocol import Participant
 from brainprior_bids.evaluation.studies.command import SCANNER_UNIT
 from brainprior_bids.records import ScanRecord
@@ -25,6 +29,21 @@ def toy_participant(name="01", contrast="T1w", seed=0):
     to_mni305 = np.eye(4)
     to_mni305[:3, 3] = -28, -40, -10
     return Participant(name, contrast, data, inside, structures, to_mni305)
+
+
+def write_prepared(data, out, participant):
+    """A source in ``data`` and its prepared participant in ``out``, as the harness writes them."""
+    stem = f"{participant.name}_{participant.contrast}"
+    path = data / f"sub-{stem}.nii.gz"
+    path.write_bytes(participant.name.encode())
+    participant.save(out / "participants" / f"{stem}.npz")
+    mark = harness.fingerprint(
+        source=sha256_file(path),
+        contrast=participant.contrast,
+        parcellation=sha256_file(FOLDER / "parcellation.safetensors"),
+    )
+    note = {"fingerprint": mark, "source": path.name}
+    (out / "participants" / f"{stem}.json").write_text(json.dumps(note))
 
 
 class Answer:

@@ -44,8 +44,8 @@ LEAST = 0.3
 LARGEST_ERROR = 0.5
 """Largest error of the estimate, as a share of the motion."""
 LARGEST_MISMATCH = 0.9
-"""Largest mismatch after the motion, as a share of that before. A head with true motions of 2 and
-4 mm had 0.63 and 0.34, still heads 0.95 to 1.03, one of them with a consistent estimate of 4.6 mm.
+"""Largest mismatch after the motion, as a share of that before. Heads with true motions of 1.5 to
+4 mm had 0.82 to 0.34, still heads 0.95 to 1.03, one of them with a consistent estimate of 4.6 mm.
 """
 
 

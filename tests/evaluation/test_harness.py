@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from participants import toy_participant
+from participants import toy_participant, write_prepared
 
 from brainprior_bids.cli import evaluate as command
 from brainprior_bids.cli.run import main
@@ -29,16 +29,7 @@ def ready(tmp_path):
     data, out = tmp_path / "data", tmp_path / "out"
     data.mkdir()
     for seed, name in enumerate(("01", "02", "03")):
-        path = data / f"sub-{name}_T1w.nii.gz"
-        path.write_bytes(name.encode())
-        toy_participant(name, seed=seed).save(out / "participants" / f"{name}_T1w.npz")
-        mark = harness.fingerprint(
-            source=sha256_file(path),
-            contrast="T1w",
-            parcellation=sha256_file(FOLDER / "parcellation.safetensors"),
-        )
-        note = {"fingerprint": mark, "source": path.name}
-        (out / "participants" / f"{name}_T1w.json").write_text(json.dumps(note))
+        write_prepared(data, out, toy_participant(name, seed=seed))
     words = (
         f"evaluate {data} {out} --choose-label 03 --studies restoration --spacing 5 --noise 0.01"
     )

@@ -12,13 +12,11 @@ import nibabel as nib
 import numpy as np
 import psutil
 import pytest
-from participants import toy_participant
+from participants import toy_participant, write_prepared
 
 from brainprior_bids.cli import evaluate as command
 from brainprior_bids.cli.run import main
 from brainprior_bids.engine.errors import BrainpriorError, UsageError
-from brainprior_bids.engine.weights import FOLDER, sha256_file
-from brainprior_bids.evaluation import harness
 from brainprior_bids.evaluation.peers import NOTE, Peer, parse_peers, read_peer_image, run_peer
 from brainprior_bids.evaluation.stamp import read_stamp, shown_command
 from brainprior_bids.evaluation.studies import STUDIES, peers
@@ -73,16 +71,7 @@ def ready(tmp_path):
     data, out = tmp_path / "data", tmp_path / "my out"
     data.mkdir()
     for seed, name in enumerate(("01", "02")):
-        path = data / f"sub-{name}_T1w.nii.gz"
-        path.write_bytes(name.encode())
-        part_of_toy(name, seed).save(out / "participants" / f"{name}_T1w.npz")
-        mark = harness.fingerprint(
-            source=sha256_file(path),
-            contrast="T1w",
-            parcellation=sha256_file(FOLDER / "parcellation.safetensors"),
-        )
-        note = {"fingerprint": mark, "source": path.name}
-        (out / "participants" / f"{name}_T1w.json").write_text(json.dumps(note))
+        write_prepared(data, out, part_of_toy(name, seed))
     words = ["evaluate", str(data), str(out), "--study", "peers", "--nprocs", "1"]
     return out, [*words, "--n-samples", "1", "--n-steps", "3"]
 
