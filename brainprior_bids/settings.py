@@ -36,15 +36,19 @@ OTHER_MODALITIES = ("UNIT1", "PDw", "T2starw")
 SIMILAR_CONTRAST = {"UNIT1": "T1w"}
 """Of these, the ones that the network treats as a contrast of its training."""
 FUSE = ("runs",)
-TEMPLATE_SPACES = ("MNI152NLin2009cAsym", "MNI152NLin6Asym")
-"""Standard spaces that are reached by nonlinear registration to TemplateFlow's 1 mm template."""
-SPACES = ("anat", "T1w", "MNI305", *TEMPLATE_SPACES)
+SPACES = ("anat", "T1w", "MNI305")
+"""Output spaces that need no template."""
 DEFAULT_SPACES = ("anat", "MNI305")
 EXPORT_PER = ("subject", "session")
 LEVELS = ("participant", "group")
 OUTPUT_GRIDS = ("1mm", "native")
 LOW_MEMORY_TILE_MM = 32
 """Width of the prior's tiles with ``--low-mem``."""
+
+
+def is_template(space: str) -> bool:
+    """Whether an output space is reached by nonlinear registration to TemplateFlow's template."""
+    return space not in SPACES
 
 
 @dataclass(frozen=True)
@@ -99,8 +103,8 @@ class Settings:
     field_strength_t : float or None
         Overrides the sidecars.
     output_spaces : tuple of str
-        Any of ``anat`` (the scan's own), ``T1w`` (other contrasts on the T1w's grid), ``MNI305``
-        and ``TEMPLATE_SPACES``.
+        Any of ``anat`` (the scan's own), ``T1w`` (other contrasts on the T1w's grid), ``MNI305``,
+        and labels of TemplateFlow's templates; cohort 3 of a template is ``NAME+3``.
     output_grid : str
         ``native`` writes the whole head on the scan's own voxels as well.
     skull_strip, parcellation : str
@@ -226,7 +230,7 @@ class Settings:
     @property
     def template_spaces(self) -> tuple[str, ...]:
         """The ``output_spaces`` that need a template."""
-        return tuple(space for space in TEMPLATE_SPACES if space in self.output_spaces)
+        return tuple(space for space in self.output_spaces if is_template(space))
 
     @property
     def trust_sd(self) -> float | None:

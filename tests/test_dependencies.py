@@ -16,9 +16,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 NOT_IMPORTED = {
     "bids-validator-deno": "a program, started by bids/validate.py",
-    "templateflow": "anatomy/templates.py reads its folder",
-    "niworkflows": "the self-test loads it; the tests query our exports through it",
-    "nitransforms": "the tests read our transforms with it, and so does the tutorial",
 }
 """Declared for running, imported nowhere in the package, and why."""
 OPTIONAL = {"lpips": "evaluation/perceptual.py leaves its metric out where it is absent"}

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from brainprior_bids.anatomy.rescue import fixed_seed, register_affine, to_ants
 from brainprior_bids.anatomy.spaces import Kind
-from brainprior_bids.anatomy.templates import MNI152_FROM_MNI305, Template
+from brainprior_bids.anatomy.templates import Template
 from brainprior_bids.engine.errors import AnatomyError
 
 WORK_MM = 2.0
@@ -37,8 +37,8 @@ CORRELATION_RADIUS = 2
 HISTOGRAM_BINS = 32
 MARGIN_MM = 16.0
 """Around the template's brain, in which the displacement is found; beyond it the affine holds."""
-MNI152_CODE = 4
-"""NIfTI's code of sform and qform for MNI152."""
+MNI152_CODE, OTHER_TEMPLATE_CODE = 4, 5
+"""NIfTI's codes of sform and qform."""
 INTERPOLATORS = {
     Kind.IMAGE: "bSpline",
     Kind.SPREAD: "linear",
@@ -126,7 +126,7 @@ def register(
     with tempfile.TemporaryDirectory() as scratch, fixed_seed():
         try:
             affine = register_affine(
-                fixed, moving, start=MNI152_FROM_MNI305 @ to_mni305, folder=Path(scratch)
+                fixed, moving, start=template.from_mni305() @ to_mni305, folder=Path(scratch)
             )
             result = ants.registration(
                 fixed=fixed,
@@ -204,7 +204,8 @@ def resample_through(
     Returns
     -------
     Nifti1Image
-        float32; of a mask uint8, of labels int16. Its forms' code is that of MNI152.
+        float32; of a mask uint8, of labels int16. Its forms' code is that of MNI152 or of another
+        template.
     """
     import ants
 
@@ -230,8 +231,9 @@ def resample_through(
         np.maximum(data, min(float(values.min()), 0.0), out=data)
         data[through((values != 0).astype(np.float32), "linear") < 0.5] = 0
     result = nib.Nifti1Image(data, np.array(grid.affine))
-    result.set_sform(grid.affine, MNI152_CODE)
-    result.set_qform(grid.affine, MNI152_CODE)
+    code = MNI152_CODE if template.space.startswith("MNI152") else OTHER_TEMPLATE_CODE
+    result.set_sform(grid.affine, code)
+    result.set_qform(grid.affine, code)
     result.header.set_slope_inter(1, 0)
     result.header.set_xyzt_units("mm", "sec")
     return result

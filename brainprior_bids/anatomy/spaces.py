@@ -17,6 +17,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import SimpleITK as sitk
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
@@ -215,18 +216,13 @@ def write_itk_affine(path: Path, matrix: ArrayLike) -> Path:
     GeometryError
         If the matrix is singular or no affine.
     """
-    points = _LPS @ np.linalg.inv(_checked(matrix)) @ _LPS
-    parameters = [*points[:3, :3].ravel(), *points[:3, 3]]
-    text = (
-        "#Insight Transform File V1.0\n"
-        "#Transform 0\n"
-        "Transform: AffineTransform_double_3_3\n"
-        f"Parameters: {' '.join(f'{p + 0.0:.17g}' for p in parameters)}\n"
-        "FixedParameters: 0 0 0\n"
-    )
+    points = _LPS @ np.linalg.inv(_checked(matrix)) @ _LPS + 0.0  # no -0
+    transform = sitk.AffineTransform(3)
+    transform.SetMatrix(points[:3, :3].ravel().tolist())
+    transform.SetTranslation(points[:3, 3].tolist())
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="ascii")
+    partial = path.with_name(f".{os.getpid()}.{path.name}")  # ITK needs the extension
+    sitk.WriteTransform(transform, str(partial))
     partial.replace(path)
     return path
 

@@ -1,23 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """Templates of standard spaces in TemplateFlow's folder; nothing is downloaded.
 
-The files are looked up by their paths: importing ``templateflow`` alone writes a skeleton of empty
-files into its folder, and its ``get`` fetches what is missing.
+niworkflows checks the name of a space as for fMRIPrep, and TemplateFlow lists its files. Both are
+imported only where a space needs a template and TemplateFlow's folder is there: their import lists
+the whole folder (some seconds), and would fill an empty one with placeholders.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
+from platformdirs import user_cache_dir
 
 from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.engine.grids import Grid
+
+if TYPE_CHECKING:
+    from templateflow import TemplateFlowClient
 
 SERVER = "https://templateflow.s3.amazonaws.com"
 MNI152_FROM_MNI305 = np.array(
@@ -29,12 +35,16 @@ MNI152_FROM_MNI305 = np.array(
     ]
 )
 """FreeSurfer's published affine, mm to mm."""
+MNI152_CENTRE_MM = (0.0, -22.0, 9.5)
+MNI152_BRAIN_ML = 1883.0
+"""Centre and volume of the brain mask of MNI152 (nilearn's, 1 mm)."""
+VOXEL_MM = 1.0
 
 
 def templateflow_home() -> Path:
     """TemplateFlow's folder, which need not exist."""
     home = os.environ.get("TEMPLATEFLOW_HOME")
-    return Path(home) if home else Path(os.path.expanduser("~/.cache/templateflow"))
+    return Path(home or user_cache_dir("templateflow")).absolute()
 
 
 def is_fetched(path: Path) -> bool:
@@ -49,7 +59,7 @@ class Template:
     Parameters
     ----------
     space : str
-        TemplateFlow's name, as in ``space-``.
+        As in ``space-``: TemplateFlow's name, with ``+3`` for its cohort 3.
     image, mask : Path
     """
 
@@ -62,7 +72,9 @@ class Template:
         """Address at which TemplateFlow publishes the image that defines the space; it is not
         fetched.
         """
-        return f"{SERVER}/tpl-{self.space}/{self.image.name}"
+        name, _, cohort = self.space.partition("+")
+        folder = f"tpl-{name}/cohort-{cohort}" if cohort else f"tpl-{name}"
+        return f"{SERVER}/{folder}/{self.image.name}"
 
     @cached_property
     def grid(self) -> Grid:
@@ -79,26 +91,47 @@ class Template:
         image = nib.load(self.image).get_fdata(dtype=np.float32)
         return np.where(self.mask_array(), image, np.float32(0))
 
+    def from_mni305(self) -> NDArray[np.float64]:
+        """(4, 4) start of a registration, MNI305 mm to the template's mm.
+
+        For a template in another frame than MNI152, a shift and one scale that give the brains the
+        same centre and volume.
+        """
+        if self.space.startswith("MNI152"):
+            return MNI152_FROM_MNI305
+        inside = self.mask_array()
+        volume_ml = inside.sum() * np.prod(self.grid.spacing_mm) / 1000
+        centre = self.grid.affine @ [*np.argwhere(inside).mean(0), 1.0]
+        scale = np.diag([*(np.cbrt(volume_ml / MNI152_BRAIN_ML),) * 3, 1.0])
+        scale[:3, 3] = centre[:3] - scale[:3, :3] @ MNI152_CENTRE_MM
+        return scale @ MNI152_FROM_MNI305
+
 
 def find_template(space: str) -> Template:
     """The template of a space in TemplateFlow's folder.
 
+    Parameters
+    ----------
+    space : str
+        TemplateFlow's name, with ``+3`` for its cohort 3.
+
     Raises
     ------
     UsageError
-        If it is missing or unreadable; the message says how to fetch it.
+        If there is no such template, or if its files are missing or unreadable; the message says
+        how to fetch them.
     """
     folder = templateflow_home()
-    stem = folder / f"tpl-{space}" / f"tpl-{space}_res-01"
+    if not folder.is_dir() or not any(folder.iterdir()):
+        raise UsageError(_not_there(space, f"TemplateFlow's folder {folder} is missing or empty"))
+    client = _client(folder)
+    _check_name(space, client)
     template = Template(
         space,
-        stem.with_name(f"{stem.name}_T1w.nii.gz"),
-        stem.with_name(f"{stem.name}_desc-brain_mask.nii.gz"),
+        _file(space, client, desc=None, suffix="T1w"),
+        _file(space, client, desc="brain", suffix="mask"),
     )
     for path in (template.image, template.mask):
-        if not is_fetched(path):
-            what = "is an empty placeholder" if path.is_file() else "is missing"
-            raise UsageError(_not_there(space, f"{path} {what}"))
         try:
             image = nib.load(path)
             same = image.shape == template.grid.shape and np.allclose(
@@ -110,14 +143,76 @@ def find_template(space: str) -> Template:
             raise UsageError(
                 _not_there(space, f"{path} has another grid than {template.image.name}")
             )
+    if not np.allclose(template.grid.spacing_mm, VOXEL_MM, atol=0.01):
+        voxel = " x ".join(f"{size:g}" for size in template.grid.spacing_mm)
+        raise UsageError(
+            f"--output-spaces {_asked(space)}: {template.image} has voxels of {voxel} mm; only "
+            "templates of 1 mm are used. Leave the space out."
+        )
     return template
 
 
+def _asked(space: str) -> str:
+    """A space as the command line and fMRIPrep write it."""
+    return space.replace("+", ":cohort-")
+
+
+@cache
+def _client(folder: Path) -> TemplateFlowClient:
+    from templateflow import TemplateFlowClient
+
+    return TemplateFlowClient(folder, autoupdate=False)
+
+
+def _check_name(space: str, client: TemplateFlowClient) -> None:
+    """Refuse what is no 3-D template, or not one of its cohorts."""
+    from niworkflows.utils.spaces import Reference
+
+    asked, templates = _asked(space), client.templates()
+    if space.partition("+")[0] not in templates:
+        raise UsageError(
+            f"--output-spaces {asked}: there is no such template in TemplateFlow's folder "
+            f"{client.cache.config.root}. Expected anat, T1w, MNI305, or one of "
+            f"{', '.join(templates)}."
+        )
+    try:
+        (reference,) = Reference.from_string(asked)
+    except ValueError as error:
+        raise UsageError(f"--output-spaces {asked}: {' '.join(str(error).split())}") from error
+    if reference.dim != 3:
+        raise UsageError(
+            f"--output-spaces {asked} is a surface. Only volumes are written; run fMRIPrep or "
+            "FreeSurfer on the result."
+        )
+
+
+def _file(space: str, client: TemplateFlowClient, **entities: str | None) -> Path:
+    """The file of a template at 1 mm: its first resolution, or its only one."""
+    name, _, cohort = space.partition("+")
+    query = {"cohort": cohort or None, "extension": ".nii.gz", "atlas": None, **entities}
+    found = [
+        *client.ls(name, resolution=1, **query),
+        *client.ls(name, resolution=None, **query),
+    ]
+    if not found:
+        what = "brain mask" if entities["suffix"] == "mask" else "T1w image"
+        raise UsageError(
+            _not_there(space, f"its 1 mm {what} is missing in {client.cache.config.root}")
+        )
+    path = Path(found[0])
+    if not is_fetched(path):
+        problem = "is an empty placeholder" if path.is_file() else "is missing"
+        raise UsageError(_not_there(space, f"{path} {problem}"))
+    return path
+
+
 def _not_there(space: str, problem: str) -> str:
+    name, _, cohort = space.partition("+")
+    which = f"'{name}', cohort='{cohort}'" if cohort else f"'{name}'"
     return (
-        f"--output-spaces {space}: {problem}, and nothing is downloaded during a run. Fetch the "
-        'template once, where there is a network: python -c "from templateflow.api import get; '
-        f"get('{space}', resolution=1, desc=None, suffix='T1w'); "
-        f"get('{space}', resolution=1, desc='brain', suffix='mask')\". If it is in another "
+        f"--output-spaces {_asked(space)}: {problem}, and nothing is downloaded during a run. "
+        'Fetch the template once, where there is a network: python -c "from templateflow.api '
+        f"import get; get({which}, resolution=1, desc=None, suffix='T1w'); "
+        f"get({which}, resolution=1, desc='brain', suffix='mask')\". If it is in another "
         "folder, set TEMPLATEFLOW_HOME to it."
     )

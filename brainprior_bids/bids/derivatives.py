@@ -31,13 +31,7 @@ from brainprior_bids.records import (
     TemplateRecord,
     WeightsRecord,
 )
-from brainprior_bids.settings import (
-    FILLED,
-    MODALITIES,
-    OTHER_MODALITIES,
-    TASKS,
-    TEMPLATE_SPACES,
-)
+from brainprior_bids.settings import FILLED, MODALITIES, OTHER_MODALITIES, TASKS, is_template
 
 BIDS_VERSION = "1.11.1"
 """The newest version that the validator supports (bids-validator-deno 3.0.2 warns of 1.11.2)."""
@@ -485,7 +479,7 @@ def resampled(
                 "Description": f"{content['Description']}; resampled once to {space}",
                 "Sources": [bids_uri(path) for path in (outputs[role], *transforms)],
                 "SpatialReference": reference,
-                **({"Resolution": RESOLUTION} if space in TEMPLATE_SPACES else {}),
+                **({"Resolution": RESOLUTION} if is_template(space) else {}),
             }
     return moved
 

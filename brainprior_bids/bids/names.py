@@ -16,7 +16,7 @@ from pathlib import PurePosixPath
 
 from brainprior_bids.bids.files import readable
 from brainprior_bids.engine.errors import InputError
-from brainprior_bids.settings import FILLED, TASKS, TEMPLATE_SPACES
+from brainprior_bids.settings import FILLED, TASKS, is_template
 
 ENTITY_ORDER = (
     "sub", "tpl", "ses", "cohort", "sample", "task", "tracksys", "acq", "nuc", "voi", "ce",
@@ -238,13 +238,12 @@ def output_names(
     own_space = dict(names)
     if "MNI305" in spaces:
         names |= names_in_space(source, own_space, "MNI305", image=image)
-    for template in TEMPLATE_SPACES:
-        if template in spaces:
-            names |= names_in_space(source, own_space, template, image=image)
-            there, back = transform_roles(template)
-            xfm = {"suffix": "xfm", "extension": ".h5", "mode": "image", **to}
-            names[there] = source.derivative(from_=source.suffix, to=template, **xfm)
-            names[back] = source.derivative(from_=template, to=source.suffix, **xfm)
+    for template in filter(is_template, spaces):
+        names |= names_in_space(source, own_space, template, image=image)
+        there, back = transform_roles(template)
+        xfm = {"suffix": "xfm", "extension": ".h5", "mode": "image", **to}
+        names[there] = source.derivative(from_=source.suffix, to=template, **xfm)
+        names[back] = source.derivative(from_=template, to=source.suffix, **xfm)
     return names
 
 
@@ -255,7 +254,10 @@ def transform_roles(space: str) -> tuple[str, str]:
 
 def in_common_space(role: str) -> bool:
     """Whether a role is an image in MNI305 or on a template's grid."""
-    return role.endswith(tuple(f"_{space.lower()}" for space in ("MNI305", *TEMPLATE_SPACES)))
+    return (
+        re.fullmatch(r"(mask|structures|restored|uncertainty|sample\d+)_(?!native|table).+", role)
+        is not None
+    )
 
 
 def names_in_space(
@@ -271,7 +273,7 @@ def names_in_space(
     """
     brain = ("mask", "structures", "structures_table")
     images = () if image in FILLED else ("restored", "uncertainty")
-    grid = {"res": "1"} if space in TEMPLATE_SPACES else {}
+    grid = {"res": "1"} if is_template(space) else {}
     moved = {}
     for role, file in names.items():
         name = BIDSName.parse(file)

@@ -17,8 +17,8 @@ from brainprior_bids.run import resources
 from brainprior_bids.run.logs import LOG
 
 
-def check_lesion(argv: Sequence[str]) -> int:
-    """Print a table of the contrast that is kept of lesions added to ``IMAGE``."""
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of ``brainprior check-lesion``."""
     parser = argparse.ArgumentParser(
         prog="brainprior check-lesion",
         description="Add a synthetic lesion to a scan, restore it, and print how much of its "
@@ -59,7 +59,12 @@ def check_lesion(argv: Sequence[str]) -> int:
         "--prior", type=Path, help="a file, or a name from `brainprior weights list`"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda[:N]")
-    options = parser.parse_args(list(argv))  # fmt: skip
+    return parser
+
+
+def check_lesion(argv: Sequence[str]) -> int:
+    """Print a table of the contrast that is kept of lesions added to ``IMAGE``."""
+    options = build_parser().parse_args(list(argv))
     if not options.image.is_file():
         raise UsageError(f"check-lesion: {options.image} is not a file. Give a NIfTI image.")
     if min(options.size) <= 0 or 0 in options.contrast:

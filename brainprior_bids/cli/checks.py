@@ -20,7 +20,7 @@ from brainprior_bids.settings import (
     MODALITIES,
     OTHER_MODALITIES,
     SPACES,
-    TEMPLATE_SPACES,
+    is_template,
 )
 
 _NO_SCANS = {
@@ -36,7 +36,10 @@ _NO_SCANS = {
 
 def chosen_spaces(asked: Sequence[str]) -> tuple[str, ...]:
     """The spaces of ``--output-spaces``; the scan's own is always among them."""
-    return tuple(s for s in SPACES if s == "anat" or s in asked) if asked else DEFAULT_SPACES
+    if not asked:
+        return DEFAULT_SPACES
+    templates = sorted({space for space in asked if is_template(space)})
+    return (*(s for s in SPACES if s == "anat" or s in asked), *templates)
 
 
 def chosen_modalities(asked: Sequence[str], ignored: Sequence[str]) -> tuple[str, ...]:
@@ -201,7 +204,7 @@ def check_templates(spaces: Sequence[str]) -> None:
     ------
     UsageError
     """
-    templates = [space for space in TEMPLATE_SPACES if space in spaces]
+    templates = [space for space in spaces if is_template(space)]
     if templates and find_spec("ants") is None:
         raise UsageError(
             f"--output-spaces {templates[0]}: antspyx, which registers to the template, is not "

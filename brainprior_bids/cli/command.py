@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import shlex
@@ -21,7 +20,17 @@ from brainprior_bids.run.logs import log_to_stderr
 from brainprior_bids.run.outcome import no_room
 from brainprior_bids.settings import Settings
 
-TRAINERS = ("prior", "parcellation")
+COMMANDS = (
+    "check-lesion",
+    "evaluate",
+    "selftest",
+    "slurm-script",
+    "status",
+    "train",
+    "verify",
+    "weights",
+)
+"""Each in a module of its name, as a function of its name; all else is a run."""
 
 
 def command(arguments: list[str]) -> int:
@@ -34,34 +43,10 @@ def command(arguments: list[str]) -> int:
     log_to_stderr()
     settings: Settings | None = None
     try:
-        if arguments[:1] == ["train"]:
-            return train(arguments[1:])
-        if arguments[:1] == ["selftest"]:
-            from brainprior_bids.cli.selftest import selftest
-
-            return selftest(arguments[1:])
-        if arguments[:1] == ["check-lesion"]:
-            from brainprior_bids.cli.check_lesion import check_lesion
-
-            return check_lesion(arguments[1:])
-        if arguments[:1] == ["slurm-script"]:
-            from brainprior_bids.cli.slurm_script import slurm_script
-
-            return slurm_script(arguments[1:])
-        if arguments[:1] == ["evaluate"]:
-            from brainprior_bids.cli.evaluate import evaluate
-
-            return evaluate(arguments[1:])
-        if arguments[:1] == ["weights"]:
-            from brainprior_bids.cli.weights import weights
-
-            return weights(arguments[1:])
-        if arguments[:1] == ["verify"]:
-            return verify(arguments[1:])
-        if arguments[:1] == ["status"]:
-            from brainprior_bids.cli.status import status
-
-            return status(arguments[1:])
+        if arguments[:1] and arguments[0] in COMMANDS:
+            name = arguments[0].replace("-", "_")
+            module = importlib.import_module(f"brainprior_bids.cli.{name}")
+            return int(getattr(module, name)(arguments[1:]))
         settings = parse_settings(arguments)
         from brainprior_bids.run.analysis_levels import run  # and torch, which takes seconds
 
@@ -98,50 +83,3 @@ def _unexpected(error: Exception, logs: Path | None, arguments: Sequence[str]) -
                 continue
             return f"unexpected error: {message}. Please report it, with {path}."
     return f"unexpected error: {message}. Please report it ({type(error).__name__})."
-
-
-def train(argv: Sequence[str]) -> int:
-    """``brainprior train prior|parcellation``; the trainer is imported on demand."""
-    parser = argparse.ArgumentParser(prog="brainprior train", description="Train a network.")
-    commands = parser.add_subparsers(dest="network", required=True, metavar="|".join(TRAINERS))
-    chosen = next((word for word in argv if word in TRAINERS), None)
-    for name in TRAINERS:
-        command = commands.add_parser(name, help=f"train the {name} network")
-        if name == chosen:
-            module = importlib.import_module(f"brainprior_bids.training.{name}")
-            module.add_arguments(command)
-            command.set_defaults(trainer=module.main)
-    options = parser.parse_args(list(argv))
-    return int(options.trainer(options))
-
-
-def verify(argv: Sequence[str]) -> int:
-    """``brainprior verify OUT``: compare every file with its recorded SHA-256."""
-    parser = argparse.ArgumentParser(
-        prog="brainprior verify",
-        description="Compare every output, and every input that is still in its place, with the "
-        "SHA-256 in the provenance; exit with status 1 if one is changed or missing.",
-    )
-    parser.add_argument(
-        "output_dir", type=Path, help="output folder of a run, or a data set of --export"
-    )
-    options = parser.parse_args(list(argv))
-    from brainprior_bids.bids.provenance import verify_export, verify_records
-
-    report = verify_records(options.output_dir)
-    if not report.outputs:
-        report = verify_export(options.output_dir)
-    if not report.outputs:
-        raise UsageError(
-            f"{options.output_dir} has no provenance to verify: expected an output folder "
-            "(prov/*_io.json), or a data set of --export."
-        )
-    for address, what in report.changes.items():
-        print(f"{what}\t{address}")
-    for address in report.out_of_reach:
-        print(f"not checked\t{address}")
-    print(
-        f"{report.outputs} output(s) and {report.inputs} input(s) checked, {len(report.changes)} "
-        "changed or missing."
-    )
-    return 1 if report.changes else 0

@@ -27,8 +27,13 @@ CROP = (80, 96, 80)
 """Block of the studies that use blocks, mm."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``brainprior evaluate``."""
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of ``brainprior evaluate``."""
+    parser = argparse.ArgumentParser(
+        prog="brainprior evaluate",
+        description="Degrade 1 mm brains, restore them, and compare the results with the truth "
+        "and with other methods; writes tables and plots for each study.",
+    )
     parser.add_argument("data", type=Path, help="1 mm scans with BIDS names, whole or stripped")
     parser.add_argument("out", type=Path, help="folder for results, tables and plots")
     who = parser.add_argument_group("who")
@@ -147,6 +152,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="a first look in minutes: one participant, and few settings of every study",
     )
+    return parser
 
 
 def evaluate(argv: Sequence[str]) -> int:
@@ -173,13 +179,7 @@ def evaluate(argv: Sequence[str]) -> int:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the arguments."""
-    parser = argparse.ArgumentParser(
-        prog="brainprior evaluate",
-        description="Degrade 1 mm brains, restore them, and compare the results with the truth "
-        "and with other methods; writes tables and plots for each study.",
-    )
-    add_arguments(parser)
-    args = parser.parse_args(list(argv))
+    args = build_parser().parse_args(list(argv))
     args.crop_given, args.crop = args.crop is not None, args.crop or list(CROP)
     return args
 

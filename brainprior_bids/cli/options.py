@@ -32,7 +32,6 @@ from brainprior_bids.settings import (
     OUTPUT_GRIDS,
     PARCELLATIONS,
     SKULL_STRIPS,
-    TEMPLATE_SPACES,
 )
 
 WORDS = ("restore", "inpaint", "refine")
@@ -288,8 +287,8 @@ def output_options(group: Group) -> None:
         metavar="SPACE",
         help="anat (the scan's own frame, always written) and MNI305 (default: both); T1w: also "
         "the other contrasts of a session on the grid of its T1w; "
-        f"{', '.join(TEMPLATE_SPACES)}: nonlinear registration to that template, which must be "
-        "in TemplateFlow's folder (never downloaded)",
+        "a template of TemplateFlow, such as MNI152NLin2009cAsym or MNIPediatricAsym:cohort-3: "
+        "nonlinear registration to it; it must be in TemplateFlow's folder (never downloaded)",
     )
     group.add_argument(
         "--output-grid",

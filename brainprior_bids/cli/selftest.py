@@ -31,6 +31,16 @@ LIBRARIES = (
 SIZE_MM = 48
 
 
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of ``brainprior selftest``."""
+    parser = argparse.ArgumentParser(
+        prog="brainprior selftest",
+        description="Check the libraries, the weights' hashes and one small restoration.",
+    )
+    parser.add_argument("--device", default="auto", metavar="{auto,cpu,cuda[:N]}")
+    return parser
+
+
 def selftest(argv: Sequence[str]) -> int:
     """Check the libraries, the weights' hashes and one small restoration; 0 if all is well.
 
@@ -39,12 +49,7 @@ def selftest(argv: Sequence[str]) -> int:
     BrainpriorError
         Naming what is wrong.
     """
-    parser = argparse.ArgumentParser(
-        prog="brainprior selftest",
-        description="Check the libraries, the weights' hashes and one small restoration.",
-    )
-    parser.add_argument("--device", default="auto", metavar="{auto,cpu,cuda[:N]}")
-    device = resolve_device(parser.parse_args(list(argv)).device)
+    device = resolve_device(build_parser().parse_args(list(argv)).device)
     print(f"brainprior {__version__}, device {device}")
     _libraries()
     _weights()

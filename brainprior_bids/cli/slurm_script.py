@@ -10,7 +10,7 @@ from pathlib import Path
 
 from brainprior_bids.bids.files import write_text
 from brainprior_bids.bids.query import check_dataset, find_scans
-from brainprior_bids.cli.parser import build_parser, parse_settings
+from brainprior_bids.cli import parser as run_parser
 from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.run.slurm import ArrayJob
 from brainprior_bids.settings import Settings
@@ -30,14 +30,8 @@ brainprior's own, and go to every task.
 """
 
 
-def slurm_script(argv: Sequence[str]) -> int:
-    """Write the script to ``--script`` or the standard output.
-
-    Raises
-    ------
-    UsageError
-        As the main command: options that a task would refuse are refused here.
-    """
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of ``brainprior slurm-script``."""
     parser = argparse.ArgumentParser(
         prog="brainprior slurm-script",
         description=DESCRIPTION,
@@ -72,10 +66,21 @@ def slurm_script(argv: Sequence[str]) -> int:
         "--bind /project /images/brainprior.sif' (default: brainprior)",
     )
     parser.add_argument("--participant-label", "--participant_label", nargs="+", default=[])
-    own, rest = parser.parse_known_args(_joined(argv))
+    return parser
+
+
+def slurm_script(argv: Sequence[str]) -> int:
+    """Write the script to ``--script`` or the standard output.
+
+    Raises
+    ------
+    UsageError
+        As the main command: options that a task would refuse are refused here.
+    """
+    own, rest = build_parser().parse_known_args(_joined(argv))
     labels = ["--participant-label", *own.participant_label] if own.participant_label else []
     # the tasks run on a machine with other devices: --device is checked there
-    settings = parse_settings([*rest, *labels, "--device", "cpu"])
+    settings = run_parser.parse_settings([*rest, *labels, "--device", "cpu"])
     check_dataset(settings.bids_dir)
     if "group" in rest:
         raise UsageError("slurm-script adds the group job itself: give `participant` only.")
@@ -115,7 +120,7 @@ def _array_job(
 
 def _as_group(rest: Sequence[str]) -> list[str]:
     """The command line of the tasks with the other level; a value may have the level's name."""
-    parser = build_parser()
+    parser = run_parser.build_parser()
     lines = ([*rest[:at], "group", *rest[at + 1 :]] for at in range(len(rest)))
     return next(
         line

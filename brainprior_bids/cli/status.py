@@ -19,15 +19,20 @@ STARTED = re.compile(r"(\d{8}-\d{6})_")
 WIDTH = 100
 
 
-def status(argv: Sequence[str]) -> int:
-    """Print one row per scan, the counts, and the remaining time of the newest run."""
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of ``brainprior status``."""
     parser = argparse.ArgumentParser(
         prog="brainprior status",
         description="List the scans of an output folder: done, failed, running, and the remaining "
         "time of a run. It can be used while the run is going.",
     )
     parser.add_argument("output_dir", type=Path, help="output folder of a run")
-    options = parser.parse_args(list(argv))
+    return parser
+
+
+def status(argv: Sequence[str]) -> int:
+    """Print one row per scan, the counts, and the remaining time of the newest run."""
+    options = build_parser().parse_args(list(argv))
     summaries = read_summaries(options.output_dir)
     if not summaries:
         raise UsageError(

@@ -8,7 +8,13 @@ import re
 import reprlib
 from pathlib import Path
 
-from brainprior_bids.settings import EXPORTS, MODALITIES, OTHER_MODALITIES, SPACES
+from brainprior_bids.settings import (
+    EXPORTS,
+    MODALITIES,
+    OTHER_MODALITIES,
+    SPACES,
+    is_template,
+)
 
 UNITS_GB = {"K": 1 / 2**20, "M": 1 / 2**10, "G": 1.0, "T": 2.0**10}
 
@@ -40,22 +46,33 @@ def export_kind(text: str) -> tuple[str, str]:
 
 
 def space_name(text: str) -> str:
-    """One of ``SPACES``, with or without ``:res-1``; ``T2w`` … mean ``anat``."""
-    name, colon, modifier = text.partition(":")
+    """The label of a space: ``NAME``, or ``NAME+3`` for ``NAME:cohort-3``; ``T2w`` … is ``anat``.
+
+    ``:res-1`` is dropped. Whether there is such a template is looked up later.
+    """
+    name, *modifiers = text.split(":")
+    cohorts = [m.removeprefix("cohort-") for m in modifiers if m.startswith("cohort-")]
+    others = {m for m in modifiers if not m.startswith("cohort-")} - {"res-1", "res-01"}
     own = [suffix for suffix in (*MODALITIES, *OTHER_MODALITIES) if suffix not in SPACES]
     space = "anat" if name in own else name
-    if space not in SPACES:
+    if others:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not among {', '.join(SPACES)}. For another template, run fMRIPrep on "
-            "the result"
+            f"{text!r}: the modifiers are res-1, as the results have 1 mm, and the cohort of a "
+            f"template, got {', '.join(map(reprlib.repr, sorted(others)))}. Leave it out; for "
+            "other voxel sizes, run fMRIPrep on the result"
         )
-    if colon and modifier not in ("res-1", "res-01"):
+    if len(cohorts) > 1 or (cohorts and not is_template(space)):
         raise argparse.ArgumentTypeError(
-            f"{text!r}: the only modifier is res-1, as the results have 1 mm, got "
-            f"{reprlib.repr(modifier)}. Leave it out; for other voxel sizes or a cohort, run "
-            "fMRIPrep on the result"
+            f"{text!r}: one cohort of a template was expected. Give each cohort as a space of its "
+            "own: MNIPediatricAsym:cohort-3 MNIPediatricAsym:cohort-4"
         )
-    return space
+    label = "+".join([space, *cohorts])
+    if not re.fullmatch(r"[a-zA-Z0-9]+([+][a-zA-Z0-9]+)?", label):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no space: expected anat, T1w, MNI305, or a template of TemplateFlow "
+            "such as MNI152NLin2009cAsym or MNIPediatricAsym:cohort-3"
+        )
+    return label
 
 
 def effective_resolution(text: str) -> str:

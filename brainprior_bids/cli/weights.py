@@ -21,8 +21,8 @@ from brainprior_bids.engine.errors import UsageError, WeightsError
 KINDS = ("prior", "parcellation")
 
 
-def weights(argv: Sequence[str]) -> int:
-    """Run the command; returns 1 if `verify` finds a changed file."""
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of ``brainprior weights``."""
     parser = argparse.ArgumentParser(
         prog="brainprior weights",
         description="Weights of the networks: the embedded ones, and files of your own in "
@@ -37,7 +37,12 @@ def weights(argv: Sequence[str]) -> int:
     add.add_argument("--name", help="name for --prior NAME (default: the file's name)")
     add.add_argument("--sha256", help="expected SHA-256 of the file")
     add.add_argument("--force", action="store_true", help="replace an added file of that name")
-    options = parser.parse_args(list(argv))
+    return parser
+
+
+def weights(argv: Sequence[str]) -> int:
+    """Run the command; returns 1 if `verify` finds a changed file."""
+    options = build_parser().parse_args(list(argv))
     if options.command == "add":
         return _add(options)
     files = _files(options.names if options.command == "verify" else ())

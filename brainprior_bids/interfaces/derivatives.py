@@ -56,7 +56,7 @@ from brainprior_bids.records import (
     TissuesRecord,
     total_seconds,
 )
-from brainprior_bids.settings import FILLED, TASKS, TEMPLATE_SPACES
+from brainprior_bids.settings import FILLED, TASKS, is_template
 
 IMAGES = (
     "hidden", "uncertainty", "restored_mni305", "uncertainty_mni305", "mask_mni305",
@@ -315,7 +315,7 @@ class Write(MeasuredInterface):
             n_samples=steps.restore.n_samples or 1,
             uncertainty=isdefined(inputs.uncertainty),
             spaces=[
-                *(s for s in inputs.settings["output_spaces"] if s not in TEMPLATE_SPACES),
+                *(s for s in inputs.settings["output_spaces"] if not is_template(s)),
                 *(template.space for template in steps.templates),
             ],
             save_samples=bool(samples),

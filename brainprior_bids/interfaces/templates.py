@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 from nipype.interfaces.base import File, InputMultiPath, OutputMultiPath, isdefined, traits
 
-from brainprior_bids.anatomy.templates import MNI152_FROM_MNI305, Template
+from brainprior_bids.anatomy.templates import Template
 from brainprior_bids.bids.names import sample_role, transform_roles
 from brainprior_bids.bids.provenance import sha256_file
 from brainprior_bids.interfaces import files
@@ -110,7 +110,7 @@ class ToTemplates(MeasuredInterface):
             nib.save(moved, folder / f"{role}.nii.gz")
             paths[role] = str(folder / f"{role}.nii.gz")
         moved = nib.load(paths[f"mask_{template.space.lower()}"])
-        affine = move(mask, template.grid, MNI152_FROM_MNI305 @ matrix, kind=Kind.MASK)
+        affine = move(mask, template.grid, template.from_mni305() @ matrix, kind=Kind.MASK)
         return paths, TemplateRecord(
             space=template.space,
             address=template.address,

@@ -24,6 +24,8 @@ from contextlib import suppress
 from multiprocessing import resource_tracker
 from pathlib import Path
 
+from platformdirs import user_cache_dir
+
 from brainprior_bids.bids.files import write_text
 from brainprior_bids.engine.errors import UsageError, is_full
 from brainprior_bids.settings import Settings
@@ -64,8 +66,7 @@ def prepare_environment(settings: Settings) -> None:
     )
     # Idle threads sleep: threads that wait actively would slow down other processes.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # TemplateFlow's own default
-    templates = Path(os.path.expanduser("~"), ".cache", "templateflow")
+    templates = Path(user_cache_dir("templateflow"))  # TemplateFlow's own default
     if not templates.is_dir():
         templates = home / "templateflow"
     os.environ.setdefault("TEMPLATEFLOW_HOME", str(templates))

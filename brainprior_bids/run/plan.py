@@ -30,7 +30,7 @@ from brainprior_bids.run.jobs import (
     why_again,
 )
 from brainprior_bids.run.preflight import checked_weights
-from brainprior_bids.settings import TEMPLATE_SPACES, Settings
+from brainprior_bids.settings import Settings, is_template
 
 TIMED = 64
 """Edge of the block whose network call is timed, in voxels."""
@@ -209,7 +209,7 @@ def contrast_names(
 
 def plain_spaces(settings: Settings) -> list[str]:
     """The output spaces that need no template."""
-    return [space for space in settings.output_spaces if space not in TEMPLATE_SPACES]
+    return [space for space in settings.output_spaces if not is_template(space)]
 
 
 def _planned(scan: Scan, settings: Settings, inputs: ScanInputs) -> float:

@@ -348,18 +348,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("labels", type=Path, help="folder of training_seg_NN.nii.gz label maps")
     parser.add_argument("--work-dir", type=Path, required=True, help="checkpoint and log")
     parser.add_argument("--output", type=Path, help="weights file to write (.safetensors)")
-    parser.add_argument("--maps", type=int, nargs="+", default=list(range(1, 15)))
-    parser.add_argument("--held-out", type=int, nargs="+", default=[15, 16, 17])
-    parser.add_argument("--steps", type=int, default=8000)
-    parser.add_argument("--widths", type=int, nargs="+", default=[32, 64, 96, 96])
+    parser.add_argument(
+        "--maps", type=int, nargs="+", default=list(range(1, 15)), help="numbers NN to train on"
+    )
+    parser.add_argument(
+        "--held-out", type=int, nargs="+", default=[15, 16, 17], help="NN to validate on"
+    )
+    parser.add_argument("--steps", type=int, default=8000, help="in total")
+    parser.add_argument(
+        "--widths", type=int, nargs="+", default=[32, 64, 96, 96], help="channels at 2, 4 … mm"
+    )
     parser.add_argument("--shape", type=int, nargs=3, default=[80, 96, 80], help="voxels of 2 mm")
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--random-seed", type=int, default=0)
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="its maximum")
+    parser.add_argument("--random-seed", type=int, default=0, help="of weights and heads")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw heads")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="of each process on the CPU")
     parser.add_argument("--batch", type=int, default=1, help="heads per step (in each process)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1; torchrun: cpu, cuda")
-    parser.add_argument("--validate-every", type=int, default=1000)
+    parser.add_argument("--validate-every", type=int, default=1000, help="steps")
 
 
 def main(args: argparse.Namespace) -> int:

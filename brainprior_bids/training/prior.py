@@ -633,7 +633,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--exclude", nargs="*", default=[], help="participants and label maps to exclude"
     )
     train = parser.add_argument_group("training")
-    train.add_argument("--steps", type=int, default=recipe.steps)
+    train.add_argument("--steps", type=int, default=recipe.steps, help="in total")
     train.add_argument(
         "--decay", type=int, default=recipe.decay, help="last steps, over which the rate falls"
     )
@@ -646,9 +646,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch", type=int, default=recipe.batch, help="crops per step (in each process)"
     )
     train.add_argument("--size", type=int, default=recipe.size, help="edge of a crop in voxels")
-    train.add_argument("--learning-rate", type=float, default=recipe.learning_rate)
-    train.add_argument("--channels", type=int, nargs="+", default=recipe.channels)
-    train.add_argument("--blocks", type=int, nargs="+", default=recipe.blocks)
+    train.add_argument(
+        "--learning-rate", type=float, default=recipe.learning_rate, help="its maximum"
+    )
+    train.add_argument(
+        "--channels", type=int, nargs="+", default=recipe.channels, help="at each resolution"
+    )
+    train.add_argument(
+        "--blocks", type=int, nargs="+", default=recipe.blocks, help="at each resolution"
+    )
     train.add_argument(
         "--stacks", type=float, default=recipe.stacks, help="share of crops with known slices"
     )
@@ -684,12 +690,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="WEIGHTS",
         help="start from these weights instead of random ones",
     )
-    train.add_argument("--seed", type=int, default=recipe.seed)
+    train.add_argument("--seed", type=int, default=recipe.seed, help="of weights, crops and noise")
     train.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1; torchrun: cpu, cuda")
-    train.add_argument("--threads", type=int, default=2)
+    train.add_argument("--threads", type=int, default=2, help="of each process on the CPU")
     train.add_argument("--workers", type=int, default=1, help="processes that make crops")
-    train.add_argument("--checkpoint-every", type=int, default=200)
-    train.add_argument("--validate-every", type=int, default=500)
+    train.add_argument("--checkpoint-every", type=int, default=200, help="steps")
+    train.add_argument("--validate-every", type=int, default=500, help="steps")
     out = parser.add_argument_group("result")
     out.add_argument("--out", type=Path, help="weights file to write at the end")
     out.add_argument("--name", default="brainprior-small", help="name stored in the weights file")

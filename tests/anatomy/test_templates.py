@@ -3,14 +3,22 @@
 
 from __future__ import annotations
 
+import importlib
 import socket
+import sys
 
 import nibabel as nib
 import numpy as np
 import pytest
 from templates import SPACE, paths_of, write_template
 
-from brainprior_bids.anatomy.templates import find_template
+from brainprior_bids.anatomy.templates import (
+    MNI152_BRAIN_ML,
+    MNI152_CENTRE_MM,
+    MNI152_FROM_MNI305,
+    Template,
+    find_template,
+)
 from brainprior_bids.engine.errors import UsageError
 
 
@@ -42,9 +50,9 @@ def test_a_template_is_found_by_its_path(home):
 @pytest.mark.parametrize(
     ("spoil", "problem"),
     [
-        (lambda path: path.unlink(), "is missing"),
-        (lambda path: path.write_bytes(b""), "is an empty placeholder"),  # TemplateFlow's skeleton
-        (lambda path: path.write_bytes(b"\x1f\x8b"), "cannot be read"),
+        (lambda path: path.unlink(), "is missing in {home}"),
+        (lambda path: path.write_bytes(b""), "{path} is an empty placeholder"),
+        (lambda path: path.write_bytes(b"\x1f\x8b"), "{path} cannot be read"),
     ],
 )
 def test_what_is_not_there_is_named_and_not_fetched(home, which, spoil, problem):
@@ -53,7 +61,7 @@ def test_what_is_not_there_is_named_and_not_fetched(home, which, spoil, problem)
     before = tree(home)
     with pytest.raises(UsageError) as refused:
         find_template(SPACE)
-    assert f"{path} {problem}" in str(refused.value)
+    assert problem.format(path=path, home=home) in str(refused.value)
     assert "--output-spaces MNI152NLin2009cAsym" in str(refused.value)
     assert "from templateflow.api import get; get('MNI152NLin2009cAsym'" in str(refused.value)
     assert "TEMPLATEFLOW_HOME" in str(refused.value)
@@ -64,6 +72,70 @@ def test_a_mask_on_another_grid_is_refused(home):
     nib.save(nib.Nifti1Image(np.ones((4, 5, 5), np.uint8), np.eye(4)), paths_of(home)[1])
     with pytest.raises(UsageError, match="another grid"):
         find_template(SPACE)
+
+
+def test_a_template_of_another_voxel_size_is_refused(home):
+    write_template(home, np.ones((4, 5, 6)), np.diag([2, 2, 2, 1]))
+    with pytest.raises(UsageError, match="voxels of 2 x 2 x 2 mm; only templates of 1 mm"):
+        find_template(SPACE)
+
+
+@pytest.fixture
+def skeleton(tmp_path, monkeypatch):
+    """TemplateFlow's folder as it is before anything was fetched, seen by a new process."""
+    folder = tmp_path / "templates"
+    monkeypatch.setenv("TEMPLATEFLOW_HOME", str(folder))
+    for name in [*sys.modules]:  # they read the variable when they are imported
+        ours = name.startswith("templateflow") or name == "niworkflows.utils.spaces"
+        if ours and name != "templateflow.conf.bids":  # which can register with pybids only once
+            monkeypatch.delitem(sys.modules, name)
+    assert importlib.import_module("templateflow").api.templates()
+    assert folder.is_dir()
+    return folder
+
+
+def test_spaces_are_read_as_for_fmriprep(skeleton):
+    for asked, message in [
+        ("MNIInfan", "no such template .* one of .*MNI152NLin2009cAsym, .*MNIInfant"),
+        ("MNIInfant", 'MNIInfant: .* valid cohort selector from: "cohort-1", "cohort-2"'),
+        ("MNIInfant+99", 'MNIInfant:cohort-99: .* does not contain any cohort named "99"'),
+        ("MNI152NLin2009cAsym+1", "does not accept a cohort"),
+        ("fsaverage", "is a surface"),
+        ("MNI152NLin2009bAsym", "its 1 mm brain mask is missing|is an empty placeholder"),
+        ("MNIInfant+2", r"get\('MNIInfant', cohort='2', resolution=1"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            find_template(asked)
+
+
+def test_a_cohort_and_a_template_with_one_resolution_are_found(skeleton):
+    for space, stem, address in [
+        ("MNIPediatricAsym+3", "tpl-MNIPediatricAsym/cohort-3/tpl-MNIPediatricAsym_cohort-3_res-1",
+         "tpl-MNIPediatricAsym/cohort-3/tpl-MNIPediatricAsym_cohort-3_res-1_T1w.nii.gz"),
+        ("MNIColin27", "tpl-MNIColin27/tpl-MNIColin27",
+         "tpl-MNIColin27/tpl-MNIColin27_T1w.nii.gz"),
+    ]:  # fmt: skip
+        image, mask = (skeleton / f"{stem}_{end}.nii.gz" for end in ("T1w", "desc-brain_mask"))
+        for path in (image, mask):
+            assert path.stat().st_size == 0  # TemplateFlow's placeholder
+            nib.save(nib.Nifti1Image(np.ones((4, 5, 6), np.float32), np.eye(4)), path)
+        template = find_template(space)
+        assert (template.image, template.mask) == (image, mask)
+        assert template.address == f"https://templateflow.s3.amazonaws.com/{address}"
+
+
+def test_a_start_gives_the_brains_one_centre_and_volume(tmp_path):
+    """Of a template in another frame: a ball of 4 l, whose centre is at (100, 80, 60) mm."""
+    points = np.indices((210, 210, 210)) - np.array([105, 105, 105]).reshape(3, 1, 1, 1)
+    ball = (points**2).sum(0) < (3 * 4e6 / (4 * np.pi)) ** (2 / 3)
+    affine = np.eye(4)
+    affine[:3, 3] = np.array([100, 80, 60]) - 105
+    write_template(tmp_path, ball, affine)
+    start = Template("OASIS30ANTs", *paths_of(tmp_path)).from_mni305() @ np.linalg.inv(
+        MNI152_FROM_MNI305
+    )
+    np.testing.assert_allclose(start @ [*MNI152_CENTRE_MM, 1], [100, 80, 60, 1], atol=0.1)
+    assert np.linalg.det(start) == pytest.approx(4000 / MNI152_BRAIN_ML, rel=0.01)
 
 
 def test_a_folder_that_does_not_exist_is_not_made(tmp_path, monkeypatch):

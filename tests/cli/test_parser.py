@@ -302,10 +302,11 @@ def test_names_as_fmriprep_has_them(folders, tmp_path):
 @pytest.mark.parametrize(
     ("extra", "said"),
     [
-        (["--output-spaces", "MNIInfant"], "fMRIPrep"),
-        (["--output-spaces", "MNI305:res-2"], "the only modifier is res-1"),
-        (["--output-spaces", "MNI152NLin2009cAsym:cohort-1"], "the only modifier is res-1"),
-        (["--output-spaces", "MNI305:"], "the only modifier is res-1"),
+        (["--output-spaces", "MNI305:res-2"], "for other voxel sizes, run fMRIPrep"),
+        (["--output-spaces", "MNI305:"], "the modifiers are res-1"),
+        (["--output-spaces", "MNI305:cohort-1"], "one cohort of a template was expected"),
+        (["--output-spaces", "MNIInfant:cohort-1:cohort-2"], "a space of its own"),
+        (["--output-spaces", "MNI 152"], "'MNI 152' is no space"),
         (["--ignore", "t1w", "t2w", "flair"], "leaves nothing"),
         (["-d", "nowhere"], "no dataset_description.json"),
         (["--dry-run", "--reports-only"], "not allowed with"),
