@@ -38,7 +38,6 @@ MNI152_FROM_MNI305 = np.array(
 MNI152_CENTRE_MM = (0.0, -22.0, 9.5)
 MNI152_BRAIN_ML = 1883.0
 """Centre and volume of the brain mask of MNI152 (nilearn's, 1 mm)."""
-VOXEL_MM = 1.0
 
 
 def templateflow_home() -> Path:
@@ -143,12 +142,6 @@ def find_template(space: str) -> Template:
             raise UsageError(
                 _not_there(space, f"{path} has another grid than {template.image.name}")
             )
-    if not np.allclose(template.grid.spacing_mm, VOXEL_MM, atol=0.01):
-        voxel = " x ".join(f"{size:g}" for size in template.grid.spacing_mm)
-        raise UsageError(
-            f"--output-spaces {_asked(space)}: {template.image} has voxels of {voxel} mm; only "
-            "templates of 1 mm are used. Leave the space out."
-        )
     return template
 
 

@@ -72,7 +72,8 @@ DESCRIPTIONS = {
 UNCERTAINTY = {
     "prior": "voxelwise standard deviation of the true image about the restored one, predicted by "
     "the prior from the scan, in the image's units",
-    "samples": "voxelwise standard deviation of the posterior samples, in the image's units",
+    "samples": "voxelwise standard deviation of the posterior samples, in the image's units; "
+    f"their variance was averaged with a Gaussian of SD {registry.SMOOTHING_MM:g} mm",
 }
 RESIDUAL = (
     "scan minus the samples' prediction of it (mean over samples), in units of the standard "
@@ -388,7 +389,7 @@ def sidecars(
             "Description": UNCERTAINTY[restore.uncertainty_from or "samples"],
             **image,
             "UncertaintyFrom": restore.uncertainty_from,
-            "IntervalHalfWidths": interval_half_widths(
+            "IntervalHalfWidths": voxel_half_widths(
                 None if restore.uncertainty_from == "prior" else restore.n_samples
             ),
         }
@@ -530,20 +531,33 @@ def _fused(restore: RestoreRecord) -> list[dict[str, Any]]:
     ]
 
 
-def interval_half_widths(n_samples: int | None) -> dict[str, float]:
+def voxel_half_widths(n_samples: int | None) -> dict[str, float]:
     """Half width of a central interval for the true value, in units of the uncertainty map.
 
-    If the prior predicted the SD (None), it is the quantile of a Gaussian. Few samples have no
-    empirical quantiles; for a Gaussian the next draw (the truth is one more) lies within ``t(n -
-    1) sqrt(1 + 1/n)`` SDs of the mean.
+    The quantile of a Gaussian; if the SD is that of n samples (not None, predicted by the prior),
+    times ``sqrt(1 + 1/n)``: the truth is one more draw. Not Student's: the variance was averaged
+    over neighbours.
+
+    Returns
+    -------
+    {"50": ..., "90": ...}
+        Per cent of coverage -> factor.
+    """
+    more = 1.0 if n_samples is None else (1 + 1 / n_samples) ** 0.5
+    return {"50": round(0.674490 * more, 4), "90": round(1.644854 * more, 4)}
+
+
+def interval_half_widths(n_samples: int) -> dict[str, float]:
+    """Half width of a central interval for the true value, in SDs of n samples' measurements.
+
+    Few samples have no empirical quantiles; for a Gaussian the next draw (the truth is one more)
+    lies within ``t(n - 1) sqrt(1 + 1/n)`` SDs of the mean.
 
     Returns
     -------
     {"50": ..., "90": ...}
         Per cent of coverage -> factor; n_samples must be 2 or more.
     """
-    if n_samples is None:
-        return {"50": 0.6745, "90": 1.6449}
     from scipy.stats import t as student_t  # slow to import, and not needed for --help
 
     return {

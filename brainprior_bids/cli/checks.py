@@ -211,7 +211,14 @@ def check_templates(spaces: Sequence[str]) -> None:
             "installed. Install it (pip install antspyx), or leave the space out."
         )
     for space in templates:
-        find_template(space)
+        template = find_template(space)
+        size = template.grid.spacing_mm
+        if max(abs(float(mm) - 1) for mm in size) > 0.01:
+            raise UsageError(
+                f"--output-spaces {space}: {template.image} has voxels of "
+                f"{' x '.join(f'{mm:.3g}' for mm in size)} mm; only templates of 1 mm are used. "
+                "Leave the space out."
+            )
 
 
 def check_paths(bids_dir: Path, output_dir: Path, work_dir: Path) -> None:

@@ -232,7 +232,9 @@ class Problem:
         messages = list(scan.warnings)
         if scan.noise_sd is None:
             measured_share = share if hidden is None else share * ~hidden
-            noise_sd, excess = _estimated_noise(y, measured_share, axis, messages), None
+            noise_sd, excess = _finest_noise(scan, thinned, self.unit), None
+            if noise_sd is None:
+                noise_sd = _estimated_noise(y, measured_share, axis, messages)
         else:
             noise_sd, excess = given_noise(scan.noise_sd, scan.mask > 0.5, thinned, shape)
         prefix = "" if len(self.scans) == 1 else f"{scan.name}: "
@@ -413,6 +415,19 @@ def _on_mni305(brain: Tensor, fine: Grid, to_mni305: NDArray[np.float64]) -> Ten
             "restore: no voxel of the brain lies on the MNI305 grid. Check to_mni305."
         )
     return inside
+
+
+def _finest_noise(scan: Observation, thinned: float, unit: float) -> float | None:
+    """The noise of a reduced scan, estimated before the reduction; None if it is not white there.
+
+    Afterwards anatomy fills the highest frequencies, and would be taken for noise.
+    """
+    if thinned == 1:
+        return None
+    sd = estimate_noise_sd(
+        scan.scan * (scan.gain / unit), scan.brain, scan.acquisition.slice_axis, only_white=True
+    )
+    return None if sd is None else max(sd * thinned, NOISE_FLOOR)
 
 
 def _estimated_noise(y: Tensor, share: Tensor, axis: int, warnings: list[str]) -> float:

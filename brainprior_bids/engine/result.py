@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from brainprior_bids.engine.box import Box
@@ -15,6 +16,7 @@ from brainprior_bids.engine.consistency import Residual, judge
 from brainprior_bids.engine.grids import Grid
 from brainprior_bids.engine.likelihood import Likelihood
 from brainprior_bids.engine.problem import Problem
+from brainprior_bids.engine.samplers.registry import SMOOTHING_MM
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +67,32 @@ class Restoration:
     def residual_ratios(self) -> list[float]:
         """RMS of each sample's residual over the SD expected before sampling."""
         return [r.ratio for r in self.residuals]
+
+
+def sample_sd(
+    samples: NDArray[np.float32], inside: NDArray[np.bool_], spacing_mm: ArrayLike
+) -> NDArray[np.float32]:
+    """The SD of few samples: the square root of their variance, averaged over neighbours.
+
+    Parameters
+    ----------
+    samples : (n, i, j, k)
+        Two or more.
+    inside : (i, j, k)
+        Voxels that count; the others are 0 in the result.
+    spacing_mm : 3 floats
+
+    Returns
+    -------
+    (i, j, k) array
+        In the unit of the samples.
+    """
+    weight = inside.astype(np.float32)
+    width = SMOOTHING_MM / np.asarray(spacing_mm, np.float64)
+    variance = samples.var(0, ddof=1, dtype=np.float32) * weight
+    total = gaussian_filter(weight, width, mode="constant")
+    mean = gaussian_filter(variance, width, mode="constant") / np.where(inside, total, 1)
+    return np.asarray(np.sqrt(mean) * weight, np.float32)
 
 
 class Gathering:
@@ -151,7 +179,11 @@ class Gathering:
         """(i, j, k) posterior SD: the prior's prediction, else that of two or more samples."""
         if self._all_predicted:
             return np.sqrt(self.predicted)
-        return self.samples.std(0, ddof=1, dtype=np.float32) if self.n > 1 else None
+        if self.n < 2:
+            return None
+        inside = np.zeros(self.problem.grid.shape, bool)
+        inside[self.problem.box.image_slices] = (self.problem.final > 0).cpu().numpy()
+        return sample_sd(self.samples, inside, self.problem.grid.spacing_mm)
 
     def _explain(self, likelihood: Likelihood, x0: Tensor) -> None:
         for k, term in enumerate(likelihood.terms):

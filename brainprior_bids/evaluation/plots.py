@@ -162,9 +162,10 @@ def histograms(records: Sequence[Record]) -> Figure:
     figure = Figure(figsize=(3.2 * len(groups), 2.8))
     centres = (HISTOGRAM[1:] + HISTOGRAM[:-1]) / 2
     for axes, group in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
-        for method, style in STYLES.items():
+        drawn = [method for method in STYLES if all(method in r["histograms"] for r in group)]
+        for method in drawn:  # `mean` draws no sample
             counts = np.sum([r["histograms"][method] for r in group], axis=0)
-            axes.plot(centres, counts / counts.sum(), style, label=method, linewidth=1)
+            axes.plot(centres, counts / counts.sum(), STYLES[method], label=method, linewidth=1)
         r = group[0]
         axes.set_title(f"{r['contrast']} {r['spacing_mm']:g} mm, {r['noise_sd']:g}", fontsize=8)
         axes.set_yticks([])

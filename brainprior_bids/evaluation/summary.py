@@ -76,7 +76,8 @@ def methods_table(group: Sequence[Record]) -> list[str]:
     text += ["|---" * (len(metrics) + 1) + "|"]
     for method in METHODS:
         cells = [mean_sd(values_of(group, method, key), digits) for key, _, digits in metrics]
-        name = NAMES[method] + (f" ({first['n_samples']})" if method == "restored" else "")
+        drawn = method == "restored" and bool(values_of(group, "sample", "psnr_db"))
+        name = NAMES[method] + (f" ({first['n_samples']})" if drawn else "")
         text.append(f"| {name} | " + " | ".join(cells) + " |")
     return text
 
@@ -113,10 +114,10 @@ def settings(records: Sequence[Record]) -> str:
     first = records[0]
     tuned = list(dict.fromkeys(name for r in records for name in r["tuned_on"]))
     penalties = f"tuned on {', '.join(tuned)}" if tuned else "not tuned on these data"
-    return (
-        f"{extent(first)}; samples per image: {first['n_samples']}, of {calls_of(first)} calls "
-        f"each; penalties of Tikhonov and TV {penalties}."
-    )
+    drawn = f"samples per image: {first['n_samples']}, of {calls_of(first)} calls each"
+    if not registry.find(first["sampler_used"]).yields_samples:
+        drawn = f"one call of `{first['sampler_used']}`, no samples"
+    return f"{extent(first)}; {drawn}; penalties of Tikhonov and TV {penalties}."
 
 
 def extent(r: Record) -> str:

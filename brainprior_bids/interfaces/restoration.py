@@ -276,6 +276,8 @@ def write_images(
     With ``keep_scan`` the image is the scan with its hidden voxels filled in: every other voxel
     is the scan's own, bit for bit.
     """
+    from brainprior_bids.engine.result import sample_sd  # and torch
+
     grid = grid_of(nib.load(inputs["in_file"]))
     outputs: dict[str, Any] = {
         "restored": save(result.mean, result.grid, folder / "restored.nii.gz"),
@@ -288,7 +290,7 @@ def write_images(
         hidden, scan = read_array(inputs["hidden"]) > 0, read_array(inputs["in_file"])
         image, *filled = np.where(hidden, result.predictions, scan).astype(np.float32)
         samples, target = np.array(filled, np.float32), grid
-        sd = samples.std(0, ddof=1) if len(samples) > 1 else None
+        sd = sample_sd(samples, hidden, grid.spacing_mm) if len(samples) > 1 else None
         changed = _changed(image, scan, hidden)
         outputs["image"] = save(image, target, folder / "image.nii.gz")
     else:

@@ -207,7 +207,10 @@ def _uncertainty(methods: Sequence[Method]) -> str:
         "predicted by the network from the scan, and calibrated on scans that were not used for "
         "training"
     )
-    drawn = "the voxelwise standard deviation of the samples"
+    drawn = (
+        "the voxelwise standard deviation of the samples (their variance was averaged with a "
+        f"Gaussian of SD {registry.SMOOTHING_MM:g} mm)"
+    )
     if sources >= {"prior", "samples"}:
         return f" The uncertainty map is {predicted}, or, for some images, {drawn}."
     if "prior" in sources:

@@ -406,6 +406,9 @@ def test_a_standard_space_needs_its_template(folders, tmp_path, monkeypatch, cap
     settings = parse_settings(asked)
     assert settings.output_spaces == ("anat", "MNI152NLin2009cAsym")
     assert settings.template_spaces == ("MNI152NLin2009cAsym",)
+    write_template(home, np.ones((3, 3, 3)), np.diag([2, 2, 2, 1]))
+    assert main(asked) == 2
+    assert "voxels of 2 x 2 x 2 mm; only templates of 1 mm are used" in capsys.readouterr().err
     monkeypatch.setattr(checks, "find_spec", lambda name: None)
     assert main(asked) == 2
     assert "antspyx" in capsys.readouterr().err

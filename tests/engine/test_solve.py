@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from build import sliced_likelihood
 
 from brainprior_bids.engine.bias import CosineField, gauss_newton_step
@@ -534,6 +535,24 @@ def test_noise_is_found_beside_smooth_anatomy(axis):
     inside = (t[0] - 1.5) ** 2 + (t[1] - 1.5) ** 2 + (t[2] - 1.5) ** 2 < 2
     result = estimate_noise_sd(anatomy + 0.03 * random(40, 40, 40), inside, axis)
     assert result == pytest.approx(0.03, rel=0.08)  # correlated filter output
+
+
+@pytest.mark.parametrize("noise", [0.005, 0.02, 0.1])
+def test_white_noise_is_told_from_interpolated_noise_and_from_anatomy(noise):
+    t = torch.meshgrid(*(torch.linspace(0, 3, 24) for _ in range(3)), indexing="ij")
+    coarse = torch.sin(t[0]) + torch.cos(2 * t[1]) * t[2] + noise * random(24, 24, 24)
+    inside = torch.ones(48, 48, 48).bool()
+    zeros = resampling_matrix(24, 48).float()
+    zero_filled = torch.einsum("ai,bj,ck,ijk->abc", zeros, zeros, zeros, coarse)
+    linear = F.interpolate(coarse[None, None], scale_factor=2, mode="trilinear")[0, 0]
+    for interpolated in (zero_filled, linear):
+        assert estimate_noise_sd(interpolated, inside, 2) < 0.6 * noise
+        assert estimate_noise_sd(interpolated, inside, 2, only_white=True) is None
+    white = torch.sin(torch.linspace(0, 3, 48)) + noise * random(48, 48, 48)
+    assert estimate_noise_sd(white, inside, 2, only_white=True) == pytest.approx(noise, rel=0.05)
+    texture = torch.sin(1.5 * torch.arange(48.0))[:, None, None]
+    anatomy = 0.1 * texture * torch.sin(1.5 * torch.arange(48.0))[:, None] + 0.001 * white
+    assert estimate_noise_sd(anatomy, inside, 2, only_white=True) is None
 
 
 def test_noise_needs_voxels():

@@ -42,14 +42,15 @@ def cheap(monkeypatch):
     """Without the network: errors of SD 0.05."""
 
     def restored(case, condition, contrast, **_):
-        shape = (3, *case.truth.data.shape)
+        draws = condition.sampler != "mean"
+        shape = (3 if draws else 1, *case.truth.data.shape)
         images = case.truth.data + np.random.default_rng(0).normal(0, 0.05, shape)
         return types.SimpleNamespace(
             mean=images[0].astype(np.float32),
             samples=images[1:].astype(np.float32),
             sd=np.full(shape[1:], 0.05, np.float32),
-            sd_from="samples",
-            sampler="conditional",
+            sd_from="samples" if draws else "prior",
+            sampler="conditional" if draws else "mean",
             noise_sd=0.01,
             residual_ratios=[1.0, 1.0],
             warnings=[],
@@ -83,6 +84,15 @@ def test_the_command_measures_once_and_writes_tables(ready, capsys):
     assert again["methods"] == records[0]["methods"]
     assert main([*words, "--random-seed", "1"]) == 0  # another condition: computed again
     assert paths[1].stat().st_mtime_ns != written[1]
+
+
+def test_a_sampler_without_samples_has_its_tables_too(ready, cheap, capsys):
+    out, words = ready
+    assert main([*words, "--sampler", "mean"]) == 0
+    shown = capsys.readouterr().out
+    assert "| `desc-restored` | " in shown
+    assert "| one sample | n/a | " in shown
+    assert (out / "restoration_histograms.png").stat().st_size > 5000
 
 
 def test_the_documentations_tables_are_of_this_command_alone(ready, cheap, tmp_path, capsys):
@@ -241,6 +251,7 @@ def test_every_study_is_planned(ready):
         "downstream": 2,
         "coverage": 3 * 2 * 2,  # the validation set too
         "hallucination": 2 * 3,
+        "uncertainty": 2,
         "peers": 2 * 2,
         "samples": 4 + 3,  # the validation set too
         "lesions": 2 * 3,
@@ -258,6 +269,6 @@ def test_every_study_is_planned(ready):
     assert own["coverage"].width == 1
     assert (own["refine"].slab_mm, own["fuse"].slab_mm) == (60, None)
     samples = [own[name].n_samples for name in STUDIES if name != "samples"]
-    assert samples == [8, 4, 4, 2, 2, 8, 4, 4, 2, 4, 2, 2, 1]
+    assert samples == [8, 4, 4, 2, 2, 8, 4, 4, 4, 2, 4, 2, 2, 1]
     for case in cases:  # settings determine the fingerprint, and are in the record
         json.dumps(dataclasses.asdict(case.settings))

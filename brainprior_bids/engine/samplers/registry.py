@@ -66,6 +66,10 @@ class Sampler:
         return self.levels(n_steps, simple=simple) * self.calls_per_step
 
 
+SMOOTHING_MM = 1.0
+"""SD of the Gaussian with which the variance of samples is averaged, where the prior does not
+predict the SD (docs/decisions/uncertainty.md)."""
+
 _DAPS = "in the manner of decoupled annealing posterior sampling [@daps], "
 
 SAMPLERS = {

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
 STUDIES = (
     "restoration", "low-field", "ablation", "segmentation", "downstream", "coverage",
-    "hallucination", "peers", "samples", "lesions", "heads", "inpaint", "fuse", "refine",
+    "hallucination", "uncertainty", "peers", "samples", "lesions", "heads", "inpaint", "fuse",
+    "refine",
 )  # fmt: skip
 """Names, in the order of the tables."""
 
