@@ -30,7 +30,7 @@ WORK_MM = 2.0
 """Voxel size of the registration, and of the displacement field in the files."""
 ITERATIONS = (100, 70, 20)
 """Iterations of SyN at 8, 4 and 2 mm."""
-SLOPPY_ITERATIONS = (20, 10, 0)
+SLOPPY_MM, SLOPPY_ITERATIONS = 4.0, (20, 20, 10)
 """With ``--sloppy``: a coarse alignment."""
 CORRELATION_RADIUS = 2
 """In voxels of ``WORK_MM``: 4 mm, as in fMRIPrep."""
@@ -110,7 +110,7 @@ def register(
     folder : Path
         Where the two files are written.
     sloppy : bool
-        For tests: few iterations, none at the finest level.
+        For tests: larger voxels and few iterations, none at the finest level.
 
     Raises
     ------
@@ -121,7 +121,8 @@ def register(
 
     inside = np.asarray(mask.dataobj) > 0
     moving = to_ants(np.where(inside, image.get_fdata(dtype=np.float32), 0), image.affine)
-    fixed = ants.resample_image(to_ants(*around_the_brain(template)), (WORK_MM,) * 3)
+    voxel_mm = SLOPPY_MM if sloppy else WORK_MM
+    fixed = ants.resample_image(to_ants(*around_the_brain(template)), (voxel_mm,) * 3)
     compared = metric(contrast)
     with tempfile.TemporaryDirectory() as scratch, fixed_seed():
         try:
