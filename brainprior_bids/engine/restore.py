@@ -311,6 +311,7 @@ class Chain:
         self._every_level = name == "conditional" and len(problem.scans) == 1
         self.conditional: Tensor | None = None
         self.sd: Tensor | None = None
+        self._answers: dict[float, tuple[Tensor, Tensor | None]] = {}
 
     def run(
         self, factor: float, generator: torch.Generator, index: int, observe: Observe | None
@@ -353,9 +354,7 @@ class Chain:
         shape, device = problem.box.shape, problem.device
         if name == "mean" or self._every_level:
             given = view.denoiser_given(likelihood, factor)
-            x0 = self._draw_given(given, generator, note)
-            self.sd = given.sd
-            return x0
+            return self._draw_given(given, factor, generator, note)
         denoise: Denoise = view.denoiser()
         bias, noise = problem.nuisances.move_bias, problem.scans[0].noise_sd is None
         if name == "daps":
@@ -372,8 +371,8 @@ class Chain:
             )
         with_data, guess = name == "conditional", view.guess
         if with_data:
-            denoise = view.denoiser_given(likelihood, factor)
-            guess = expected_image(denoise, shape=shape, device=device)
+            denoise = given = view.denoiser_given(likelihood, factor)
+            guess, _ = self._first_answer(given, factor)
         return sample_exact(
             denoise,
             likelihood,
@@ -388,25 +387,35 @@ class Chain:
             observe=note,
         )
 
+    def _first_answer(self, denoise: GivenDenoiser, factor: float) -> tuple[Tensor, Tensor | None]:
+        """E[x | y] and its SD: one call for all samples that assume the same slice thickness."""
+        if factor not in self._answers:
+            shape, device = self.problem.box.shape, self.problem.device
+            expected = expected_image(denoise, shape=shape, device=device)
+            self._answers[factor] = expected, denoise.sd
+        return self._answers[factor]
+
     def _draw_given(
         self,
         denoise: GivenDenoiser,
+        factor: float,
         generator: torch.Generator,
         note: Callable[[int, float, Tensor, Tensor], None],
     ) -> Tensor:
         """A sample or the mean, from a network conditioned on all measurements."""
         problem = self.problem
         shape, device = problem.box.shape, problem.device
+        expected, self.sd = self._first_answer(denoise, factor)
         if self.facts.name == "mean":
-            x0 = expected_image(denoise, shape=shape, device=device)
-            note(0, self.sigmas[0], x0, x0)
-            return x0
+            note(0, self.sigmas[0], expected, expected)
+            return expected
         inflation = 1.0 if problem.any_hidden else getattr(self.view.prior, "inflation", 1.0)
         return sample_conditional(
             denoise,
             self.sigmas,
             shape=shape,
             generator=generator,
+            expected=expected,
             inflation=inflation,
             device=device,
             observe=note,

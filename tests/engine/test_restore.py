@@ -34,7 +34,7 @@ from brainprior_bids.engine.operators.slices import slice_weights
 from brainprior_bids.engine.problem import given_noise
 from brainprior_bids.engine.restore import sample_seed
 from brainprior_bids.engine.result import sample_sd
-from brainprior_bids.engine.samplers.conditional import answer_weights
+from brainprior_bids.engine.samplers.conditional import BLIND, answer_weights
 from brainprior_bids.engine.samplers.daps import DapsSettings
 from brainprior_bids.engine.sensing import reduce_to
 
@@ -696,17 +696,20 @@ def test_another_tools_image_beside_slices_under_conditional():
         ("slices", 2, 1 / 2),
         ("slices", 8, 1 / 5),
         ("3-D", 1, 1 / 6),
+        ("3-D", 4, 1 / 6),
         ("hole", 1, 1 / 6),
     ],
 )
 def test_between_slices_the_first_answer_counts_more_the_fewer_there_are(scan, n_samples, first):
-    """The first answer of each chain is 0, the others are 1: the mean tells the weights."""
+    """The first answer of each chain is 0, the others are 1: the mean tells the weights. Samples
+    that assume the same slice thickness share the first.
+    """
     case, prior = phantom(thick=4 if scan == "slices" else 1), given_prior(0.1)
     prior.answered, calls, options = 0, 6, {}
 
     def denoise(x, sigma, **_):
         prior.answered += 1
-        return torch.full_like(x, float((prior.answered - 1) % calls > 0))
+        return torch.full_like(x, float(sigma < BLIND))
 
     prior.denoise = denoise
     judged = case["mask"].copy()
@@ -716,9 +719,12 @@ def test_between_slices_the_first_answer_counts_more_the_fewer_there_are(scan, n
     result = run(
         case, prior=prior, sampler="conditional", n_samples=n_samples, n_steps=calls, **options
     )
-    assert prior.answered == calls * n_samples
+    assert prior.answered == (calls - 1) * n_samples + 1
     np.testing.assert_allclose(result.mean[judged] / result.unit, 1 - first, rtol=1e-5)
     assert result.samples[:, judged] / result.unit == pytest.approx(1)
+    prior.answered, few = 0, {"sampler": "conditional", "n_samples": 4, "n_steps": 2}
+    run(case, prior=prior, thickness_sd=0.05, **few)
+    assert prior.answered == 4 + (3 if scan == "slices" else 1)
     assert answer_weights(3, 1) == (1.0, 1.0)
     assert answer_weights(1000, 5) == pytest.approx((0.2, 0.2))  # never less than a later one
 

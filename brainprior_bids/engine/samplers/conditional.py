@@ -54,6 +54,7 @@ def sample_conditional(
     *,
     shape: tuple[int, ...],
     generator: torch.Generator,
+    expected: Tensor | None = None,
     blind: float = BLIND,
     inflation: float = 1.0,
     device: torch.device | str = "cpu",
@@ -61,9 +62,8 @@ def sample_conditional(
 ) -> Tensor:
     """One posterior sample.
 
-    The first call is at ``blind``, where x_t contains no information: it returns ``E[x | y]``. The
-    levels then start from that mean plus noise, which is valid if the noise is large compared with
-    the posterior SD.
+    The levels start from ``E[x | y]`` plus noise, which is valid if the noise is large compared
+    with the posterior SD. That mean does not depend on the chain, so samples can share it.
 
     Parameters
     ----------
@@ -73,6 +73,9 @@ def sample_conditional(
         Falling levels that end in 0.
     generator : torch.Generator
         On the CPU; the only source of randomness.
+    expected : tensor, optional
+        ``E[x | y]``, from ``expected_image``; by default the first call is at ``blind``, where x_t
+        contains no information.
     blind : float
         A noise level far above the image's values.
     inflation : float
@@ -80,15 +83,16 @@ def sample_conditional(
         underestimates the variance, which a factor above 1 compensates (S_noise of EDM, arXiv
         2206.00364).
     observe : function, optional
-        Called as ``observe(step, sigma, mean, x)`` after each call, step 0 being the blind one.
+        Called as ``observe(step, sigma, mean, x)`` at each level, step 0 being ``E[x | y]``.
 
     Raises
     ------
     DivergenceError
         If a value is not finite.
     """
-    noise = torch.randn(shape, generator=generator).to(device)
-    mean = finite(denoise(blind * noise, blind), blind)
+    mean = expected
+    if mean is None:
+        mean = finite(denoise(torch.zeros(shape, device=device), blind), blind)
     if observe is not None:
         observe(0, blind, mean, mean)
     noise = torch.randn(shape, generator=generator).to(device)
