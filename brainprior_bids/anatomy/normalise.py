@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from brainprior_bids.anatomy.rescue import fixed_seed, register_affine, to_ants
 from brainprior_bids.anatomy.spaces import Kind
-from brainprior_bids.anatomy.templates import Template
+from brainprior_bids.anatomy.templates import Template, as_asked
 from brainprior_bids.engine.errors import AnatomyError
 
 WORK_MM = 2.0
@@ -141,9 +141,10 @@ def register(
                 outprefix=f"{scratch}/syn",
             )
         except RuntimeError as error:
+            space = as_asked(template.space)
             raise AnatomyError(
-                f"The registration to {template.space} failed ({error}). Look at the brain mask; "
-                f"without {template.space} in --output-spaces the scan is restored all the same."
+                f"The registration to {space} failed ({error}). Look at the brain mask; "
+                f"without {space} in --output-spaces the scan is restored all the same."
             ) from error
         warp = Warp(folder / f"to_{template.space}.h5", folder / f"from_{template.space}.h5")
         copy_without_times(Path(result["fwdtransforms"]), warp.to_template)

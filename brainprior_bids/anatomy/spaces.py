@@ -9,6 +9,7 @@ name says. ITK's millimetres are LPS, ours RAS.
 
 from __future__ import annotations
 
+import errno
 import os
 from enum import StrEnum
 from itertools import product
@@ -222,8 +223,13 @@ def write_itk_affine(path: Path, matrix: ArrayLike) -> Path:
     transform.SetTranslation(points[:3, 3].tolist())
     path = Path(path)
     partial = path.with_name(f".{os.getpid()}.{path.name}")  # ITK needs the extension
-    sitk.WriteTransform(transform, str(partial))
-    partial.replace(path)
+    try:
+        sitk.WriteTransform(transform, str(partial))
+        if not partial.read_text(encoding="ascii").endswith("FixedParameters: 0 0 0\n"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))  # ITK says nothing
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
     return path
 
 

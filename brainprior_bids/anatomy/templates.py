@@ -12,7 +12,7 @@ import os
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -21,9 +21,6 @@ from platformdirs import user_cache_dir
 
 from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.engine.grids import Grid
-
-if TYPE_CHECKING:
-    from templateflow import TemplateFlowClient
 
 SERVER = "https://templateflow.s3.amazonaws.com"
 MNI152_FROM_MNI305 = np.array(
@@ -121,52 +118,85 @@ def find_template(space: str) -> Template:
         how to fetch them.
     """
     folder = templateflow_home()
-    if not folder.is_dir() or not any(folder.iterdir()):
+    try:
+        empty = not folder.is_dir() or not any(folder.iterdir())
+    except OSError as error:
+        raise UsageError(
+            f"--output-spaces {as_asked(space)}: TemplateFlow's folder {folder} cannot be read "
+            f"({error.strerror}). Check its permissions, or set TEMPLATEFLOW_HOME."
+        ) from error
+    if empty:
         raise UsageError(_not_there(space, f"TemplateFlow's folder {folder} is missing or empty"))
-    client = _client(folder)
-    _check_name(space, client)
-    template = Template(
-        space,
-        _file(space, client, desc=None, suffix="T1w"),
-        _file(space, client, desc="brain", suffix="mask"),
-    )
+    template = Template(space, *_listed(space, folder))
     for path in (template.image, template.mask):
+        if not is_fetched(path):
+            problem = "is an empty placeholder" if path.is_file() else "is missing"
+            raise UsageError(_not_there(space, f"{path} {problem}", found=path))
         try:
             image = nib.load(path)
             same = image.shape == template.grid.shape and np.allclose(
                 image.affine, template.grid.affine, atol=1e-3
             )
         except Exception as error:  # any error of nibabel for a broken file
-            raise UsageError(_not_there(space, f"{path} cannot be read ({error})")) from error
+            problem = f"{path} cannot be read ({error})"
+            raise UsageError(_not_there(space, problem, found=path)) from error
         if len(image.shape) != 3 or not same:
-            raise UsageError(
-                _not_there(space, f"{path} has another grid than {template.image.name}")
-            )
+            problem = f"{path} has another grid than {template.image.name}"
+            raise UsageError(_not_there(space, problem, found=path))
     return template
 
 
-def _asked(space: str) -> str:
+def as_asked(space: str) -> str:
     """A space as the command line and fMRIPrep write it."""
     return space.replace("+", ":cohort-")
 
 
 @cache
-def _client(folder: Path) -> TemplateFlowClient:
-    from templateflow import TemplateFlowClient
+def _listed(space: str, folder: Path) -> tuple[Path, Path]:
+    """The paths of image and brain mask: those of the first resolution, or the only ones."""
+    client = _client(folder)
+    _check_name(space, client, folder)
+    name, _, cohort = space.partition("+")
+    paths = []
+    for desc, suffix, what in ((None, "T1w", "T1w image"), ("brain", "mask", "brain mask")):
+        query = {"desc": desc, "suffix": suffix, "cohort": cohort or None, "atlas": None}
+        found = [
+            path
+            for resolution in (1, None)
+            for path in client.ls(name, resolution=resolution, extension=".nii.gz", **query)
+        ]
+        if not found:
+            raise UsageError(
+                _not_there(space, f"{folder} lists no 1 mm {what} of it")
+                + " If TemplateFlow has none, leave the space out."
+            )
+        paths.append(Path(found[0]))
+    return paths[0], paths[1]
 
-    return TemplateFlowClient(folder, autoupdate=False)
+
+def _client(folder: Path) -> Any:
+    """TemplateFlow's client of a folder: its own, which has listed the folder, if it is that."""
+    os.environ["TEMPLATEFLOW_HOME"] = str(folder)  # read at the import; "" would be "."
+    try:
+        from templateflow import TemplateFlowClient, api, conf
+    except OSError as error:  # no folder can be written, not even a temporary one
+        raise UsageError(
+            f"TemplateFlow's folder {folder} could not be listed ({error}). Set TMPDIR to a "
+            "folder that can be written."
+        ) from error
+    return api if folder == conf.TF_HOME else TemplateFlowClient(folder, autoupdate=False)
 
 
-def _check_name(space: str, client: TemplateFlowClient) -> None:
+def _check_name(space: str, client: Any, folder: Path) -> None:
     """Refuse what is no 3-D template, or not one of its cohorts."""
+    os.environ.setdefault("MPLBACKEND", "Agg")
     from niworkflows.utils.spaces import Reference
 
-    asked, templates = _asked(space), client.templates()
+    asked, templates = as_asked(space), client.templates()
     if space.partition("+")[0] not in templates:
         raise UsageError(
-            f"--output-spaces {asked}: there is no such template in TemplateFlow's folder "
-            f"{client.cache.config.root}. Expected anat, T1w, MNI305, or one of "
-            f"{', '.join(templates)}."
+            _not_there(space, f"{folder} has only {', '.join(templates) or 'no template'}")
+            + " Other spaces are anat, T1w and MNI305."
         )
     try:
         (reference,) = Reference.from_string(asked)
@@ -179,33 +209,15 @@ def _check_name(space: str, client: TemplateFlowClient) -> None:
         )
 
 
-def _file(space: str, client: TemplateFlowClient, **entities: str | None) -> Path:
-    """The file of a template at 1 mm: its first resolution, or its only one."""
-    name, _, cohort = space.partition("+")
-    query = {"cohort": cohort or None, "extension": ".nii.gz", "atlas": None, **entities}
-    found = [
-        *client.ls(name, resolution=1, **query),
-        *client.ls(name, resolution=None, **query),
-    ]
-    if not found:
-        what = "brain mask" if entities["suffix"] == "mask" else "T1w image"
-        raise UsageError(
-            _not_there(space, f"its 1 mm {what} is missing in {client.cache.config.root}")
-        )
-    path = Path(found[0])
-    if not is_fetched(path):
-        problem = "is an empty placeholder" if path.is_file() else "is missing"
-        raise UsageError(_not_there(space, f"{path} {problem}"))
-    return path
-
-
-def _not_there(space: str, problem: str) -> str:
+def _not_there(space: str, problem: str, *, found: Path | None = None) -> str:
+    """``found``: one of the files as TemplateFlow lists it."""
     name, _, cohort = space.partition("+")
     which = f"'{name}', cohort='{cohort}'" if cohort else f"'{name}'"
+    resolution = 1 if found is None or "_res-" in found.name else None
     return (
-        f"--output-spaces {_asked(space)}: {problem}, and nothing is downloaded during a run. "
+        f"--output-spaces {as_asked(space)}: {problem}, and nothing is downloaded during a run. "
         'Fetch the template once, where there is a network: python -c "from templateflow.api '
-        f"import get; get({which}, resolution=1, desc=None, suffix='T1w'); "
-        f"get({which}, resolution=1, desc='brain', suffix='mask')\". If it is in another "
-        "folder, set TEMPLATEFLOW_HOME to it."
+        f"import get; get({which}, resolution={resolution}, desc=None, suffix='T1w'); "
+        f"get({which}, resolution={resolution}, desc='brain', suffix='mask')\". If it is in "
+        "another folder, set TEMPLATEFLOW_HOME to it."
     )

@@ -253,7 +253,7 @@ def transform_roles(space: str) -> tuple[str, str]:
 
 
 def in_common_space(role: str) -> bool:
-    """Whether a role is an image in MNI305 or on a template's grid."""
+    """Whether a role is an image that was resampled to another space than the scan's."""
     return (
         re.fullmatch(r"(mask|structures|restored|uncertainty|sample\d+)_(?!native|table).+", role)
         is not None

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from brainprior_bids.anatomy.templates import find_template
+from brainprior_bids.anatomy.templates import as_asked, find_template
 from brainprior_bids.bids import patterns
 from brainprior_bids.cli.options import WORK_DIR
 from brainprior_bids.engine.errors import UsageError, WeightsError
@@ -207,15 +207,15 @@ def check_templates(spaces: Sequence[str]) -> None:
     templates = [space for space in spaces if is_template(space)]
     if templates and find_spec("ants") is None:
         raise UsageError(
-            f"--output-spaces {templates[0]}: antspyx, which registers to the template, is not "
-            "installed. Install it (pip install antspyx), or leave the space out."
+            f"--output-spaces {as_asked(templates[0])}: antspyx, which registers to the template, "
+            "is not installed. Install it (pip install antspyx), or leave the space out."
         )
     for space in templates:
         template = find_template(space)
         size = template.grid.spacing_mm
         if max(abs(float(mm) - 1) for mm in size) > 0.01:
             raise UsageError(
-                f"--output-spaces {space}: {template.image} has voxels of "
+                f"--output-spaces {as_asked(space)}: {template.image} has voxels of "
                 f"{' x '.join(f'{mm:.3g}' for mm in size)} mm; only templates of 1 mm are used. "
                 "Leave the space out."
             )

@@ -57,9 +57,9 @@ def space_name(text: str) -> str:
     space = "anat" if name in own else name
     if others:
         raise argparse.ArgumentTypeError(
-            f"{text!r}: the modifiers are res-1, as the results have 1 mm, and the cohort of a "
-            f"template, got {', '.join(map(reprlib.repr, sorted(others)))}. Leave it out; for "
-            "other voxel sizes, run fMRIPrep on the result"
+            f"{text!r}: only the modifiers res-1 (the results have 1 mm) and cohort-N are "
+            f"accepted, got {', '.join(map(reprlib.repr, sorted(others)))}. Leave the modifier "
+            "out; for other voxel sizes, run fMRIPrep on the result"
         )
     if len(cohorts) > 1 or (cohorts and not is_template(space)):
         raise argparse.ArgumentTypeError(

@@ -62,8 +62,10 @@ class SpreadPrior(Protocol):
         coordinates: Tensor,
         contrast: str,
         measured: Measured | None = None,
+        spread: bool = True,
+        position: tuple[int, int] = (0, 0),
     ) -> tuple[Tensor, Tensor | None]:
-        """As ``PriorLike.denoise``, and the SD of each voxel."""
+        """As ``PriorLike.denoise``, and the SD of each voxel; see ``denoiser.Prior``."""
         ...
 
 
@@ -191,16 +193,23 @@ class GivenDenoiser:
         measured: Measured,
         *,
         with_surroundings: bool,
+        averaged: bool,
     ) -> None:
         self._view, self._likelihood, self._measured = view, likelihood, measured
         self._with_surroundings = with_surroundings
+        self._positions = view.positions if averaged else (None,)
         self.sd: Tensor | None = None
 
     def __call__(self, x_t: Tensor, sigma: float) -> Tensor:
         blind = sigma >= BLIND
-        mean, sd = self._view.ask(x_t, sigma, spread=blind, measured=self._measured)
+        answers = [
+            self._view.ask(x_t, sigma, spread=blind, position=position, measured=self._measured)
+            for position in self._positions
+        ]
+        mean = torch.stack([answer for answer, _ in answers]).mean(0)
         if blind:
-            self.sd = sd
+            squares = [sd.square() for _, sd in answers if sd is not None]
+            self.sd = torch.stack(squares).mean(0).sqrt() if squares else None
         return mean if self._with_surroundings else self._likelihood.constrain(mean)
 
 
@@ -248,12 +257,25 @@ class Conditioning:
         """``E[x | x_t]``, or ``E[x | x_t, z]``: (i, j, k) -> (i, j, k)."""
         return lambda x_t, sigma: self.ask(x_t, sigma)[0]
 
-    def denoiser_given(self, likelihood: Likelihood, thickness_factor: float) -> GivenDenoiser:
+    def denoiser_given(
+        self, likelihood: Likelihood, thickness_factor: float, *, averaged: bool = False
+    ) -> GivenDenoiser:
         """The same, conditioned on the reference's measurements, with slices that are
-        ``thickness_factor`` times as thick as stated.
+        ``thickness_factor`` times as thick as stated; ``averaged`` over ``positions``.
         """
-        measured = self._measurements(likelihood, thickness_factor)
-        return GivenDenoiser(self, likelihood, measured, with_surroundings=self._with_surroundings)
+        return GivenDenoiser(
+            self,
+            likelihood,
+            self._measurements(likelihood, thickness_factor),
+            with_surroundings=self._with_surroundings,
+            averaged=averaged,
+        )
+
+    @property
+    def positions(self) -> Sequence[tuple[int, int] | None]:
+        """Positions of the network's blocks to average over; None is the prior's own."""
+        known: Sequence[tuple[int, int] | None] = getattr(self.prior, "positions", (None,))
+        return known
 
     @property
     def _with_surroundings(self) -> bool:
@@ -265,7 +287,13 @@ class Conditioning:
         return box.shape != box.data_shape and len(scans) == 1 and self.image is None
 
     def ask(
-        self, x_t: Tensor, sigma: float, *, spread: bool = False, **measured: Measured
+        self,
+        x_t: Tensor,
+        sigma: float,
+        *,
+        spread: bool = False,
+        position: tuple[int, int] | None = None,
+        **measured: Measured,
     ) -> tuple[Tensor, Tensor | None]:
         """The network's output, and the SD of its error if requested and predicted. With another
         tool's image, no SD is predicted, because the network was not trained for it.
@@ -275,11 +303,19 @@ class Conditioning:
             spread = False
         place, contrast = self.problem.coordinates, self.contrast
         x = x_t[None, None]
-        if not (spread and getattr(self.prior, "predicts_spread", False)):
+        spread = spread and getattr(self.prior, "predicts_spread", False)
+        if position is None and not spread:
             answer = self.prior.denoise(x, sigma, coordinates=place, contrast=contrast, **measured)
             return answer[0, 0], None
-        prior = cast(SpreadPrior, self.prior)
-        mean, sd = prior.estimate(x, sigma, coordinates=place, contrast=contrast, **measured)
+        mean, sd = cast(SpreadPrior, self.prior).estimate(
+            x,
+            sigma,
+            coordinates=place,
+            contrast=contrast,
+            spread=spread,
+            position=position or (0, 0),
+            **measured,
+        )
         return mean[0, 0], None if sd is None else sd[0, 0]
 
     def _measurements(self, likelihood: Likelihood, thickness_factor: float) -> Measured:

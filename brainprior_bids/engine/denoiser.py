@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from brainprior_bids.engine.device import usable_device
 from brainprior_bids.engine.errors import MemoryShortageError, ShapeMismatchError, UsageError
-from brainprior_bids.engine.measured import BandPosteriors, Measured
+from brainprior_bids.engine.measured import BandPosteriors, Measured, Padding
 from brainprior_bids.engine.memory import out_of_memory
 from brainprior_bids.engine.stacks import Stack, mirrored
 from brainprior_bids.engine.tiles import network_in_slabs
@@ -43,6 +43,9 @@ MIN_TILE = 4
 """Thinnest tile in mm: the two neighbouring rows that a residual block reads."""
 LOG_SD = (-8.0, 2.0)
 """Range of the log of the predicted SD relative to the SD of the linear posterior."""
+POSITIONS = ((0, 0), (1, 1))
+"""Of the blocks of 2 x 2 x 2 voxels on which the network works, in the plane of the slices. Along
+their diagonal, two positions gain most of what all four do (docs/models/log.md)."""
 FALLBACK_TILES = (64, 32, 16, 8)
 """Tiles that are tried in turn when memory runs out, mm."""
 
@@ -343,7 +346,7 @@ class Prior:
         self.metadata = dict(metadata)
         self.sigma_data = float(model.band_sd.square().mean().sqrt())
         self._spectra = dict(spectra)
-        self._place: tuple[Tensor, int, Tensor] | None = None
+        self._place: tuple[Tensor, tuple[Any, ...], Tensor] | None = None
 
     @property
     def tile_mm(self) -> int | None:
@@ -364,6 +367,11 @@ class Prior:
     def spectra(self) -> dict[str, ErrorSpectrum]:
         """The measured error spectra by contrast."""
         return dict(self._spectra)
+
+    @property
+    def positions(self) -> tuple[tuple[int, int], ...]:
+        """Positions of the network's blocks whose mean answer is more accurate than one answer."""
+        return POSITIONS
 
     @property
     def takes_stacks(self) -> bool:
@@ -419,6 +427,7 @@ class Prior:
         contrast: str,
         measured: Measured | None = None,
         spread: bool = True,
+        position: tuple[int, int] = (0, 0),
     ) -> tuple[Tensor, Tensor | None]:
         """The estimate of E[clean | x], or of E[clean | x, measured], and the SD of its error.
 
@@ -437,6 +446,9 @@ class Prior:
             Measurements of the same brain.
         spread : bool
             Whether to return the SD; the network learned it at the highest noise level only.
+        position : (int, int)
+            Of the network's blocks of 2 x 2 x 2 voxels in the plane of the slices, 0 or 1 each;
+            see ``POSITIONS``.
 
         Returns
         -------
@@ -470,7 +482,7 @@ class Prior:
         spread = spread and self.predicts_spread
         while True:
             try:
-                clean, sd = self._run(x, sigmas, coordinates, kind, measured, spread)
+                clean, sd = self._run(x, sigmas, coordinates, kind, measured, spread, position)
                 return clean, None if sd is None else sd * self.spread_factor(contrast)
             except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
@@ -487,6 +499,7 @@ class Prior:
         kind: Tensor,
         measured: Measured | None,
         spread: bool,
+        position: tuple[int, int],
     ) -> tuple[Tensor, Tensor | None]:
         axis = 2  # of the image, that the network sees as its last
         if isinstance(measured, Stack) and self.slices_last:
@@ -494,7 +507,9 @@ class Prior:
         x = x.movedim(2 + axis, -1)
         shape, sigma = x.shape[2:], float(sigmas[0])
         multiple = 2 * self.model.network.multiple
-        padding = [(-size) % multiple for size in shape]
+        across = measured.axis if isinstance(measured, Stack) else 2
+        first = [*position[:across], 0, *position[across:]]
+        padding = [(a, -(a + n) % multiple) for a, n in zip(first, shape, strict=True)]
         noisy = mirrored(x.to(self.device, torch.float32), padding)
         precision = (
             contextlib.nullcontext()
@@ -520,7 +535,8 @@ class Prior:
                 )
 
         def back(volume: Tensor) -> Tensor:
-            inside = volume[:, :, : shape[0], : shape[1], : shape[2]]
+            i, j, k = (slice(a, a + n) for a, n in zip(first, shape, strict=True))
+            inside = volume[:, :, i, j, k]
             return inside.movedim(-1, 2 + axis).contiguous().to(x.device)
 
         return back(clean), None if sd is None else back(sd)
@@ -546,10 +562,11 @@ class Prior:
         LOG.warning(warning)
         self.warnings.append(warning)
 
-    def _place_features(self, coordinates: Tensor, axis: int, padding: list[int]) -> Tensor:
-        if self._place is None or self._place[0] is not coordinates or self._place[1] != axis:
+    def _place_features(self, coordinates: Tensor, axis: int, padding: Padding) -> Tensor:
+        how = (axis, *padding)
+        if self._place is None or self._place[0] is not coordinates or self._place[1] != how:
             mm = coordinates.to(self.device, torch.float32).movedim(1 + axis, -1)
             features = coordinate_features(mirrored(mm[None], padding))
             features = features.contiguous(memory_format=torch.channels_last_3d)
-            self._place = coordinates, axis, features
+            self._place = coordinates, how, features
         return self._place[2]

@@ -9,6 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+Padding = Sequence[tuple[int, int]]
+"""Voxels before and after each axis."""
+
 
 class BandPosterior(Protocol):
     """A measurement at one noise level, as the network's preconditioning needs it. ``c_in`` (8,)
@@ -47,7 +50,7 @@ class Measured(Protocol):
         """
         ...
 
-    def padded(self, padding: Sequence[int]) -> Measured:
+    def padded(self, padding: Padding) -> Measured:
         """The same for an image that was padded at the ends of its axes, where nothing is
         measured.
         """

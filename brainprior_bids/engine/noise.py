@@ -11,6 +11,8 @@ _MAD = 1.4826  # SD of a Gaussian over its median absolute deviation
 LARGEST_CORRELATION = -0.5
 """Of neighbouring values of the filtered image. White noise has -2/3, anatomy raises it; an image
 that was interpolated twofold has +0.1 (linear) to +0.4 (zero-filling)."""
+LARGEST_ACROSS = 0.2
+"""The same across the planes, where white noise has 0."""
 
 
 def estimate_noise_sd(
@@ -30,8 +32,8 @@ def estimate_noise_sd(
     inside : (i, j, k) bool tensor
         Voxels of the brain.
     only_white : bool
-        Whether to return None where the filtered image is not that of white noise: in an
-        interpolated image, and where anatomy exceeds the noise.
+        Whether to return None where the filtered image is not that of white noise: in an image
+        that was interpolated along any axis, and where anatomy exceeds the noise.
 
     Returns
     -------
@@ -61,12 +63,14 @@ def estimate_noise_sd(
 
 
 def _is_white(d: Tensor, use: Tensor) -> bool:
-    """Whether neighbours are correlated along both axes of the planes as filtered white noise."""
-    for axis in (1, 2):
+    """Whether neighbours are correlated as those of filtered white noise: along both axes of the
+    planes, in which the filter works, and not at all across them.
+    """
+    for axis, largest in enumerate((LARGEST_ACROSS, LARGEST_CORRELATION, LARGEST_CORRELATION)):
         n = d.shape[axis] - 1
         both = use.narrow(axis, 0, n) & use.narrow(axis, 1, n)
         one, other = d.narrow(axis, 0, n)[both], d.narrow(axis, 1, n)[both]
-        if float(one @ other) > LARGEST_CORRELATION * float(one.norm() * other.norm()):
+        if float(one @ other) > largest * float(one.norm() * other.norm()):
             return False
     return bool(use.any())
 

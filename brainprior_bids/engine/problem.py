@@ -424,10 +424,14 @@ def _finest_noise(scan: Observation, thinned: float, unit: float) -> float | Non
     """
     if thinned == 1:
         return None
-    sd = estimate_noise_sd(
-        scan.scan * (scan.gain / unit), scan.brain, scan.acquisition.slice_axis, only_white=True
+    where = scan.brain.nonzero()
+    part = tuple(
+        slice(int(a), int(b) + 1) for a, b in zip(where.amin(0), where.amax(0), strict=True)
     )
-    return None if sd is None else max(sd * thinned, NOISE_FLOOR)
+    sd = estimate_noise_sd(
+        scan.scan[part], scan.brain[part], scan.acquisition.slice_axis, only_white=True
+    )
+    return None if sd is None else max(sd * scan.gain / unit * thinned, NOISE_FLOOR)
 
 
 def _estimated_noise(y: Tensor, share: Tensor, axis: int, warnings: list[str]) -> float:

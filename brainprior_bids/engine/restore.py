@@ -302,7 +302,7 @@ class Chain:
             few = None if problem.any_hidden or problem.thickness_is_known else n_samples
             self.answers = answer_weights(few, len(self.sigmas))
         elif name == "mean":
-            self.sigmas, self.calls, self.total = [conditional.BLIND, 0.0], 1, 1
+            self.sigmas, self.calls, self.total = [conditional.BLIND, 0.0], len(view.positions), 1
         elif name == "daps":
             self.sigmas = daps.levels()
             self.calls, self.total = daps.calls, len(self.sigmas) - 1
@@ -353,7 +353,7 @@ class Chain:
         problem, view, name = self.problem, self.view, self.facts.name
         shape, device = problem.box.shape, problem.device
         if name == "mean" or self._every_level:
-            given = view.denoiser_given(likelihood, factor)
+            given = view.denoiser_given(likelihood, factor, averaged=name == "mean")
             return self._draw_given(given, factor, generator, note)
         denoise: Denoise = view.denoiser()
         bias, noise = problem.nuisances.move_bias, problem.scans[0].noise_sd is None
@@ -403,20 +403,16 @@ class Chain:
         note: Callable[[int, float, Tensor, Tensor], None],
     ) -> Tensor:
         """A sample or the mean, from a network conditioned on all measurements."""
-        problem = self.problem
-        shape, device = problem.box.shape, problem.device
         expected, self.sd = self._first_answer(denoise, factor)
         if self.facts.name == "mean":
             note(0, self.sigmas[0], expected, expected)
             return expected
-        inflation = 1.0 if problem.any_hidden else getattr(self.view.prior, "inflation", 1.0)
+        inflation = 1.0 if self.problem.any_hidden else getattr(self.view.prior, "inflation", 1.0)
         return sample_conditional(
             denoise,
             self.sigmas,
-            shape=shape,
-            generator=generator,
             expected=expected,
+            generator=generator,
             inflation=inflation,
-            device=device,
             observe=note,
         )

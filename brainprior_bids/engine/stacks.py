@@ -21,7 +21,6 @@ are along the slice axis, one for each of the four in-plane band combinations.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from brainprior_bids.engine.errors import InputError, ShapeMismatchError
+from brainprior_bids.engine.measured import Padding
 from brainprior_bids.engine.unet import from_bands, to_bands
 
 
@@ -100,12 +100,12 @@ class Stack:
         """See ``measured.Measured``."""
         return StackPosterior(self, band_sd, sigma, device)
 
-    def padded(self, padding: Sequence[int]) -> Stack:
+    def padded(self, padding: Padding) -> Stack:
         """See ``measured.Measured``; in plane, the slices are extended by mirroring."""
-        grow = list(padding)
-        slice_weights = F.pad(self.slice_weights, (0, grow[self.axis]))
-        grow[self.axis] = 0
-        y = mirrored(self.y[None, None], grow)[0, 0]
+        plane = list(padding)
+        slice_weights = F.pad(self.slice_weights, plane[self.axis])
+        plane[self.axis] = (0, 0)
+        y = mirrored(self.y[None, None], plane)[0, 0]
         return Stack(y, slice_weights, self.axis, self.noise_sd, self.kept)
 
     @property
@@ -174,12 +174,12 @@ def slice_columns(y: Tensor, axis: int) -> Tensor:
     return torch.einsum("naubv,cu,dv->cdnab", blocks, pair, pair).reshape(4, n, -1)
 
 
-def mirrored(x: Tensor, padding: Sequence[int]) -> Tensor:
-    """(…, i, j, k) with the end of each axis extended by mirroring, which preserves the noise."""
-    if not any(padding):
+def mirrored(x: Tensor, padding: Padding) -> Tensor:
+    """(…, i, j, k) with the ends of each axis extended by mirroring, which preserves the noise."""
+    if not any(map(any, padding)):
         return x
-    fits = all(grow < size for grow, size in zip(padding, x.shape[2:], strict=True))
-    ends = [end for grow in reversed(padding) for end in (0, grow)]
+    fits = all(max(both) < size for both, size in zip(padding, x.shape[2:], strict=True))
+    ends = [end for both in reversed(padding) for end in both]
     return F.pad(x, ends, mode="reflect" if fits else "replicate")
 
 

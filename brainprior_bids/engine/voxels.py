@@ -16,7 +16,6 @@ block.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from brainprior_bids.engine.errors import InputError, ShapeMismatchError
+from brainprior_bids.engine.measured import Padding
 from brainprior_bids.engine.unet import FEATURES, from_bands, haar_matrix, to_bands
 
 
@@ -67,9 +67,9 @@ class Voxels:
         """See ``measured.Measured``."""
         return VoxelPosterior(self, band_sd, sigma, device)
 
-    def padded(self, padding: Sequence[int]) -> Voxels:
+    def padded(self, padding: Padding) -> Voxels:
         """See ``measured.Measured``; the new ends are hidden."""
-        ends = [end for grow in reversed(padding) for end in (0, grow)]
+        ends = [end for both in reversed(padding) for end in both]
         return Voxels(F.pad(self.y, ends), F.pad(self.hidden, ends, value=True), self.noise_sd)
 
 

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Resampling between grids, and ITK text files, against SimpleITK, antspyx and nitransforms."""
 
+import errno
+import subprocess
+import sys
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -187,3 +191,21 @@ def test_a_skull_stripped_image_stays_so():
     assert (plain != 0).sum() > 2 * (moved != 0).sum()  # what the spline alone leaves
     volume = (ball > 0).sum() * abs(np.linalg.det(an_affine(3) @ grid.affine))
     assert (moved != 0).sum() == pytest.approx(volume, rel=0.02)
+
+
+def test_a_full_disk_leaves_no_transform(tmp_path):
+    """ITK reports no error and writes an empty file."""
+    code = f"""
+import resource, signal
+import numpy as np
+from brainprior_bids.anatomy.spaces import write_itk_affine
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+try:
+    write_itk_affine({str(tmp_path / "xfm.txt")!r}, np.eye(4))
+except OSError as error:
+    print(error.errno)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == errno.ENOSPC
+    assert list(tmp_path.iterdir()) == []

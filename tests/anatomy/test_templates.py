@@ -50,7 +50,7 @@ def test_a_template_is_found_by_its_path(home):
 @pytest.mark.parametrize(
     ("spoil", "problem"),
     [
-        (lambda path: path.unlink(), "is missing in {home}"),
+        (lambda path: path.unlink(), "{home} lists no 1 mm"),
         (lambda path: path.write_bytes(b""), "{path} is an empty placeholder"),
         (lambda path: path.write_bytes(b"\x1f\x8b"), "{path} cannot be read"),
     ],
@@ -68,34 +68,52 @@ def test_what_is_not_there_is_named_and_not_fetched(home, which, spoil, problem)
     assert tree(home) == before
 
 
+def test_a_folder_without_the_template_says_how_to_fetch_it(home):
+    with pytest.raises(
+        UsageError, match="has only MNI152NLin2009cAsym, and nothing is"
+    ) as refused:
+        find_template("OASIS30ANTs")
+    assert "get('OASIS30ANTs', resolution=1" in str(refused.value)
+
+
 def test_a_mask_on_another_grid_is_refused(home):
     nib.save(nib.Nifti1Image(np.ones((4, 5, 5), np.uint8), np.eye(4)), paths_of(home)[1])
     with pytest.raises(UsageError, match="another grid"):
         find_template(SPACE)
 
 
-@pytest.fixture
-def skeleton(tmp_path, monkeypatch):
+def of_templateflow():
+    """The loaded modules that read TEMPLATEFLOW_HOME when they are imported."""
+    names = {name for name in sys.modules if name.partition(".")[0] == "templateflow"}
+    # ``conf.bids`` can register with pybids only once
+    return (names | {"niworkflows.utils.spaces"}) & {*sys.modules} - {"templateflow.conf.bids"}
+
+
+@pytest.fixture(scope="module")
+def skeleton(tmp_path_factory):
     """TemplateFlow's folder as it is before anything was fetched, seen by a new process."""
-    folder = tmp_path / "templates"
-    monkeypatch.setenv("TEMPLATEFLOW_HOME", str(folder))
-    for name in [*sys.modules]:  # they read the variable when they are imported
-        ours = name.startswith("templateflow") or name == "niworkflows.utils.spaces"
-        if ours and name != "templateflow.conf.bids":  # which can register with pybids only once
-            monkeypatch.delitem(sys.modules, name)
-    assert importlib.import_module("templateflow").api.templates()
-    assert folder.is_dir()
-    return folder
+    folder = tmp_path_factory.mktemp("skeleton") / "templates"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TEMPLATEFLOW_HOME", str(folder))
+        for name in of_templateflow():
+            patch.delitem(sys.modules, name)
+        before = {*sys.modules}
+        assert importlib.import_module("templateflow").api.templates()
+        assert folder.is_dir()
+        yield folder
+        for name in of_templateflow() - before:
+            del sys.modules[name]
 
 
 def test_spaces_are_read_as_for_fmriprep(skeleton):
     for asked, message in [
-        ("MNIInfan", "no such template .* one of .*MNI152NLin2009cAsym, .*MNIInfant"),
+        ("MNIInfan", "has only .*MNI152NLin2009cAsym, .*MNIInfant.* anat, T1w and MNI305"),
         ("MNIInfant", 'MNIInfant: .* valid cohort selector from: "cohort-1", "cohort-2"'),
         ("MNIInfant+99", 'MNIInfant:cohort-99: .* does not contain any cohort named "99"'),
         ("MNI152NLin2009cAsym+1", "does not accept a cohort"),
         ("fsaverage", "is a surface"),
-        ("MNI152NLin2009bAsym", "its 1 mm brain mask is missing|is an empty placeholder"),
+        ("MNI152NLin2009bAsym", "lists no 1 mm brain mask of it.*leave the space out"),
+        ("MNIColin27", r"get\('MNIColin27', resolution=None, desc=None"),
         ("MNIInfant+2", r"get\('MNIInfant', cohort='2', resolution=1"),
     ]:
         with pytest.raises(UsageError, match=message):

@@ -48,7 +48,7 @@ def test_samplers_have_their_own_defaults(folders):
         "conditional": 4, "mean": 1, "exact": 4, "daps": 4,
     }  # fmt: skip
     calls = {name: registry.find(name).calls(s.n_steps, simple=True) for name, s in chosen.items()}
-    assert calls == {"conditional": 10, "mean": 1, "exact": 20, "daps": 1000}
+    assert calls == {"conditional": 10, "mean": 2, "exact": 20, "daps": 1000}
     assert registry.find("conditional").calls(None, simple=False) == 20
     assert registry.find("conditional").calls(3, simple=False) == 3
 
@@ -303,7 +303,7 @@ def test_names_as_fmriprep_has_them(folders, tmp_path):
     ("extra", "said"),
     [
         (["--output-spaces", "MNI305:res-2"], "for other voxel sizes, run fMRIPrep"),
-        (["--output-spaces", "MNI305:"], "the modifiers are res-1"),
+        (["--output-spaces", "MNI305:"], "only the modifiers res-1"),
         (["--output-spaces", "MNI305:cohort-1"], "one cohort of a template was expected"),
         (["--output-spaces", "MNIInfant:cohort-1:cohort-2"], "a space of its own"),
         (["--output-spaces", "MNI 152"], "'MNI 152' is no space"),

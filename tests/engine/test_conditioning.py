@@ -144,19 +144,32 @@ def test_an_image_of_another_place_kind_or_trust_is_refused():
             run(case, **{"image": image, "trust": 0.05, **change})
 
 
-def test_mean_is_one_call_and_draws_nothing():
-    """The start of a chain of the conditional sampler, without its noise."""
+def test_mean_is_one_call_for_each_position_of_the_blocks_and_draws_nothing():
+    """The start of a chain of the conditional sampler, at two positions."""
     case, prior, levels = phantom(), given_prior(), []
-    ask = prior.denoise
-    prior.denoise = lambda x, sigma, **more: (levels.append(sigma), ask(x, sigma, **more))[1]
+    ask, answers = prior.estimate, []
+
+    def estimate(x, sigma, **more):
+        levels.append((sigma, more.get("position")))
+        answers.append(ask(x, sigma, **more))
+        return answers[-1]
+
+    prior.estimate = estimate
     result = run(case, prior=prior, sampler="mean", n_samples=4)
-    assert levels == [100.0]
-    assert (result.calls, result.sampler, len(result.samples)) == (1, "mean", 0)
+    assert levels == [(100.0, position) for position in prior.positions]
+    assert levels[1:] == [(100.0, (1, 1))]
+    (one, _), (other, _) = answers
+    assert float((one - other).std()) > 0
+    written = result.mean[result.box.image_slices]
+    mean = ((one + other) / 2)[0, 0].numpy() * result.unit
+    np.testing.assert_allclose(written[written != 0], mean[written != 0], rtol=1e-4)
+    assert (result.calls, result.sampler, len(result.samples)) == (2, "mean", 0)
     assert result.sd is None
     assert any("does not predict the uncertainty" in text for text in result.warnings)
     assert result.thickness_factors == [1.0]
     chain = run(case, prior=prior, sampler="conditional", n_samples=1, n_steps=2)
-    difference = result.mean - (3 * chain.mean - chain.samples[0]) / 2  # weights 2/3 and 1/3
+    first = ((3 * chain.mean - chain.samples[0]) / 2)[chain.box.image_slices]  # weights 2/3, 1/3
+    difference = (first - one[0, 0].numpy() * chain.unit)[written != 0]
     assert np.abs(difference).max() < 0.02 * GAIN
     with pytest.raises(UsageError, match="conditioned on measurements"):
         run(case, sampler="mean")

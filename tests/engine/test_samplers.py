@@ -26,6 +26,7 @@ from brainprior_bids.engine.operators.slices import boxcar_profile, slice_weight
 from brainprior_bids.engine.samplers.conditional import SIGMA_MAX, sample_conditional
 from brainprior_bids.engine.samplers.daps import DapsSettings, langevin, sample_daps
 from brainprior_bids.engine.samplers.exact import sample_exact
+from brainprior_bids.engine.samplers.mean import expected_image
 from brainprior_bids.engine.schedules import edm_schedule
 
 CHAINS = 400
@@ -319,7 +320,7 @@ def test_conditional_finds_the_weights_of_a_mixture_and_its_spread(world):
     x = sample_conditional(
         denoise,
         edm_schedule(19, SIGMA_MAX, 0.003),
-        shape=world.shape,
+        expected=expected_image(denoise, shape=world.shape),
         generator=generator,
     )
     result = found_weights(world, x)
@@ -452,16 +453,16 @@ def test_langevin_raises_when_it_diverges():
 @pytest.mark.parametrize("sampler", [sample_exact, sample_daps, sample_conditional])
 def test_a_broken_denoiser_raises(sampler):
     data, levels = LINE.likelihood(torch.ones(LINE.slices)), [1.0, 0.0]
-    arguments = {
-        sample_exact: (data, levels),
-        sample_daps: (data, SETTINGS),
-        sample_conditional: (levels,),
-    }
+    arguments, options = {
+        sample_exact: ((data, levels), {"shape": LINE.shape}),
+        sample_daps: ((data, SETTINGS), {"shape": LINE.shape}),
+        sample_conditional: ((levels,), {"expected": torch.zeros(LINE.shape)}),
+    }[sampler]
     with pytest.raises(DivergenceError, match=r"denoiser gave non-finite values at sigma"):
         sampler(
             lambda x, sigma: x * float("nan"),
-            *arguments[sampler],
-            shape=LINE.shape,
+            *arguments,
+            **options,
             generator=torch.Generator().manual_seed(0),
         )
 

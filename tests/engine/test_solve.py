@@ -545,6 +545,8 @@ def test_white_noise_is_told_from_interpolated_noise_and_from_anatomy(noise):
     zeros = resampling_matrix(24, 48).float()
     zero_filled = torch.einsum("ai,bj,ck,ijk->abc", zeros, zeros, zeros, coarse)
     linear = F.interpolate(coarse[None, None], scale_factor=2, mode="trilinear")[0, 0]
+    across = torch.einsum("ck,ijk->ijc", zeros, noise * random(48, 48, 24))
+    assert estimate_noise_sd(across, inside, 2, only_white=True) is None  # slices interpolated
     for interpolated in (zero_filled, linear):
         assert estimate_noise_sd(interpolated, inside, 2) < 0.6 * noise
         assert estimate_noise_sd(interpolated, inside, 2, only_white=True) is None

@@ -10,6 +10,7 @@ from gaussian import BAND_SD, gaussian_prior, told
 from brainprior_bids.engine.denoiser import Precondition
 from brainprior_bids.engine.errors import InputError, ShapeMismatchError
 from brainprior_bids.engine.samplers.conditional import sample_conditional
+from brainprior_bids.engine.samplers.mean import expected_image
 from brainprior_bids.engine.schedules import edm_schedule
 from brainprior_bids.engine.unet import UNet, from_bands, to_bands
 from brainprior_bids.engine.voxels import Voxels
@@ -100,9 +101,10 @@ def test_samples_have_the_posteriors_mean_and_spread():
     denoise = told(prior, voxels, (8, 8, 12))
     generator = torch.Generator().manual_seed(5)
     levels = edm_schedule(19, 20.0, 0.001)
+    expected = expected_image(denoise, shape=(8, 8, 12))
     draws = torch.stack(
         [
-            sample_conditional(denoise, levels, shape=(8, 8, 12), generator=generator, blind=1e4)
+            sample_conditional(denoise, levels, expected=expected, generator=generator)
             for _ in range(100)
         ]
     )

@@ -52,12 +52,9 @@ def sample_conditional(
     denoise: Denoise,
     sigmas: Sequence[float],
     *,
-    shape: tuple[int, ...],
+    expected: Tensor,
     generator: torch.Generator,
-    expected: Tensor | None = None,
-    blind: float = BLIND,
     inflation: float = 1.0,
-    device: torch.device | str = "cpu",
     observe: Observe | None = None,
 ) -> Tensor:
     """One posterior sample.
@@ -71,13 +68,10 @@ def sample_conditional(
         ``E[x | x_t, y]`` of (x_t, sigma): (shape) -> (shape).
     sigmas : sequence of float
         Falling levels that end in 0.
+    expected : tensor
+        ``E[x | y]``, from ``expected_image``.
     generator : torch.Generator
         On the CPU; the only source of randomness.
-    expected : tensor, optional
-        ``E[x | y]``, from ``expected_image``; by default the first call is at ``blind``, where x_t
-        contains no information.
-    blind : float
-        A noise level far above the image's values.
     inflation : float
         Factor on the noise that is added. 1 is correct for an exact ``denoise``. A trained one
         underestimates the variance, which a factor above 1 compensates (S_noise of EDM, arXiv
@@ -90,13 +84,11 @@ def sample_conditional(
     DivergenceError
         If a value is not finite.
     """
-    mean = expected
-    if mean is None:
-        mean = finite(denoise(torch.zeros(shape, device=device), blind), blind)
+    shape, device = expected.shape, expected.device
     if observe is not None:
-        observe(0, blind, mean, mean)
+        observe(0, BLIND, expected, expected)
     noise = torch.randn(shape, generator=generator).to(device)
-    x = mean + inflation * sigmas[0] * noise
+    x = expected + inflation * sigmas[0] * noise
     before: Tensor | None = None
     step_before = 0.0
     for step, (sigma, following) in enumerate(pairwise(sigmas), 1):

@@ -98,17 +98,18 @@ SAMPLERS = {
             "mean",
             steps=1,
             more_steps=1,
-            calls_per_step=1,
+            calls_per_step=2,
             yields_samples=False,
             given_data=True,
             own_thickness=False,
             solve_share=0.0,
-            help="the posterior mean and its SD in one network call: fast, no samples",
-            estimate="the network's expectation of the image given the scan, in one call",
+            help="the posterior mean and its SD in two network calls: fast, no samples",
+            estimate="the network's expectation of the image given the scan, average of two calls "
+            "with its blocks at two positions",
             method="in a single step: the denoiser is conditioned on the measured data alone and "
             "returns the posterior mean [@eps]",
-            estimate_method="The restored image is the network's estimate of the posterior mean; "
-            "no samples were drawn.",
+            estimate_method="The restored image is the network's estimate of the posterior mean, "
+            "averaged over two positions of its blocks of voxels; no samples were drawn.",
         ),
         Sampler(
             "exact",

@@ -40,7 +40,14 @@ from brainprior_bids.evaluation.protocol import (
 )
 from brainprior_bids.evaluation.studies.base import Bench, Source, Study, number_of, of_test_set
 from brainprior_bids.evaluation.studies.restoration import base_condition
-from brainprior_bids.evaluation.summary import Record, counted, extent, label_table
+from brainprior_bids.evaluation.summary import (
+    Record,
+    condition_key,
+    counted,
+    extent,
+    groups_of,
+    label_table,
+)
 
 BLUR_MM = 0.8
 RADII_MM = (10, 5)
@@ -177,13 +184,18 @@ def compare_spreads(
 
 def table(records: Sequence[Record], _: Sequence[Record]) -> list[str]:
     """One row per problem and SD."""
-    first = records[0]
-    return [
-        f"{first['contrast']}, slices of {first['spacing_mm']:g} mm, noise {first['noise_sd']:g}. "
-        f"{extent(first)}; {counted(first['n_samples'], 'sample')} per image.",
-        "",
-        *label_table([r["rows"] for r in records], ["problem", "SD of the samples"]),
-    ]
+    text = []
+    for group in groups_of(records, condition_key):
+        first = group[0]
+        text += [
+            f"{first['contrast']}, slices of {first['spacing_mm']:g} mm, noise "
+            f"{first['noise_sd']:g}. {extent(first)}; {counted(first['n_samples'], 'sample')} per "
+            "image.",
+            "",
+            *label_table([r["rows"] for r in group], ["problem", "SD of the samples"]),
+            "",
+        ]
+    return text[:-1]
 
 
 STUDY = Study(
