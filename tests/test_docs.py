@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from brainprior_bids.cli.command import COMMANDS
 from brainprior_bids.cli.parser import build_parser
 from brainprior_bids.evaluation import stamp
 from brainprior_bids.evaluation.stamp import DIGITS, check_tables, read_stamp, shipped_prior
@@ -127,3 +128,10 @@ def test_the_readme_quotes_the_restoration_table():
     assert f"| PSNR, dB | {' | '.join(psnr)} |" in readme
     assert f"| SSIM | {cells[9].replace(', ', ' | ')} |" in readme
     assert f"RMS error / posterior SD = {cells[11]};" in readme
+
+
+def test_every_command_is_on_its_page_and_in_the_help():
+    page = (DOCS / "commands.md").read_text()
+    assert set(re.findall(r"^## (.*)$", page, re.M)) == set(COMMANDS)
+    listed = build_parser().format_help().partition("other commands")[2].partition("exit codes")[0]
+    assert set(re.findall(r"^  ([a-z-]+) ", listed, re.M)) == set(COMMANDS)

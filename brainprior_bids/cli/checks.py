@@ -118,7 +118,7 @@ def _check_fuse(options: argparse.Namespace, task: str) -> None:
         )
     if options.sampler == "mean":
         raise UsageError(
-            "--sampler mean is one call of the network, which can be conditioned on only one "
+            "--sampler mean: the calls of the network can be conditioned on only one "
             "scan; --fuse has several. Use --sampler conditional or exact."
         )
     if options.exports:

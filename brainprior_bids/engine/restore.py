@@ -123,7 +123,8 @@ def restore(
         "conditional" are in ``Conditioning.obstacle``.
     n_samples, n_steps : int
         Number of samples, and of noise levels of each chain (None: the default in
-        ``samplers.registry``). "mean" draws no samples and makes one call; "daps" has its own
+        ``samplers.registry``). "mean" draws no samples and makes one call for each of
+        the prior's ``positions``; "daps" has its own
         levels in ``daps``.
     seed : int
         Each sample has its own generator, seeded by ``sample_seed(seed, index)``: with the same

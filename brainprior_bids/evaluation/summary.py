@@ -116,7 +116,7 @@ def settings(records: Sequence[Record]) -> str:
     penalties = f"tuned on {', '.join(tuned)}" if tuned else "not tuned on these data"
     drawn = f"samples per image: {first['n_samples']}, of {calls_of(first)} calls each"
     if not registry.find(first["sampler_used"]).yields_samples:
-        drawn = f"one call of `{first['sampler_used']}`, no samples"
+        drawn = f"`{first['sampler_used']}`, no samples"
     return f"{extent(first)}; {drawn}; penalties of Tikhonov and TV {penalties}."
 
 

@@ -352,15 +352,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--maps", type=int, nargs="+", default=list(range(1, 15)), help="numbers NN to train on"
     )
     parser.add_argument(
-        "--held-out", type=int, nargs="+", default=[15, 16, 17], help="NN to validate on"
+        "--held-out", type=int, nargs="+", default=[15, 16, 17], help="numbers NN to validate on"
     )
-    parser.add_argument("--steps", type=int, default=8000, help="in total")
+    parser.add_argument("--steps", type=int, default=8000, help="total number")
     parser.add_argument(
         "--widths", type=int, nargs="+", default=[32, 64, 96, 96], help="channels at 2, 4 … mm"
     )
     parser.add_argument("--shape", type=int, nargs=3, default=[80, 96, 80], help="voxels of 2 mm")
-    parser.add_argument("--learning-rate", type=float, default=2e-3, help="its maximum")
-    parser.add_argument("--random-seed", type=int, default=0, help="of weights and heads")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="highest learning rate")
+    parser.add_argument(
+        "--random-seed",
+        type=int,
+        default=0,
+        help="seed of the initial weights and the simulated heads",
+    )
     parser.add_argument("--workers", type=int, default=1, help="processes that draw heads")
     parser.add_argument("--threads", type=int, default=2, help="of each process on the CPU")
     parser.add_argument("--batch", type=int, default=1, help="heads per step (in each process)")

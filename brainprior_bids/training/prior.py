@@ -633,7 +633,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--exclude", nargs="*", default=[], help="participants and label maps to exclude"
     )
     train = parser.add_argument_group("training")
-    train.add_argument("--steps", type=int, default=recipe.steps, help="in total")
+    train.add_argument("--steps", type=int, default=recipe.steps, help="total number")
     train.add_argument(
         "--decay", type=int, default=recipe.decay, help="last steps, over which the rate falls"
     )
@@ -647,7 +647,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     train.add_argument("--size", type=int, default=recipe.size, help="edge of a crop in voxels")
     train.add_argument(
-        "--learning-rate", type=float, default=recipe.learning_rate, help="its maximum"
+        "--learning-rate", type=float, default=recipe.learning_rate, help="highest learning rate"
     )
     train.add_argument(
         "--channels", type=int, nargs="+", default=recipe.channels, help="at each resolution"
@@ -690,7 +690,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="WEIGHTS",
         help="start from these weights instead of random ones",
     )
-    train.add_argument("--seed", type=int, default=recipe.seed, help="of weights, crops and noise")
+    train.add_argument(
+        "--seed",
+        type=int,
+        default=recipe.seed,
+        help="seed of the initial weights, the crops and the noise",
+    )
     train.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1; torchrun: cpu, cuda")
     train.add_argument("--threads", type=int, default=2, help="of each process on the CPU")
     train.add_argument("--workers", type=int, default=1, help="processes that make crops")

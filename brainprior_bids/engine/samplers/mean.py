@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The posterior mean in one network call, without samples."""
+"""The posterior mean, without samples."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ def measure(participant: Participant, condition: Settings, bench: Bench) -> Reco
         except SamplerError:
             if method == "restored":
                 raise
-            continue  # weights without a mean in one call
+            continue  # weights that cannot be conditioned
         images[method], used[method] = result.mean, result.sampler
     _draw(bench.picture, case, images, participant.name)
     rows = {
