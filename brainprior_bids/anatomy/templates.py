@@ -177,7 +177,9 @@ def _listed(space: str, folder: Path) -> tuple[Path, Path]:
 def _client(folder: Path) -> Any:
     """TemplateFlow's client of a folder: its own, which has listed the folder, if it is that."""
     os.environ["TEMPLATEFLOW_HOME"] = str(folder)  # read at the import; "" would be "."
+    os.environ.setdefault("MPLBACKEND", "Agg")
     try:
+        import niworkflows.utils.spaces  # noqa: F401 and matplotlib
         from templateflow import TemplateFlowClient, api, conf
     except OSError as error:  # no folder can be written, not even a temporary one
         raise UsageError(
@@ -189,7 +191,6 @@ def _client(folder: Path) -> Any:
 
 def _check_name(space: str, client: Any, folder: Path) -> None:
     """Refuse what is no 3-D template, or not one of its cohorts."""
-    os.environ.setdefault("MPLBACKEND", "Agg")
     from niworkflows.utils.spaces import Reference
 
     asked, templates = as_asked(space), client.templates()

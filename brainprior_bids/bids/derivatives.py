@@ -112,7 +112,7 @@ def descriptions() -> dict[str, str]:
 
 MNI305_URL = "https://templateflow.s3.amazonaws.com/tpl-MNI305/tpl-MNI305_T1w.nii.gz"
 """The image that defines the space; it is not downloaded."""
-RESOLUTION = "1 mm, the voxels of TemplateFlow's res-01"
+RESOLUTION = "1 mm, the voxels of TemplateFlow's template"
 
 OWN_SPACE = ("volume_mm3", "confidence")
 """Metadata on columns of the table of labels, which the table in other spaces does not have."""
