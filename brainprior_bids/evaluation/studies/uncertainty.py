@@ -204,4 +204,5 @@ STUDY = Study(
     measure,
     table,
     defaults={"spacing": (5.0,), "noise": (0.01,), "n_samples": 4},
+    quick={"n_samples": 2},
 )
