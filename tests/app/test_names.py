@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from email import message_from_string
 
 import pytest
 from bids import BIDSLayout
 from hypothesis import given
 from hypothesis import strategies as st
 
+from brainprior_bids.bids import derivatives
 from brainprior_bids.bids.derivatives import BIDS_VERSION, descriptions
 from brainprior_bids.bids.names import (
     BIDSName,
@@ -216,3 +218,18 @@ def test_plain_pybids_finds_one_t1w_per_desc(tmp_path):
         suffix="uncertainty", modality="T1w", desc="restored", space=None, extension=".nii.gz"
     )
     assert spread.filename == "sub-01_mod-T1w_desc-restored_uncertainty.nii.gz"
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (["Project-URL: Source, https://example.org/code"], "https://example.org/code"),
+        (["Home-page: https://example.org"], "https://example.org"),
+        ([], None),
+    ],
+)
+def test_the_address_of_the_code_is_in_the_data_sets_description(monkeypatch, lines, expected):
+    """From the installed package's metadata; absent while none is stated."""
+    stated = message_from_string("\n".join(["Name: brainprior", *lines]))
+    monkeypatch.setattr(derivatives, "metadata", lambda name: stated)
+    assert derivatives.generated_by().get("CodeURL") == expected
