@@ -114,14 +114,6 @@ def slab(whole: Observation, first: int) -> Observation:
     return Observation(whole.scan[part], grid, whole.acquisition, share[part])
 
 
-def in_two(whole: Observation, odd_to_even: NDArray[np.float64]) -> list[Observation]:
-    """Even and odd slices, each with the other's hidden."""
-    hidden = torch.zeros(whole.grid.shape, dtype=torch.bool)
-    hidden[..., 1::2] = True
-    odd = replace(whole, hidden=~hidden, to_reference=odd_to_even, name="odd slices")
-    return [replace(whole, hidden=hidden), odd]
-
-
 def motion(one: Head, args: argparse.Namespace, rng: np.random.Generator) -> NDArray[np.float64]:
     """``args.move`` mm and degrees in random directions, about the middle of the brain."""
     shift, turn = (v / np.linalg.norm(v) for v in rng.standard_normal((2, 3)))
@@ -149,11 +141,11 @@ def one_head(path: Path, args: argparse.Namespace) -> Rows:
     first = first_slice(whole)
     one, shaken = slab(whole, first), slab(whole_moved, first)
     ways = {
-        "still, one scan": [one],
-        "still, two observations": in_two(one, np.eye(4)),
-        "moved, as if still": [shaken],
-        "moved, at the true place": in_two(shaken, true),
-        "moved, at the place found": in_two(shaken, estimate.to_reference),
+        "still, one scan": one,
+        "still, two observations": replace(one, odd_to_even=np.eye(4)),
+        "moved, as if still": shaken,
+        "moved, at the true place": replace(shaken, odd_to_even=true),
+        "moved, at the place found": replace(shaken, odd_to_even=estimate.to_reference),
     }
     fine = one.grid.one_millimetre()
     mask = resample(still.brain, still.grid, fine, order=1) > 0.5
@@ -166,9 +158,9 @@ def one_head(path: Path, args: argparse.Namespace) -> Rows:
     inside = ndimage.binary_erosion(mask, iterations=2)
     prior = load_prior(args.prior, device=args.device)
     rows: Rows = {}
-    for label, observations in ways.items():
+    for label, observation in ways.items():
         result = restore(
-            observations,
+            observation,
             mask_1mm=mask,
             rim_mm=RIM_MM,
             to_mni305=still.to_mni305,

@@ -412,6 +412,8 @@ class InterleaveRecord(Record):
 
     moved: bool
     """Whether the motion is large and certain."""
+    accurate: bool = False
+    """Whether its estimate is accurate enough to restore the scan with it."""
     to_reference: Matrix
     rms_mm: float
     error_mm: float
@@ -612,6 +614,8 @@ class RestoreRecord(Record):
     runs: tuple[RunRecord, ...] | None = field(default=None, metadata=OMIT)
     refined: RefinedRecord | None = field(default=None, metadata=OMIT)
     changed_share: ChangedRecord | None = field(default=None, metadata=OMIT)
+    interleaves_corrected: bool | None = field(default=None, metadata=OMIT)
+    """Whether displaced interleaves were restored as two observations; None if they are not."""
 
     def scanner_units(self, value: float | None) -> float | None:
         """A value in ``unit`` as scanner units; None if either is not recorded."""

@@ -352,7 +352,7 @@ def init_scan_wf(
             (conform, n4, [("out_file", "in_file"), ("conform_json", "conform_json")]),
             (masked[0], n4, [(masked[1], "mask_scan")]),
             (parcellate, n4, [("structures_json", "structures_json")]),
-            (n4, restore, [("log_bias", "log_bias")]),
+            (n4, restore, [("log_bias", "log_bias"), ("bias_json", "bias_json")]),
             *[(n4, last, [("bias_json", "bias_json")]) for last in (reportlets, write)],
             (n4, records, [("record", "in3")]),
         ])

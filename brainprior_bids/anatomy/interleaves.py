@@ -41,6 +41,9 @@ AROUND = 2
 """Margin around the brain that is compared too, in voxels of that grid."""
 LEAST = 0.3
 """Motion below this share of the slice spacing is not reported: still scans have up to 0.15."""
+LARGEST_SPACING_MM = 4.5
+"""With slices further apart, the estimate is not accurate enough to improve the restored image
+(docs/tasks/restore.md)."""
 LARGEST_ERROR = 0.5
 """Largest error of the estimate, as a share of the motion."""
 LARGEST_MISMATCH = 0.9
@@ -81,14 +84,18 @@ class InterleaveMotion:
         return large and certain and self.mismatch_ratio <= LARGEST_MISMATCH
 
     @property
+    def accurate(self) -> bool:
+        """Whether the estimate is accurate enough to restore the scan with it."""
+        return self.moved and self.spacing_mm <= LARGEST_SPACING_MM
+
+    @property
     def warnings(self) -> list[str]:
         """A warning if the participant moved."""
         if not self.moved:
             return []
         return [
             f"The odd slices are displaced by {self.rms_mm:.1f} mm (RMS in the brain) relative to "
-            "the even ones: the participant moved between the interleaves. This is not corrected: "
-            "expect jagged edges across the slices."
+            "the even ones: the participant moved between the interleaves."
         ]
 
 

@@ -324,7 +324,7 @@ def sidecars(
         **({} if shift is None else {"IntensityShift": shift}),
         **_resolution(steps.conform.facts.resolution),
         **({"SlicesNotUsed": parcellation.lost_slices} if parcellation.lost_slices else {}),
-        **({} if steps.bias is None else _slices(steps.bias)),
+        **_slices(steps.bias, corrected=steps.restore.interleaves_corrected),
         **({"OutsideTrainingContrasts": True} if restore.outside_training else {}),
         **({"FusedRuns": _fused(restore)} if restore.runs else {}),
     }
@@ -496,13 +496,16 @@ def _resolution(resolution: ResolutionRecord) -> dict[str, Any]:
     return {"MeasuredVoxelSize": resolution.measured_mm, "UsedVoxelSize": resolution.used_mm}
 
 
-def _slices(bias: BiasRecord) -> dict[str, Any]:
+def _slices(bias: BiasRecord | None, *, corrected: bool | None) -> dict[str, Any]:
     """Slice gains and motion between interleaves of a 2-D scan, if they were estimated."""
-    moved = {}
+    moved: dict[str, Any] = {}
+    if bias is None:
+        return moved
     if bias.interleaves is not None and bias.interleaves.moved:
         moved = {
             "InterleaveMotion": bias.interleaves.to_reference,
             "InterleaveMotionRMS": bias.interleaves.rms_mm,
+            "InterleaveMotionCorrected": bool(corrected),
         }
     if not bias.gains:
         return moved

@@ -347,6 +347,8 @@ class Conditioning:
         problem, prior = self.problem, self.prior
         box, axis = problem.reference.box, problem.scans[0].acquisition.slice_axis
         takes_holes = getattr(prior, "takes_holes", False)
+        if problem.displaced:
+            return "the odd slices of the scan are displaced"
         if not getattr(prior, "takes_stacks", False):
             return "the prior was not trained to be conditioned on measurements"
         if problem.nuisances.move_bias:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -47,6 +47,18 @@ class Residual:
     ratio_final: float
     correlation: tuple[float, float, float]
     standard_error: tuple[float, float, float]
+
+
+def pooled(residuals: Sequence[Residual]) -> Residual:
+    """One residual of parts of a scan with equally many voxels; the correlation of the worst."""
+    if len(residuals) == 1:
+        return residuals[0]
+    worst = max(residuals, key=lambda r: max(r.correlation))
+    return replace(
+        worst,
+        ratio=math.sqrt(sum(r.ratio**2 for r in residuals) / len(residuals)),
+        ratio_final=math.sqrt(sum(r.ratio_final**2 for r in residuals) / len(residuals)),
+    )
 
 
 def residual_of(

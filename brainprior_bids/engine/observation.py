@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -56,6 +56,9 @@ class Observation:
         Rigid: scanner RAS mm of this scan -> those of the first one. Identity for the first.
     gain : float
         Factor that scales scan / bias to the brightness of the reference.
+    odd_to_even : (4, 4), optional
+        Rigid: scanner RAS mm of the odd slices (the first slice is 0) -> of the even ones, if the
+        participant moved between these interleaves of a 2-D scan. See ``interleaves``.
     name : str
         For messages.
 
@@ -87,6 +90,7 @@ class Observation:
     noise_sd: float | Tensor | None = None
     to_reference: NDArray[np.float64] = field(default_factory=lambda: IDENTITY)
     gain: float = 1.0
+    odd_to_even: NDArray[np.float64] | None = None
     name: str = "scan"
     brain: Tensor = field(init=False)
     unit: float = field(init=False)
@@ -126,6 +130,8 @@ class Observation:
         bias = bias - bias[brain].mean()
         keep(scan=scan, mask=mask, log_bias=bias, brain=brain, unit=_unit(scan, bias, brain, who))
         keep(to_reference=checked_matrix(self.to_reference, f"{who}: to_reference"))
+        if self.odd_to_even is not None:
+            keep(odd_to_even=checked_matrix(self.odd_to_even, f"{who}: odd_to_even"))
         if not (math.isfinite(self.gain) and self.gain > 0):
             raise InputError(f"{who}: the gain must be above 0, got {self.gain}.")
         if isinstance(self.noise_sd, (int, float)):
@@ -143,6 +149,32 @@ class Observation:
     def is_reference(self) -> bool:
         """Whether the scan is in the position of the reference."""
         return bool(np.array_equal(self.to_reference, IDENTITY))
+
+    def interleaves(self) -> list[Observation]:
+        """The scan itself; or, with ``odd_to_even``, its even and its odd slices as two
+        observations of the brain, each with the slices of the other hidden.
+
+        The scan is at the position of the even slices. Each part has its own mean bias; the gains
+        undo the difference.
+        """
+        if self.odd_to_even is None:
+            return [self]
+        parts: list[Observation] = []
+        for parity, motion in ((0, IDENTITY), (1, self.odd_to_even)):
+            hidden = torch.zeros(self.grid.shape, dtype=torch.bool)
+            hidden.movedim(self.acquisition.slice_axis, 0)[1 - parity :: 2] = True
+            part = replace(
+                self,
+                hidden=hidden if self.hidden is None else hidden | self.hidden,
+                to_reference=self.to_reference @ motion,
+                odd_to_even=None,
+                name=f"{self.name}, {('even', 'odd')[parity]} slices",
+            )
+            if parts:
+                shift = self.log_bias[parts[0].brain].mean() - self.log_bias[part.brain].mean()
+                part = replace(part, gain=self.gain * float(shift.exp()))
+            parts.append(part)
+        return parts
 
     def _noise_map(self) -> Tensor:
         sd = as_volume("noise_sd", self.noise_sd, self.grid.shape, self.name)

@@ -128,6 +128,8 @@ class Problem:
 
     Attributes
     ----------
+    given, scans : list of Observation
+        The scans, and their parts: a scan with displaced interleaves has two.
     grid : Grid
         Grid of the result; ``box`` is the part that is computed, ``home`` that part's grid.
     unit : float
@@ -157,7 +159,9 @@ class Problem:
         nuisances: Nuisances,
         device: torch.device,
     ) -> None:
-        self.scans, self.nuisances, self.device = list(scans), nuisances, device
+        self.given = list(scans)
+        self.scans = [part for scan in scans for part in scan.interleaves()]
+        self.nuisances, self.device = nuisances, device
         self.warnings: list[str] = []
         self._to_mni305, self._on_mni305 = to_mni305, home == "MNI305"
         reference = self.scans[0]
@@ -261,6 +265,11 @@ class Problem:
     def is_spectral(self) -> bool:
         """Whether A is diagonal in the in-plane frequencies of one scan's own axes."""
         return len(self.scans) == 1 and not self._on_mni305
+
+    @property
+    def displaced(self) -> bool:
+        """Whether the interleaves of the reference are displaced."""
+        return self.given[0].odd_to_even is not None
 
     @property
     def any_hidden(self) -> bool:

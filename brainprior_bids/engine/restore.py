@@ -186,7 +186,7 @@ def restore(
         generator = torch.Generator().manual_seed(own_seed)
         gathering.add(*chain.run(factor, generator, index, observe), sd=chain.sd)
     fits = gathering.scan_fits()
-    log_bias = gathering.log_bias - gathering.log_bias[scans[0].brain].mean()
+    log_bias = gathering.log_bias - gathering.log_bias[problem.scans[0].brain].mean()
     iterations, reference = problem.iterations(), problem.reference
     return Restoration(
         grid=problem.grid,

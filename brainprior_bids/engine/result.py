@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from brainprior_bids.engine.box import Box
-from brainprior_bids.engine.consistency import Residual, judge
+from brainprior_bids.engine.consistency import Residual, judge, pooled
 from brainprior_bids.engine.grids import Grid
 from brainprior_bids.engine.likelihood import Likelihood
 from brainprior_bids.engine.problem import Problem
@@ -214,15 +215,21 @@ class Gathering:
         ]
 
     def scan_fits(self) -> list[ScanFit]:
-        """The fit of the result to each scan."""
-        return [
-            ScanFit(
-                part.observation.name,
-                part.noise_sd / part.thinned,
-                residuals,
-                part.on_scan_grid(left).numpy(),
+        """The fit of the result to each scan, displaced interleaves together."""
+        parts = iter(zip(self.problem.parts, self.each, self.left_over, strict=True))
+        fits = []
+        for scan in self.problem.given:
+            count = 1 if scan.odd_to_even is None else 2
+            own, residuals, left_over = zip(*islice(parts, count), strict=True)
+            fits.append(
+                ScanFit(
+                    scan.name,
+                    float(np.mean([part.noise_sd / part.thinned for part in own])),
+                    [pooled(of_sample) for of_sample in zip(*residuals, strict=True)],
+                    sum(
+                        part.on_scan_grid(left).numpy()
+                        for part, left in zip(own, left_over, strict=True)
+                    ),
+                )
             )
-            for part, residuals, left in zip(
-                self.problem.parts, self.each, self.left_over, strict=True
-            )
-        ]
+        return fits

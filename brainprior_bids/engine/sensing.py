@@ -116,13 +116,12 @@ def to_scan_grid(part: Tensor, box: Box, data_shape: Triple, scan_shape: Triple)
 def hidden_voxels(hidden: Tensor, data_shape: Triple) -> Tensor:
     """(i', j', k') bool: data voxels that contain any of the hidden voxels of the scan.
 
-    Where the scan was reduced, its k-space crop spreads a hidden voxel to its neighbours: one
-    voxel more is hidden.
+    Along the axes on which the scan was reduced, its k-space crop spreads a hidden voxel to its
+    neighbours: there, one voxel more is hidden.
     """
-    covered = hidden.float()[None, None]
-    if tuple(hidden.shape) != tuple(data_shape):
-        covered = F.max_pool3d(F.adaptive_max_pool3d(covered, data_shape), 3, 1, 1)
-    return covered[0, 0] > 0
+    reach = [int(n != m) for n, m in zip(hidden.shape, data_shape, strict=True)]
+    covered = F.adaptive_max_pool3d(hidden.float()[None, None], data_shape)
+    return F.max_pool3d(covered, [2 * n + 1 for n in reach], 1, reach)[0, 0] > 0
 
 
 def interpolate_field(volume: Tensor, shape: Triple) -> Tensor:

@@ -152,6 +152,7 @@ def bias_record(bias: BiasField) -> BiasRecord:
     if bias.interleaves is not None:
         motion = InterleaveRecord(
             moved=bias.interleaves.moved,
+            accurate=bias.interleaves.accurate,
             to_reference=matrix_rows(bias.interleaves.to_reference),
             rms_mm=round(bias.interleaves.rms_mm, 3),
             error_mm=round(bias.interleaves.error_mm, 3),

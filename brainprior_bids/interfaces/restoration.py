@@ -13,6 +13,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
+from brainprior_bids.anatomy.interleaves import LARGEST_SPACING_MM
 from brainprior_bids.anatomy.nifti import open_image
 from brainprior_bids.anatomy.slices import hidden_voxels
 from brainprior_bids.anatomy.spaces import check_placed, resample
@@ -31,9 +32,11 @@ from brainprior_bids.interfaces.files import (
 from brainprior_bids.records import (
     AcquisitionRecord,
     AlignRecord,
+    BiasRecord,
     BoxRecord,
     ChangedRecord,
     EnvironmentRecord,
+    InterleaveRecord,
     ProgressRecord,
     RefinedRecord,
     RestoreRecord,
@@ -86,12 +89,43 @@ def read_observations(inputs: Inputs) -> list[Observation | ImageObservation]:
             _optional(inputs, "hidden"), lost, grid.shape, axis=acquisition.slice_axis
         ),
         noise_sd=None if has_image else _trust(inputs, grid),
+        odd_to_even=_odd_to_even(inputs),
         name=_reference_name(inputs),
     )
     scans: list[Observation | ImageObservation] = [reference, *(_read_runs(inputs))]
     if has_image:
         scans.append(_read_image(Path(inputs["refined"]), float(inputs["trust"]), grid))
     return scans
+
+
+def interleave_motion(inputs: Inputs) -> tuple[InterleaveRecord | None, str | None]:
+    """The motion between the interleaves of the scan, and why it is not corrected.
+
+    None and None if none was found. It is estimated for one scan, restored as a whole: runs are
+    registered by all of their slices, and another tool's image shows the brain as the scan does.
+    """
+    if "bias_json" not in inputs:
+        return None, None
+    motion = BiasRecord.read(inputs["bias_json"]).interleaves
+    if motion is None or not motion.moved:
+        return None, None
+    if inputs["keep_scan"]:
+        return motion, "the scan itself is kept"
+    if "refined" in inputs:
+        return motion, "another image is refined"
+    if "runs_json" in inputs:
+        return motion, "several scans are fused"
+    if not motion.accurate:
+        return motion, (
+            f"slices more than {LARGEST_SPACING_MM} mm apart do not determine the motion "
+            "accurately enough"
+        )
+    return motion, None
+
+
+def _odd_to_even(inputs: Inputs) -> NDArray[np.float64] | None:
+    motion, obstacle = interleave_motion(inputs)
+    return None if motion is None or obstacle else np.array(motion.to_reference, np.float64)
 
 
 def _optional(inputs: Inputs, name: str) -> NDArray[np.float32] | None:
@@ -170,6 +204,18 @@ def find_warnings(inputs: Inputs, result: Restoration, device_warnings: list[str
             f"Sampled in {inputs['n_steps']} steps, as with --sloppy: this result is for "
             "testing the program, not for use."
         )
+    motion, obstacle = interleave_motion(inputs)
+    if motion is not None and obstacle:
+        warnings.append(
+            "The displacement of the odd slices is not corrected: " + obstacle + ". Expect jagged "
+            "edges across the slices."
+        )
+    elif motion is not None:
+        warnings.append(
+            "The displacement of the odd slices is corrected: the restored image shows the brain "
+            "at the position of the even slices (slice 0 and every second one). It is less "
+            "accurate than without motion."
+        )
     warnings += result.warnings
     for _, correlation in result.images:
         if correlation < ALIKE:
@@ -193,6 +239,7 @@ def record_of(
 ) -> RestoreRecord:
     """The record of a result for sidecars, quality control, report and methods text."""
     acquisition = read_acquisition(inputs["conform_json"])
+    motion, obstacle = interleave_motion(inputs)
     refined = None
     if result.images:
         gain, correlation = result.images[0]
@@ -232,6 +279,7 @@ def record_of(
         runs=_run_records(inputs, acquisition, result),
         refined=refined,
         changed_share=changed,
+        interleaves_corrected=None if motion is None else obstacle is None,
     )
 
 

@@ -27,6 +27,7 @@ class _RestoreInputSpec(MeasuredInputSpec):
     mask = File(exists=True, mandatory=True, desc="brain on the 1 mm grid")
     mask_scan = File(exists=True, mandatory=True, desc="brain on the scan's grid, in [0, 1]")
     log_bias = File(exists=True, desc="output of N4; without it there is no bias field")
+    bias_json = File(exists=True, desc="output of N4: motion between the interleaves")
     trust = traits.Range(
         low=0.0, exclude_low=True, desc="SD of the error of the image to refine, engine unit"
     )

@@ -62,6 +62,7 @@ class Method:
     aligned_by: AffineMethod = AffineMethod.STRUCTURES
     widths: tuple[float, ...] = ()
     slice_gains: bool = False
+    interleaves: bool = False
     reduced: bool = False
     uncertainty_from: str | None = None
     templates: tuple[TemplateRecord, ...] = ()
@@ -85,6 +86,7 @@ def of_summary(summary: ScanRecord) -> Method:
         aligned_by=summary.facts.affine.method,
         widths=tuple(sorted(set(restore.slice_widths))),
         slice_gains=summary.facts.bias is not None and bool(summary.facts.bias.applied),
+        interleaves=bool(restore.interleaves_corrected),
         reduced=summary.facts.conform.facts.resolution.reduced,
         uncertainty_from=restore.uncertainty_from,
         templates=summary.facts.templates,
@@ -239,7 +241,7 @@ def _bias(methods: Sequence[Method]) -> str:
         return ""
     return (
         f"The bias field was estimated by N4 [@n4] (SimpleITK {_version('SimpleITK')}) inside "
-        "the mask.\n" + _slice_gains(methods)
+        "the mask.\n" + _slice_gains(methods) + _interleaves(methods)
     )
 
 
@@ -265,6 +267,19 @@ def _slice_gains(methods: Sequence[Method]) -> str:
     return (
         f"In {scans}, the brightness of single slices differed; one gain per slice was estimated "
         "from matched tissue\nin neighbouring slices, and became part of the bias field.\n"
+    )
+
+
+def _interleaves(methods: Sequence[Method]) -> str:
+    """The sentence on scans whose displaced interleaves were registered."""
+    count = sum(method.interleaves for method in methods)
+    if not count:
+        return ""
+    scans = "this scan" if len(methods) == 1 else f"{count} of the {len(methods)} scans"
+    return (
+        f"In {scans}, the participant had moved between the even and the odd slices; the two were "
+        "registered rigidly\nand entered the restoration as separate observations, at the "
+        "position of the even slices.\n"
     )
 
 

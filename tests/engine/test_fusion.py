@@ -18,6 +18,7 @@ from brainprior_bids.engine.nuisance import THICKNESS_SD, Nuisances
 from brainprior_bids.engine.observation import Observation
 from brainprior_bids.engine.operators.resample import AffineResample, SparseResample
 from brainprior_bids.engine.restore import restore
+from brainprior_bids.engine.sensing import hidden_voxels
 
 SHAPE, THICK, NOISE, UNIT = (36, 40, 32), 4, 0.02, 500.0
 TO_MNI = np.array([[1, 0, 0, 2.0], [0, 1, 0, -1.0], [0, 0, 1, 0.5], [0, 0, 0, 1]])
@@ -116,21 +117,63 @@ def together(*runs, **changes):
     return result, result.scans
 
 
-def halves(run):
-    """A scan as two observations: the even slices of it, and the odd ones."""
-    hidden = torch.zeros(run.scan.shape, dtype=torch.bool)
-    hidden.movedim(run.acquisition.slice_axis, 0)[1::2] = True
-    return replace(run, hidden=hidden), replace(run, hidden=~hidden, name="odd slices")
-
-
 @pytest.mark.parametrize("around", [0.0, 1.5], ids=["stripped", "in fat"])
 def test_the_slices_of_a_scan_say_the_same_in_two_observations(around):
     """In both strategies x is 0 outside the brain, and the surroundings are unknown."""
     scan, truth = make_run(2, np.eye(4), seed=1, around=around)
     one, _ = together(scan, thickness_sd=0.0)
-    two, _ = together(*halves(scan), thickness_sd=0.0)
+    two, fits = together(replace(scan, odd_to_even=np.eye(4)), thickness_sd=0.0)
     assert (one.solve, two.solve) == ("spectral", "image space")
     assert error(two.mean, truth) < 1.05 * error(one.mean, truth)
+    assert [fit.name for fit in fits] == ["run-2"]
+
+
+INTERLEAVES = turn(5.0, (0.6, -1.0, 1.2))
+"""Even slices -> odd ones, mm: the participant moved in between."""
+
+
+def interleaved(gain=1.0):
+    """A scan with motion before its odd slices, which are ``gain`` times as bright."""
+    scan, truth = make_run(2, np.eye(4), seed=1)
+    later, _ = make_run(2, INTERLEAVES, seed=2)
+    odd = torch.arange(scan.grid.shape[2]) % 2 == 1
+    return replace(
+        scan,
+        scan=torch.where(odd, gain * later.scan, scan.scan),
+        mask=torch.where(odd, later.mask, scan.mask),
+        log_bias=torch.where(odd, math.log(gain), 0.0).expand(scan.grid.shape),
+        odd_to_even=np.linalg.inv(INTERLEAVES),
+    ), truth
+
+
+def test_displaced_interleaves_are_two_observations_of_one_brain():
+    scan, truth = interleaved()
+    done, (fit,) = together(scan, sampler="auto")
+    assert done.sampler_reason == "the odd slices of the scan are displaced"
+    ignored, _ = together(replace(scan, odd_to_even=None), sampler="exact")
+    assert error(done.mean, truth) < 0.85 * error(ignored.mean, truth)
+    assert all(residual.ratio < 1.4 for residual in fit.residuals)
+    assert len(fit.residuals) == 2
+    assert (np.abs(fit.residual_map).max((0, 1)) > 0)[2:-2].all()  # of both interleaves
+    np.testing.assert_array_equal(fit.residual_map, done.residual_map)
+
+
+def test_displaced_interleaves_of_different_brightness_show_the_same_brain():
+    """The mean of the bias field differs between them."""
+    alike, brighter = (together(interleaved(gain)[0], sampler="exact")[0] for gain in (1.0, 1.3))
+    np.testing.assert_allclose(brighter.mean, alike.mean, atol=1e-3 * UNIT)
+    odd = (brighter.log_bias - alike.log_bias)[..., 1::2]
+    np.testing.assert_allclose(odd, math.log(1.3), atol=1e-5)
+
+
+def test_hidden_slices_hide_no_others_where_the_plane_is_finer_than_the_image():
+    hidden = torch.zeros(20, 24, 6)
+    hidden[..., 1::2] = 1
+    reduced = hidden_voxels(hidden, (10, 24, 6))
+    np.testing.assert_array_equal(reduced, hidden[:10] > 0)
+    point = torch.zeros(20, 24, 6)
+    point[8, 12, 3] = 1
+    assert hidden_voxels(point, (10, 24, 6)).nonzero().tolist() == [[i, 12, 3] for i in (3, 4, 5)]
 
 
 @pytest.fixture(scope="module")

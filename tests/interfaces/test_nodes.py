@@ -913,3 +913,35 @@ def test_images_on_the_scans_voxels_carry_its_header(tmp_path, kind, sform):
         new |= {key for key in scan.header if key.startswith(("srow", "sform", "q"))}
     for key in set(scan.header) - new:
         np.testing.assert_array_equal(output.header[key], scan.header[key], key)
+
+
+@pytest.mark.parametrize(
+    ("change", "obstacle"),
+    [
+        ({"accurate": True}, None),
+        ({}, "slices more than 4.5 mm apart"),
+        ({"accurate": True, "moved": False}, ""),
+    ],
+)
+def test_displaced_interleaves_are_restored_as_two_observations(
+    files, prior, tmp_path, change, obstacle
+):
+    motion = {"moved": True, "to_reference": MOTION, "rms_mm": 2.0, "error_mm": 0.3} | change
+    (tmp_path / "bias.json").write_text(json.dumps({"interleaves": motion}))
+    done = run(
+        Restore(
+            in_file=files["scan"], conform_json=files["conform_json"], mask=files["mask"],
+            mask_scan=files["mask_scan"], affine_json=files["affine_json"], prior=str(prior),
+            bias_json=str(tmp_path / "bias.json"), contrast="FLAIR", n_samples=2, n_steps=2,
+        ),
+        tmp_path / "restored",
+    )  # fmt: skip
+    record = json.loads(Path(done.restore_json).read_text())
+    told = [text for text in record["warnings"] if "displacement of the odd slices" in text]
+    assert record.get("interleaves_corrected") == {None: True, "": None}.get(obstacle, False)
+    assert [(obstacle or "is corrected") in text for text in told] == [True] * (obstacle != "")
+    if obstacle is None:
+        assert "odd slices of the scan are displaced" in record["sampler_reason"]
+        residual = np.asarray(nib.load(done.residual).dataobj)
+        assert residual.any((0, 1))[3:7].all()
+        assert len(record["residual_ratios"]) == 2

@@ -221,5 +221,5 @@ STUDY = Study(
     measure,
     table,
     defaults={"spacing": (5.0,), "noise": (0.01,), "n_samples": 2, "slab": None},
-    quick={"n_samples": 1, "slab": 60},
+    quick={"n_samples": 1, "slab": 40},
 )

@@ -291,5 +291,5 @@ STUDY = Study(
     measure,
     table,
     defaults={"spacing": (1.0,), "noise": (0.02,), "n_samples": 2, "slab": None},
-    quick={"n_samples": 1, "slab": 60},
+    quick={"n_samples": 1, "slab": 50},
 )
