@@ -26,7 +26,6 @@ import torch
 from numpy.typing import NDArray
 from rows import Rows, label_of, parser, run
 from scipy import ndimage
-from scipy.linalg import fractional_matrix_power
 from scipy.spatial.transform import Rotation
 
 from brainprior_bids.anatomy.bias import n4
@@ -36,7 +35,7 @@ from brainprior_bids.anatomy.prepare import align_to_mni305
 from brainprior_bids.anatomy.spaces import resample
 from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.engine.grids import Grid
-from brainprior_bids.engine.observation import Observation
+from brainprior_bids.engine.observation import Observation, halfway
 from brainprior_bids.engine.restore import restore
 from brainprior_bids.engine.weights import load_parcellation, load_prior
 from brainprior_bids.evaluation.metrics import compare, matching_gain
@@ -124,6 +123,12 @@ def motion(one: Head, args: argparse.Namespace, rng: np.random.Generator) -> NDA
     return matrix
 
 
+def psnr(image: Image, truth: Image, inside: NDArray[np.bool_]) -> float:
+    """After one gain, in dB."""
+    gain = matching_gain(image, truth, inside)
+    return float(compare(image * gain, truth, inside)["psnr_db"])
+
+
 def one_head(path: Path, args: argparse.Namespace) -> Rows:
     """One row per way of restoring the scan."""
     torch.set_num_threads(1)
@@ -148,20 +153,16 @@ def one_head(path: Path, args: argparse.Namespace) -> Rows:
         "moved, at the place found": replace(shaken, odd_to_even=estimate.to_reference),
     }
     fine = one.grid.one_millimetre()
-    mask = resample(still.brain, still.grid, fine, order=1) > 0.5
-    truths = [
-        resample(
-            moved(still, fractional_matrix_power(true, part)).image, still.grid, fine, order=1
-        )
-        for part in (0.0, 0.5, 1.0)
-    ]
-    inside = ndimage.binary_erosion(mask, iterations=2)
+    places = [still, moved(still, halfway(true)), moved(still, true)]
+    masks = [resample(place.brain, still.grid, fine, order=1) > 0.5 for place in places]
+    truths = [resample(place.image, still.grid, fine, order=1) for place in places]
+    insides = [ndimage.binary_erosion(mask, iterations=2) for mask in masks]
     prior = load_prior(args.prior, device=args.device)
     rows: Rows = {}
     for label, observation in ways.items():
         result = restore(
             observation,
-            mask_1mm=mask,
+            mask_1mm=masks[label.startswith("moved")],
             rim_mm=RIM_MM,
             to_mni305=still.to_mni305,
             contrast="T1w",
@@ -173,12 +174,7 @@ def one_head(path: Path, args: argparse.Namespace) -> Rows:
             device=args.device,
         )
         rows[label] = {
-            "PSNR dB": max(
-                compare(result.mean * matching_gain(result.mean, truth, inside), truth, inside)[
-                    "psnr_db"
-                ]
-                for truth in truths
-            ),
+            "PSNR dB": max(map(psnr, [result.mean] * 3, truths, insides)),
             "residual": float(np.mean(result.residual_ratios)),
         }
     return rows

@@ -10,6 +10,7 @@ from typing import Any
 
 import nibabel as nib
 
+from brainprior_bids.anatomy.interleaves import FAR, treatment
 from brainprior_bids.anatomy.prepare import Prepared, prepare
 from brainprior_bids.engine.conditioning import PriorLike
 from brainprior_bids.engine.observation import Observation
@@ -60,7 +61,10 @@ def restore_scan(
     """
     prepared = prepare(scan, metadata=metadata, lesion=lesion, threads=2)
     result = _restore(prepared, contrast, prior or load_prior(), {"rim_mm": RIM_MM, **options})
-    return replace(result, warnings=[*prepared.warnings, *result.warnings])
+    motion = None if prepared.bias is None else prepared.bias.interleaves
+    moved = motion is not None and motion.moved
+    treated = [treatment(FAR if prepared.odd_to_even is None else None)] if moved else []
+    return replace(result, warnings=[*prepared.warnings, *treated, *result.warnings])
 
 
 def _restore(
@@ -74,6 +78,7 @@ def _restore(
         scan.mask,
         log_bias=scan.log_bias,
         hidden=scan.hidden,
+        odd_to_even=scan.odd_to_even,
     )
     return restore(
         observation,

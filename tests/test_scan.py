@@ -3,6 +3,7 @@
 
 import functools
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -12,8 +13,10 @@ import torch
 
 from brainprior_bids import scan
 from brainprior_bids.anatomy import prepare
+from brainprior_bids.anatomy.interleaves import InterleaveMotion
 from brainprior_bids.engine.errors import AnatomyError, InputError
 
+RESTORE = scan.restore
 FIRST, SECOND = re.findall(
     r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs/engine.md").read_text(), re.DOTALL
 )
@@ -39,6 +42,32 @@ def test_the_five_lines_of_the_page_restore_a_scan(demo_slab, tmp_path, monkeypa
         written = nib.load(f"{name}.nii.gz")
         np.testing.assert_array_equal(written.get_fdata(dtype=np.float32), values)
         np.testing.assert_allclose(written.affine, output.grid.affine, atol=1e-4)
+
+
+@pytest.mark.parametrize(("spacing_mm", "word"), [(4.0, "is corrected"), (5.0, "not corrected")])
+def test_displaced_interleaves_are_treated_as_by_the_command(
+    demo_slab, monkeypatch, spacing_mm, word
+):
+    image = nib.Nifti1Image(demo_slab.scan.astype(np.float32), demo_slab.scan_grid.affine)
+    matrix = np.eye(4)
+    matrix[1, 3] = 2.0
+    motion = InterleaveMotion(matrix, 2.0, 0.1, 0.5, spacing_mm)
+    find_bias, given = prepare.find_bias, []
+
+    def moved(*args, **options):
+        return replace(find_bias(*args, **options), interleaves=motion)
+
+    def restore(observation, **options):
+        given.append(observation)
+        return RESTORE(observation, **options, n_samples=1, n_steps=1, sampler="exact")
+
+    monkeypatch.setattr(prepare, "find_bias", moved)
+    monkeypatch.setattr(scan, "restore", restore)
+    result = scan.restore_scan(image, contrast="T1w")
+    (observation,) = given
+    expected = matrix if word == "is corrected" else None
+    np.testing.assert_array_equal(observation.odd_to_even, expected)
+    assert sum(word in text for text in result.warnings) == 1
 
 
 def test_an_image_is_read_as_its_file_would_be(monkeypatch):

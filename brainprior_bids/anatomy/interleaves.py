@@ -44,6 +44,10 @@ LEAST = 0.3
 LARGEST_SPACING_MM = 4.5
 """With slices further apart, the estimate is not accurate enough to improve the restored image
 (docs/tasks/restore.md)."""
+FAR = (
+    f"slices more than {LARGEST_SPACING_MM} mm apart do not determine the motion accurately enough"
+)
+"""Why such a motion is not corrected."""
 LARGEST_ERROR = 0.5
 """Largest error of the estimate, as a share of the motion."""
 LARGEST_MISMATCH = 0.9
@@ -86,7 +90,7 @@ class InterleaveMotion:
     @property
     def accurate(self) -> bool:
         """Whether the estimate is accurate enough to restore the scan with it."""
-        return self.moved and self.spacing_mm <= LARGEST_SPACING_MM
+        return self.moved and 1 <= self.spacing_mm <= LARGEST_SPACING_MM
 
     @property
     def warnings(self) -> list[str]:
@@ -97,6 +101,19 @@ class InterleaveMotion:
             f"The odd slices are displaced by {self.rms_mm:.1f} mm (RMS in the brain) relative to "
             "the even ones: the participant moved between the interleaves."
         ]
+
+
+def treatment(obstacle: str | None) -> str:
+    """The warning that says whether the motion was corrected, and if not, why."""
+    if obstacle is None:
+        return (
+            "The displacement of the odd slices is corrected: the restored image shows the brain "
+            "halfway between its two positions. It is less accurate than without motion."
+        )
+    return (
+        f"The displacement of the odd slices is not corrected: {obstacle}. Expect jagged edges "
+        "across the slices."
+    )
 
 
 def find_interleave_motion(

@@ -109,6 +109,14 @@ class Prepared:
         return None if self.bias is None else self.bias.log_bias
 
     @property
+    def odd_to_even(self) -> NDArray[np.float64] | None:
+        """(4, 4) scanner RAS mm of the odd slices to the even ones, if the participant moved in
+        between and the estimate is accurate.
+        """
+        motion = None if self.bias is None else self.bias.interleaves
+        return motion.to_reference if motion is not None and motion.accurate else None
+
+    @property
     def to_mni305(self) -> NDArray[np.float64] | None:
         """(4, 4) scanner RAS mm to MNI305 RAS mm; None if not requested."""
         return None if self.affine is None else np.asarray(self.affine.matrix, np.float64)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from brainprior_bids.engine.acquisition import Acquisition
@@ -58,7 +59,8 @@ class Observation:
         Factor that scales scan / bias to the brightness of the reference.
     odd_to_even : (4, 4), optional
         Rigid: scanner RAS mm of the odd slices (the first slice is 0) -> of the even ones, if the
-        participant moved between these interleaves of a 2-D scan. See ``interleaves``.
+        participant moved between these interleaves of a 2-D scan of slices at least 1 mm apart.
+        See ``interleaves``.
     name : str
         For messages.
 
@@ -74,7 +76,8 @@ class Observation:
     ShapeMismatchError
         If an array is not on the scan's grid.
     GeometryError
-        If the motion cannot be inverted, or the slices do not match the field of view.
+        If a motion cannot be inverted, the slices do not match the field of view, or displaced
+        interleaves have slices less than 1 mm apart.
     InputError
         If the mask is empty or wholly hidden, the brain is constant or not positive, NaN lies
         inside the brain, in the mask or in the bias, an array is complex, or the gain is not
@@ -131,6 +134,10 @@ class Observation:
         keep(scan=scan, mask=mask, log_bias=bias, brain=brain, unit=_unit(scan, bias, brain, who))
         keep(to_reference=checked_matrix(self.to_reference, f"{who}: to_reference"))
         if self.odd_to_even is not None:
+            if self.grid.spacing_mm[self.acquisition.slice_axis] < 1:
+                raise GeometryError(
+                    f"{who}: odd_to_even needs slices at least 1 mm apart. Leave it out."
+                )
             keep(odd_to_even=checked_matrix(self.odd_to_even, f"{who}: odd_to_even"))
         if not (math.isfinite(self.gain) and self.gain > 0):
             raise InputError(f"{who}: the gain must be above 0, got {self.gain}.")
@@ -154,13 +161,15 @@ class Observation:
         """The scan itself; or, with ``odd_to_even``, its even and its odd slices as two
         observations of the brain, each with the slices of the other hidden.
 
-        The scan is at the position of the even slices. Each part has its own mean bias; the gains
-        undo the difference.
+        The brain is halfway between their positions, where mask, structures and affine have it,
+        because they come from all slices. Each part has its own mean bias; the gains undo the
+        difference.
         """
         if self.odd_to_even is None:
             return [self]
+        half = halfway(self.odd_to_even)
         parts: list[Observation] = []
-        for parity, motion in ((0, IDENTITY), (1, self.odd_to_even)):
+        for parity, motion in ((0, np.linalg.inv(half)), (1, half)):
             hidden = torch.zeros(self.grid.shape, dtype=torch.bool)
             hidden.movedim(self.acquisition.slice_axis, 0)[1 - parity :: 2] = True
             part = replace(
@@ -292,6 +301,16 @@ def checked_matrix(values: ArrayLike, who: str) -> NDArray[np.float64]:
     ):
         raise GeometryError(f"{who} must be an invertible 4 x 4 matrix, got\n{matrix}.")
     return matrix
+
+
+def halfway(motion: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(4, 4) the rigid motion of which ``motion`` is the square: H H = M."""
+    half = np.eye(4)
+    half[:3, :3] = Rotation.from_rotvec(
+        Rotation.from_matrix(motion[:3, :3]).as_rotvec() / 2
+    ).as_matrix()
+    half[:3, 3] = np.linalg.solve(half[:3, :3] + np.eye(3), motion[:3, 3])
+    return half
 
 
 def observations_of(

@@ -175,9 +175,16 @@ class Problem:
         self._place(fine, brain)
         if not self._on_mni305:
             self._check_turn(reference.grid)
+        for scan in self.given:
+            self.warn(scan, scan.warnings)
         self.parts = [self._part(scan, fine, brain, mask) for scan in self.scans]
         self._likelihoods: dict[float, Likelihood] = {}
         self._resamplings: dict[str, LinearOperator] = {}
+
+    def warn(self, scan: Observation, texts: Sequence[str]) -> None:
+        """Add warnings about a scan; its name is stated if there are several."""
+        prefix = "" if len(self.scans) == 1 else f"{scan.name}: "
+        self.warnings += [prefix + text for text in texts]
 
     def _place(self, fine: Grid, brain: Tensor) -> None:
         """The home grid, the computed box and the support."""
@@ -216,11 +223,10 @@ class Problem:
 
     def _part(self, scan: Observation, fine: Grid, brain: Tensor, mask: Tensor) -> Part:
         """One observation, prepared; ``brain`` and ``mask`` are on the grid ``fine``."""
-        first = scan is self.scans[0]
         own = scan.grid.one_millimetre()
         data, thinned = reduce_to(scan.scan * (scan.gain / self.unit), own.shape)
         shape, axis = triple(data.shape), scan.acquisition.slice_axis
-        if not first:
+        if not scan.is_reference:
             resample = AffineResample(fine, own, scan.to_reference)
             brain, mask = resample(brain), resample(mask)
             if not bool((brain > 0.5).any()):
@@ -233,7 +239,7 @@ class Problem:
         if scan.hidden is not None:
             hidden = hidden_voxels(scan.hidden, shape)[box.data_slices]
         share, y = share[box.data_slices], data[box.data_slices]
-        messages = list(scan.warnings)
+        messages: list[str] = []
         if scan.noise_sd is None:
             measured_share = share if hidden is None else share * ~hidden
             noise_sd, excess = _finest_noise(scan, thinned, self.unit), None
@@ -241,8 +247,7 @@ class Problem:
                 noise_sd = _estimated_noise(y, measured_share, axis, messages)
         else:
             noise_sd, excess = given_noise(scan.noise_sd, scan.mask > 0.5, thinned, shape)
-        prefix = "" if len(self.scans) == 1 else f"{scan.name}: "
-        self.warnings += [prefix + text for text in messages]
+        self.warn(scan, messages)
         return Part(
             observation=scan,
             data_shape=shape,
@@ -273,8 +278,8 @@ class Problem:
 
     @property
     def any_hidden(self) -> bool:
-        """Whether voxels of the reference are hidden."""
-        return self.reference.hidden is not None
+        """Whether voxels of the reference are hidden, other than by its displaced interleaves."""
+        return self.given[0].hidden is not None
 
     @property
     def thickness_is_known(self) -> bool:

@@ -200,18 +200,23 @@ class Gathering:
         self.residuals.append(Residual(ratio, ratio, worst.correlation, worst.standard_error))
 
     def _predict(self, likelihood: Likelihood, x: Tensor) -> NDArray[np.float32]:
-        part = self.problem.reference.on_scan_grid(likelihood.reference.predict(x))
-        return (self.problem.unit * part).numpy()
+        """The reference's voxels: of displaced interleaves, each where it was measured."""
+        problem = self.problem
+        part, axis = problem.reference, problem.given[0].acquisition.slice_axis
+        whole = problem.unit * part.on_scan_grid(likelihood.reference.predict(x))
+        if problem.displaced:
+            part = problem.parts[1]
+            odd = part.on_scan_grid(likelihood.terms[1].predict(x)) / part.observation.gain
+            whole.movedim(axis, 0)[1::2] = problem.unit * odd.movedim(axis, 0)[1::2]
+        return whole.numpy()
 
     def warnings(self) -> list[str]:
         """Warnings about scans that the samples do not explain."""
-        if len(self.each) == 1:
-            return judge(self.residuals)
-        names = [scan.name for scan in self.problem.scans]
+        fits = self.scan_fits()
         return [
-            f"{name}: {text}"
-            for name, residuals in zip(names, self.each, strict=True)
-            for text in judge(residuals)
+            f"{fit.name}: {text}" if len(fits) > 1 else text
+            for fit in fits
+            for text in judge(fit.residuals)
         ]
 
     def scan_fits(self) -> list[ScanFit]:

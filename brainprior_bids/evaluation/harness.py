@@ -355,7 +355,7 @@ def measure(
     record = find(case.study).measure(participant, case.settings, bench)
     facts |= {"study": case.study, "participant": source.name, "contrast": source.contrast}
     facts |= {"synthetic": source.synthetic, "choosing": source.choosing}
-    facts["seconds"] = round(time.perf_counter() - began, 1)
+    facts["case_seconds"] = round(time.perf_counter() - began, 1)
     failure = record.get("failure")  # the table shows it, and the next run repeats the case
     write(path, {"fingerprint": None if failure else mark, **facts, **settings, **record})
     if failure:

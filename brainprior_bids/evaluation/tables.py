@@ -73,6 +73,7 @@ def write_tables(out: Path) -> Path:
     text += ["", f"Prior: {', '.join(sha[:12] for sha in priors)} (start of SHA-256)."]
     if len(priors) > 1:
         text.append("**These results are from more than one prior: run the command again.**")
+    text += ["", "### Time", "", *_times([*records, *validation])]
     for study in ("restoration", "low-field"):
         if study in parts:
             plots.save(plots.methods(parts[study]), out / f"{study}.png")
@@ -82,6 +83,16 @@ def write_tables(out: Path) -> Path:
     path = out / "tables.md"
     path.write_text("\n".join(text).strip() + "\n", encoding="utf-8")
     return path
+
+
+def _times(records: Sequence[Record]) -> list[str]:
+    """How long the cases of each study took; without the preparation of scans and penalties."""
+    lines = ["| study | cases | minutes of one process |", "|---|---|---|"]
+    for study in [*_studies(records), "all"]:
+        seconds = [r.get("case_seconds") for r in records if study in ("all", r["study"])]
+        known = [value for value in seconds if value is not None]
+        lines.append(f"| {study} | {len(known)} | {sum(known) / 60:.1f} |")
+    return lines
 
 
 def _write_tsv(records: Sequence[Record], path: Path) -> None:

@@ -13,7 +13,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from brainprior_bids.anatomy.interleaves import LARGEST_SPACING_MM
+from brainprior_bids.anatomy.interleaves import FAR, treatment
 from brainprior_bids.anatomy.nifti import open_image
 from brainprior_bids.anatomy.slices import hidden_voxels
 from brainprior_bids.anatomy.spaces import check_placed, resample
@@ -99,15 +99,19 @@ def read_observations(inputs: Inputs) -> list[Observation | ImageObservation]:
 
 
 def interleave_motion(inputs: Inputs) -> tuple[InterleaveRecord | None, str | None]:
-    """The motion between the interleaves of the scan, and why it is not corrected.
+    """The motion between the interleaves of a scan, and why it is not corrected.
 
-    None and None if none was found. It is estimated for one scan, restored as a whole: runs are
+    None and None if none was found. It is corrected in one scan that is restored: runs are
     registered by all of their slices, and another tool's image shows the brain as the scan does.
     """
     if "bias_json" not in inputs:
         return None, None
-    motion = BiasRecord.read(inputs["bias_json"]).interleaves
-    if motion is None or not motion.moved:
+    fields = [BiasRecord.read(inputs["bias_json"])]
+    if "runs_json" in inputs:
+        fields += [run.bias for run in AlignRecord.read(inputs["runs_json"]).runs if run.bias]
+    motions = (field.interleaves for field in fields if field.interleaves is not None)
+    motion = next((motion for motion in motions if motion.moved), None)
+    if motion is None:
         return None, None
     if inputs["keep_scan"]:
         return motion, "the scan itself is kept"
@@ -115,12 +119,7 @@ def interleave_motion(inputs: Inputs) -> tuple[InterleaveRecord | None, str | No
         return motion, "another image is refined"
     if "runs_json" in inputs:
         return motion, "several scans are fused"
-    if not motion.accurate:
-        return motion, (
-            f"slices more than {LARGEST_SPACING_MM} mm apart do not determine the motion "
-            "accurately enough"
-        )
-    return motion, None
+    return motion, None if motion.accurate else FAR
 
 
 def _odd_to_even(inputs: Inputs) -> NDArray[np.float64] | None:
@@ -205,17 +204,8 @@ def find_warnings(inputs: Inputs, result: Restoration, device_warnings: list[str
             "testing the program, not for use."
         )
     motion, obstacle = interleave_motion(inputs)
-    if motion is not None and obstacle:
-        warnings.append(
-            "The displacement of the odd slices is not corrected: " + obstacle + ". Expect jagged "
-            "edges across the slices."
-        )
-    elif motion is not None:
-        warnings.append(
-            "The displacement of the odd slices is corrected: the restored image shows the brain "
-            "at the position of the even slices (slice 0 and every second one). It is less "
-            "accurate than without motion."
-        )
+    if motion is not None:
+        warnings.append(treatment(obstacle))
     warnings += result.warnings
     for _, correlation in result.images:
         if correlation < ALIKE:

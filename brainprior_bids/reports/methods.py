@@ -278,8 +278,8 @@ def _interleaves(methods: Sequence[Method]) -> str:
     scans = "this scan" if len(methods) == 1 else f"{count} of the {len(methods)} scans"
     return (
         f"In {scans}, the participant had moved between the even and the odd slices; the two were "
-        "registered rigidly\nand entered the restoration as separate observations, at the "
-        "position of the even slices.\n"
+        "registered rigidly\nand entered the restoration as separate observations. The restored "
+        "image shows the brain halfway\nbetween the two positions.\n"
     )
 
 

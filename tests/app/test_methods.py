@@ -76,6 +76,13 @@ def test_what_ran_and_nothing_else():
     assert "Voxels under a lesion mask were treated as missing data" in filled
 
 
+def test_displaced_interleaves_are_named_where_they_were_corrected():
+    text = " ".join(methods_text([ONE, replace(ONE, interleaves=True)]).split())
+    assert "In 1 of the 2 scans, the participant had moved between the even and the odd" in text
+    assert "halfway between the two positions" in text
+    assert "participant had moved" not in methods_text([ONE])
+
+
 def test_slice_gains_are_named_where_they_were_corrected():
     gains = replace(ONE, slice_gains=True)
     assert "one gain per slice" not in methods_text([ONE])

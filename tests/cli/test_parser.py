@@ -247,6 +247,18 @@ def test_the_settings_of_a_run_are_read_back(folders, tmp_path):
     assert (changed.n_samples, changed.verbose, changed.mem_gb) == (2, 1, first.mem_gb)
 
 
+def test_a_cohort_of_a_template_is_read_back(folders, tmp_path):
+    """As the command line writes it, and as the record of a run does."""
+    asked = "MNIPediatricAsym:cohort-3"
+    first = parse_settings([*folders, "--output-spaces", asked, "--reports-only"])
+    assert first.template_spaces == ("MNIPediatricAsym+3",)
+    config = tmp_path / "brainprior.toml"
+    for text in (first.to_toml(), f'[brainprior]\noutput_spaces = ["{asked}"]\n'):
+        config.write_text(text)
+        again = parse_settings([*folders[:3], "--config-file", str(config), "--reports-only"])
+        assert again.template_spaces == first.template_spaces
+
+
 def derivative(folder):
     path = folder / "free surfer"
     path.mkdir(exist_ok=True)

@@ -15,7 +15,7 @@ from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.engine.errors import GeometryError, InputError, UsageError
 from brainprior_bids.engine.grids import Grid
 from brainprior_bids.engine.nuisance import THICKNESS_SD, Nuisances
-from brainprior_bids.engine.observation import Observation
+from brainprior_bids.engine.observation import Observation, halfway
 from brainprior_bids.engine.operators.resample import AffineResample, SparseResample
 from brainprior_bids.engine.restore import restore
 from brainprior_bids.engine.sensing import hidden_voxels
@@ -133,9 +133,14 @@ INTERLEAVES = turn(5.0, (0.6, -1.0, 1.2))
 
 
 def interleaved(gain=1.0):
-    """A scan with motion before its odd slices, which are ``gain`` times as bright."""
-    scan, truth = make_run(2, np.eye(4), seed=1)
-    later, _ = make_run(2, INTERLEAVES, seed=2)
+    """A scan with motion before its odd slices, which are ``gain`` times as bright, and the brain
+    halfway.
+    """
+    half = halfway(INTERLEAVES)
+    scan, _ = make_run(2, np.linalg.inv(half), seed=1)
+    later, _ = make_run(2, half, seed=2)
+    _, truth = make_run(2, np.eye(4))
+    scan, later = (replace(one, to_reference=np.eye(4)) for one in (scan, later))
     odd = torch.arange(scan.grid.shape[2]) % 2 == 1
     return replace(
         scan,
@@ -156,6 +161,36 @@ def test_displaced_interleaves_are_two_observations_of_one_brain():
     assert len(fit.residuals) == 2
     assert (np.abs(fit.residual_map).max((0, 1)) > 0)[2:-2].all()  # of both interleaves
     np.testing.assert_array_equal(fit.residual_map, done.residual_map)
+
+
+def test_slices_of_displaced_interleaves_are_predicted_where_they_were_measured():
+    scan, _ = interleaved(gain=1.3)
+    done, _ = together(scan, on_scan=True, n_samples=1)
+    assert done.predictions is not None
+    inside = scan.mask.numpy() > 0.99
+    off = (done.predictions[0] - scan.scan.numpy()) / UNIT
+    for parity, gain in ((0, 1.0), (1, 1.3)):
+        part = np.s_[..., 2 + parity : 6 : 2]
+        assert np.sqrt(np.mean(off[part][inside[part]] ** 2)) < 2 * gain * NOISE
+
+
+def test_half_of_a_motion_taken_twice_is_the_motion():
+    half = halfway(INTERLEAVES)
+    np.testing.assert_allclose(half @ half, INTERLEAVES, atol=1e-12)
+
+
+def test_warnings_of_a_scan_with_displaced_interleaves_come_once():
+    scan, _ = interleaved()
+    stated = replace(scan, acquisition=Acquisition(2, THICK, 1.1 * THICK, "boxcar"))
+    done, _ = together(stated, n_samples=1, n_steps=2)
+    assert sum("mm apart" in text for text in done.warnings) == 1
+
+
+def test_displaced_interleaves_of_thin_slices_are_refused():
+    scan, _ = interleaved()
+    thin = Grid(scan.grid.shape, scan.grid.affine @ np.diag([1, 1, 0.2, 1]))
+    with pytest.raises(GeometryError, match="at least 1 mm apart"):
+        replace(scan, grid=thin, acquisition=Acquisition(2, 1.6, 0.8))
 
 
 def test_displaced_interleaves_of_different_brightness_show_the_same_brain():

@@ -146,7 +146,7 @@ def test_ablations_and_segmentation_have_tables(tmp_path):
         **options,
     )
     assert (tmp_path / "mean.png").stat().st_size > 10_000  # without a sample
-    facts = {"synthetic": False, "prior_sha256": "ab" * 32, "tuned_on": []}
+    facts = {"synthetic": False, "prior_sha256": "ab" * 32, "tuned_on": [], "case_seconds": 90.0}
     parts = {
         method: {
             "dice": {"3": 0.5 + at / 10, "42": 0.5, "2": 0.9},
@@ -177,4 +177,6 @@ def test_ablations_and_segmentation_have_tables(tmp_path):
     assert row.split(" | ")[5:7] == ["n/a", "n/a"]  # no sample, no CRPS
     assert f"| cubic, field by N4 | | {record['methods']['cubic']['mae']:.4f} |" in text
     assert "| thick slices, unprocessed | 0.700 | 0.550 | 0.900 | n/a | 6.7 |" in text
+    assert "| ablation | 3 | 4.5 |" in text
+    assert "| all | 4 | 6.0 |" in text
     assert (tmp_path / "segmentation.png").stat().st_size > 3000

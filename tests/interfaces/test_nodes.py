@@ -39,6 +39,7 @@ from brainprior_bids.interfaces.base import FAILURE, RECORD, Meter
 from brainprior_bids.interfaces.derivatives import Write, copy_image
 from brainprior_bids.interfaces.files import save
 from brainprior_bids.interfaces.lesion import Lesion
+from brainprior_bids.interfaces.restoration import interleave_motion
 from brainprior_bids.interfaces.restore import Restore
 from brainprior_bids.interfaces.templates import ToTemplates, disagreements
 from brainprior_bids.records import HeaderRecord, TemplatesRecord
@@ -425,8 +426,54 @@ def test_moved_interleaves_and_lost_slices_reach_sidecar_and_verdict(
     content = json.loads((output_dir / side).read_text())
     assert content["SlicesNotUsed"] == [3]
     assert (content["InterleaveMotion"], content["InterleaveMotionRMS"]) == (MOTION, 2.0)
+    assert content["InterleaveMotionCorrected"] is False
     (summary,) = read_summaries(output_dir)
     assert "interleave_motion_mm 2 is above 0" in reasons(metrics(summary))
+
+
+@pytest.mark.parametrize(
+    ("more", "obstacle"),
+    [
+        ({}, None),
+        ({"keep_scan": True}, "the scan itself is kept"),
+        ({"refined": "image.nii.gz"}, "another image is refined"),
+        ({"runs_json": "runs.json"}, "several scans are fused"),
+    ],
+)
+def test_displaced_interleaves_are_corrected_in_one_scan_that_is_restored(
+    tmp_path, more, obstacle
+):
+    motion = {
+        "moved": True,
+        "accurate": True,
+        "to_reference": MOTION,
+        "rms_mm": 2.0,
+        "error_mm": 0.3,
+    }
+    (tmp_path / "bias.json").write_text(json.dumps({"interleaves": motion}))
+    (tmp_path / "runs.json").write_text(json.dumps({"reference": "run-1", "runs": []}))
+    inputs = {"keep_scan": False, "bias_json": str(tmp_path / "bias.json"), **more}
+    if "runs_json" in inputs:
+        inputs["runs_json"] = str(tmp_path / "runs.json")
+    assert interleave_motion(inputs)[1] == obstacle
+
+
+def test_motion_in_a_fused_run_is_named(tmp_path):
+    motion = {
+        "moved": True,
+        "accurate": True,
+        "to_reference": MOTION,
+        "rms_mm": 2.0,
+        "error_mm": 0.3,
+    }
+    run = {"name": "run-2", "acquisition": {}, "bias": {"interleaves": motion}}
+    (tmp_path / "bias.json").write_text("{}")
+    (tmp_path / "runs.json").write_text(json.dumps({"reference": "run-1", "runs": [run]}))
+    inputs = {"keep_scan": False} | {
+        f"{name}_json": str(tmp_path / f"{name}.json") for name in ("bias", "runs")
+    }
+    found, obstacle = interleave_motion(inputs)
+    assert (found.rms_mm, obstacle) == (2.0, "several scans are fused")
 
 
 def test_lost_slices_are_restored_as_missing(files, prior, tmp_path):
