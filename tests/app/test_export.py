@@ -282,46 +282,11 @@ def test_something_in_the_way_of_what_all_share_is_told(raw, tmp_path, told):
     assert f"{way} is in the way. Remove it" in told.text
 
 
-STEPS_OF_SMRIPREP = """
-import json, sys
-from pathlib import Path
-from niworkflows.utils.spaces import Reference, SpatialReferences
-from smriprep.utils.bids import collect_derivatives
-from smriprep.workflows.anatomical import init_anat_fit_wf
-
-raw, export, out = map(Path, sys.argv[1:])
-spaces = SpatialReferences([])
-spaces.checkpoint()
-
-def steps(precomputed):
-    workflow = init_anat_fit_wf(
-        bids_root=str(raw),
-        output_dir=str(out),
-        freesurfer=False,
-        hires=False,
-        fs_no_resume=False,
-        longitudinal=False,
-        msm_sulc=False,
-        t1w=[str(raw / f"sub-02/anat/sub-02_run-{run}_T1w.nii.gz") for run in (1, 2)],
-        t2w=[],
-        flair=[],
-        skull_strip_mode="skip",
-        skull_strip_template=Reference("OASIS30ANTs"),
-        spaces=spaces,
-        precomputed=precomputed,
-        omp_nthreads=1,
-    )
-    return sorted({name.split(".")[0] for name in workflow.list_node_names()})
-
-print(json.dumps([steps({}), steps(collect_derivatives(export, "02", []))]))
-"""
-"""In its own process: TemplateFlow lists its folder when it is imported, and tests change it."""
-
-
 def test_smripreps_own_workflow_has_nothing_left_to_do(raw, tmp_path, monkeypatch):
     pytest.importorskip("smriprep.utils.bids", reason="smriprep is not installed")
     root = deliver(raw, tmp_path, monkeypatch, labels=("02",))["fmriprep"]
-    command = [sys.executable, "-c", STEPS_OF_SMRIPREP, raw, root, tmp_path / "smriprep"]
+    script = Path(__file__).with_name("smriprep_steps.py")
+    command = [sys.executable, script, raw, root, tmp_path / "smriprep"]
     ran = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     alone, after_us = map(set, json.loads(ran.stdout.splitlines()[-1]))
     work = {"anat_template_wf", "fast"}  # averaging, the tissues

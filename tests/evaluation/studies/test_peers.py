@@ -78,7 +78,8 @@ def ready(tmp_path):
 
 def rows_of(text):
     """First cell -> the others, of every line of a table."""
-    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    study = text.partition("### Time")[0]
+    lines = [line.strip("|").split("|") for line in study.splitlines() if line.startswith("|")]
     return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines}
 
 
