@@ -245,12 +245,16 @@ def _bias(methods: Sequence[Method]) -> str:
     )
 
 
+def _scans(count: int, methods: Sequence[Method]) -> str:
+    return "this scan" if len(methods) == 1 else f"{count} of the {len(methods)} scans"
+
+
 def _reduced(methods: Sequence[Method]) -> str:
     """The sentence on interpolated scans that were reduced to the measured voxels."""
     count = sum(method.reduced for method in methods)
     if not count:
         return ""
-    scans = "This scan" if len(methods) == 1 else f"{count} of the {len(methods)} scans"
+    scans = _scans(count, methods).capitalize()
     return (
         f"\n\n{scans} had been interpolated to smaller voxels. The voxel size of the measurement "
         "was estimated\nfrom the power spectrum inside the head (or specified), and the image was "
@@ -263,7 +267,7 @@ def _slice_gains(methods: Sequence[Method]) -> str:
     count = sum(method.slice_gains for method in methods)
     if not count:
         return ""
-    scans = "this scan" if len(methods) == 1 else f"{count} of the {len(methods)} scans"
+    scans = _scans(count, methods)
     return (
         f"In {scans}, the brightness of single slices differed; one gain per slice was estimated "
         "from matched tissue\nin neighbouring slices, and became part of the bias field.\n"
@@ -275,7 +279,7 @@ def _interleaves(methods: Sequence[Method]) -> str:
     count = sum(method.interleaves for method in methods)
     if not count:
         return ""
-    scans = "this scan" if len(methods) == 1 else f"{count} of the {len(methods)} scans"
+    scans = _scans(count, methods)
     return (
         f"In {scans}, the participant had moved between the even and the odd slices; the two were "
         "registered rigidly\nand entered the restoration as separate observations. The restored "
