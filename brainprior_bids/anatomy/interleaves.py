@@ -45,7 +45,8 @@ LARGEST_SPACING_MM = 4.5
 """With slices further apart, the estimate is not accurate enough to improve the restored image
 (docs/tasks/restore.md)."""
 FAR = (
-    f"slices more than {LARGEST_SPACING_MM} mm apart do not determine the motion accurately enough"
+    f"only slices 1 to {LARGEST_SPACING_MM} mm apart determine the motion accurately enough to "
+    "correct it"
 )
 """Why such a motion is not corrected."""
 LARGEST_ERROR = 0.5

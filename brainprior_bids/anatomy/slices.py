@@ -239,7 +239,7 @@ def check_slices(
     if fit.mismatch > LARGEST_MISMATCH:
         warnings.append(
             f"Neighbouring slices are inconsistent (mismatch {fit.mismatch:.2f}, usually 0.4 to "
-            "0.6): motion between slices, alternating brightness, or a lost slice. What is not "
-            "corrected, the result reproduces."
+            "0.6): motion between slices, alternating brightness, or a lost slice. The result "
+            "reproduces whatever is not corrected."
         )
     return fit, warnings

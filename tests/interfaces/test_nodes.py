@@ -966,7 +966,7 @@ def test_images_on_the_scans_voxels_carry_its_header(tmp_path, kind, sform):
     ("change", "obstacle"),
     [
         ({"accurate": True}, None),
-        ({}, "slices more than 4.5 mm apart"),
+        ({}, "only slices 1 to 4.5 mm apart"),
         ({"accurate": True, "moved": False}, ""),
     ],
 )
