@@ -41,7 +41,7 @@ class Restoration:
     mean: NDArray[np.float32]  # (i, j, k) estimate of the posterior mean, see ``restore``
     sd: NDArray[np.float32] | None  # (i, j, k) posterior SD, if there is one
     sd_from: str | None  # "prior" (predicted) or "samples" (at least two)
-    log_bias: NDArray[np.float32]  # on the reference's grid; mean 0 in the brain (of its even slices)
+    log_bias: NDArray[np.float32]  # on the reference's grid; mean 0 in its brain
     noise_sd_initial: float  # engine unit, a voxel of the reference, before sampling
     noise_sd: float  # after sampling, mean over samples
     residuals: list[Residual]  # of each sample, over all scans
