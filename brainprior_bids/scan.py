@@ -10,10 +10,8 @@ from typing import Any
 
 import nibabel as nib
 
-from brainprior_bids.anatomy.interleaves import FAR, treatment
 from brainprior_bids.anatomy.prepare import Prepared, prepare
 from brainprior_bids.engine.conditioning import PriorLike
-from brainprior_bids.engine.observation import Observation
 from brainprior_bids.engine.restore import RIM_MM, restore
 from brainprior_bids.engine.result import Restoration
 from brainprior_bids.engine.weights import load_prior
@@ -61,27 +59,15 @@ def restore_scan(
     """
     prepared = prepare(scan, metadata=metadata, lesion=lesion, threads=2)
     result = _restore(prepared, contrast, prior or load_prior(), {"rim_mm": RIM_MM, **options})
-    motion = None if prepared.bias is None else prepared.bias.interleaves
-    moved = motion is not None and motion.moved
-    treated = [treatment(FAR if prepared.odd_to_even is None else None)] if moved else []
-    return replace(result, warnings=[*prepared.warnings, *treated, *result.warnings])
+    return replace(result, warnings=[*prepared.warnings, *result.warnings])
 
 
 def _restore(
     scan: Prepared, contrast: str, prior: PriorLike, options: Mapping[str, Any]
 ) -> Restoration:
     assert scan.to_mni305 is not None
-    observation = Observation(
-        scan.values,
-        scan.grid,
-        scan.acquisition,
-        scan.mask,
-        log_bias=scan.log_bias,
-        hidden=scan.hidden,
-        odd_to_even=scan.odd_to_even,
-    )
     return restore(
-        observation,
+        scan.observation,
         mask_1mm=scan.mask_1mm,
         to_mni305=scan.to_mni305,
         contrast=contrast,

@@ -32,6 +32,7 @@ from brainprior_bids.anatomy.bias import BiasField, find_bias
 from brainprior_bids.anatomy.brain import BrainSources, find_brain
 from brainprior_bids.anatomy.conform import Conformed, conform
 from brainprior_bids.anatomy.hull import surface
+from brainprior_bids.anatomy.interleaves import FAR, treatment
 from brainprior_bids.anatomy.lesion import Lesion, find_lesion
 from brainprior_bids.anatomy.padding import unmeasured
 from brainprior_bids.anatomy.parcellation import Parcellation
@@ -40,6 +41,7 @@ from brainprior_bids.anatomy.resolution import Sizes
 from brainprior_bids.anatomy.slices import hidden_voxels, without_slices
 from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.engine.grids import Grid
+from brainprior_bids.engine.observation import Observation
 from brainprior_bids.engine.parcellation_network import ParcellationNetwork
 from brainprior_bids.engine.weights import load_parcellation
 
@@ -117,15 +119,34 @@ class Prepared:
         return motion.to_reference if motion is not None and motion.accurate else None
 
     @property
+    def observation(self) -> Observation:
+        """The scan as the engine takes it: lesion and lost slices hidden, motion between the
+        interleaves stated where it is known accurately.
+        """
+        return Observation(
+            self.values,
+            self.grid,
+            self.acquisition,
+            self.mask,
+            log_bias=self.log_bias,
+            hidden=self.hidden,
+            odd_to_even=self.odd_to_even,
+        )
+
+    @property
     def to_mni305(self) -> NDArray[np.float64] | None:
         """(4, 4) scanner RAS mm to MNI305 RAS mm; None if not requested."""
         return None if self.affine is None else np.asarray(self.affine.matrix, np.float64)
 
     @property
     def warnings(self) -> list[str]:
-        """Warnings of all steps, in their order."""
+        """Warnings of all steps, in their order; whether motion is corrected comes last."""
         steps = (self.conformed, self.brain, self.lesion, self.bias, self.affine)
-        return [text for step in steps if step is not None for text in step.warnings]
+        warnings = [text for step in steps if step is not None for text in step.warnings]
+        motion = None if self.bias is None else self.bias.interleaves
+        if motion is not None and motion.moved:
+            warnings.append(treatment(None if motion.accurate else FAR))
+        return warnings
 
 
 def prepare(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from scipy import ndimage
 from brainprior_bids.anatomy.prepare import Prepared, prepare
 from brainprior_bids.anatomy.spaces import resample
 from brainprior_bids.bids.files import read_json
-from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.engine.errors import InputError, UsageError
 from brainprior_bids.engine.grids import Grid
 from brainprior_bids.engine.observation import Observation
@@ -39,12 +38,8 @@ WHITE_MATTER = (2, 41)
 class LesionCase:
     """A scan with the inputs of ``restore``, and the depth in the white matter, for lesions."""
 
-    scan: NDArray[np.float32]
-    grid: Grid
-    acquisition: Acquisition
-    mask: NDArray[np.float32]
+    observation: Observation
     mask_1mm: NDArray[np.float32]
-    log_bias: NDArray[np.float32]
     to_mni305: NDArray[np.float64]
     contrast: str
     depth_mm: NDArray[np.float64]  # 1 mm grid: depth in the white matter, 0 elsewhere
@@ -52,47 +47,70 @@ class LesionCase:
     @classmethod
     def from_scan(cls, scan: Prepared, contrast: str) -> LesionCase:
         """The whole field of view of a scan that was prepared with bias field and affine."""
-        assert scan.log_bias is not None
         assert scan.to_mni305 is not None
         white = np.isin(scan.brain.structures, WHITE_MATTER)
         return cls(
-            scan.values,
-            scan.grid,
-            scan.acquisition,
-            scan.mask,
+            scan.observation,
             scan.mask_1mm.astype(np.float32),
-            scan.log_bias,
             scan.to_mni305,
             contrast,
             ndimage.distance_transform_edt(white),
         )
 
+    @property
+    def fine(self) -> Grid:
+        """The 1 mm grid of ``mask_1mm`` and ``depth_mm``."""
+        return self.observation.grid.one_millimetre()
+
     def deepest_mm(self) -> NDArray[np.float64]:
         """(3,) the deepest point of the white matter, scanner mm."""
         deepest = np.unravel_index(self.depth_mm.argmax(), self.depth_mm.shape)
-        point: NDArray[np.float64] = self.grid.one_millimetre().affine @ np.append(deepest, 1)
+        point: NDArray[np.float64] = self.fine.affine @ np.append(deepest, 1)
         return point[:3]
 
     def crop(self, centre_mm: NDArray[np.float64], size_mm: float) -> LesionCase:
-        """The part of the field of view within half of ``size_mm`` along each axis."""
-        at = np.linalg.inv(self.grid.affine) @ np.append(centre_mm, 1)
-        half = size_mm / 2 / self.grid.spacing_mm
+        """The part of the field of view within half of ``size_mm`` along each axis; even slices
+        remain even.
+        """
+        whole = self.observation
+        at = np.linalg.inv(whole.grid.affine) @ np.append(centre_mm, 1)
+        half = size_mm / 2 / whole.grid.spacing_mm
         start = np.maximum(np.round(at[:3] - half), 0).astype(int)
-        stop = np.minimum(np.round(at[:3] + half), self.grid.shape).astype(int)
+        start[whole.acquisition.slice_axis] -= start[whole.acquisition.slice_axis] % 2
+        stop = np.minimum(np.round(at[:3] + half), whole.grid.shape).astype(int)
         part = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
-        grid = self.grid.crop(tuple(start), tuple(stop))
-        old, new = self.grid.one_millimetre(), grid.one_millimetre()
-        return LesionCase(
-            self.scan[part],
-            grid,
-            self.acquisition,
-            self.mask[part],
-            resample(self.mask_1mm, old, new, order=0),
-            self.log_bias[part],
-            self.to_mni305,
-            self.contrast,
-            resample(self.depth_mm, old, new, order=0).astype(np.float64),
+        observation = replace(
+            whole,
+            scan=whole.scan[part],
+            grid=whole.grid.crop(tuple(start), tuple(stop)),
+            mask=whole.mask[part],
+            log_bias=whole.log_bias[part],
+            hidden=None if whole.hidden is None else whole.hidden[part],
         )
+        fine = observation.grid.one_millimetre()
+        return replace(
+            self,
+            observation=observation,
+            mask_1mm=resample(self.mask_1mm, self.fine, fine, order=0),
+            depth_mm=resample(self.depth_mm, self.fine, fine, order=0).astype(np.float64),
+        )
+
+    def share(self, centre_mm: NDArray[np.float64], radius_mm: float) -> NDArray[np.float32]:
+        """(i, j, k) share of a sphere in the scan's voxels; displaced slices show it displaced."""
+        share = np.zeros(self.observation.grid.shape, np.float32)
+        for part in self.observation.interleaves():
+            place = np.linalg.inv(part.to_reference) @ np.append(centre_mm, 1)
+            sphere = torch.from_numpy(self.sphere(place[:3], radius_mm)).float()
+            shown = F.adaptive_avg_pool3d(sphere[None, None], share.shape)[0, 0].numpy()
+            measured = True if part.hidden is None else ~part.hidden.numpy()
+            share = np.where(measured, shown, share)
+        return share
+
+    def sphere(self, centre_mm: NDArray[np.float64], radius_mm: float) -> NDArray[np.bool_]:
+        """The 1 mm voxels of a sphere."""
+        points = self.fine.points_mm() - centre_mm[:, None, None, None]
+        inside: NDArray[np.bool_] = np.linalg.norm(points, axis=0) <= radius_mm
+        return inside
 
 
 def prepare_case(
@@ -167,24 +185,22 @@ def contrast_kept(
     InputError
         If a lesion is not entirely inside the brain.
     """
-    fine = case.grid.one_millimetre()
-    distance = np.linalg.norm(fine.points_mm() - centre_mm[:, None, None, None], axis=0)
-    plain = _restored(case, case.scan, prior, noise_sd, options)
+    observation, fine = case.observation, case.fine
+    plain = _restored(case, observation, prior, noise_sd, options)
     kept = []
     for size, contrast in itertools.product(sizes_mm, contrasts):
-        sphere = distance <= size / 2
+        sphere = case.sphere(centre_mm, size / 2)
         if not sphere.any() or not (case.mask_1mm[sphere] > 0.5).all():
             raise InputError(
                 f"check-lesion: a sphere of {size:g} mm at {np.round(centre_mm, 1).tolist()} mm "
                 "is not entirely inside the brain. Choose another position with --at."
             )
-        share = F.adaptive_avg_pool3d(
-            torch.from_numpy(sphere)[None, None].float(), case.grid.shape
-        )[0, 0].numpy()
-        scan = case.scan * (1 + contrast * share)
-        with_lesion = _restored(case, scan, prior, noise_sd, options)
+        change = observation.scan.numpy() * (contrast * case.share(centre_mm, size / 2))
+        changed = replace(observation, scan=observation.scan.numpy() + change)
+        with_lesion = _restored(case, changed, prior, noise_sd, options)
         added = contrast * plain.mean[sphere].mean()
-        flat = resample((scan - case.scan) * np.exp(-case.log_bias), case.grid, fine, order=1)
+        bias = observation.log_bias.exp().numpy()
+        flat = resample(change / bias, observation.grid, fine, order=1)
         kept.append(
             Kept(
                 float(size),
@@ -199,21 +215,13 @@ def contrast_kept(
 
 def _restored(
     case: LesionCase,
-    scan: NDArray[np.float32],
+    observation: Observation,
     prior: Any,
     noise_sd: float | None,
     options: dict[str, Any],
 ) -> Restoration:
-    observation = Observation(
-        scan.astype(np.float32),
-        grid=case.grid,
-        acquisition=case.acquisition,
-        mask=case.mask,
-        log_bias=case.log_bias,
-        noise_sd=noise_sd,
-    )
     return restore(
-        observation,
+        replace(observation, noise_sd=noise_sd),
         mask_1mm=case.mask_1mm,
         to_mni305=case.to_mni305,
         contrast=case.contrast,

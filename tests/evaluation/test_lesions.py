@@ -17,6 +17,7 @@ from brainprior_bids.cli.run import main
 from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.engine.errors import InputError
 from brainprior_bids.engine.grids import Grid
+from brainprior_bids.engine.observation import Observation
 from brainprior_bids.evaluation import lesions
 from brainprior_bids.evaluation.lesions import LesionCase, contrast_kept
 
@@ -42,17 +43,17 @@ class Flat:
         return LEVEL + gain * (x - LEVEL)
 
 
-def case(thick=1):
+def case(thick=1, odd_to_even=None):
     shape = (24, 24, 24 // thick)
     affine = np.diag([1.0, 1.0, thick, 1.0])
     affine[:3, 3] = [-11.5, -11.5, -12 + thick / 2]
     grid = Grid(shape, affine)
     rng = np.random.default_rng(0)
     scan = (100 * (0.8 + 0.01 * rng.standard_normal(shape))).astype(np.float32)
+    acquisition = Acquisition(2, float(thick), float(thick), "boxcar")
     return LesionCase(
-        scan, grid, Acquisition(2, float(thick), float(thick), "boxcar"),
-        np.ones(shape, np.float32), np.ones((24, 24, 24), np.float32),
-        np.zeros(shape, np.float32), np.eye(4), "T1w", np.ones((24, 24, 24)),
+        Observation(scan, grid, acquisition, np.ones(shape), odd_to_even=odd_to_even),
+        np.ones((24, 24, 24), np.float32), np.eye(4), "T1w", np.ones((24, 24, 24)),
     )  # fmt: skip
 
 
@@ -78,11 +79,26 @@ def test_thick_slices_dilute():
 
 def test_a_crop_stays_where_it_is():
     whole = case(4)
-    part = whole.crop(np.array([1.0, 2.0, 0.0]), 12)
-    assert part.scan.shape == part.grid.shape == part.mask.shape
-    assert part.mask_1mm.shape == part.grid.one_millimetre().shape
-    at = np.round(np.linalg.inv(whole.grid.affine) @ part.grid.affine @ (0, 0, 0, 1)).astype(int)
-    assert part.scan[0, 0, 0] == whole.scan[tuple(at[:3])]
+    for centre in (0.0, 4.0):
+        part = whole.crop(np.array([1.0, 2.0, centre]), 12)
+        cut, grid = part.observation, whole.observation.grid
+        assert part.mask_1mm.shape == part.depth_mm.shape == cut.grid.one_millimetre().shape
+        at = np.round(np.linalg.inv(grid.affine) @ cut.grid.affine @ (0, 0, 0, 1)).astype(int)
+        assert cut.scan[0, 0, 0] == whole.observation.scan[tuple(at[:3])]
+        assert at[2] % 2 == 0  # even slices remain even
+
+
+def test_displaced_slices_show_a_lesion_displaced():
+    """The brain is halfway: 3 mm to the left of where the even slices show it."""
+    motion = np.eye(4)
+    motion[0, 3] = 6.0
+    one = case(2, motion)
+    share = one.share(np.zeros(3), 4.0)
+    across = np.arange(24) - 11.5
+    middle = [np.average(across, weights=share[..., k].sum(1)) for k in (5, 6)]
+    assert middle == pytest.approx([-3.0, 3.0], abs=1e-6)
+    still = case(2).share(np.zeros(3), 4.0)
+    assert share.sum() == pytest.approx(still.sum(), rel=0.05)
 
 
 def test_a_lesion_outside_the_brain_is_refused(capsys):
@@ -110,15 +126,18 @@ def test_a_scan_is_prepared_as_by_the_command(tmp_path, monkeypatch):
     part = case(4)
     white = np.zeros((24, 24, 24), np.int16)
     white[8:17, 8:17, 8:17] = 41
-    brain = Parcellation(white, part.mask_1mm.astype(np.uint8), part.mask, [], ["Look at it."])
-    conformed = Conformed(nib.Nifti1Image(part.scan, part.grid.affine), part.acquisition, {})
+    given = part.observation
+    mask = given.mask.numpy()
+    brain = Parcellation(white, part.mask_1mm.astype(np.uint8), mask, [], ["Look at it."])
+    image = nib.Nifti1Image(given.scan.numpy(), given.grid.affine)
+    conformed = Conformed(image, given.acquisition, {})
     fit = AffineFit(np.eye(4), 12, {}, 0.0, [])
 
     def prepare(path, *, metadata, slice_thickness_mm):
         assert (path.name, metadata, slice_thickness_mm) == (
             "scan.nii.gz", {"SliceThickness": 4}, 3.0
         )  # fmt: skip
-        return Prepared(conformed, brain, None, BiasField(part.log_bias, None, []), fit)
+        return Prepared(conformed, brain, None, BiasField(given.log_bias.numpy(), None, []), fit)
 
     monkeypatch.setattr(lesions, "prepare", prepare)
     (tmp_path / "scan.json").write_text('{"SliceThickness": 4}')
@@ -128,5 +147,5 @@ def test_a_scan_is_prepared_as_by_the_command(tmp_path, monkeypatch):
     assert made.depth_mm.max() == made.depth_mm[12, 12, 12] == 5
     assert made.deepest_mm().tolist() == [0.5, 0.5, 0.5]
     assert made.contrast == "T2w"
-    np.testing.assert_array_equal(made.scan, part.scan)
+    np.testing.assert_array_equal(made.observation.scan, given.scan)
     np.testing.assert_array_equal(made.to_mni305, np.eye(4))
