@@ -734,6 +734,19 @@ class TissuesRecord(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AlignmentRecord(Record):
+    """How well a result could be registered to its session's reference contrast."""
+
+    reference: str
+    shared: float | None = None
+    """Share of the smaller brain that is in both."""
+    alike: float | None = None
+    """Share of the voxels in both brains that have one label."""
+    message: str = ""
+    """Why the two are not aligned; empty if they are."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepRecords(Record):
     """The records of a scan's steps, and the files from other data sets, by role."""
 
@@ -749,6 +762,8 @@ class StepRecords(Record):
     tissues: TissuesRecord | None = field(default=None, metadata=OMIT)
     """None if they could not be computed, and for a scan that was only inpainted."""
     templates: tuple[TemplateRecord, ...] = field(default=(), metadata=OMIT)
+    alignment: AlignmentRecord | None = field(default=None, metadata=OMIT)
+    """None for the session's reference contrast, and until its contrasts are aligned."""
     given: Mapping[str, FileRecord] = field(default_factory=dict, metadata=OMIT)
     seed: int | None = field(default=None, metadata=OMIT)
 
@@ -850,3 +865,13 @@ class ContrastRecord(Record):
     message: str = ""
     run_uuid: str | None = None
     outputs: tuple[str, ...] = ()
+
+    @property
+    def alignment(self) -> AlignmentRecord:
+        """What the summary of the scan states of it."""
+        return AlignmentRecord(
+            reference=self.reference,
+            shared=self.shared,
+            alike=self.alike,
+            message=self.message,
+        )

@@ -78,14 +78,29 @@ class ContrastMotion:
     shared: float
     alike: float
 
+    @property
+    def certain(self) -> bool:
+        """Whether both seem to show one brain."""
+        return self.shared >= SHARED and self.alike >= ALIKE
+
+    def refusal(self, reference: str, other: str) -> str:
+        """Why an uncertain motion is not used; the arguments are the names of the images."""
+        return (
+            f"{other} could not be registered to {reference}: after rigid alignment "
+            f"they share {100 * self.shared:.0f} % of the smaller brain (at least "
+            f"{100 * SHARED:.0f} % is needed), and {100 * self.alike:.0f} % of it has the same "
+            f"label (at least {100 * ALIKE:.0f} %). It keeps its own frame. Compare the two "
+            "images and their structures in the report: are they of one person?"
+        )
+
 
 def align_contrast(reference: RestoredContrast, other: RestoredContrast) -> ContrastMotion:
-    """Rigid registration of a contrast to the reference.
+    """Rigid registration of a contrast to the reference; see ``ContrastMotion.certain``.
 
     Raises
     ------
     InputError
-        If a mask is empty, or the two do not overlap after the alignment.
+        If a mask is empty.
     """
     fixed, moving = reference.brain, other.brain
     around = ndimage.binary_dilation(fixed.mask, iterations=AROUND_MM)
@@ -99,12 +114,4 @@ def align_contrast(reference: RestoredContrast, other: RestoredContrast) -> Cont
     )
     same = labels[both] == np.asarray(reference.structures.dataobj)[both]
     alike = float(same.mean()) if same.size else 0.0
-    if shared < SHARED or alike < ALIKE:
-        raise InputError(
-            f"{other.name} could not be registered to {reference.name}: after rigid alignment "
-            f"they share {100 * shared:.0f} % of the smaller brain (at least "
-            f"{100 * SHARED:.0f} % is needed), and {100 * alike:.0f} % of it has the same label "
-            f"(at least {100 * ALIKE:.0f} %). It keeps its own frame. Compare the two images and "
-            "their structures in the report."
-        )
     return ContrastMotion(matrix, shared, alike)

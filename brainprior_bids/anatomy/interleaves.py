@@ -41,10 +41,10 @@ FINE_MM = 2.0
 AROUND = 2
 """Margin around the brain that is compared too, in voxels of that grid."""
 BLUR = 4
-"""FWHM of the blur across the slices, in slice spacings; 2 gave larger errors in that direction."""
+"""FWHM of the blur across the slices, in slice spacings; with 2, errors across were larger."""
 LEAST = 0.3
 """Motion below this share of the slice spacing is not reported: still scans have up to 0.15."""
-LARGEST_SPACING_MM = 4.5
+LARGEST_SPACING_MM = 5.5
 """With slices further apart, the estimate is not accurate enough to improve the restored image
 (docs/tasks/restore.md)."""
 FAR = (

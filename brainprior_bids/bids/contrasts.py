@@ -27,7 +27,7 @@ from brainprior_bids.anatomy.contrasts import ContrastMotion, RestoredContrast
 from brainprior_bids.anatomy.normalise import resample_through
 from brainprior_bids.anatomy.spaces import Kind, move, write_itk_affine
 from brainprior_bids.anatomy.templates import find_template
-from brainprior_bids.bids.derivatives import bids_uri, resampled, structures_table
+from brainprior_bids.bids.derivatives import ITK_POINTS, bids_uri, resampled, structures_table
 from brainprior_bids.bids.files import read_json, to_json
 from brainprior_bids.bids.fingerprint import code_version
 from brainprior_bids.bids.names import (
@@ -318,8 +318,8 @@ class Alignment:
         """Write the JSON next to a transform; returns its path."""
         files = [result.files(1, save_samples=False)["restored"] for result in (source, target)]
         content = {
-            "Description": f"rigid transform from {source.title} to {target.title}; ITK text, "
-            "RAS points of the target to the source in LPS, as antsApplyTransforms reads it",
+            "Description": f"rigid transform that resamples {source.title} on {target.title}; "
+            f"{ITK_POINTS}",
             "Sources": [bids_uri(file) for file in files],
             "SharedShareOfSmallerBrain": round(motion.shared, 4),
             "ShareWithSameLabel": round(motion.alike, 4),

@@ -23,6 +23,7 @@ from brainprior_bids.bids.query import Scan
 from brainprior_bids.engine.errors import UsageError, is_full
 from brainprior_bids.engine.samplers import registry
 from brainprior_bids.records import (
+    AffineRecord,
     BiasRecord,
     ParcellationRecord,
     ResolutionRecord,
@@ -35,6 +36,12 @@ from brainprior_bids.settings import FILLED, MODALITIES, OTHER_MODALITIES, TASKS
 
 BIDS_VERSION = "1.11.1"
 """The newest version that the validator supports (bids-validator-deno 3.0.2 warns of 1.11.2)."""
+
+ITK_POINTS = (
+    "ITK text for antsApplyTransforms: maps points of the target to points of the source, both in "
+    "LPS mm"
+)
+"""Meaning of the matrix in a transform file."""
 
 BIDSIGNORE = (
     "*.html",
@@ -422,6 +429,9 @@ def sidecars(
     moved = resampled(
         contents, outputs, "MNI305", transforms=[outputs["to_mni305"]], reference=MNI305_URL
     )
+    ends = (scan.name.suffix, restored), ("MNI305", MNI305_URL)
+    moved["to_mni305"] = _affine(steps.affine, *ends)
+    moved["from_mni305"] = _affine(steps.affine, *reversed(ends))
     for template in steps.templates:
         there, back = transform_roles(template.space)
         moved |= resampled(
@@ -434,6 +444,19 @@ def sidecars(
         moved[there] = _warp(template, f"{scan.name.suffix} to {template.space}", restored)
         moved[back] = _warp(template, f"{template.space} to {scan.name.suffix}", restored)
     return contents | moved
+
+
+def _affine(
+    affine: AffineRecord, source: tuple[str, str], target: tuple[str, str]
+) -> dict[str, Any]:
+    """The JSON next to an affine; both ends are a space and the address of its image."""
+    return {
+        "Description": f"affine transform that resamples {source[0]} on {target[0]}; {ITK_POINTS}",
+        "Sources": [source[1], target[1]],
+        "DegreesOfFreedom": affine.dof,
+        "Method": affine.method,
+        "MedianResidual": affine.median_residual_mm,
+    }
 
 
 def _warp(template: TemplateRecord, way: str, image: str) -> dict[str, Any]:

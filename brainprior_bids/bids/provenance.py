@@ -337,6 +337,7 @@ def contrast_records(
     settings: Settings,
     *,
     activity: str,
+    began: datetime,
     inputs: Mapping[str, str],
     outputs: Iterable[tuple[str, str]],
     motion: ContrastMotion,
@@ -349,6 +350,8 @@ def contrast_records(
         Name of the contrast's result.
     activity : str
         Identifier of the activity.
+    began : datetime
+        When it began.
     inputs : path from the output folder -> SHA-256
     outputs : (path from the output folder, SHA-256)
     """
@@ -362,6 +365,7 @@ def contrast_records(
                 "Command": shlex.join(settings.command),
                 "AssociatedWith": [f"bids::prov#software-{run}"],
                 "Used": [bids_uri(path) for path in inputs],
+                "StartedAtTime": began.isoformat(timespec="seconds"),
                 "EndedAtTime": datetime.now(UTC).isoformat(timespec="seconds"),
                 "RunUUID": settings.run_uuid,
                 "ToReference": motion.to_reference.tolist(),

@@ -22,6 +22,7 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
+from brainprior_bids.anatomy.contrasts import ALIKE
 from brainprior_bids.anatomy.slices import FAINTEST, LARGEST_MISMATCH
 from brainprior_bids.anatomy.tissue_metrics import RATIOS
 from brainprior_bids.bids.files import write_text
@@ -127,6 +128,10 @@ METRICS = {
         "size of the measured voxels over that of the stored ones, along the axis where it is "
         "largest: above 1, the scan was interpolated", "1", high=1.35,
     ),
+    "same_label": Metric(
+        "share of the voxels in both brains that have one label after the registration to the "
+        "session's reference contrast; none for the reference itself", "1", low=ALIKE,
+    ),
     "thickness_mm": Metric("slice thickness that was used", "mm"),
     "in_plane_mm": Metric("larger of the scan's two in-plane voxel sizes", "mm"),
     "warnings": Metric("warnings of all steps", "1"),
@@ -154,6 +159,7 @@ def metrics(summary: ScanRecord) -> dict[str, float | None]:
         "interleave_motion_mm": _interleave_motion(steps.bias),
         "bias_range": restore.bias_range,
         "interpolation": conform.facts.resolution.factor,
+        "same_label": None if steps.alignment is None else steps.alignment.alike,
         "thickness_mm": conform.acquisition.thickness_mm,
         "in_plane_mm": max(in_plane, default=None),
         "warnings": len(summary.warnings),

@@ -361,7 +361,7 @@ class Write(MeasuredInterface):
         staged = list(outputs.values())
         activity = activity_id("restore", inputs.fingerprint)
         for role, content in sidecars(scan, outputs, steps, image_desc=inputs.image_desc).items():
-            path = outputs[role].removesuffix(".nii.gz").removesuffix(".h5") + ".json"
+            path = f"{outputs[role].partition('.')[0]}.json"
             origin = file_provenance(activity, sha256_file(staging / outputs[role]))
             _write(staging / path, to_json(content | origin))
             staged.append(path)

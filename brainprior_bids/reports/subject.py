@@ -23,6 +23,7 @@ from brainprior_bids.bids.provenance import label
 from brainprior_bids.bids.qc import metrics, reasons, relative_scores, verdict
 from brainprior_bids.bids.status import read_summaries
 from brainprior_bids.records import (
+    AlignmentRecord,
     ErrorRecord,
     RestoreRecord,
     ScanRecord,
@@ -265,7 +266,18 @@ def _anatomy_rows(scan: ScanRecord) -> Rows:
             "Median distance of centroids from MNI305",
             _number(affine.median_residual_mm, ".1f", " mm"),
         ),
+        *_alignment_rows(scan.facts.alignment),
     ]
+
+
+def _alignment_rows(alignment: AlignmentRecord | None) -> Rows:
+    """How well the contrast fits its session's reference; nothing for the reference itself."""
+    if alignment is None:
+        return []
+    if alignment.alike is None:
+        return [(f"Registered to {alignment.reference}", "no")]
+    fit = f"{100 * alignment.alike:.0f} % of the brain has the same label in both"
+    return [(f"Registered to {alignment.reference}", f"no: {fit}" if alignment.message else fit)]
 
 
 def _run_rows(scan: ScanRecord) -> Rows:

@@ -48,11 +48,15 @@ def test_the_motion_between_two_contrasts_is_found():
     np.testing.assert_allclose(rotation @ rotation.T, np.eye(3), atol=1e-9)
     assert result.shared > 0.95
     assert result.alike > 0.8
+    assert result.certain
 
 
 def test_another_person_is_refused_by_name():
-    with pytest.raises(InputError, match=r"^T2w could not be registered to T1w: .*own frame"):
-        align_contrast(contrast("T1w", 1), contrast("T2w", 2, inverted=True))
+    motion = align_contrast(contrast("T1w", 1), contrast("T2w", 2, inverted=True))
+    assert not motion.certain
+    text = motion.refusal("T1w", "T2w")
+    assert text.startswith("T2w could not be registered to T1w: ")
+    assert f"{100 * motion.alike:.0f} % of it has the same label" in text
 
 
 def test_an_empty_mask_is_named():

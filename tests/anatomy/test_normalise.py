@@ -135,6 +135,20 @@ def test_the_two_transforms_are_inverse(warp):
         np.testing.assert_allclose(both.TransformPoint(point), point, atol=1.0)
 
 
+def test_nitransforms_reads_the_same_transform(warp):
+    """At the nodes of the field; between them it interpolates by splines, and ITK linearly."""
+    import nitransforms
+
+    node = np.argwhere(ndimage.binary_erosion(np.ones(SHAPE), iterations=5))[::97]
+    points = nib.affines.apply_affine(AFFINE, node)
+    found = nitransforms.manip.load(warp.to_template, fmt="itk").map(points)
+    ours = sitk.ReadTransform(str(warp.to_template))
+    lps = np.array([-1.0, -1.0, 1.0])
+    expected = [lps * ours.TransformPoint(lps * point) for point in points]
+    np.testing.assert_allclose(found, expected, atol=0.01)
+    assert np.abs(found - points).max() > 5
+
+
 def test_with_one_thread_the_same_bytes_each_time(home, tmp_path):
     """In processes of their own: ITK reads the number of threads once, and other tests set it."""
     (tmp_path / "a").mkdir()

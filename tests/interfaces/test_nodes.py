@@ -242,7 +242,9 @@ def test_a_finished_scan_leaves_the_documented_files(files, raw, output_dir, tmp
             f"{run_label}_act.json",
             f"{run_label}_io.json",
             f"{anat}_from-FLAIR_to-MNI305_mode-image_xfm.txt",
+            f"{anat}_from-FLAIR_to-MNI305_mode-image_xfm.json",
             f"{anat}_from-MNI305_to-FLAIR_mode-image_xfm.txt",
+            f"{anat}_from-MNI305_to-FLAIR_mode-image_xfm.json",
             f"{anat}_space-FLAIR_desc-structures_dseg.tsv",
             f"{anat}_space-MNI305_desc-structuresFLAIR_dseg.tsv",
             *(
@@ -777,13 +779,13 @@ def test_sidecars_have_hash_and_origin_of_their_images_in_any_run(
     run(writer(files, raw, output_dir), tmp_path / "w")
     anat = output_dir / "sub-01" / "ses-a" / "anat"
     before = {path.name: path.read_bytes() for path in anat.glob("*.json")}
-    assert len(before) == 13
+    assert len(before) == 15
     for name in before:
         side = json.loads(before[name])
         assert side["GeneratedBy"] == ["bids::prov#restore-ffffffffffff"]
         (entry,) = side["Checksum"]
         assert entry["ChecksumAlgorithm"] == "spdx:checksumAlgorithm_sha256"
-        image = anat / name.replace(".json", ".nii.gz")
+        image = anat / name.replace(".json", ".txt" if "xfm" in name else ".nii.gz")
         assert entry["ChecksumValue"] == hashlib.sha256(image.read_bytes()).hexdigest()
     run(writer(files, raw, output_dir, run_uuid="20260102-000000_def"), tmp_path / "w2")
     assert {path.name: path.read_bytes() for path in anat.glob("*.json")} == before

@@ -403,6 +403,23 @@ def test_a_mean_without_samples_is_not_called_unrecorded(tmp_path):
     assert samples == "none: the posterior mean alone"
 
 
+def test_the_registration_to_the_other_contrast_is_shown(tmp_path):
+    def shown(scan, **alignment):
+        value = summary(f"sub-01_{scan}")
+        value["facts"]["alignment"] = alignment
+        store(tmp_path, value)
+        page = read(build_subject_report(tmp_path, "01"))
+        place = f"//section[@id='sub-01_{scan}']//th[text()='Registered to sub-01_T1w']"
+        (text,) = page.xpath(f"{place}/following-sibling::td/text()")
+        return text
+
+    aligned = {"reference": "sub-01_T1w", "shared": 0.98, "alike": 0.82}
+    fit = "82 % of the brain has the same label in both"
+    assert shown("T2w", **aligned) == fit
+    assert shown("FLAIR", **aligned | {"message": "They differ."}) == f"no: {fit}"
+    assert shown("PDw", reference="sub-01_T1w", message="Empty.") == "no"
+
+
 def test_table_of_structures(output_dir):
     page = read(build_subject_report(output_dir, "01"))
     (table,) = page.xpath("//section[@id='sub-01_ses-a_T1w']//details//tbody")

@@ -22,6 +22,7 @@ from brainprior_bids.anatomy.spaces import Kind, move
 from brainprior_bids.bids.contrasts import Result, pairs, through_t1w
 from brainprior_bids.bids.names import BIDSName
 from brainprior_bids.bids.provenance import recorded_sha256, sha256_file, verify_records
+from brainprior_bids.bids.qc import metrics, reasons
 from brainprior_bids.bids.status import read_summaries, write_summary
 from brainprior_bids.engine.grids import Grid
 from brainprior_bids.records import RestoreRecord, ScanRecord, ScanStatus, StepRecords
@@ -152,6 +153,9 @@ def test_ants_and_nitransforms_read_the_rigid_transforms(settings):
 def test_its_records_fit_their_schema_and_are_verified(settings):
     root = settings.output_dir
     align_contrasts({"01"}, settings)
+    (act,) = (root / "prov").glob("*_act.json")
+    activity = json.loads(act.read_text())["Activities"][0]
+    assert activity["StartedAtTime"] <= activity["EndedAtTime"]
     result = verify_records(root)
     assert (result.changes, result.outputs) == ({}, 11)
     (root / BACK).write_text("")
@@ -204,10 +208,39 @@ def test_a_contrast_that_cannot_be_registered_is_named_and_leaves_nothing(settin
     assert [r.getMessage() for r in told.records].count(line) == 2
 
 
+def t2w(settings) -> ScanRecord:
+    """The T2w's summary."""
+    return next(s for s in read_summaries(settings.output_dir) if s.scan == "sub-01_T2w")
+
+
+def test_the_alignment_is_in_the_summary_and_decides_on_the_verdict(settings):
+    align_contrasts({"01"}, settings)
+    alignment = t2w(settings).facts.alignment
+    assert (alignment.reference, alignment.message) == ("sub-01_T1w", "")
+    assert alignment.alike > 0.8
+    assert t2w(settings).warnings == ()
+    write_result(settings.output_dir, "T2w", 2)  # another brain
+    align_contrasts({"01"}, settings)
+    align_contrasts({"01"}, settings)
+    summary = t2w(settings)
+    assert summary.facts.alignment.alike < 0.75
+    assert summary.warnings == (summary.facts.alignment.message,)
+    assert "is below 0.75" in " ".join(r for r in reasons(metrics(summary)) if "same_label" in r)
+    # the participant's own T2w again, its result replaced behind the summary's back
+    write_summary(settings.output_dir, replace(summary, warnings=("Old.", *summary.warnings)))
+    told_before = t2w(settings)
+    write_result(settings.output_dir, "T2w", 1, MOTION)
+    write_summary(settings.output_dir, told_before)
+    align_contrasts({"01"}, settings)
+    assert t2w(settings).warnings == ("Old.",)
+    assert t2w(settings).facts.alignment.message == ""
+
+
 def test_an_unreadable_image_stops_nothing(settings, told):
     (settings.output_dir / f"{ANAT}_desc-restored_T2w.nii.gz").write_bytes(b"\x1f\x8b")
     align_contrasts({"01"}, settings)
     assert any("sub-01_T2w could not be aligned with sub-01_T1w" in t for t in told.messages)
+    assert "could not be aligned" in t2w(settings).facts.alignment.message
 
 
 @pytest.fixture
