@@ -173,8 +173,14 @@ def label_table(
     for label in labels:
         group = [row[label] for row in rows if label in row]
         if "value" in group[0]:
-            single.append(f"- {label}: {interval([row['value'] for row in group])} ({len(group)})")
+            shown = interval([row["value"] for row in group], _digits(label))
+            single.append(f"- {label}: {shown} ({len(group)})")
             continue
-        cells = [interval([row[key] for row in group if key in row]) for key in keys]
+        cells = [interval([row[key] for row in group if key in row], _digits(key)) for key in keys]
         lines.append(f"| {label} | {' | '.join(cells)} | {len(group)} |")
     return [*lines, "", *single] if single else lines
+
+
+def _digits(metric: str) -> int:
+    """Decimal places of a metric: fewer for decibels."""
+    return 2 if "dB" in metric else 4

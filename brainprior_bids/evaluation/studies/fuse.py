@@ -9,7 +9,7 @@ the motion. For the comparison, the single restorations and the cubic interpolat
 N4's field) are moved back by the *true* motion and averaged. Metrics are computed after one gain,
 in the intersection of the truth's mask and that of the fused run: the masks supplied with some
 brains are wide and include vessels and fat, which ``brainprior`` removes (a separate line reports
-their share). ``psnr_field`` is computed after a gain that may vary smoothly.
+their share). One PSNR is computed after a gain that may vary smoothly.
 """
 
 from __future__ import annotations
@@ -53,7 +53,12 @@ STACKS = {"axi": 2, "cor": 1, "sag": 0}
 BIAS_SD = 0.1
 DEGREES, MM = 4.0, 4.0
 """SD of the rotations about each axis, and of the shifts."""
-KEPT = {"mae": "MAE", "psnr_db": "PSNR dB", "ssim": "SSIM", "psnr_field_db": "psnr_field dB"}
+KEPT = {
+    "mae": "MAE",
+    "psnr_db": "PSNR, dB",
+    "psnr_field_db": "PSNR after a smooth gain, dB",
+    "ssim": "SSIM",
+}
 GAIN = "fused, PSNR above the best of the others, dB"
 
 Matrix = NDArray[np.float64]

@@ -123,7 +123,7 @@ def test_a_fused_image_is_compared_with_each_stack_and_their_average(bench, monk
         0, abs=1e-5
     )  # the reference does not move
     assert rows["restored, cor"]["MAE"] > 0.01  # the truth, moved back by another motion
-    assert rows["cubic, average of three"]["PSNR dB"] > rows["cubic, cor"]["PSNR dB"]
+    assert rows["cubic, average of three"]["PSNR, dB"] > rows["cubic, cor"]["PSNR, dB"]
     assert rows["fused, motion found to mm at the worst voxel"]["value"] == pytest.approx(0.5)
     stripped = 1 - mask.sum() / ndimage.binary_fill_holes(truth.inside).sum()
     assert rows["fused, share of the given mask that it strips"]["value"] == pytest.approx(
@@ -131,9 +131,9 @@ def test_a_fused_image_is_compared_with_each_stack_and_their_average(bench, monk
     )
     assert rows["fused, residual in noise SDs, mean"]["value"] == 1.25
     best = max(
-        row["PSNR dB"] for name, row in rows.items() if "PSNR dB" in row and name != "fused"
+        row["PSNR, dB"] for name, row in rows.items() if "PSNR, dB" in row and name != "fused"
     )
-    assert rows[fuse.GAIN]["value"] == pytest.approx(rows["fused"]["PSNR dB"] - best)
+    assert rows[fuse.GAIN]["value"] == pytest.approx(rows["fused"]["PSNR, dB"] - best)
 
 
 def test_a_refined_image_is_compared_with_the_scan_alone_and_the_image_itself(bench, monkeypatch):
