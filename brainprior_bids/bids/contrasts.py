@@ -38,6 +38,7 @@ from brainprior_bids.bids.names import (
     transform_roles,
 )
 from brainprior_bids.bids.provenance import file_provenance, sha256_file
+from brainprior_bids.bids.status import contrast_path
 from brainprior_bids.records import ContrastRecord, ScanRecord
 from brainprior_bids.settings import (
     FILLED,
@@ -189,7 +190,7 @@ def through_t1w(
 
 def record_path(output_dir: Path, pair: Pair) -> Path:
     """Path of the record of a contrast's alignment."""
-    return output_dir / "logs" / "contrasts" / f"{pair.other.title}.json"
+    return contrast_path(output_dir, pair.other.title)
 
 
 @dataclass(frozen=True)

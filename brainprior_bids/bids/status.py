@@ -29,7 +29,7 @@ from brainprior_bids.bids.files import (
     write_text_at_last,
 )
 from brainprior_bids.engine.errors import RecordError
-from brainprior_bids.records import ErrorRecord, ScanRecord, ScanStatus
+from brainprior_bids.records import ContrastRecord, ErrorRecord, ScanRecord, ScanStatus
 
 KILLED_JOB = "KilledJob"
 """``ErrorRecord.type`` of a scan whose job ended before it did."""
@@ -59,6 +59,19 @@ def read_summary(output_dir: Path, scan: str) -> ScanRecord | None:
         return None
     except RecordError as error:
         _warn(str(error))
+        return None
+
+
+def contrast_path(output_dir: Path, scan: str) -> Path:
+    """Path of the record of a contrast's alignment with its session's reference."""
+    return output_dir / "logs" / "contrasts" / f"{scan}.json"
+
+
+def read_contrast(output_dir: Path, scan: str) -> ContrastRecord | None:
+    """The record of a contrast's alignment; None if there is none, or if it cannot be read."""
+    try:
+        return ContrastRecord.read(contrast_path(output_dir, scan))
+    except (OSError, RecordError):
         return None
 
 

@@ -11,22 +11,24 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
 
 from brainprior_bids import __version__
 from brainprior_bids.bids.files import write_text
+from brainprior_bids.bids.status import read_contrast
 from brainprior_bids.engine.samplers import registry
 from brainprior_bids.records import (
     AffineMethod,
+    ContrastRecord,
     MaskSource,
     Origin,
     ScanRecord,
     StructuresSource,
     TemplateRecord,
 )
+from brainprior_bids.reports.references import bibtex, html_list
 
 CITATION = re.compile(r"\[@([A-Za-z0-9]+)\]")
 DONE = {
@@ -46,7 +48,11 @@ OWN_STRUCTURES = Origin(StructuresSource.EMBEDDED)
 
 @dataclass(frozen=True)
 class Method:
-    """The properties of one scan's result that a methods section reports."""
+    """The properties of one scan's result that a methods section reports.
+
+    ``scan`` is the name of its record, empty before a run. ``in_mni305`` says whether its images
+    are also in MNI305 space, ``contrast`` how it was aligned with its session's reference.
+    """
 
     suffix: str
     task: str
@@ -66,13 +72,16 @@ class Method:
     reduced: bool = False
     uncertainty_from: str | None = None
     templates: tuple[TemplateRecord, ...] = ()
+    scan: str = ""
+    in_mni305: bool = False
+    contrast: ContrastRecord | None = None
 
 
 def of_summary(summary: ScanRecord) -> Method:
     """A ``Method`` from a finished scan's summary."""
     restore, parcellation = summary.facts.restore, summary.facts.parcellation
     return Method(
-        suffix=summary.scan.rpartition("_")[2],
+        suffix=_suffix(summary.scan),
         task=summary.task or "restore",
         sampler=restore.sampler or "exact",
         n_samples=restore.n_samples or 0,
@@ -90,7 +99,22 @@ def of_summary(summary: ScanRecord) -> Method:
         reduced=summary.facts.conform.facts.resolution.reduced,
         uncertainty_from=restore.uncertainty_from,
         templates=summary.facts.templates,
+        scan=summary.scan,
+        in_mni305=_has_images(summary.outputs, "MNI305"),
     )
+
+
+def with_contrasts(methods: Sequence[Method], output_dir: Path) -> list[Method]:
+    """The methods with the alignment of each contrast, from ``logs/contrasts``."""
+    return [
+        replace(method, contrast=read_contrast(output_dir, method.scan)) if method.scan else method
+        for method in methods
+    ]
+
+
+def _has_images(outputs: Sequence[str], space: str) -> bool:
+    """Whether images in a space are among the paths."""
+    return any(f"_space-{space}_" in path and path.endswith(".nii.gz") for path in outputs)
 
 
 def methods_text(methods: Sequence[Method]) -> str:
@@ -115,6 +139,7 @@ def methods_text(methods: Sequence[Method]) -> str:
             "likelihood, each with its own\nslice profile, bias field and noise level, and a gain "
             "relative to the reference run."
         )
+    spaces = _contrasts(methods) + _resampled(methods) + _standard_spaces(methods)
     versions = ", ".join(dict.fromkeys(method.version for method in methods))
     drawn = _drawn(methods)
     spread = _uncertainty(methods)
@@ -135,7 +160,7 @@ PyTorch {_version("torch")}.
 
 Each scan was reoriented to the closest-canonical axis order without resampling.
 {_anatomy(methods)}
-{_bias(methods)}{_aligned(methods)}{_standard_spaces(methods)}{hidden}
+{_bias(methods)}{_aligned(methods)}{spaces}{hidden}
 
 The scan was modelled as *y* = *b* (*A* *x*) + noise, where *x* is the unknown 1 mm image of the
 brain, *A* is the linear operator of the slice profile and the in-plane voxels of the scan, and
@@ -304,6 +329,47 @@ def _aligned(methods: Sequence[Method]) -> str:
     return "\n".join(sentences)
 
 
+def _contrasts(methods: Sequence[Method]) -> str:
+    """The sentence on rigid registration to another contrast of the session."""
+    aligned: dict[str, list[str]] = {}
+    for method in methods:
+        if method.contrast is not None and method.contrast.to_reference is not None:
+            aligned.setdefault(_suffix(method.contrast.reference), []).append(method.suffix)
+    sentences = []
+    for reference, suffixes in aligned.items():
+        which = _listed([f"{suffixes.count(s)} restored {s}" for s in dict.fromkeys(suffixes)])
+        was, their = ("was", "its") if len(suffixes) == 1 else ("were", "their")
+        sentences.append(
+            f"\n{which} {was} registered rigidly to the restored {reference} of {their} session\n"
+            f"(mutual information, SimpleITK {_version('SimpleITK')})."
+        )
+    return "".join(sentences)
+
+
+def _resampled(methods: Sequence[Method]) -> str:
+    """The sentence on results on the grid of MNI305 or of the session's T1w."""
+    ways = []
+    if any(method.in_mni305 for method in methods):
+        ways.append("to MNI305 through the affine")
+    if any(_is_on_t1w(method) for method in methods):
+        ways.append("to the grid of the session's T1w through the rigid transform")
+    if not ways:
+        return ""
+    return (
+        f"\nResults were also resampled {_listed(ways)}\n(each in one interpolation: images by "
+        "cubic splines, uncertainty maps and masks linearly)."
+    )
+
+
+def _is_on_t1w(method: Method) -> bool:
+    """Whether a contrast's images are also on the grid of its session's T1w."""
+    return method.contrast is not None and _has_images(method.contrast.outputs, "T1w")
+
+
+def _suffix(scan: str) -> str:
+    return scan.rpartition("_")[2]
+
+
 def _standard_spaces(methods: Sequence[Method]) -> str:
     """The sentences on nonlinear registration to templates."""
     used = [template for method in methods for template in method.templates]
@@ -358,10 +424,17 @@ def _anatomy(methods: Sequence[Method]) -> str:
 
 
 def write_citation(folder: Path, methods: Sequence[Method]) -> list[Path]:
-    """Write ``CITATION.md``, ``.html``, ``.tex`` and ``.bib`` into ``folder``."""
-    text = methods_text(methods)
+    """Write ``CITATION.md``, ``.html``, ``.tex`` and ``.bib``.
+
+    Parameters
+    ----------
+    folder : Path
+        ``logs`` of the output folder, which has the records of aligned contrasts.
+    methods : sequence of Method
+    """
+    text = methods_text(with_contrasts(methods, folder.parent))
     cited = set(CITATION.findall(text))
-    bib = "\n".join(entry for key, entry in _entries().items() if key in cited)
+    bib = "\n".join(entry for key, entry in bibtex().items() if key in cited)
     page = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8" />'
         f"<title>brainprior: methods</title></head><body>\n{to_html(text)}</body></html>\n"
@@ -374,43 +447,13 @@ def write_citation(folder: Path, methods: Sequence[Method]) -> list[Path]:
     ]
 
 
-def references() -> dict[str, dict[str, str]]:
-    """Key -> fields (author, title, year …) of ``boilerplate.bib``."""
-    return {
-        key: dict(re.findall(r"(\w+) = \{(.*?)\},?\n", entry)) for key, entry in _entries().items()
-    }
-
-
-def _entries() -> dict[str, str]:
-    """Key -> BibTeX of every reference."""
-    text = (files("brainprior_bids") / "data" / "reports" / "boilerplate.bib").read_text("utf-8")
-    return {
-        entry[1]: f"{entry[0]}\n" for entry in re.finditer(r"@\w+\{(\w+),.*?\n\}", text, re.DOTALL)
-    }
-
-
 def to_html(text: str) -> str:
     """Paragraphs with numbered citations, and the list of references."""
     order = list(dict.fromkeys(CITATION.findall(text)))
     body = CITATION.sub(lambda m: f"[{order.index(m[1]) + 1}]", html.escape(text.strip()))
     body = re.sub(r"\*(.+?)\*", r"<em>\1</em>", body)
     paragraphs = "".join(f"<p>{part}</p>\n" for part in body.split("\n\n"))
-    if not order:
-        return paragraphs
-    known = references()
-    items = []
-    for key in order:
-        entry = {name: html.escape(value) for name, value in known[key].items()}
-        url = entry.get("url") or f"https://doi.org/{entry['doi']}"
-        author = (
-            f"{entry['author'].replace(' and others', ', et al')}. " if "author" in entry else ""
-        )
-        volume = f" {entry['volume']}" if "volume" in entry else ""
-        where = f" <em>{entry['journal']}</em>{volume}," if "journal" in entry else ""
-        shown = url.replace("https://arxiv.org/abs/", "arXiv:").replace("https://doi.org/", "doi:")
-        text = f"{author}{entry['title']}.{where} {entry['year']}."
-        items.append(f'<li>{text} <a href="{url}">{shown}</a></li>')
-    return paragraphs + "<ol>\n" + "\n".join(items) + "\n</ol>\n"
+    return paragraphs + (html_list(order) if order else "")
 
 
 def to_tex(text: str) -> str:

@@ -32,7 +32,7 @@ from brainprior_bids.records import (
 )
 from brainprior_bids.reports import atlas, measured
 from brainprior_bids.reports.assembler import ScanSection, TextSection, assemble
-from brainprior_bids.reports.methods import methods_text, of_summary, to_html
+from brainprior_bids.reports.methods import methods_text, of_summary, to_html, with_contrasts
 from brainprior_bids.reports.rating import ARTEFACTS, RATINGS
 
 MISSING = "not recorded"
@@ -62,7 +62,7 @@ def build_subject_report(output_dir: Path, subject: str) -> Path:
     sections: list[TextSection | ScanSection] = [TextSection("Summary", _summary(scans))]
     sections += [ScanSection(s.scan, _scan(s), _rating(s)) for s in finished]
     sections += [
-        TextSection("Methods", _methods(finished)),
+        TextSection("Methods", _methods(output_dir, finished)),
         TextSection("Errors", _errors(scans)),
         TextSection("Provenance", _provenance(output_dir, scans, activities)),
     ]
@@ -347,10 +347,11 @@ def _errors(scans: Sequence[ScanRecord]) -> str:
     return _render("errors.html.j2", errors=errors)
 
 
-def _methods(scans: Sequence[ScanRecord]) -> str:
+def _methods(output_dir: Path, scans: Sequence[ScanRecord]) -> str:
     if not scans:
         return "<p>No scan of this participant was restored.</p>"
-    text = to_html(methods_text([of_summary(scan) for scan in scans]))
+    methods = with_contrasts([of_summary(scan) for scan in scans], output_dir)
+    text = to_html(methods_text(methods))
     return _render("methods.html.j2", text=text)
 
 

@@ -9,16 +9,19 @@ from dataclasses import replace
 import pytest
 from lxml import html
 
+from brainprior_bids.bids.files import write_json
 from brainprior_bids.engine.samplers import registry
-from brainprior_bids.records import AffineMethod, TemplateRecord
+from brainprior_bids.records import AffineMethod, ContrastRecord, ScanRecord, TemplateRecord
 from brainprior_bids.reports.methods import (
     CITATION,
     Method,
     methods_text,
-    references,
+    of_summary,
     to_html,
+    with_contrasts,
     write_citation,
 )
+from brainprior_bids.reports.references import MOST_AUTHORS, bibtex, html_list, references
 
 ONE = Method(
     "T1w", "restore", "exact", 4, 20, "9.8.7", "p_1, SHA-256 ab…", "n, SHA-256 cd…",
@@ -95,8 +98,26 @@ def test_every_citation_has_its_reference():
     both = [ONE, replace(ONE, sampler="conditional", templates=(TEMPLATE,))]
     assert set(CITATION.findall(methods_text(both))) == set(known)
     for entry in known.values():
-        assert {"title", "year"} <= set(entry)
+        assert {"author", "title", "year"} <= set(entry)
         assert ("doi" in entry) != ("url" in entry)
+        assert "others" not in entry["author"].split(" and ")
+        if "journal" in entry or "booktitle" in entry:
+            assert "pages" in entry
+        if "journal" in entry:
+            assert "volume" in entry
+
+
+def test_a_long_list_of_authors_is_cut_in_the_page_alone():
+    few, many = html.fromstring(html_list(["daps", "bids"])).xpath("//li")
+    assert few.text_content().startswith(
+        "Zhang, B., Chu, W., Berner, J., Meng, C., Anandkumar, A., Song, Y. Improving"
+    )
+    assert "(CVPR), 20895–20905, 2025. arXiv:2407.01521" in few.text_content()
+    assert many.text_content().startswith("Gorgolewski, K. J., Alfaro-Almagro, F.")
+    assert "Chakravarty, M. M., et al. BIDS apps" in many.text_content()
+    assert "PLOS Computational Biology 13(3), e1005209, 2017. doi:" in many.text_content()
+    assert references()["bids"]["author"].count(" and ") > MOST_AUTHORS
+    assert "Poldrack, R. A." in bibtex()["bids"]
 
 
 def test_html_numbers_the_references_in_order():
@@ -146,3 +167,47 @@ def test_registration_to_templates_is_named_where_it_ran():
     assert "Other contrasts" not in text
     assert "Other contrasts were resampled through" in methods_text([moved, MEAN])
     assert "TemplateFlow" not in methods_text([ONE, MEAN])
+
+
+def contrast(scan, **values):
+    """The record of an alignment with the session's T1w."""
+    rows = ((1.0, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1))
+    reference = f"{scan.partition('_')[0]}_T1w"
+    return ContrastRecord(**{"scan": scan, "reference": reference, "to_reference": rows, **values})
+
+
+def test_contrasts_and_further_spaces_are_named_where_they_were_written():
+    """A contrast that could not be registered is left out."""
+    moved = ("sub-1/anat/sub-1_space-T1w_desc-restored_T2w.nii.gz",)
+    other = replace(MEAN, contrast=contrast("sub-1_T2w"))
+    text = " ".join(methods_text([ONE, other]).split())
+    assert "1 restored T2w was registered rigidly to the restored T1w of its session (mut" in text
+    assert "resampled" not in text
+    on_t1w = replace(MEAN, contrast=contrast("sub-1_T2w", outputs=moved))
+    flair = replace(other, suffix="FLAIR")
+    text = " ".join(methods_text([replace(ONE, in_mni305=True), on_t1w, flair]).split())
+    assert "1 restored T2w and 1 restored FLAIR were registered rigidly" in text
+    assert "resampled to MNI305 through the affine and to the grid of the session's T1w" in text
+    failed = replace(
+        MEAN, contrast=contrast("sub-1_T2w", to_reference=None, message="other brain")
+    )
+    for methods in ([ONE, MEAN], [ONE, failed]):
+        assert "rigid" not in methods_text(methods)
+        assert "resampled" not in methods_text(methods)
+
+
+def test_alignment_and_spaces_are_read_from_the_output_folder(tmp_path):
+    """The citation files and the report name what is in the records."""
+    images = ["sub-1/anat/sub-1_space-MNI305_desc-restored_T2w.nii.gz"]
+    done = {"scan": "sub-1_T2w", "subject": "1", "status": "done", "outputs": images}
+    method = of_summary(ScanRecord.from_json(done))
+    assert method.in_mni305
+    folder = tmp_path / "logs" / "contrasts"
+    write_json(folder / "sub-1_T2w.json", contrast("sub-1_T2w").to_json())
+    (aligned,) = with_contrasts([method], tmp_path)
+    assert aligned.contrast == contrast("sub-1_T2w")
+    assert with_contrasts([ONE], tmp_path) == [ONE]  # before a run there is no scan
+    paths = write_citation(tmp_path / "logs", [method])
+    assert "1 restored T2w was registered rigidly" in paths[0].read_text()
+    (folder / "sub-1_T2w.json").write_text("no JSON")
+    assert with_contrasts([method], tmp_path)[0].contrast is None

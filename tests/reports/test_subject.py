@@ -276,7 +276,7 @@ def test_the_methods_can_be_copied_with_their_references(output_dir):
     (source,) = page.xpath(f"//*[@id='{button.get('data-copy')}']")
     cited = {int(number) for number in re.findall(r"\[(\d+)\]", source.text_content())}
     assert cited == set(range(1, len(source.xpath("./ol/li")) + 1))
-    assert "IEEE Transactions on Medical Imaging 29, 2010. doi:10.1109" in " ".join(
+    assert "IEEE Transactions on Medical Imaging 29(6), 1310–1320, 2010. doi:10.1109" in " ".join(
         source.text_content().split()
     )
     assert "and others" not in source.text_content()
