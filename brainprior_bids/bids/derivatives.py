@@ -82,14 +82,18 @@ UNCERTAINTY = {
     "samples": "voxelwise standard deviation of the posterior samples, in the image's units; "
     f"their variance was averaged with a Gaussian of SD {registry.SMOOTHING_MM:g} mm",
 }
-RESIDUAL = (
-    "scan minus the samples' prediction of it (mean over samples), in units of the standard "
-    "deviation of the noise as estimated before sampling"
-)
-REFINED_RESIDUAL = (
-    "the image to refine minus the samples' prediction of it (mean over samples), in units of "
-    "--trust"
-)
+
+
+def residual_description(restore: RestoreRecord, *, refined: bool = False) -> str:
+    """Description of the residual map; ``refined``: of another tool's image used alone."""
+    image = "the image to refine" if refined else "scan"
+    if registry.find(restore.sampler or "auto").yields_samples:
+        prediction = "the samples' prediction of it (mean over samples)"
+        noise = "the standard deviation of the noise as estimated before sampling"
+    else:
+        prediction = "its prediction from the restored image"
+        noise = "the standard deviation of the noise"
+    return f"{image} minus {prediction}, in units of {'--trust' if refined else noise}"
 
 
 def descriptions() -> dict[str, str]:
@@ -344,7 +348,7 @@ def sidecars(
     contents: dict[str, dict[str, Any]] = {
         "restored": {"Description": description, **image, **estimator},
         "residual": {
-            "Description": REFINED_RESIDUAL if alone else RESIDUAL,
+            "Description": residual_description(restore, refined=alone),
             "SkullStripped": True,
             "Sources": [raw, restored],
             "NoiseStandardDeviation": restore.scanner_units(restore.noise_sd_initial),
@@ -408,7 +412,8 @@ def sidecars(
         if role in outputs:
             contents[role] = {
                 **contents["residual"],
-                "Description": f"{RESIDUAL}; of a fused run, on its own voxels",
+                "Description": f"{residual_description(restore)}; of a fused run, on its own "
+                "voxels",
                 "Sources": [steps.given[run.name].uri, restored],
                 "SpatialReference": steps.given[run.name].uri,
                 "NoiseStandardDeviation": restore.scanner_units(run.noise_sd) / run.gain,

@@ -56,16 +56,17 @@ class Metric:
 
 METRICS = {
     "residual": Metric(
-        "RMS of the scan minus a sample's prediction of it, in SDs of the noise estimated before "
-        "sampling; mean over samples. 1: explained down to the noise",
+        "RMS of the scan minus its prediction, in SDs of the noise as first estimated. The "
+        "prediction is that of each sample (then the mean over samples), or of the posterior mean "
+        "if no samples were drawn. 1: explained down to the noise",
         "1", low=0.5, high=1.5, fail_high=4.0,
     ),
     "inconsistent_percent": Metric(
-        "share of the scan's brain voxels that differ from the samples' prediction by more than "
-        "three SDs of the noise (white noise alone: 0.3)", "percent", high=10.0,
+        "share of the scan's brain voxels that differ from their prediction by more than three "
+        "SDs of the noise (white noise alone: 0.3)", "percent", high=10.0,
     ),
     "noise_percent": Metric(
-        "SD of the scan's noise after sampling, in per cent of the brain's 99th percentile",
+        "final estimate of the SD of the scan's noise, in per cent of the brain's 99th percentile",
         "percent", high=8.0,
     ),
     "mni305_residual_mm": Metric(
@@ -291,12 +292,18 @@ def _exceeded(values: Mapping[str, float | None]) -> list[tuple[int, str]]:
             (1, metric.low, metric.high),
         ):
             if low is not None and value < low:
-                limits.append((level, f"{name} {value:.3g} is below {low:g}"))
+                limits.append((level, f"{name} {_apart(value, low)} is below {low:g}"))
                 break
             if high is not None and value > high:
-                limits.append((level, f"{name} {value:.3g} is above {high:g}"))
+                limits.append((level, f"{name} {_apart(value, high)} is above {high:g}"))
                 break
     return limits
+
+
+def _apart(value: float, limit: float) -> str:
+    """A value in three digits, or in as many more as tell it from the limit."""
+    texts = (f"{value:.{digits}g}" for digits in range(3, 18))
+    return next((text for text in texts if float(text) != limit), repr(value))
 
 
 def rebuild_qc(output_dir: Path) -> Path:

@@ -28,6 +28,8 @@ OUTLIER = 3.5
 """Robust z-score beyond which a metric is an outlier among the scans of its contrast."""
 FEWEST = 8
 """Fewest scans of a contrast for which outliers are marked."""
+FEWEST_IN_BOX = 4
+"""Fewest scans for which quartiles are drawn: of fewer they would be the extremes."""
 WIDTH, HEIGHT = 460, 46
 
 
@@ -67,7 +69,14 @@ def build_group(output_dir: Path) -> list[Path]:
         written.append(write_text(output_dir / f"group_{suffix}.tsv", _tsv(scans)))
         written.append(write_json(output_dir / f"group_{suffix}.json", _sidecar()))
         groups.append(_view(suffix, scans))
-    page = _template().render(groups=groups, failed=failed, version=__version__)
+    strips = [figure["strip"] for group in groups for figure in group["figures"]]
+    page = _template().render(
+        groups=groups,
+        failed=failed,
+        version=__version__,
+        plots=bool(strips),
+        boxes=any(strip["box"] for strip in strips),
+    )
     return [*written, write_text(output_dir / "group.html", page)]
 
 
@@ -173,7 +182,8 @@ def _view(suffix: str, scans: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _strip(
     points: Sequence[tuple[int, float]], verdicts: Sequence[str], metric: Metric
 ) -> dict[str, Any]:
-    """A strip plot: one dot per scan, the quartiles, and the limits within the plotted range.
+    """A strip plot: one dot per scan, the median, the limits within the plotted range, and a box
+    from the first to the third quartile if there are at least ``FEWEST_IN_BOX`` scans.
 
     The dots of one verdict are a single path (lines without length and with round ends), because
     20,000 elements would take seconds to open. ``rows`` has the table's row of each of them.
@@ -209,7 +219,8 @@ def _strip(
             {"verdict": name, "d": "".join(path["d"]), "rows": " ".join(path["rows"])}
             for name, path in paths.items()
         ],
-        "box": (x(max(first, low)), x(min(third, high)), x(middle)),
+        "box": (x(first), x(third)) if len(values) >= FEWEST_IN_BOX else None,
+        "middle": x(middle),
         "limits": [x(limit) for limit in (metric.low, metric.high) if limit is not None
                    and low <= limit <= high],
     }  # fmt: skip

@@ -178,21 +178,32 @@ def restore_rows(scan: ScanRecord) -> Rows:
             if schedule
             else MISSING,
         ),
-        ("Network calls per sample", str(restore.calls or MISSING)),
-        ("Noise before sampling", _noise(restore, restore.noise_sd_initial)),
-        ("Noise after sampling", _noise(restore, restore.noise_sd)),
-        (
-            "Residual of each sample, in SDs of the noise before sampling",
-            _ratios(restore.residual_ratios) or MISSING,
-        ),
-        (
-            "The same in SDs of the noise after sampling",
-            _ratios(restore.residual_ratios_final) or MISSING,
-        ),
+        *_fit_rows(restore),
         ("Correlation of residuals between neighbouring voxels", _correlation(restore)),
         ("Prior", restore.prior.name or MISSING),
         ("Coverage of the intervals", measured.coverage(restore, task=scan.task or "restore")),
         ("Seed", str(MISSING if scan.seed is None else scan.seed)),
+    ]
+
+
+def _fit_rows(restore: RestoreRecord) -> Rows:
+    """Network calls, noise and residual: per sample, or of the mean if no samples were drawn."""
+    calls, residual = str(restore.calls or MISSING), _ratios(restore.residual_ratios) or MISSING
+    if restore.n_samples == 0:
+        return [
+            ("Network calls", calls),
+            ("Noise", _noise(restore, restore.noise_sd)),
+            ("Residual of the posterior mean, in SDs of the noise", residual),
+        ]
+    return [
+        ("Network calls per sample", calls),
+        ("Noise before sampling", _noise(restore, restore.noise_sd_initial)),
+        ("Noise after sampling", _noise(restore, restore.noise_sd)),
+        ("Residual of each sample, in SDs of the noise before sampling", residual),
+        (
+            "The same in SDs of the noise after sampling",
+            _ratios(restore.residual_ratios_final) or MISSING,
+        ),
     ]
 
 

@@ -192,6 +192,7 @@ def test_report_methods_and_sidecar_say_what_was_fused():
     assert names[residual_role(STEMS[0])] == f"{STEMS[0][:-4]}_mod-T2w_desc-fused_residual.nii.gz"
     assert residual["Sources"] == [uri, f"bids::{names['restored']}"]
     assert residual["NoiseStandardDeviation"] == 8.0  # in the units of that run
+    assert "minus the samples' prediction" in residual["Description"]
     side = every["restored"]
     assert side["Sources"][:2] == [f"bids:raw:{path}", uri]
     assert side["Description"].endswith("of 2 runs in one likelihood")

@@ -156,6 +156,27 @@ def test_a_fallback_of_the_affine_never_passes(affine, fallbacks, expected):
     assert verdict(values) == expected
 
 
+@pytest.mark.parametrize(
+    ("area", "text"),
+    [
+        (10.0, None),
+        (10.0004, "cut_cm2 10.0004 is above 10"),
+        (10.04, "cut_cm2 10.04 is above 10"),
+        (10.26, "cut_cm2 10.3 is above 10"),
+        (math.nextafter(10.0, 11.0), "cut_cm2 10.000000000000002 is above 10"),
+    ],
+)
+def test_a_reason_shows_that_the_value_is_beyond_the_limit(area, text):
+    assert reasons({"cut_cm2": area}) == ([] if text is None else [text])
+    assert reasons({"brain_z": -4.0001}) == ["brain_z -4.0001 is below -4"]
+
+
+def test_descriptions_of_metrics_hold_without_samples():
+    for name in ("inconsistent_percent", "noise_percent"):
+        assert "sampl" not in METRICS[name].description
+    assert "or of the posterior mean if no samples were drawn" in METRICS["residual"].description
+
+
 def test_the_quality_table_has_a_row_for_every_scan_that_is_done(tmp_path):
     done = summary(1)
     done["source"] = "sub-01/anat/sub-01_T1w.nii.gz"
@@ -214,6 +235,27 @@ def test_a_table_a_contrast_and_one_page(tmp_path):
     (failed,) = page.xpath("//section[@id='failed']//li")
     assert failed.text_content() == "sub-20_T1w: <no> brain"
     assert text.count("sub-20_T1w") == 1  # without the name at the beginning of its message
+
+
+@pytest.mark.parametrize(("scans", "plots", "boxes"), [(1, 0, 0), (2, 2, 0), (3, 2, 0), (4, 2, 2)])
+def test_the_page_describes_the_plots_that_it_has(tmp_path, scans, plots, boxes):
+    """Of two or three scans the quartiles would be the extremes; one scan has no plot."""
+    for number in range(1, scans + 1):
+        store(tmp_path, summary(number))
+    build_group(tmp_path)
+    page = html.fromstring((tmp_path / "group.html").read_text())
+    assert len(page.xpath("//svg[@data-metric]")) == plots
+    assert len(page.xpath("//svg[@data-metric]/rect")) == boxes
+    assert len(page.xpath("//svg[@data-metric]/line[@stroke='#444']")) == plots
+    shown = " ".join(page.xpath("//main/p[not(@hidden)]")[-1].text_content().split())
+    assert ("each dot is a scan" in shown) == bool(plots)
+    assert ("the middle half" in shown) == bool(boxes)
+    assert "lick" not in shown
+    # what needs a script is shown by the script
+    (scripted,) = page.xpath("//main/p[@hidden]")
+    assert scripted.get("class") == "caption scripted"
+    assert "Click a heading to sort." in scripted.text_content()
+    assert ("click it" in scripted.text_content()) == bool(plots)
 
 
 def test_rows_and_dots_lead_to_the_reports(tmp_path):

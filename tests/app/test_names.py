@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from brainprior_bids.bids import derivatives
-from brainprior_bids.bids.derivatives import BIDS_VERSION, descriptions
+from brainprior_bids.bids.derivatives import BIDS_VERSION, descriptions, residual_description
 from brainprior_bids.bids.names import (
     BIDSName,
     in_common_space,
@@ -22,6 +22,7 @@ from brainprior_bids.bids.names import (
     split_desc,
 )
 from brainprior_bids.engine.errors import InputError
+from brainprior_bids.records import RestoreRecord
 from brainprior_bids.settings import MODALITIES, OTHER_MODALITIES, TASKS
 
 labels = st.text("abcXYZ0129", min_size=1, max_size=4)
@@ -233,3 +234,20 @@ def test_the_address_of_the_code_is_in_the_data_sets_description(monkeypatch, li
     stated = message_from_string("\n".join(["Name: brainprior", *lines]))
     monkeypatch.setattr(derivatives, "metadata", lambda name: stated)
     assert derivatives.generated_by().get("CodeURL") == expected
+
+
+@pytest.mark.parametrize(
+    ("sampler", "refined", "text"),
+    [
+        ("conditional", False, "scan minus the samples' prediction of it (mean over samples), in"),
+        ("mean", False, "scan minus its prediction from the restored image, in units of the st"),
+        ("mean", True, "the image to refine minus its prediction from the restored image, in un"),
+    ],
+)
+def test_a_residual_is_that_of_samples_where_there_are_samples(sampler, refined, text):
+    description = residual_description(
+        RestoreRecord.from_json({"sampler": sampler}), refined=refined
+    )
+    assert description.startswith(text)
+    assert description.endswith("--trust") == refined
+    assert ("sampl" in description) == (sampler != "mean")

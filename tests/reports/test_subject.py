@@ -26,7 +26,7 @@ from brainprior_bids.reports.assembler import SubjectReport
 from brainprior_bids.reports.measured import coverage, lesions
 from brainprior_bids.reports.rating import ARTEFACTS, RATINGS
 from brainprior_bids.reports.sheet import XML, Panel, Picture, Sheet
-from brainprior_bids.reports.subject import build_subject_report
+from brainprior_bids.reports.subject import build_subject_report, restore_rows
 
 SVG = f'{XML}<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 2 1"/>'
 PICTURES = (
@@ -401,6 +401,18 @@ def test_a_mean_without_samples_is_not_called_unrecorded(tmp_path):
     assert not any("0 samples" in cell for cell in cells)
     (samples,) = page.xpath("//th[text()='Samples']/following-sibling::td/text()")
     assert samples == "none: the posterior mean alone"
+    rows = dict(restore_rows(ScanRecord.from_json(value)))
+    assert rows["Residual of the posterior mean, in SDs of the noise"] == "1.00, 1.04"
+    assert rows["Noise"].startswith("0.0210 of")
+    assert not any("sample" in label or "sampling" in label for label in rows)
+
+
+def test_the_summary_names_a_table_that_exists_without_the_group_level(output_dir):
+    (top,) = read(build_subject_report(output_dir, "01")).xpath("//section[@id='Summary']")
+    text = " ".join(top.text_content().split())
+    assert "logs/qc.tsv has the metrics of all scans" in text
+    assert "group_" not in text
+    assert "If samples were drawn" in text
 
 
 def test_the_registration_to_the_other_contrast_is_shown(tmp_path):
