@@ -146,7 +146,11 @@ class Reportlets(MeasuredInterface):
             figures = make_reportlets(paths, folder / "figures", prefix=prefix, suffix=name.suffix)
             if inputs.viewer:
                 figures += make_viewers(
-                    paths, folder / "figures", prefix=prefix, suffix=name.suffix
+                    paths,
+                    folder / "figures",
+                    prefix=prefix,
+                    suffix=name.suffix,
+                    image=inputs.image_desc,
                 )
         except Exception as error:  # a failed picture must not prevent writing the images
             what = "the viewer's pages" if figures else "the pictures"

@@ -14,6 +14,7 @@ from functools import cached_property
 from io import StringIO
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import numpy as np
 from matplotlib import rc_context
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 
 from brainprior_bids.anatomy.tissue_metrics import FEWEST, Values, tissue_metrics, tissue_values
 from brainprior_bids.bids.files import write_text
-from brainprior_bids.bids.names import BIDSName
+from brainprior_bids.bids.names import BIDSName, result_name
 from brainprior_bids.records import (
     AffineRecord,
     BiasRecord,
@@ -47,7 +48,7 @@ from brainprior_bids.reports.sheet import (
     Sheet,
     description,
 )
-from brainprior_bids.reports.viewer import Layer, write_viewer
+from brainprior_bids.reports.viewer import Layer, Page, write_viewer
 from brainprior_bids.reports.volumes import (
     PLANES,
     Box,
@@ -91,9 +92,12 @@ class ScanImages:
         ``filled`` (the scan inpainted) and ``hidden`` (the lesion mask) on the scan's grid;
         ``restored_mni305``; the JSON files ``conform``, ``structures_table``, ``affine``,
         ``gains`` and ``restore``. Pictures that need an absent role are not drawn.
+    image : str
+        ``desc-`` of the result.
     """
 
     files: Mapping[str, Path]
+    image: str = "restored"
 
     def __contains__(self, role: str) -> bool:
         return role in self.files
@@ -250,16 +254,28 @@ def make_reportlets(
 
 
 def make_viewers(
-    files: Mapping[str, Path], out_dir: Path, *, prefix: str, suffix: str
+    files: Mapping[str, Path],
+    out_dir: Path,
+    *,
+    prefix: str,
+    suffix: str,
+    image: str = "restored",
 ) -> list[Path]:
     """Write the pages with three linked planes.
+
+    Parameters
+    ----------
+    files, out_dir, prefix, suffix
+        Those of ``make_reportlets``.
+    image : str
+        ``desc-`` of the result, to whose section in the report the pages lead.
 
     Returns
     -------
     list of Path
-        ``<prefix>_desc-<what>_<suffix>.html``; the arguments are those of ``make_reportlets``.
+        ``<prefix>_desc-<what>_<suffix>.html``.
     """
-    images, paths = ScanImages(files), []
+    images, paths = ScanImages(files, image), []
     for what, (needs, write) in VIEWERS.items():
         if all(role in images for role in needs):
             paths.append(write(images, Path(out_dir) / f"{prefix}_desc-{what}_{suffix}.html"))
@@ -694,29 +710,39 @@ REPORTLETS: dict[str, tuple[tuple[str, ...], Callable[[ScanImages, Path], Path]]
 def view_before_after(images: ScanImages, path: Path) -> Path:
     """The input, interpolated linearly, over the result."""
     high = images.window[1]
-    layer = Layer(images.scan.regrid(images.restored, order=1), (0.001 * high, high), "gray")
-    return write_viewer(
-        path,
-        images.result,
-        images.window,
-        layer,
-        images.box,
-        ("Input over result", _scan_of(path)),
+    before = images.scan.regrid(images.restored, order=1)
+    layer = Layer(before, "input", (0.001 * high, high), "gray")
+    note = (
+        "The input, interpolated linearly, is drawn over the result, on the same grid and with "
+        "the same grey window: move the slider to the left to see the result."
     )
+    page = _page(images, path, "Input over result", note)
+    return write_viewer(path, images.result, images.window, layer, images.box, page)
 
 
 def view_uncertainty(images: ScanImages, path: Path) -> Path:
     """The standard deviation of the posterior, over the result."""
     sd = images.load("uncertainty")
-    share = sd.like(sd.data * (100 / images.window[1]))
-    layer = Layer(share, UNCERTAIN_PERCENT, "inferno", opacity=0.5, scale=True)
-    return write_viewer(
-        path, images.result, images.window, layer, images.box, ("SD, % of white", _scan_of(path))
+    white = images.window[1]
+    share = sd.like(sd.data * (100 / white))
+    layer = Layer(share, "colours", UNCERTAIN_PERCENT, "inferno", opacity=0.5, scale=True)
+    low, high = UNCERTAIN_PERCENT
+    note = (
+        "Colours: standard deviation (SD) of the true value about the restored one, in per cent "
+        f"of the value that is displayed as white ({white:.4g} in the units of the scan; this is "
+        f"not the value of white matter). SDs below {low:g} % are not coloured, and those above "
+        f"{high:g} % have the last colour of the bar."
     )
+    page = _page(images, path, "Uncertainty (SD) over result", note)
+    return write_viewer(path, images.result, images.window, layer, images.box, page)
 
 
-def _scan_of(path: Path) -> str:
-    return BIDSName.parse(path.name).derivative(extension="", desc=None)
+def _page(images: ScanImages, path: Path, title: str, note: str) -> Page:
+    """The words of a viewer's page, which will be in ``sub-XX/figures``."""
+    name = BIDSName.parse(path.name)
+    scan = result_name(BIDSName.parse(name.derivative(extension="", desc=None)), images.image)
+    report = quote(f"../../sub-{name.get('sub')}.html") + f"#{quote(scan)}"
+    return Page(title, note, scan, report)
 
 
 VIEWERS: dict[str, tuple[tuple[str, ...], Callable[[ScanImages, Path], Path]]] = {

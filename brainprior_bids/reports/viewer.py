@@ -2,7 +2,8 @@
 """Pages that show a result in three linked planes, made with nilearn's viewer.
 
 A second image is overlaid on the result, with a slider for its opacity. Each page is a single
-file; it needs JavaScript, but no other file and no network connection.
+file; it needs JavaScript, but no other file and no network connection. The frame of the page, with
+its headings and explanations, is ours (``viewer.html.j2``).
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 import html
 import re
 from dataclasses import dataclass
+from importlib.resources import files
 from itertools import product
 from pathlib import Path
 
+import jinja2
 import nibabel as nib
 import numpy as np
 from nibabel.affines import apply_affine
@@ -29,6 +32,8 @@ class Layer:
     Parameters
     ----------
     image : Volume
+    name : str
+        For the label of the slider.
     shown : (float, float)
         Values below the first are transparent, values above the second are clipped to it.
     colours : str
@@ -40,19 +45,37 @@ class Layer:
     """
 
     image: Volume
+    name: str
     shown: tuple[float, float]
     colours: str
     opacity: float = 1.0
     scale: bool = False
 
 
+@dataclass(frozen=True)
+class Page:
+    """The words of a page.
+
+    Parameters
+    ----------
+    title : str
+        What the planes show.
+    note : str
+        Explanation of the layer and its units.
+    scan : str
+        Name of the scan's section in the report.
+    report : str
+        Address of that section, from the page.
+    """
+
+    title: str
+    note: str
+    scan: str
+    report: str
+
+
 def write_viewer(
-    path: Path,
-    result: Volume,
-    window: tuple[float, float],
-    layer: Layer,
-    box: Box,
-    title: tuple[str, str],
+    path: Path, result: Volume, window: tuple[float, float], layer: Layer, box: Box, page: Page
 ) -> Path:
     """Write a page.
 
@@ -62,15 +85,13 @@ def write_viewer(
         Grey window of the result, in its units.
     box : Box
         The part of the volume that is shown.
-    title : (str, str)
-        Content, written above the planes (at most about 20 characters), and the scan; both are
-        in the browser's title.
+    page : Page
     """
     low, high = layer.shown
     view = plotting.view_img(
         _clipped(layer.image, (0, high), box),
         bg_img=_clipped(result, window, box),
-        title=title[0],
+        title=None,  # in the canvas it would be cut at the upper edge
         cmap=layer.colours,
         vmin=0,
         vmax=high,
@@ -82,11 +103,37 @@ def write_viewer(
         dim=0,
         resampling_interpolation="nearest",
     )
-    # the icon of nilearn's page is on a server
-    page = re.sub(r"<link[^>]*favicon[^>]*>", "", view.get_standalone())
-    name = f"<title>{html.escape(' · '.join(title))}</title>"
-    write_text(path, re.sub(r"<title>.*?</title>", lambda _: name, page, count=1, flags=re.S))
-    return path
+    planes = _labelled(_body(view.get_standalone()), layer, page.title)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(str(files("brainprior_bids") / "data" / "reports")),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    template = environment.get_template("viewer.html.j2")
+    return write_text(path, template.render(page=page, planes=planes))
+
+
+def _body(page: str) -> str:
+    """The content of nilearn's page; its head has an icon on a server."""
+    return page[page.index("<body>") + len("<body>") : page.rindex("</body>")]
+
+
+def _labelled(body: str, layer: Layer, title: str) -> str:
+    """nilearn's planes with a description, and its slider with a label and its initial value."""
+    percent = round(100 * layer.opacity)
+    label = rf'<label for="\1">Opacity of the {layer.name}, %</label>'
+    alt = html.escape(f"{title}: sagittal, coronal and axial plane; click to move them.")
+    edits = (
+        (r'<p>Opacity</p>(?=.*?id="(opacity-\w+)")', label),
+        (r'value="100"(?=\s+class="slider")', f'value="{percent}"'),
+        (r'(<span id="demo-\w+">)(?=</span>)', rf"\g<1>{percent}"),
+        (r"<canvas ", f'<canvas role="img" aria-label="{alt}" '),
+    )
+    for pattern, text in edits:
+        body, count = re.subn(pattern, text, body, count=1, flags=re.DOTALL)
+        if count != 1:
+            raise RuntimeError(f"write_viewer: nilearn's page has no {pattern}.")
+    return body
 
 
 def _clipped(volume: Volume, limits: tuple[float, float], box: Box) -> nib.Nifti1Image:

@@ -8,11 +8,12 @@ import io
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nb
 import numpy as np
 import pytest
-from lxml import etree
+from lxml import etree, html
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from PIL import Image
 from scipy.spatial.transform import Rotation
@@ -20,7 +21,7 @@ from scipy.spatial.transform import Rotation
 from brainprior_bids.engine.grids import MNI305, Grid
 from brainprior_bids.interfaces.derivatives import Reportlets
 from brainprior_bids.records import TissuesRecord
-from brainprior_bids.reports import atlas, volumes
+from brainprior_bids.reports import atlas, viewer, volumes
 from brainprior_bids.reports.reportlets import (
     REPORTLETS,
     UNCERTAIN_PERCENT,
@@ -512,6 +513,59 @@ def test_the_pages_need_no_network(viewers):
         text = page.read_text(encoding="utf-8")
         assert not re.search(r"""(src|href)\s*=\s*["'](https?:)?//""", text)
         assert "sub-01_run-02_T2w" in text
+
+
+def test_a_page_has_a_heading_a_note_a_labelled_slider_and_a_way_back(viewers):
+    files, pages = viewers
+    white = ScanImages(files).window[1]
+    expected = {
+        "viewer": ("Input over result", "Opacity of the input, %", "100", "same grey window"),
+        "viewerUncertainty": (
+            "Uncertainty (SD) over result",
+            "Opacity of the colours, %",
+            "50",  # as drawn at first
+            f"displayed as white ({white:.4g} in the units of the scan; this is not the value",
+        ),
+    }
+    for what, (title, words, opacity, note) in expected.items():
+        page = html.parse(str(pages[what])).getroot()
+        assert page.get("lang") == "en"
+        (main,) = page.xpath("//body/*")
+        assert main.tag == "main"
+        assert [head.text for head in page.xpath("//h1")] == [f"{title} · sub-01_run-02_T2w"]
+        assert page.xpath("//title/text()") == [f"{title} · sub-01_run-02_T2w"]
+        (slider,) = page.xpath("//input")
+        (label,) = page.xpath("//label")
+        assert (label.get("for"), label.text) == (slider.get("id"), words)
+        assert slider.get("value") == opacity == page.xpath("//span/text()")[0]
+        assert note in page.xpath("string(//main)")
+        assert page.xpath("//a/@href") == ["../../sub-01.html#sub-01_run-02_T2w"]
+        assert page.xpath("//canvas/@aria-label")[0].startswith(title)
+
+
+def test_without_javascript_a_page_says_so_and_shows_no_sprites(viewers):
+    _, pages = viewers
+    for path in pages.values():
+        page = html.parse(str(path)).getroot()
+        assert "need JavaScript" in page.xpath("string(//noscript)")
+        (planes,) = page.xpath("//div[@id='planes']")
+        assert planes.get("hidden") is not None  # until the script shows them
+        assert not page.xpath("//img[not(ancestor::div[@id='planes'])]")
+
+
+def test_the_page_of_another_task_leads_to_that_task(tmp_path):
+    files = node_files(tmp_path / "nodes")
+    (page, _) = make_viewers(files, tmp_path, prefix="sub-1", suffix="T1w", image="inpainted")
+    text = page.read_text(encoding="utf-8")
+    assert "../../sub-1.html#sub-1_desc-inpainted_T1w" in text
+
+
+def test_a_change_of_nilearns_page_is_reported(viewers, tmp_path, monkeypatch):
+    """A slider without a label would go unnoticed."""
+    page = SimpleNamespace(get_standalone=lambda: "<html><body><canvas ></canvas></body></html>")
+    monkeypatch.setattr(viewer.plotting, "view_img", lambda *_, **__: page)
+    with pytest.raises(RuntimeError, match="nilearn's page has no <p>Opacity"):
+        make_viewers(viewers[0], tmp_path, prefix="sub-1", suffix="T1w")
 
 
 def test_input_result_and_uncertainty_lie_over_one_another(viewers):
