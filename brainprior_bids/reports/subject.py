@@ -34,6 +34,7 @@ from brainprior_bids.reports import atlas, measured
 from brainprior_bids.reports.assembler import ScanSection, TextSection, assemble
 from brainprior_bids.reports.methods import methods_text, of_summary, to_html, with_contrasts
 from brainprior_bids.reports.rating import ARTEFACTS, RATINGS
+from brainprior_bids.settings import read_table
 
 MISSING = "not recorded"
 Rows = list[tuple[str, str]]
@@ -380,7 +381,7 @@ def _provenance(
         rows = [
             ("Command", shlex.join(map(str, command)) or MISSING),
             ("Run", scan.run_uuid or MISSING),
-            ("Version", f"brainprior {scan.version or MISSING}"),
+            ("Version", f"brainprior {scan.version}" if scan.version else MISSING),
             ("Input, SHA-256", scan.source_sha256 or MISSING),
             ("Prior", _card(scan.facts.restore.prior)),
             ("Parcellation network", _card(scan.facts.parcellation.weights)),
@@ -392,6 +393,8 @@ def _provenance(
             ("Seed of the scan", str(MISSING if scan.seed is None else scan.seed)),
             ("Fingerprint", scan.fingerprint or MISSING),
         ]
+        if not scan.finished:  # it may have failed before the rest was known
+            rows = [(name, value) for name, value in rows if value != MISSING]
         paths = [path for path in scan.outputs if path.startswith("prov/")]
         run = label(scan.run_uuid or "")
         shared = [f"prov/prov-{run}_soft.json", f"prov/prov-{run}_env.json"]
@@ -411,12 +414,17 @@ def _provenance(
 
 
 def _activity(output_dir: Path, scan: ScanRecord) -> Mapping[str, Any]:
-    """The activity record of a scan; empty where there is none."""
+    """The activity record of a scan, or else command and seed from the settings of its run."""
     for path in scan.outputs:
         if path.endswith("_act.json") and (output_dir / path).is_file():
             activities = read_json(output_dir / path).get("Activities") or [{}]
             return activities[0]
-    return {}
+    path = output_dir / f"sub-{scan.subject}" / "log" / str(scan.run_uuid) / "brainprior.toml"
+    try:
+        settings = read_table(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {"Arguments": settings.get("command"), "Settings": settings}
 
 
 def _packages(output_dir: Path, run: str) -> dict[str, str]:

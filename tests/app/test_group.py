@@ -250,6 +250,7 @@ def test_the_page_describes_the_plots_that_it_has(tmp_path, scans, plots, boxes)
     shown = " ".join(page.xpath("//main/p[not(@hidden)]")[-1].text_content().split())
     assert ("each dot is a scan" in shown) == bool(plots)
     assert ("the middle half" in shown) == bool(boxes)
+    assert shown.endswith("Black line: the median; dashed: the limits.") == bool(plots)
     assert "lick" not in shown
     # what needs a script is shown by the script
     (scripted,) = page.xpath("//main/p[@hidden]")

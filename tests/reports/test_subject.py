@@ -27,6 +27,7 @@ from brainprior_bids.reports.measured import coverage, lesions
 from brainprior_bids.reports.rating import ARTEFACTS, RATINGS
 from brainprior_bids.reports.sheet import XML, Panel, Picture, Sheet
 from brainprior_bids.reports.subject import build_subject_report, restore_rows
+from brainprior_bids.settings import Settings
 
 SVG = f'{XML}<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 2 1"/>'
 PICTURES = (
@@ -130,6 +131,12 @@ def pictures(output_dir, scan, whats=PICTURES):
 def read(path):
     """The page as a tree."""
     return html.fromstring(path.read_text(encoding="utf-8"))
+
+
+def provenance(path):
+    """Label -> value of the rows of one scan's provenance."""
+    rows = read(path).xpath("//section[@id='Provenance']//table[@class='facts']//tr")
+    return {row.find("th").text_content(): row.find("td").text_content() for row in rows}
 
 
 def linked(page):
@@ -457,6 +464,45 @@ def test_a_failed_scan_is_told_with_its_message(output_dir):
     (top,) = page.xpath("//section[@id='Summary']")
     assert "1 of 3 scans failed" in top.text_content()
     assert "No errors" not in page.text_content()
+
+
+def test_the_provenance_of_a_failed_scan_has_what_is_known(tmp_path):
+    """Command and seed are in the settings of the run; what is unknown has no row."""
+    failed = summary("sub-01_T1w", status="failed", facts={}, nodes=[], seed=None)
+    store(tmp_path, failed)
+    rows = provenance(build_subject_report(tmp_path, "01"))
+    assert rows == {"Run": failed["run_uuid"], "Version": "brainprior 9.8.7"}
+    settings = Settings(
+        bids_dir=tmp_path / "raw",
+        output_dir=tmp_path,
+        work_dir=tmp_path / "work",
+        random_seed=5,
+        run_uuid=failed["run_uuid"],
+        command=("brainprior", "a b", "out", "participant"),
+    )
+    folder = tmp_path / "sub-01" / "log" / failed["run_uuid"]
+    folder.mkdir(parents=True)
+    (folder / "brainprior.toml").write_text(settings.to_toml())
+    rows = provenance(build_subject_report(tmp_path, "01"))
+    assert rows["Command"] == "brainprior 'a b' out participant"
+    assert rows["Seed of the run"] == "5"
+    assert "not recorded" not in rows.values()
+    (folder / "brainprior.toml").write_text("[brainprior]\nfrom_another_version = 1\n")
+    assert "Command" not in provenance(build_subject_report(tmp_path, "01"))
+
+
+def test_the_provenance_of_a_finished_scan_says_what_is_missing(tmp_path):
+    store(tmp_path, summary("sub-01_T1w", seed=None))
+    rows = provenance(build_subject_report(tmp_path, "01"))
+    assert rows["Command"] == rows["Seed of the scan"] == "not recorded"
+
+
+def test_pictures_stay_legible_on_a_narrow_screen(output_dir):
+    """Their text is 11 to 15 units high on sheets of 1200; 56rem are 896 pixels."""
+    text = build_subject_report(output_dir, "01").read_text()
+    assert ".reportlet img, .reportlet object { min-width: 56rem; }" in text
+    assert "(max-width: 60rem) { .reportlet { overflow-x: auto; }" in text
+    assert "box.tabIndex = 0" in text  # a region that scrolls can have the focus
 
 
 def test_no_error_says_so(tmp_path):
