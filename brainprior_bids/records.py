@@ -149,6 +149,7 @@ class ScanStatus(StrEnum):
     DONE = "done"
     SKIPPED = "skipped"
     FAILED = "failed"
+    WAITING = "waiting"
     RUNNING = "running"
 
 
@@ -654,6 +655,26 @@ class ProgressRecord(Record):
         return ((self.sample - 1) * self.steps + self.step) / (self.samples * self.steps)
 
 
+class Stage(StrEnum):
+    """Part of a run."""
+
+    SCANS = "scans"
+    END = "end"
+    """After the scans: contrasts are aligned, tables and reports written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunProgressRecord(Record):
+    """``logs/<run>_progress.json``, while a run is going: rewritten every few seconds."""
+
+    run_uuid: str
+    updated: str
+    """Time of the last change, ISO 8601 with time zone."""
+    stage: Stage
+    share: float | None = None
+    """Share of the expected work of all scans that is done; None if it is not known."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExportRecord(Record):
     """``export.json``: how the brain was inserted into its head."""
@@ -817,9 +838,9 @@ class ScanRecord(Record):
         return self.status in (ScanStatus.DONE, ScanStatus.SKIPPED)
 
     @property
-    def running(self) -> bool:
-        """Whether it is being processed, or was when its process was killed."""
-        return self.status is ScanStatus.RUNNING
+    def pending(self) -> bool:
+        """Whether it waits or is being processed, or did when its process was killed."""
+        return self.status in (ScanStatus.WAITING, ScanStatus.RUNNING)
 
     @property
     def files(self) -> tuple[str, ...]:

@@ -8,9 +8,12 @@ the whole folder (some seconds), and would fill an empty one with placeholders.
 
 from __future__ import annotations
 
+import difflib
 import os
+import zipfile
 from dataclasses import dataclass
 from functools import cache, cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,14 @@ from platformdirs import user_cache_dir
 from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.engine.grids import Grid
 
+WITHOUT_TEMPLATE = ("anat", "T1w", "MNI305")
+"""Output spaces that need no template, for messages."""
+SURFACES = ("fsaverage", "fsnative", "fslr", "onavg")
+"""Surface spaces of fMRIPrep, in lower case; a density may follow (``fsaverage5``)."""
+FUNCTIONAL = (
+    "func", "bold", "boldref", "run", "sbref", "session", "individual", "dwi", "asl", "petref"
+)  # fmt: skip
+"""Spaces of fMRIPrep and its relatives that only a functional or diffusion image has."""
 SERVER = "https://templateflow.s3.amazonaws.com"
 MNI152_FROM_MNI305 = np.array(
     [
@@ -118,6 +129,7 @@ def find_template(space: str) -> Template:
         how to fetch them.
     """
     folder = templateflow_home()
+    _refuse_unknown(space, folder)
     try:
         empty = not folder.is_dir() or not any(folder.iterdir())
     except OSError as error:
@@ -149,6 +161,71 @@ def find_template(space: str) -> Template:
 def as_asked(space: str) -> str:
     """A space as the command line and fMRIPrep write it."""
     return space.replace("+", ":cohort-")
+
+
+@cache
+def templateflow_names() -> tuple[str, ...]:
+    """The templates with a T1w image and a brain mask that TemplateFlow offers.
+
+    The list is in TemplateFlow's package. It is read without a network and without an import, so
+    that nothing is written to TemplateFlow's folder. Empty if the package has no such list.
+    """
+    package = find_spec("templateflow")
+    places = package.submodule_search_locations if package else None
+    try:
+        with zipfile.ZipFile(Path((places or [""])[0]) / "conf" / "templateflow-skel.zip") as file:
+            names = file.namelist()
+    except (OSError, zipfile.BadZipFile):
+        return ()
+    ends = ("_T1w.nii.gz", "desc-brain_mask.nii.gz")
+    having = [{_template_of(name) for name in names if name.endswith(end)} for end in ends]
+    return tuple(
+        name
+        for name in sorted(having[0] & having[1])
+        if name not in WITHOUT_TEMPLATE and not name.startswith(SURFACES)
+    )
+
+
+def _template_of(path: str) -> str:
+    """``MNI152Lin`` of ``tpl-MNI152Lin/tpl-MNI152Lin_res-01_T1w.nii.gz``."""
+    return path.partition("/")[0].removeprefix("tpl-")
+
+
+def is_surface(name: str) -> bool:
+    """Whether a space of fMRIPrep is a surface."""
+    return name.lower().startswith(SURFACES)
+
+
+def _refuse_unknown(space: str, folder: Path) -> None:
+    """Refuse surfaces, functional spaces, and names that no template has.
+
+    A template that is in TemplateFlow's folder is accepted, whether or not TemplateFlow lists it.
+    """
+    name = space.partition("+")[0]
+    start = f"--output-spaces {as_asked(space)}"
+    if is_surface(name):
+        raise UsageError(
+            f"{start} is a surface. brainprior makes no surfaces; leave it out, and run fMRIPrep "
+            "or FreeSurfer on the result."
+        )
+    if name.lower() in FUNCTIONAL:
+        raise UsageError(
+            f"{start} is the space of a functional or diffusion image. brainprior processes "
+            "anatomical images only; leave it out."
+        )
+    names = templateflow_names()
+    if not names or name in names or (folder / f"tpl-{name}").is_dir():
+        return
+    known = {other.lower(): other for other in (*WITHOUT_TEMPLATE, *names)}
+    near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.7)
+    hint = (
+        f"Did you mean {' or '.join(known[other] for other in near)}?"
+        if near
+        else f"Expected {', '.join(WITHOUT_TEMPLATE)}, or one of {', '.join(names)}."
+    )
+    raise UsageError(
+        f"{start}: TemplateFlow has no template of that name with a T1w and a brain mask. {hint}"
+    )
 
 
 @cache
@@ -205,8 +282,8 @@ def _check_name(space: str, client: Any, folder: Path) -> None:
         raise UsageError(f"--output-spaces {asked}: {' '.join(str(error).split())}") from error
     if reference.dim != 3:
         raise UsageError(
-            f"--output-spaces {asked} is a surface. Only volumes are written; run fMRIPrep or "
-            "FreeSurfer on the result."
+            f"--output-spaces {asked} is a surface. brainprior makes no surfaces; leave it out, "
+            "and run fMRIPrep or FreeSurfer on the result."
         )
 
 

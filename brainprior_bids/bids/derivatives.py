@@ -227,16 +227,17 @@ def code_url() -> str | None:
 
 
 def container() -> dict[str, str] | None:
-    """The container in which this process runs, as BIDS describes it; None outside a container.
+    """The container in which this process runs, as BIDS describes it.
 
-    The digest is known if it is passed at the start of the container: an image cannot contain its
-    own. ``BRAINPRIOR_IMAGE`` and ``BRAINPRIOR_IMAGE_DIGEST`` are read.
+    None if neither its name nor its digest is known: a type alone identifies no container, and
+    ``/.dockerenv`` is also present in containers that are not brainprior's. The digest is known if
+    it is passed at the start of the container: an image cannot contain its own.
+    ``BRAINPRIOR_IMAGE`` and ``BRAINPRIOR_IMAGE_DIGEST`` are read.
     """
     apptainer = os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER")
     tag = os.environ.get("BRAINPRIOR_IMAGE") or apptainer
     digest = os.environ.get("BRAINPRIOR_IMAGE_DIGEST")
-    inside = apptainer or any(Path(p).exists() for p in ("/.dockerenv", "/run/.containerenv"))
-    if not (inside or tag or digest):
+    if not (tag or digest):
         return None
     image = {"Type": "apptainer" if apptainer else "docker"}
     if tag:

@@ -29,12 +29,20 @@ from brainprior_bids.bids.files import (
     write_text_at_last,
 )
 from brainprior_bids.engine.errors import RecordError
-from brainprior_bids.records import ContrastRecord, ErrorRecord, ScanRecord, ScanStatus
+from brainprior_bids.records import (
+    ContrastRecord,
+    ErrorRecord,
+    RunProgressRecord,
+    ScanRecord,
+    ScanStatus,
+)
 
 KILLED_JOB = "KilledJob"
 """``ErrorRecord.type`` of a scan whose job ended before it did."""
 NO_SCAN = "no scan"
 """Status of a participant without a scan."""
+PROGRESS = "_progress.json"
+"""End of the name of a run's progress file."""
 LONGEST_CELL = 10_000
 """Longest value in the table, in characters; readers refuse more than 131,072."""
 COLUMNS = ("source", "task", "status", "seconds", "message")
@@ -86,6 +94,22 @@ def read_summaries(output_dir: Path) -> list[ScanRecord]:
     folder = output_dir / "logs" / "scans"
     summaries = (read_summary(output_dir, path.stem) for path in sorted(folder.glob("*.json")))
     return [summary for summary in summaries if summary is not None]
+
+
+def progress_path(output_dir: Path, run_uuid: str) -> Path:
+    """Path of the file that shows that a run is going."""
+    return output_dir / "logs" / f"{run_uuid}{PROGRESS}"
+
+
+def read_progress(output_dir: Path) -> list[RunProgressRecord]:
+    """The progress of every run that is going, or was killed."""
+    records = []
+    for path in sorted((output_dir / "logs").glob(f"*{PROGRESS}")):
+        try:
+            records.append(RunProgressRecord.read(path))
+        except (OSError, RecordError):  # the run ended in this moment
+            continue
+    return records
 
 
 def write_absent(output_dir: Path, absent: Mapping[str, str], present: Iterable[str]) -> None:
@@ -174,7 +198,7 @@ def settle(output_dir: Path, job: str) -> list[str]:
     killed = []
     for summary in read_summaries(output_dir):
         own = summary.job or ""
-        if not summary.running or job not in (own, own.partition("_")[0]):
+        if not summary.pending or job not in (own, own.partition("_")[0]):
             continue
         message = (
             f"{summary.scan}: job {own} ended before this scan was done: it was killed "

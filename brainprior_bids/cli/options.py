@@ -454,8 +454,8 @@ def other_options(group: Group) -> None:
         metavar="ID",
         help="the scheduler's job number, as passed by slurm-script. participant: recorded in the "
         "status of running scans (default: Slurm's own); group: this job has ended, so mark scans "
-        "that are still running under it, and those of --participant-label that it never "
-        "started, as failed",
+        "that are still running or waiting under it, and those of --participant-label that it "
+        "never started, as failed",
     )
     group.add_argument(
         "--stop-on-first-crash", action="store_true", help="stop the run when a scan fails"

@@ -54,7 +54,7 @@ other commands (`brainprior COMMAND --help`):
   check-lesion IMAGE          how much of a lesion's contrast a restoration keeps
   evaluate DATA OUT           degrade 1 mm brains, restore them, compare with the originals
   weights list|verify|add     list or check the networks' weights, add your own
-  status OUT                  what is done, failed and running, and the remaining time
+  status OUT                  what is done, failed, running and waiting; the remaining time
   verify OUT                  compare every file with its SHA-256 in the provenance
 If your dataset folder has the name of a command, write ./train.
 

@@ -8,6 +8,7 @@ import re
 import reprlib
 from pathlib import Path
 
+from brainprior_bids.anatomy.templates import is_surface
 from brainprior_bids.settings import (
     EXPORTS,
     MODALITIES,
@@ -55,7 +56,7 @@ def space_name(text: str) -> str:
     others = {m for m in modifiers if not m.startswith("cohort-")} - {"res-1", "res-01"}
     own = [suffix for suffix in (*MODALITIES, *OTHER_MODALITIES) if suffix not in SPACES]
     space = "anat" if name in own else name
-    if others:
+    if others and not is_surface(name):  # which is refused for that reason
         raise argparse.ArgumentTypeError(
             f"{text!r}: only the modifiers res-1 (the results have 1 mm) and cohort-N are "
             f"accepted, got {', '.join(map(reprlib.repr, sorted(others)))}. Leave the modifier "

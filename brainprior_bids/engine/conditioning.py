@@ -16,16 +16,18 @@ network that was trained for it, which then returns E[x | x_t, y].
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
+from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.engine.errors import InputError, ShapeMismatchError
 from brainprior_bids.engine.gaussian.spectral import Spectrum
+from brainprior_bids.engine.grids import Grid
 from brainprior_bids.engine.likelihood import Likelihood
 from brainprior_bids.engine.measured import Measured
 from brainprior_bids.engine.observation import ImageObservation
@@ -33,6 +35,7 @@ from brainprior_bids.engine.operators.fourier import resampling_matrix
 from brainprior_bids.engine.operators.slices import SliceProfile
 from brainprior_bids.engine.problem import Problem
 from brainprior_bids.engine.samplers.conditional import BLIND
+from brainprior_bids.engine.sensing import sensitivity, triple
 from brainprior_bids.engine.stacks import Stack
 from brainprior_bids.engine.voxels import Voxels
 
@@ -47,6 +50,9 @@ IN_PLANE = 2.2
 trained."""
 SPACING = 1.4
 """Smallest slice spacing, in restored voxels, of the 2-D slices on which they were trained."""
+
+UNTRAINED = "the prior was not trained to be conditioned on measurements"
+UNEVEN_NOISE = "the noise differs between voxels"
 
 Denoise = Callable[[Tensor, float], Tensor]
 
@@ -345,26 +351,92 @@ class Conditioning:
     def obstacle(self) -> str | None:
         """Why the network cannot be conditioned on the reference's measurements, or None."""
         problem, prior = self.problem, self.prior
-        box, axis = problem.reference.box, problem.scans[0].acquisition.slice_axis
-        takes_holes = getattr(prior, "takes_holes", False)
+        box, scan = problem.reference.box, problem.scans[0]
         if problem.displaced:
             return "the odd slices of the scan are displaced"
         if not getattr(prior, "takes_stacks", False):
-            return "the prior was not trained to be conditioned on measurements"
+            return UNTRAINED
         if problem.nuisances.move_bias:
             return "it does not move the bias field"
         if problem.reference.excess is not None:
-            return "the noise differs between voxels"
+            return UNEVEN_NOISE
         if problem.box.shape != box.shape or problem.box.start != box.start:
             return "the unknown does not lie on the scan's axes"
-        if box.shape == box.data_shape:
-            return None if takes_holes else "the prior was not trained on scans with holes"
-        if problem.any_hidden:
-            return "voxels are hidden of a scan that is coarser than the restored image"
-        if any(a != axis and box.shape[a] > IN_PLANE * box.data_shape[a] for a in range(3)):
-            return f"voxels in the plane of the slices are above {IN_PLANE} restored ones"
-        thin = box.shape[axis] < SPACING * box.data_shape[axis]
-        sinc_shaped = bool((problem.slice_weights() < -0.01).any())
-        if thin and not (sinc_shaped and takes_holes):
-            return "the slices are as thin as the restored voxels"
-        return None
+        return obstacle_in_voxels(
+            box.shape,
+            box.data_shape,
+            axis=scan.acquisition.slice_axis,
+            any_hidden=problem.any_hidden,
+            sinc_shaped=bool((problem.slice_weights() < -0.01).any()),
+            takes_holes=getattr(prior, "takes_holes", False),
+        )
+
+
+def obstacle_in_voxels(
+    shape: Sequence[int],
+    data_shape: Sequence[int],
+    *,
+    axis: int,
+    any_hidden: bool,
+    sinc_shaped: bool,
+    takes_holes: bool,
+) -> str | None:
+    """Why a network that takes measurements cannot be conditioned on voxels of this size, or None.
+
+    Parameters
+    ----------
+    shape, data_shape : (i, j, k)
+        Voxels of the restored image and of the scan in one box; only their ratio counts.
+    axis : int
+        Slice axis.
+    any_hidden : bool
+        Whether voxels of the scan are hidden.
+    sinc_shaped : bool
+        Whether the slice profile is that of a 3-D scan whose slices are thicker than the restored
+        voxels.
+    takes_holes : bool
+        Whether the network was trained on partly hidden scans on the restored grid.
+    """
+    if tuple(shape) == tuple(data_shape):
+        return None if takes_holes else "the prior was not trained on scans with holes"
+    if any_hidden:
+        return "voxels are hidden of a scan that is coarser than the restored image"
+    if any(a != axis and shape[a] > IN_PLANE * data_shape[a] for a in range(3)):
+        return f"voxels in the plane of the slices are above {IN_PLANE} restored ones"
+    thin = shape[axis] < SPACING * data_shape[axis]
+    if thin and not (sinc_shaped and takes_holes):
+        return "the slices are as thin as the restored voxels"
+    return None
+
+
+def expected_obstacle(
+    grid: Grid, acquisition: Acquisition, *, any_hidden: bool, facts: Mapping[str, Any]
+) -> str | None:
+    """``Conditioning.obstacle`` as far as it is known before a scan is read.
+
+    Noise that differs between voxels is for the caller to judge. Unknown are displaced slices,
+    lost slices and voxels that were interpolated.
+
+    Parameters
+    ----------
+    grid : Grid
+        Grid of the scan, from its header.
+    acquisition : Acquisition
+    any_hidden : bool
+        Whether voxels are hidden by a lesion mask.
+    facts : mapping
+        Metadata of the prior's weights (``weights.read_weights``).
+    """
+    if not facts["config"].get("stacks"):
+        return UNTRAINED
+    shape = grid.one_millimetre().shape
+    data_shape = triple(tuple(min(pair) for pair in zip(shape, grid.shape, strict=True)))
+    profile, _ = sensitivity(grid, acquisition, data_shape)
+    return obstacle_in_voxels(
+        shape,
+        data_shape,
+        axis=acquisition.slice_axis,
+        any_hidden=any_hidden,
+        sinc_shaped=bool((profile < -0.01).any()),
+        takes_holes=facts.get("recipe", {}).get("holes", 0) > 0,
+    )

@@ -171,7 +171,9 @@ def restore(
         device=torch_device,
     )
     view = Conditioning(prior, problem, contrast, images)
-    name, reason = choose_sampler(sampler, view, n_steps)
+    name, reason = choose_sampler(
+        sampler, view.obstacle(), n_steps=n_steps, n_scans=len(problem.scans)
+    )
     levels = n_steps
     if levels is None:
         simple = len(scans) == 1 and not problem.any_hidden
@@ -237,8 +239,21 @@ def _check(sampler: str, n_samples: int, home: str, images: Sequence[ImageObserv
         )
 
 
-def choose_sampler(asked: str, view: Conditioning, n_steps: int | None) -> tuple[str, str | None]:
+def choose_sampler(
+    asked: str, obstacle: str | None, *, n_steps: int | None, n_scans: int
+) -> tuple[str, str | None]:
     """The sampler to use, and the reason if "auto" did not select the default one.
+
+    Parameters
+    ----------
+    asked : str
+        In ``samplers.registry.NAMES``.
+    obstacle : str or None
+        Why the network cannot be conditioned on the reference's measurements.
+    n_steps : int or None
+        Number of noise levels; None for the sampler's default.
+    n_scans : int
+        Number of scans that are combined.
 
     Raises
     ------
@@ -247,10 +262,9 @@ def choose_sampler(asked: str, view: Conditioning, n_steps: int | None) -> tuple
     """
     if asked not in ("auto", "conditional", "mean"):
         return asked, None
-    obstacle = view.obstacle()
     if asked != "mean" and n_steps is not None and n_steps < 2:
         obstacle = obstacle or "it needs at least 2 network calls"
-    if asked == "mean" and len(view.problem.scans) > 1:
+    if asked == "mean" and n_scans > 1:
         obstacle = obstacle or "one call can be conditioned on one scan, and several are fused"
     if obstacle is None:
         return ("mean" if asked == "mean" else registry.DEFAULT.name), None

@@ -11,8 +11,8 @@ from brainprior_bids.bids import status
 from brainprior_bids.bids.query import Scan
 from brainprior_bids.engine.samplers import registry
 from brainprior_bids.records import MaskSource, Origin, StructuresSource, WeightsRecord
+from brainprior_bids.run.forecast import uncertainty_from
 from brainprior_bids.run.logs import LOG
-from brainprior_bids.run.plan import uncertainty_from
 from brainprior_bids.settings import Settings
 
 AGAIN = "The images are not affected; --reports-only writes it again."
@@ -64,7 +64,9 @@ def write_boilerplate(
             mask=Origin(MaskSource(settings.skull_strip)),
             structures=Origin(StructuresSource(settings.parcellation)),
             runs=max(1, len(scan.runs)),
-            uncertainty_from=uncertainty_from(settings, len(scan.runs)),
+            uncertainty_from=uncertainty_from(
+                registry.find(settings.sampler), settings, len(scan.runs)
+            ),
             **cards,
         )
         for scan in scans

@@ -17,10 +17,17 @@ from brainprior_bids.engine.errors import is_full
 from brainprior_bids.records import ScanRecord, ScanStatus
 from brainprior_bids.run.environment import why_no_workers
 from brainprior_bids.run.failures import Failure
+from brainprior_bids.run.heartbeat import Heartbeat
 from brainprior_bids.run.live import LiveResults
 from brainprior_bids.run.logs import LOG
 from brainprior_bids.run.monitor import ResourceMonitor
-from brainprior_bids.run.outcome import step_records, why_not_ended, write_failure, write_running
+from brainprior_bids.run.outcome import (
+    step_records,
+    why_not_ended,
+    write_failure,
+    write_running,
+    write_waiting,
+)
 from brainprior_bids.run.plugin_file import read_plugin_file
 from brainprior_bids.run.progress import Progress
 from brainprior_bids.settings import Settings
@@ -29,8 +36,13 @@ RESERVE, RESERVE_PER_SCAN = 2**18, 2**10
 """Bytes reserved on disk during a run, for the status of every scan and the end of the log."""
 
 
-def execute(jobs: Sequence[Any], settings: Settings, weights: dict[str, Path]) -> None:
-    """Build the graph, run it, and write a summary with the reason for every unfinished scan."""
+def execute(
+    jobs: Sequence[Any], settings: Settings, weights: dict[str, Path], heartbeat: Heartbeat
+) -> None:
+    """Build the graph, run it, and write a summary with the reason for every unfinished scan.
+
+    ``heartbeat`` is told of the progress.
+    """
     from brainprior_bids.interfaces.base import FAILURE
     from brainprior_bids.interfaces.restore import PROGRESS
     from brainprior_bids.workflows.base import configure_nipype, init_brainprior_wf
@@ -62,9 +74,10 @@ def execute(jobs: Sequence[Any], settings: Settings, weights: dict[str, Path]) -
     try:
         with reserved(settings.output_dir / "logs", RESERVE + RESERVE_PER_SCAN * len(jobs)):
             for job in jobs:
-                write_running(job.scan, settings)
+                write_waiting(job.scan, settings)
             status.rebuild_status(settings.output_dir)
-            crashed = _run(workflow, dict(zip(folders, jobs, strict=True)), settings, failures)
+            named_jobs = dict(zip(folders, jobs, strict=True))
+            crashed = _run(workflow, named_jobs, settings, failures, heartbeat)
     except OSError as error:
         if not is_full(error):
             raise
@@ -89,7 +102,7 @@ def _settle(
         summary = status.read_summary(
             settings.output_dir, result_name(job.scan.name, settings.image)
         )
-        if summary is None or summary.running or _failed_now(summary, settings):
+        if summary is None or summary.pending or _failed_now(summary, settings):
             error = why_not_ended(job.scan, folder, settings, crashed, failures)
             inside = f"{folder.name}."
             steps = [name.removeprefix(inside) for name in every_step if name.startswith(inside)]
@@ -107,6 +120,7 @@ def _run(
     jobs: Mapping[Path, Any],
     settings: Settings,
     failures: dict[str, Failure],
+    heartbeat: Heartbeat,
 ) -> Exception | KeyboardInterrupt | None:
     """Run the graph; returns its error, if any, and fills ``failures`` with those of steps.
 
@@ -121,7 +135,14 @@ def _run(
     work = expected_work(settings)
     # a scan that reaches the templates through a T1w is not registered itself
     without = [job for job in jobs.values() if "templates" in work and not job.templates]
-    progress = Progress(scans, folders, work, left_out=["templates"] * len(without))
+    progress = Progress(
+        scans,
+        folders,
+        work,
+        left_out=["templates"] * len(without),
+        on_begin=lambda name: _begin(jobs[folders[name]], settings),
+    )
+    heartbeat.watch(progress)
     monitor = (
         ResourceMonitor(
             settings.output_dir / "logs" / f"{settings.run_uuid}_resources.tsv",
@@ -135,6 +156,7 @@ def _run(
     live = LiveResults(
         list(jobs.values()),
         settings,
+        begun=lambda: progress.begun,
         failing=lambda: {name.split(".")[-2] for name in list(plugin.failures)},
         settle=lambda job: _settle(
             [job],
@@ -157,6 +179,15 @@ def _run(
             plugin.stop()
             failures |= plugin.failures
     return None
+
+
+def _begin(job: Any, settings: Settings) -> None:
+    """Set a scan's status to running: before its next step starts, so that no other status is
+    overwritten."""
+    try:
+        write_running(job.scan, settings)
+    except OSError as error:  # a full disk, perhaps: the run continues
+        LOG.debug("the status was not updated: %s", error, exc_info=True)
 
 
 def make_plugin(workflow: Any, settings: Settings, progress: Progress) -> Any:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Status, quality table and participants' reports that change as scans finish."""
+"""Status, quality table and participants' reports that change as scans begin and finish."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INTERVAL_S = 10.0
 
 
 class LiveResults:
-    """Checks regularly whether a scan has ended, and then rebuilds status, tables and reports.
+    """Checks regularly whether a scan has begun or ended, and rebuilds status, tables and reports.
 
     It reads the summaries, so it works with every plugin, also if steps run on other machines. The
     end of a run rebuilds everything again, so an error in writing here is only logged.
@@ -28,6 +28,8 @@ class LiveResults:
     jobs : sequence of Job
         The scans of this run.
     settings : Settings
+    begun : function
+        Returns the names of the workflows of scans that have begun.
     failing : function
         Returns the names of the workflows in which a step has failed.
     settle : function
@@ -41,6 +43,7 @@ class LiveResults:
         jobs: Sequence[Any],
         settings: Settings,
         *,
+        begun: Callable[[], Collection[str]] = tuple,
         failing: Callable[[], Collection[str]],
         settle: Callable[[Any], None],
         interval_s: float = INTERVAL_S,
@@ -48,6 +51,7 @@ class LiveResults:
         self._pending = list(jobs)
         self._settings, self._interval_s = settings, interval_s
         self._failing, self._settle = failing, settle
+        self._begun, self._n_begun = begun, 0
         self._stop = threading.Event()
 
     def __enter__(self) -> LiveResults:
@@ -68,7 +72,7 @@ class LiveResults:
 
     def refresh(self) -> None:
         """Check once."""
-        failing = self._failing()
+        failing, n_begun = self._failing(), len(self._begun())
         ended = []
         for job in self._pending:
             if f"{job.scan.name.node_name}_wf" in failing:
@@ -77,15 +81,18 @@ class LiveResults:
             elif self._has_ended(job):
                 ended.append(job)
         if not ended:
+            if n_begun > self._n_begun:
+                status.rebuild_status(self._settings.output_dir)
+                self._n_begun = n_begun
             return
         pending = [job for job in self._pending if job not in ended]
         if pending:  # else the run ends, and everything is rebuilt in a moment
             status.rebuild_status(self._settings.output_dir)
             rebuild_qc(self._settings.output_dir)
             write_documents({job.scan.subject for job in ended}, self._settings)
-        self._pending = pending
+        self._pending, self._n_begun = pending, n_begun
 
     def _has_ended(self, job: Any) -> bool:
         name = result_name(job.scan.name, self._settings.image)
         summary = status.read_summary(self._settings.output_dir, name)
-        return summary is not None and not summary.running
+        return summary is not None and not summary.pending

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The status of a scan while it is running, and after a failure."""
+"""The status of a scan while it waits or is running, and after a failure."""
 
 from __future__ import annotations
 
@@ -33,8 +33,17 @@ LITTLE_BYTES, LITTLE_FILES = 16 * 2**20, 16
 """With less free space, a disk counts as full. (The image that did not fit has been removed.)"""
 
 
+def write_waiting(scan: Scan, settings: Settings) -> None:
+    """Set the status to waiting; it remains so if this process is killed before it begins."""
+    _write_pending(scan, settings, ScanStatus.WAITING)
+
+
 def write_running(scan: Scan, settings: Settings) -> None:
     """Set the status to running, until the scan ends; it remains so if this process is killed."""
+    _write_pending(scan, settings, ScanStatus.RUNNING)
+
+
+def _write_pending(scan: Scan, settings: Settings, state: ScanStatus) -> None:
     number = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ.get("SLURM_JOB_ID"))
     task = os.environ.get("SLURM_ARRAY_TASK_ID")
     job = settings.job_id or (f"{number}_{task}" if task else number)
@@ -48,10 +57,10 @@ def write_running(scan: Scan, settings: Settings) -> None:
             outputs=previous.outputs,
             figures=previous.figures,
             left=previous.left,
-            status=ScanStatus.RUNNING,
+            status=state,
             job=job,
-            message=f"began {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC on {platform.node()}"
-            f"{f', job {job}' if job else ''}; not finished: it is running, or was killed",
+            message=f"since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC on {platform.node()}"
+            f"{f', job {job}' if job else ''}, or was killed",
         ),
     )
 

@@ -23,11 +23,12 @@ from brainprior_bids.bids.query import (
     requested_subjects,
     subjects_without,
 )
-from brainprior_bids.records import ScanRecord, ScanStatus, named
+from brainprior_bids.records import ScanRecord, ScanStatus, Stage, named
 from brainprior_bids.run.contrasts import align_contrasts
 from brainprior_bids.run.documents import write_boilerplate, write_documents
 from brainprior_bids.run.environment import prepare_environment, revive_tracker
 from brainprior_bids.run.execute import execute
+from brainprior_bids.run.heartbeat import Heartbeat
 from brainprior_bids.run.jobs import plan_jobs
 from brainprior_bids.run.logs import LOG, log_to_file
 from brainprior_bids.run.preflight import (
@@ -87,13 +88,27 @@ def _restore(
     export.prepare(
         settings.exports, bids_dir=settings.bids_dir, output_dir=settings.output_dir, raw=raw
     )
+    with Heartbeat(settings) as heartbeat:
+        return _process(scans, settings, weights, claims, heartbeat)
+
+
+def _process(
+    scans: Sequence[Scan],
+    settings: Settings,
+    weights: dict[str, tuple[Path, str]],
+    claims: Claims,
+    heartbeat: Heartbeat,
+) -> int:
+    """Process unfinished scans, align contrasts, and write tables and documents."""
     failed = name_absent(scans, settings)
     scans, linked = link_raw(scans, settings)
     hashes = {role: digest for role, (_, digest) in weights.items()}
     jobs = plan_jobs(scans, settings, hashes, claims)
     if jobs:
         write_run(settings)
-        execute(jobs, settings, {role: path for role, (path, _) in weights.items()})
+        paths = {role: path for role, (path, _) in weights.items()}
+        execute(jobs, settings, paths, heartbeat)
+    heartbeat.enter(Stage.END)
     align_contrasts({scan.subject for scan in scans}, settings)
     if "raw" in settings.exports:
         export.describe_raw(Path(settings.exports["raw"]), settings.bids_dir)

@@ -4,23 +4,29 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Collection, Sequence
-from functools import cache
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from brainprior_bids.anatomy.conform import read_geometry
-from brainprior_bids.bids import export
-from brainprior_bids.bids.contrasts import Result, pairs
+from brainprior_bids.anatomy.conform import Geometry, read_geometry
+from brainprior_bids.bids import export, status
+from brainprior_bids.bids.contrasts import Pair, Result, pairs, record_path
 from brainprior_bids.bids.files import readable
 from brainprior_bids.bids.names import output_names, scan_seed
 from brainprior_bids.bids.query import Scan, subjects_without
 from brainprior_bids.engine.errors import BrainpriorError
 from brainprior_bids.engine.grids import PLANES
-from brainprior_bids.engine.samplers import registry
 from brainprior_bids.records import ConformFacts
+from brainprior_bids.run.forecast import (
+    ALIGN_S,
+    BOX_MM,
+    COMMAND_S,
+    Sampling,
+    expected_sampling,
+    scan_seconds,
+    seconds_per_voxel,
+)
 from brainprior_bids.run.jobs import (
     ScanInputs,
     export_roots_of,
@@ -32,35 +38,41 @@ from brainprior_bids.run.jobs import (
 from brainprior_bids.run.preflight import checked_weights
 from brainprior_bids.settings import Settings, is_template
 
-TIMED = 64
-"""Edge of the block whose network call is timed, in voxels."""
-BOX_MM = (160, 200, 164)
-"""Typical box around a brain, its margins included, along right, anterior and superior: 5.2
-million voxels. In 60 participants it had 4.4 to 6.4 million, in a tilted head 6.4."""
-FUSED_SHARE = 0.5
-"""Time for each fused run, relative to that of the network: 0.02 per iteration, 15 iterations, 3
-solves in 2 levels (measured with two and three runs)."""
-RUN_S = 60.0
-"""Seconds of preprocessing for each fused run except the first."""
-OTHER_S = 60.0
-"""All steps before and after the network calls, in seconds: the demo took 52 on an idle machine
-with two threads (most of these steps use one)."""
-SAMPLE_S = 5.0
-"""Seconds per sample in addition to its network calls."""
 BUSY = 0.5
 """Load per processor above which the machine is called busy."""
+ONLY_IN_THE_RUN = (
+    "The samplers are chosen by headers, sidecars and options. Displaced slices, lost slices and "
+    "interpolated voxels are found in the run only, and can change sampler and time."
+)
+
+
+@dataclass
+class _Totals:
+    """Sums over the scans of a plan.
+
+    Attributes
+    ----------
+    seconds : float
+        Time of all scans, one by one.
+    results : list of (Result, bool)
+        The results that there will be, and whether each has an uncertainty map.
+    pending : set of str
+        Titles of those that are not there yet.
+    """
+
+    seconds: float = 0.0
+    calls: int = 0
+    refused: int = 0
+    skipped: int = 0
+    conditioned: bool = False
+    results: list[tuple[Result, bool]] = field(default_factory=list)
+    pending: set[str] = field(default_factory=set)
 
 
 def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
-    """Print every scan's outputs, seed, time and memory; nothing is written."""
-    from brainprior_bids.workflows.scan import REGISTRATION_S, claims_gb
-
-    sampler = registry.find(settings.sampler)
-    calls = settings.n_samples * sampler.calls(settings.n_steps, simple=settings.simple)
+    """Print every scan's outputs, seed, sampler, time and memory; nothing is written."""
     voxel_s = seconds_per_voxel(settings)
-    total = 0.0
-    refused = skipped = 0
-    to_align: list[Result] = []
+    totals = _Totals()
     to_fmriprep = exported_t1w(scans, settings)
     through = via_t1w(scans, settings)
     weights = {role: digest for role, (_, digest) in checked_weights(settings).items()}
@@ -72,46 +84,123 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
             why = why_again(scan, job, settings, export_roots_of(scan, settings, to_fmriprep))
             if why is None:
                 print("  done: it would be skipped")
-                skipped += 1
-                to_align.append(Result(scan.name, settings.image))
+                totals.skipped += 1
+                totals.results.append(_existing(scan, settings))
                 continue
             if why:
                 print(f"  {why}")
-            voxels = _planned(scan, settings, job)
+            _print_scan(scan, job, settings, voxel_s, totals)
         except Exception as error:  # as in `plan_jobs`: the other scans continue after any error
             known = isinstance(error, BrainpriorError)
             print(f"  would fail: {error if known else f'{type(error).__name__}: {error}'}")
-            refused += 1
+            totals.refused += 1
             continue
-        seconds = scan_seconds(voxels, len(scan.runs), settings, voxel_s)
-        seconds += REGISTRATION_S * len(job.templates)
-        total += seconds
-        print(f"  about {minutes(seconds)} ({voxels / 1e6:.1f} million voxels)")
-        to_align.append(Result(scan.name, settings.image))
-        names = output_names(
-            scan.name,
-            n_samples=settings.n_samples,
-            spaces=(*plain_spaces(settings), *job.templates),
-            save_samples=settings.save_samples,
-            native=settings.output_grid == "native",
-            image=settings.image,
-            runs=[run.name for run in scan.runs[1:]],
-            lesion="lesion" in job.given,
-            uncertainty=uncertainty_from(settings, len(scan.runs)) is not None,
-        )
-        for name in names.values():
-            print(f"  {scan.name.folder}/anat/{name}")
         if scan.name.stem in to_fmriprep:
             root = settings.exports["fmriprep"]
             for path in export.fmriprep_names(scan.name).values():
                 print(f"  {root}/{path}")
         if "raw" in settings.exports:
             print(f"  {settings.exports['raw']}/{export.raw_name(scan.name)}")
-    for name in contrast_names(to_align, settings, through):
+    new = pairs_to_align([result for result, _ in totals.results], totals.pending, settings)
+    for pair in new:
+        print(f"{pair.other.title} would be aligned with {pair.reference.title}")
+    for name in contrast_names(totals.results, settings, through):
         print(f"  {name}")
     for subject in subjects_without(scans, settings):
         print(f"sub-{readable(subject)}: no scan matches the request")
-    to_do = len(scans) - refused - skipped
+    _print_totals(len(scans), len(new), totals, settings)
+
+
+def _existing(scan: Scan, settings: Settings) -> tuple[Result, bool]:
+    """The result of an earlier run, and whether it has an uncertainty map."""
+    result = Result(scan.name, settings.image)
+    summary = status.read_summary(settings.output_dir, result.title)
+    outputs = () if summary is None else summary.outputs
+    return result, any(path.endswith("_uncertainty.nii.gz") for path in outputs)
+
+
+def _print_scan(
+    scan: Scan, job: ScanInputs, settings: Settings, voxel_s: float, totals: _Totals
+) -> None:
+    """Print the geometry, inputs, sampler, time and outputs of a scan, and add it to the sums."""
+    from brainprior_bids.workflows.scan import REGISTRATION_S
+
+    geometry = _print_geometry(scan, settings, job)
+    sampling = expected_sampling(
+        geometry.grid,
+        geometry.acquisition,
+        settings,
+        n_runs=len(scan.runs),
+        any_hidden="lesion" in job.given,
+        uneven_noise="trust" in job.given and not settings.uses_scan,
+    )
+    box_voxels = float(np.prod(np.minimum(geometry.grid.extent_mm, BOX_MM)))
+    seconds = scan_seconds(
+        sampling,
+        box_voxels=box_voxels,
+        scan_voxels=float(np.prod(geometry.grid.shape)),
+        n_runs=len(scan.runs),
+        n_samples=settings.n_samples,
+        voxel_s=voxel_s,
+    )
+    seconds += REGISTRATION_S * len(job.templates)
+    print(
+        f"  sampler {sampler_words(sampling, settings.sampler)}, {sampling.calls} network calls, "
+        f"about {minutes(seconds)} ({box_voxels / 1e6:.1f} million voxels)"
+    )
+    result = Result(scan.name, settings.image)
+    uncertain = sampling.uncertainty is not None
+    totals.seconds += seconds
+    totals.calls += sampling.calls
+    totals.conditioned |= sampling.sampler.given_data
+    totals.results.append((result, uncertain))
+    totals.pending.add(result.title)
+    names = output_names(
+        scan.name,
+        n_samples=settings.n_samples,
+        spaces=(*plain_spaces(settings), *job.templates),
+        save_samples=settings.save_samples,
+        native=settings.output_grid == "native",
+        image=settings.image,
+        runs=[run.name for run in scan.runs[1:]],
+        lesion="lesion" in job.given,
+        uncertainty=uncertain,
+    )
+    for name in names.values():
+        print(f"  {scan.name.folder}/anat/{name}")
+
+
+def sampler_words(sampling: Sampling, asked: str) -> str:
+    """The name of a sampler, and why it is not the one that was requested, or the default."""
+    if sampling.reason is None:
+        return sampling.sampler.name
+    other = "conditional" if asked == "auto" else asked
+    return f"{sampling.sampler.name} (not {other}: {sampling.reason})"
+
+
+def pairs_to_align(
+    results: Sequence[Result], pending: Collection[str], settings: Settings
+) -> list[Pair]:
+    """The contrasts that a run would align: those of a new result, or never aligned before.
+
+    Parameters
+    ----------
+    pending : collection of str
+        Titles of the results that the run makes.
+    """
+    return [
+        pair
+        for pair in pairs(results)
+        if {pair.reference.title, pair.other.title} & set(pending)
+        or not record_path(settings.output_dir, pair).is_file()
+    ]
+
+
+def _print_totals(n_scans: int, n_aligned: int, totals: _Totals, settings: Settings) -> None:
+    """Print the time and memory of the whole run."""
+    from brainprior_bids.workflows.scan import claims_gb
+
+    to_do = n_scans - totals.refused - totals.skipped
     memory = max(claims_gb(settings).values())
     at_once = (
         settings.n_gpu_procs if settings.use_gpu else settings.nprocs // settings.omp_nthreads
@@ -120,55 +209,21 @@ def print_plan(scans: Sequence[Scan], settings: Settings) -> None:
         at_once = max(1, min(at_once, int(settings.mem_gb / memory), to_do))
     else:
         at_once = 1
-    omitted = [(skipped, "would be skipped"), (refused, "would fail")]
+    omitted = [(totals.skipped, "would be skipped"), (totals.refused, "would fail")]
     counts = ", of which " * any(n for n, _ in omitted)
     counts += " and ".join(f"{n} {what}" for n, what in omitted if n)
+    around = COMMAND_S + ALIGN_S * n_aligned
+    aligned = f", to align {n_aligned} contrast(s)" if n_aligned else ""
     print(
-        f"{len(scans)} scan(s){counts}, {calls} network calls each ({settings.sampler} "
-        f"sampler), on {settings.device}, {at_once} at once: about "
-        f"{minutes(total / at_once)} on an idle machine, and {at_once * memory:.0f} GiB of "
-        "memory. One network call was timed for this. Nothing was written."
+        f"{n_scans} scan(s){counts}, {totals.calls} network calls, on {settings.device}, "
+        f"{at_once} at once: about {minutes(totals.seconds / at_once + around)} on an idle "
+        f"machine, {minutes(around)} of them to start{aligned} and to write tables and reports, "
+        f"and {at_once * memory:.0f} GiB of memory. One network call was timed for this. Nothing "
+        "was written."
     )
+    if totals.conditioned:
+        print(ONLY_IN_THE_RUN)
     print(busy_now())
-
-
-@cache
-def _predicts_spread(prior: Path | None) -> bool:
-    from brainprior_bids.engine.weights import FOLDER, read_weights
-
-    _, facts = read_weights(prior or FOLDER / "prior.safetensors", kind="prior")
-    return bool(facts["config"].get("spread"))
-
-
-def uncertainty_from(settings: Settings, n_runs: int) -> str | None:
-    """Source of a scan's uncertainty map: the ``prior``, ``samples``, or None.
-
-    If the default sampler turns out not to be applicable to a scan, its map is from the samples.
-    """
-    sampler = registry.find(settings.sampler)
-    alone = n_runs < 2 and not settings.refines and not settings.fills_scan
-    if sampler.given_data and alone and _predicts_spread(settings.prior):
-        return "prior"
-    return "samples" if settings.n_samples > 1 else None
-
-
-def scan_seconds(voxels: float, n_runs: int, settings: Settings, voxel_s: float) -> float:
-    """Seconds of one scan on an idle machine.
-
-    Parameters
-    ----------
-    voxels : float
-        Number of 1 mm voxels in the box that the network processes.
-    n_runs : int
-        Number of fused runs; 0 if nothing is fused.
-    voxel_s : float
-        Seconds of a network call per voxel.
-    """
-    sampler = registry.find(settings.sampler)
-    calls = settings.n_samples * sampler.calls(settings.n_steps, simple=settings.simple)
-    share = FUSED_SHARE * n_runs if n_runs else sampler.solve_share
-    restoration = calls * voxels * voxel_s * (1 + share) + SAMPLE_S * settings.n_samples
-    return OTHER_S + restoration + RUN_S * max(0, n_runs - 1)
 
 
 def minutes(seconds: float) -> str:
@@ -191,14 +246,24 @@ def busy_now() -> str:
 
 
 def contrast_names(
-    results: Sequence[Result], settings: Settings, through: Collection[str]
+    results: Sequence[tuple[Result, bool]], settings: Settings, through: Collection[str]
 ) -> list[str]:
-    """Paths of the transforms between the contrasts of a session, and of the resampled files."""
+    """Paths of the transforms between the contrasts of a session, and of the resampled files.
+
+    Parameters
+    ----------
+    results : sequence of (Result, bool)
+        Each with whether it has an uncertainty map.
+    through : collection of str
+        Stems of the scans that reach the templates through a T1w.
+    """
     paths: list[str] = []
-    for pair in pairs(results):
-        uncertain = uncertainty_from(settings, 0) is not None
+    uncertain = {result.title for result, has_map in results if has_map}
+    for pair in pairs([result for result, _ in results]):
         own = pair.other.files(
-            settings.n_samples, save_samples=settings.save_samples, uncertainty=uncertain
+            settings.n_samples,
+            save_samples=settings.save_samples,
+            uncertainty=pair.other.title in uncertain,
         )
         paths += [*pair.transforms, *pair.on_reference(own, settings.output_spaces).values()]
         if pair.other.name.stem in through:
@@ -212,13 +277,12 @@ def plain_spaces(settings: Settings) -> list[str]:
     return [space for space in settings.output_spaces if not is_template(space)]
 
 
-def _planned(scan: Scan, settings: Settings, inputs: ScanInputs) -> float:
+def _print_geometry(scan: Scan, settings: Settings, inputs: ScanInputs) -> Geometry:
     """Print the geometry of a scan and the other files that it uses.
 
     Returns
     -------
-    Number of 1 mm voxels in the box that the network processes: a typical brain's, or the field
-    of view if that is smaller.
+    The geometry; of fused runs that of the reference.
     """
     given = inputs.given
     for run, files in [(scan.runs[0] if scan.runs else scan, given), *inputs.others]:
@@ -226,7 +290,7 @@ def _planned(scan: Scan, settings: Settings, inputs: ScanInputs) -> float:
             print(f"  fuses {run.relative}")
         for file in files.values():
             print(f"  uses {file.uri}")
-    voxels = 0.0
+    geometries = []
     alone = not settings.uses_scan  # then that image replaces the scan
     for run in scan.runs or (scan,):
         plane = settings.slice_plane
@@ -246,33 +310,5 @@ def _planned(scan: Scan, settings: Settings, inputs: ScanInputs) -> float:
         )
         for warning in (*run.warnings, *geometry.warnings):
             print(f"  warning: {warning}")
-        voxels = voxels or float(np.prod(np.minimum(geometry.grid.extent_mm, BOX_MM)))
-    return voxels
-
-
-def seconds_per_voxel(settings: Settings) -> float:
-    """Time of a network call per voxel on this machine when it is idle.
-
-    On the CPU it is the processor time of the calling thread: time taken by other programs does
-    not count, and the thread sleeps while it waits for the other threads of the call.
-    """
-    import torch
-
-    from brainprior_bids.engine.weights import load_prior
-
-    if not settings.use_gpu:
-        torch.set_num_threads(settings.omp_nthreads)
-    device = (
-        "cpu" if settings.device == "auto" else settings.device
-    )  # known only in a scheduler's job
-    prior = load_prior(settings.prior, device=device)
-    shape = (TIMED,) * 3
-    x = torch.zeros((1, 1, *shape), device=device)
-    coordinates = torch.zeros((3, *shape), device=device)
-    clock = time.thread_time if device == "cpu" else time.monotonic
-    seconds = []
-    for _ in range(4):  # the first one warms up, others may be disturbed
-        start = clock()
-        prior.denoise(x, 1.0, coordinates=coordinates, contrast="T1w").cpu()
-        seconds.append(clock() - start)
-    return min(seconds) / TIMED**3
+        geometries.append(geometry)
+    return geometries[0]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -38,6 +38,9 @@ class Progress:
         Expected time of a node relative to the others, in any unit.
     left_out : sequence of str
         Nodes that a scan does not have, one entry per scan.
+    on_begin : function, optional
+        Called with a workflow's name, before the scan's first step after the first node of
+        ``work`` starts. The first one only reads the scan, and runs for many scans in advance.
     terminal : bool, optional
         Whether a line may be overwritten; by default, whether stderr is a terminal.
     """
@@ -49,19 +52,23 @@ class Progress:
         work: Mapping[str, float],
         *,
         left_out: Sequence[str] = (),
+        on_begin: Callable[[str], None] | None = None,
         terminal: bool | None = None,
     ) -> None:
         self._scans, self._folders, self._work = scans, folders, work
         self._running: dict[str, tuple[str, str]] = {}
+        self._first, self._on_begin = next(iter(work)), on_begin
+        self._begun: set[str] = set()
         self._steps = len(scans) * len(work) - len(left_out)
         self._done = 0.0
         self._ended = 0
         self._quarter: dict[str, int] = {}
         self._stop = threading.Event()
         self._lock = threading.Lock()
+        self._total = len(scans) * sum(work.values()) - sum(work[step] for step in left_out)
         shown = sys.stderr.isatty() if terminal is None else terminal
         self._bar = tqdm(
-            total=len(scans) * sum(work.values()) - sum(work[step] for step in left_out),
+            total=self._total,
             disable=not shown,
             smoothing=0,
             **({"ncols": 80, "nrows": 24} if _unsized() else {"dynamic_ncols": True}),
@@ -95,11 +102,36 @@ class Progress:
         with self._lock:
             return [f"{self._scans[scan]} {step}" for scan, step in self._running.values()]
 
+    @property
+    def begun(self) -> Collection[str]:
+        """Names of the workflows of scans that have begun."""
+        with self._lock:
+            return set(self._begun)
+
+    @property
+    def share(self) -> float:
+        """Share of the expected work that is done.
+
+        A running step counts by half, the sampling by its own progress.
+        """
+        with self._lock:
+            running, done = list(self._running.values()), self._done
+        return (done + sum(self._partly(scan, step) for scan, step in running)) / self._total
+
+    def _partly(self, scan: str, step: str) -> float:
+        """The work of a running step that is done."""
+        if step != "restore":
+            return self._work[step] / 2
+        at = _sampling(self._folders[scan] / step / PROGRESS)
+        return 0.0 if at is None else self._work[step] * at.share
+
     def __call__(self, node: Any, event: str) -> None:
         *_, scan, step = node.fullname.split(".")
         if step not in self._work:
             return
         name = self._scans[scan]
+        if event == "start" and step != self._first:
+            self._begin(scan)
         with self._lock:
             if event == "start":
                 self._running[node.fullname] = (scan, step)
@@ -112,6 +144,14 @@ class Progress:
             self._done += self._work[step]
         what = "done" if event == "end" else "FAILED"
         LOG.info("[%d/%d] %s: %s %s", self._ended, self._steps, name, step, what)
+
+    def _begin(self, scan: str) -> None:
+        with self._lock:
+            if scan in self._begun:
+                return
+            self._begun.add(scan)
+        if self._on_begin is not None:
+            self._on_begin(scan)
 
     def _watch(self) -> None:
         while not self._stop.wait(INTERVAL_S):

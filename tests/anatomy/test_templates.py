@@ -6,12 +6,14 @@ from __future__ import annotations
 import importlib
 import socket
 import sys
+import zipfile
 
 import nibabel as nib
 import numpy as np
 import pytest
 from templates import SPACE, paths_of, write_template
 
+from brainprior_bids.anatomy import templates
 from brainprior_bids.anatomy.templates import (
     MNI152_BRAIN_ML,
     MNI152_CENTRE_MM,
@@ -20,6 +22,7 @@ from brainprior_bids.anatomy.templates import (
     find_template,
 )
 from brainprior_bids.engine.errors import UsageError
+from brainprior_bids.settings import SPACES
 
 
 @pytest.fixture
@@ -76,6 +79,55 @@ def test_a_folder_without_the_template_says_how_to_fetch_it(home):
     assert "get('OASIS30ANTs', resolution=1" in str(refused.value)
 
 
+@pytest.mark.parametrize("exists", [True, False], ids=["folder", "no folder"])
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("fsaverage", "fsaverage is a surface. brainprior makes no surfaces; leave it out"),
+        ("fsaverage5", "is a surface"),
+        ("fsnative", "is a surface"),
+        ("fsLR", "is a surface"),
+        ("func", "is the space of a functional or diffusion image.*leave it out"),
+        ("MNI152NLin2009cAsm", r"no template of that name.*Did you mean MNI152NLin2009cAsym"),
+        ("mni152nlin6asym", "Did you mean MNI152NLin6Asym"),
+        ("mni305", "Did you mean MNI305"),
+        ("Fischer344", r"Expected anat, T1w, MNI305, or one of .*MNI152NLin2009cAsym, .*OASIS"),
+        ("nothing", r"Expected anat, T1w, MNI305, or one of .*MNI152NLin2009cAsym, .*OASIS"),
+    ],
+)
+def test_what_cannot_be_fetched_is_not_recommended_to_be_fetched(
+    home, monkeypatch, asked, message, exists
+):
+    if not exists:
+        monkeypatch.setenv("TEMPLATEFLOW_HOME", str(home / "none"))
+    with pytest.raises(UsageError, match=message) as refused:
+        find_template(asked)
+    assert "templateflow.api" not in str(refused.value)
+
+
+def test_the_spaces_without_a_template_are_those_of_the_settings():
+    assert templates.WITHOUT_TEMPLATE == SPACES
+
+
+def test_a_template_of_your_own_in_the_folder_is_looked_up(home):
+    (home / "tpl-Mine").mkdir()
+    with pytest.raises(UsageError) as refused:
+        find_template("Mine")
+    assert "no template of that name" not in str(refused.value)
+
+
+def test_without_a_list_of_templates_every_name_is_looked_up(home, monkeypatch):
+    monkeypatch.setattr(zipfile, "ZipFile", fail_to_open)
+    templates.templateflow_names.cache_clear()
+    with pytest.raises(UsageError, match="has only MNI152NLin2009cAsym"):
+        find_template("MNI152NLin2009cAsm")
+    templates.templateflow_names.cache_clear()
+
+
+def fail_to_open(path):
+    raise FileNotFoundError(path)
+
+
 def test_a_mask_on_another_grid_is_refused(home):
     nib.save(nib.Nifti1Image(np.ones((4, 5, 5), np.uint8), np.eye(4)), paths_of(home)[1])
     with pytest.raises(UsageError, match="another grid"):
@@ -107,11 +159,10 @@ def skeleton(tmp_path_factory):
 
 def test_spaces_are_read_as_for_fmriprep(skeleton):
     for asked, message in [
-        ("MNIInfan", "has only .*MNI152NLin2009cAsym, .*MNIInfant.* anat, T1w and MNI305"),
+        ("MNIInfan", "Did you mean MNIInfant"),
         ("MNIInfant", 'MNIInfant: .* valid cohort selector from: "cohort-1", "cohort-2"'),
         ("MNIInfant+99", 'MNIInfant:cohort-99: .* does not contain any cohort named "99"'),
         ("MNI152NLin2009cAsym+1", "does not accept a cohort"),
-        ("fsaverage", "is a surface"),
         ("MNI152NLin2009bAsym", "lists no 1 mm brain mask of it.*leave the space out"),
         ("MNIColin27", r"get\('MNIColin27', resolution=None, desc=None"),
         ("MNIInfant+2", r"get\('MNIInfant', cohort='2', resolution=1"),

@@ -251,3 +251,28 @@ def test_a_residual_is_that_of_samples_where_there_are_samples(sampler, refined,
     assert description.startswith(text)
     assert description.endswith("--trust") == refined
     assert ("sampl" in description) == (sampler != "mean")
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, None),  # in whatever container these tests run: its name is not known
+        ({"BRAINPRIOR_IMAGE": "brainprior:1.0"}, {"Type": "docker", "Tag": "brainprior:1.0"}),
+        ({"BRAINPRIOR_IMAGE_DIGEST": "sha256:0"}, {"Type": "docker", "Digest": "sha256:0"}),
+        ({"APPTAINER_CONTAINER": "/a.sif"}, {"Type": "apptainer", "Tag": "/a.sif"}),
+        (
+            {"APPTAINER_CONTAINER": "/a.sif", "BRAINPRIOR_IMAGE": "brainprior:1.0"},
+            {"Type": "apptainer", "Tag": "brainprior:1.0"},
+        ),
+    ],
+)
+def test_a_container_is_described_if_its_name_is_known(monkeypatch, environment, expected):
+    for name in ("APPTAINER_CONTAINER", "SINGULARITY_CONTAINER", "BRAINPRIOR_IMAGE",
+                 "BRAINPRIOR_IMAGE_DIGEST"):  # fmt: skip
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    # a sandbox or another program's container has this file too
+    monkeypatch.setattr(derivatives.Path, "exists", lambda path: str(path) == "/.dockerenv")
+    assert derivatives.container() == expected
+    assert derivatives.generated_by().get("Container") == expected

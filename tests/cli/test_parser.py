@@ -316,6 +316,7 @@ def test_names_as_fmriprep_has_them(folders, tmp_path):
     [
         (["--output-spaces", "MNI305:res-2"], "for other voxel sizes, run fMRIPrep"),
         (["--output-spaces", "MNI305:"], "only the modifiers res-1"),
+        (["--output-spaces", "fsaverage:den-10k"], "is a surface. brainprior makes no surfaces"),
         (["--output-spaces", "MNI305:cohort-1"], "one cohort of a template was expected"),
         (["--output-spaces", "MNIInfant:cohort-1:cohort-2"], "a space of its own"),
         (["--output-spaces", "MNI 152"], "'MNI 152' is no space"),

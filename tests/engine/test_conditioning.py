@@ -13,8 +13,15 @@ from scipy import ndimage
 from test_fusion import MOTION, UNIT, error, make_run, together, truth_at
 from test_restore import GAIN, TO_MNI, GaussianPrior, ball, given_prior, phantom, power, run
 
-from brainprior_bids.engine.conditioning import Conditioning, GivenSpectrum, WhiteImage
+from brainprior_bids.engine.acquisition import Acquisition
+from brainprior_bids.engine.conditioning import (
+    Conditioning,
+    GivenSpectrum,
+    WhiteImage,
+    expected_obstacle,
+)
 from brainprior_bids.engine.errors import InputError, ShapeMismatchError, UsageError
+from brainprior_bids.engine.grids import Grid
 from brainprior_bids.engine.nuisance import Nuisances
 from brainprior_bids.engine.observation import ImageObservation, Observation
 from brainprior_bids.engine.problem import Problem
@@ -79,6 +86,44 @@ def problem(case, hidden=None, home="scan"):
         home=home,
         nuisances=Nuisances(thickness_sd=0.0),
         device=torch.device("cpu"),
+    )
+
+
+@pytest.mark.parametrize("holes", [0.5, 0.0], ids=["holes", "no holes"])
+@pytest.mark.parametrize("lesion", [False, True], ids=["whole", "lesion"])
+@pytest.mark.parametrize(
+    "spacing",
+    [
+        (1, 1, 1), (0.8, 0.8, 0.8), (1, 1.33, 1.33), (1.33, 1.33, 1), (1.2, 1.2, 1.2), (1, 1, 1.3),
+        (1, 1, 1.5), (1.5, 1.5, 1.5), (1, 1, 3), (1.6, 1.6, 5), (5, 1, 1), (2.4, 2.4, 5),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_obstacle_is_known_from_the_header(spacing, lesion, holes):
+    """The rule of the plan is that of the restoration, here of a ball in noise."""
+    shape = tuple(round(48 / size) for size in spacing)
+    grid = Grid(shape, np.diag([*spacing, 1.0]))
+    axis = int(np.argmax(spacing))
+    centre = grid.extent_mm / 2
+    points = [np.square(g.points_mm() - centre.reshape(3, 1, 1, 1)).sum(0)
+              for g in (grid, grid.one_millimetre())]  # fmt: skip
+    mask, fine = (square < 14**2 for square in points)
+    scan = 100.0 * mask + np.random.default_rng(0).standard_normal(shape)
+    acquisition = Acquisition(axis, spacing[axis], spacing[axis])
+    case = {"arguments": {"scan": scan, "grid": grid, "acquisition": acquisition,
+                          "mask": mask.astype(float), "mask_1mm": fine}}  # fmt: skip
+    hidden = points[0] < 25 if lesion else None
+    view = Conditioning(given_prior(holes), problem(case, hidden=hidden), "T1w")
+    facts = {"config": {"stacks": True}, "recipe": {"holes": holes}}
+    expected = expected_obstacle(grid, acquisition, any_hidden=lesion, facts=facts)
+    assert view.obstacle() == expected
+
+
+def test_weights_that_take_no_measurements_are_an_obstacle():
+    grid, acquisition = Grid((40, 40, 10), np.diag([1.0, 1, 4, 1])), Acquisition(2, 4.0, 4.0)
+    facts = {"config": {"stacks": False}}
+    assert "was not trained to be conditioned" in str(
+        expected_obstacle(grid, acquisition, any_hidden=False, facts=facts)
     )
 
 

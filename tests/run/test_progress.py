@@ -71,6 +71,27 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path, lines):
     assert messages.running == []
 
 
+def test_a_scan_begins_with_its_second_step(tmp_path):
+    """The first one reads scans in advance."""
+    seen: list[str] = []
+    scans = {"a_wf": "sub-01_T1w", "b_wf": "sub-02_T1w"}
+    work = {"conform": 1.0, "n4": 3.0, "restore": 6.0}
+    messages = Progress(
+        scans, dict.fromkeys(scans, tmp_path), work, on_begin=seen.append, terminal=False
+    )
+    for event in ("start", "end"):
+        messages(node("conform"), event)
+    assert (seen, messages.begun, messages.share) == ([], set(), 1 / 20)
+    for step in ("n4", "restore"):
+        messages(node(step), "start")
+        assert (seen, messages.begun) == (["a_wf"], {"a_wf"})
+        if step == "n4":
+            assert messages.share == (1 + 3 / 2) / 20
+            messages(node(step), "end")
+    write_json(tmp_path / "restore" / PROGRESS, {"sample": 1, "samples": 1, "step": 1, "steps": 3})
+    assert messages.share == (1 + 3 + 2) / 20
+
+
 def test_one_line_on_a_terminal(tmp_path, capsys, lines):
     with make(tmp_path, terminal=True) as messages:
         messages(node("conform"), "start")

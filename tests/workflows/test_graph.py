@@ -328,7 +328,9 @@ def test_a_t2w_reaches_a_template_through_its_t1w(raw, tmp_path, monkeypatch):
     t1w, t2w = result["sub-01_T1w"], result["sub-01_acq-thick_run-1_T2w"]
     assert f"template {SPACE}" in t1w.parts
     assert t2w.parts["way to the templates"] == "through the T1w"
-    announced = contrast_names([Result(s.name, "restored") for s in scans], settings, through)
+    announced = contrast_names(
+        [(Result(s.name, "restored"), True) for s in scans], settings, through
+    )
     at = f"sub-01/anat/sub-01_acq-thick_run-1_space-{SPACE}_res-1_desc-restored_T2w.nii.gz"
     assert at in announced
     assert not any("sub-02" in name and SPACE in name for name in announced)
