@@ -413,10 +413,12 @@ class InterleaveRecord(Record):
 
     moved: bool
     """Whether the motion is large and certain."""
-    accurate: bool = False
-    """Whether its estimate is accurate enough to restore the scan with it."""
+    obstacle: str | None = None
+    """Why the scan is not restored with it; None if it can be."""
     to_reference: Matrix
     rms_mm: float
+    across_mm: float | None = None
+    """The part of ``rms_mm`` across the slices."""
     error_mm: float
     mismatch_ratio: float | None
 

@@ -44,7 +44,7 @@ def test_the_five_lines_of_the_page_restore_a_scan(demo_slab, tmp_path, monkeypa
         np.testing.assert_allclose(written.affine, output.grid.affine, atol=1e-4)
 
 
-@pytest.mark.parametrize(("spacing_mm", "word"), [(4.0, "is corrected"), (5.0, "not corrected")])
+@pytest.mark.parametrize(("spacing_mm", "word"), [(4.0, "is corrected"), (6.0, "not corrected")])
 def test_displaced_interleaves_are_treated_as_by_the_command(
     demo_slab, monkeypatch, spacing_mm, word
 ):

@@ -45,12 +45,18 @@ BLUR = 4
 LEAST = 0.3
 """Motion below this share of the slice spacing is not reported: still scans have up to 0.15."""
 LARGEST_SPACING_MM = 5.5
-"""With slices further apart, the estimate is not accurate enough to improve the restored image
+"""With slices further apart, correcting the motion did not improve the restored image on average
 (docs/tasks/restore.md)."""
 FAR = (
-    f"only slices 1 to {LARGEST_SPACING_MM} mm apart determine the motion accurately enough to "
-    "correct it"
+    f"only in slices 1 to {LARGEST_SPACING_MM} mm apart does its correction improve the image on "
+    "average"
 )
+"""Why the motion of such slices is not corrected."""
+LEAST_IN_PLANE = 1 / 3
+"""Smallest displacement in the plane of the slices that is corrected, in slice spacings, unless it
+is at least as large as that across them. A motion across the slices moves the odd ones onto the
+even ones: the gaps between them hold no data, and the corrected image was worse."""
+ACROSS = "it is mostly across the slices, and its correction would not improve the image"
 """Why such a motion is not corrected."""
 LARGEST_ERROR = 0.5
 """Largest error of the estimate, as a share of the motion."""
@@ -76,6 +82,8 @@ class InterleaveMotion:
         Mismatch of the interleaves after the motion, as a share of that before.
     spacing_mm : float
         Spacing of the slices.
+    across_mm : float
+        The part of ``rms_mm`` across the slices.
     """
 
     to_reference: Matrix
@@ -83,6 +91,7 @@ class InterleaveMotion:
     error_mm: float
     mismatch_ratio: float
     spacing_mm: float
+    across_mm: float = 0.0
 
     @property
     def moved(self) -> bool:
@@ -92,9 +101,14 @@ class InterleaveMotion:
         return large and certain and self.mismatch_ratio <= LARGEST_MISMATCH
 
     @property
-    def accurate(self) -> bool:
-        """Whether the estimate is accurate enough to restore the scan with it."""
-        return self.moved and 1 <= self.spacing_mm <= LARGEST_SPACING_MM
+    def obstacle(self) -> str | None:
+        """Why the scan is not restored with this motion; None if it is."""
+        if not 1 <= self.spacing_mm <= LARGEST_SPACING_MM:
+            return FAR
+        in_plane = np.sqrt(max(self.rms_mm**2 - self.across_mm**2, 0.0))
+        if in_plane < min(LEAST_IN_PLANE * self.spacing_mm, self.across_mm):
+            return ACROSS
+        return None
 
     @property
     def warnings(self) -> list[str]:
@@ -169,6 +183,7 @@ def find_interleave_motion(
         error / 2,
         after / before if before > 0 else 1.0,
         float(grid.spacing_mm[axis]),
+        _rms_along(to_reference, points, grid.affine[:3, axis]),
     )
 
 
@@ -208,3 +223,10 @@ def _rms(a: Matrix, b: Matrix, points: Matrix) -> float:
     """RMS distance between the points, (3, n) mm, mapped by two motions."""
     apart = (a - b)[:3, :3] @ points + (a - b)[:3, 3:]
     return float(np.sqrt(np.mean(np.sum(apart**2, axis=0))))
+
+
+def _rms_along(motion: Matrix, points: Matrix, direction: NDArray[np.float64]) -> float:
+    """RMS displacement of the points along a direction."""
+    apart = (motion - np.eye(4))[:3, :3] @ points + motion[:3, 3:]
+    along = direction / np.linalg.norm(direction) @ apart
+    return float(np.sqrt(np.mean(along**2)))

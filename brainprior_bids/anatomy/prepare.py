@@ -32,7 +32,7 @@ from brainprior_bids.anatomy.bias import BiasField, find_bias
 from brainprior_bids.anatomy.brain import BrainSources, find_brain
 from brainprior_bids.anatomy.conform import Conformed, conform
 from brainprior_bids.anatomy.hull import surface
-from brainprior_bids.anatomy.interleaves import FAR, treatment
+from brainprior_bids.anatomy.interleaves import treatment
 from brainprior_bids.anatomy.lesion import Lesion, find_lesion
 from brainprior_bids.anatomy.padding import unmeasured
 from brainprior_bids.anatomy.parcellation import Parcellation
@@ -113,10 +113,12 @@ class Prepared:
     @property
     def odd_to_even(self) -> NDArray[np.float64] | None:
         """(4, 4) scanner RAS mm of the odd slices to the even ones, if the participant moved in
-        between and the estimate is accurate.
+        between and the scan can be restored with this motion.
         """
         motion = None if self.bias is None else self.bias.interleaves
-        return motion.to_reference if motion is not None and motion.accurate else None
+        if motion is None or not motion.moved or motion.obstacle is not None:
+            return None
+        return motion.to_reference
 
     @property
     def observation(self) -> Observation:
@@ -145,7 +147,7 @@ class Prepared:
         warnings = [text for step in steps if step is not None for text in step.warnings]
         motion = None if self.bias is None else self.bias.interleaves
         if motion is not None and motion.moved:
-            warnings.append(treatment(None if motion.accurate else FAR))
+            warnings.append(treatment(motion.obstacle))
         return warnings
 
 

@@ -152,9 +152,10 @@ def bias_record(bias: BiasField) -> BiasRecord:
     if bias.interleaves is not None:
         motion = InterleaveRecord(
             moved=bias.interleaves.moved,
-            accurate=bias.interleaves.accurate,
+            obstacle=bias.interleaves.obstacle,
             to_reference=matrix_rows(bias.interleaves.to_reference),
             rms_mm=round(bias.interleaves.rms_mm, 3),
+            across_mm=round(bias.interleaves.across_mm, 3),
             error_mm=round(bias.interleaves.error_mm, 3),
             mismatch_ratio=round(bias.interleaves.mismatch_ratio, 3),
         )

@@ -13,7 +13,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from brainprior_bids.anatomy.interleaves import FAR, treatment
+from brainprior_bids.anatomy.interleaves import treatment
 from brainprior_bids.anatomy.nifti import open_image
 from brainprior_bids.anatomy.slices import hidden_voxels
 from brainprior_bids.anatomy.spaces import check_placed, resample
@@ -119,7 +119,7 @@ def interleave_motion(inputs: Inputs) -> tuple[InterleaveRecord | None, str | No
         return motion, "another image is refined"
     if "runs_json" in inputs:
         return motion, "several scans are fused"
-    return motion, None if motion.accurate else FAR
+    return motion, motion.obstacle
 
 
 def _odd_to_even(inputs: Inputs) -> NDArray[np.float64] | None:

@@ -76,6 +76,9 @@ def test_motion_is_found_along_any_axis(axis):
     assert rms < 0.8
     assert result.mismatch_ratio < 0.8
     assert result.moved
+    moved = np.tensordot((np.linalg.inv(motion) - np.eye(4))[:3, :3], POINTS[:, BRAIN], 1)
+    across = moved[axis] + np.linalg.inv(motion)[axis, 3]
+    assert result.across_mm == pytest.approx(np.sqrt(np.mean(across**2)), abs=0.5)
     assert "moved between the interleaves" in result.warnings[0]
 
 
@@ -98,6 +101,22 @@ def test_scans_without_interleaves_are_not_judged():
     assert find_interleave_motion(scan, 0 * scan, few, grid, acquisition) is None
     fine = Grid(scan.shape, np.diag([5.0, 5.0, 5.0, 1.0]))  # a 3-D scan
     assert find_interleave_motion(scan, 0 * scan, mask, fine, acquisition) is None
+
+
+@pytest.mark.parametrize(
+    ("spacing", "in_plane", "across", "word"),
+    [
+        (4.0, 2.0, 1.5, None),
+        (5.3, 1.4, 1.2, None),  # small, but mostly in the plane
+        (4.0, 1.4, 2.2, None),  # a third of the spacing in the plane
+        (4.0, 1.2, 2.2, "mostly across the slices"),
+        (6.7, 2.5, 1.0, "5.5 mm apart"),
+    ],
+)
+def test_only_a_motion_in_the_plane_is_corrected(spacing, in_plane, across, word):
+    rms = float(np.hypot(in_plane, across))
+    motion = InterleaveMotion(np.eye(4), rms, 0.1, 0.6, spacing, across)
+    assert (motion.obstacle or "") == "" if word is None else word in motion.obstacle
 
 
 def test_a_motion_that_does_not_make_the_interleaves_alike_is_not_reported():

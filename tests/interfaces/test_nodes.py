@@ -447,7 +447,6 @@ def test_displaced_interleaves_are_corrected_in_one_scan_that_is_restored(
 ):
     motion = {
         "moved": True,
-        "accurate": True,
         "to_reference": MOTION,
         "rms_mm": 2.0,
         "error_mm": 0.3,
@@ -463,7 +462,6 @@ def test_displaced_interleaves_are_corrected_in_one_scan_that_is_restored(
 def test_motion_in_a_fused_run_is_named(tmp_path):
     motion = {
         "moved": True,
-        "accurate": True,
         "to_reference": MOTION,
         "rms_mm": 2.0,
         "error_mm": 0.3,
@@ -967,9 +965,9 @@ def test_images_on_the_scans_voxels_carry_its_header(tmp_path, kind, sform):
 @pytest.mark.parametrize(
     ("change", "obstacle"),
     [
-        ({"accurate": True}, None),
-        ({}, "only slices 1 to 4.5 mm apart"),
-        ({"accurate": True, "moved": False}, ""),
+        ({}, None),
+        ({"obstacle": "it is mostly across the slices"}, "it is mostly across the slices"),
+        ({"moved": False}, ""),
     ],
 )
 def test_displaced_interleaves_are_restored_as_two_observations(
