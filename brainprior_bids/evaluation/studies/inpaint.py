@@ -65,6 +65,8 @@ PLACES = {
 }
 """Centre of each hole, as a fraction of the brain's bounding box, RAS."""
 LESION = 0.4
+OTHERS = ("lesion | ", "control | ")
+"""Variants that the table leaves out: their images hardly differ from those of ``hole``."""
 OUTSIDE = "every voxel outside the mask is the scan's, bit for bit"
 
 Mask = NDArray[np.bool_]
@@ -281,8 +283,14 @@ def _draw(
 
 
 def table(records: Sequence[Record], _: Sequence[Record]) -> list[str]:
-    """One row per variant, image and hole."""
-    return list(rows_by_settings(records, ["scan", "what", "hole"]))
+    """One row per image and hole, for the scan whose holes are 0; ``off control`` compares it with
+    the control.
+    """
+    shown = [
+        {**record, "rows": {k: v for k, v in record["rows"].items() if not k.startswith(OTHERS)}}
+        for record in records
+    ]
+    return list(rows_by_settings(shown, ["scan", "what", "hole"]))
 
 
 STUDY = Study(
