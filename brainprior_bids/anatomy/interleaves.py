@@ -45,11 +45,11 @@ BLUR = 4
 LEAST = 0.3
 """Motion below this share of the slice spacing is not reported: still scans have up to 0.15."""
 LARGEST_SPACING_MM = 5.5
-"""With slices further apart, correcting the motion did not improve the restored image on average
+"""With slices further apart, correcting the motion improved some images and made others worse
 (docs/tasks/restore.md)."""
 FAR = (
-    f"only in slices 1 to {LARGEST_SPACING_MM} mm apart does its correction improve the image on "
-    "average"
+    f"only in slices 1 to {LARGEST_SPACING_MM} mm apart has its correction proved to improve the "
+    "image"
 )
 """Why the motion of such slices is not corrected."""
 LEAST_IN_PLANE = 1 / 3

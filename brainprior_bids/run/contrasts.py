@@ -26,7 +26,7 @@ from brainprior_bids.bids.provenance import (
     sha256_file,
     write_run,
 )
-from brainprior_bids.engine.errors import InputError, RecordError
+from brainprior_bids.engine.errors import InputError
 from brainprior_bids.records import ContrastRecord, ScanRecord, matrix_rows
 from brainprior_bids.run.logs import LOG
 from brainprior_bids.settings import Settings
@@ -68,7 +68,7 @@ def _align(pair: Pair, summary: ScanRecord, settings: Settings) -> ContrastRecor
     alignment = Alignment.of(pair, summary, settings)
     inputs = alignment.inputs
     fingerprint = alignment.fingerprint(inputs)
-    previous = _previous(record_path(settings.output_dir, pair))
+    previous = status.read_contrast(settings.output_dir, pair.other.title)
     if previous is not None and _is_current(previous, fingerprint, settings):
         return previous
     LOG.info("%s: is being aligned with %s", pair.other.title, pair.reference.title)
@@ -160,13 +160,6 @@ def _note(record: ContrastRecord, settings: Settings) -> None:
         facts=replace(summary.facts, alignment=record.alignment),
     )
     status.write_summary(settings.output_dir, noted)
-
-
-def _previous(path: Path) -> ContrastRecord | None:
-    try:
-        return ContrastRecord.read(path)
-    except (OSError, RecordError):  # missing or unreadable: the contrast is aligned again
-        return None
 
 
 def _is_current(previous: ContrastRecord, fingerprint: str, settings: Settings) -> bool:

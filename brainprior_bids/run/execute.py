@@ -41,7 +41,7 @@ def execute(
 ) -> None:
     """Build the graph, run it, and write a summary with the reason for every unfinished scan.
 
-    ``heartbeat`` is told of the progress.
+    ``heartbeat`` records the progress.
     """
     from brainprior_bids.interfaces.base import FAILURE
     from brainprior_bids.interfaces.restore import PROGRESS

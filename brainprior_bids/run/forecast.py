@@ -31,6 +31,8 @@ RUN_S = 60.0
 OTHER_S = ((0.5, 22.0), (2.0, 31.0), (6.0, 35.0))
 """Millions of voxels of a scan, and seconds of all its steps but the restoration: processor time
 of the nodes in scans with slices of 5 mm (20 to 24 s), 3 mm (29 to 34 s) and 1 mm (35 s)."""
+THERE_S = 8.4e-7
+"""Seconds of a network call per voxel on the processor on which these were measured."""
 SAMPLE_S = 5.0
 """Seconds per sample in addition to its network calls."""
 COMMAND_S = 24.0
@@ -154,11 +156,14 @@ def scan_seconds(
     """
     share = FUSED_SHARE * n_runs if n_runs else sampling.sampler.solve_share
     restoration = sampling.calls * box_voxels * voxel_s * (1 + share) + SAMPLE_S * n_samples
-    return other_seconds(scan_voxels) + restoration + RUN_S * max(0, n_runs - 1)
+    slower = max(1.0, voxel_s / THERE_S)  # a faster network does not make the other steps faster
+    return slower * other_seconds(scan_voxels) + restoration + RUN_S * max(0, n_runs - 1)
 
 
 def other_seconds(scan_voxels: float) -> float:
     """Seconds of all steps of a scan but the restoration, for its number of voxels.
+
+    They are those of a processor on which a network call takes ``THERE_S`` per voxel.
 
     Interpolated between the measurements of ``OTHER_S``, and constant beyond them.
     """
