@@ -26,6 +26,7 @@ import nibabel as nib
 import psutil
 
 from brainprior_bids.anatomy.spaces import check_placed
+from brainprior_bids.background import Background
 from brainprior_bids.engine.errors import BrainpriorError, InputError, UsageError
 from brainprior_bids.engine.grids import Grid
 from brainprior_bids.evaluation.scans import Volume
@@ -155,19 +156,17 @@ class Watch:
     def __init__(self, pid: int | None = None) -> None:
         self._process = psutil.Process(pid)
         self._child = pid is not None
-        self._stop = threading.Event()
+        self._thread = Background(self._watch)
         self._peak = 0
 
     def __enter__(self) -> Watch:
         self._began, self._cpu_began = time.monotonic(), self._cpu()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         seconds, cpu = time.monotonic() - self._began, self._cpu() - self._cpu_began
-        self._stop.set()
-        self._thread.join()
+        self._thread.end()
         gib = self._peak / 2**30
         self.usage = Usage(round(seconds, 2), round(cpu, 2), round(gib, 3))
 
@@ -176,10 +175,10 @@ class Watch:
         own = times.user + times.system
         return times.children_user + times.children_system if self._child else own
 
-    def _watch(self) -> None:
+    def _watch(self, stop: threading.Event) -> None:
         while True:
             self._peak = max(self._peak, self._memory())
-            if self._stop.wait(self.interval_s):
+            if stop.wait(self.interval_s):
                 return
 
     def _memory(self) -> int:

@@ -27,6 +27,7 @@ from nipype.interfaces.base import (
     traits,
 )
 
+from brainprior_bids.background import Background
 from brainprior_bids.bids.files import write_json
 from brainprior_bids.bids.fingerprint import code_version
 from brainprior_bids.records import FailureRecord, NodeRecord
@@ -113,7 +114,7 @@ class Meter:
 
     def __init__(self) -> None:
         self._process = psutil.Process()
-        self._stop = threading.Event()
+        self._thread = Background(self._watch)
         self._peak = 0
         self._gpu = 0
         self._seconds = 0.0
@@ -125,20 +126,18 @@ class Meter:
         self._cpu_clock = time.process_time()
         self._baseline = self._peak = self._process.memory_info().rss
         self._reset_gpu()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
+        self._thread.end()
         self._peak = max(self._peak, self._process.memory_info().rss)
         self._seconds = time.monotonic() - self._clock
         self._cpu = time.process_time() - self._cpu_clock
         self._gpu = self._gpu_peak()
 
-    def _watch(self) -> None:
-        while not self._stop.wait(self.interval_s):
+    def _watch(self, stop: threading.Event) -> None:
+        while not stop.wait(self.interval_s):
             self._peak = max(self._peak, self._process.memory_info().rss)
 
     @staticmethod

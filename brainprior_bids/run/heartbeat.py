@@ -9,6 +9,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Protocol
 
+from brainprior_bids.background import Background
 from brainprior_bids.bids.files import write_json
 from brainprior_bids.bids.status import PROGRESS, progress_path
 from brainprior_bids.records import RunProgressRecord, Stage
@@ -44,7 +45,7 @@ class Heartbeat:
         self._path = progress_path(settings.output_dir, settings.run_uuid)
         self._stage = Stage.SCANS
         self._progress: HasShare | None = None
-        self._stop, self._lock = threading.Event(), threading.Lock()
+        self._lock, self._thread = threading.Lock(), Background(self._watch)
 
     def watch(self, progress: HasShare) -> None:
         """Take the share of the work from ``progress``."""
@@ -58,18 +59,16 @@ class Heartbeat:
     def __enter__(self) -> Heartbeat:
         self._forget_killed()
         self._beat()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
+        self._thread.end()
         with suppress(OSError):
             self._path.unlink(missing_ok=True)
 
-    def _watch(self) -> None:
-        while not self._stop.wait(self._interval_s):
+    def _watch(self, stop: threading.Event) -> None:
+        while not stop.wait(self._interval_s):
             self._beat()
 
     def _beat(self) -> None:

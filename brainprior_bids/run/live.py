@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from brainprior_bids.background import Background
 from brainprior_bids.bids import status
 from brainprior_bids.bids.names import result_name
 from brainprior_bids.bids.qc import rebuild_qc
@@ -52,19 +53,17 @@ class LiveResults:
         self._settings, self._interval_s = settings, interval_s
         self._failing, self._settle = failing, settle
         self._begun, self._n_begun = begun, 0
-        self._stop = threading.Event()
+        self._thread = Background(self._watch)
 
     def __enter__(self) -> LiveResults:
-        self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
+        self._thread.end()
 
-    def _watch(self) -> None:
-        while not self._stop.wait(self._interval_s):
+    def _watch(self, stop: threading.Event) -> None:
+        while not stop.wait(self._interval_s):
             try:
                 self.refresh()
             except Exception as error:  # a full disk, perhaps: the run continues

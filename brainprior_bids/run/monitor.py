@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 
+from brainprior_bids.background import Background
 from brainprior_bids.run.logs import LOG
 
 COLUMNS = ("seconds", "processes", "cpu_percent", "memory_gb", "running")
@@ -34,25 +35,23 @@ class ResourceMonitor:
         self, path: Path, running: Callable[[], Sequence[str]], *, interval_s: float = 1.0
     ) -> None:
         self._path, self._running, self._interval_s = path, running, interval_s
-        self._stop = threading.Event()
+        self._thread = Background(self._watch)
 
     def __enter__(self) -> ResourceMonitor:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
+        self._thread.end()
 
-    def _watch(self) -> None:
+    def _watch(self, stop: threading.Event) -> None:
         try:
-            self._write_rows()
+            self._write_rows(stop)
         except OSError as error:
             LOG.warning("%s ends here: %s", self._path, error)
 
-    def _write_rows(self) -> None:
+    def _write_rows(self, stop: threading.Event) -> None:
         start = time.monotonic()
         known: dict[int, psutil.Process] = {}
         with self._path.open("w", encoding="utf-8", buffering=1) as stream:
@@ -67,7 +66,7 @@ class ResourceMonitor:
                     "; ".join(self._running()) or "n/a",
                 )
                 stream.write("\t".join(cells) + "\n")
-                if self._stop.wait(self._interval_s):
+                if stop.wait(self._interval_s):
                     return
 
 

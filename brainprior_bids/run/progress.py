@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from brainprior_bids.background import Background
 from brainprior_bids.engine.errors import RecordError
 from brainprior_bids.interfaces.restore import PROGRESS
 from brainprior_bids.records import ProgressRecord
@@ -63,7 +64,7 @@ class Progress:
         self._done = 0.0
         self._ended = 0
         self._quarter: dict[str, int] = {}
-        self._stop = threading.Event()
+        self._thread = Background(self._watch)
         self._lock = threading.Lock()
         self._total = len(scans) * sum(work.values()) - sum(work[step] for step in left_out)
         shown = sys.stderr.isatty() if terminal is None else terminal
@@ -80,7 +81,6 @@ class Progress:
     def __enter__(self) -> Progress:
         if self._redirect is not None:
             self._redirect.__enter__()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         return self
 
@@ -90,8 +90,7 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._stop.set()
-        self._thread.join()
+        self._thread.end()
         self._bar.close()
         if self._redirect is not None:
             self._redirect.__exit__(kind, error, trace)
@@ -153,8 +152,8 @@ class Progress:
         if self._on_begin is not None:
             self._on_begin(scan)
 
-    def _watch(self) -> None:
-        while not self._stop.wait(INTERVAL_S):
+    def _watch(self, stop: threading.Event) -> None:
+        while not stop.wait(INTERVAL_S):
             self.refresh()
 
     def refresh(self) -> None:
