@@ -182,5 +182,5 @@ def label_table(
 
 
 def _digits(metric: str) -> int:
-    """Decimal places of a metric: fewer for decibels."""
-    return 2 if "dB" in metric else 4
+    """Decimal places of a metric: fewer for decibels and seconds."""
+    return 2 if "dB" in metric else 0 if metric.endswith(", s") else 4
