@@ -10,10 +10,12 @@ tables that may still be from older weights: file name = first digits of these w
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path, PurePath
 
 from brainprior_bids.engine.errors import UsageError
@@ -22,6 +24,8 @@ from brainprior_bids.engine.weights import find_weights, sha256_file
 BEGIN, END = "<!-- brainprior evaluate: ", " -->"
 DIGITS = 12
 OLDER = "older.toml"
+METRIC = re.compile(r"\b(PSNR|SSIM|MAE|RMSE|CRPS|Dice|LPIPS)\b")
+"""In the heading of a table of results."""
 MEASURED = Path("brainprior_bids", "data", "measured.json")
 """In a checkout: values that the reports quote, each part with its weights."""
 
@@ -185,6 +189,30 @@ def check_tables(
                 f"(the shipped weights are {current}). Correct or remove its line in {OLDER}."
             )
     problems += [f"{OLDER} lists {name}, but there is no such table." for name in older]
+    return problems
+
+
+def check_pages(docs: Path) -> list[str]:
+    """One sentence for each table of metrics that was not written by ``brainprior evaluate``.
+
+    Parameters
+    ----------
+    docs : Path
+        Folder of the pages. Those of ``models`` (the log, and model cards with results of the
+        training commands) and ``decisions`` may have tables of their own.
+    """
+    problems = []
+    for path in sorted(docs.rglob("*.md")):
+        name = path.relative_to(docs)
+        if name.parts[0] in ("_build", "tables", "models", "decisions"):
+            continue
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for number, (line, below) in enumerate(pairwise(lines), 1):
+            if below.lstrip().startswith("|--") and METRIC.search(line):
+                problems.append(
+                    f"{name}, line {number}: a table of results, {line.strip()} Include one of "
+                    "`brainprior evaluate … --tables docs`, or move it to models/log.md."
+                )
     return problems
 
 

@@ -8,6 +8,7 @@ import pytest
 from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.evaluation.stamp import (
     Stamp,
+    check_pages,
     check_tables,
     read_stamp,
     shown_command,
@@ -122,6 +123,17 @@ def test_a_table_written_by_hand_is_refused(tmp_path):
     (tmp_path / "a.md").write_text("| PSNR |\n")
     (problem,) = check_tables(tmp_path, SHIPPED)
     assert problem.startswith("a.md: expected a first line")
+
+
+def test_a_table_of_metrics_on_a_page_is_refused(tmp_path):
+    """The log and the decisions may have one, and a page may name metrics in other tables."""
+    table = "| scan | PSNR, dB |\n|---|---|\n| T1w | 24.0 |\n"
+    for name in ("tasks", "tables", "models", "decisions"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.md").write_text(f"# A\n\n{table}")
+    (tmp_path / "b.md").write_text("| option | meaning |\n|---|---|\n| `--x` | the PSNR |\n")
+    (problem,) = check_pages(tmp_path)
+    assert problem.startswith("tasks/a.md, line 3: a table of results, | scan | PSNR, dB |")
 
 
 def test_the_page_says_that_a_table_is_of_older_weights(tmp_path):
