@@ -129,7 +129,7 @@ def table(records: Sequence[Record], _: Sequence[Record]) -> list[str]:
             f"{first['contrast']}, slices of {first['spacing_mm']:g} mm, noise "
             f"{first['noise_sd']:g}. {extent(first)}.",
             "",
-            *label_table([r["rows"] for r in group], ["", "sampler", "calls", "samples"]),
+            *label_table([r["rows"] for r in group], ["problem", "sampler", "calls", "samples"]),
             "",
         ]
     return text[:-1]
@@ -141,5 +141,5 @@ STUDY = Study(
     measure,
     table,
     defaults={"spacing": (5.0,), "noise": (0.01,), "n_samples": 4},
-    quick={"n_samples": 1, "n_steps": 3},
+    quick={"n_samples": 1, "n_steps": 2},
 )

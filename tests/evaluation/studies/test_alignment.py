@@ -8,6 +8,7 @@ import pytest
 from participants import toy_participant
 
 from brainprior_bids.anatomy.contrasts import ContrastMotion
+from brainprior_bids.anatomy.normalise import Warp
 from brainprior_bids.anatomy.templates import MNI152_FROM_MNI305
 from brainprior_bids.engine.grids import Grid
 from brainprior_bids.evaluation.studies import alignment
@@ -85,3 +86,28 @@ def test_a_brain_that_is_the_template_agrees_with_it(monkeypatch, tmp_path):
     monkeypatch.setattr(alignment, "template", lambda: (None, target, participant.structures))
     (row,) = alignment.in_template(participant, alignment.Settings(False), tmp_path).values()
     assert row == {"Dice of the structures": 1.0, "Dice of the brain masks": 1.0}
+
+
+def test_syn_is_compared_with_the_affine_and_timed(monkeypatch, tmp_path):
+    """A registration that moves every label away."""
+    participant = toy_participant()
+    grid = Grid(participant.data.shape, MNI152_FROM_MNI305 @ participant.to_mni305)
+    target = types.SimpleNamespace(grid=grid, mask_array=lambda: participant.inside)
+    monkeypatch.setattr(alignment, "template", lambda: (None, target, participant.structures))
+
+    def registered(image, mask, template, *, to_mni305, contrast, folder):
+        assert folder.is_dir()
+        assert template is target
+        assert to_mni305 is participant.to_mni305
+        return Warp(folder / "to.h5", folder / "from.h5")
+
+    def through(labels, template, transforms, *, kind):
+        assert transforms == [tmp_path / "new" / "to.h5"]
+        return types.SimpleNamespace(dataobj=np.zeros(labels.shape))
+
+    monkeypatch.setattr(alignment, "register", registered)
+    monkeypatch.setattr(alignment, "resample_through", through)
+    rows = alignment.in_template(participant, alignment.Settings(True), tmp_path / "new")
+    assert rows["affine to MNI305, and from there to MNI152"]["Dice of the structures"] == 1.0
+    assert rows["affine and SyN"]["Dice of the structures"] == 0.0
+    assert rows["affine and SyN"]["processor time, s"] >= 0
