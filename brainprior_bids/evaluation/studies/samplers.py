@@ -141,5 +141,5 @@ STUDY = Study(
     measure,
     table,
     defaults={"spacing": (5.0,), "noise": (0.01,), "n_samples": 4},
-    quick={"n_samples": 1, "n_steps": 2},
+    quick={"n_samples": 1, "n_steps": 1},
 )
