@@ -10,7 +10,13 @@ from sphinx.application import Sphinx
 from sphinx.errors import ConfigError
 
 from brainprior_bids import __version__
-from brainprior_bids.evaluation.stamp import MEASURED, check_tables, shipped_prior, with_note
+from brainprior_bids.evaluation.stamp import (
+    MEASURED,
+    check_pages,
+    check_tables,
+    shipped_weights,
+    with_note,
+)
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # waiting threads spin where other programs run
 os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # a warning of the kernel's debugger
@@ -46,19 +52,22 @@ html_theme_options = {
 
 
 def setup(app: Sphinx) -> None:
-    """A table of other weights than the shipped ones ends the build, or has a note if listed."""
-    app.add_config_value("prior_sha256", shipped_prior(), "env")  # new weights: all pages again
+    """A table that is not of ``brainprior evaluate`` with the shipped weights ends the build, or
+    has a note if it is listed.
+    """
+    app.add_config_value("shipped", shipped_weights(), "env")  # new weights: all pages again
     app.connect("builder-inited", _check_tables)
     app.connect("include-read", _note_older_weights)
 
 
 def _check_tables(app: Sphinx) -> None:
     docs = Path(__file__).parent
-    problems = check_tables(docs / "tables", app.config.prior_sha256, docs.parent / MEASURED)
+    problems = check_tables(docs / "tables", app.config.shipped, docs.parent / MEASURED)
+    problems += check_pages(docs)
     if problems:
-        raise ConfigError("\n".join(["docs/tables:", *problems]))
+        raise ConfigError("\n".join(["Tables of results:", *problems]))
 
 
 def _note_older_weights(app: Sphinx, path: Path, page: str, content: list[str]) -> None:
     if path.parent.name == "tables":
-        content[0] = with_note(content[0], app.config.prior_sha256)
+        content[0] = with_note(content[0], app.config.shipped)

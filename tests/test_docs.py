@@ -14,7 +14,13 @@ import pytest
 from brainprior_bids.cli.command import COMMANDS
 from brainprior_bids.cli.parser import build_parser
 from brainprior_bids.evaluation import stamp
-from brainprior_bids.evaluation.stamp import DIGITS, check_tables, read_stamp, shipped_prior
+from brainprior_bids.evaluation.stamp import (
+    DIGITS,
+    check_pages,
+    check_tables,
+    read_stamp,
+    shipped_weights,
+)
 from brainprior_bids.evaluation.studies import STUDIES
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -104,7 +110,8 @@ def test_every_page_is_in_the_table_of_contents():
 
 def test_the_tables_are_of_the_shipped_weights_and_on_a_page():
     """Or listed as older; ``docs/conf.py`` refuses to build the pages otherwise."""
-    assert check_tables(DOCS / "tables", shipped_prior(), DOCS.parent / stamp.MEASURED) == []
+    assert check_tables(DOCS / "tables", shipped_weights(), DOCS.parent / stamp.MEASURED) == []
+    assert check_pages(DOCS) == []
     pages = "".join(
         path.read_text() for path in DOCS.rglob("*.md") if path.parent.name != "tables"
     )

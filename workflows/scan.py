@@ -58,7 +58,7 @@ NODES = tuple(MEMORY_GB)
 EXPORT_NODES = ("export", "deliver")
 """Nodes that only scans with an export have."""
 REGISTRATION_S = 270.0
-"""Seconds of one core for each template (benchmarks/standard_space.py)."""
+"""Seconds of one core for each template (``brainprior evaluate --study alignment``)."""
 
 
 @dataclass(frozen=True)

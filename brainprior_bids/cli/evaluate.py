@@ -93,6 +93,13 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--segmentation-participants", type=int, default=3)
     what.add_argument("--downstream-participants", type=int, default=2)
     what.add_argument(
+        "--syn-participants",
+        type=int,
+        metavar="N",
+        help="brains that the study alignment registers to MNI152 by SyN, in minutes each "
+        "(default: 2; with --quick none)",
+    )
+    what.add_argument(
         "--thickness",
         action=argparse.BooleanOptionalAction,
         help="cortical thickness in the study downstream, in minutes per image (default: yes; "
@@ -252,7 +259,9 @@ def _write_pages(
     newest = max(path.stat().st_mtime for path in paths)
     day = datetime.fromtimestamp(newest, UTC).date().isoformat()
     records = [harness.read(path) for path in paths]
-    for path in write_pages(records, args.tables, command=shown_command(argv), day=day):
+    command = shown_command(argv)
+    pages = write_pages(records, args.tables, command=command, day=day, nprocs=args.nprocs)
+    for path in pages:
         log.info("wrote %s", path)
 
 

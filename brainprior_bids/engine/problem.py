@@ -226,7 +226,7 @@ class Problem:
         own = scan.grid.one_millimetre()
         data, thinned = reduce_to(scan.scan * (scan.gain / self.unit), own.shape)
         shape, axis = triple(data.shape), scan.acquisition.slice_axis
-        if not scan.is_reference:
+        if not scan.is_reference or own != fine:  # moved, or scanned on other voxels
             resample = AffineResample(fine, own, scan.to_reference)
             brain, mask = resample(brain), resample(mask)
             if not bool((brain > 0.5).any()):

@@ -16,7 +16,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
@@ -30,13 +30,20 @@ from brainprior_bids.engine.weights import FOLDER, read_weights, sha256_file
 from brainprior_bids.evaluation import protocol
 from brainprior_bids.evaluation.protocol import Condition, Participant, from_labels, from_scan
 from brainprior_bids.evaluation.studies import find
-from brainprior_bids.evaluation.studies.base import Bench, Settings, Source, parcellation
+from brainprior_bids.evaluation.studies.base import (
+    Bench,
+    Settings,
+    Source,
+    parcellation,
+    processor_seconds,
+)
 from brainprior_bids.evaluation.summary import Record
 
 log = logging.getLogger(__name__)
 
 VERSION = 2
 """Version of the records; raise it when their meaning changes."""
+PARCELLATION = FOLDER / "parcellation.safetensors"
 TUNED_BY = ("spacing_mm", "noise_sd", "width", "profile", "in_plane_mm", "rician", "crop_mm")
 """Fields of a condition that determine its penalties."""
 
@@ -108,7 +115,10 @@ def run(
     list of Failure
     """
     bench = Bench(prior, device, out, limit_s=limit_s)
-    sha256 = read_weights(prior, kind="prior")[1]["sha256"]
+    sha256 = {
+        kind: read_weights(path, kind=kind)[1]["sha256"]
+        for kind, path in (("prior", prior), ("parcellation", PARCELLATION))
+    }
     tuned = {study for study in {case.study for case in cases} if find(study).tuned}
     with Pool(nprocs) as pool:
         jobs = [_participant_job(source, cases, tuned, out) for source in sources]
@@ -156,7 +166,11 @@ def _tuning_jobs(
 
 
 def _case_jobs(
-    cases: Sequence[Case], validation: Sequence[Source], tuned: set[str], bench: Bench, sha256: str
+    cases: Sequence[Case],
+    validation: Sequence[Source],
+    tuned: set[str],
+    bench: Bench,
+    sha256: Mapping[str, str],
 ) -> list[Job]:
     """One job per case; a picture is drawn of the first case of each contrast and settings."""
     drawn = set()
@@ -279,7 +293,7 @@ def prepare(source: Source, out: Path) -> None:
     mark = fingerprint(
         source=sha256_file(Path(source.path)),
         contrast=source.contrast,
-        parcellation=sha256_file(FOLDER / "parcellation.safetensors"),
+        parcellation=sha256_file(PARCELLATION),
     )
     if path.is_file() and is_done(note, mark):
         return
@@ -324,15 +338,21 @@ def penalties_for(
 
 
 def measure(
-    case: Case, out: Path, bench: Bench, sha256: str, validation: Sequence[str] | None
+    case: Case,
+    out: Path,
+    bench: Bench,
+    sha256: Mapping[str, str],
+    validation: Sequence[str] | None,
 ) -> None:
     """Compute the record of a case, unless there is one of the same weights and settings.
 
-    ``validation`` has the participants for the penalties of the classical methods; None for a
-    study without these.
+    ``sha256`` has the hash of each network's weights. ``validation`` has the participants for the
+    penalties of the classical methods; None for a study without these.
     """
     source, path = case.source, case.record(out)
-    facts: Record = {"prior_sha256": sha256}
+    study = find(case.study)
+    weights = {study.weights: sha256[study.weights]}
+    facts: Record = {f"{kind}_sha256": value for kind, value in weights.items()}
     penalties: dict[str, float] = {}
     if validation is not None:
         assert isinstance(case.settings, Condition)
@@ -341,7 +361,7 @@ def measure(
     mark = fingerprint(
         participant=_note(out, source),
         condition=settings,
-        prior=sha256,
+        **weights,
         penalties=penalties,
         device=bench.device.partition(":")[0],
     )
@@ -350,12 +370,13 @@ def measure(
     folder = out / "work" / case.study / f"{case.stem}_{mark[:8]}"
     bench = replace(bench, folder=folder, source=Path(source.path), penalties=penalties)
     bench = replace(bench, own_labels=source.synthetic)
-    began = time.perf_counter()
+    began, used = time.perf_counter(), processor_seconds()
     participant = Participant.load(participant_path(out, source))
-    record = find(case.study).measure(participant, case.settings, bench)
+    record = study.measure(participant, case.settings, bench)
     facts |= {"study": case.study, "participant": source.name, "contrast": source.contrast}
     facts |= {"synthetic": source.synthetic, "choosing": source.choosing}
     facts["case_seconds"] = round(time.perf_counter() - began, 1)
+    facts["case_processor_seconds"] = round(processor_seconds() - used, 1)
     failure = record.get("failure")  # the table shows it, and the next run repeats the case
     write(path, {"fingerprint": None if failure else mark, **facts, **settings, **record})
     if failure:

@@ -18,18 +18,22 @@ from brainprior_bids.evaluation.studies import STUDIES, find
 from brainprior_bids.evaluation.summary import Record
 
 
-def write_pages(records: Sequence[Record], docs: Path, *, command: str, day: str) -> list[Path]:
+def write_pages(
+    records: Sequence[Record], docs: Path, *, command: str, day: str, nprocs: int = 1
+) -> list[Path]:
     """Write ``docs/tables/STUDY.md`` and the plot of every study, and what reports quote.
 
     Parameters
     ----------
     records : sequence
-        Records of one prior.
+        Of one prior, and of one parcellation.
     docs : Path
         Folder of the pages; created if missing. In a checkout, the studies' parts of the
         package's ``data/measured.json`` are replaced too.
     command, day : str
         As in ``Stamp``.
+    nprocs : int
+        ``processes`` of the stamps.
 
     Returns
     -------
@@ -39,15 +43,9 @@ def write_pages(records: Sequence[Record], docs: Path, *, command: str, day: str
     Raises
     ------
     UsageError
-        If the records are from more than one prior.
+        If the records of a network are from more than one file of weights.
     """
-    priors = sorted({r["prior_sha256"] for r in records})
-    if len(priors) != 1:
-        shown = ", ".join(sha256[:DIGITS] for sha256 in priors)
-        raise UsageError(
-            f"evaluate: expected results of one prior for --tables, got {shown}. "
-            "Run the command again without --tables-only."
-        )
+    weights = {kind: _weights(records, kind) for kind in ("prior", "parcellation")}
     paths = []
     measured = docs.absolute().parent / MEASURED
     parts = read_json(measured) if measured.is_file() else None
@@ -61,7 +59,10 @@ def write_pages(records: Sequence[Record], docs: Path, *, command: str, day: str
             len({r["participant"] for r in part if r["synthetic"] is synthetic})
             for synthetic in (False, True)
         )
-        stamp = Stamp(priors[0][:DIGITS], day, participants, maps, command)
+        stamp = Stamp(
+            weights[study.weights][:DIGITS], day, participants, maps, command, study.weights,
+            _minutes([*part, *validation]), nprocs,
+        )  # fmt: skip
         text = [stamp.line(), "", stamp.caption(), "", *study.table(part, validation)]
         paths.append(docs / "tables" / f"{name}.md")
         paths[-1].parent.mkdir(parents=True, exist_ok=True)
@@ -70,8 +71,27 @@ def write_pages(records: Sequence[Record], docs: Path, *, command: str, day: str
             figure = docs / "images" / f"evaluation-{name}.png"
             paths.append(plots.save(study.plot(part), figure, stamp.caption().partition(":")[0]))
         if parts is not None and study.measured is not None:
-            parts[name] = {"prior_sha256": priors[0], **study.measured(part, validation)}
+            parts[name] = {"prior_sha256": weights["prior"], **study.measured(part, validation)}
             paths.append(measured)
     if measured in paths:
         write_text(measured, json.dumps(parts, indent=2) + "\n")
     return paths
+
+
+def _weights(records: Sequence[Record], kind: str) -> str:
+    """The SHA-256 of a network's weights, "" if no record depends on it."""
+    found = sorted({r[f"{kind}_sha256"] for r in records if f"{kind}_sha256" in r})
+    if len(found) > 1:
+        shown = ", ".join(sha256[:DIGITS] for sha256 in found)
+        raise UsageError(
+            f"evaluate: expected results of one {kind} for --tables, got {shown}. "
+            "Run the command again without --tables-only."
+        )
+    return "".join(found)
+
+
+def _minutes(records: Sequence[Record]) -> float | None:
+    """Processor time of the cases; None if it is missing in one."""
+    seconds = [r.get("case_processor_seconds") for r in records]
+    known = [value for value in seconds if value is not None]
+    return round(sum(known) / 60, 1) if len(known) == len(seconds) else None

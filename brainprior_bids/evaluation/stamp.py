@@ -10,10 +10,12 @@ tables that may still be from older weights: file name = first digits of these w
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path, PurePath
 
 from brainprior_bids.engine.errors import UsageError
@@ -22,6 +24,8 @@ from brainprior_bids.engine.weights import find_weights, sha256_file
 BEGIN, END = "<!-- brainprior evaluate: ", " -->"
 DIGITS = 12
 OLDER = "older.toml"
+METRIC = re.compile(r"\b(PSNR|SSIM|MAE|RMSE|CRPS|Dice|LPIPS)\b")
+"""In the heading of a table of results."""
 MEASURED = Path("brainprior_bids", "data", "measured.json")
 """In a checkout: values that the reports quote, each part with its weights."""
 
@@ -33,13 +37,19 @@ class Stamp:
     Attributes
     ----------
     weights : str
-        The first ``DIGITS`` digits of the SHA-256 of the prior's file.
+        The first ``DIGITS`` digits of the SHA-256 of the network's file.
     day : str
         UTC day of the newest result, YYYY-MM-DD.
     participants, maps : int
         Participants and label maps in the table.
     command : str
         The command as typed; data paths are reduced to their names.
+    network : {"prior", "parcellation"}
+        The network on which the results depend.
+    minutes : float, optional
+        Processor time of the cases in the table; unknown in tables of earlier versions.
+    processes : int, optional
+        Cases at once.
     """
 
     weights: str
@@ -47,6 +57,9 @@ class Stamp:
     participants: int
     maps: int
     command: str
+    network: str = "prior"
+    minutes: float | None = None
+    processes: int | None = None
 
     def line(self) -> str:
         """The first line of the table's file."""
@@ -56,7 +69,12 @@ class Stamp:
         """The same facts, as a sentence above the table."""
         counts = ((self.participants, "participant"), (self.maps, "label map"))
         who = " and ".join(f"{n} {name}{'s' * (n > 1)}" for n, name in counts if n)
-        return f"Weights {self.weights}, {self.day}, {who}: `{self.command}`"
+        weights = f"Weights {'' if self.network == 'prior' else f'of the {self.network} '}"
+        time = ""
+        if self.minutes is not None and self.processes is not None:
+            together = f"{self.processes} process{'es' * (self.processes > 1)}"
+            time = f", {self.minutes:.0f} processor minutes in {together}"
+        return f"{weights}{self.weights}, {self.day}, {who}{time}: `{self.command}`"
 
 
 def read_stamp(text: str, name: str) -> Stamp:
@@ -110,20 +128,25 @@ def _short(word: str) -> str:
     return f"{option}{equals}{PurePath(value).name or value}" if "/" in value else word
 
 
-def shipped_prior() -> str:
-    """The first digits of the SHA-256 of the embedded prior."""
-    return sha256_file(find_weights(None, kind="prior"))[:DIGITS]
+def shipped_weights() -> dict[str, str]:
+    """Network -> the first digits of the SHA-256 of its embedded weights."""
+    return {
+        kind: sha256_file(find_weights(None, kind=kind))[:DIGITS]
+        for kind in ("prior", "parcellation")
+    }
 
 
-def check_tables(folder: Path, shipped: str, measured: Path | None = None) -> list[str]:
+def check_tables(
+    folder: Path, shipped: Mapping[str, str], measured: Path | None = None
+) -> list[str]:
     """One sentence for each table that is not from the shipped weights and not listed as older.
 
     Parameters
     ----------
     folder : Path
         Folder of the tables.
-    shipped : str
-        First digits of the SHA-256 of the shipped weights.
+    shipped : Mapping
+        As returned by ``shipped_weights``.
     measured : Path, optional
         ``data/measured.json``. Each of its parts must be from the same weights as the table of
         its study; a part without a table is checked as if it had one.
@@ -132,6 +155,7 @@ def check_tables(folder: Path, shipped: str, measured: Path | None = None) -> li
     older = tomllib.loads(listed.read_text(encoding="utf-8")) if listed.is_file() else {}
     problems = []
     weights: dict[str, str] = {}
+    expected: dict[str, str] = {}
     commands: dict[str, str] = {}
     for path in sorted(folder.glob("*.md")):
         try:
@@ -141,6 +165,7 @@ def check_tables(folder: Path, shipped: str, measured: Path | None = None) -> li
             older.pop(path.name, None)
             continue
         weights[path.name], commands[path.name] = stamp.weights, stamp.command
+        expected[path.name] = shipped[stamp.network]
     for name, sha256 in _measured_weights(measured).items():
         own = weights.setdefault(f"{name}.md", sha256)
         if own != sha256:
@@ -149,21 +174,45 @@ def check_tables(folder: Path, shipped: str, measured: Path | None = None) -> li
                 "`brainprior evaluate … --tables docs` in a checkout writes both."
             )
     for name, sha256 in weights.items():
-        recorded = older.pop(name, None)
-        if recorded is None and sha256 != shipped:
+        recorded, current = older.pop(name, None), expected.get(name, shipped["prior"])
+        if recorded is None and sha256 != current:
             command = commands.get(
                 name, f"brainprior evaluate … --study {name.removesuffix('.md')} --tables docs"
             )
             problems.append(
                 f"{name}: made with weights {sha256}, but the shipped weights are "
-                f"{shipped}. Regenerate it with `{command}`, or list it in {OLDER}."
+                f"{current}. Regenerate it with `{command}`, or list it in {OLDER}."
             )
-        elif recorded is not None and (recorded != sha256 or recorded == shipped):
+        elif recorded is not None and (recorded != sha256 or recorded == current):
             problems.append(
                 f"{name}: made with weights {sha256}, but {OLDER} lists {recorded} "
-                f"(the shipped weights are {shipped}). Correct or remove its line in {OLDER}."
+                f"(the shipped weights are {current}). Correct or remove its line in {OLDER}."
             )
     problems += [f"{OLDER} lists {name}, but there is no such table." for name in older]
+    return problems
+
+
+def check_pages(docs: Path) -> list[str]:
+    """One sentence for each table of metrics that was not written by ``brainprior evaluate``.
+
+    Parameters
+    ----------
+    docs : Path
+        Folder of the pages. Those of ``models`` (the log, and model cards with results of the
+        training commands) and ``decisions`` may have tables of their own.
+    """
+    problems = []
+    for path in sorted(docs.rglob("*.md")):
+        name = path.relative_to(docs)
+        if name.parts[0] in ("_build", "tables", "models", "decisions"):
+            continue
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for number, (line, below) in enumerate(pairwise(lines), 1):
+            if below.lstrip().startswith("|--") and METRIC.search(line):
+                problems.append(
+                    f"{name}, line {number}: a table of results, {line.strip()} Include one of "
+                    "`brainprior evaluate … --tables docs`, or move it to models/log.md."
+                )
     return problems
 
 
@@ -175,10 +224,11 @@ def _measured_weights(measured: Path | None) -> dict[str, str]:
     return {name: part["prior_sha256"][:DIGITS] for name, part in parts.items()}
 
 
-def with_note(text: str, shipped: str) -> str:
+def with_note(text: str, shipped: Mapping[str, str]) -> str:
     """A table as its page shows it, with a note above it if it is not from the shipped weights."""
     stamp = read_stamp(text, "table")
-    if stamp.weights == shipped:
+    current = shipped[stamp.network]
+    if stamp.weights == current:
         return text
-    note = f"**Older weights** ({stamp.weights}; the shipped weights are {shipped})."
+    note = f"**Older weights** ({stamp.weights}; the shipped weights are {current})."
     return text.replace("\n", f"\n\n{note}\n", 1)

@@ -182,5 +182,7 @@ def label_table(
 
 
 def _digits(metric: str) -> int:
-    """Decimal places of a metric: fewer for decibels."""
-    return 2 if "dB" in metric else 4
+    """Decimal places: few for decibels and millimetres, none for seconds and counts."""
+    if metric.endswith(", s") or metric == "landmarks":
+        return 0
+    return 2 if "dB" in metric or metric.endswith(", mm") else 4

@@ -69,8 +69,9 @@ def write_tables(out: Path) -> Path:
         else:
             lines = find(study).table(part, [r for r in validation if r["study"] == study])
             text += ["", f"### Study {study}", "", *lines]
-    priors = sorted({r["prior_sha256"] for r in records})
-    text += ["", f"Prior: {', '.join(sha[:12] for sha in priors)} (start of SHA-256)."]
+    priors = sorted({r["prior_sha256"] for r in records if "prior_sha256" in r})
+    if priors:
+        text += ["", f"Prior: {', '.join(sha[:12] for sha in priors)} (start of SHA-256)."]
     if len(priors) > 1:
         text.append("**These results are from more than one prior: run the command again.**")
     text += ["", "### Time", "", *_times([*records, *validation])]

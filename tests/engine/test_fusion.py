@@ -244,6 +244,22 @@ def test_two_crossed_stacks_of_a_moved_brain_show_more_than_each(crossed):
     np.testing.assert_array_equal(again.samples[0], done.samples[0])
 
 
+def test_a_run_of_a_brain_that_did_not_move_may_have_other_voxels():
+    first, truth = make_run(2, np.eye(4), seed=1)
+    whole, _ = make_run(0, np.eye(4), seed=2)
+    shape = whole.grid.shape
+    part = np.s_[:, 4:-2]
+    second = replace(
+        whole, scan=whole.scan[part], mask=whole.mask[part], log_bias=whole.log_bias[part],
+        grid=whole.grid.crop((0, 4, 0), (shape[0], shape[1] - 2, shape[2])),
+    )  # fmt: skip
+    fused, expected, alone = (
+        together(*runs, n_samples=1)[0] for runs in ((first, second), (first, whole), (first,))
+    )
+    assert error(fused.mean, truth) < 0.75 * error(alone.mean, truth)
+    assert error(fused.mean, truth) == pytest.approx(error(expected.mean, truth), rel=0.02)
+
+
 def test_the_second_sample_takes_wider_slices_in_all_runs(crossed):
     first, second, _ = crossed
     done, _ = together(first, second)

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 import types
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -236,7 +237,7 @@ def test_tables_without_results_are_a_usage_error(tmp_path, capsys):
 
 
 def test_every_study_is_planned(ready):
-    words = [str(ready[0]), str(ready[0]), "--average", "avg305T1.nii"]
+    words = [str(ready[0]), str(ready[0]), "--average", "avg305T1.nii", "--syn-participants", "1"]
     args = command.parse([*words, "--peer", f"other={sys.executable} {{scan}}"])
     sources = [Source("", name, "T1w", False, name == "3") for name in "123"]
     sources.append(Source("", "map", "T2w", True, False))
@@ -247,6 +248,7 @@ def test_every_study_is_planned(ready):
         "restoration": 2 * 3 * 2 + 3,
         "low-field": 2,
         "ablation": 2 * len(ablation.ABLATIONS),
+        "samplers": 2,
         "segmentation": 3,
         "downstream": 2,
         "coverage": 3 * 2 * 2,  # the validation set too
@@ -259,6 +261,7 @@ def test_every_study_is_planned(ready):
         "inpaint": 2,
         "fuse": 2,
         "refine": 2,
+        "alignment": 2,
     }
     assert {case.study for case in cases if case.source.name == "3"} == {"coverage", "samples"}
     records = [case.record(ready[0]) for case in cases]
@@ -268,7 +271,9 @@ def test_every_study_is_planned(ready):
     assert own["segmentation"].crop_mm is None
     assert own["coverage"].width == 1
     assert (own["refine"].slab_mm, own["fuse"].slab_mm) == (60, None)
-    samples = [own[name].n_samples for name in STUDIES if name != "samples"]
-    assert samples == [8, 4, 4, 2, 2, 8, 4, 4, 4, 2, 4, 2, 2, 1]
+    samples = [own[name].n_samples for name in STUDIES if name not in ("samples", "alignment")]
+    assert samples == [8, 4, 4, 4, 2, 2, 8, 4, 4, 4, 2, 4, 2, 2, 1]
+    if find_spec("ants"):
+        assert [c.settings.syn for c in cases if c.study == "alignment"] == [True, False]
     for case in cases:  # settings determine the fingerprint, and are in the record
         json.dumps(dataclasses.asdict(case.settings))

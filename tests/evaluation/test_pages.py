@@ -157,6 +157,27 @@ def test_records_of_two_priors_make_no_table(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_stamp_has_the_time_of_all_cases_if_it_is_known(tmp_path):
+    records = [record(f"0{n}", case_processor_seconds=90.0) for n in (1, 2)]
+    path = tmp_path / "tables" / "restoration.md"
+    write_pages(records, tmp_path, command="", day="2026-01-02", nprocs=2)
+    stamp = read_stamp(path.read_text(), path.name)
+    assert (stamp.minutes, stamp.processes) == (3.0, 2)
+    write_pages([*records, record("03")], tmp_path, command="", day="2026-01-02")
+    assert read_stamp(path.read_text(), path.name).minutes is None
+
+
+def test_a_study_of_the_parcellation_has_its_weights(tmp_path):
+    row = {"Dice of the structures": 0.6}
+    one = {"study": "alignment", "participant": "01", "synthetic": False, "choosing": False,
+           "parcellation_sha256": "cd" * 32, "template": {"affine": row}}  # fmt: skip
+    text = written(tmp_path, [one, record()], "alignment")
+    stamp = read_stamp(text, "alignment.md")
+    assert (stamp.network, stamp.weights) == ("parcellation", "cdcdcdcdcdcd")
+    assert cells(text, "affine") == ["affine", "0.6000", "1"]
+    assert "separately" not in text  # no T2w
+
+
 def coverage_record(participant, errors, *, choosing=False, sha256="ab" * 32):
     """Eight samples whose spread in every cube is 1; the errors are the truth's distances."""
     return {

@@ -8,6 +8,7 @@ import pytest
 from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.evaluation.stamp import (
     Stamp,
+    check_pages,
     check_tables,
     read_stamp,
     shown_command,
@@ -15,6 +16,7 @@ from brainprior_bids.evaluation.stamp import (
 )
 
 NEW, OLD = "4f968e2e8d81", "259c1d845118"
+SHIPPED = {"prior": NEW, "parcellation": "b76cdbcfb6cd"}
 COMMAND = "brainprior evaluate BRAINS OUT --tables docs"
 
 
@@ -37,6 +39,24 @@ def test_a_stamp_is_read_as_it_was_written(tmp_path):
         read_stamp("| PSNR |\n", "a.md")
     with pytest.raises(UsageError, match=r"a\.md: expected a first line"):
         read_stamp(stamp.line().replace('"day"', '"week"'), "a.md")
+
+
+def test_the_time_of_the_cases_is_in_the_stamp(tmp_path):
+    stamp = Stamp(NEW, "2026-01-02", 1, 0, COMMAND, minutes=73.6, processes=2)
+    assert read_stamp(f"{stamp.line()}\n", "a.md") == stamp
+    assert f", 1 participant, 74 processor minutes in 2 processes: `{COMMAND}`" in stamp.caption()
+    older = "".join((stamp.line().partition(', "network"')[0], "} -->"))  # written before
+    assert read_stamp(older, "a.md") == Stamp(NEW, "2026-01-02", 1, 0, COMMAND)
+
+
+@pytest.mark.parametrize(("weights", "count"), [(SHIPPED["parcellation"], 0), (NEW, 1)])
+def test_a_table_without_the_prior_is_of_the_shipped_parcellation(tmp_path, weights, count):
+    stamp = Stamp(weights, "2026-01-02", 6, 0, COMMAND, "parcellation")
+    (tmp_path / "a.md").write_text(f"{stamp.line()}\n")
+    problems = check_tables(tmp_path, SHIPPED)
+    assert len(problems) == count
+    assert all(f"the shipped weights are {SHIPPED['parcellation']}" in text for text in problems)
+    assert stamp.caption().startswith(f"Weights of the parcellation {weights}, ")
 
 
 def test_a_command_has_names_in_place_of_paths():
@@ -69,7 +89,7 @@ def test_a_command_has_names_in_place_of_paths():
 )  # fmt: skip
 def test_a_table_is_of_the_shipped_weights_or_listed(tmp_path, weights, older, expected):
     put(tmp_path, "a.md", weights, older)
-    problems = check_tables(tmp_path, NEW)
+    problems = check_tables(tmp_path, SHIPPED)
     assert len(problems) == bool(expected)
     assert expected in "".join(problems)
 
@@ -94,22 +114,33 @@ def test_the_figures_of_the_reports_are_of_the_same_weights(
         (tmp_path / "coverage.md").unlink()
     path = tmp_path / "measured.json"
     path.write_text(json.dumps({"coverage": {"prior_sha256": measured + "0" * 52}}))
-    problems = check_tables(tmp_path, NEW, path)
+    problems = check_tables(tmp_path, SHIPPED, path)
     assert len(problems) == bool(expected)
     assert expected in "".join(problems)
 
 
 def test_a_table_written_by_hand_is_refused(tmp_path):
     (tmp_path / "a.md").write_text("| PSNR |\n")
-    (problem,) = check_tables(tmp_path, NEW)
+    (problem,) = check_tables(tmp_path, SHIPPED)
     assert problem.startswith("a.md: expected a first line")
+
+
+def test_a_table_of_metrics_on_a_page_is_refused(tmp_path):
+    """The log and the decisions may have one, and a page may name metrics in other tables."""
+    table = "| scan | PSNR, dB |\n|---|---|\n| T1w | 24.0 |\n"
+    for name in ("tasks", "tables", "models", "decisions"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.md").write_text(f"# A\n\n{table}")
+    (tmp_path / "b.md").write_text("| option | meaning |\n|---|---|\n| `--x` | the PSNR |\n")
+    (problem,) = check_pages(tmp_path)
+    assert problem.startswith("tasks/a.md, line 3: a table of results, | scan | PSNR, dB |")
 
 
 def test_the_page_says_that_a_table_is_of_older_weights(tmp_path):
     stamp = put(tmp_path, "a.md", OLD)
     text = (tmp_path / "a.md").read_text()
-    assert with_note(text, OLD) == text
-    lines = with_note(text, NEW).splitlines()
+    assert with_note(text, {**SHIPPED, "prior": OLD}) == text
+    lines = with_note(text, SHIPPED).splitlines()
     assert lines[0] == stamp.line()
     assert lines[2] == f"**Older weights** ({OLD}; the shipped weights are {NEW})."
     assert lines[4] == stamp.caption()

@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from brainprior_bids.evaluation.studies.base import Study
 
 STUDIES = (
-    "restoration", "low-field", "ablation", "segmentation", "downstream", "coverage",
+    "restoration", "low-field", "ablation", "samplers", "segmentation", "downstream", "coverage",
     "hallucination", "uncertainty", "peers", "samples", "lesions", "heads", "inpaint", "fuse",
-    "refine",
+    "refine", "alignment",
 )  # fmt: skip
 """Names, in the order of the tables."""
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -138,6 +139,9 @@ class Study:
         Option without which a run of all studies skips this one.
     lacking : function, optional
         Options -> a sentence for each part of the study that cannot be done on this machine.
+    weights : {"prior", "parcellation"}
+        The network on which the results depend; its hash is in the records and above the table.
+        (Those of the prior depend on the embedded parcellation too.)
     """
 
     name: str
@@ -152,6 +156,7 @@ class Study:
     needs: tuple[str, str] | None = None
     only_with: str | None = None
     lacking: Callable[[Namespace], Sequence[str]] | None = None
+    weights: str = "prior"
 
     @property
     def missing_package(self) -> str | None:
@@ -182,3 +187,9 @@ def of_test_set(sources: Sequence[Source], contrast: str | None = None) -> list[
 def number_of(name: str) -> int:
     """A participant's number, for seeds; a label that is not a number is read as bytes."""
     return int(name) if name.isdecimal() else int.from_bytes(name.encode(), "big")
+
+
+def processor_seconds() -> float:
+    """Processor time of this process and of the commands that it has run, in seconds."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
