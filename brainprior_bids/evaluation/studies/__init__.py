@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 STUDIES = (
     "restoration", "low-field", "ablation", "segmentation", "downstream", "coverage",
     "hallucination", "uncertainty", "peers", "samples", "lesions", "heads", "inpaint", "fuse",
-    "refine",
+    "refine", "motion",
 )  # fmt: skip
 """Names, in the order of the tables."""
 
