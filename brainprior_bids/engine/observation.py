@@ -323,7 +323,7 @@ def mean_position(motions: ArrayLike) -> NDArray[np.float64]:
     for _ in range(MEAN_STEPS):
         steps = [np.real(logm(np.linalg.inv(mean) @ one)) for one in each]
         mean = mean @ np.asarray(expm(np.mean(steps, axis=0)), np.float64)
-    return mean
+    return np.asarray(mean, np.float64)
 
 
 def observations_of(

@@ -259,6 +259,7 @@ def test_every_study_is_planned(ready):
         "inpaint": 2,
         "fuse": 2,
         "refine": 2,
+        "motion": 2 * 3 * 4,
     }
     assert {case.study for case in cases if case.source.name == "3"} == {"coverage", "samples"}
     records = [case.record(ready[0]) for case in cases]
@@ -269,6 +270,6 @@ def test_every_study_is_planned(ready):
     assert own["coverage"].width == 1
     assert (own["refine"].slab_mm, own["fuse"].slab_mm) == (60, None)
     samples = [own[name].n_samples for name in STUDIES if name != "samples"]
-    assert samples == [8, 4, 4, 2, 2, 8, 4, 4, 4, 2, 4, 2, 2, 1]
+    assert samples == [8, 4, 4, 2, 2, 8, 4, 4, 4, 2, 4, 2, 2, 1, 1]
     for case in cases:  # settings determine the fingerprint, and are in the record
         json.dumps(dataclasses.asdict(case.settings))

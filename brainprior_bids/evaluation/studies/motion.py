@@ -217,7 +217,6 @@ def measure(participant: Participant, settings: Settings, bench: Bench) -> Recor
         "slices_mm": estimate.spacing_mm,
         **_judged(estimate, places),
         "reported": estimate.moved,
-        "obstacle": estimate.obstacle,
         "psnr": {},
     }
     if settings.restored:
@@ -301,12 +300,10 @@ def table(records: Sequence[Record], _: Sequence[Record]) -> list[str]:
     lines = [
         f"T1w heads averaged to axial slices, noise {first['noise_sd']:g}. Motion and error are "
         "the largest RMS displacement in the brain between two interleaves and the RMS distance "
-        "from the true motion, mm: mean (largest). Reported: the command would warn; corrected: "
-        "it would correct the motion.",
+        "from the true motion, mm: mean (largest). Reported: the command would warn.",
         "",
-        "| slices, mm | interleaves | motion | heads | number found | error | reported | "
-        "corrected |",
-        "|---" * 8 + "|",
+        "| slices, mm | interleaves | motion | heads | number found | error | reported |",
+        "|---" * 7 + "|",
         *(_estimate_row(group) for group in groups),
     ]
     groups = [[r for r in group if r["psnr"]] for group in groups]
@@ -350,11 +347,9 @@ def _estimate_row(group: Sequence[Record]) -> str:
     right = sum(r["found"] == r["interleaves"] for r in group)
     motion = f"{np.mean([r['true_mm'] for r in group]):.1f}" if moved else "none"
     reported = sum(r["reported"] for r in group)
-    corrected = sum(r["reported"] and r["obstacle"] is None for r in group)
     return (
         f"| {first['slices_mm']:.1f} | {first['interleaves'] if moved else '-'} | {motion} | {n} "
-        f"| {f'{right} of {n}' if moved else '-'} | {largest} | {reported} of {n} | "
-        f"{corrected} of {n} |"
+        f"| {f'{right} of {n}' if moved else '-'} | {largest} | {reported} of {n} |"
     )
 
 
