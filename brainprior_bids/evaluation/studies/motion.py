@@ -131,7 +131,7 @@ def cases(options: Namespace, sources: Sequence[Source]) -> Iterator[tuple[Sourc
     """Each head without motion, and with each number of interleaves, at every spacing."""
     n_steps = options.n_steps or options.calls
     for number, source in enumerate(of_test_set(sources, "T1w")):
-        for interleaves in (1, *options.interleaves):
+        for interleaves in options.interleaves:
             for move in options.moves if interleaves > 1 else (0.0,):
                 for spacing in options.spacing:
                     for noise in options.noise:
@@ -377,7 +377,7 @@ STUDY = Study(
     defaults={
         "spacing": (2.7, 4.0, 5.3),
         "noise": (0.01,),
-        "interleaves": (2, 3, 4),
+        "interleaves": (1, 2, 3, 4),
         "moves": (2.0,),
         "restored": (1, 3),
         "n_samples": 1,
