@@ -189,6 +189,7 @@ class AcquisitionRecord(Record):
     thickness_mm: float | None
     spacing_mm: float | None
     profile: str | Pairs | None
+    interleaves: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -409,18 +410,28 @@ class LesionRecord(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class InterleaveRecord(Record):
-    """Motion between odd and even slices of a 2-D scan; see ``anatomy.interleaves``."""
+    """Motion between the interleaves of a 2-D scan; see ``anatomy.interleaves``."""
 
     moved: bool
     """Whether the motion is large and certain."""
     obstacle: str | None = None
     """Why the scan is not restored with it; None if it can be."""
-    to_reference: Matrix
+    to_reference: tuple[Matrix, ...]
+    """One matrix per interleave; that of the first is the identity."""
     rms_mm: float
     across_mm: float | None = None
     """The part of ``rms_mm`` across the slices."""
     error_mm: float
     mismatch_ratio: float | None
+
+    @classmethod
+    def _upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """There used to be two interleaves, with one matrix from the odd slices to the even."""
+        matrices = values.get("to_reference")
+        if matrices and not isinstance(matrices[0][0], list | tuple):
+            identity = [[float(i == j) for j in range(4)] for i in range(4)]
+            values["to_reference"] = [identity, matrices]
+        return values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -618,7 +629,7 @@ class RestoreRecord(Record):
     refined: RefinedRecord | None = field(default=None, metadata=OMIT)
     changed_share: ChangedRecord | None = field(default=None, metadata=OMIT)
     interleaves_corrected: bool | None = field(default=None, metadata=OMIT)
-    """Whether displaced interleaves were restored as two observations; None if they are not."""
+    """Whether each displaced interleave was restored as an observation; None if none is."""
 
     def scanner_units(self, value: float | None) -> float | None:
         """A value in ``unit`` as scanner units; None if either is not recorded."""

@@ -51,7 +51,7 @@ def test_displaced_interleaves_are_treated_as_by_the_command(
     image = nib.Nifti1Image(demo_slab.scan.astype(np.float32), demo_slab.scan_grid.affine)
     matrix = np.eye(4)
     matrix[1, 3] = 2.0
-    motion = InterleaveMotion(matrix, 2.0, 0.1, 0.5, spacing_mm)
+    motion = InterleaveMotion(np.stack([np.eye(4), matrix]), 2.0, 0.1, 0.5, spacing_mm)
     find_bias, given = prepare.find_bias, []
 
     def moved(*args, **options):
@@ -65,8 +65,8 @@ def test_displaced_interleaves_are_treated_as_by_the_command(
     monkeypatch.setattr(scan, "restore", restore)
     result = scan.restore_scan(image, contrast="T1w")
     (observation,) = given
-    expected = matrix if word == "is corrected" else None
-    np.testing.assert_array_equal(observation.odd_to_even, expected)
+    expected = motion.to_reference if word == "is corrected" else None
+    np.testing.assert_array_equal(observation.interleave_motion, expected)
     assert sum(word in text for text in result.warnings) == 1
 
 

@@ -24,6 +24,8 @@ inferior-superior axis.
 otherwise the slice spacing of the header, with a warning for thick slices.
 
 *Spacing*: always the header's; a disagreeing ``SpacingBetweenSlices`` is a warning.
+
+*Interleaves*: from ``SliceTiming``; unusable times are a warning.
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ from brainprior_bids.anatomy.resolution import (
     find_resolution,
     reduce_to_measured,
 )
+from brainprior_bids.anatomy.slice_timing import stated_interleaves
 from brainprior_bids.anatomy.values import check_values
 from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.engine.errors import GeometryError, InputError
@@ -511,7 +514,10 @@ def _acquisition(
                 "slice spacing. Pass --slice-thickness if that is wrong."
             )
     thin = thin and thickness <= 1.1 * between
-    acquisition = Acquisition(axis, thickness, between, "boxcar" if thin else "trapezoid")
+    interleaves, problem = stated_interleaves(metadata, placed.grid.shape[axis])
+    warnings += [f"{name}: {problem}"] if problem else []
+    profile = "boxcar" if thin else "trapezoid"
+    acquisition = Acquisition(axis, thickness, between, profile, interleaves)
     facts = {
         **acquisition.to_dict(),
         "gap_mm": acquisition.gap_mm,

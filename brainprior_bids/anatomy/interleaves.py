@@ -1,85 +1,89 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rigid motion between the two interleaves of a 2-D scan: its even and its odd slices.
+"""The rigid motion between the interleaves of a 2-D scan.
 
-Most 2-D scans measure every second slice first. If the participant moves in between, the odd
-slices show the brain in another position than the even ones. Each interleave is treated as a
-separate scan, with slices two spacings apart. Both are blurred across their slices (Gaussian, FWHM
-of ``BLUR`` spacings). Without it, an interleave would be sharp at its slices and blurred between
-them, and the registration would be drawn to a motion that puts the slices of one onto those of the
-other. Both are registered in both directions:
+Most 2-D scans measure their slices in two or more interleaves, also called packages: the slices p,
+p + n, p + 2n, ... If the participant moves in between, these show the brain in other positions
+than the others. All interleaves are registered to each other at once (``interleave_fit``).
 
-    M_a  even -> odd, with the even slices fixed
-    M_b  odd -> even, with the odd slices fixed
-
-The estimate is the mean of M_b and the inverse of M_a. Their difference is an estimate of the
-error. Both can agree on a wrong motion, for example in sagittal slices of a symmetric brain, so
-the estimate must also make the interleaves more alike: their mismatch is one minus the correlation
-in the brain. Distances are RMS displacements over the brain, mm.
+The number n is that of ``SliceTiming`` if it is in the JSON. Otherwise 2, 3 and 4 are tried. Every
+slice is compared with the two next to it, without motion and with the one that was estimated: the
+mismatch is one minus the correlation in the brain. The estimate must make the slices more alike,
+because a registration can be wrong, for example in sagittal slices of a symmetric brain; and more
+interleaves must do so clearly better than fewer. Distances are RMS displacements over the brain,
+mm.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import ndimage
-from scipy.spatial.transform import Rotation
 
-from brainprior_bids.anatomy.motion import FWHM, BrainImage, Metric, register_rigid
-from brainprior_bids.anatomy.spaces import resample
+from brainprior_bids.anatomy.interleave_fit import (
+    Interleaves,
+    Slices,
+    next_kernel,
+    rms,
+    smooth_kernel,
+)
 from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.engine.grids import Grid
 from brainprior_bids.engine.sensing import is_3d
 
 Matrix = NDArray[np.float64]
 
+COUNTS = (2, 3, 4)
+"""Numbers of interleaves that are tried."""
 FEWEST = 5
 """Smallest number of slices with brain in each interleave."""
-FINE_MM = 2.0
-"""Spacing of the grid on which the interleaves are compared."""
-AROUND = 2
-"""Margin around the brain that is compared too, in voxels of that grid."""
-BLUR = 4
-"""FWHM of the blur across the slices, in slice spacings; with 2, errors across were larger."""
+COARSE_MM, FINE_MM = 4.0, 2.0
+"""FWHM of the blur in the plane, for the first estimate and for the last one."""
+CLEARER = 0.95
+"""More interleaves are assumed if they multiply the mismatch by at most this factor. Two heads
+(slices of 4.0 and 5.3 mm) with motion between four interleaves had 0.82 to 0.93 for four instead
+of two, and 1.01 to 1.03 with motion between two."""
 LEAST = 0.3
-"""Motion below this share of the slice spacing is not reported: still scans have up to 0.15."""
-LARGEST_SPACING_MM = 5.5
-"""With slices further apart, correcting the motion improved some images and made others worse
-(docs/tasks/restore.md)."""
+"""Motion below this share of the slice spacing is not reported."""
+LARGEST_SPACINGS_MM = {2: 5.5, 3: 4.5}
+"""Number of interleaves -> largest spacing of slices whose motion is corrected. In two interleaves
+of slices further apart, the correction improved some images and made others worse; for more
+interleaves or spacings, its gain was not measured (docs/tasks/restore.md)."""
 FAR = (
-    f"only in slices 1 to {LARGEST_SPACING_MM} mm apart has its correction proved to improve the "
-    "image"
+    "its correction has proved to improve the image only in two packages of slices 1 to "
+    f"{LARGEST_SPACINGS_MM[2]} mm apart, and in three of slices 1 to {LARGEST_SPACINGS_MM[3]} mm "
+    "apart"
 )
-"""Why the motion of such slices is not corrected."""
+"""Why the motion of other scans is not corrected."""
 LEAST_IN_PLANE = 1 / 3
 """Smallest displacement in the plane of the slices that is corrected, in slice spacings, unless it
-is at least as large as that across them. A motion across the slices moves the odd ones onto the
-even ones: the gaps between them hold no data, and the corrected image was worse."""
+is at least as large as that across them. A motion across the slices moves the slices of one
+interleave onto those of another: the gaps between them hold no data, and the corrected image was
+worse."""
 ACROSS = "it is mostly across the slices, and its correction would not improve the image"
 """Why such a motion is not corrected."""
 LARGEST_ERROR = 0.5
 """Largest error of the estimate, as a share of the motion."""
-LARGEST_MISMATCH = 0.9
-"""Largest mismatch after the motion, as a share of that before. Heads with true motions of 1.5 to
-4 mm had 0.82 to 0.34, still heads 0.95 to 1.03, one of them with a consistent estimate of 4.6 mm.
-"""
+LARGEST_MISMATCH = 0.95
+"""Largest mismatch after the motion, as a share of that before. Two heads (2.7 to 5.3 mm) with
+motions of 2.6 to 5 mm had 0.34 to 0.84, without motion 0.99 to 1.02."""
 
 
 @dataclass(frozen=True, eq=False)
 class InterleaveMotion:
-    """Position of the odd slices of a scan relative to the even ones, which are the reference.
+    """Positions of the interleaves of a scan relative to the first, which is the reference.
 
     Attributes
     ----------
-    to_reference : (4, 4) array
-        Scanner RAS mm of the odd slices -> of the even ones; rigid.
+    to_reference : (n, 4, 4) array
+        Scanner RAS mm of each interleave -> of the first; rigid.
     rms_mm : float
-        RMS displacement over the brain.
+        The largest RMS displacement over the brain between two interleaves.
     error_mm : float
         RMS distance between the estimates of both directions, halved.
     mismatch_ratio : float
-        Mismatch of the interleaves after the motion, as a share of that before.
+        Mismatch of neighbouring slices after the motion, as a share of that before.
     spacing_mm : float
         Spacing of the slices.
     across_mm : float
@@ -103,7 +107,8 @@ class InterleaveMotion:
     @property
     def obstacle(self) -> str | None:
         """Why the scan is not restored with this motion; None if it is."""
-        if not 1 <= self.spacing_mm <= LARGEST_SPACING_MM:
+        largest = LARGEST_SPACINGS_MM.get(len(self.to_reference), 0.0)
+        if not 1 <= self.spacing_mm <= largest:
             return FAR
         in_plane = np.sqrt(max(self.rms_mm**2 - self.across_mm**2, 0.0))
         if in_plane < min(LEAST_IN_PLANE * self.spacing_mm, self.across_mm):
@@ -115,22 +120,27 @@ class InterleaveMotion:
         """A warning if the participant moved."""
         if not self.moved:
             return []
+        count = len(self.to_reference)
         return [
-            f"The odd slices are displaced by {self.rms_mm:.1f} mm (RMS in the brain) relative to "
-            "the even ones: the participant moved between the interleaves."
+            f"The {count} packages of slices (every {ORDINALS[count]} slice) are displaced "
+            f"relative to each other by up to {self.rms_mm:.1f} mm (RMS in the brain): the "
+            "participant moved between them."
         ]
+
+
+ORDINALS = ("", "", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
 
 
 def treatment(obstacle: str | None) -> str:
     """The warning that says whether the motion was corrected, and if not, why."""
     if obstacle is None:
         return (
-            "The displacement of the odd slices is corrected: the restored image shows the brain "
-            "halfway between its two positions. It is less accurate than without motion."
+            "The displacement of the packages of slices is corrected: the restored image shows "
+            "the brain in the mean of their positions. It is less accurate than without motion."
         )
     return (
-        f"The displacement of the odd slices is not corrected: {obstacle}. Expect jagged edges "
-        "across the slices."
+        f"The displacement of the packages of slices is not corrected: {obstacle}. Expect jagged "
+        "edges across the slices."
     )
 
 
@@ -141,7 +151,7 @@ def find_interleave_motion(
     grid: Grid,
     acquisition: Acquisition,
 ) -> InterleaveMotion | None:
-    """Register the odd slices of a 2-D scan to the even ones.
+    """Register the interleaves of a 2-D scan to each other.
 
     Parameters
     ----------
@@ -153,80 +163,71 @@ def find_interleave_motion(
         Share of brain in its voxels, without lesions and lost slices.
     grid : Grid
     acquisition : Acquisition
+        With ``interleaves``, no other number is tried.
 
     Returns
     -------
     InterleaveMotion or None
-        None for a 3-D scan, and if an interleave has fewer than ``FEWEST`` slices with brain.
+        None for a 3-D scan, for slices measured in order, and if an interleave has fewer than
+        ``FEWEST`` slices with brain.
     """
-    axis = acquisition.slice_axis
+    axis, stated = acquisition.slice_axis, acquisition.interleaves
     if is_3d(grid, acquisition):
         return None
-    scan = np.nan_to_num(np.asarray(values, np.float32)) / np.exp(np.asarray(log_bias, np.float32))
-    share = np.moveaxis(np.asarray(mask, np.float32), axis, 0)
-    brain = np.flatnonzero((share > 0.5).any((1, 2)))
-    if min((brain % 2 == 0).sum(), (brain % 2 == 1).sum()) < FEWEST:
+    share = np.asarray(mask, np.float32)
+    inside = np.asarray(share > 0.5)
+    seen = np.moveaxis(inside, axis, 0).any((1, 2))
+    brain = np.flatnonzero(seen)
+    candidates = COUNTS if stated is None else (stated,)
+    counts = [n for n in candidates if n > 1 and np.bincount(brain % n, None, n).min() >= FEWEST]
+    if not counts:
         return None
-    slices = np.moveaxis(scan, axis, 0)
-    for k in np.setdiff1d(np.arange(brain[0], brain[-1]), brain):  # lost: from its interleave
-        slices[k] = (slices[max(k - 2, k % 2)] + slices[min(k + 2, len(slices) - 1)]) / 2
-    even, odd = (_interleave(scan, np.asarray(mask), grid, axis, parity) for parity in (0, 1))
-    around = ndimage.binary_dilation(even.mask | odd.mask, iterations=AROUND)
-    there = register_rigid(even, odd, around=around, metric=Metric.CORRELATION)
-    back = register_rigid(odd, even, around=around, metric=Metric.CORRELATION)
-    points = even.grid.points_mm()[:, even.mask].astype(np.float64)
-    to_reference, error = _mean_of(np.linalg.inv(there), back, points)
-    before, after = (_mismatch(even, odd, matrix) for matrix in (np.eye(4), to_reference))
+    lost = ~seen
+    lost[: brain[0]] = lost[brain[-1] :] = False
+    finite = np.nan_to_num(np.asarray(values, np.float32))
+    unbiased = finite / np.exp(np.asarray(log_bias, np.float32))
+    scan = Slices(unbiased, inside, grid, axis, lost)
+    return _refined(scan, _best(scan, counts))
+
+
+def _best(scan: Slices, counts: Sequence[int]) -> list[Matrix]:
+    """A first estimate of the positions, for the smallest number of interleaves that explains the
+    slices about as well as any.
+    """
+    coarse, smooth, narrow = scan.smoothed(COARSE_MM), smooth_kernel(), next_kernel()
+    best, lowest = [np.eye(4)] * counts[0], np.inf
+    for count in counts:
+        still = [np.eye(4)] * count
+        positions = Interleaves(coarse, count, smooth, sharp=False).register(still)
+        mismatch = Interleaves(coarse, count, narrow, sharp=True).mismatch(positions)
+        if mismatch <= CLEARER * lowest:
+            best, lowest = positions, mismatch
+    return best
+
+
+def _refined(scan: Slices, start: Sequence[Matrix]) -> InterleaveMotion:
+    """The last estimate, and how certain it is."""
+    fine, count = scan.smoothed(FINE_MM), len(start)
+    interleaves = Interleaves(fine, count, smooth_kernel(), sharp=False)
+    positions = interleaves.register(start)
+    neighbours = Interleaves(fine, count, next_kernel(), sharp=True)
+    before, after = (neighbours.mismatch(p) for p in ([np.eye(4)] * count, positions))
+    points = interleaves.brain
+    pairs = [(a, b) for b in range(count) for a in range(b)]
+    apart = [rms(positions[a], positions[b], points) for a, b in pairs]
+    a, b = pairs[int(np.argmax(apart))]
+    direction = scan.grid.affine[:3, scan.axis] / scan.grid.spacing_mm[scan.axis]
     return InterleaveMotion(
-        to_reference,
-        _rms(to_reference, np.eye(4), points),
-        error / 2,
+        np.stack(positions),
+        max(apart),
+        interleaves.error_mm(positions),
         after / before if before > 0 else 1.0,
-        float(grid.spacing_mm[axis]),
-        _rms_along(to_reference, points, grid.affine[:3, axis]),
+        float(scan.grid.spacing_mm[scan.axis]),
+        _rms_along(positions[b] - positions[a], points, direction),
     )
 
 
-def _interleave(
-    scan: NDArray[np.float32], mask: NDArray[np.float32], grid: Grid, axis: int, parity: int
-) -> BrainImage:
-    """Every second slice on a fine grid of the whole field of view, blurred across the slices."""
-    part = np.moveaxis(scan, axis, 0)[parity::2]
-    part = np.moveaxis(np.pad(part, ((1, 1), (0, 0), (0, 0)), mode="edge"), 0, axis)
-    sparse = np.eye(4)  # indices of the padded slices -> of the scan
-    sparse[axis, axis], sparse[axis, 3] = 2.0, parity - 2.0
-    size = np.maximum(np.round(grid.extent_mm / FINE_MM), 1).astype(int)
-    fine = grid.resized((int(size[0]), int(size[1]), int(size[2])))
-    image = resample(part, Grid(part.shape, grid.affine @ sparse), fine, order=1)
-    sd = BLUR * grid.spacing_mm[axis] / FWHM / fine.spacing_mm[axis]
-    image = ndimage.gaussian_filter1d(image, float(sd), axis=axis, mode="nearest")
-    return BrainImage(image, fine, resample(mask, grid, fine, order=1) > 0.5)
-
-
-def _mismatch(even: BrainImage, odd: BrainImage, to_even: Matrix) -> float:
-    """One minus the correlation in the brain, with the odd slices moved."""
-    moved = resample(odd.data, odd.grid, even.grid, matrix=to_even, order=1)
-    return 1 - float(np.corrcoef(even.data[even.mask], moved[even.mask])[0, 1])
-
-
-def _mean_of(a: Matrix, b: Matrix, points: Matrix) -> tuple[Matrix, float]:
-    """The mean of two rigid motions about the middle of the points, and their RMS distance."""
-    centre = points.mean(1)
-    rotations = Rotation.from_matrix(np.stack([a[:3, :3], b[:3, :3]])).mean().as_matrix()
-    moved = np.mean([m[:3, :3] @ centre + m[:3, 3] for m in (a, b)], axis=0)
-    mean = np.eye(4)
-    mean[:3, :3], mean[:3, 3] = rotations, moved - rotations @ centre
-    return mean, _rms(a, b, points)
-
-
-def _rms(a: Matrix, b: Matrix, points: Matrix) -> float:
-    """RMS distance between the points, (3, n) mm, mapped by two motions."""
-    apart = (a - b)[:3, :3] @ points + (a - b)[:3, 3:]
-    return float(np.sqrt(np.mean(np.sum(apart**2, axis=0))))
-
-
-def _rms_along(motion: Matrix, points: Matrix, direction: NDArray[np.float64]) -> float:
-    """RMS displacement of the points along a direction."""
-    apart = (motion - np.eye(4))[:3, :3] @ points + motion[:3, 3:]
-    along = direction / np.linalg.norm(direction) @ apart
+def _rms_along(difference: Matrix, points: Matrix, direction: Matrix) -> float:
+    """RMS difference of two motions of the points along a direction of length 1."""
+    along = direction @ (difference[:3, :3] @ points + difference[:3, 3:])
     return float(np.sqrt(np.mean(along**2)))

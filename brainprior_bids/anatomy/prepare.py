@@ -111,8 +111,8 @@ class Prepared:
         return None if self.bias is None else self.bias.log_bias
 
     @property
-    def odd_to_even(self) -> NDArray[np.float64] | None:
-        """(4, 4) scanner RAS mm of the odd slices to the even ones, if the participant moved in
+    def interleave_motion(self) -> NDArray[np.float64] | None:
+        """(n, 4, 4) scanner RAS mm of each interleave to the first, if the participant moved in
         between and the scan can be restored with this motion.
         """
         motion = None if self.bias is None else self.bias.interleaves
@@ -132,7 +132,7 @@ class Prepared:
             self.mask,
             log_bias=self.log_bias,
             hidden=self.hidden,
-            odd_to_even=self.odd_to_even,
+            interleave_motion=self.interleave_motion,
         )
 
     @property

@@ -532,6 +532,7 @@ def _slices(bias: BiasRecord | None, *, corrected: bool | None) -> dict[str, Any
         return moved
     if bias.interleaves is not None and bias.interleaves.moved:
         moved = {
+            "InterleaveCount": len(bias.interleaves.to_reference),
             "InterleaveMotion": bias.interleaves.to_reference,
             "InterleaveMotionRMS": bias.interleaves.rms_mm,
             "InterleaveMotionCorrected": bool(corrected),

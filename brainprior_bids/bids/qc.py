@@ -116,7 +116,7 @@ METRICS = {
         "estimated before it was corrected", "percent", high=2.0,
     ),
     "interleave_motion_mm": Metric(
-        "RMS displacement in the brain between even and odd slices of a 2-D scan, where it is "
+        "largest RMS displacement in the brain between two interleaves of a 2-D scan, where it is "
         "large and certain; otherwise 0", "mm", high=0.0,
     ),
     "asymmetry_percent": Metric(

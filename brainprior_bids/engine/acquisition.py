@@ -40,6 +40,9 @@ class Acquisition:
     profile : {"trapezoid", "gaussian", "boxcar"}, or pairs of (mm, sensitivity)
         Shape of the slice profile. A measured profile lists sensitivities (any unit) at ascending
         distances from the slice's centre; it is linear in between and 0 beyond.
+    interleaves : int, optional
+        Number of interleaves in which the slices were measured (slice k in interleave k mod n),
+        if the metadata state it; 1 for slices in order.
 
     Raises
     ------
@@ -51,6 +54,7 @@ class Acquisition:
     thickness_mm: float
     spacing_mm: float
     profile: str | tuple[tuple[float, float], ...] = "trapezoid"
+    interleaves: int | None = None
 
     def __post_init__(self) -> None:
         if self.slice_axis not in (0, 1, 2):
@@ -64,6 +68,10 @@ class Acquisition:
                     f"Acquisition: {name} must be above 0 and in mm, got {value}. "
                     "Check SliceThickness in the JSON, or pass --slice-thickness."
                 )
+        if self.interleaves is not None and self.interleaves < 1:
+            raise GeometryError(
+                f"Acquisition: interleaves must be at least 1, got {self.interleaves}."
+            )
         if not isinstance(self.profile, str):
             try:
                 pairs = tuple((float(at), float(height)) for at, height in self.profile)

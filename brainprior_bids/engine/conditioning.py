@@ -353,7 +353,7 @@ class Conditioning:
         problem, prior = self.problem, self.prior
         box, scan = problem.reference.box, problem.scans[0]
         if problem.displaced:
-            return "the odd slices of the scan are displaced"
+            return "the interleaves of the scan are displaced"
         if not getattr(prior, "takes_stacks", False):
             return UNTRAINED
         if problem.nuisances.move_bias:

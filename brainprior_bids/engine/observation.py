@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from scipy.spatial.transform import Rotation
+from scipy.linalg import expm, logm
 from torch import Tensor
 
 from brainprior_bids.engine.acquisition import Acquisition
@@ -27,6 +27,8 @@ from brainprior_bids.engine.errors import (
 from brainprior_bids.engine.grids import Grid
 
 IDENTITY = np.eye(4)
+MEAN_STEPS = 5
+"""Iterations of ``mean_position``; for motions of some degrees, two have an accuracy of 1e-12."""
 QUANTILE_VALUES = 8_000_000
 """Maximum number of values in a quantile; the limit of ``torch.quantile`` is 2^24."""
 
@@ -57,10 +59,10 @@ class Observation:
         Rigid: scanner RAS mm of this scan -> those of the first one. Identity for the first.
     gain : float
         Factor that scales scan / bias to the brightness of the reference.
-    odd_to_even : (4, 4), optional
-        Rigid: scanner RAS mm of the odd slices (the first slice is 0) -> of the even ones, if the
-        participant moved between these interleaves of a 2-D scan of slices at least 1 mm apart.
-        See ``interleaves``.
+    interleave_motion : (n, 4, 4), optional
+        Rigid: scanner RAS mm of each of n interleaves -> of the first, if the participant moved
+        between them; of a 2-D scan of slices at least 1 mm apart. Interleave p has the slices p,
+        p + n, p + 2n, ... See ``interleaves``.
     name : str
         For messages.
 
@@ -93,7 +95,7 @@ class Observation:
     noise_sd: float | Tensor | None = None
     to_reference: NDArray[np.float64] = field(default_factory=lambda: IDENTITY)
     gain: float = 1.0
-    odd_to_even: NDArray[np.float64] | None = None
+    interleave_motion: NDArray[np.float64] | None = None
     name: str = "scan"
     brain: Tensor = field(init=False)
     unit: float = field(init=False)
@@ -133,12 +135,8 @@ class Observation:
         bias = bias - bias[brain].mean()
         keep(scan=scan, mask=mask, log_bias=bias, brain=brain, unit=_unit(scan, bias, brain, who))
         keep(to_reference=checked_matrix(self.to_reference, f"{who}: to_reference"))
-        if self.odd_to_even is not None:
-            if self.grid.spacing_mm[self.acquisition.slice_axis] < 1:
-                raise GeometryError(
-                    f"{who}: odd_to_even needs slices at least 1 mm apart. Leave it out."
-                )
-            keep(odd_to_even=checked_matrix(self.odd_to_even, f"{who}: odd_to_even"))
+        if self.interleave_motion is not None:
+            keep(interleave_motion=self._checked_interleaves())
         if not (math.isfinite(self.gain) and self.gain > 0):
             raise InputError(f"{who}: the gain must be above 0, got {self.gain}.")
         if isinstance(self.noise_sd, (int, float)):
@@ -158,32 +156,45 @@ class Observation:
         return bool(np.array_equal(self.to_reference, IDENTITY))
 
     def interleaves(self) -> list[Observation]:
-        """The scan itself; or, with ``odd_to_even``, its even and its odd slices as two
-        observations of the brain, each with the slices of the other hidden.
+        """The scan itself; or, with ``interleave_motion``, each interleave as an observation of
+        the brain in which the slices of the others are hidden.
 
-        The brain is halfway between their positions, where mask, structures and affine have it,
-        because they come from all slices. Each part has its own mean bias; the gains undo the
-        difference.
+        The brain is in the mean of their positions (of two: halfway), where mask, structures and
+        affine have it, because they come from all slices. Each part has its own mean bias; the
+        gains undo the difference.
         """
-        if self.odd_to_even is None:
+        if self.interleave_motion is None:
             return [self]
-        half = halfway(self.odd_to_even)
+        to_brain = np.linalg.inv(mean_position(self.interleave_motion)) @ self.interleave_motion
+        count = len(to_brain)
         parts: list[Observation] = []
-        for parity, motion in ((0, np.linalg.inv(half)), (1, half)):
-            hidden = torch.zeros(self.grid.shape, dtype=torch.bool)
-            hidden.movedim(self.acquisition.slice_axis, 0)[1 - parity :: 2] = True
+        for first, motion in enumerate(to_brain):
+            hidden = torch.ones(self.grid.shape, dtype=torch.bool)
+            hidden.movedim(self.acquisition.slice_axis, 0)[first::count] = False
             part = replace(
                 self,
                 hidden=hidden if self.hidden is None else hidden | self.hidden,
                 to_reference=self.to_reference @ motion,
-                odd_to_even=None,
-                name=f"{self.name}, {('even', 'odd')[parity]} slices",
+                interleave_motion=None,
+                name=f"{self.name}, slices {first}, {first + count}, ...",
             )
             if parts:
                 shift = self.log_bias[parts[0].brain].mean() - self.log_bias[part.brain].mean()
                 part = replace(part, gain=self.gain * float(shift.exp()))
             parts.append(part)
         return parts
+
+    def _checked_interleaves(self) -> NDArray[np.float64]:
+        who, motions = f"{self.name}: interleave_motion", np.asarray(self.interleave_motion)
+        axis = self.acquisition.slice_axis
+        if motions.shape[1:] != (4, 4) or not 2 <= len(motions) <= self.grid.shape[axis]:
+            raise GeometryError(
+                f"{who} must be (n, 4, 4) with one matrix for each of 2 to "
+                f"{self.grid.shape[axis]} interleaves, got {motions.shape}."
+            )
+        if self.grid.spacing_mm[axis] < 1:
+            raise GeometryError(f"{who} needs slices at least 1 mm apart. Leave it out.")
+        return np.stack([checked_matrix(motion, who) for motion in motions])
 
     def _noise_map(self) -> Tensor:
         sd = as_volume("noise_sd", self.noise_sd, self.grid.shape, self.name)
@@ -303,14 +314,16 @@ def checked_matrix(values: ArrayLike, who: str) -> NDArray[np.float64]:
     return matrix
 
 
-def halfway(motion: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(4, 4) the rigid motion of which ``motion`` is the square: H H = M."""
-    half = np.eye(4)
-    half[:3, :3] = Rotation.from_rotvec(
-        Rotation.from_matrix(motion[:3, :3]).as_rotvec() / 2
-    ).as_matrix()
-    half[:3, 3] = np.linalg.solve(half[:3, :3] + np.eye(3), motion[:3, 3])
-    return half
+def mean_position(motions: ArrayLike) -> NDArray[np.float64]:
+    """(4, 4) the mean of rigid motions, (n, 4, 4): the M for which the matrix logarithms of
+    M^-1 M_p have the mean 0. That of the identity and M is halfway: H H = M.
+    """
+    each = np.asarray(motions, np.float64)
+    mean = each[0]
+    for _ in range(MEAN_STEPS):
+        steps = [np.real(logm(np.linalg.inv(mean) @ one)) for one in each]
+        mean = mean @ np.asarray(expm(np.mean(steps, axis=0)), np.float64)
+    return np.asarray(mean, np.float64)
 
 
 def observations_of(

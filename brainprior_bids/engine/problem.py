@@ -129,7 +129,7 @@ class Problem:
     Attributes
     ----------
     given, scans : list of Observation
-        The scans, and their parts: a scan with displaced interleaves has two.
+        The scans, and their parts: one for each displaced interleave of a scan.
     grid : Grid
         Grid of the result; ``box`` is the part that is computed, ``home`` that part's grid.
     unit : float
@@ -274,7 +274,7 @@ class Problem:
     @property
     def displaced(self) -> bool:
         """Whether the interleaves of the reference are displaced."""
-        return self.given[0].odd_to_even is not None
+        return self.given[0].interleave_motion is not None
 
     @property
     def any_hidden(self) -> bool:

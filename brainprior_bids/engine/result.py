@@ -204,10 +204,12 @@ class Gathering:
         problem = self.problem
         part, axis = problem.reference, problem.given[0].acquisition.slice_axis
         whole = problem.unit * part.on_scan_grid(likelihood.reference.predict(x))
-        if problem.displaced:
-            part = problem.parts[1]
-            odd = part.on_scan_grid(likelihood.terms[1].predict(x)) / part.observation.gain
-            whole.movedim(axis, 0)[1::2] = problem.unit * odd.movedim(axis, 0)[1::2]
+        motion = problem.given[0].interleave_motion
+        count = 1 if motion is None else len(motion)
+        for p in range(1, count):
+            part = problem.parts[p]
+            own = part.on_scan_grid(likelihood.terms[p].predict(x)) / part.observation.gain
+            whole.movedim(axis, 0)[p::count] = problem.unit * own.movedim(axis, 0)[p::count]
         return whole.numpy()
 
     def warnings(self) -> list[str]:
@@ -224,7 +226,7 @@ class Gathering:
         parts = iter(zip(self.problem.parts, self.each, self.left_over, strict=True))
         fits = []
         for scan in self.problem.given:
-            count = 1 if scan.odd_to_even is None else 2
+            count = 1 if scan.interleave_motion is None else len(scan.interleave_motion)
             own, residuals, left_over = zip(*islice(parts, count), strict=True)
             fits.append(
                 ScanFit(

@@ -153,7 +153,7 @@ def bias_record(bias: BiasField) -> BiasRecord:
         motion = InterleaveRecord(
             moved=bias.interleaves.moved,
             obstacle=bias.interleaves.obstacle,
-            to_reference=matrix_rows(bias.interleaves.to_reference),
+            to_reference=tuple(matrix_rows(one) for one in bias.interleaves.to_reference),
             rms_mm=round(bias.interleaves.rms_mm, 3),
             across_mm=round(bias.interleaves.across_mm, 3),
             error_mm=round(bias.interleaves.error_mm, 3),

@@ -89,7 +89,7 @@ def read_observations(inputs: Inputs) -> list[Observation | ImageObservation]:
             _optional(inputs, "hidden"), lost, grid.shape, axis=acquisition.slice_axis
         ),
         noise_sd=None if has_image else _trust(inputs, grid),
-        odd_to_even=_odd_to_even(inputs),
+        interleave_motion=_interleave_motion(inputs),
         name=_reference_name(inputs),
     )
     scans: list[Observation | ImageObservation] = [reference, *(_read_runs(inputs))]
@@ -98,7 +98,7 @@ def read_observations(inputs: Inputs) -> list[Observation | ImageObservation]:
     return scans
 
 
-def interleave_motion(inputs: Inputs) -> tuple[InterleaveRecord | None, str | None]:
+def found_motion(inputs: Inputs) -> tuple[InterleaveRecord | None, str | None]:
     """The motion between the interleaves of a scan, and why it is not corrected.
 
     None and None if none was found. It is corrected in one scan that is restored: runs are
@@ -122,8 +122,8 @@ def interleave_motion(inputs: Inputs) -> tuple[InterleaveRecord | None, str | No
     return motion, motion.obstacle
 
 
-def _odd_to_even(inputs: Inputs) -> NDArray[np.float64] | None:
-    motion, obstacle = interleave_motion(inputs)
+def _interleave_motion(inputs: Inputs) -> NDArray[np.float64] | None:
+    motion, obstacle = found_motion(inputs)
     return None if motion is None or obstacle else np.array(motion.to_reference, np.float64)
 
 
@@ -203,7 +203,7 @@ def find_warnings(inputs: Inputs, result: Restoration, device_warnings: list[str
             f"Sampled in {inputs['n_steps']} steps, as with --sloppy: this result is for "
             "testing the program, not for use."
         )
-    motion, obstacle = interleave_motion(inputs)
+    motion, obstacle = found_motion(inputs)
     if motion is not None:
         warnings.append(treatment(obstacle))
     warnings += result.warnings
@@ -229,7 +229,7 @@ def record_of(
 ) -> RestoreRecord:
     """The record of a result for sidecars, quality control, report and methods text."""
     acquisition = read_acquisition(inputs["conform_json"])
-    motion, obstacle = interleave_motion(inputs)
+    motion, obstacle = found_motion(inputs)
     refined = None
     if result.images:
         gain, correlation = result.images[0]

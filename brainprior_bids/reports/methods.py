@@ -306,9 +306,9 @@ def _interleaves(methods: Sequence[Method]) -> str:
         return ""
     scans = _scans(count, methods)
     return (
-        f"In {scans}, the participant had moved between the even and the odd slices; the two were "
-        "registered rigidly\nand entered the restoration as separate observations. The restored "
-        "image shows the brain halfway\nbetween the two positions.\n"
+        f"In {scans}, the participant had moved between packages of interleaved slices; these "
+        "were registered rigidly\nand entered the restoration as separate observations. The "
+        "restored image shows the brain in the mean\nof their positions.\n"
     )
 
 

@@ -81,8 +81,8 @@ def test_what_ran_and_nothing_else():
 
 def test_displaced_interleaves_are_named_where_they_were_corrected():
     text = " ".join(methods_text([ONE, replace(ONE, interleaves=True)]).split())
-    assert "In 1 of the 2 scans, the participant had moved between the even and the odd" in text
-    assert "halfway between the two positions" in text
+    assert "In 1 of the 2 scans, the participant had moved between packages" in text
+    assert "in the mean of their positions" in text
     assert "participant had moved" not in methods_text([ONE])
 
 

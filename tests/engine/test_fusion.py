@@ -15,7 +15,7 @@ from brainprior_bids.engine.acquisition import Acquisition
 from brainprior_bids.engine.errors import GeometryError, InputError, UsageError
 from brainprior_bids.engine.grids import Grid
 from brainprior_bids.engine.nuisance import THICKNESS_SD, Nuisances
-from brainprior_bids.engine.observation import Observation, halfway
+from brainprior_bids.engine.observation import Observation, mean_position
 from brainprior_bids.engine.operators.resample import AffineResample, SparseResample
 from brainprior_bids.engine.restore import restore
 from brainprior_bids.engine.sensing import hidden_voxels
@@ -117,14 +117,17 @@ def together(*runs, **changes):
     return result, result.scans
 
 
+@pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("around", [0.0, 1.5], ids=["stripped", "in fat"])
-def test_the_slices_of_a_scan_say_the_same_in_two_observations(around):
+def test_the_slices_of_a_scan_say_the_same_in_several_observations(around, count):
     """In both strategies x is 0 outside the brain, and the surroundings are unknown."""
     scan, truth = make_run(2, np.eye(4), seed=1, around=around)
     one, _ = together(scan, thickness_sd=0.0)
-    two, fits = together(replace(scan, odd_to_even=np.eye(4)), thickness_sd=0.0)
-    assert (one.solve, two.solve) == ("spectral", "image space")
-    assert error(two.mean, truth) < 1.05 * error(one.mean, truth)
+    several, fits = together(
+        replace(scan, interleave_motion=[np.eye(4)] * count), thickness_sd=0.0
+    )
+    assert (one.solve, several.solve) == ("spectral", "image space")
+    assert error(several.mean, truth) < 1.05 * error(one.mean, truth)
     assert [fit.name for fit in fits] == ["run-2"]
 
 
@@ -136,7 +139,7 @@ def interleaved(gain=1.0):
     """A scan with motion before its odd slices, which are ``gain`` times as bright, and the brain
     halfway.
     """
-    half = halfway(INTERLEAVES)
+    half = mean_position([np.eye(4), INTERLEAVES])
     scan, _ = make_run(2, np.linalg.inv(half), seed=1)
     later, _ = make_run(2, half, seed=2)
     _, truth = make_run(2, np.eye(4))
@@ -147,15 +150,15 @@ def interleaved(gain=1.0):
         scan=torch.where(odd, gain * later.scan, scan.scan),
         mask=torch.where(odd, later.mask, scan.mask),
         log_bias=torch.where(odd, math.log(gain), 0.0).expand(scan.grid.shape),
-        odd_to_even=np.linalg.inv(INTERLEAVES),
+        interleave_motion=[np.eye(4), np.linalg.inv(INTERLEAVES)],
     ), truth
 
 
 def test_displaced_interleaves_are_two_observations_of_one_brain():
     scan, truth = interleaved()
     done, (fit,) = together(scan, sampler="auto")
-    assert done.sampler_reason == "the odd slices of the scan are displaced"
-    ignored, _ = together(replace(scan, odd_to_even=None), sampler="exact")
+    assert done.sampler_reason == "the interleaves of the scan are displaced"
+    ignored, _ = together(replace(scan, interleave_motion=None), sampler="exact")
     assert error(done.mean, truth) < 0.85 * error(ignored.mean, truth)
     assert all(residual.ratio < 1.4 for residual in fit.residuals)
     assert len(fit.residuals) == 2
@@ -174,9 +177,59 @@ def test_slices_of_displaced_interleaves_are_predicted_where_they_were_measured(
         assert np.sqrt(np.mean(off[part][inside[part]] ** 2)) < 2 * gain * NOISE
 
 
-def test_half_of_a_motion_taken_twice_is_the_motion():
-    half = halfway(INTERLEAVES)
+def test_the_mean_of_two_positions_is_halfway():
+    half = mean_position([np.eye(4), INTERLEAVES])
     np.testing.assert_allclose(half @ half, INTERLEAVES, atol=1e-12)
+
+
+def test_the_mean_of_positions_does_not_depend_on_the_reference():
+    motions = [np.eye(4), INTERLEAVES, turn(-8.0, (2.0, 0.5, -1.0))]
+    mean, other = mean_position(motions), mean_position(motions[::-1])
+    np.testing.assert_allclose(other, mean, atol=1e-12)
+    moved = mean_position([INTERLEAVES @ one for one in motions])
+    np.testing.assert_allclose(moved, INTERLEAVES @ mean, atol=1e-12)
+    np.testing.assert_array_equal(mean_position([np.eye(4)] * 3), np.eye(4))
+
+
+def three_interleaves():
+    """A scan of three interleaves, each in another position, and the brain in their mean."""
+    motions = [np.eye(4), INTERLEAVES, turn(-4.0, (0.8, 0.9, -0.7))]
+    mean = mean_position(motions)
+    runs = [
+        make_run(2, motion @ np.linalg.inv(mean), seed=seed)[0]
+        for seed, motion in enumerate(motions, 1)
+    ]
+    _, truth = make_run(2, np.eye(4))
+    own = torch.arange(runs[0].grid.shape[2]) % 3
+    scan, mask = (
+        sum(torch.where(own == p, values(run), 0.0) for p, run in enumerate(runs))
+        for values in (lambda run: run.scan, lambda run: run.mask)
+    )
+    back = [np.linalg.inv(motion) for motion in motions]
+    one = replace(runs[0], scan=scan, mask=mask, to_reference=np.eye(4))
+    return replace(one, interleave_motion=back), truth
+
+
+def test_three_displaced_interleaves_are_three_observations_of_one_brain():
+    scan, truth = three_interleaves()
+    done, (fit,) = together(scan, on_scan=True)
+    ignored, _ = together(replace(scan, interleave_motion=None), sampler="exact")
+    assert error(done.mean, truth) < 0.85 * error(ignored.mean, truth)
+    assert all(residual.ratio < 1.4 for residual in fit.residuals)
+    inside = scan.mask.numpy() > 0.99
+    off = (done.predictions[0] - scan.scan.numpy()) / UNIT
+    for p in range(3):
+        part = np.s_[..., 2 + p : 8 : 3]
+        assert np.sqrt(np.mean(off[part][inside[part]] ** 2)) < 2 * NOISE
+
+
+@pytest.mark.parametrize(
+    "motions", [np.eye(4), [np.eye(4)], [np.eye(4)] * 40, [np.eye(4), np.zeros((4, 4))]]
+)
+def test_interleaves_without_a_motion_each_are_refused(motions):
+    scan, _ = interleaved()
+    with pytest.raises(GeometryError, match="interleave_motion"):
+        replace(scan, interleave_motion=motions)
 
 
 def test_warnings_of_a_scan_with_displaced_interleaves_come_once():

@@ -261,6 +261,7 @@ def test_every_study_is_planned(ready):
         "inpaint": 2,
         "fuse": 2,
         "refine": 2,
+        "motion": 2 * 3 * 4,
         "alignment": 2,
     }
     assert {case.study for case in cases if case.source.name == "3"} == {"coverage", "samples"}
@@ -272,7 +273,7 @@ def test_every_study_is_planned(ready):
     assert own["coverage"].width == 1
     assert (own["refine"].slab_mm, own["fuse"].slab_mm) == (60, None)
     samples = [own[name].n_samples for name in STUDIES if name not in ("samples", "alignment")]
-    assert samples == [8, 4, 4, 4, 2, 2, 8, 4, 4, 4, 2, 4, 2, 2, 1]
+    assert samples == [8, 4, 4, 4, 2, 2, 8, 4, 4, 4, 2, 4, 2, 2, 1, 1]
     if find_spec("ants"):
         assert [c.settings.syn for c in cases if c.study == "alignment"] == [True, False]
     for case in cases:  # settings determine the fingerprint, and are in the record

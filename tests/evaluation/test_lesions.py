@@ -43,7 +43,7 @@ class Flat:
         return LEVEL + gain * (x - LEVEL)
 
 
-def case(thick=1, odd_to_even=None):
+def case(thick=1, interleave_motion=None):
     shape = (24, 24, 24 // thick)
     affine = np.diag([1.0, 1.0, thick, 1.0])
     affine[:3, 3] = [-11.5, -11.5, -12 + thick / 2]
@@ -52,7 +52,7 @@ def case(thick=1, odd_to_even=None):
     scan = (100 * (0.8 + 0.01 * rng.standard_normal(shape))).astype(np.float32)
     acquisition = Acquisition(2, float(thick), float(thick), "boxcar")
     return LesionCase(
-        Observation(scan, grid, acquisition, np.ones(shape), odd_to_even=odd_to_even),
+        Observation(scan, grid, acquisition, np.ones(shape), interleave_motion=interleave_motion),
         np.ones((24, 24, 24), np.float32), np.eye(4), "T1w", np.ones((24, 24, 24)),
     )  # fmt: skip
 
@@ -92,7 +92,7 @@ def test_displaced_slices_show_a_lesion_displaced():
     """The brain is halfway: 3 mm to the left of where the even slices show it."""
     motion = np.eye(4)
     motion[0, 3] = 6.0
-    one = case(2, motion)
+    one = case(2, [np.eye(4), motion])
     share = one.share(np.zeros(3), 4.0)
     across = np.arange(24) - 11.5
     middle = [np.average(across, weights=share[..., k].sum(1)) for k in (5, 6)]

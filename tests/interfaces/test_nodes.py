@@ -39,7 +39,7 @@ from brainprior_bids.interfaces.base import FAILURE, RECORD, Meter
 from brainprior_bids.interfaces.derivatives import Write, copy_image
 from brainprior_bids.interfaces.files import save
 from brainprior_bids.interfaces.lesion import Lesion
-from brainprior_bids.interfaces.restoration import interleave_motion
+from brainprior_bids.interfaces.restoration import found_motion
 from brainprior_bids.interfaces.restore import Restore
 from brainprior_bids.interfaces.templates import ToTemplates, disagreements
 from brainprior_bids.records import HeaderRecord, TemplatesRecord
@@ -408,8 +408,8 @@ def test_slice_gains_are_in_sidecar_provenance_and_verdict(files, raw, output_di
     assert "slice_gain_alternation 2.2 is above 2" in reasons(values)
 
 
-MOTION = [[1, 0, 0, 0], [0, 1, 0, 2.0], [0, 0, 1, 0], [0, 0, 0, 1]]
-"""Odd slices to even ones: 2 mm forwards."""
+MOTION = [np.eye(4).tolist(), [[1, 0, 0, 0], [0, 1, 0, 2.0], [0, 0, 1, 0], [0, 0, 0, 1]]]
+"""Each interleave to the first: the second 2 mm forwards."""
 
 
 def test_moved_interleaves_and_lost_slices_reach_sidecar_and_verdict(
@@ -428,7 +428,7 @@ def test_moved_interleaves_and_lost_slices_reach_sidecar_and_verdict(
     content = json.loads((output_dir / side).read_text())
     assert content["SlicesNotUsed"] == [3]
     assert (content["InterleaveMotion"], content["InterleaveMotionRMS"]) == (MOTION, 2.0)
-    assert content["InterleaveMotionCorrected"] is False
+    assert (content["InterleaveCount"], content["InterleaveMotionCorrected"]) == (2, False)
     (summary,) = read_summaries(output_dir)
     assert "interleave_motion_mm 2 is above 0" in reasons(metrics(summary))
 
@@ -456,7 +456,7 @@ def test_displaced_interleaves_are_corrected_in_one_scan_that_is_restored(
     inputs = {"keep_scan": False, "bias_json": str(tmp_path / "bias.json"), **more}
     if "runs_json" in inputs:
         inputs["runs_json"] = str(tmp_path / "runs.json")
-    assert interleave_motion(inputs)[1] == obstacle
+    assert found_motion(inputs)[1] == obstacle
 
 
 def test_motion_in_a_fused_run_is_named(tmp_path):
@@ -472,7 +472,7 @@ def test_motion_in_a_fused_run_is_named(tmp_path):
     inputs = {"keep_scan": False} | {
         f"{name}_json": str(tmp_path / f"{name}.json") for name in ("bias", "runs")
     }
-    found, obstacle = interleave_motion(inputs)
+    found, obstacle = found_motion(inputs)
     assert (found.rms_mm, obstacle) == (2.0, "several scans are fused")
 
 
@@ -984,11 +984,13 @@ def test_displaced_interleaves_are_restored_as_two_observations(
         tmp_path / "restored",
     )  # fmt: skip
     record = json.loads(Path(done.restore_json).read_text())
-    told = [text for text in record["warnings"] if "displacement of the odd slices" in text]
+    told = [
+        text for text in record["warnings"] if "displacement of the packages of slices" in text
+    ]
     assert record.get("interleaves_corrected") == {None: True, "": None}.get(obstacle, False)
     assert [(obstacle or "is corrected") in text for text in told] == [True] * (obstacle != "")
     if obstacle is None:
-        assert "odd slices of the scan are displaced" in record["sampler_reason"]
+        assert "interleaves of the scan are displaced" in record["sampler_reason"]
         residual = np.asarray(nib.load(done.residual).dataobj)
         assert residual.any((0, 1))[3:7].all()
         assert len(record["residual_ratios"]) == 2

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 STUDIES = (
     "restoration", "low-field", "ablation", "samplers", "segmentation", "downstream", "coverage",
     "hallucination", "uncertainty", "peers", "samples", "lesions", "heads", "inpaint", "fuse",
-    "refine", "alignment",
+    "refine", "motion", "alignment",
 )  # fmt: skip
 """Names, in the order of the tables."""
 
