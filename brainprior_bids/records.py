@@ -624,6 +624,8 @@ class RestoreRecord(Record):
     acquisition: AcquisitionRecord
     environment: EnvironmentRecord
     prior: WeightsRecord
+    coarse: WeightsRecord | None = field(default=None, metadata=OMIT)
+    """The coarse network, if it was asked."""
     warnings: tuple[str, ...]
     runs: tuple[RunRecord, ...] | None = field(default=None, metadata=OMIT)
     refined: RefinedRecord | None = field(default=None, metadata=OMIT)
@@ -808,9 +810,13 @@ class StepRecords(Record):
 
     @property
     def networks(self) -> dict[str, WeightsRecord]:
-        """``parcellation``, ``prior`` -> weights, if recorded."""
-        cards = {"parcellation": self.parcellation.weights, "prior": self.restore.prior}
-        return {kind: card for kind, card in cards.items() if card.sha256 is not None}
+        """``parcellation``, ``prior``, ``coarse`` -> weights, if recorded."""
+        cards = {
+            "parcellation": self.parcellation.weights,
+            "prior": self.restore.prior,
+            "coarse": self.restore.coarse,
+        }
+        return {kind: card for kind, card in cards.items() if card and card.sha256 is not None}
 
 
 @dataclass(frozen=True, kw_only=True)

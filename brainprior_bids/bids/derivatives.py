@@ -331,6 +331,7 @@ def sidecars(
         "NetworkCallsPerSample": restore.calls,
         "RandomSeed": restore.seed,
         "Prior": _card(restore.prior),
+        **({} if restore.coarse is None else {"CoarsePrior": _card(restore.coarse)}),
         "NoiseStandardDeviation": restore.scanner_units(restore.noise_sd),
         "Units": "arbitrary",
         **({} if shift is None else {"IntensityShift": shift}),

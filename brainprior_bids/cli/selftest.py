@@ -95,7 +95,7 @@ def _weights() -> None:
     """Check the weights: ``read_weights`` compares the tensors with the hash in their header."""
     from brainprior_bids.engine.weights import FOLDER, read_weights
 
-    for kind in ("prior", "parcellation"):
+    for kind in ("prior", "coarse", "parcellation"):
         _, metadata = read_weights(FOLDER / f"{kind}.safetensors", kind=kind)
         print(f"weights of the {kind} are intact, SHA-256 {metadata['sha256']}")
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from brainprior_bids.engine.errors import UsageError, WeightsError
 
-KINDS = ("prior", "parcellation")
+KINDS = ("prior", "coarse", "parcellation")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -66,22 +66,22 @@ def _files(names: Sequence[str]) -> dict[str, Path]:
 
 
 def read_any(path: Path) -> dict[str, Any]:
-    """The header of a weights file of either kind; its tensors are checked against their hash.
+    """The header of a weights file of any kind; its tensors are checked against their hash.
 
     Raises
     ------
     WeightsError
-        As ``engine.weights.read_weights``; with the message for a prior if it is of neither kind.
+        As ``engine.weights.read_weights``; with the message for a prior if it is of no kind.
     """
     from brainprior_bids.engine.weights import read_weights
 
-    try:
-        return read_weights(path, kind="prior")[1]
-    except WeightsError as error:
+    errors = []
+    for kind in KINDS:
         try:
-            return read_weights(path, kind="parcellation")[1]
-        except WeightsError:
-            raise error from None
+            return read_weights(path, kind=kind)[1]
+        except WeightsError as error:
+            errors.append(error)
+    raise errors[0]
 
 
 def _list(files: dict[str, Path]) -> int:
@@ -128,11 +128,12 @@ def _note(path: Path) -> Path:
 
 
 def _add(options: argparse.Namespace) -> int:
-    from brainprior_bids.engine.weights import SUFFIX, load_parcellation, load_prior, user_folder
+    from brainprior_bids.engine import weights
+    from brainprior_bids.engine.weights import SUFFIX, user_folder
 
     source = Path(os.path.expanduser(options.file))
     facts = read_any(source)
-    (load_prior if facts["kind"] == "prior" else load_parcellation)(source)  # they fit together
+    getattr(weights, f"load_{facts['kind']}")(source)  # they fit together
     if options.sha256 and options.sha256.lower() != facts["sha256"]:
         raise WeightsError(
             f"{source}: SHA-256 is {facts['sha256']}, expected {options.sha256}. Fetch it again."

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from brainprior_bids.engine.coarse import Coarse
 from brainprior_bids.engine.device import usable_device
 from brainprior_bids.engine.errors import MemoryShortageError, ShapeMismatchError, UsageError
 from brainprior_bids.engine.measured import BandPosteriors, Measured, Padding
@@ -311,6 +312,8 @@ class Prior:
         Thickness of the slabs in which the network runs (1 mm voxels, at least ``MIN_TILE``);
         the answer is the same up to rounding, the memory a fraction (see ``tiles``). None runs
         the volume as a whole and falls back to ``FALLBACK_TILES`` when memory runs out.
+    coarse : Coarse, optional
+        The coarse network that corrects the answers where little is measured.
 
     Attributes
     ----------
@@ -332,10 +335,11 @@ class Prior:
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
         tile_mm: int | None = None,
+        coarse: Coarse | None = None,
     ) -> None:
         if "unknown" not in spectra:
             raise UsageError(f"Prior: no error spectrum for 'unknown', only for {list(spectra)}.")
-        self.tile_mm = tile_mm
+        self.tile_mm, self.coarse = tile_mm, coarse
         self.warnings: list[str] = []
         self.device = usable_device(device)
         self.dtype = dtype or fast_dtype(self.device) or torch.float32
@@ -483,6 +487,15 @@ class Prior:
         while True:
             try:
                 clean, sd = self._run(x, sigmas, coordinates, kind, measured, spread, position)
+                if self.coarse is not None:
+                    clean = self.coarse.correct(
+                        clean,
+                        x,
+                        sigma,
+                        coordinates=coordinates,
+                        contrast=contrast,
+                        measured=measured,
+                    )
                 return clean, None if sd is None else sd * self.spread_factor(contrast)
             except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights on disk: one safetensors file with metadata in its header.
 
-The header holds one JSON text under ``brainprior``: ``kind`` (prior, parcellation),
+The header holds one JSON text under ``brainprior``: ``kind`` (prior, coarse, parcellation),
 ``format_version``, ``name``, ``licence``, ``training_data``, ``config`` (from which the network is
 rebuilt), and ``tensors_sha256``, the hash of the tensors, which is checked at every load.
 """
@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from brainprior_bids.engine.coarse import Coarse, MeanBrains
 from brainprior_bids.engine.denoiser import ErrorSpectrum, Precondition, Prior
 from brainprior_bids.engine.errors import ShapeMismatchError, UsageError, WeightsError
 from brainprior_bids.engine.parcellation_network import ParcellationNetwork
@@ -31,6 +32,8 @@ Network = TypeVar("Network", bound=torch.nn.Module)
 FORMAT_VERSION = 1
 FOLDER = Path(__file__).parent.parent / "data" / "weights"
 SPECTRUM = "spectrum"
+MEAN = "mean."
+"""Begin of the names of a coarse network's mean brains."""
 SUFFIX = ".safetensors"
 
 
@@ -190,10 +193,12 @@ def load_prior(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     tile_mm: int | None = None,
+    coarse: bool = True,
 ) -> Prior:
     """The prior in ``path``, by default the one shipped with the package.
 
-    ``device``, ``dtype`` and ``tile_mm`` are those of ``Prior``.
+    ``device``, ``dtype`` and ``tile_mm`` are those of ``Prior``; ``coarse`` adds the shipped
+    coarse network.
 
     Raises
     ------
@@ -201,7 +206,42 @@ def load_prior(
         As ``read_weights``, and if the tensors do not fit the configuration.
     """
     path = path or FOLDER / "prior.safetensors"
-    state, metadata = read_weights(path, kind="prior")
+    second = load_coarse(device=device, dtype=dtype) if coarse else None
+    return _read_prior(path, "prior", device, dtype, tile_mm, second)
+
+
+def load_coarse(
+    path: Path | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Coarse:
+    """The coarse network in ``path``, by default the one shipped with the package.
+
+    Raises
+    ------
+    WeightsError
+        As ``load_prior``.
+    """
+    path = path or FOLDER / "coarse.safetensors"
+    network = _read_prior(path, "coarse", device, dtype, None, None)
+    state, metadata = read_weights(path, kind="coarse")
+    means = {k.removeprefix(MEAN): v for k, v in state.items() if k.startswith(MEAN)}
+    try:
+        return Coarse(network, metadata["weights"], MeanBrains(means))
+    except (KeyError, ValueError, ShapeMismatchError) as error:
+        raise _misfit(path, error) from error
+
+
+def _read_prior(
+    path: Path,
+    kind: str,
+    device: str | torch.device,
+    dtype: torch.dtype | None,
+    tile_mm: int | None,
+    coarse: Coarse | None,
+) -> Prior:
+    state, metadata = read_weights(path, kind=kind)
     network = _fill(UNet, state, metadata, path)
     try:
         if not bool((state["band_sd"] > 0).all()):
@@ -224,7 +264,13 @@ def load_prior(
     except (UsageError, ShapeMismatchError, RuntimeError) as error:
         raise _misfit(path, error) from error
     return Prior(
-        model, spectra=spectra, metadata=metadata, device=device, dtype=dtype, tile_mm=tile_mm
+        model,
+        spectra=spectra,
+        metadata=metadata,
+        device=device,
+        dtype=dtype,
+        tile_mm=tile_mm,
+        coarse=coarse,
     )
 
 

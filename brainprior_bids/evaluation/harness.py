@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 VERSION = 2
 """Version of the records; raise it when their meaning changes."""
-PARCELLATION = FOLDER / "parcellation.safetensors"
+COARSE, PARCELLATION = FOLDER / "coarse.safetensors", FOLDER / "parcellation.safetensors"
 TUNED_BY = ("spacing_mm", "noise_sd", "width", "profile", "in_plane_mm", "rician", "crop_mm")
 """Fields of a condition that determine its penalties."""
 
@@ -117,7 +117,7 @@ def run(
     bench = Bench(prior, device, out, limit_s=limit_s)
     sha256 = {
         kind: read_weights(path, kind=kind)[1]["sha256"]
-        for kind, path in (("prior", prior), ("parcellation", PARCELLATION))
+        for kind, path in (("prior", prior), ("coarse", COARSE), ("parcellation", PARCELLATION))
     }
     tuned = {study for study in {case.study for case in cases} if find(study).tuned}
     with Pool(nprocs) as pool:
@@ -351,7 +351,7 @@ def measure(
     """
     source, path = case.source, case.record(out)
     study = find(case.study)
-    weights = {study.weights: sha256[study.weights]}
+    weights = {kind: sha256[kind] for kind in study.weights}
     facts: Record = {f"{kind}_sha256": value for kind, value in weights.items()}
     penalties: dict[str, float] = {}
     if validation is not None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from brainprior_bids.bids.files import read_json, write_text
 from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.evaluation import plots
-from brainprior_bids.evaluation.stamp import DIGITS, MEASURED, Stamp
+from brainprior_bids.evaluation.stamp import DIGITS, KINDS, MEASURED, Stamp, joined
 from brainprior_bids.evaluation.studies import STUDIES, find
 from brainprior_bids.evaluation.summary import Record
 
@@ -45,7 +45,7 @@ def write_pages(
     UsageError
         If the records of a network are from more than one file of weights.
     """
-    weights = {kind: _weights(records, kind) for kind in ("prior", "parcellation")}
+    weights = {kind: _weights(records, kind) for kind in KINDS}
     paths = []
     measured = docs.absolute().parent / MEASURED
     parts = read_json(measured) if measured.is_file() else None
@@ -60,8 +60,8 @@ def write_pages(
             for synthetic in (False, True)
         )
         stamp = Stamp(
-            weights[study.weights][:DIGITS], day, participants, maps, command, study.weights,
-            _minutes([*part, *validation]), nprocs,
+            joined(weights[kind][:DIGITS] for kind in study.weights), day, participants, maps,
+            command, joined(study.weights), _minutes([*part, *validation]), nprocs,
         )  # fmt: skip
         text = [stamp.line(), "", stamp.caption(), "", *study.table(part, validation)]
         paths.append(docs / "tables" / f"{name}.md")

@@ -13,16 +13,19 @@ import json
 import re
 import shlex
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path, PurePath
 
 from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.engine.weights import find_weights, sha256_file
+from brainprior_bids.evaluation.studies import STUDIES, find
 
 BEGIN, END = "<!-- brainprior evaluate: ", " -->"
 DIGITS = 12
+KINDS = ("prior", "coarse", "parcellation")
+"""Networks that a table may depend on."""
 OLDER = "older.toml"
 METRIC = re.compile(r"\b(PSNR|SSIM|MAE|RMSE|CRPS|Dice|LPIPS)\b")
 """In the heading of a table of results."""
@@ -37,15 +40,15 @@ class Stamp:
     Attributes
     ----------
     weights : str
-        The first ``DIGITS`` digits of the SHA-256 of the network's file.
+        The first ``DIGITS`` digits of the SHA-256 of the network's file; of several, "+" between.
     day : str
         UTC day of the newest result, YYYY-MM-DD.
     participants, maps : int
         Participants and label maps in the table.
     command : str
         The command as typed; data paths are reduced to their names.
-    network : {"prior", "parcellation"}
-        The network on which the results depend.
+    network : str
+        The networks on which the results depend, of ``KINDS``, joined by "+" as their hashes.
     minutes : float, optional
         Processor time of the cases in the table; unknown in tables of earlier versions.
     processes : int, optional
@@ -69,7 +72,8 @@ class Stamp:
         """The same facts, as a sentence above the table."""
         counts = ((self.participants, "participant"), (self.maps, "label map"))
         who = " and ".join(f"{n} {name}{'s' * (n > 1)}" for n, name in counts if n)
-        weights = f"Weights {'' if self.network == 'prior' else f'of the {self.network} '}"
+        of = "" if self.network == "prior" else f"of the {self.network.replace('+', ' and ')} "
+        weights = f"Weights {of}"
         time = ""
         if self.minutes is not None and self.processes is not None:
             together = f"{self.processes} process{'es' * (self.processes > 1)}"
@@ -130,10 +134,17 @@ def _short(word: str) -> str:
 
 def shipped_weights() -> dict[str, str]:
     """Network -> the first digits of the SHA-256 of its embedded weights."""
-    return {
-        kind: sha256_file(find_weights(None, kind=kind))[:DIGITS]
-        for kind in ("prior", "parcellation")
-    }
+    return {kind: sha256_file(find_weights(None, kind=kind))[:DIGITS] for kind in KINDS}
+
+
+def joined(parts: Iterable[str]) -> str:
+    """Names or hashes of several networks as one."""
+    return "+".join(parts)
+
+
+def current_of(stamp: Stamp, shipped: Mapping[str, str]) -> str:
+    """``weights`` of the stamp, if its table were made with the shipped weights."""
+    return joined(shipped[kind] for kind in stamp.network.split("+"))
 
 
 def check_tables(
@@ -165,7 +176,8 @@ def check_tables(
             older.pop(path.name, None)
             continue
         weights[path.name], commands[path.name] = stamp.weights, stamp.command
-        expected[path.name] = shipped[stamp.network]
+        networks = find(path.stem).weights if path.stem in STUDIES else stamp.network.split("+")
+        expected[path.name] = joined(shipped[kind] for kind in networks)
     for name, sha256 in _measured_weights(measured).items():
         own = weights.setdefault(f"{name}.md", sha256)
         if own != sha256:
@@ -227,7 +239,7 @@ def _measured_weights(measured: Path | None) -> dict[str, str]:
 def with_note(text: str, shipped: Mapping[str, str]) -> str:
     """A table as its page shows it, with a note above it if it is not from the shipped weights."""
     stamp = read_stamp(text, "table")
-    current = shipped[stamp.network]
+    current = current_of(stamp, shipped)
     if stamp.weights == current:
         return text
     note = f"**Older weights** ({stamp.weights}; the shipped weights are {current})."

@@ -238,6 +238,7 @@ def record_of(
         "name", "licence", "training_data", "format", "version", "coverage", "regional_error"
     )  # fmt: skip
     card = {key: prior.metadata[key] for key in keys if key in prior.metadata}
+    coarse = prior.coarse if prior.coarse is not None and prior.coarse.calls else None
     return RestoreRecord(
         sampler=result.sampler,
         sampler_reason=result.sampler_reason,
@@ -265,6 +266,7 @@ def record_of(
         acquisition=AcquisitionRecord.from_json(acquisition.to_dict()),
         environment=_environment(device, int(inputs["num_threads"]), prior),
         prior=WeightsRecord.from_json({**card, "sha256": prior_sha256}),
+        coarse=None if coarse is None else WeightsRecord.from_json(coarse.card),
         warnings=tuple(warnings),
         runs=_run_records(inputs, acquisition, result),
         refined=refined,

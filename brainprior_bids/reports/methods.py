@@ -70,6 +70,7 @@ class Method:
     slice_gains: bool = False
     interleaves: bool = False
     reduced: bool = False
+    coarse: str | None = None
     uncertainty_from: str | None = None
     templates: tuple[TemplateRecord, ...] = ()
     scan: str = ""
@@ -97,6 +98,7 @@ def of_summary(summary: ScanRecord) -> Method:
         slice_gains=summary.facts.bias is not None and bool(summary.facts.bias.applied),
         interleaves=bool(restore.interleaves_corrected),
         reduced=summary.facts.conform.facts.resolution.reduced,
+        coarse=None if restore.coarse is None else restore.coarse.label,
         uncertainty_from=restore.uncertainty_from,
         templates=summary.facts.templates,
         scan=summary.scan,
@@ -141,7 +143,7 @@ def methods_text(methods: Sequence[Method]) -> str:
         )
     spaces = _contrasts(methods) + _resampled(methods) + _standard_spaces(methods)
     versions = ", ".join(dict.fromkeys(method.version for method in methods))
-    drawn = _drawn(methods)
+    drawn = _drawn(methods) + _coarse(methods)
     spread = _uncertainty(methods)
     drawing = any(registry.find(method.sampler).yields_samples for method in methods)
     start = "Images were drawn from" if drawing else "Images are estimates of the mean of"
@@ -225,6 +227,18 @@ def _drawn(methods: Sequence[Method]) -> str:
     if len(sentences) == 1:
         return sentences[0][0]
     return f"in {len(sentences)} ways. " + " ".join(f"For {who}, {how}" for how, who in sentences)
+
+
+def _coarse(methods: Sequence[Method]) -> str:
+    """The sentence on scans for which the coarse network was asked."""
+    asked = [method.coarse for method in methods if method.coarse is not None]
+    if not asked:
+        return ""
+    return (
+        f" In {_scans(len(asked), methods)}, a second network, trained on whole brains at 4 mm, "
+        "took part where the first was given no measurements: at high noise, the means of blocks "
+        f"of 4 mm were moved towards its own (weights {'; '.join(dict.fromkeys(asked))})."
+    )
 
 
 def _uncertainty(methods: Sequence[Method]) -> str:

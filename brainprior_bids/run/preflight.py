@@ -147,10 +147,12 @@ def checked_weights(settings: Settings) -> dict[str, tuple[Path, str]]:
     from brainprior_bids.engine import weights
 
     prior = settings.prior or weights.FOLDER / "prior.safetensors"
+    coarse = weights.FOLDER / "coarse.safetensors"
     parcellation = weights.FOLDER / "parcellation.safetensors"
     try:  # as the steps will load them
         return {
-            "prior": (prior, weights.load_prior(prior).metadata["sha256"]),
+            "prior": (prior, weights.load_prior(prior, coarse=False).metadata["sha256"]),
+            "coarse": (coarse, weights.load_coarse(coarse).prior.metadata["sha256"]),
             "parcellation": (
                 parcellation, weights.load_parcellation(parcellation).metadata["sha256"]
             ),

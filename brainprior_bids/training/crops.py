@@ -23,6 +23,7 @@ from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.engine.unet import CONTRASTS
 from brainprior_bids.training.preprocess import UNIT, Brain
 from brainprior_bids.training.surroundings import draw_surroundings, no_surroundings
+from brainprior_bids.training.whole import whole_brain
 
 TABLE = np.arange(256) / UNIT
 """Intensity of each stored value."""
@@ -97,6 +98,8 @@ class Crops(Dataset[dict[str, Tensor]]):
         Share of crops whose contrast is hidden from the network.
     surroundings : bool
         Whether the brains have surroundings, of which the image contains a rim.
+    coarse : bool
+        Whole brains with voxels of ``COARSE_MM`` instead (``whole_brain``), without surroundings.
     """
 
     def __init__(
@@ -109,10 +112,12 @@ class Crops(Dataset[dict[str, Tensor]]):
         pose: bool = True,
         unknown: float = 0.1,
         surroundings: bool = False,
+        coarse: bool = False,
     ) -> None:
         mix = mix or Mix()
-        self.brains, self.size, self.seed = list(brains), size, seed
-        self.pose, self.unknown, self.surroundings = pose, unknown, surroundings
+        self.brains, self.size, self.seed, self.coarse = list(brains), size, seed, coarse
+        self.pose, self.unknown = pose, unknown
+        self.surroundings = surroundings and not coarse
         self.kinds: list[tuple[list[int], str | None]] = []  # candidates, contrast of the curve
         shares = []
         scans = [n for n, b in enumerate(self.brains) if not b.synthetic]
@@ -143,7 +148,10 @@ class Crops(Dataset[dict[str, Tensor]]):
         contrast = brain.contrast
         if curve is not None:
             table, contrast = intensity_curve(brain.tissues, curve, rng), curve
-        image, matrix = draw_crop(brain, table, self.size, rng, pose=self.pose)
+        if self.coarse:
+            image, matrix = whole_brain(brain, table, self.size, rng)
+        else:
+            image, matrix = draw_crop(brain, table, self.size, rng, pose=self.pose)
         around = no_surroundings(image.shape)
         if self.surroundings:
             around = draw_surroundings(image > 0, contrast, rng)

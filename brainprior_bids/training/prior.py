@@ -31,13 +31,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from brainprior_bids.engine.coarse import Coarse, MeanBrains
 from brainprior_bids.engine.denoiser import ErrorSpectrum, Precondition, Prior, fast_dtype
 from brainprior_bids.engine.errors import UsageError, WeightsError
 from brainprior_bids.engine.measured import BandPosterior
 from brainprior_bids.engine.stacks import Stack
 from brainprior_bids.engine.unet import CONTRASTS, UNet, coordinate_features, from_bands, to_bands
 from brainprior_bids.engine.voxels import Voxels
-from brainprior_bids.engine.weights import FOLDER, load_prior, prior_state, write_weights
+from brainprior_bids.engine.weights import FOLDER, MEAN, load_prior, prior_state, write_weights
+from brainprior_bids.training.anatomy import hole_errors, mean_brains, next_to
 from brainprior_bids.training.crops import Crops, matrix_points
 from brainprior_bids.training.muon import Muon
 from brainprior_bids.training.preprocess import (
@@ -102,6 +104,8 @@ class Recipe:
     surroundings : bool
         Stacks show the brain with its surroundings; see ``surroundings``. (Not so in earlier
         weights.)
+    coarse : bool
+        The coarse network: whole brains with voxels of ``COARSE_MM``; see ``engine.coarse``.
     """
 
     steps: int = 6000
@@ -123,6 +127,7 @@ class Recipe:
     stack_hidden: int = 128
     spread: bool = False
     surroundings: bool = True
+    coarse: bool = False
 
     def rate(self, step: int) -> float:
         """Learning rate of step ``step`` (from 0)."""
@@ -158,10 +163,23 @@ def draw_sigmas(n: int, generator: torch.Generator) -> Tensor:
     return torch.from_numpy(np.exp(np.interp(u.numpy(), shares, np.log(edges)))).float()
 
 
-def measure_band_sd(crops: Crops, count: int = 48) -> Tensor:
-    """(8,) root mean square of each Haar band over the first crops."""
-    squares = [to_bands(crops[n]["image"][None]).square().mean((0, 2, 3, 4)) for n in range(count)]
+def measure_band_sd(crops: Crops, brains: MeanBrains | None = None, count: int = 48) -> Tensor:
+    """(8,) root mean square of each Haar band over the first crops, or over their difference from
+    the mean brain.
+    """
+    squares = []
+    for n in range(count):
+        crop = crops[n]
+        image = crop["image"][None]
+        if brains is not None:
+            image = image - mean_of(brains, crop["matrix"], crop["contrast"], image.shape[2:])
+        squares.append(to_bands(image).square().mean((0, 2, 3, 4)))
     return torch.stack(squares).mean(0).sqrt()
+
+
+def mean_of(brains: MeanBrains, matrix: Tensor, contrast: Tensor, shape: Sequence[int]) -> Tensor:
+    """(i, j, k) the mean brain at the place of a crop: its matrix (4, 4) and contrast ()."""
+    return brains.at(matrix_points(matrix[None], shape)[0], CONTRASTS[int(contrast)])
 
 
 class Pace:
@@ -235,7 +253,11 @@ class Trainer:
         self.checkpoint = work / (SPREAD_CHECKPOINT if recipe.spread else CHECKPOINT)
         self.processes = processes or Processes(0, 1, device)
         self.crops = Crops(
-            brains, size=recipe.size, seed=recipe.seed, surroundings=recipe.surroundings
+            brains,
+            size=recipe.size,
+            seed=recipe.seed,
+            surroundings=recipe.surroundings,
+            coarse=recipe.coarse,
         )
         self.step, self.seconds = 0, 0.0
         self.begun_with: dict[str, Any] = {}
@@ -255,7 +277,8 @@ class Trainer:
                 f"a crop of {recipe.size} voxels does not fit {len(recipe.channels)} resolutions: "
                 f"take a multiple of {2 * network.multiple} of at least {6 * network.multiple}."
             )
-        self.model = Precondition(network, measure_band_sd(self.crops))
+        self.brains = self._mean_brains() if recipe.coarse else None
+        self.model = Precondition(network, measure_band_sd(self.crops, self.brains))
         self.average = Precondition(UNet(**network.config), self.model.band_sd)
         self.average.load_state_dict(self.model.state_dict())
         for model in (self.model, self.average):
@@ -279,6 +302,15 @@ class Trainer:
             Muon(inner, lr=rate, weight_decay=decay),
             torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.99), weight_decay=decay),
         ]
+
+    def _mean_brains(self) -> MeanBrains:
+        """The mean brains of this training, made once."""
+        path = self.work / "means.pt"
+        if self.processes.first and not path.exists():
+            self.work.mkdir(parents=True, exist_ok=True)
+            torch.save(mean_brains(self.crops).volumes, path)
+        self.processes.wait()
+        return MeanBrains(torch.load(path, weights_only=True))
 
     def resume(self) -> bool:
         """Resume from the checkpoint in the work folder; False if there is none.
@@ -318,7 +350,7 @@ class Trainer:
         WeightsError
             If it is not a prior, or its network is another one.
         """
-        own, theirs = self.average.network.config, load_prior(path)
+        own, theirs = self.average.network.config, load_prior(path, coarse=False)
         inherited = theirs.model.network.config
         comparable = {k: v for k, v in inherited.items() if k in own or k != "spread"}
         if comparable != {k: v for k, v in own.items() if k in inherited or k not in ADDED}:
@@ -364,6 +396,11 @@ class Trainer:
         region = batch["region"].to(self.device, copy=True)
         posteriors: list[BandPosterior | None] = [None] * count
         kinds = [0] * count  # nothing, a stack, a hole
+        means = torch.zeros(count, *image.shape[2:])
+        if self.brains is not None:
+            for n, crop in enumerate(zip(batch["matrix"], batch["contrast"], strict=True)):
+                means[n] = mean_of(self.brains, *crop, image.shape[2:])
+            image -= means[:, None].to(image)
         for n, crop in enumerate(batch["image"]):
             number = step * count * self.processes.size + first + n
             generator = torch.Generator().manual_seed(2**40 + seed + number)
@@ -381,7 +418,8 @@ class Trainer:
                         image[n], place[n], measurements = last
                         region[n] = region[n].movedim(1 + stack.axis, -1).clone()
                 else:
-                    measurements = draw_voxels(crop[0], generator)
+                    measurements = draw_voxels(crop[0], generator, coarse=self.recipe.coarse)
+                    measurements = replace(measurements, y=measurements.y - means[n])
                 sigma[n] = log_uniform(*self.recipe.conditioned_sigma, generator)
                 if float(torch.rand((), generator=generator)) < self.recipe.blind:
                     sigma[n] = self.recipe.conditioned_sigma[1]
@@ -515,6 +553,8 @@ class Trainer:
     def _quality(self, validation: Sequence[Brain]) -> dict[str, Any]:
         """Gain on white noise, and PSNR of E[x | y] of slices, for the averaged weights."""
         own = self.prior()
+        if self.brains is not None:
+            return {"holes": hole_errors(Coarse(own, {}, self.brains), validation)}
         stacks = stack_errors(own, validation, (5.0,), limit=1) if own.takes_stacks else {}
         return {"gain": gains(own, validation), "stacks": stacks}
 
@@ -569,18 +609,21 @@ def export(
 
     ``limit`` brains per contrast are measured; ``inflation`` is that of ``sample_conditional``. If
     only the SD was trained, ``finished`` are the weights with which it was trained; their spectra
-    are kept. Returns the metadata.
+    are kept. A coarse network has no spectra, but its weights next to the embedded prior. Returns
+    the metadata.
     """
-    prior = trainer.prior()
+    prior, coarse = trainer.prior(), trainer.recipe.coarse
     held_out = [brain for brain in brains if brain.split == "validation"]
-    if trainer.recipe.spread and finished is not None:
-        spectra = load_prior(finished).spectra
+    if coarse:
+        spectra = prior.spectra
+    elif trainer.recipe.spread and finished is not None:
+        spectra = load_prior(finished, coarse=False).spectra
     else:
         spectra = measure_spectra(prior, held_out, limit=limit)
     scans = [b for b in brains if b.split == "train" and not b.synthetic]
     maps = {b.name for b in brains if b.split == "train" and b.synthetic}
     metadata = {
-        "kind": "prior",
+        "kind": "coarse" if coarse else "prior",
         "name": name,
         "licence": "Apache-2.0",
         "training_data": (
@@ -595,9 +638,12 @@ def export(
         "processes": trainer.processes.size,
         "hours": round(trainer.seconds / 3600, 2),
         "device": trainer.device.type,
-        "gain": gains(prior, held_out),
-        "inflation": inflation,
     }
+    if trainer.brains is not None:
+        network = Coarse(prior, {}, trainer.brains)
+        metadata |= next_to(load_prior(coarse=False, device=trainer.device), network, held_out)
+    else:
+        metadata |= {"gain": gains(prior, held_out), "inflation": inflation}
     factors = {contrast: ratio for contrast, (ratio, _) in spread_errors(prior, held_out).items()}
     if factors:
         metadata["spread_factors"] = {key: round(value, 4) for key, value in factors.items()}
@@ -605,7 +651,10 @@ def export(
         metadata["regional_error"] = regional_error
     if trainer.begun_with:
         metadata["begun_with"] = trainer.begun_with
-    write_weights(path, prior_state(prior.model, spectra), metadata)
+    state = prior_state(prior.model, spectra)
+    if trainer.brains is not None:
+        state |= {f"{MEAN}{name}": v.half() for name, v in trainer.brains.volumes.items()}
+    write_weights(path, state, metadata)
     return metadata
 
 
@@ -644,6 +693,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     train.add_argument(
         "--batch", type=int, default=recipe.batch, help="crops per step (in each process)"
+    )
+    train.add_argument(
+        "--coarse",
+        action="store_true",
+        help="train the coarse network, on whole brains at 4 mm, with --stacks 0",
     )
     train.add_argument("--size", type=int, default=recipe.size, help="edge of a crop in voxels")
     train.add_argument(
@@ -834,6 +888,7 @@ def _train(args: argparse.Namespace, processes: Processes) -> int:
         channels=tuple(args.channels),
         blocks=tuple(args.blocks),
         spread=args.spread,
+        coarse=args.coarse,
     )
     trainer = Trainer(
         [b for b in brains if b.split == "train"],

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from brainprior_bids.engine.coarse import COARSE_MM
 from brainprior_bids.engine.operators.fourier import resampling_matrix
 from brainprior_bids.engine.operators.slices import (
     boxcar_profile,
@@ -39,8 +40,8 @@ THREE_D = 0.1
 THREE_D_MM = (1.0, 1.7)
 SLAB = 0.15
 """Share of the holes that are the end of the field of view."""
-HOLE_MM = (2.0, 18.0)
-"""Semi-axes of the others."""
+HOLE_MM, LARGE_HOLE_MM = (2.0, 18.0), (6.0, 40.0)
+"""Semi-axes of the others, in crops and in whole brains."""
 
 
 def log_uniform(low: float, high: float, generator: torch.Generator) -> float:
@@ -117,9 +118,14 @@ def slices_last(image: Tensor, matrix: Tensor, stack: Stack) -> tuple[Tensor, Te
     return turned, matrix[:, [*axes, stack.axis, 3]], stack.turned()
 
 
-def draw_hole(shape: tuple[int, ...], centre: Tensor, generator: torch.Generator) -> Tensor:
-    """(i, j, k) bool: an ellipsoid with a rough surface about ``centre`` (3,), in voxels."""
-    size = torch.tensor([log_uniform(*HOLE_MM, generator) for _ in range(3)])
+def draw_hole(
+    shape: tuple[int, ...],
+    centre: Tensor,
+    generator: torch.Generator,
+    semi_axes: tuple[float, float] = HOLE_MM,
+) -> Tensor:
+    """(i, j, k) bool: an ellipsoid with a rough surface about ``centre`` (3,); in voxels."""
+    size = torch.tensor([log_uniform(*semi_axes, generator) for _ in range(3)])
     size = size.lerp(size.mean(), 0.5)  # more often round than long
     rough = torch.randn(1, 1, 8, 8, 8, generator=generator)
     surface = 1 + 0.35 * F.interpolate(rough, size=tuple(shape), mode="trilinear")[0, 0]
@@ -128,8 +134,11 @@ def draw_hole(shape: tuple[int, ...], centre: Tensor, generator: torch.Generator
     return (offset / size).square().sum(-1) < surface
 
 
-def draw_voxels(image: Tensor, generator: torch.Generator) -> Voxels:
-    """A noisy scan of a crop (c, c, c) with one to three holes, or an end, missing."""
+def draw_voxels(image: Tensor, generator: torch.Generator, *, coarse: bool = False) -> Voxels:
+    """A noisy scan of a crop (c, c, c) with one to three holes, or an end, missing. ``coarse``: a
+    whole brain with voxels of ``COARSE_MM``.
+    """
+    low, high = (mm / COARSE_MM for mm in LARGE_HOLE_MM) if coarse else HOLE_MM
     noise_sd = log_uniform(*NOISE_SD, generator)
     y = image + noise_sd * torch.randn(image.shape, generator=generator)
     hidden = torch.zeros(image.shape, dtype=torch.bool)
@@ -143,5 +152,5 @@ def draw_voxels(image: Tensor, generator: torch.Generator) -> Voxels:
     for _ in range(int(torch.randint(1, 4, (), generator=generator))):
         candidates = brain if len(brain) else torch.tensor([[n // 2 for n in image.shape]])
         at = candidates[int(torch.randint(len(candidates), (), generator=generator))]
-        hidden |= draw_hole(image.shape, at, generator)
+        hidden |= draw_hole(image.shape, at, generator, (low, high))
     return Voxels(y, hidden, noise_sd)

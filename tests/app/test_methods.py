@@ -86,6 +86,15 @@ def test_displaced_interleaves_are_named_where_they_were_corrected():
     assert "participant had moved" not in methods_text([ONE])
 
 
+def test_the_coarse_network_is_named_where_it_was_asked():
+    asked = replace(ONE, coarse="c_1, SHA-256 ef…")
+    assert "In this scan, a second network" in methods_text([asked])
+    text = methods_text([ONE, asked, asked])
+    assert "In 2 of the 3 scans, a second network" in text
+    assert text.count("weights c_1, SHA-256 ef…") == 1
+    assert "second network" not in methods_text([ONE])
+
+
 def test_slice_gains_are_named_where_they_were_corrected():
     gains = replace(ONE, slice_gains=True)
     assert "one gain per slice" not in methods_text([ONE])

@@ -38,11 +38,12 @@ def test_the_embedded_weights_are_listed_and_whole(folder, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("\t")[:2] for line in lines[1:]] == [
         ["embedded prior", "prior"],
+        ["embedded coarse", "coarse"],
         ["embedded parcellation", "parcellation"],
     ]
     assert sha256_file(FOLDER / "prior.safetensors") in lines[1]
     assert main(["weights", "verify"]) == 0
-    assert "2 file(s) checked, 0 not usable" in capsys.readouterr().out
+    assert "3 file(s) checked, 0 not usable" in capsys.readouterr().out
 
 
 def test_a_file_that_was_added_is_found_by_its_name(folder, own, tmp_path, capsys):
@@ -97,7 +98,7 @@ def test_verify_notices_a_file_that_changed(folder, own, capsys):
     assert main(["weights", "verify"]) == 1
     shown = capsys.readouterr().out
     assert "BAD\ta\tSHA-256 is" in shown
-    assert "3 file(s) checked, 1 not usable" in shown
+    assert "4 file(s) checked, 1 not usable" in shown
     path.write_bytes(b"nothing")
     assert main(["weights", "verify", "a"]) == 1
     assert main(["weights", "list"]) == 0

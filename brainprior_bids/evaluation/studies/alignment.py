@@ -224,5 +224,5 @@ STUDY = Study(
     defaults={"syn_participants": 2},
     quick={"syn_participants": 0},
     lacking=lacking,
-    weights="parcellation",
+    weights=("parcellation",),
 )

@@ -139,9 +139,9 @@ class Study:
         Option without which a run of all studies skips this one.
     lacking : function, optional
         Options -> a sentence for each part of the study that cannot be done on this machine.
-    weights : {"prior", "parcellation"}
-        The network on which the results depend; its hash is in the records and above the table.
-        (Those of the prior depend on the embedded parcellation too.)
+    weights : tuple of {"prior", "coarse", "parcellation"}
+        The networks on which the results depend; their hashes are in the records and above the
+        table. (Those of the prior depend on the embedded parcellation too.)
     """
 
     name: str
@@ -156,7 +156,7 @@ class Study:
     needs: tuple[str, str] | None = None
     only_with: str | None = None
     lacking: Callable[[Namespace], Sequence[str]] | None = None
-    weights: str = "prior"
+    weights: tuple[str, ...] = ("prior",)
 
     @property
     def missing_package(self) -> str | None:

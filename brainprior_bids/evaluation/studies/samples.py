@@ -278,4 +278,5 @@ STUDY = Study(
     table,
     defaults={"n_samples": 4, "n_steps": 20},
     quick={"n_samples": 1},
+    weights=("prior", "coarse"),
 )

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Anatomy at large: a second network, on whole brains at 4 mm, next to that of the prior.
+
+A network on 1 mm voxels learns texture and edges; where nothing is measured over centimetres (a
+large hole, or no data at all), it knows hardly which anatomy belongs there. The coarse network is
+the same U-Net, trained on whole brains averaged to blocks of 4 x 4 x 4 voxels. These means are one
+band of two more Haar levels: white noise of SD sigma in the image is white noise of SD sigma / 8
+in them, so that the coarse network denoises the same chain. With P the mean over blocks, D the
+fine network's answer and C the coarse one's, the answer of both is
+
+    D(x_t) + U w (C(P x_t) - P D(x_t)),   P U = 1, U smooth.
+
+The weight w(sigma) has been measured on validation brains: it minimises the error of the means. It
+is near 1 at high noise and 0 at low noise, where the fine network sees more. Given a scan with
+hidden voxels (``voxels``), C is conditioned on the means of the measured ones, and only blocks
+without any are corrected. Given slices, the fine network's answer stands.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from brainprior_bids.engine.errors import ShapeMismatchError
+from brainprior_bids.engine.grids import Grid
+from brainprior_bids.engine.measured import Measured, Padding
+from brainprior_bids.engine.stacks import Stack, mirrored
+from brainprior_bids.engine.voxels import Voxels
+
+COARSE_MM = 4
+"""Edge of a block, in restored voxels."""
+NOISE_FACTOR = COARSE_MM**-1.5
+"""SD of white noise in the mean of a block, relative to that of a voxel."""
+LEAST_NOISE = 0.004
+"""Smallest noise SD of a scan on which the coarse network was trained."""
+LEAST_WEIGHT = 0.02
+"""Below this weight the coarse network is not asked."""
+FREE, HOLE = "free", "hole"
+"""Kinds of weights: nothing measured; a scan with hidden voxels."""
+MEAN_GRID = Grid(
+    (48, 58, 50), np.array([[4.0, 0, 0, -94], [0, 4.0, 0, -132], [0, 0, 4.0, -92], [0, 0, 0, 1]])
+)
+"""Grid of the mean brains, MNI305 mm."""
+
+
+def coarse_matrix(matrix: NDArray[np.float64], edge: int = COARSE_MM) -> NDArray[np.float64]:
+    """(4, 4) from voxels to mm -> from blocks of ``edge`` voxels to mm."""
+    block = np.diag([float(edge)] * 3 + [1.0])
+    block[:3, 3] = (edge - 1) / 2
+    return np.asarray(matrix @ block)
+
+
+def block_means(volume: Tensor) -> Tensor:
+    """(n, c, i, j, k) -> (n, c, i/4, j/4, k/4); P."""
+    return F.avg_pool3d(volume, COARSE_MM)
+
+
+@cache
+def _interpolation(n: int) -> Tensor:
+    """(4n, n) float64: from means of blocks to voxels, piecewise linear, with these means."""
+    linear = F.interpolate(
+        torch.eye(n, dtype=torch.float64)[None], scale_factor=float(COARSE_MM), mode="linear"
+    )[0].T
+    means = F.avg_pool1d(linear.T[None], COARSE_MM)[0].T
+    matrix: Tensor = linear @ torch.linalg.inv(means)
+    return matrix
+
+
+def smooth_field(means: Tensor) -> Tensor:
+    """(n, 1, i, j, k) -> (n, 1, 4i, 4j, 4k): continuous, with these means over blocks; U."""
+    field = means
+    for axis in (2, 3, 4):
+        matrix = _interpolation(field.shape[axis]).to(field)
+        field = torch.tensordot(field, matrix, dims=([axis], [1])).movedim(-1, axis)
+    return field
+
+
+class MeanBrains:
+    """The mean brain of the training data at each place of MNI305.
+
+    The coarse network denoises the difference from it: where x_t says nothing, the answer is the
+    mean brain, whatever the network has learned.
+
+    Parameters
+    ----------
+    volumes : mapping
+        Contrast -> ``MEAN_GRID`` tensor, image unit; "unknown" is required.
+
+    Raises
+    ------
+    ShapeMismatchError
+        If a volume has another shape, or "unknown" is missing.
+    """
+
+    def __init__(self, volumes: Mapping[str, Tensor]) -> None:
+        wrong = {name: tuple(v.shape) for name, v in volumes.items() if v.shape != MEAN_GRID.shape}
+        if wrong or "unknown" not in volumes:
+            raise ShapeMismatchError(
+                f"MeanBrains: expected volumes {MEAN_GRID.shape}, one of them 'unknown', got "
+                f"{wrong or list(volumes)}."
+            )
+        self.volumes = {name: volume.float() for name, volume in volumes.items()}
+
+    def at(self, coordinates: Tensor, contrast: str) -> Tensor:
+        """(3, i, j, k) MNI305 mm -> (i, j, k), linear, 0 beyond the grid."""
+        volume = self.volumes.get(contrast, self.volumes["unknown"])
+        return sample_linear(volume.to(coordinates), coordinates, MEAN_GRID.affine)
+
+
+def sample_linear(volume: Tensor, points: Tensor, affine: NDArray[np.float64]) -> Tensor:
+    """Values of a volume (a, b, c) at points (3, i, j, k) in mm, (i, j, k); 0 outside."""
+    inverse = torch.from_numpy(np.linalg.inv(affine)).to(points)
+    voxels = torch.tensordot(inverse[:3, :3], points, dims=1) + inverse[:3, 3, None, None, None]
+    extent = torch.tensor(volume.shape, device=points.device)[:, None, None, None] - 1
+    at = (2 * voxels / extent - 1).flip(0).permute(1, 2, 3, 0)[None]
+    return F.grid_sample(volume[None, None], at, mode="bilinear", align_corners=True)[0, 0]
+
+
+class Denoiser(Protocol):
+    """What ``Coarse`` requires of its network (``denoiser.Prior``)."""
+
+    metadata: dict[str, Any]
+
+    def denoise(
+        self,
+        x: Tensor,
+        sigma: float,
+        *,
+        coordinates: Tensor,
+        contrast: str,
+        measured: Measured | None = None,
+    ) -> Tensor:
+        """See ``denoiser.Prior``."""
+        ...
+
+
+class Coarse:
+    """The coarse network and its weights.
+
+    Parameters
+    ----------
+    prior : Denoiser
+        Trained on voxels of ``COARSE_MM``.
+    weights : mapping
+        ``FREE`` and ``HOLE`` -> pairs (sigma, w), sigma ascending, in the image.
+    brains : MeanBrains
+
+    Attributes
+    ----------
+    calls : int
+        Answers that were corrected so far.
+    """
+
+    def __init__(
+        self,
+        prior: Denoiser,
+        weights: Mapping[str, Sequence[tuple[float, float]]],
+        brains: MeanBrains,
+    ) -> None:
+        self.prior, self.brains = prior, brains
+        self.calls = 0
+        self._weights = {kind: np.asarray(pairs, float) for kind, pairs in weights.items()}
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """Name and SHA-256 of the weights, for a record."""
+        return {key: self.prior.metadata[key] for key in ("name", "sha256")}
+
+    def weight(self, sigma: float, measured: Measured | None) -> float:
+        """w; 0 given slices, and below the lowest noise level at which it was measured."""
+        if isinstance(measured, Stack):
+            return 0.0
+        sigmas, values = self._weights[FREE if measured is None else HOLE].T
+        return float(np.interp(math.log(sigma), np.log(sigmas), values, left=0.0))
+
+    def denoise(
+        self,
+        x: Tensor,
+        sigma: float,
+        *,
+        coordinates: Tensor,
+        contrast: str,
+        measured: Voxels | None = None,
+    ) -> Tensor:
+        """As ``Prior.denoise``, of images with voxels of ``COARSE_MM``."""
+        mean = self.brains.at(coordinates.to(x), contrast)
+        if measured is not None:
+            measured = replace(measured, y=measured.y - mean.to(measured.y))
+        rest = self.prior.denoise(
+            x - mean, sigma, coordinates=coordinates, contrast=contrast, measured=measured
+        )
+        return mean + rest
+
+    def means(
+        self,
+        x: Tensor,
+        sigma: float,
+        *,
+        coordinates: Tensor,
+        contrast: str,
+        measured: Voxels | None,
+    ) -> Tensor:
+        """C: the expected means of blocks, (n, 1, i/4, j/4, k/4). Arguments as ``Prior.denoise``;
+        sizes are multiples of 4.
+        """
+        given = None if measured is None else mean_scan(measured)
+        return self.denoise(
+            block_means(x),
+            sigma * NOISE_FACTOR,
+            coordinates=block_means(coordinates[None].float())[0],
+            contrast=contrast,
+            measured=given,
+        )
+
+    def correct(
+        self,
+        answer: Tensor,
+        x: Tensor,
+        sigma: float,
+        *,
+        coordinates: Tensor,
+        contrast: str,
+        measured: Measured | None = None,
+    ) -> Tensor:
+        """The answer of both networks; arguments as ``Prior.denoise``.
+
+        Parameters
+        ----------
+        answer : (n, 1, i, j, k) float32
+            D, the fine network's.
+        """
+        weight = self.weight(sigma, measured)
+        scan = measured if isinstance(measured, Voxels) else None
+        if weight < LEAST_WEIGHT or (scan is not None and not bool(scan.hidden.any())):
+            return answer
+        shape = answer.shape[2:]
+        padding: Padding = [(0, -n % COARSE_MM) for n in shape]
+        scan = None if scan is None else scan.padded(padding)
+        open_blocks = None if scan is None else _hidden_share(scan) == 1
+        if open_blocks is not None and not bool(open_blocks.any()):
+            return answer
+        means = self.means(
+            mirrored(x, padding),
+            sigma,
+            coordinates=mirrored(coordinates[None].float(), padding)[0],
+            contrast=contrast,
+            measured=scan,
+        ).to(answer)
+        self.calls += 1
+        change = weight * (means - block_means(mirrored(answer, padding)))
+        if open_blocks is not None and scan is not None:
+            field = smooth_field(change * open_blocks.to(answer))
+            field = field * scan.hidden.to(answer)
+        else:
+            field = smooth_field(change)
+        i, j, k = (slice(n) for n in shape)
+        return answer + field[:, :, i, j, k]
+
+
+def _hidden_share(scan: Voxels) -> Tensor:
+    """(1, 1, i/4, j/4, k/4): share of each block's voxels that are hidden."""
+    return block_means(scan.hidden.double()[None, None])
+
+
+def mean_scan(scan: Voxels) -> Voxels:
+    """The means of blocks of a scan; blocks of which less than half is measured are hidden."""
+    measured = 1 - _hidden_share(scan)[0, 0]
+    sums = block_means((scan.y.double() * ~scan.hidden)[None, None])[0, 0]
+    y = (sums / measured.clamp_min(1e-6)).float()
+    noise_sd = max(scan.noise_sd * NOISE_FACTOR, LEAST_NOISE)
+    return Voxels(y, measured < 0.5, noise_sd)

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole brains at ``COARSE_MM`` for the training of the coarse network; see ``engine.coarse``.
+
+A whole brain shows anatomy that no crop does, and there are few of them. So every one is drawn in
+a new pose and smoothly deformed.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
+from torch import Tensor
+
+from brainprior_bids.engine.coarse import COARSE_MM, coarse_matrix
+from brainprior_bids.training.preprocess import Brain
+
+HALF = 2
+"""Voxels of 1 mm that are averaged before the brain is moved; the rest of ``COARSE_MM`` after."""
+ANGLE = 12.0
+"""Largest rotation about each axis, degrees."""
+SCALE = (0.9, 1.1)
+SHIFT_MM = 6.0
+"""SD of the brain's position in the field of view along each axis."""
+WARP_MM = 1.5
+"""SD of the deformation at its knots, which are ``KNOTS`` along each axis."""
+KNOTS = 9
+
+
+def whole_brain(
+    brain: Brain, table: NDArray[np.float32], size: int, rng: np.random.Generator
+) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """A brain in a random pose.
+
+    Parameters
+    ----------
+    brain : Brain
+    table : (256,) float32 array
+        Intensity of each stored value.
+    size : int
+        Voxels of ``COARSE_MM`` along each axis.
+    rng : numpy.random.Generator
+
+    Returns
+    -------
+    image, matrix
+        (size, size, size) float32, and (4, 4) from its voxels to MNI305 mm, with the error of an
+        estimated affine.
+    """
+    shape = np.array(brain.data.shape)
+    linear = Rotation.from_euler("xyz", rng.uniform(-ANGLE, ANGLE, 3), degrees=True).as_matrix()
+    linear = linear @ np.diag(HALF / rng.uniform(*SCALE, 3))
+    mirrored = rng.random() < 0.5
+    if mirrored:
+        linear = linear @ np.diag([-1.0, 1.0, 1.0])
+    fine = size * (COARSE_MM // HALF)
+    centre = (shape - 1) / 2 + rng.normal(0, SHIFT_MM, 3)
+    to_brain = np.eye(4)  # voxel of HALF mm -> voxel of the brain
+    to_brain[:3, :3] = linear
+    to_brain[:3, 3] = centre - linear @ np.full(3, (fine - 1) / 2)
+    halved = _average(torch.from_numpy(table[brain.data])[None, None], HALF)
+    at = _positions(to_brain, fine) + _warp(fine, rng)
+    moved = _sample(halved, (at - (HALF - 1) / 2) / HALF)
+    image = _average(moved, COARSE_MM // HALF)[0, 0].numpy()
+    matrix = coarse_matrix(brain.to_mni305 @ to_brain, COARSE_MM // HALF)
+    if mirrored:
+        matrix = np.diag([-1.0, 1.0, 1.0, 1.0]) @ matrix  # left is still left
+    error = np.eye(4)
+    turn = Rotation.from_rotvec(rng.normal(0, 1, 3), degrees=True).as_matrix()
+    error[:3, :3] = turn * rng.normal(1, 0.01, 3)
+    error[:3, 3] = rng.normal(0, 2, 3)
+    return image, error @ matrix
+
+
+def _average(volume: Tensor, edge: int) -> Tensor:
+    """Means of blocks of ``edge`` voxels, after zeros at the ends."""
+    padding = [n for size in reversed(volume.shape[2:]) for n in (0, -size % edge)]
+    return F.avg_pool3d(F.pad(volume, padding), edge)
+
+
+def _positions(to_brain: NDArray[np.float64], size: int) -> Tensor:
+    """(size, size, size, 3) voxel of the brain for each voxel of the image."""
+    matrix, axis = torch.from_numpy(to_brain).float(), torch.arange(size, dtype=torch.float32)
+    steps = [axis[:, None] * matrix[:3, a] for a in range(3)]  # (size, 3) each
+    along = steps[0][:, None, None] + steps[1][None, :, None] + steps[2][None, None]
+    return along + matrix[:3, 3]
+
+
+def _warp(size: int, rng: np.random.Generator) -> Tensor:
+    """(size, size, size, 3) smooth displacement, mm."""
+    knots = torch.from_numpy(rng.normal(0, WARP_MM, (1, 3, KNOTS, KNOTS, KNOTS))).float()
+    field = F.interpolate(knots, size=(size,) * 3, mode="trilinear", align_corners=True)
+    return field[0].permute(1, 2, 3, 0)
+
+
+def _sample(volume: Tensor, at: Tensor) -> Tensor:
+    """(1, 1, i, j, k) at (a, b, c, 3) voxels, linear, 0 outside."""
+    extent = torch.tensor(volume.shape[2:]).float() - 1
+    grid = (2 * at / extent - 1).flip(-1)[None]
+    return F.grid_sample(volume, grid, mode="bilinear", align_corners=True)

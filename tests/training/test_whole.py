@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The coarse network's training: whole brains, their holes, and its weights next to a prior."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import numpy as np
+import pytest
+import torch
+from toy import toy_brain
+
+from brainprior_bids.engine.coarse import COARSE_MM
+from brainprior_bids.engine.weights import load_coarse, load_prior, read_weights
+from brainprior_bids.training import crops, prior
+from brainprior_bids.training.anatomy import (
+    Fit,
+    averaged,
+    hole_errors,
+    mean_brains,
+    whole_examples,
+)
+from brainprior_bids.training.preprocess import Brain, write_pack
+from brainprior_bids.training.stacks import LARGE_HOLE_MM, draw_voxels
+from brainprior_bids.training.whole import whole_brain
+
+TABLE = crops.TABLE.astype(np.float32)
+SIZE = 24
+
+
+def points(image, matrix):
+    return crops.matrix_points(torch.from_numpy(matrix)[None], image.shape)[0].numpy()
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_coordinates_follow_the_anatomy(number):
+    """The picture encodes |x| in MNI305, however the brain is turned, mirrored and deformed."""
+    image, matrix = whole_brain(toy_brain(), TABLE, SIZE, np.random.default_rng(number))
+    x = points(image, matrix)[0]
+    deep = image > 0.25
+    for axis in range(3):  # voxels wholly inside
+        deep &= np.roll(image > 0.25, 1, axis) & np.roll(image > 0.25, -1, axis)
+    wrong = np.abs(image - (0.3 + np.abs(x) / 100))[deep]
+    assert deep.sum() > 100
+    assert np.median(wrong) < 0.06  # the deformation, and the error of an estimated affine
+
+
+def test_the_whole_brain_is_in_the_picture():
+    brain = toy_brain()
+    volume = (brain.data > 0).sum() * abs(np.linalg.det(brain.to_mni305[:3, :3]))
+    for number in range(6):
+        rng = np.random.default_rng(number)
+        image, matrix = whole_brain(brain, (TABLE > 0).astype(np.float32), SIZE, rng)
+        assert image.sum() * abs(np.linalg.det(matrix[:3, :3])) == pytest.approx(volume, rel=0.12)
+
+
+def test_a_mirrored_brain_has_its_left_on_the_left():
+    brain = toy_brain()
+    data = brain.data.copy()
+    data[points(data, brain.to_mni305)[0] > 0] = 0  # only the half with x < 0 is left
+    half = Brain("01", "T1w", "train", data, brain.to_mni305, brain.tissues)
+    sides = set()
+    for number in range(12):
+        image, matrix = whole_brain(half, TABLE, SIZE, np.random.default_rng(number))
+        assert np.linalg.det(matrix[:3, :3]) > 0  # MNI305 is never reflected: the anatomy is
+        sides.add(np.sign(np.median(points(image, matrix)[0][image > 0.2])))
+    assert sides == {-1.0, 1.0}
+
+
+def test_a_whole_brain_is_a_function_of_its_number():
+    one, two = (crops.Crops([toy_brain()], size=SIZE, seed=3, coarse=True) for _ in range(2))
+    assert torch.equal(one[5]["image"], two[5]["image"])
+    assert not torch.equal(one[5]["image"], one[6]["image"])
+    assert one[5]["image"].shape == (1, SIZE, SIZE, SIZE)
+    assert bool(one[5]["region"].all())
+
+
+def test_holes_of_whole_brains_are_large():
+    """Their semi-axes are given in mm: more voxels of 4 mm are hidden than by the holes of crops
+    in as many voxels of 1 mm."""
+    image = torch.ones(40, 40, 40)
+    volumes = []
+    for seed in range(200):
+        scan = draw_voxels(image, torch.Generator().manual_seed(seed), coarse=True)
+        volumes.append(float(scan.hidden.sum()) * COARSE_MM**3)
+    sphere = 4 / 3 * np.pi
+    assert np.median(volumes) > sphere * LARGE_HOLE_MM[0] ** 3
+    assert np.quantile(volumes, 0.9) > sphere * 15**3
+
+
+def test_the_weight_minimises_the_error_of_both():
+    generator = torch.Generator().manual_seed(0)
+    shared, own, other = torch.randn(3, 5000, generator=generator)
+    fine, coarse = shared + own, shared + 0.5 * other
+    fit = Fit()
+    fit.add(fine, coarse)
+    errors = {
+        w: float((fine + w * (coarse - fine)).square().mean()) for w in np.arange(0, 1, 0.01)
+    }
+    assert fit.weight == pytest.approx(min(errors, key=errors.get), abs=0.006)
+    assert fit.rms == pytest.approx((float(fine.std()), float(coarse.std())), rel=0.02)
+    assert Fit().weight == 0
+
+
+def test_an_example_and_its_average_are_at_the_same_place():
+    whole = next(whole_examples([toy_brain(split="validation")], "T1w", 1))
+    coarse = averaged(whole)
+    assert [COARSE_MM * n for n in coarse.image.shape] == list(whole.image.shape)
+    volume = whole.image.sum(), COARSE_MM**3 * coarse.image.sum()
+    assert float(volume[0]) == pytest.approx(float(volume[1]), rel=1e-4)
+    centres = [(e.image * e.place).sum((1, 2, 3)) / e.image.sum() for e in (whole, coarse)]
+    assert torch.allclose(*centres, atol=0.1)
+
+
+def test_the_mean_brain_is_that_of_the_training():
+    """Of one T1w: 0.3 + |x| / 100 in the ball, at its place in MNI305; no other contrast."""
+    mix = crops.Mix(real=1.0, curved={}, synthetic={})
+    drawn = crops.Crops([toy_brain()], size=SIZE, seed=3, coarse=True, mix=mix)
+    brains = mean_brains(drawn, 40)
+    assert set(brains.volumes) == {"T1w", "unknown"}
+    for x in (-12.0, 0.0, 12.0):
+        centre = (toy_brain().to_mni305 @ [26, 30, 28, 1])[:3]
+        at = torch.tensor([centre[0] + x, centre[1], centre[2]]).float()[:, None, None, None]
+        expected = 0.3 + abs(float(at[0])) / 100
+        assert float(brains.at(at, "T1w")) == pytest.approx(expected, abs=0.08)
+    far = torch.tensor([0.0, 0.0, 80.0])[:, None, None, None]
+    assert float(brains.at(far, "T1w")) < 0.02
+
+
+def test_the_command_trains_a_coarse_network(tmp_path):
+    brains = [toy_brain("01"), toy_brain("02", split="validation", seed=1)]
+    write_pack(brains, tmp_path)
+    parser = argparse.ArgumentParser()
+    prior.add_arguments(parser)
+    out = tmp_path / "coarse.safetensors"
+    words = [str(tmp_path), "--coarse", "--steps", "3", "--size", "24", "--batch", "2"]
+    words += ["--stacks", "0", "--holes", "0.6", "--workers", "0", "--threads", "1"]
+    words += ["--channels", "8", "8", "--blocks", "1", "1", "--out", str(out)]
+    words += ["--validate-every", "2", "--checkpoint-every", "2"]
+    assert prior.main(parser.parse_args(words)) == 0
+    facts = read_weights(out, kind="coarse")[1]
+    assert facts["recipe"]["coarse"]
+    assert facts["next_to"] == load_prior(coarse=False).metadata["sha256"]
+    for kind in ("free", "hole"):
+        sigmas, weights = zip(*facts["weights"][kind], strict=True)
+        assert list(sigmas) == sorted(sigmas)
+        assert all(0 <= w <= 1 for w in weights)
+    notes = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert any(set(note.get("holes", {})) == {"20", "30", "45"} for note in notes)
+    network = load_coarse(out)
+    assert hole_errors(network, brains[1:])["30"] == pytest.approx(
+        facts["hole_errors"]["30"], abs=2e-3
+    )  # the file has 16 bits
