@@ -153,11 +153,6 @@ class Coarse:
     weights : mapping
         ``FREE`` and ``HOLE`` -> pairs (sigma, w), sigma ascending, in the image.
     brains : MeanBrains
-
-    Attributes
-    ----------
-    calls : int
-        Answers that were corrected so far.
     """
 
     def __init__(
@@ -167,7 +162,6 @@ class Coarse:
         brains: MeanBrains,
     ) -> None:
         self.prior, self.brains = prior, brains
-        self.calls = 0
         self._weights = {kind: np.asarray(pairs, float) for kind, pairs in weights.items()}
 
     @property
@@ -231,7 +225,8 @@ class Coarse:
         contrast: str,
         measured: Measured | None = None,
     ) -> Tensor:
-        """The answer of both networks; arguments as ``Prior.denoise``.
+        """The answer of both networks, or ``answer`` itself if the coarse network was not asked;
+        arguments as ``Prior.denoise``.
 
         Parameters
         ----------
@@ -255,7 +250,6 @@ class Coarse:
             contrast=contrast,
             measured=scan,
         ).to(answer)
-        self.calls += 1
         change = weight * (means - block_means(mirrored(answer, padding)))
         if open_blocks is not None and scan is not None:
             field = smooth_field(change * open_blocks.to(answer))

@@ -319,6 +319,8 @@ class Prior:
     ----------
     warnings : list of str
         Fallbacks so far; they hold for all later calls.
+    asked_coarse : bool
+        Whether the coarse network has corrected an answer so far.
 
     Raises
     ------
@@ -341,6 +343,7 @@ class Prior:
             raise UsageError(f"Prior: no error spectrum for 'unknown', only for {list(spectra)}.")
         self.tile_mm, self.coarse = tile_mm, coarse
         self.warnings: list[str] = []
+        self.asked_coarse = False
         self.device = usable_device(device)
         self.dtype = dtype or fast_dtype(self.device) or torch.float32
         self.model = model.to(self.device).eval()
@@ -488,7 +491,7 @@ class Prior:
             try:
                 clean, sd = self._run(x, sigmas, coordinates, kind, measured, spread, position)
                 if self.coarse is not None:
-                    clean = self.coarse.correct(
+                    corrected = self.coarse.correct(
                         clean,
                         x,
                         sigma,
@@ -496,6 +499,8 @@ class Prior:
                         contrast=contrast,
                         measured=measured,
                     )
+                    self.asked_coarse |= corrected is not clean
+                    clean = corrected
                 return clean, None if sd is None else sd * self.spread_factor(contrast)
             except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):

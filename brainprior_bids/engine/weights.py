@@ -13,6 +13,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -206,8 +207,11 @@ def load_prior(
         As ``read_weights``, and if the tensors do not fit the configuration.
     """
     path = path or FOLDER / "prior.safetensors"
-    second = load_coarse(device=device, dtype=dtype) if coarse else None
-    return _read_prior(path, "prior", device, dtype, tile_mm, second)
+    state, metadata = read_weights(path, kind="prior")
+    second = _shipped_coarse(str(device), dtype) if coarse else None
+    return _prior_of(
+        state, metadata, path, device=device, dtype=dtype, tile_mm=tile_mm, coarse=second
+    )
 
 
 def load_coarse(
@@ -224,8 +228,8 @@ def load_coarse(
         As ``load_prior``.
     """
     path = path or FOLDER / "coarse.safetensors"
-    network = _read_prior(path, "coarse", device, dtype, None, None)
     state, metadata = read_weights(path, kind="coarse")
+    network = _prior_of(state, metadata, path, device=device, dtype=dtype)
     means = {k.removeprefix(MEAN): v for k, v in state.items() if k.startswith(MEAN)}
     try:
         return Coarse(network, metadata["weights"], MeanBrains(means))
@@ -233,15 +237,16 @@ def load_coarse(
         raise _misfit(path, error) from error
 
 
-def _read_prior(
-    path: Path,
-    kind: str,
-    device: str | torch.device,
-    dtype: torch.dtype | None,
-    tile_mm: int | None,
-    coarse: Coarse | None,
+@lru_cache(maxsize=1)
+def _shipped_coarse(device: str, dtype: torch.dtype | None) -> Coarse:
+    """``load_coarse``, once per process: it has no state."""
+    return load_coarse(device=device, dtype=dtype)
+
+
+def _prior_of(
+    state: Mapping[str, Tensor], metadata: Mapping[str, Any], path: Path, **options: Any
 ) -> Prior:
-    state, metadata = read_weights(path, kind=kind)
+    """The prior of a file's tensors and metadata; ``options`` are those of ``Prior``."""
     network = _fill(UNet, state, metadata, path)
     try:
         if not bool((state["band_sd"] > 0).all()):
@@ -263,15 +268,7 @@ def _read_prior(
         ) from error
     except (UsageError, ShapeMismatchError, RuntimeError) as error:
         raise _misfit(path, error) from error
-    return Prior(
-        model,
-        spectra=spectra,
-        metadata=metadata,
-        device=device,
-        dtype=dtype,
-        tile_mm=tile_mm,
-        coarse=coarse,
-    )
+    return Prior(model, spectra=spectra, metadata=metadata, **options)
 
 
 def load_parcellation(

@@ -238,7 +238,7 @@ def record_of(
         "name", "licence", "training_data", "format", "version", "coverage", "regional_error"
     )  # fmt: skip
     card = {key: prior.metadata[key] for key in keys if key in prior.metadata}
-    coarse = prior.coarse if prior.coarse is not None and prior.coarse.calls else None
+    coarse = prior.coarse if prior.asked_coarse else None
     return RestoreRecord(
         sampler=result.sampler,
         sampler_reason=result.sampler_reason,
