@@ -70,4 +70,4 @@ def _check_tables(app: Sphinx) -> None:
 
 def _note_older_weights(app: Sphinx, path: Path, page: str, content: list[str]) -> None:
     if path.parent.name == "tables":
-        content[0] = with_note(content[0], app.config.shipped)
+        content[0] = with_note(path.name, content[0], app.config.shipped)

@@ -142,9 +142,13 @@ def joined(parts: Iterable[str]) -> str:
     return "+".join(parts)
 
 
-def current_of(stamp: Stamp, shipped: Mapping[str, str]) -> str:
-    """``weights`` of the stamp, if its table were made with the shipped weights."""
-    return joined(shipped[kind] for kind in stamp.network.split("+"))
+def current_of(name: str, stamp: Stamp, shipped: Mapping[str, str]) -> str:
+    """``weights`` of the stamp of a table, the file ``name``, if it were of the shipped weights:
+    those of its study.
+    """
+    study = name.removesuffix(".md")
+    networks = find(study).weights if study in STUDIES else stamp.network.split("+")
+    return joined(shipped[kind] for kind in networks)
 
 
 def check_tables(
@@ -176,8 +180,7 @@ def check_tables(
             older.pop(path.name, None)
             continue
         weights[path.name], commands[path.name] = stamp.weights, stamp.command
-        networks = find(path.stem).weights if path.stem in STUDIES else stamp.network.split("+")
-        expected[path.name] = joined(shipped[kind] for kind in networks)
+        expected[path.name] = current_of(path.name, stamp, shipped)
     for name, sha256 in _measured_weights(measured).items():
         own = weights.setdefault(f"{name}.md", sha256)
         if own != sha256:
@@ -236,10 +239,12 @@ def _measured_weights(measured: Path | None) -> dict[str, str]:
     return {name: part["prior_sha256"][:DIGITS] for name, part in parts.items()}
 
 
-def with_note(text: str, shipped: Mapping[str, str]) -> str:
-    """A table as its page shows it, with a note above it if it is not from the shipped weights."""
-    stamp = read_stamp(text, "table")
-    current = current_of(stamp, shipped)
+def with_note(name: str, text: str, shipped: Mapping[str, str]) -> str:
+    """A table, the file ``name``, as its page shows it: with a note above it if it is not from the
+    shipped weights.
+    """
+    stamp = read_stamp(text, name)
+    current = current_of(name, stamp, shipped)
     if stamp.weights == current:
         return text
     note = f"**Older weights** ({stamp.weights}; the shipped weights are {current})."

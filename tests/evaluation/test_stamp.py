@@ -2,11 +2,14 @@
 """The first line of a table of the documentation, and the check of it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.evaluation.stamp import (
+    DIGITS,
+    OLDER,
     Stamp,
     check_pages,
     check_tables,
@@ -139,8 +142,27 @@ def test_a_table_of_metrics_on_a_page_is_refused(tmp_path):
 def test_the_page_says_that_a_table_is_of_older_weights(tmp_path):
     stamp = put(tmp_path, "a.md", OLD)
     text = (tmp_path / "a.md").read_text()
-    assert with_note(text, {**SHIPPED, "prior": OLD}) == text
-    lines = with_note(text, SHIPPED).splitlines()
+    assert with_note("fuse.md", text, {**SHIPPED, "prior": OLD}) == text
+    lines = with_note("fuse.md", text, SHIPPED).splitlines()
     assert lines[0] == stamp.line()
     assert lines[2] == f"**Older weights** ({OLD}; the shipped weights are {NEW})."
     assert lines[4] == stamp.caption()
+
+
+def test_a_table_of_a_study_of_two_networks_needs_both(tmp_path):
+    """A table from before the second network is an older one, and its page says so."""
+    shipped = {**SHIPPED, "coarse": "c" * DIGITS}
+    stamp = Stamp(SHIPPED["prior"], "2026-11-30", 2, 0, "brainprior evaluate brains out")
+    text = f"{stamp.line()}\n\n| a | b |\n"
+    (tmp_path / "inpaint.md").write_text(text, encoding="utf-8")
+    (problem,) = check_tables(tmp_path, shipped)
+    both = f"{SHIPPED['prior']}+{'c' * DIGITS}"
+    assert both in problem
+    assert f"the shipped weights are {both}" in with_note("inpaint.md", text, shipped)
+    (tmp_path / OLDER).write_text(f'"inpaint.md" = "{SHIPPED["prior"]}"\n', encoding="utf-8")
+    assert check_tables(tmp_path, shipped) == []
+    new = replace(stamp, weights=both, network="prior+coarse")
+    (tmp_path / "inpaint.md").write_text(new.line() + "\n", encoding="utf-8")
+    (tmp_path / OLDER).unlink()
+    assert check_tables(tmp_path, shipped) == []
+    assert "of the prior and coarse" in new.caption()
