@@ -490,17 +490,7 @@ class Prior:
         while True:
             try:
                 clean, sd = self._run(x, sigmas, coordinates, kind, measured, spread, position)
-                if self.coarse is not None:
-                    corrected = self.coarse.correct(
-                        clean,
-                        x,
-                        sigma,
-                        coordinates=coordinates,
-                        contrast=contrast,
-                        measured=measured,
-                    )
-                    self.asked_coarse |= corrected is not clean
-                    clean = corrected
+                clean = self._corrected(clean, x, sigma, coordinates, contrast, measured)
                 return clean, None if sd is None else sd * self.spread_factor(contrast)
             except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
@@ -508,6 +498,24 @@ class Prior:
                 message = str(error).partition("\n")[0]
             # outside of the handler, which would keep the failed call's tensors alive
             self._fall_back(message, tuple(x.shape[2:]))
+
+    def _corrected(
+        self,
+        clean: Tensor,
+        x: Tensor,
+        sigma: float,
+        coordinates: Tensor,
+        contrast: str,
+        measured: Measured | None,
+    ) -> Tensor:
+        """The answer of both networks, if there is a coarse one."""
+        if self.coarse is None:
+            return clean
+        both = self.coarse.correct(
+            clean, x, sigma, coordinates=coordinates, contrast=contrast, measured=measured
+        )
+        self.asked_coarse |= both is not clean
+        return both
 
     def _run(
         self,

@@ -329,7 +329,7 @@ def test_a_network_is_enlarged_without_a_change_of_what_it_computes(tmp_path):
     image = torch.rand(1, 1, 12, 12, 12, generator=torch.Generator().manual_seed(0))
     stack = draw_stack(image[0, 0], torch.Generator().manual_seed(1))
     options = {"coordinates": torch.zeros(3, 12, 12, 12), "contrast": "T1w", "measured": stack}
-    expected = load_prior(path, dtype=torch.float32).denoise(image, 0.5, **options)
+    expected = load_prior(path, dtype=torch.float32, coarse=False).denoise(image, 0.5, **options)
     enlarged = new.prior()
     enlarged.dtype = torch.float32
     enlarged.metadata.pop("recipe")
@@ -338,7 +338,7 @@ def test_a_network_is_enlarged_without_a_change_of_what_it_computes(tmp_path):
     assert not torch.allclose(enlarged.denoise(image, 0.5, **options), expected, atol=1e-3)
     assert torch.allclose(  # nothing measured, nothing read
         enlarged.denoise(image, 0.5, coordinates=options["coordinates"], contrast="T1w"),
-        load_prior(path, dtype=torch.float32).denoise(
+        load_prior(path, dtype=torch.float32, coarse=False).denoise(
             image, 0.5, coordinates=options["coordinates"], contrast="T1w"
         ),
     )
