@@ -38,7 +38,14 @@ from brainprior_bids.engine.measured import BandPosterior
 from brainprior_bids.engine.stacks import Stack
 from brainprior_bids.engine.unet import CONTRASTS, UNet, coordinate_features, from_bands, to_bands
 from brainprior_bids.engine.voxels import Voxels
-from brainprior_bids.engine.weights import FOLDER, MEAN, load_prior, prior_state, write_weights
+from brainprior_bids.engine.weights import (
+    FOLDER,
+    MEAN,
+    load_coarse,
+    load_prior,
+    prior_state,
+    write_weights,
+)
 from brainprior_bids.training.anatomy import hole_errors, mean_brains, next_to
 from brainprior_bids.training.crops import Crops, matrix_points
 from brainprior_bids.training.muon import Muon
@@ -350,7 +357,8 @@ class Trainer:
         WeightsError
             If it is not a prior, or its network is another one.
         """
-        own, theirs = self.average.network.config, load_prior(path, coarse=False)
+        own = self.average.network.config
+        theirs = load_coarse(path).prior if self.recipe.coarse else load_prior(path, coarse=False)
         inherited = theirs.model.network.config
         comparable = {k: v for k, v in inherited.items() if k in own or k != "spread"}
         if comparable != {k: v for k, v in own.items() if k in inherited or k not in ADDED}:

@@ -152,3 +152,9 @@ def test_the_command_trains_a_coarse_network(tmp_path):
     assert hole_errors(network, brains[1:])["30"] == pytest.approx(
         facts["hole_errors"]["30"], abs=2e-3
     )  # the file has 16 bits
+    recipe = prior.Recipe(**{**facts["recipe"], "channels": (8, 8), "blocks": (1, 1)})
+    again = prior.Trainer(brains[:1], recipe, tmp_path, device=torch.device("cpu"))
+    again.start_from(out)
+    for one, other in zip(again.model.parameters(), network.prior.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert again.begun_with["sha256"] == facts["sha256"]
