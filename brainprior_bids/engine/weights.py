@@ -232,8 +232,9 @@ def load_coarse(
     network = _prior_of(state, metadata, path, device=device, dtype=dtype)
     means = {k.removeprefix(MEAN): v for k, v in state.items() if k.startswith(MEAN)}
     try:
-        return Coarse(network, metadata["weights"], MeanBrains(means))
-    except (KeyError, ValueError, ShapeMismatchError) as error:
+        weights = {int(edge): kinds for edge, kinds in metadata["weights"].items()}
+        return Coarse(network, weights, MeanBrains(means))
+    except (KeyError, ValueError, AttributeError, ShapeMismatchError) as error:
         raise _misfit(path, error) from error
 
 

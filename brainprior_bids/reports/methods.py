@@ -235,9 +235,10 @@ def _coarse(methods: Sequence[Method]) -> str:
     if not asked:
         return ""
     return (
-        f" In {_scans(len(asked), methods)}, a second network, trained on whole brains at 4 mm, "
-        "took part where the first was given no measurements: at high noise, the means of blocks "
-        f"of 4 mm were moved towards its own (weights {'; '.join(dict.fromkeys(asked))})."
+        f" In {_scans(len(asked), methods)}, a second network, trained on brains averaged to 2 "
+        "and 4 mm, took part where the first was given no measurements: at high noise, the means "
+        "of blocks of 2 and 4 mm were moved towards its own (weights "
+        f"{'; '.join(dict.fromkeys(asked))})."
     )
 
 

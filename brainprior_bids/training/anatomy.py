@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much a coarse network knows: its errors in large holes, and its weights next to a prior."""
+"""How much a coarse network knows: its errors, and its weights next to a prior."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from brainprior_bids.engine.coarse import (
-    COARSE_MM,
+    EDGES,
     FREE,
-    HOLE,
     MEAN_GRID,
+    WIDEST,
     Coarse,
     MeanBrains,
     block_means,
+    hidden_around,
+    noise_factor,
     sample_linear,
+    weight_map,
 )
 from brainprior_bids.engine.denoiser import Prior
 from brainprior_bids.engine.unet import CONTRASTS
@@ -31,7 +36,7 @@ from brainprior_bids.training.spectra import examples
 
 DRAWN = 1200
 """Whole brains from which the mean brains are made."""
-HOLES_MM = (20, 30, 45)
+HOLES_MM = (12, 20, 30, 45)
 """Diameters."""
 CENTRES_MM = ((-28, 30, 22), (34, -60, 20), (-46, -20, -14), (20, -10, 8), (34, 14, 48))
 """MNI305 mm: frontal, parietal, temporal, central, precentral."""
@@ -39,13 +44,16 @@ NOISE_SD = 0.01
 FREE_SIGMAS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 40.0)
 HOLE_SIGMAS = (0.5, 1.0, 2.0, 4.0, 10.0, 100.0)
 """Noise levels at which the weights are measured."""
+ALL, SMOOTH = 100.0, (1.0, 4.0)
+"""Noise levels of the quick check: E[x | y] in holes, and without data."""
 
 
 def mean_brains(crops: Crops, count: int = DRAWN) -> MeanBrains:
     """The mean of the first whole brains of a training, by contrast."""
     sums = {name: torch.zeros(2, *MEAN_GRID.shape) for name in CONTRASTS}
     points = torch.from_numpy(MEAN_GRID.points_mm()).float()
-    for number in range(count):
+    whole = (number for number in itertools.count() if crops.edge(number) == WIDEST)
+    for number in itertools.islice(whole, count):
         crop = crops[number]
         parts = sums[CONTRASTS[int(crop["contrast"])]]
         for total, volume in zip(
@@ -61,7 +69,7 @@ def mean_brains(crops: Crops, count: int = DRAWN) -> MeanBrains:
 @dataclass(frozen=True, eq=False)
 class Example:
     """A validation brain: image (i, j, k), and MNI305 mm (3, i, j, k) of its voxels. Sizes are
-    multiples of ``COARSE_MM``."""
+    multiples of ``WIDEST``."""
 
     image: Tensor
     place: Tensor
@@ -75,41 +83,55 @@ class Example:
 def whole_examples(brains: Sequence[Brain], contrast: str, limit: int) -> Iterator[Example]:
     """Brains with voxels of 1 mm."""
     for image, matrix in examples(brains, contrast, limit):
-        padding = [n for size in reversed(image.shape) for n in (0, -size % COARSE_MM)]
+        padding = [n for size in reversed(image.shape) for n in (0, -size % WIDEST)]
         padded = F.pad(torch.from_numpy(image), padding)
         yield Example(
             padded, matrix_points(torch.from_numpy(matrix).float()[None], padded.shape)[0]
         )
 
 
-def averaged(example: Example) -> Example:
-    """The same with voxels of ``COARSE_MM``."""
+def averaged(example: Example, edge: int) -> Example:
+    """The same with voxels of ``edge`` mm."""
     return Example(
-        block_means(example.image[None, None])[0, 0], block_means(example.place[None])[0]
+        block_means(example.image[None, None], edge)[0, 0],
+        block_means(example.place[None], edge)[0],
     )
 
 
-def hole_errors(
+def errors(
     network: Coarse, brains: Sequence[Brain], contrast: str = "T1w", limit: int = 4
 ) -> dict[str, float]:
-    """RMS error of a coarse network's E[x | y] in spherical holes, by their diameter in mm."""
-    squares: dict[int, list[float]] = {mm: [] for mm in HOLES_MM}
+    """RMS error of a coarse network's means: in spherical holes by their diameter, given the rest
+    of the scan, and without data at ``SMOOTH`` noise of the image.
+
+    Returns
+    -------
+    dict
+        "2 mm hole 20", "4 mm noise 1", … -> error.
+    """
+    squares: dict[str, list[float]] = {}
     generator = torch.Generator().manual_seed(11)
     for whole in whole_examples(brains, contrast, limit):
-        example = averaged(whole)
-        noise = torch.randn(2, *example.image.shape, generator=generator)
-        for mm in HOLES_MM:
-            hidden = example.holes(mm)
-            answer = network.denoise(
-                (example.image + 100 * noise[0])[None, None],
-                100.0,
-                coordinates=example.place,
-                contrast=contrast,
-                measured=Voxels(example.image + NOISE_SD * noise[1], hidden, NOISE_SD),
-            )[0, 0]
-            inside = hidden & (example.image > 0)
-            squares[mm].append(float((answer - example.image)[inside].square().mean()))
-    return {str(mm): round(float(np.mean(values)) ** 0.5, 4) for mm, values in squares.items()}
+        for edge in EDGES:
+            example = averaged(whole, edge)
+            noise = torch.randn(2, *example.image.shape, generator=generator)
+            asked = [(f"hole {mm}", ALL, example.holes(mm)) for mm in HOLES_MM]
+            asked += [(f"noise {sigma:g}", sigma * noise_factor(edge), None) for sigma in SMOOTH]
+            for name, sigma, hidden in asked:
+                scan = None
+                if hidden is not None:
+                    scan = Voxels(example.image + NOISE_SD * noise[1], hidden, NOISE_SD)
+                answer = network.denoise(
+                    (example.image + sigma * noise[0])[None, None],
+                    sigma,
+                    coordinates=example.place,
+                    contrast=contrast,
+                    measured=scan,
+                )[0, 0]
+                inside = example.image > 0 if hidden is None else hidden & (example.image > 0)
+                square = float((answer - example.image)[inside].square().mean())
+                squares.setdefault(f"{edge} mm {name}", []).append(square)
+    return {name: round(float(np.mean(values)) ** 0.5, 4) for name, values in squares.items()}
 
 
 class Fit:
@@ -144,22 +166,98 @@ class Fit:
         return (fine / max(count, 1)) ** 0.5, (coarse / max(count, 1)) ** 0.5
 
 
-def next_to(prior: Prior, network: Coarse, brains: Sequence[Brain]) -> dict[str, Any]:
-    """Facts for the file of a coarse network: its ``weights`` (sigma, w), the RMS errors of both
-    networks at which they were measured, and its errors in holes."""
-    rows = measure_weights(prior, network, brains)
+SHARES_FROM = {"20 %": 0.0, "40 %": 0.3, "60 %": 0.5, "80 %": 0.7}
+"""Hidden share of the surroundings from which each kind of weights is measured, to the next."""
+
+
+class Fits:
+    """Weights of all edges at one noise level, each next to the answer with those before it."""
+
+    def __init__(self) -> None:
+        self._cases: list[tuple[Tensor, Mapping[int, Tensor], Tensor, Voxels | None]] = []
+
+    def add(
+        self, fine: Tensor, means: Mapping[int, Tensor], image: Tensor, scan: Voxels | None
+    ) -> None:
+        """Answers for one example.
+
+        Parameters
+        ----------
+        fine : (1, 1, i, j, k)
+            The fine network's.
+        means : mapping
+            Edge -> the coarse network's means of blocks.
+        image : (1, 1, i, j, k)
+            The truth; the brain counts, where nothing is measured.
+        scan : Voxels, optional
+            What both were given.
+        """
+        self._cases.append((block_means(fine, EDGES[0]), means, image, scan))
+
+    def fit(self) -> dict[int, dict[str, Fit]]:
+        """Edge -> kind -> fit. The means of wide blocks are those of the corrected means of narrow
+        ones: U preserves them.
+        """
+        found: dict[int, dict[str, Fit]] = {}
+        answers, before = [fine for fine, *_ in self._cases], EDGES[0]
+        for edge in EDGES:
+            fits = {kind: Fit() for kind in (FREE, *SHARES_FROM)}
+            answers, before = [block_means(a, edge // before) for a in answers], edge
+            around = [None if s is None else hidden_around(s, edge) for *_, s in self._cases]
+            for answer, hidden, (_, means, image, _) in zip(
+                answers, around, self._cases, strict=True
+            ):
+                truth = block_means(image, edge)
+                brain = block_means((image > 0).float(), edge) > 0.5
+                for kind, where in blocks_by_kind(hidden, brain).items():
+                    fits[kind].add((answer - truth)[where], (means[edge] - truth)[where])
+            weights = {kind: fit.weight for kind, fit in fits.items()}
+            answers = [
+                answer + weight_map(weights, hidden) * (means[edge] - answer)
+                for answer, hidden, (_, means, *_) in zip(
+                    answers, around, self._cases, strict=True
+                )
+            ]
+            found[edge] = fits
+        return found
+
+
+def blocks_by_kind(hidden: Tensor | None, brain: Tensor) -> dict[str, Tensor]:
+    """Kind of weights -> the blocks of the brain of which it is measured."""
+    if hidden is None:
+        return {FREE: brain}
+    upper = [*list(SHARES_FROM.values())[1:], math.inf]
     return {
-        "weights": {kind: [row[:2] for row in measured] for kind, measured in rows.items()},
-        "rms_errors": {kind: [row[2:] for row in measured] for kind, measured in rows.items()},
+        kind: brain & (hidden > low) & (hidden <= high)
+        for (kind, low), high in zip(SHARES_FROM.items(), upper, strict=True)
+    }
+
+
+def next_to(prior: Prior, network: Coarse, brains: Sequence[Brain]) -> dict[str, Any]:
+    """Facts for the file of a coarse network: edge -> its ``weights`` (sigma, w), and the RMS
+    errors of the answer before and of the coarse network with which they were measured; and its
+    errors.
+    """
+    fits = measure_weights(prior, network, brains)
+
+    def table(row: Callable[[float, Fit], list[float]]) -> dict[str, dict[str, list[list[float]]]]:
+        return {
+            str(edge): {kind: [row(*pair) for pair in by.items()] for kind, by in kinds.items()}
+            for edge, kinds in fits.items()
+        }
+
+    return {
+        "weights": table(lambda sigma, fit: [sigma, round(fit.weight, 3)]),
+        "rms_errors": table(lambda _, fit: [round(e, 4) for e in fit.rms]),
         "next_to": prior.metadata.get("sha256"),
-        "hole_errors": hole_errors(network, brains),
+        "errors": errors(network, brains),
     }
 
 
 def measure_weights(
     prior: Prior, network: Coarse, brains: Sequence[Brain], contrast: str = "T1w", limit: int = 2
-) -> dict[str, list[tuple[float, float, float, float]]]:
-    """For ``FREE`` and ``HOLE``: (sigma, weight, RMS error of the fine and the coarse network).
+) -> dict[int, dict[str, dict[float, Fit]]]:
+    """Edge -> kind of weights -> noise level -> fit.
 
     Parameters
     ----------
@@ -167,45 +265,25 @@ def measure_weights(
         The fine one, without a coarse network.
     network : Coarse
     """
-    free = {sigma: Fit() for sigma in FREE_SIGMAS}
-    hole = {sigma: Fit() for sigma in HOLE_SIGMAS}
+    free, holes = ({sigma: Fits() for sigma in sigmas} for sigmas in (FREE_SIGMAS, HOLE_SIGMAS))
     generator = torch.Generator().manual_seed(11)
     for example in whole_examples(brains, contrast, limit):
         noise = torch.randn(2, *example.image.shape, generator=generator)
-        brain = block_means((example.image > 0).float()[None, None])[0, 0] > 0.5
-        for sigma, fit in free.items():
-            fit.add(
-                *_errors(prior, network, example, sigma * noise[0], sigma, contrast, None, brain)
-            )
+        scans: list[Voxels | None] = [None]
         for mm in HOLES_MM:
             hidden = example.holes(mm)
-            scan = Voxels(example.image + NOISE_SD * noise[1], hidden, NOISE_SD)
-            open_blocks = block_means(hidden.float()[None, None])[0, 0] == 1
-            for sigma, fit in hole.items():
-                parts = (sigma * noise[0], sigma, contrast, scan, brain & open_blocks)
-                fit.add(*_errors(prior, network, example, *parts))
-    return {
-        kind: [
-            (sigma, round(fit.weight, 3), *(round(e, 4) for e in fit.rms)) for sigma, fit in fits
-        ]
-        for kind, fits in ((FREE, free.items()), (HOLE, hole.items()))
-    }
-
-
-def _errors(
-    prior: Prior,
-    network: Coarse,
-    example: Example,
-    noise: Tensor,
-    sigma: float,
-    contrast: str,
-    scan: Voxels | None,
-    where: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """(n,) errors of the two networks' means of the blocks ``where``."""
-    x = (example.image + noise)[None, None]
-    place = example.place
-    truth = block_means(example.image[None, None])[0, 0]
-    fine = prior.denoise(x, sigma, coordinates=place, contrast=contrast, measured=scan)
-    coarse = network.means(x, sigma, coordinates=place, contrast=contrast, measured=scan)
-    return (block_means(fine)[0, 0] - truth)[where], (coarse[0, 0] - truth)[where]
+            scans.append(Voxels(example.image + NOISE_SD * noise[1], hidden, NOISE_SD))
+        for scan in scans:
+            for sigma, found in (free if scan is None else holes).items():
+                x = (example.image + sigma * noise[0])[None, None]
+                known = {"coordinates": example.place, "contrast": contrast, "measured": scan}
+                fine = prior.denoise(x, sigma, **known)
+                means = {edge: network.means(x, sigma, edge=edge, **known) for edge in EDGES}
+                found.add(fine, means, example.image[None, None], scan)
+    result: dict[int, dict[str, dict[float, Fit]]] = {edge: {} for edge in EDGES}
+    for levels, kinds in ((free, (FREE,)), (holes, tuple(SHARES_FROM))):
+        for sigma, found in levels.items():
+            for edge, fits in found.fit().items():
+                for kind in kinds:
+                    result[edge].setdefault(kind, {})[sigma] = fits[kind]
+    return result

@@ -19,11 +19,12 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from brainprior_bids.engine.coarse import EDGES
 from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.engine.unet import CONTRASTS
 from brainprior_bids.training.preprocess import UNIT, Brain
 from brainprior_bids.training.surroundings import draw_surroundings, no_surroundings
-from brainprior_bids.training.whole import whole_brain
+from brainprior_bids.training.whole import averaged_brain
 
 TABLE = np.arange(256) / UNIT
 """Intensity of each stored value."""
@@ -99,7 +100,7 @@ class Crops(Dataset[dict[str, Tensor]]):
     surroundings : bool
         Whether the brains have surroundings, of which the image contains a rim.
     coarse : bool
-        Whole brains with voxels of ``COARSE_MM`` instead (``whole_brain``), without surroundings.
+        Means of blocks of ``EDGES`` in turn instead (``averaged_brain``), without surroundings.
     """
 
     def __init__(
@@ -133,6 +134,10 @@ class Crops(Dataset[dict[str, Tensor]]):
             raise UsageError("Crops: there is no brain of any kind in the mix.")
         self.shares = np.array(shares) / sum(shares)
 
+    def edge(self, index: int) -> int:
+        """Edge of a crop's voxels in mm."""
+        return EDGES[index % len(EDGES)] if self.coarse else 1
+
     def _add(
         self, shares: list[float], candidates: list[int], curve: str | None, share: float
     ) -> None:
@@ -148,8 +153,9 @@ class Crops(Dataset[dict[str, Tensor]]):
         contrast = brain.contrast
         if curve is not None:
             table, contrast = intensity_curve(brain.tissues, curve, rng), curve
-        if self.coarse:
-            image, matrix = whole_brain(brain, table, self.size, rng)
+        edge = self.edge(index)
+        if edge > 1:
+            image, matrix = averaged_brain(brain, table, self.size, edge, rng)
         else:
             image, matrix = draw_crop(brain, table, self.size, rng, pose=self.pose)
         around = no_surroundings(image.shape)

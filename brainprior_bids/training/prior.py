@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from brainprior_bids.engine.coarse import Coarse, MeanBrains
+from brainprior_bids.engine.coarse import EDGES, Coarse, MeanBrains
 from brainprior_bids.engine.denoiser import ErrorSpectrum, Precondition, Prior, fast_dtype
 from brainprior_bids.engine.errors import UsageError, WeightsError
 from brainprior_bids.engine.measured import BandPosterior
@@ -46,7 +46,7 @@ from brainprior_bids.engine.weights import (
     prior_state,
     write_weights,
 )
-from brainprior_bids.training.anatomy import hole_errors, mean_brains, next_to
+from brainprior_bids.training.anatomy import errors, mean_brains, next_to
 from brainprior_bids.training.crops import Crops, matrix_points
 from brainprior_bids.training.muon import Muon
 from brainprior_bids.training.preprocess import (
@@ -112,7 +112,7 @@ class Recipe:
         Stacks show the brain with its surroundings; see ``surroundings``. (Not so in earlier
         weights.)
     coarse : bool
-        The coarse network: whole brains with voxels of ``COARSE_MM``; see ``engine.coarse``.
+        The coarse network: means of blocks of ``EDGES``; see ``engine.coarse``.
     """
 
     steps: int = 6000
@@ -268,7 +268,7 @@ class Trainer:
         )
         self.step, self.seconds = 0, 0.0
         self.begun_with: dict[str, Any] = {}
-        self.recent = torch.zeros(3, LEVELS, 9)
+        self.recent = torch.zeros(3 * (len(EDGES) if recipe.coarse else 1), LEVELS, 9)
         torch.manual_seed(recipe.seed)  # initial weights only
         conditioned = recipe.stacks + recipe.holes > 0
         network = UNet(
@@ -403,7 +403,7 @@ class Trainer:
         noise, place = torch.empty(image.shape), batch["matrix"].clone()
         region = batch["region"].to(self.device, copy=True)
         posteriors: list[BandPosterior | None] = [None] * count
-        kinds = [0] * count  # nothing, a stack, a hole
+        kinds = [0] * count  # nothing, a stack, a hole; the same three of the widest blocks
         means = torch.zeros(count, *image.shape[2:])
         if self.brains is not None:
             for n, crop in enumerate(zip(batch["matrix"], batch["contrast"], strict=True)):
@@ -412,6 +412,7 @@ class Trainer:
         for n, crop in enumerate(batch["image"]):
             number = step * count * self.processes.size + first + n
             generator = torch.Generator().manual_seed(2**40 + seed + number)
+            edge = self.crops.edge(number)
             noise[n] = torch.randn(crop.shape, generator=generator)
             u = float(torch.rand((), generator=generator))
             if u < self.recipe.stacks + self.recipe.holes:
@@ -426,7 +427,7 @@ class Trainer:
                         image[n], place[n], measurements = last
                         region[n] = region[n].movedim(1 + stack.axis, -1).clone()
                 else:
-                    measurements = draw_voxels(crop[0], generator, coarse=self.recipe.coarse)
+                    measurements = draw_voxels(crop[0], generator, edge=edge)
                     measurements = replace(measurements, y=measurements.y - means[n])
                 sigma[n] = log_uniform(*self.recipe.conditioned_sigma, generator)
                 if float(torch.rand((), generator=generator)) < self.recipe.blind:
@@ -434,6 +435,7 @@ class Trainer:
                 posteriors[n] = measurements.posterior(
                     self.model.band_sd, float(sigma[n]), self.device
                 )
+            kinds[n] += 3 * (edge == EDGES[-1])
         sigma, noise = sigma.to(self.device), noise.to(self.device)
         place = coordinate_features(matrix_points(place.to(self.device), image.shape[2:]))
         clean = to_bands(image)
@@ -562,7 +564,7 @@ class Trainer:
         """Gain on white noise, and PSNR of E[x | y] of slices, for the averaged weights."""
         own = self.prior()
         if self.brains is not None:
-            return {"holes": hole_errors(Coarse(own, {}, self.brains), validation)}
+            return {"errors": errors(Coarse(own, {}, self.brains), validation)}
         stacks = stack_errors(own, validation, (5.0,), limit=1) if own.takes_stacks else {}
         return {"gain": gains(own, validation), "stacks": stacks}
 
@@ -705,7 +707,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument(
         "--coarse",
         action="store_true",
-        help="train the coarse network, on whole brains at 4 mm, with --stacks 0",
+        help="train the coarse network, on brains averaged to 2 and 4 mm, with --stacks 0",
     )
     train.add_argument("--size", type=int, default=recipe.size, help="edge of a crop in voxels")
     train.add_argument(

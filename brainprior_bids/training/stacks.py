@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from brainprior_bids.engine.coarse import COARSE_MM
 from brainprior_bids.engine.operators.fourier import resampling_matrix
 from brainprior_bids.engine.operators.slices import (
     boxcar_profile,
@@ -40,8 +39,8 @@ THREE_D = 0.1
 THREE_D_MM = (1.0, 1.7)
 SLAB = 0.15
 """Share of the holes that are the end of the field of view."""
-HOLE_MM, LARGE_HOLE_MM = (2.0, 18.0), (6.0, 40.0)
-"""Semi-axes of the others, in crops and in whole brains."""
+HOLE_MM = {1: (2.0, 18.0), 2: (3.0, 25.0), 4: (6.0, 40.0)}
+"""Semi-axes of the others, by the edge of a voxel."""
 
 
 def log_uniform(low: float, high: float, generator: torch.Generator) -> float:
@@ -122,7 +121,7 @@ def draw_hole(
     shape: tuple[int, ...],
     centre: Tensor,
     generator: torch.Generator,
-    semi_axes: tuple[float, float] = HOLE_MM,
+    semi_axes: tuple[float, float] = HOLE_MM[1],
 ) -> Tensor:
     """(i, j, k) bool: an ellipsoid with a rough surface about ``centre`` (3,); in voxels."""
     size = torch.tensor([log_uniform(*semi_axes, generator) for _ in range(3)])
@@ -134,11 +133,11 @@ def draw_hole(
     return (offset / size).square().sum(-1) < surface
 
 
-def draw_voxels(image: Tensor, generator: torch.Generator, *, coarse: bool = False) -> Voxels:
-    """A noisy scan of a crop (c, c, c) with one to three holes, or an end, missing. ``coarse``: a
-    whole brain with voxels of ``COARSE_MM``.
+def draw_voxels(image: Tensor, generator: torch.Generator, *, edge: int = 1) -> Voxels:
+    """A noisy scan of a crop (c, c, c), voxels of ``edge`` mm, with one to three holes, or an end,
+    missing.
     """
-    low, high = (mm / COARSE_MM for mm in LARGE_HOLE_MM) if coarse else HOLE_MM
+    low, high = (mm / edge for mm in HOLE_MM[edge])
     noise_sd = log_uniform(*NOISE_SD, generator)
     y = image + noise_sd * torch.randn(image.shape, generator=generator)
     hidden = torch.zeros(image.shape, dtype=torch.bool)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole brains at ``COARSE_MM`` for the training of the coarse network; see ``engine.coarse``.
+"""Averaged brains for the training of the coarse network; see ``engine.coarse``.
 
-A whole brain shows anatomy that no crop does, and there are few of them. So every one is drawn in
-a new pose and smoothly deformed.
+At 4 mm a cube holds the whole brain, at 2 mm a part of it. There are few brains, so every one is
+drawn in a new pose and smoothly deformed.
 """
 
 from __future__ import annotations
@@ -14,39 +14,38 @@ from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
-from brainprior_bids.engine.coarse import COARSE_MM, coarse_matrix
+from brainprior_bids.engine.coarse import WIDEST, coarse_matrix
 from brainprior_bids.training.preprocess import Brain
 
 HALF = 2
-"""Voxels of 1 mm that are averaged before the brain is moved; the rest of ``COARSE_MM`` after."""
+"""Voxels of 1 mm that are averaged before the brain is moved; the rest of a block's edge after."""
 ANGLE = 12.0
 """Largest rotation about each axis, degrees."""
 SCALE = (0.9, 1.1)
 SHIFT_MM = 6.0
 """SD of the brain's position in the field of view along each axis."""
-WARP_MM = 1.5
-"""SD of the deformation at its knots, which are ``KNOTS`` along each axis."""
-KNOTS = 9
+WARP_MM, KNOTS_MM = 1.5, 20.0
+"""SD of the deformation at its knots, and their distance."""
 
 
-def whole_brain(
-    brain: Brain, table: NDArray[np.float32], size: int, rng: np.random.Generator
+def averaged_brain(
+    brain: Brain, table: NDArray[np.float32], size: int, edge: int, rng: np.random.Generator
 ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-    """A brain in a random pose.
+    """A brain in a random pose; of blocks below ``WIDEST``, a part about a random voxel of it.
 
     Parameters
     ----------
     brain : Brain
     table : (256,) float32 array
         Intensity of each stored value.
-    size : int
-        Voxels of ``COARSE_MM`` along each axis.
+    size, edge : int
+        Blocks along each axis, and their edge in mm, a multiple of ``HALF``.
     rng : numpy.random.Generator
 
     Returns
     -------
     image, matrix
-        (size, size, size) float32, and (4, 4) from its voxels to MNI305 mm, with the error of an
+        (size, size, size) float32, and (4, 4) from its blocks to MNI305 mm, with the error of an
         estimated affine.
     """
     shape = np.array(brain.data.shape)
@@ -55,16 +54,19 @@ def whole_brain(
     mirrored = rng.random() < 0.5
     if mirrored:
         linear = linear @ np.diag([-1.0, 1.0, 1.0])
-    fine = size * (COARSE_MM // HALF)
+    fine = size * (edge // HALF)
     centre = (shape - 1) / 2 + rng.normal(0, SHIFT_MM, 3)
+    if edge < WIDEST:
+        inside = np.argwhere(brain.data[::8, ::8, ::8])
+        centre = 8 * inside[rng.integers(len(inside))] + rng.uniform(-4, 4, 3)
     to_brain = np.eye(4)  # voxel of HALF mm -> voxel of the brain
     to_brain[:3, :3] = linear
     to_brain[:3, 3] = centre - linear @ np.full(3, (fine - 1) / 2)
     halved = _average(torch.from_numpy(table[brain.data])[None, None], HALF)
     at = _positions(to_brain, fine) + _warp(fine, rng)
     moved = _sample(halved, (at - (HALF - 1) / 2) / HALF)
-    image = _average(moved, COARSE_MM // HALF)[0, 0].numpy()
-    matrix = coarse_matrix(brain.to_mni305 @ to_brain, COARSE_MM // HALF)
+    image = _average(moved, edge // HALF)[0, 0].numpy()
+    matrix = coarse_matrix(brain.to_mni305 @ to_brain, edge // HALF)
     if mirrored:
         matrix = np.diag([-1.0, 1.0, 1.0, 1.0]) @ matrix  # left is still left
     error = np.eye(4)
@@ -90,7 +92,8 @@ def _positions(to_brain: NDArray[np.float64], size: int) -> Tensor:
 
 def _warp(size: int, rng: np.random.Generator) -> Tensor:
     """(size, size, size, 3) smooth displacement, mm."""
-    knots = torch.from_numpy(rng.normal(0, WARP_MM, (1, 3, KNOTS, KNOTS, KNOTS))).float()
+    count = max(round(size * HALF / KNOTS_MM), 1) + 1
+    knots = torch.from_numpy(rng.normal(0, WARP_MM, (1, 3, count, count, count))).float()
     field = F.interpolate(knots, size=(size,) * 3, mode="trilinear", align_corners=True)
     return field[0].permute(1, 2, 3, 0)
 

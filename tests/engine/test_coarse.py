@@ -8,15 +8,19 @@ import pytest
 import torch
 
 from brainprior_bids.engine.coarse import (
+    AROUND_MM,
+    EDGES,
     FREE,
-    HOLE,
     LEAST_NOISE,
     MEAN_GRID,
+    SHARES,
     Coarse,
     MeanBrains,
     block_means,
     coarse_matrix,
+    hidden_around,
     mean_scan,
+    noise_factor,
     smooth_field,
 )
 from brainprior_bids.engine.denoiser import ErrorSpectrum, Precondition, Prior
@@ -28,7 +32,9 @@ from brainprior_bids.engine.voxels import Voxels
 from brainprior_bids.engine.weights import load_coarse, prior_state, write_weights
 
 SHAPE = (30, 41, 36)  # no multiples of 4
-WEIGHTS = {FREE: [(1.0, 0.0), (4.0, 1.0)], HOLE: [(0.1, 0.0), (1.0, 1.0)]}
+HOLES = {kind: [(0.1, 0.0), (1.0, 1.0)] for kind in SHARES}
+EACH = {FREE: [(1.0, 0.0), (4.0, 1.0)], **HOLES}
+WEIGHTS = {4: EACH}
 NOTHING = MeanBrains({"unknown": torch.zeros(MEAN_GRID.shape)})
 
 
@@ -55,25 +61,30 @@ def padded_truth(seed=1):
     return noise(1, 1, 8, 11, 9, seed=seed)
 
 
-def test_white_noise_of_a_voxel_is_white_noise_of_an_eighth_in_the_means():
-    means = block_means(noise(1, 1, 64, 64, 64))
-    assert float(means.std()) == pytest.approx(1 / 8, rel=0.03)
+@pytest.mark.parametrize("edge", EDGES)
+def test_white_noise_of_voxels_is_weaker_white_noise_in_the_means(edge):
+    means = block_means(noise(1, 1, 64, 64, 64), edge)
+    assert float(means.std()) == pytest.approx(noise_factor(edge), rel=0.03)
 
 
 def test_the_matrix_leads_to_the_middle_of_the_blocks():
     matrix = np.array([[1.1, 0.1, 0, 5], [0, 1.2, 0, -3], [0.2, 0, 0.9, 7], [0, 0, 0, 1.0]])
     voxels = Grid((8, 8, 8), matrix).points_mm()
-    means = block_means(torch.from_numpy(voxels)[None])[0].numpy()
-    assert np.allclose(Grid((2, 2, 2), coarse_matrix(matrix)).points_mm(), means)
+    means = block_means(torch.from_numpy(voxels)[None], 4)[0].numpy()
+    assert np.allclose(Grid((2, 2, 2), coarse_matrix(matrix, 4)).points_mm(), means)
 
 
-def test_the_smooth_field_has_the_given_means_and_no_steps():
+@pytest.mark.parametrize("edge", EDGES)
+def test_the_smooth_field_has_the_given_means_and_no_steps(edge):
     means = noise(1, 1, 6, 7, 8)
-    field = smooth_field(means)
-    assert torch.allclose(block_means(field), means, atol=1e-5)
-    steps = field.diff(dim=2).abs()
-    across, within = steps[:, :, 3:20:4], steps[:, :, 2:20:4]
-    assert torch.allclose(across, within, atol=1e-5)  # as large between blocks as inside
+    field = smooth_field(means, edge)
+    assert torch.allclose(block_means(field, edge), means, atol=1e-5)
+    steps = field.diff(dim=2)
+    middles = steps[:, :, edge + edge // 2 - 1 : -edge : edge]  # over the middle of a block
+    before = steps[:, :, edge + edge // 2 - 2 : -edge : edge][:, :, : middles.shape[2]]
+    after = steps[:, :, edge + edge // 2 :: edge][:, :, : middles.shape[2]]
+    assert torch.allclose(middles, (before + after) / 2, atol=1e-5)  # straight between middles
+    assert float(field.std()) < 2 * float(means.std())
 
 
 def test_means_of_a_scan_leave_out_what_is_hidden():
@@ -81,11 +92,11 @@ def test_means_of_a_scan_leave_out_what_is_hidden():
     hidden = torch.zeros(8, 8, 8, dtype=torch.bool)
     hidden[:4, :4, :1] = True  # a quarter of the first block
     hidden[4:, :4, :3] = True  # three quarters of another one
-    means = mean_scan(Voxels(y, hidden, 0.08))
+    means = mean_scan(Voxels(y, hidden, 0.08), 4)
     assert float(means.y[0, 0, 0]) == pytest.approx(float(y[:4, :4, 1:4].mean()), abs=1e-6)
     assert means.hidden.nonzero().tolist() == [[1, 0, 0]]
     assert means.noise_sd == pytest.approx(0.01)
-    assert mean_scan(Voxels(y, hidden, 0.01)).noise_sd == LEAST_NOISE
+    assert mean_scan(Voxels(y, hidden, 0.01), 4).noise_sd == LEAST_NOISE
 
 
 def test_without_data_the_means_of_the_answer_are_those_of_the_coarse_network():
@@ -95,17 +106,65 @@ def test_without_data_the_means_of_the_answer_are_those_of_the_coarse_network():
         answer, x, 5.0, coordinates=at, contrast="T2w", measured=None
     )
     whole = [slice(0, 4 * (n // 4)) for n in SHAPE]
-    means = block_means(corrected[:, :, *whole])
+    means = block_means(corrected[:, :, *whole], 4)
     i, j, k = means.shape[2:]
     truth = oracle.truth[:, :, :i, :j, :k]
     inner = slice(0, -1)  # the last blocks are partly padding
     assert torch.allclose(means[:, :, inner, inner], truth[:, :, inner, inner], atol=1e-4)
     seen, sigma, coordinates, contrast, measured = oracle.asked[0]
     assert (sigma, contrast, measured) == (5.0 / 8, "T2w", None)
-    assert torch.allclose(seen[:, :, :i, :j, :k], block_means(x[:, :, *whole]))
+    assert torch.allclose(seen[:, :, :i, :j, :k], block_means(x[:, :, *whole], 4))
     assert torch.allclose(
-        coordinates[:, :i, :j, :k], block_means(at[None][:, :, *whole])[0], atol=1e-4
+        coordinates[:, :i, :j, :k], block_means(at[None][:, :, *whole], 4)[0], atol=1e-4
     )
+
+
+@pytest.mark.parametrize("edge", EDGES)
+def test_the_hidden_share_of_the_surroundings(edge):
+    """At the flat border of a half-space half is hidden; in a small hole little, deep inside all;
+    0 where a voxel of the block is measured."""
+    hidden = torch.zeros(96, 48, 48, dtype=torch.bool)
+    hidden[48:] = True
+    hidden[20:24, 20:24, 20:24] = True
+    hidden[8, 8, 8] = True
+    share = hidden_around(Voxels(noise(96, 48, 48), hidden, 0.01), edge)[0, 0]
+    assert share.shape == (96 // edge, 48 // edge, 48 // edge)
+    border = float(share[48 // edge, 24 // edge, 24 // edge])
+    assert border == pytest.approx(0.5 + edge / 2 * 0.399 / AROUND_MM, abs=0.02)
+    assert 0 < float(share[20 // edge, 20 // edge, 20 // edge]) < 0.1
+    assert float(share[-1, 3, 3]) == pytest.approx(1, abs=1e-4)
+    assert float(share[8 // edge, 8 // edge, 8 // edge]) == 0
+    assert not bool(share[47 // edge].any())
+
+
+def test_the_weight_in_a_hole_rises_with_what_is_hidden_around():
+    each = {FREE: [(1, 1)], "20 %": [(1, 0.2)], "40 %": [(1, 0.8)], "60 %": [(1, 0.9)]}
+    weights = {4: {**each, "80 %": [(1, 1.0)]}}
+    share = torch.tensor([0.0, 0.1, 0.2, 0.3, 0.4, 0.7, 0.8, 1.0])
+    found = Coarse(Oracle(None), weights, NOTHING).weight(4, 2.0, share)
+    assert torch.allclose(found, torch.tensor([0, 0.2, 0.2, 0.5, 0.8, 0.95, 1.0, 1.0]))
+
+
+def test_each_edge_corrects_the_answer_of_the_one_before():
+    """Asked at 2 mm first, then at 4 mm, whose means have the last word."""
+    oracles = {2: noise(1, 1, 16, 22, 18, seed=5), 4: padded_truth()}
+
+    class Two(Oracle):
+        def denoise(self, x, sigma, **given):
+            super().denoise(x, sigma, **given)
+            return oracles[2 if x.shape[2] == 16 else 4]
+
+    oracle, answer = Two(None), noise(1, 1, *SHAPE, seed=2)
+    half = {**HOLES, FREE: [(1.0, 0.5), (4.0, 0.5)]}
+    known = {"coordinates": place(), "contrast": "T1w"}
+    both = Coarse(oracle, {2: half, 4: EACH}, NOTHING).correct(answer, answer, 4.0, **known)
+    assert [sigma for _, sigma, *_ in oracle.asked] == pytest.approx([4 / 8**0.5, 0.5])
+    first = Coarse(oracle, {2: half}, NOTHING).correct(answer, answer, 4.0, **known)
+    second = Coarse(oracle, WEIGHTS, NOTHING).correct(first, answer, 4.0, **known)
+    assert torch.allclose(both, second, atol=1e-5)
+    means = block_means(first[:, :, 8:24, 8:24, 8:24], 2)
+    before = block_means(answer[:, :, 8:24, 8:24, 8:24], 2)
+    assert torch.allclose(means, (before + oracles[2][:, :, 4:12, 4:12, 4:12]) / 2, atol=1e-5)
 
 
 def test_the_weight_scales_the_change_and_falls_with_the_noise():
@@ -130,9 +189,9 @@ def test_only_hidden_voxels_of_open_blocks_change():
         answer, answer, 100.0, coordinates=place(), contrast="T1w", measured=scan
     )
     assert torch.equal(corrected[0, 0][~hidden], answer[0, 0][~hidden])
-    inner = block_means(corrected[:, :, 12:16, 12:20, 12:20])  # blocks among open ones
+    inner = block_means(corrected[:, :, 12:16, 12:20, 12:20], 4)  # blocks among open ones
     assert torch.allclose(inner, oracle.truth[:, :, 3:4, 3:5, 3:5], atol=0.15)
-    before = block_means(answer[:, :, 12:16, 12:20, 12:20])
+    before = block_means(answer[:, :, 12:16, 12:20, 12:20], 4)
     assert not torch.allclose(before, oracle.truth[:, :, 3:4, 3:5, 3:5], atol=0.5)
     given = oracle.asked[0][4]
     assert given.hidden[2:5, 2:6, 2:6].all()
@@ -220,7 +279,7 @@ def test_its_file_has_the_weights_and_the_mean_brains(tmp_path, lacking):
     facts = {"kind": "coarse", "name": "n", "licence": "Apache-2.0", "training_data": "none"}
     facts["config"] = model.network.config
     if lacking != "weights":
-        facts["weights"] = WEIGHTS
+        facts["weights"] = {"4": EACH}
     state = prior_state(model, {"unknown": ErrorSpectrum.isotropic(0.1)})
     if lacking != "means":
         state["mean.unknown"] = ramp().half()
@@ -230,5 +289,6 @@ def test_its_file_has_the_weights_and_the_mean_brains(tmp_path, lacking):
             load_coarse(path)
     else:
         coarse = load_coarse(path)
-        assert coarse.weight(2.0, None) == pytest.approx(0.5)
+        assert float(coarse.weight(4, 2.0, None)) == pytest.approx(0.5)
+        assert float(coarse.weight(2, 2.0, None)) == 0  # not in the file
         assert torch.equal(coarse.brains.volumes["unknown"], ramp().half().float())

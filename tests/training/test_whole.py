@@ -1,29 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The coarse network's training: whole brains, their holes, and its weights next to a prior."""
+"""The coarse network's training: averaged brains, their holes, and its weights next to a prior."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from toy import toy_brain
 
-from brainprior_bids.engine.coarse import COARSE_MM
+from brainprior_bids.engine.coarse import (
+    EDGES,
+    SHARES,
+    WIDEST,
+    block_means,
+    hidden_around,
+    smooth_field,
+)
+from brainprior_bids.engine.voxels import Voxels
 from brainprior_bids.engine.weights import load_coarse, load_prior, read_weights
 from brainprior_bids.training import crops, prior
 from brainprior_bids.training.anatomy import (
     Fit,
+    Fits,
     averaged,
-    hole_errors,
+    errors,
     mean_brains,
     whole_examples,
 )
 from brainprior_bids.training.preprocess import Brain, write_pack
-from brainprior_bids.training.stacks import LARGE_HOLE_MM, draw_voxels
-from brainprior_bids.training.whole import whole_brain
+from brainprior_bids.training.stacks import HOLE_MM, draw_voxels
+from brainprior_bids.training.whole import averaged_brain
 
 TABLE = crops.TABLE.astype(np.float32)
 SIZE = 24
@@ -33,10 +44,11 @@ def points(image, matrix):
     return crops.matrix_points(torch.from_numpy(matrix)[None], image.shape)[0].numpy()
 
 
+@pytest.mark.parametrize("edge", EDGES)
 @pytest.mark.parametrize("number", range(6))
-def test_coordinates_follow_the_anatomy(number):
+def test_coordinates_follow_the_anatomy(number, edge):
     """The picture encodes |x| in MNI305, however the brain is turned, mirrored and deformed."""
-    image, matrix = whole_brain(toy_brain(), TABLE, SIZE, np.random.default_rng(number))
+    image, matrix = averaged_brain(toy_brain(), TABLE, SIZE, edge, np.random.default_rng(number))
     x = points(image, matrix)[0]
     deep = image > 0.25
     for axis in range(3):  # voxels wholly inside
@@ -51,7 +63,7 @@ def test_the_whole_brain_is_in_the_picture():
     volume = (brain.data > 0).sum() * abs(np.linalg.det(brain.to_mni305[:3, :3]))
     for number in range(6):
         rng = np.random.default_rng(number)
-        image, matrix = whole_brain(brain, (TABLE > 0).astype(np.float32), SIZE, rng)
+        image, matrix = averaged_brain(brain, (TABLE > 0).astype(np.float32), SIZE, WIDEST, rng)
         assert image.sum() * abs(np.linalg.det(matrix[:3, :3])) == pytest.approx(volume, rel=0.12)
 
 
@@ -62,7 +74,7 @@ def test_a_mirrored_brain_has_its_left_on_the_left():
     half = Brain("01", "T1w", "train", data, brain.to_mni305, brain.tissues)
     sides = set()
     for number in range(12):
-        image, matrix = whole_brain(half, TABLE, SIZE, np.random.default_rng(number))
+        image, matrix = averaged_brain(half, TABLE, SIZE, WIDEST, np.random.default_rng(number))
         assert np.linalg.det(matrix[:3, :3]) > 0  # MNI305 is never reflected: the anatomy is
         sides.add(np.sign(np.median(points(image, matrix)[0][image > 0.2])))
     assert sides == {-1.0, 1.0}
@@ -76,17 +88,27 @@ def test_a_whole_brain_is_a_function_of_its_number():
     assert bool(one[5]["region"].all())
 
 
-def test_holes_of_whole_brains_are_large():
-    """Their semi-axes are given in mm: more voxels of 4 mm are hidden than by the holes of crops
-    in as many voxels of 1 mm."""
-    image = torch.ones(40, 40, 40)
-    volumes = []
-    for seed in range(200):
-        scan = draw_voxels(image, torch.Generator().manual_seed(seed), coarse=True)
-        volumes.append(float(scan.hidden.sum()) * COARSE_MM**3)
-    sphere = 4 / 3 * np.pi
-    assert np.median(volumes) > sphere * LARGE_HOLE_MM[0] ** 3
-    assert np.quantile(volumes, 0.9) > sphere * 15**3
+def test_crops_have_both_edges_in_turn():
+    drawn = crops.Crops([toy_brain()], size=SIZE, seed=3, coarse=True)
+    for number in range(4):
+        crop = drawn[number]
+        edge = float(torch.linalg.det(crop["matrix"][:3, :3])) ** (1 / 3)
+        assert drawn.edge(number) == EDGES[number % 2]
+        assert edge == pytest.approx(1.12 * drawn.edge(number), rel=0.12)
+        assert bool((crop["image"] > 0.2).any())  # about a voxel of the brain
+
+
+def test_holes_of_averaged_brains_are_larger():
+    """Their semi-axes are given in mm, for each edge of a voxel."""
+    image, medians = torch.ones(40, 40, 40), []
+    for edge in (1, *EDGES):
+        volumes = []
+        for seed in range(200):
+            scan = draw_voxels(image, torch.Generator().manual_seed(seed), edge=edge)
+            volumes.append(float(scan.hidden.sum()) * edge**3)
+        medians.append(np.median(volumes))
+        assert medians[-1] > 4 / 3 * np.pi * HOLE_MM[edge][0] ** 3
+    assert medians == sorted(medians)
 
 
 def test_the_weight_minimises_the_error_of_both():
@@ -103,11 +125,49 @@ def test_the_weight_minimises_the_error_of_both():
     assert Fit().weight == 0
 
 
+def test_each_edge_is_weighed_next_to_the_answer_before_it():
+    """The closed form of the errors equals those of the corrected image itself."""
+    truth, fine, two, four = (
+        torch.randn(1, 1, 24, 24, 24, generator=torch.Generator().manual_seed(n)) for n in range(4)
+    )
+    means = {2: block_means(truth + 0.3 * two, 2), 4: block_means(truth + 0.5 * four, 4)}
+    image = 1 + truth / 10  # all of it is brain
+    answers = {edge: 1 + m / 10 for edge, m in means.items()}
+    fits = Fits()
+    fits.add(image + fine / 50, answers, image, None)
+    found = {edge: by["free"] for edge, by in fits.fit().items()}
+    first = found[2].weight
+    assert 0.1 < first < 0.9
+    corrected = image + fine / 50
+    corrected = corrected + smooth_field(first * (answers[2] - block_means(corrected, 2)), 2)
+    true, again = block_means(image, 4), Fit()
+    again.add(block_means(corrected, 4) - true, answers[4] - true)
+    assert found[4].weight == pytest.approx(again.weight, abs=1e-4)
+    assert found[4].rms == pytest.approx(again.rms, rel=1e-4)
+
+
+def test_in_a_hole_the_weight_depends_on_what_is_hidden_around():
+    """The fine network is right at the border and wrong inside; the coarse one the reverse."""
+    shape, image = (48, 48, 48), torch.ones(1, 1, 48, 48, 48)
+    hidden = torch.zeros(shape, dtype=torch.bool)
+    hidden[4:44, 4:44, 4:44] = True
+    scan = Voxels(image[0, 0], hidden, 0.01)
+    fits, errors_at = Fits(), torch.randn(2, *shape, generator=torch.Generator().manual_seed(4))
+    deep = F.interpolate((hidden_around(scan, 2) > 0.7).float(), scale_factor=2.0)
+    fine = image + errors_at[0] * torch.where(deep > 0, 1.0, 0.01)
+    coarse = image + errors_at[1] * torch.where(deep > 0, 0.01, 1.0)
+    fits.add(fine, {edge: block_means(coarse, edge) for edge in EDGES}, image, scan)
+    found = fits.fit()
+    assert found[2]["40 %"].weight < 0.05
+    assert found[2]["80 %"].weight > 0.9
+    assert found[2]["free"].errors[3] == 0  # not measured here
+
+
 def test_an_example_and_its_average_are_at_the_same_place():
     whole = next(whole_examples([toy_brain(split="validation")], "T1w", 1))
-    coarse = averaged(whole)
-    assert [COARSE_MM * n for n in coarse.image.shape] == list(whole.image.shape)
-    volume = whole.image.sum(), COARSE_MM**3 * coarse.image.sum()
+    coarse = averaged(whole, WIDEST)
+    assert [WIDEST * n for n in coarse.image.shape] == list(whole.image.shape)
+    volume = whole.image.sum(), WIDEST**3 * coarse.image.sum()
     assert float(volume[0]) == pytest.approx(float(volume[1]), rel=1e-4)
     centres = [(e.image * e.place).sum((1, 2, 3)) / e.image.sum() for e in (whole, coarse)]
     assert torch.allclose(*centres, atol=0.1)
@@ -142,15 +202,15 @@ def test_the_command_trains_a_coarse_network(tmp_path):
     facts = read_weights(out, kind="coarse")[1]
     assert facts["recipe"]["coarse"]
     assert facts["next_to"] == load_prior(coarse=False).metadata["sha256"]
-    for kind in ("free", "hole"):
-        sigmas, weights = zip(*facts["weights"][kind], strict=True)
+    for edge, kind in itertools.product(("2", "4"), ("free", *SHARES)):
+        sigmas, weights = zip(*facts["weights"][edge][kind], strict=True)
         assert list(sigmas) == sorted(sigmas)
         assert all(0 <= w <= 1 for w in weights)
     notes = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert any(set(note.get("holes", {})) == {"20", "30", "45"} for note in notes)
+    assert any("4 mm hole 30" in note.get("errors", {}) for note in notes)
     network = load_coarse(out)
-    assert hole_errors(network, brains[1:])["30"] == pytest.approx(
-        facts["hole_errors"]["30"], abs=2e-3
+    assert errors(network, brains[1:])["2 mm hole 30"] == pytest.approx(
+        facts["errors"]["2 mm hole 30"], abs=2e-3
     )  # the file has 16 bits
     recipe = prior.Recipe(**{**facts["recipe"], "channels": (8, 8), "blocks": (1, 1)})
     again = prior.Trainer(brains[:1], recipe, tmp_path, device=torch.device("cpu"))

@@ -276,7 +276,7 @@ STUDY = Study(
     cases,
     measure,
     table,
-    defaults={"n_samples": 4, "n_steps": 20},
-    quick={"n_samples": 1},
+    defaults={"n_samples": 10, "n_steps": 40},
+    quick={"n_samples": 1, "n_steps": 20},
     weights=("prior", "coarse"),
 )

@@ -147,9 +147,9 @@ def test_samples_are_records_of_the_first_participant():
     assert problems == []
     names = [(case.source.name, case.settings.name) for case in cases]
     assert names == [
-        *(("2", f"sample{n}") for n in range(1, 5)), ("2", "real"), ("3", "real"), ("4", "real")
+        *(("2", f"sample{n}") for n in range(1, 11)), ("2", "real"), ("3", "real"), ("4", "real")
     ]  # fmt: skip
-    assert dataclasses.asdict(cases[1].settings) == {"number": 2, "n_steps": 20, "seed": 6}
+    assert dataclasses.asdict(cases[1].settings) == {"number": 2, "n_steps": 40, "seed": 6}
     few = command.parse(["data", "out", "--study", "samples", "--quick", "--n-steps", "7"])
     cases, _ = command.plan(few, sources)
     assert [case.settings.n_steps for case in cases if case.settings.number] == [7]
