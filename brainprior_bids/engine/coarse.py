@@ -178,6 +178,8 @@ class Coarse:
             edge: {kind: np.asarray(kinds[kind], float) for kind in (FREE, *SHARES)}
             for edge, kinds in weights.items()
         }
+        every = [pairs[0, 0] for kinds in self._weights.values() for pairs in kinds.values()]
+        self._least_sigma = min(every, default=math.inf)
 
     @property
     def card(self) -> dict[str, Any]:
@@ -252,12 +254,11 @@ class Coarse:
         answer : (n, 1, i, j, k) float32
             D, the fine network's.
         """
-        scan = measured if isinstance(measured, Voxels) else None
-        if isinstance(measured, Stack):
+        if isinstance(measured, Stack) or sigma < self._least_sigma:
             return answer
         i, j, k = (slice(n) for n in answer.shape[2:])
         padding: Padding = [(0, -n % WIDEST) for n in answer.shape[2:]]
-        scan = None if scan is None else scan.padded(padding)
+        scan = measured.padded(padding) if isinstance(measured, Voxels) else None
         image, place = mirrored(x, padding), mirrored(coordinates[None].float(), padding)[0]
         result = answer
         for edge in EDGES:

@@ -8,9 +8,16 @@ from pathlib import Path
 
 from brainprior_bids import __version__
 from brainprior_bids.bids import status
+from brainprior_bids.bids.contrasts import through_t1w
 from brainprior_bids.bids.query import Scan
 from brainprior_bids.engine.samplers import registry
-from brainprior_bids.records import MaskSource, Origin, StructuresSource, WeightsRecord
+from brainprior_bids.records import (
+    MaskSource,
+    Origin,
+    StructuresSource,
+    TemplateRecord,
+    WeightsRecord,
+)
 from brainprior_bids.run.forecast import uncertainty_from
 from brainprior_bids.run.logs import LOG
 from brainprior_bids.settings import Settings
@@ -45,14 +52,40 @@ def write_documents(subjects: Iterable[str], settings: Settings) -> bool:
 def write_boilerplate(
     scans: Sequence[Scan], settings: Settings, weights: dict[str, tuple[Path, str]]
 ) -> int:
-    """Write the methods text for a run with these settings."""
+    """Write the methods text for a run with these settings.
+
+    The coarse network is named if the run will ask it: in holes, and by the samplers whose network
+    is given no measurements.
+    """
+    from importlib.metadata import version
+
+    from brainprior_bids.anatomy.normalise import metric
     from brainprior_bids.engine.weights import read_weights
     from brainprior_bids.reports.methods import Method, write_citation
+
+    def templates(suffix: str) -> tuple[TemplateRecord, ...]:
+        return tuple(
+            TemplateRecord(
+                space=space,
+                address=None,
+                image_sha256=None,
+                mask_sha256=None,
+                metric=metric(suffix).words,
+                program=f"ANTsPy {version('antspyx')}",
+                agreement=None,
+                agreement_affine=None,
+            )
+            for space in settings.template_spaces
+        )
 
     cards = {
         role: WeightsRecord.from_json(read_weights(path, kind=role)[1]).label
         for role, (path, _) in weights.items()
     }
+    if "inpaint" not in settings.task and registry.find(settings.sampler).given_data:
+        cards.pop("coarse", None)
+    titles = {scan.name.stem for scan in scans if scan.problem is None}
+    through = through_t1w([s.name for s in scans if s.name.stem in titles], (), settings)
     methods = [
         Method(
             suffix=scan.name.suffix,
@@ -67,10 +100,12 @@ def write_boilerplate(
             uncertainty_from=uncertainty_from(
                 registry.find(settings.sampler), settings, len(scan.runs)
             ),
+            templates=() if scan.name.stem in through else templates(scan.name.suffix),
+            in_mni305="MNI305" in settings.output_spaces,
             **cards,
         )
         for scan in scans
-        if scan.problem is None
+        if scan.name.stem in titles
     ]
     for path in write_citation(settings.output_dir / "logs", methods):
         LOG.info("%s", path)
