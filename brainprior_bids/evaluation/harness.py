@@ -15,7 +15,6 @@ import json
 import logging
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -35,9 +34,9 @@ from brainprior_bids.evaluation.studies.base import (
     Settings,
     Source,
     parcellation,
-    processor_seconds,
 )
 from brainprior_bids.evaluation.summary import Record
+from brainprior_bids.evaluation.usage import Watch
 
 log = logging.getLogger(__name__)
 
@@ -370,13 +369,13 @@ def measure(
     folder = out / "work" / case.study / f"{case.stem}_{mark[:8]}"
     bench = replace(bench, folder=folder, source=Path(source.path), penalties=penalties)
     bench = replace(bench, own_labels=source.synthetic)
-    began, used = time.perf_counter(), processor_seconds()
-    participant = Participant.load(participant_path(out, source))
-    record = study.measure(participant, case.settings, bench)
+    with Watch(interval_s=0.5) as watch:
+        participant = Participant.load(participant_path(out, source))
+        record = study.measure(participant, case.settings, bench)
     facts |= {"study": case.study, "participant": source.name, "contrast": source.contrast}
     facts |= {"synthetic": source.synthetic, "choosing": source.choosing}
-    facts["case_seconds"] = round(time.perf_counter() - began, 1)
-    facts["case_processor_seconds"] = round(processor_seconds() - used, 1)
+    facts["case_seconds"] = round(watch.usage.seconds, 1)
+    facts["case_processor_seconds"] = round(watch.usage.cpu_seconds, 1)
     failure = record.get("failure")  # the table shows it, and the next run repeats the case
     write(path, {"fingerprint": None if failure else mark, **facts, **settings, **record})
     if failure:

@@ -15,21 +15,18 @@ import shlex
 import shutil
 import signal
 import subprocess
-import threading
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
-import psutil
 
 from brainprior_bids.anatomy.spaces import check_placed
-from brainprior_bids.background import Background
 from brainprior_bids.engine.errors import BrainpriorError, InputError, UsageError
 from brainprior_bids.engine.grids import Grid
 from brainprior_bids.evaluation.scans import Volume
+from brainprior_bids.evaluation.usage import Usage, Watch
 
 PLACEHOLDERS = {
     "scan": "the degraded scan, a NIfTI file",
@@ -122,77 +119,6 @@ def _parse(text: str) -> Peer:
         reason = f"does not know {unknown[0]}" if unknown else "needs {scan}"
         raise UsageError(f"--peer {name}: the command {reason}. Placeholders: {known}.")
     return Peer(name, command)
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What a program or a block of code used.
-
-    Attributes
-    ----------
-    seconds, cpu_seconds : float
-        Wall-clock and processor time.
-    peak_memory_gb : float
-        Largest resident memory in GiB; with the program's own children, and pages that they share
-        count once per process.
-    """
-
-    seconds: float
-    cpu_seconds: float
-    peak_memory_gb: float
-
-
-class Watch:
-    """Measure the time and the memory of a process while a block runs.
-
-    Parameters
-    ----------
-    pid : int, optional
-        A child process that ends in the block; default: this process without its children.
-    """
-
-    interval_s = 0.05
-
-    def __init__(self, pid: int | None = None) -> None:
-        self._process = psutil.Process(pid)
-        self._child = pid is not None
-        self._thread = Background(self._watch)
-        self._peak = 0
-
-    def __enter__(self) -> Watch:
-        self._began, self._cpu_began = time.monotonic(), self._cpu()
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        seconds, cpu = time.monotonic() - self._began, self._cpu() - self._cpu_began
-        self._thread.end()
-        gib = self._peak / 2**30
-        self.usage = Usage(round(seconds, 2), round(cpu, 2), round(gib, 3))
-
-    def _cpu(self) -> float:
-        times = os.times()
-        own = times.user + times.system
-        return times.children_user + times.children_system if self._child else own
-
-    def _watch(self, stop: threading.Event) -> None:
-        while True:
-            self._peak = max(self._peak, self._memory())
-            if stop.wait(self.interval_s):
-                return
-
-    def _memory(self) -> int:
-        try:
-            family = self._process.children(recursive=True) if self._child else []
-        except psutil.NoSuchProcess:
-            return 0
-        total = 0
-        for process in (self._process, *family):
-            try:
-                total += process.memory_info().rss
-            except psutil.NoSuchProcess:  # it ended between the two calls
-                continue
-        return total
 
 
 def run_peer(

@@ -37,7 +37,6 @@ from brainprior_bids.evaluation.metrics import compare, field_psnr_db, matching_
 from brainprior_bids.evaluation.peers import (
     NOTE,
     Peer,
-    Watch,
     parse_peers,
     read_peer_image,
     run_peer,
@@ -57,6 +56,7 @@ from brainprior_bids.evaluation.summary import (
     settings,
     title,
 )
+from brainprior_bids.evaluation.usage import Watch
 
 BUILT_IN = {**{key: NAMES[key] for key in ("cubic", "tv", "restored")},
             "mean": "`--sampler mean`"}  # fmt: skip
@@ -136,7 +136,7 @@ def _restored(
     case: Case, condition: Settings, contrast: str, bench: Bench
 ) -> tuple[Restoration, dict[str, float]]:
     prior = bench.load_prior()
-    with Watch() as watch:
+    with Watch(family=False) as watch:
         result = protocol.restored(case, condition, contrast, prior=prior, device=bench.device)
     return result, asdict(watch.usage)
 
