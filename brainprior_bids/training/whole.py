@@ -17,8 +17,9 @@ from torch import Tensor
 from brainprior_bids.engine.coarse import WIDEST, coarse_matrix
 from brainprior_bids.training.preprocess import Brain
 
-HALF = 2
-"""Voxels of 1 mm that are averaged before the brain is moved; the rest of a block's edge after."""
+PARTS = 2
+"""Of a block's edge: the brain is averaged to these, moved by linear interpolation, which blurs
+them, and averaged to whole blocks, in which the blur hardly shows."""
 ANGLE = 12.0
 """Largest rotation about each axis, degrees."""
 SCALE = (0.9, 1.1)
@@ -39,7 +40,7 @@ def averaged_brain(
     table : (256,) float32 array
         Intensity of each stored value.
     size, edge : int
-        Blocks along each axis, and their edge in mm, a multiple of ``HALF``.
+        Blocks along each axis, and their edge in mm, a multiple of ``PARTS``.
     rng : numpy.random.Generator
 
     Returns
@@ -50,23 +51,24 @@ def averaged_brain(
     """
     shape = np.array(brain.data.shape)
     linear = Rotation.from_euler("xyz", rng.uniform(-ANGLE, ANGLE, 3), degrees=True).as_matrix()
-    linear = linear @ np.diag(HALF / rng.uniform(*SCALE, 3))
+    part = edge // PARTS
+    linear = linear @ np.diag(part / rng.uniform(*SCALE, 3))
     mirrored = rng.random() < 0.5
     if mirrored:
         linear = linear @ np.diag([-1.0, 1.0, 1.0])
-    fine = size * (edge // HALF)
+    fine = size * PARTS
     centre = (shape - 1) / 2 + rng.normal(0, SHIFT_MM, 3)
     if edge < WIDEST:
         inside = np.argwhere(brain.data[::8, ::8, ::8])
         centre = 8 * inside[rng.integers(len(inside))] + rng.uniform(-4, 4, 3)
-    to_brain = np.eye(4)  # voxel of HALF mm -> voxel of the brain
+    to_brain = np.eye(4)  # part of a block -> voxel of the brain
     to_brain[:3, :3] = linear
     to_brain[:3, 3] = centre - linear @ np.full(3, (fine - 1) / 2)
-    halved = _average(torch.from_numpy(table[brain.data])[None, None], HALF)
-    at = _positions(to_brain, fine) + _warp(fine, rng)
-    moved = _sample(halved, (at - (HALF - 1) / 2) / HALF)
-    image = _average(moved, edge // HALF)[0, 0].numpy()
-    matrix = coarse_matrix(brain.to_mni305 @ to_brain, edge // HALF)
+    parts = _average(torch.from_numpy(table[brain.data])[None, None], part)
+    at = _positions(to_brain, fine) + _warp(fine, part * fine, rng)
+    moved = _sample(parts, (at - (part - 1) / 2) / part)
+    image = _average(moved, PARTS)[0, 0].numpy()
+    matrix = coarse_matrix(brain.to_mni305 @ to_brain, PARTS)
     if mirrored:
         matrix = np.diag([-1.0, 1.0, 1.0, 1.0]) @ matrix  # left is still left
     error = np.eye(4)
@@ -90,9 +92,9 @@ def _positions(to_brain: NDArray[np.float64], size: int) -> Tensor:
     return along + matrix[:3, 3]
 
 
-def _warp(size: int, rng: np.random.Generator) -> Tensor:
+def _warp(size: int, extent_mm: float, rng: np.random.Generator) -> Tensor:
     """(size, size, size, 3) smooth displacement, mm."""
-    count = max(round(size * HALF / KNOTS_MM), 1) + 1
+    count = max(round(extent_mm / KNOTS_MM), 1) + 1
     knots = torch.from_numpy(rng.normal(0, WARP_MM, (1, 3, count, count, count))).float()
     field = F.interpolate(knots, size=(size,) * 3, mode="trilinear", align_corners=True)
     return field[0].permute(1, 2, 3, 0)

@@ -218,3 +218,21 @@ def test_the_command_trains_a_coarse_network(tmp_path):
     for one, other in zip(again.model.parameters(), network.prior.model.parameters(), strict=True):
         assert torch.equal(one, other)
     assert again.begun_with["sha256"] == facts["sha256"]
+
+
+def test_blocks_keep_the_contrast_of_fine_anatomy():
+    """A texture of 3 mm: the SD of its means over blocks of 2 mm, turned and deformed, is hardly
+    lower than at rest."""
+    toy, shape = toy_brain(), (90, 90, 90)
+    cells = np.random.default_rng(0).integers(80, 180, (30, 30, 30)).astype(np.uint8)
+    data = cells.repeat(3, 0).repeat(3, 1).repeat(3, 2)
+    assert data.shape == shape
+    fine = Brain("01", "T1w", "train", data, toy.to_mni305, toy.tissues)
+    still = [
+        block_means(torch.from_numpy(TABLE[data[o:, o:, o:]])[None, None], 2).var()
+        for o in range(3)
+    ]
+    images = [averaged_brain(fine, TABLE, 8, 2, np.random.default_rng(n))[0] for n in range(30)]
+    inside = [image.std() for image in images if (image > 0.2).all()]
+    assert len(inside) > 5
+    assert np.mean(inside) > 0.82 * float(np.mean(still)) ** 0.5
