@@ -255,7 +255,7 @@ def test_every_study_is_planned(ready):
         "hallucination": 2 * 3,
         "uncertainty": 2,
         "peers": 2 * 2,
-        "samples": 4 + 3,  # the validation set too
+        "samples": 10 + 3,  # the validation set too
         "lesions": 2 * 3,
         "heads": 2,
         "inpaint": 2,
