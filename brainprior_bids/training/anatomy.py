@@ -223,7 +223,7 @@ class Fits:
 
 
 def blocks_by_kind(hidden: Tensor | None, brain: Tensor) -> dict[str, Tensor]:
-    """Kind of weights -> the blocks of the brain of which it is measured."""
+    """Kind of weights -> the blocks of the brain on which it is measured."""
     if hidden is None:
         return {FREE: brain}
     upper = [*list(SHARES_FROM.values())[1:], math.inf]
