@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from dataclasses import dataclass
@@ -29,11 +30,18 @@ class Usage:
     peak_memory_gb: float
 
 
+def waited_for() -> float:
+    """Processor seconds of the children that this process has waited for."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
 class Watch:
     """Measure a process and its descendants while a block runs.
 
     They are looked at every ``interval_s``: a process that nobody waits for, such as a worker of a
-    worker, is in no sum that the system keeps. So of each descendant up to ``interval_s`` is lost.
+    worker, is in no sum that the system keeps. So of each descendant up to ``interval_s`` is lost;
+    but no less is counted than the system's sum of those that were waited for.
 
     Parameters
     ----------
@@ -55,6 +63,7 @@ class Watch:
     def __enter__(self) -> Watch:
         self._look()
         self._before, self._began = dict(self._seconds), time.monotonic()
+        self._waited = waited_for()
         self._peak = 0
         self._thread.start()
         return self
@@ -63,7 +72,9 @@ class Watch:
         seconds = time.monotonic() - self._began
         self._thread.end()
         self._look()
-        cpu = sum(used - self._before.get(pid, 0.0) for pid, used in self._seconds.items())
+        spent = {pid: used - self._before.get(pid, 0.0) for pid, used in self._seconds.items()}
+        own = spent.pop(os.getpid(), 0.0)
+        cpu = own + max(sum(spent.values()), (waited_for() - self._waited) * self._family)
         gib = self._peak / 2**30
         self.usage = Usage(round(seconds, 2), round(cpu, 2), round(gib, 3))
 
