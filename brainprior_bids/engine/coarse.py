@@ -1,21 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Anatomy at large: a second network, on brains averaged to 2 mm and to 4 mm, next to the prior's.
+"""Anatomy at large: a second network, on brains averaged to 2 mm, next to the prior's.
 
 A network on 1 mm voxels learns texture and edges; where nothing is measured over centimetres (a
 large hole, or no data at all), it knows hardly which anatomy belongs there. The coarse network is
-the same U-Net, trained on means of blocks of 2 x 2 x 2 and of 4 x 4 x 4 voxels. The means over
-blocks of edge a are one band of further Haar levels: white noise of SD sigma in the image is white
-noise of SD sigma a^(-3/2) in them, so that the coarse network denoises the same chain. With P the
-mean over blocks, D the answer so far and C the coarse network's, the answer becomes
+the same U-Net, trained on means of blocks of 2 x 2 x 2 voxels. These means are one band of a
+further Haar level: white noise of SD sigma in the image is white noise of SD sigma / sqrt(8) in
+them, so that the coarse network denoises the same chain. With P the mean over blocks, D the
+prior's answer and C the coarse network's, the answer becomes
 
-    D(x_t) + U w (C(P x_t) - P D(x_t)),   P U = 1, U smooth,
+    D(x_t) + U w (C(P x_t) - P D(x_t)),   P U = 1, U smooth.
 
-at 2 mm first, then at 4 mm. The weight w of each has been measured on validation brains: it
-minimises the error of the means. It is near 1 at high noise and 0 at low noise, where the fine
-network sees more. Given a scan with hidden voxels (``voxels``), C is conditioned on the means of
-the measured ones, and only blocks without any are corrected; w then rises with the share of the
-surroundings that is hidden, because the fine network continues well what is measured nearby. Given
-slices, the fine network's answer stands.
+The weight w has been measured on validation brains: it minimises the error of the means. It is
+near 1 at high noise and 0 at low noise, where the fine network sees more. Given a scan with hidden
+voxels (``voxels``), C is conditioned on the means of the measured ones, and only blocks without
+any are corrected; w then rises with the share of the surroundings that is hidden, because the fine
+network continues well what is measured nearby. Given slices, the fine network's answer stands.
 """
 
 from __future__ import annotations
@@ -39,17 +38,16 @@ from brainprior_bids.engine.measured import Measured, Padding
 from brainprior_bids.engine.stacks import Stack, mirrored
 from brainprior_bids.engine.voxels import Voxels
 
-EDGES = (2, 4)
-"""Edges of the blocks, in restored voxels, in the order of the corrections."""
-WIDEST = max(EDGES)
+EDGE = 2
+"""Edge of a block in restored voxels."""
+NOISE_FACTOR = EDGE**-1.5
+"""SD of white noise in the mean of a block, relative to that of a voxel."""
 LEAST_NOISE = 0.004
 """Smallest noise SD of a scan on which the coarse network was trained."""
 LEAST_WEIGHT = 0.02
 """Below this weight the coarse network is not asked."""
-FREE = "free"
-"""Kind of weights where nothing is measured."""
-SHARES = {"20 %": 0.2, "40 %": 0.4, "60 %": 0.6, "80 %": 0.8}
-"""Kinds of weights in holes, by the hidden share of the surroundings; linear between them."""
+SHARES = (0.2, 0.4, 0.6, 0.8)
+"""Hidden shares of the surroundings for which there are weights in holes; linear between them."""
 AROUND_MM = 6.0
 """SD of the Gaussian that weights the surroundings."""
 MEAN_GRID = Grid(
@@ -58,39 +56,34 @@ MEAN_GRID = Grid(
 """Grid of the mean brains, MNI305 mm."""
 
 
-def noise_factor(edge: int) -> float:
-    """SD of white noise in the mean of a block, relative to that of a voxel."""
-    return float(edge**-1.5)
-
-
-def coarse_matrix(matrix: NDArray[np.float64], edge: int) -> NDArray[np.float64]:
-    """(4, 4) from voxels to mm -> from blocks of ``edge`` voxels to mm."""
-    block = np.diag([float(edge)] * 3 + [1.0])
-    block[:3, 3] = (edge - 1) / 2
+def coarse_matrix(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(4, 4) from voxels to mm -> from blocks to mm."""
+    block = np.diag([float(EDGE)] * 3 + [1.0])
+    block[:3, 3] = (EDGE - 1) / 2
     return np.asarray(matrix @ block)
 
 
-def block_means(volume: Tensor, edge: int) -> Tensor:
-    """(n, c, i, j, k) -> (n, c, i/edge, j/edge, k/edge); P."""
-    return F.avg_pool3d(volume, edge)
+def block_means(volume: Tensor) -> Tensor:
+    """(n, c, i, j, k) -> (n, c, i/2, j/2, k/2); P."""
+    return F.avg_pool3d(volume, EDGE)
 
 
 @cache
-def _interpolation(n: int, edge: int) -> Tensor:
-    """(edge n, n) float64: from means of blocks to voxels, piecewise linear, with these means."""
+def _interpolation(n: int) -> Tensor:
+    """(2 n, n) float64: from means of blocks to voxels, piecewise linear, with these means."""
     linear = F.interpolate(
-        torch.eye(n, dtype=torch.float64)[None], scale_factor=float(edge), mode="linear"
+        torch.eye(n, dtype=torch.float64)[None], scale_factor=float(EDGE), mode="linear"
     )[0].T
-    means = F.avg_pool1d(linear.T[None], edge)[0].T
+    means = F.avg_pool1d(linear.T[None], EDGE)[0].T
     matrix: Tensor = linear @ torch.linalg.inv(means)
     return matrix
 
 
-def smooth_field(means: Tensor, edge: int) -> Tensor:
-    """(n, 1, i, j, k) -> (n, 1, edge i, edge j, edge k): continuous, with these means; U."""
+def smooth_field(means: Tensor) -> Tensor:
+    """(n, 1, i, j, k) -> (n, 1, 2 i, 2 j, 2 k): continuous, with these means; U."""
     field = means
     for axis in (2, 3, 4):
-        matrix = _interpolation(field.shape[axis], edge).to(field)
+        matrix = _interpolation(field.shape[axis]).to(field)
         field = torch.tensordot(field, matrix, dims=([axis], [1])).movedim(-1, axis)
     return field
 
@@ -154,8 +147,40 @@ class Denoiser(Protocol):
         ...
 
 
-Weights = Mapping[str, Sequence[tuple[float, float]]]
-"""``FREE`` and the names of ``SHARES`` -> pairs (sigma, w), sigma of the image, ascending."""
+class BlockWeights:
+    """How far the means of blocks move towards the coarse network's.
+
+    Parameters
+    ----------
+    free : sequence of (sigma, w)
+        Where nothing is measured; sigma of the image, ascending.
+    holes : sequence of (sigma, w, w, …)
+        In holes, one weight for each of ``SHARES``.
+    """
+
+    def __init__(
+        self, free: Sequence[Sequence[float]] = (), holes: Sequence[Sequence[float]] = ()
+    ) -> None:
+        self._free = np.asarray(free, float).reshape(-1, 2)
+        self._holes = np.asarray(holes, float).reshape(-1, 1 + len(SHARES))
+
+    def at(self, sigma: float, hidden: Tensor | None) -> Tensor:
+        """w of each block, 0 below the lowest noise at which it was measured.
+
+        Parameters
+        ----------
+        sigma : float
+        hidden : tensor, optional
+            Of ``hidden_around``; the weight is 0 at 0. None: nothing is measured.
+        """
+        rows = self._free if hidden is None else self._holes
+        if not len(rows) or sigma < rows[0, 0]:
+            return torch.zeros(()) if hidden is None else torch.zeros(hidden.shape)
+        values = [np.interp(math.log(sigma), np.log(rows[:, 0]), row) for row in rows.T[1:]]
+        if hidden is None:
+            return torch.tensor(values[0]).float()
+        found = np.interp(hidden.numpy(), SHARES, values)
+        return torch.from_numpy(found).float() * (hidden > 0)
 
 
 class Coarse:
@@ -164,37 +189,18 @@ class Coarse:
     Parameters
     ----------
     prior : Denoiser
-        Trained on means of blocks of ``EDGES``.
-    weights : mapping
-        Edge -> weights; blocks of other edges are not corrected.
+        Trained on means of blocks.
+    weights : BlockWeights
     brains : MeanBrains
     """
 
-    def __init__(
-        self, prior: Denoiser, weights: Mapping[int, Weights], brains: MeanBrains
-    ) -> None:
-        self.prior, self.brains = prior, brains
-        self._weights = {
-            edge: {kind: np.asarray(kinds[kind], float) for kind in (FREE, *SHARES)}
-            for edge, kinds in weights.items()
-        }
-        every = [pairs[0, 0] for kinds in self._weights.values() for pairs in kinds.values()]
-        self._least_sigma = min(every, default=math.inf)
+    def __init__(self, prior: Denoiser, weights: BlockWeights, brains: MeanBrains) -> None:
+        self.prior, self.weights, self.brains = prior, weights, brains
 
     @property
     def card(self) -> dict[str, Any]:
         """Name and SHA-256 of the weights, for a record."""
         return {key: self.prior.metadata[key] for key in ("name", "sha256")}
-
-    def weight(self, edge: int, sigma: float, hidden: Tensor | None) -> Tensor:
-        """w of blocks, as ``weight_map``; 0 below the lowest noise level at which it was measured.
-        ``sigma`` is that of the image.
-        """
-        at = {
-            kind: float(np.interp(math.log(sigma), np.log(pairs[:, 0]), pairs[:, 1], left=0.0))
-            for kind, pairs in self._weights.get(edge, {}).items()
-        }
-        return weight_map(at, hidden)
 
     def denoise(
         self,
@@ -219,19 +225,18 @@ class Coarse:
         x: Tensor,
         sigma: float,
         *,
-        edge: int,
         coordinates: Tensor,
         contrast: str,
         measured: Voxels | None,
     ) -> Tensor:
-        """C: the expected means of blocks, (n, 1, i/edge, j/edge, k/edge). Other arguments as
-        ``Prior.denoise``; sizes are multiples of ``edge``.
+        """C: the expected means of blocks, (n, 1, i/2, j/2, k/2). Arguments as ``Prior.denoise``;
+        sizes are even.
         """
-        given = None if measured is None else mean_scan(measured, edge)
+        given = None if measured is None else mean_scan(measured)
         return self.denoise(
-            block_means(x, edge),
-            sigma * noise_factor(edge),
-            coordinates=block_means(coordinates[None].float(), edge)[0],
+            block_means(x),
+            sigma * NOISE_FACTOR,
+            coordinates=block_means(coordinates[None].float())[0],
             contrast=contrast,
             measured=given,
         )
@@ -254,64 +259,41 @@ class Coarse:
         answer : (n, 1, i, j, k) float32
             D, the fine network's.
         """
-        if isinstance(measured, Stack) or sigma < self._least_sigma:
+        if isinstance(measured, Stack):
             return answer
-        i, j, k = (slice(n) for n in answer.shape[2:])
-        padding: Padding = [(0, -n % WIDEST) for n in answer.shape[2:]]
+        padding: Padding = [(0, -n % EDGE) for n in answer.shape[2:]]
         scan = measured.padded(padding) if isinstance(measured, Voxels) else None
+        weight = self.weights.at(sigma, None if scan is None else hidden_around(scan)).to(answer)
+        if float(weight.max()) < LEAST_WEIGHT:
+            return answer
         image, place = mirrored(x, padding), mirrored(coordinates[None].float(), padding)[0]
-        result = answer
-        for edge in EDGES:
-            hidden = None if scan is None else hidden_around(scan, edge)
-            weight = self.weight(edge, sigma, hidden).to(answer)
-            if float(weight.max()) < LEAST_WEIGHT:
-                continue
-            means = self.means(
-                image, sigma, edge=edge, coordinates=place, contrast=contrast, measured=scan
-            ).to(answer)
-            change = weight * (means - block_means(mirrored(result, padding), edge))
-            field = smooth_field(change, edge)
-            if scan is not None:
-                field = field * scan.hidden.to(field)
-            result = result + field[:, :, i, j, k]
-        return result
+        means = self.means(image, sigma, coordinates=place, contrast=contrast, measured=scan)
+        change = weight * (means.to(answer) - block_means(mirrored(answer, padding)))
+        field = smooth_field(change)
+        if scan is not None:
+            field = field * scan.hidden.to(field)
+        i, j, k = (slice(n) for n in answer.shape[2:])
+        return answer + field[:, :, i, j, k]
 
 
-def weight_map(weights: Mapping[str, float], hidden: Tensor | None) -> Tensor:
-    """The weight of each block.
-
-    Parameters
-    ----------
-    weights : mapping
-        ``FREE`` and the names of ``SHARES`` -> weight; 0 if absent.
-    hidden : tensor, optional
-        Of ``hidden_around``; the weight is 0 at 0. None: nothing is measured.
-    """
-    if hidden is None:
-        return torch.tensor(weights.get(FREE, 0.0))
-    values = [weights.get(kind, 0.0) for kind in SHARES]
-    found = np.interp(hidden.numpy(), list(SHARES.values()), values)
-    return torch.from_numpy(found).float() * (hidden > 0)
-
-
-def hidden_around(scan: Voxels, edge: int) -> Tensor:
-    """(1, 1, i/edge, j/edge, k/edge): share of the surroundings that is hidden, for blocks without
+def hidden_around(scan: Voxels) -> Tensor:
+    """(1, 1, i/2, j/2, k/2): share of the surroundings that is hidden, for blocks without
     measurements; 0 for the others.
     """
-    unseen = _hidden_share(scan, edge)[0, 0].cpu().numpy() == 1
-    share = ndimage.gaussian_filter(unseen.astype(np.float32), AROUND_MM / edge, mode="nearest")
+    unseen = _hidden_share(scan)[0, 0].cpu().numpy() == 1
+    share = ndimage.gaussian_filter(unseen.astype(np.float32), AROUND_MM / EDGE, mode="nearest")
     return torch.from_numpy(np.where(unseen, share, 0))[None, None]
 
 
-def _hidden_share(scan: Voxels, edge: int) -> Tensor:
-    """(1, 1, i/edge, j/edge, k/edge): share of each block's voxels that are hidden."""
-    return block_means(scan.hidden.double()[None, None], edge)
+def _hidden_share(scan: Voxels) -> Tensor:
+    """(1, 1, i/2, j/2, k/2): share of each block's voxels that are hidden."""
+    return block_means(scan.hidden.double()[None, None])
 
 
-def mean_scan(scan: Voxels, edge: int) -> Voxels:
+def mean_scan(scan: Voxels) -> Voxels:
     """The means of blocks of a scan; blocks of which less than half is measured are hidden."""
-    measured = 1 - _hidden_share(scan, edge)[0, 0]
-    sums = block_means((scan.y.double() * ~scan.hidden)[None, None], edge)[0, 0]
+    measured = 1 - _hidden_share(scan)[0, 0]
+    sums = block_means((scan.y.double() * ~scan.hidden)[None, None])[0, 0]
     y = (sums / measured.clamp_min(1e-6)).float()
-    noise_sd = max(scan.noise_sd * noise_factor(edge), LEAST_NOISE)
+    noise_sd = max(scan.noise_sd * NOISE_FACTOR, LEAST_NOISE)
     return Voxels(y, measured < 0.5, noise_sd)

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from brainprior_bids.engine.coarse import Coarse, MeanBrains
+from brainprior_bids.engine.coarse import BlockWeights, Coarse, MeanBrains
 from brainprior_bids.engine.denoiser import ErrorSpectrum, Precondition, Prior
 from brainprior_bids.engine.errors import ShapeMismatchError, UsageError, WeightsError
 from brainprior_bids.engine.parcellation_network import ParcellationNetwork
@@ -232,9 +232,8 @@ def load_coarse(
     network = _prior_of(state, metadata, path, device=device, dtype=dtype)
     means = {k.removeprefix(MEAN): v for k, v in state.items() if k.startswith(MEAN)}
     try:
-        weights = {int(edge): kinds for edge, kinds in metadata["weights"].items()}
-        return Coarse(network, weights, MeanBrains(means))
-    except (KeyError, ValueError, AttributeError, ShapeMismatchError) as error:
+        return Coarse(network, BlockWeights(**metadata["weights"]), MeanBrains(means))
+    except (KeyError, ValueError, TypeError, ShapeMismatchError) as error:
         raise _misfit(path, error) from error
 
 

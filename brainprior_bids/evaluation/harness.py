@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from brainprior_bids.engine.errors import BrainpriorError
+from brainprior_bids.engine.errors import BrainpriorError, UsageError
 from brainprior_bids.engine.weights import FOLDER, read_weights, sha256_file
 from brainprior_bids.evaluation import protocol
 from brainprior_bids.evaluation.protocol import Condition, Participant, from_labels, from_scan
@@ -371,7 +371,13 @@ def measure(
     bench = replace(bench, own_labels=source.synthetic)
     with Watch(interval_s=0.5) as watch:
         participant = Participant.load(participant_path(out, source))
+        bench.load_prior().asked_coarse = False
         record = study.measure(participant, case.settings, bench)
+    if "coarse" not in study.weights and _asked_coarse(bench):
+        raise UsageError(
+            f"the coarse network was asked, but the study {study.name} does not name it: add "
+            '"coarse" to its weights.'
+        )
     facts |= {"study": case.study, "participant": source.name, "contrast": source.contrast}
     facts |= {"synthetic": source.synthetic, "choosing": source.choosing}
     facts["case_seconds"] = round(watch.usage.seconds, 1)
@@ -381,6 +387,12 @@ def measure(
     if failure:
         raise BrainpriorError(failure)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _asked_coarse(bench: Bench) -> bool:
+    """Whether the coarse network took part, here or in a command that wrote to the folder."""
+    written = (path.read_text(encoding="utf-8") for path in bench.folder.rglob("*.json"))
+    return bench.load_prior().asked_coarse or any('"CoarsePrior"' in text for text in written)
 
 
 def fingerprint(**values: Any) -> str:

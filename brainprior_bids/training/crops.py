@@ -19,7 +19,6 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from brainprior_bids.engine.coarse import EDGES
 from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.engine.unet import CONTRASTS
 from brainprior_bids.training.preprocess import UNIT, Brain
@@ -89,7 +88,7 @@ class Crops(Dataset[dict[str, Tensor]]):
     ----------
     brains : sequence of Brain
     size : int
-        Edge of the crop in voxels of 1 mm.
+        Edge of the crop in voxels.
     seed : int
     mix : Mix
     pose : bool
@@ -99,8 +98,9 @@ class Crops(Dataset[dict[str, Tensor]]):
         Share of crops whose contrast is hidden from the network.
     surroundings : bool
         Whether the brains have surroundings, of which the image contains a rim.
-    coarse : bool
-        Means of blocks of ``EDGES`` in turn instead (``averaged_brain``), without surroundings.
+    edge : int
+        Of a voxel, mm. Above 1: means of blocks of this edge (``averaged_brain``), without
+        surroundings.
     """
 
     def __init__(
@@ -113,12 +113,12 @@ class Crops(Dataset[dict[str, Tensor]]):
         pose: bool = True,
         unknown: float = 0.1,
         surroundings: bool = False,
-        coarse: bool = False,
+        edge: int = 1,
     ) -> None:
         mix = mix or Mix()
-        self.brains, self.size, self.seed, self.coarse = list(brains), size, seed, coarse
+        self.brains, self.size, self.seed, self.edge = list(brains), size, seed, edge
         self.pose, self.unknown = pose, unknown
-        self.surroundings = surroundings and not coarse
+        self.surroundings = surroundings and edge == 1
         self.kinds: list[tuple[list[int], str | None]] = []  # candidates, contrast of the curve
         shares = []
         scans = [n for n, b in enumerate(self.brains) if not b.synthetic]
@@ -133,10 +133,6 @@ class Crops(Dataset[dict[str, Tensor]]):
         if not self.kinds:
             raise UsageError("Crops: there is no brain of any kind in the mix.")
         self.shares = np.array(shares) / sum(shares)
-
-    def edge(self, index: int) -> int:
-        """Edge of a crop's voxels in mm."""
-        return EDGES[index % len(EDGES)] if self.coarse else 1
 
     def _add(
         self, shares: list[float], candidates: list[int], curve: str | None, share: float
@@ -153,9 +149,8 @@ class Crops(Dataset[dict[str, Tensor]]):
         contrast = brain.contrast
         if curve is not None:
             table, contrast = intensity_curve(brain.tissues, curve, rng), curve
-        edge = self.edge(index)
-        if edge > 1:
-            image, matrix = averaged_brain(brain, table, self.size, edge, rng)
+        if self.edge > 1:
+            image, matrix = averaged_brain(brain, table, self.size, self.edge, rng)
         else:
             image, matrix = draw_crop(brain, table, self.size, rng, pose=self.pose)
         around = no_surroundings(image.shape)

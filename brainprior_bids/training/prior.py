@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from brainprior_bids.engine.coarse import EDGES, Coarse, MeanBrains
+from brainprior_bids.engine.coarse import EDGE, BlockWeights, Coarse, MeanBrains
 from brainprior_bids.engine.denoiser import ErrorSpectrum, Precondition, Prior, fast_dtype
 from brainprior_bids.engine.errors import UsageError, WeightsError
 from brainprior_bids.engine.measured import BandPosterior
@@ -46,7 +46,7 @@ from brainprior_bids.engine.weights import (
     prior_state,
     write_weights,
 )
-from brainprior_bids.training.anatomy import errors, mean_brains, next_to
+from brainprior_bids.training.anatomy import MEAN_EDGE, errors, mean_brains, next_to
 from brainprior_bids.training.crops import Crops, matrix_points
 from brainprior_bids.training.muon import Muon
 from brainprior_bids.training.preprocess import (
@@ -112,7 +112,7 @@ class Recipe:
         Stacks show the brain with its surroundings; see ``surroundings``. (Not so in earlier
         weights.)
     coarse : bool
-        The coarse network: means of blocks of ``EDGES``; see ``engine.coarse``.
+        The coarse network: means of blocks of ``EDGE``; see ``engine.coarse``.
     """
 
     steps: int = 6000
@@ -160,13 +160,19 @@ class Numbers(Sampler[int]):
 
 SIGMA_PIECES = ((0.005, 0.02, 0.1), (0.02, 3.0, 0.8), (3.0, 40.0, 0.1))
 """Lowest and highest noise level, share of the crops."""
+COARSE_PIECES = ((0.15, 3.0, 0.75), (3.0, 40.0, 0.25))
+"""The same for the coarse network, which is not asked at lower noise."""
 
 
-def draw_sigmas(n: int, generator: torch.Generator) -> Tensor:
-    """(n,) noise levels, stratified: log-uniform in each of ``SIGMA_PIECES``."""
+def draw_sigmas(
+    n: int,
+    generator: torch.Generator,
+    pieces: Sequence[tuple[float, float, float]] = SIGMA_PIECES,
+) -> Tensor:
+    """(n,) noise levels, stratified: log-uniform in each of ``pieces``."""
     u = (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n
-    edges = [SIGMA_PIECES[0][0], *(high for _, high, _ in SIGMA_PIECES)]
-    shares = np.cumsum([0.0, *(share for *_, share in SIGMA_PIECES)])
+    edges = [pieces[0][0], *(high for _, high, _ in pieces)]
+    shares = np.cumsum([0.0, *(share for *_, share in pieces)])
     return torch.from_numpy(np.exp(np.interp(u.numpy(), shares, np.log(edges)))).float()
 
 
@@ -264,11 +270,11 @@ class Trainer:
             size=recipe.size,
             seed=recipe.seed,
             surroundings=recipe.surroundings,
-            coarse=recipe.coarse,
+            edge=EDGE if recipe.coarse else 1,
         )
         self.step, self.seconds = 0, 0.0
         self.begun_with: dict[str, Any] = {}
-        self.recent = torch.zeros(3 * (len(EDGES) if recipe.coarse else 1), LEVELS, 9)
+        self.recent = torch.zeros(3, LEVELS, 9)
         torch.manual_seed(recipe.seed)  # initial weights only
         conditioned = recipe.stacks + recipe.holes > 0
         network = UNet(
@@ -315,7 +321,9 @@ class Trainer:
         path = self.work / "means.pt"
         if self.processes.first and not path.exists():
             self.work.mkdir(parents=True, exist_ok=True)
-            torch.save(mean_brains(self.crops).volumes, path)
+            recipe = self.recipe
+            wide = Crops(self.crops.brains, size=recipe.size, seed=recipe.seed, edge=MEAN_EDGE)
+            torch.save(mean_brains(wide).volumes, path)
         self.processes.wait()
         return MeanBrains(torch.load(path, weights_only=True))
 
@@ -399,11 +407,12 @@ class Trainer:
         count, seed = len(image), self.recipe.seed * 1_000_003
         first = self.processes.rank * count
         own = torch.Generator().manual_seed(seed + step)
-        sigma = draw_sigmas(count * self.processes.size, own)[first : first + count]
+        pieces = COARSE_PIECES if self.recipe.coarse else SIGMA_PIECES
+        sigma = draw_sigmas(count * self.processes.size, own, pieces)[first : first + count]
         noise, place = torch.empty(image.shape), batch["matrix"].clone()
         region = batch["region"].to(self.device, copy=True)
         posteriors: list[BandPosterior | None] = [None] * count
-        kinds = [0] * count  # nothing, a stack, a hole; the same three of the widest blocks
+        kinds = [0] * count  # nothing, a stack, a hole
         means = torch.zeros(count, *image.shape[2:])
         if self.brains is not None:
             for n, crop in enumerate(zip(batch["matrix"], batch["contrast"], strict=True)):
@@ -412,7 +421,6 @@ class Trainer:
         for n, crop in enumerate(batch["image"]):
             number = step * count * self.processes.size + first + n
             generator = torch.Generator().manual_seed(2**40 + seed + number)
-            edge = self.crops.edge(number)
             noise[n] = torch.randn(crop.shape, generator=generator)
             u = float(torch.rand((), generator=generator))
             if u < self.recipe.stacks + self.recipe.holes:
@@ -427,7 +435,7 @@ class Trainer:
                         image[n], place[n], measurements = last
                         region[n] = region[n].movedim(1 + stack.axis, -1).clone()
                 else:
-                    measurements = draw_voxels(crop[0], generator, edge=edge)
+                    measurements = draw_voxels(crop[0], generator, edge=self.crops.edge)
                     measurements = replace(measurements, y=measurements.y - means[n])
                 sigma[n] = log_uniform(*self.recipe.conditioned_sigma, generator)
                 if float(torch.rand((), generator=generator)) < self.recipe.blind:
@@ -435,7 +443,6 @@ class Trainer:
                 posteriors[n] = measurements.posterior(
                     self.model.band_sd, float(sigma[n]), self.device
                 )
-            kinds[n] += 3 * (edge == EDGES[-1])
         sigma, noise = sigma.to(self.device), noise.to(self.device)
         place = coordinate_features(matrix_points(place.to(self.device), image.shape[2:]))
         clean = to_bands(image)
@@ -564,7 +571,7 @@ class Trainer:
         """Gain on white noise, and PSNR of E[x | y] of slices, for the averaged weights."""
         own = self.prior()
         if self.brains is not None:
-            return {"errors": errors(Coarse(own, {}, self.brains), validation)}
+            return {"errors": errors(Coarse(own, BlockWeights(), self.brains), validation)}
         stacks = stack_errors(own, validation, (5.0,), limit=1) if own.takes_stacks else {}
         return {"gain": gains(own, validation), "stacks": stacks}
 
@@ -650,7 +657,7 @@ def export(
         "device": trainer.device.type,
     }
     if trainer.brains is not None:
-        network = Coarse(prior, {}, trainer.brains)
+        network = Coarse(prior, BlockWeights(), trainer.brains)
         metadata |= next_to(load_prior(coarse=False, device=trainer.device), network, held_out)
     else:
         metadata |= {"gain": gains(prior, held_out), "inflation": inflation}
@@ -707,7 +714,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument(
         "--coarse",
         action="store_true",
-        help="train the coarse network, on brains averaged to 2 and 4 mm, with --stacks 0",
+        help="train the coarse network, on brains averaged to 2 mm, with --stacks 0",
     )
     train.add_argument("--size", type=int, default=recipe.size, help="edge of a crop in voxels")
     train.add_argument(

@@ -39,7 +39,7 @@ THREE_D = 0.1
 THREE_D_MM = (1.0, 1.7)
 SLAB = 0.15
 """Share of the holes that are the end of the field of view."""
-HOLE_MM = {1: (2.0, 18.0), 2: (3.0, 25.0), 4: (6.0, 40.0)}
+HOLE_MM = {1: (2.0, 18.0), 2: (3.0, 25.0)}
 """Semi-axes of the others, by the edge of a voxel."""
 
 

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Averaged brains for the training of the coarse network; see ``engine.coarse``.
 
-At 4 mm a cube holds the whole brain, at 2 mm a part of it. There are few brains, so every one is
-drawn in a new pose and smoothly deformed.
+There are few brains, so every one is drawn in a new pose and smoothly deformed.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
-from brainprior_bids.engine.coarse import WIDEST, coarse_matrix
+from brainprior_bids.engine.coarse import coarse_matrix
 from brainprior_bids.training.preprocess import Brain
 
 PARTS = 2
@@ -23,8 +22,6 @@ them, and averaged to whole blocks, in which the blur hardly shows."""
 ANGLE = 12.0
 """Largest rotation about each axis, degrees."""
 SCALE = (0.9, 1.1)
-SHIFT_MM = 6.0
-"""SD of the brain's position in the field of view along each axis."""
 WARP_MM, KNOTS_MM = 1.5, 20.0
 """SD of the deformation at its knots, and their distance."""
 
@@ -32,7 +29,7 @@ WARP_MM, KNOTS_MM = 1.5, 20.0
 def averaged_brain(
     brain: Brain, table: NDArray[np.float32], size: int, edge: int, rng: np.random.Generator
 ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-    """A brain in a random pose; of blocks below ``WIDEST``, a part about a random voxel of it.
+    """A part of a brain about a random voxel of it, in a random pose.
 
     Parameters
     ----------
@@ -49,7 +46,6 @@ def averaged_brain(
         (size, size, size) float32, and (4, 4) from its blocks to MNI305 mm, with the error of an
         estimated affine.
     """
-    shape = np.array(brain.data.shape)
     linear = Rotation.from_euler("xyz", rng.uniform(-ANGLE, ANGLE, 3), degrees=True).as_matrix()
     part = edge // PARTS
     linear = linear @ np.diag(part / rng.uniform(*SCALE, 3))
@@ -57,10 +53,8 @@ def averaged_brain(
     if mirrored:
         linear = linear @ np.diag([-1.0, 1.0, 1.0])
     fine = size * PARTS
-    centre = (shape - 1) / 2 + rng.normal(0, SHIFT_MM, 3)
-    if edge < WIDEST:
-        inside = np.argwhere(brain.data[::8, ::8, ::8])
-        centre = 8 * inside[rng.integers(len(inside))] + rng.uniform(-4, 4, 3)
+    inside = np.argwhere(brain.data[::8, ::8, ::8])
+    centre = 8 * inside[rng.integers(len(inside))] + rng.uniform(-4, 4, 3)
     to_brain = np.eye(4)  # part of a block -> voxel of the brain
     to_brain[:3, :3] = linear
     to_brain[:3, 3] = centre - linear @ np.full(3, (fine - 1) / 2)
@@ -68,7 +62,7 @@ def averaged_brain(
     at = _positions(to_brain, fine) + _warp(fine, part * fine, rng)
     moved = _sample(parts, (at - (part - 1) / 2) / part)
     image = _average(moved, PARTS)[0, 0].numpy()
-    matrix = coarse_matrix(brain.to_mni305 @ to_brain, PARTS)
+    matrix = coarse_matrix(brain.to_mni305 @ to_brain)
     if mirrored:
         matrix = np.diag([-1.0, 1.0, 1.0, 1.0]) @ matrix  # left is still left
     error = np.eye(4)

@@ -9,18 +9,17 @@ import torch
 
 from brainprior_bids.engine.coarse import (
     AROUND_MM,
-    EDGES,
-    FREE,
+    EDGE,
     LEAST_NOISE,
     MEAN_GRID,
-    SHARES,
+    NOISE_FACTOR,
+    BlockWeights,
     Coarse,
     MeanBrains,
     block_means,
     coarse_matrix,
     hidden_around,
     mean_scan,
-    noise_factor,
     smooth_field,
 )
 from brainprior_bids.engine.denoiser import ErrorSpectrum, Precondition, Prior
@@ -31,10 +30,8 @@ from brainprior_bids.engine.unet import UNet
 from brainprior_bids.engine.voxels import Voxels
 from brainprior_bids.engine.weights import load_coarse, prior_state, write_weights
 
-SHAPE = (30, 41, 36)  # no multiples of 4
-HOLES = {kind: [(0.1, 0.0), (1.0, 1.0)] for kind in SHARES}
-EACH = {FREE: [(1.0, 0.0), (4.0, 1.0)], **HOLES}
-WEIGHTS = {4: EACH}
+SHAPE = (15, 21, 18)  # odd and even
+WEIGHTS = BlockWeights([(1.0, 0.0), (4.0, 1.0)], [(0.1, 0, 0, 0, 0), (1.0, 1, 1, 1, 1)])
 NOTHING = MeanBrains({"unknown": torch.zeros(MEAN_GRID.shape)})
 
 
@@ -61,42 +58,40 @@ def padded_truth(seed=1):
     return noise(1, 1, 8, 11, 9, seed=seed)
 
 
-@pytest.mark.parametrize("edge", EDGES)
-def test_white_noise_of_voxels_is_weaker_white_noise_in_the_means(edge):
-    means = block_means(noise(1, 1, 64, 64, 64), edge)
-    assert float(means.std()) == pytest.approx(noise_factor(edge), rel=0.03)
+def test_white_noise_of_voxels_is_weaker_white_noise_in_the_means():
+    means = block_means(noise(1, 1, 64, 64, 64))
+    assert float(means.std()) == pytest.approx(NOISE_FACTOR, rel=0.03)
 
 
 def test_the_matrix_leads_to_the_middle_of_the_blocks():
     matrix = np.array([[1.1, 0.1, 0, 5], [0, 1.2, 0, -3], [0.2, 0, 0.9, 7], [0, 0, 0, 1.0]])
     voxels = Grid((8, 8, 8), matrix).points_mm()
-    means = block_means(torch.from_numpy(voxels)[None], 4)[0].numpy()
-    assert np.allclose(Grid((2, 2, 2), coarse_matrix(matrix, 4)).points_mm(), means)
+    means = block_means(torch.from_numpy(voxels)[None])[0].numpy()
+    assert np.allclose(Grid((4, 4, 4), coarse_matrix(matrix)).points_mm(), means)
 
 
-@pytest.mark.parametrize("edge", EDGES)
-def test_the_smooth_field_has_the_given_means_and_no_steps(edge):
+def test_the_smooth_field_has_the_given_means_and_no_steps():
     means = noise(1, 1, 6, 7, 8)
-    field = smooth_field(means, edge)
-    assert torch.allclose(block_means(field, edge), means, atol=1e-5)
+    field = smooth_field(means)
+    assert torch.allclose(block_means(field), means, atol=1e-5)
     steps = field.diff(dim=2)
-    middles = steps[:, :, edge + edge // 2 - 1 : -edge : edge]  # over the middle of a block
-    before = steps[:, :, edge + edge // 2 - 2 : -edge : edge][:, :, : middles.shape[2]]
-    after = steps[:, :, edge + edge // 2 :: edge][:, :, : middles.shape[2]]
-    assert torch.allclose(middles, (before + after) / 2, atol=1e-5)  # straight between middles
+    between = steps[:, :, 1::2]  # over the middle of a block, the slope is that of both sides
+    middle = (between[:, :, 1:] + between[:, :, :-1]) / 2
+    assert torch.allclose(steps[:, :, 2:-1:2], middle, atol=1e-5)
     assert float(field.std()) < 2 * float(means.std())
 
 
 def test_means_of_a_scan_leave_out_what_is_hidden():
-    y = noise(8, 8, 8)
-    hidden = torch.zeros(8, 8, 8, dtype=torch.bool)
-    hidden[:4, :4, :1] = True  # a quarter of the first block
-    hidden[4:, :4, :3] = True  # three quarters of another one
-    means = mean_scan(Voxels(y, hidden, 0.08), 4)
-    assert float(means.y[0, 0, 0]) == pytest.approx(float(y[:4, :4, 1:4].mean()), abs=1e-6)
+    y = noise(4, 4, 4)
+    hidden = torch.zeros(4, 4, 4, dtype=torch.bool)
+    hidden[:2, :2, :1] = True  # half of the first block
+    hidden[2:, :2, :2] = True
+    hidden[3, 1, 1] = False  # seven eighths of another one
+    means = mean_scan(Voxels(y, hidden, 0.08))
+    assert float(means.y[0, 0, 0]) == pytest.approx(float(y[:2, :2, 1].mean()), abs=1e-6)
     assert means.hidden.nonzero().tolist() == [[1, 0, 0]]
-    assert means.noise_sd == pytest.approx(0.01)
-    assert mean_scan(Voxels(y, hidden, 0.01), 4).noise_sd == LEAST_NOISE
+    assert means.noise_sd == pytest.approx(0.08 / 8**0.5)
+    assert mean_scan(Voxels(y, hidden, 0.01)).noise_sd == LEAST_NOISE
 
 
 def test_without_data_the_means_of_the_answer_are_those_of_the_coarse_network():
@@ -105,66 +100,50 @@ def test_without_data_the_means_of_the_answer_are_those_of_the_coarse_network():
     corrected = Coarse(oracle, WEIGHTS, NOTHING).correct(
         answer, x, 5.0, coordinates=at, contrast="T2w", measured=None
     )
-    whole = [slice(0, 4 * (n // 4)) for n in SHAPE]
-    means = block_means(corrected[:, :, *whole], 4)
+    whole = [slice(0, 2 * (n // 2)) for n in SHAPE]
+    means = block_means(corrected[:, :, *whole])
     i, j, k = means.shape[2:]
     truth = oracle.truth[:, :, :i, :j, :k]
     inner = slice(0, -1)  # the last blocks are partly padding
     assert torch.allclose(means[:, :, inner, inner], truth[:, :, inner, inner], atol=1e-4)
     seen, sigma, coordinates, contrast, measured = oracle.asked[0]
-    assert (sigma, contrast, measured) == (5.0 / 8, "T2w", None)
-    assert torch.allclose(seen[:, :, :i, :j, :k], block_means(x[:, :, *whole], 4))
+    assert (contrast, measured) == ("T2w", None)
+    assert sigma == pytest.approx(5 / 8**0.5)
+    assert torch.allclose(seen[:, :, :i, :j, :k], block_means(x[:, :, *whole]))
     assert torch.allclose(
-        coordinates[:, :i, :j, :k], block_means(at[None][:, :, *whole], 4)[0], atol=1e-4
+        coordinates[:, :i, :j, :k], block_means(at[None][:, :, *whole])[0], atol=1e-4
     )
 
 
-@pytest.mark.parametrize("edge", EDGES)
-def test_the_hidden_share_of_the_surroundings(edge):
+def test_the_hidden_share_of_the_surroundings():
     """At the flat border of a half-space half is hidden; in a small hole little, deep inside all;
     0 where a voxel of the block is measured."""
     hidden = torch.zeros(96, 48, 48, dtype=torch.bool)
     hidden[48:] = True
     hidden[20:24, 20:24, 20:24] = True
     hidden[8, 8, 8] = True
-    share = hidden_around(Voxels(noise(96, 48, 48), hidden, 0.01), edge)[0, 0]
-    assert share.shape == (96 // edge, 48 // edge, 48 // edge)
-    border = float(share[48 // edge, 24 // edge, 24 // edge])
-    assert border == pytest.approx(0.5 + edge / 2 * 0.399 / AROUND_MM, abs=0.02)
-    assert 0 < float(share[20 // edge, 20 // edge, 20 // edge]) < 0.1
+    share = hidden_around(Voxels(noise(96, 48, 48), hidden, 0.01))[0, 0]
+    assert share.shape == (48, 24, 24)
+    assert float(share[24, 12, 12]) == pytest.approx(0.5 + EDGE / 2 * 0.399 / AROUND_MM, abs=0.02)
+    assert 0 < float(share[10, 10, 10]) < 0.1
     assert float(share[-1, 3, 3]) == pytest.approx(1, abs=1e-4)
-    assert float(share[8 // edge, 8 // edge, 8 // edge]) == 0
-    assert not bool(share[47 // edge].any())
+    assert float(share[4, 4, 4]) == 0
+    assert not bool(share[23].any())
 
 
 def test_the_weight_in_a_hole_rises_with_what_is_hidden_around():
-    each = {FREE: [(1, 1)], "20 %": [(1, 0.2)], "40 %": [(1, 0.8)], "60 %": [(1, 0.9)]}
-    weights = {4: {**each, "80 %": [(1, 1.0)]}}
+    weights = BlockWeights(holes=[(1, 0.2, 0.8, 0.9, 1.0)])
     share = torch.tensor([0.0, 0.1, 0.2, 0.3, 0.4, 0.7, 0.8, 1.0])
-    found = Coarse(Oracle(None), weights, NOTHING).weight(4, 2.0, share)
-    assert torch.allclose(found, torch.tensor([0, 0.2, 0.2, 0.5, 0.8, 0.95, 1.0, 1.0]))
+    expected = torch.tensor([0, 0.2, 0.2, 0.5, 0.8, 0.95, 1.0, 1.0])
+    assert torch.allclose(weights.at(2.0, share), expected)
+    assert not weights.at(0.5, share).any()  # not measured so low
+    assert float(weights.at(2.0, None)) == 0  # nor without data
 
 
-def test_each_edge_corrects_the_answer_of_the_one_before():
-    """Asked at 2 mm first, then at 4 mm, whose means have the last word."""
-    oracles = {2: noise(1, 1, 16, 22, 18, seed=5), 4: padded_truth()}
-
-    class Two(Oracle):
-        def denoise(self, x, sigma, **given):
-            super().denoise(x, sigma, **given)
-            return oracles[2 if x.shape[2] == 16 else 4]
-
-    oracle, answer = Two(None), noise(1, 1, *SHAPE, seed=2)
-    half = {**HOLES, FREE: [(1.0, 0.5), (4.0, 0.5)]}
-    known = {"coordinates": place(), "contrast": "T1w"}
-    both = Coarse(oracle, {2: half, 4: EACH}, NOTHING).correct(answer, answer, 4.0, **known)
-    assert [sigma for _, sigma, *_ in oracle.asked] == pytest.approx([4 / 8**0.5, 0.5])
-    first = Coarse(oracle, {2: half}, NOTHING).correct(answer, answer, 4.0, **known)
-    second = Coarse(oracle, WEIGHTS, NOTHING).correct(first, answer, 4.0, **known)
-    assert torch.allclose(both, second, atol=1e-5)
-    means = block_means(first[:, :, 8:24, 8:24, 8:24], 2)
-    before = block_means(answer[:, :, 8:24, 8:24, 8:24], 2)
-    assert torch.allclose(means, (before + oracles[2][:, :, 4:12, 4:12, 4:12]) / 2, atol=1e-5)
+def test_the_weight_is_linear_in_the_logarithm_of_the_noise():
+    assert float(WEIGHTS.at(2.0, None)) == pytest.approx(0.5)
+    assert float(WEIGHTS.at(100.0, None)) == 1
+    assert float(WEIGHTS.at(0.9, None)) == 0
 
 
 def test_the_weight_scales_the_change_and_falls_with_the_noise():
@@ -183,15 +162,15 @@ def test_the_weight_scales_the_change_and_falls_with_the_noise():
 def test_only_hidden_voxels_of_open_blocks_change():
     oracle, answer = Oracle(padded_truth()), noise(1, 1, *SHAPE, seed=2)
     hidden = torch.zeros(SHAPE, dtype=torch.bool)
-    hidden[7:22, 8:24, 8:24] = True  # blocks 2 to 4 along i are open, 1 and 5 partly
+    hidden[3:11, 4:12, 4:12] = True  # blocks 2 to 4 along i are open, 1 and 5 partly
     scan = Voxels(noise(*SHAPE, seed=4), hidden, 0.01)
     corrected = Coarse(oracle, WEIGHTS, NOTHING).correct(
         answer, answer, 100.0, coordinates=place(), contrast="T1w", measured=scan
     )
     assert torch.equal(corrected[0, 0][~hidden], answer[0, 0][~hidden])
-    inner = block_means(corrected[:, :, 12:16, 12:20, 12:20], 4)  # blocks among open ones
+    inner = block_means(corrected[:, :, 6:8, 6:10, 6:10])  # blocks among open ones
     assert torch.allclose(inner, oracle.truth[:, :, 3:4, 3:5, 3:5], atol=0.15)
-    before = block_means(answer[:, :, 12:16, 12:20, 12:20], 4)
+    before = block_means(answer[:, :, 6:8, 6:10, 6:10])
     assert not torch.allclose(before, oracle.truth[:, :, 3:4, 3:5, 3:5], atol=0.5)
     given = oracle.asked[0][4]
     assert given.hidden[2:5, 2:6, 2:6].all()
@@ -202,7 +181,7 @@ def test_where_the_fine_network_sees_enough_its_answer_stands(kind):
     oracle, answer = Oracle(padded_truth()), noise(1, 1, *SHAPE, seed=2)
     hidden = torch.zeros(SHAPE, dtype=torch.bool)
     if kind == "a thin hole":
-        hidden[9:12] = True
+        hidden[9] = True
     measured = Voxels(answer[0, 0], hidden, 0.01)
     if kind == "slices":
         weights = torch.eye(SHAPE[2], dtype=torch.float64)
@@ -279,7 +258,7 @@ def test_its_file_has_the_weights_and_the_mean_brains(tmp_path, lacking):
     facts = {"kind": "coarse", "name": "n", "licence": "Apache-2.0", "training_data": "none"}
     facts["config"] = model.network.config
     if lacking != "weights":
-        facts["weights"] = {"4": EACH}
+        facts["weights"] = {"free": [(1.0, 0.0), (4.0, 1.0)], "holes": [(1.0, 0, 0, 0, 1)]}
     state = prior_state(model, {"unknown": ErrorSpectrum.isotropic(0.1)})
     if lacking != "means":
         state["mean.unknown"] = ramp().half()
@@ -289,6 +268,6 @@ def test_its_file_has_the_weights_and_the_mean_brains(tmp_path, lacking):
             load_coarse(path)
     else:
         coarse = load_coarse(path)
-        assert float(coarse.weight(4, 2.0, None)) == pytest.approx(0.5)
-        assert float(coarse.weight(2, 2.0, None)) == 0  # not in the file
+        assert float(coarse.weights.at(2.0, None)) == pytest.approx(0.5)
+        assert coarse.weights.at(2.0, torch.tensor([0.2, 0.9])).tolist() == [0, 1]
         assert torch.equal(coarse.brains.volumes["unknown"], ramp().half().float())

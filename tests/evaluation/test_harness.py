@@ -164,6 +164,27 @@ def test_a_failed_job_does_not_stop_the_others(ready, cheap, monkeypatch, caplog
     assert [p.name[:2] for p in (out / "results" / "restoration").glob("*.json")] == ["02"]
 
 
+@pytest.mark.parametrize("where", ["here", "in a command"])
+def test_a_study_names_every_network_that_takes_part(ready, cheap, monkeypatch, caplog, where):
+    """Else its table would not become old with the weights of the coarse network."""
+    out, words = ready
+    study = harness.find("restoration")
+
+    def asks(participant, condition, bench):
+        if participant.name == "01" and where == "here":
+            bench.load_prior().asked_coarse = True
+        elif participant.name == "01":
+            bench.folder.mkdir(parents=True)
+            sidecar = bench.folder / "sub-01_desc-restored_T1w.json"
+            sidecar.write_text(json.dumps({"CoarsePrior": {"name": "x"}}))
+        return study.measure(participant, condition, bench)
+
+    monkeypatch.setattr(harness, "find", lambda _: dataclasses.replace(study, measure=asks))
+    assert main(words) == 1
+    assert "01_T1w 5mm-noise0.01: the coarse network was asked" in caplog.text
+    assert [p.name[:2] for p in (out / "results" / "restoration").glob("*.json")] == ["02"]
+
+
 def test_a_scan_that_cannot_be_prepared_is_named(ready, cheap, caplog):
     out, words = ready
     (out / "participants" / "02_T1w.json").unlink()  # it is prepared again: 2 bytes are no image

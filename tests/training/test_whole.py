@@ -4,30 +4,27 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from toy import toy_brain
 
 from brainprior_bids.engine.coarse import (
-    EDGES,
+    EDGE,
     SHARES,
-    WIDEST,
     block_means,
     hidden_around,
-    smooth_field,
 )
 from brainprior_bids.engine.voxels import Voxels
 from brainprior_bids.engine.weights import load_coarse, load_prior, read_weights
 from brainprior_bids.training import crops, prior
 from brainprior_bids.training.anatomy import (
+    MEAN_EDGE,
     Fit,
-    Fits,
     averaged,
+    blocks_by_share,
     errors,
     mean_brains,
     whole_examples,
@@ -44,7 +41,7 @@ def points(image, matrix):
     return crops.matrix_points(torch.from_numpy(matrix)[None], image.shape)[0].numpy()
 
 
-@pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.parametrize("edge", [EDGE, MEAN_EDGE])
 @pytest.mark.parametrize("number", range(6))
 def test_coordinates_follow_the_anatomy(number, edge):
     """The picture encodes |x| in MNI305, however the brain is turned, mirrored and deformed."""
@@ -58,13 +55,16 @@ def test_coordinates_follow_the_anatomy(number, edge):
     assert np.median(wrong) < 0.06  # the deformation, and the error of an estimated affine
 
 
-def test_the_whole_brain_is_in_the_picture():
-    brain = toy_brain()
-    volume = (brain.data > 0).sum() * abs(np.linalg.det(brain.to_mni305[:3, :3]))
+@pytest.mark.parametrize("edge", [EDGE, MEAN_EDGE])
+def test_a_crop_shows_a_brain_at_its_size(edge):
+    """About a voxel of it, with voxels of the edge, scaled as the pose."""
     for number in range(6):
         rng = np.random.default_rng(number)
-        image, matrix = averaged_brain(brain, (TABLE > 0).astype(np.float32), SIZE, WIDEST, rng)
-        assert image.sum() * abs(np.linalg.det(matrix[:3, :3])) == pytest.approx(volume, rel=0.12)
+        image, matrix = averaged_brain(toy_brain(), TABLE, SIZE, edge, rng)
+        voxel = float(np.linalg.det(matrix[:3, :3])) ** (1 / 3)
+        assert voxel == pytest.approx(1.12 * edge, rel=0.12)  # 1.12 mm is a voxel of the toy
+        middle = slice(SIZE // 2 - 1, SIZE // 2 + 1)
+        assert (image[middle, middle, middle] > 0).any()
 
 
 def test_a_mirrored_brain_has_its_left_on_the_left():
@@ -74,34 +74,24 @@ def test_a_mirrored_brain_has_its_left_on_the_left():
     half = Brain("01", "T1w", "train", data, brain.to_mni305, brain.tissues)
     sides = set()
     for number in range(12):
-        image, matrix = averaged_brain(half, TABLE, SIZE, WIDEST, np.random.default_rng(number))
+        image, matrix = averaged_brain(half, TABLE, SIZE, MEAN_EDGE, np.random.default_rng(number))
         assert np.linalg.det(matrix[:3, :3]) > 0  # MNI305 is never reflected: the anatomy is
         sides.add(np.sign(np.median(points(image, matrix)[0][image > 0.2])))
     assert sides == {-1.0, 1.0}
 
 
-def test_a_whole_brain_is_a_function_of_its_number():
-    one, two = (crops.Crops([toy_brain()], size=SIZE, seed=3, coarse=True) for _ in range(2))
+def test_an_averaged_brain_is_a_function_of_its_number():
+    one, two = (crops.Crops([toy_brain()], size=SIZE, seed=3, edge=EDGE) for _ in range(2))
     assert torch.equal(one[5]["image"], two[5]["image"])
     assert not torch.equal(one[5]["image"], one[6]["image"])
     assert one[5]["image"].shape == (1, SIZE, SIZE, SIZE)
     assert bool(one[5]["region"].all())
 
 
-def test_crops_have_both_edges_in_turn():
-    drawn = crops.Crops([toy_brain()], size=SIZE, seed=3, coarse=True)
-    for number in range(4):
-        crop = drawn[number]
-        edge = float(torch.linalg.det(crop["matrix"][:3, :3])) ** (1 / 3)
-        assert drawn.edge(number) == EDGES[number % 2]
-        assert edge == pytest.approx(1.12 * drawn.edge(number), rel=0.12)
-        assert bool((crop["image"] > 0.2).any())  # about a voxel of the brain
-
-
 def test_holes_of_averaged_brains_are_larger():
     """Their semi-axes are given in mm, for each edge of a voxel."""
     image, medians = torch.ones(40, 40, 40), []
-    for edge in (1, *EDGES):
+    for edge in (1, EDGE):
         volumes = []
         for seed in range(200):
             scan = draw_voxels(image, torch.Generator().manual_seed(seed), edge=edge)
@@ -125,49 +115,24 @@ def test_the_weight_minimises_the_error_of_both():
     assert Fit().weight == 0
 
 
-def test_each_edge_is_weighed_next_to_the_answer_before_it():
-    """The closed form of the errors equals those of the corrected image itself."""
-    truth, fine, two, four = (
-        torch.randn(1, 1, 24, 24, 24, generator=torch.Generator().manual_seed(n)) for n in range(4)
-    )
-    means = {2: block_means(truth + 0.3 * two, 2), 4: block_means(truth + 0.5 * four, 4)}
-    image = 1 + truth / 10  # all of it is brain
-    answers = {edge: 1 + m / 10 for edge, m in means.items()}
-    fits = Fits()
-    fits.add(image + fine / 50, answers, image, None)
-    found = {edge: by["free"] for edge, by in fits.fit().items()}
-    first = found[2].weight
-    assert 0.1 < first < 0.9
-    corrected = image + fine / 50
-    corrected = corrected + smooth_field(first * (answers[2] - block_means(corrected, 2)), 2)
-    true, again = block_means(image, 4), Fit()
-    again.add(block_means(corrected, 4) - true, answers[4] - true)
-    assert found[4].weight == pytest.approx(again.weight, abs=1e-4)
-    assert found[4].rms == pytest.approx(again.rms, rel=1e-4)
-
-
-def test_in_a_hole_the_weight_depends_on_what_is_hidden_around():
-    """The fine network is right at the border and wrong inside; the coarse one the reverse."""
-    shape, image = (48, 48, 48), torch.ones(1, 1, 48, 48, 48)
-    hidden = torch.zeros(shape, dtype=torch.bool)
+def test_in_a_hole_each_weight_is_measured_near_its_share():
+    hidden = torch.zeros(48, 48, 48, dtype=torch.bool)
     hidden[4:44, 4:44, 4:44] = True
-    scan = Voxels(image[0, 0], hidden, 0.01)
-    fits, errors_at = Fits(), torch.randn(2, *shape, generator=torch.Generator().manual_seed(4))
-    deep = F.interpolate((hidden_around(scan, 2) > 0.7).float(), scale_factor=2.0)
-    fine = image + errors_at[0] * torch.where(deep > 0, 1.0, 0.01)
-    coarse = image + errors_at[1] * torch.where(deep > 0, 0.01, 1.0)
-    fits.add(fine, {edge: block_means(coarse, edge) for edge in EDGES}, image, scan)
-    found = fits.fit()
-    assert found[2]["40 %"].weight < 0.05
-    assert found[2]["80 %"].weight > 0.9
-    assert found[2]["free"].errors[3] == 0  # not measured here
+    around = hidden_around(Voxels(torch.ones(48, 48, 48), hidden, 0.01))
+    brain = torch.ones(around.shape, dtype=torch.bool)
+    parts = blocks_by_share(around, brain)
+    assert len(parts) == len(SHARES)
+    assert torch.equal(sum(part.int() for part in parts), (around > 0).int())  # each block once
+    for share, part in zip(SHARES, parts, strict=True):
+        assert abs(float(around[part].median()) - share) < 0.12
+    assert torch.equal(blocks_by_share(None, brain)[0], brain)
 
 
 def test_an_example_and_its_average_are_at_the_same_place():
     whole = next(whole_examples([toy_brain(split="validation")], "T1w", 1))
-    coarse = averaged(whole, WIDEST)
-    assert [WIDEST * n for n in coarse.image.shape] == list(whole.image.shape)
-    volume = whole.image.sum(), WIDEST**3 * coarse.image.sum()
+    coarse = averaged(whole)
+    assert [EDGE * n for n in coarse.image.shape] == list(whole.image.shape)
+    volume = whole.image.sum(), EDGE**3 * coarse.image.sum()
     assert float(volume[0]) == pytest.approx(float(volume[1]), rel=1e-4)
     centres = [(e.image * e.place).sum((1, 2, 3)) / e.image.sum() for e in (whole, coarse)]
     assert torch.allclose(*centres, atol=0.1)
@@ -176,7 +141,7 @@ def test_an_example_and_its_average_are_at_the_same_place():
 def test_the_mean_brain_is_that_of_the_training():
     """Of one T1w: 0.3 + |x| / 100 in the ball, at its place in MNI305; no other contrast."""
     mix = crops.Mix(real=1.0, curved={}, synthetic={})
-    drawn = crops.Crops([toy_brain()], size=SIZE, seed=3, coarse=True, mix=mix)
+    drawn = crops.Crops([toy_brain()], size=SIZE, seed=3, edge=MEAN_EDGE, mix=mix)
     brains = mean_brains(drawn, 40)
     assert set(brains.volumes) == {"T1w", "unknown"}
     for x in (-12.0, 0.0, 12.0):
@@ -202,15 +167,18 @@ def test_the_command_trains_a_coarse_network(tmp_path):
     facts = read_weights(out, kind="coarse")[1]
     assert facts["recipe"]["coarse"]
     assert facts["next_to"] == load_prior(coarse=False).metadata["sha256"]
-    for edge, kind in itertools.product(("2", "4"), ("free", *SHARES)):
-        sigmas, weights = zip(*facts["weights"][edge][kind], strict=True)
-        assert list(sigmas) == sorted(sigmas)
-        assert all(0 <= w <= 1 for w in weights)
+    for kind, count in (("free", 1), ("holes", len(SHARES))):
+        rows = facts["weights"][kind]
+        assert [row[0] for row in rows] == sorted(row[0] for row in rows)
+        assert all(
+            len(row) == 1 + count and 0 <= min(row[1:]) <= max(row[1:]) <= 1 for row in rows
+        )
+        assert np.shape([row[1:] for row in facts["rms_errors"][kind]]) == (len(rows), count, 2)
     notes = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert any("4 mm hole 30" in note.get("errors", {}) for note in notes)
+    assert any("hole 30" in note.get("errors", {}) for note in notes)
     network = load_coarse(out)
-    assert errors(network, brains[1:])["2 mm hole 30"] == pytest.approx(
-        facts["errors"]["2 mm hole 30"], abs=2e-3
+    assert errors(network, brains[1:])["hole 30"] == pytest.approx(
+        facts["errors"]["hole 30"], abs=2e-3
     )  # the file has 16 bits
     recipe = prior.Recipe(**{**facts["recipe"], "channels": (8, 8), "blocks": (1, 1)})
     again = prior.Trainer(brains[:1], recipe, tmp_path, device=torch.device("cpu"))
@@ -229,8 +197,7 @@ def test_blocks_keep_the_contrast_of_fine_anatomy():
     assert data.shape == shape
     fine = Brain("01", "T1w", "train", data, toy.to_mni305, toy.tissues)
     still = [
-        block_means(torch.from_numpy(TABLE[data[o:, o:, o:]])[None, None], 2).var()
-        for o in range(3)
+        block_means(torch.from_numpy(TABLE[data[o:, o:, o:]])[None, None]).var() for o in range(3)
     ]
     images = [averaged_brain(fine, TABLE, 8, 2, np.random.default_rng(n))[0] for n in range(30)]
     inside = [image.std() for image in images if (image > 0.2).all()]
