@@ -41,6 +41,7 @@ SLAB = 0.15
 """Share of the holes that are the end of the field of view."""
 HOLE_MM = {1: (2.0, 18.0), 2: (3.0, 25.0)}
 """Semi-axes of the others, by the edge of a voxel."""
+HOLE_VOXELS = 40**3
 
 
 def log_uniform(low: float, high: float, generator: torch.Generator) -> float:
@@ -135,7 +136,7 @@ def draw_hole(
 
 def draw_voxels(image: Tensor, generator: torch.Generator, *, edge: int = 1) -> Voxels:
     """A noisy scan of a crop (c, c, c), voxels of ``edge`` mm, with one to three holes, or an end,
-    missing.
+    missing; of averaged brains, with that many in each ``HOLE_VOXELS``.
     """
     low, high = (mm / edge for mm in HOLE_MM[edge])
     noise_sd = log_uniform(*NOISE_SD, generator)
@@ -148,7 +149,8 @@ def draw_voxels(image: Tensor, generator: torch.Generator, *, edge: int = 1) -> 
         hidden.narrow(axis, start, width).fill_(True)
         return Voxels(y, hidden, noise_sd)
     brain = (image > 0.05).nonzero()
-    for _ in range(int(torch.randint(1, 4, (), generator=generator))):
+    parts = 1 if edge == 1 else max(round(image.numel() / HOLE_VOXELS), 1)
+    for _ in range(parts * int(torch.randint(1, 4, (), generator=generator))):
         candidates = brain if len(brain) else torch.tensor([[n // 2 for n in image.shape]])
         at = candidates[int(torch.randint(len(candidates), (), generator=generator))]
         hidden |= draw_hole(image.shape, at, generator, (low, high))

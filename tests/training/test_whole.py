@@ -101,6 +101,17 @@ def test_holes_of_averaged_brains_are_larger():
     assert medians == sorted(medians)
 
 
+def test_larger_crops_of_averaged_brains_have_more_holes():
+    shares = []
+    for size in (40, 64):
+        image = torch.ones(size, size, size)
+        drawn = [
+            draw_voxels(image, torch.Generator().manual_seed(n), edge=EDGE) for n in range(60)
+        ]
+        shares.append(np.median([float(scan.hidden.float().mean()) for scan in drawn]))
+    assert shares[1] > 0.8 * shares[0]  # a quarter if they had as many
+
+
 def test_the_weight_minimises_the_error_of_both():
     generator = torch.Generator().manual_seed(0)
     shared, own, other = torch.randn(3, 5000, generator=generator)
