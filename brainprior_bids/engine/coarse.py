@@ -13,7 +13,7 @@ prior's answer and C the coarse network's, the answer becomes
 The weight w has been measured on validation brains: it minimises the error of the means. It is
 near 1 at high noise and 0 at low noise, where the fine network sees more. Given a scan with hidden
 voxels (``voxels``), C is conditioned on the means of the measured ones, and only blocks without
-any are corrected; w then rises with the share of the surroundings that is hidden, because the fine
+any are corrected; w then depends also on the hidden share of the surroundings, because the fine
 network continues well what is measured nearby. Given slices, the fine network's answer stands.
 """
 
@@ -54,13 +54,6 @@ MEAN_GRID = Grid(
     (48, 58, 50), np.array([[4.0, 0, 0, -94], [0, 4.0, 0, -132], [0, 0, 4.0, -92], [0, 0, 0, 1]])
 )
 """Grid of the mean brains, MNI305 mm."""
-
-
-def coarse_matrix(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(4, 4) from voxels to mm -> from blocks to mm."""
-    block = np.diag([float(EDGE)] * 3 + [1.0])
-    block[:3, 3] = (EDGE - 1) / 2
-    return np.asarray(matrix @ block)
 
 
 def block_means(volume: Tensor) -> Tensor:
@@ -158,11 +151,11 @@ class BlockWeights:
         In holes, one weight for each of ``SHARES``.
     """
 
-    def __init__(
-        self, free: Sequence[Sequence[float]] = (), holes: Sequence[Sequence[float]] = ()
-    ) -> None:
+    def __init__(self, free: Sequence[Sequence[float]], holes: Sequence[Sequence[float]]) -> None:
         self._free = np.asarray(free, float).reshape(-1, 2)
         self._holes = np.asarray(holes, float).reshape(-1, 1 + len(SHARES))
+        self.least_sigma = min([*self._free[:, 0], *self._holes[:, 0]], default=math.inf)
+        """Lowest noise at which there are weights."""
 
     def at(self, sigma: float, hidden: Tensor | None) -> Tensor:
         """w of each block, 0 below the lowest noise at which it was measured.
@@ -259,7 +252,7 @@ class Coarse:
         answer : (n, 1, i, j, k) float32
             D, the fine network's.
         """
-        if isinstance(measured, Stack):
+        if isinstance(measured, Stack) or sigma < self.weights.least_sigma:
             return answer
         padding: Padding = [(0, -n % EDGE) for n in answer.shape[2:]]
         scan = measured.padded(padding) if isinstance(measured, Voxels) else None

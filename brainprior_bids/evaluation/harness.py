@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from brainprior_bids.engine.errors import BrainpriorError, UsageError
+from brainprior_bids.engine.errors import BrainpriorError
 from brainprior_bids.engine.weights import FOLDER, read_weights, sha256_file
 from brainprior_bids.evaluation import protocol
 from brainprior_bids.evaluation.protocol import Condition, Participant, from_labels, from_scan
@@ -364,20 +364,17 @@ def measure(
         penalties=penalties,
         device=bench.device.partition(":")[0],
     )
-    if is_done(path, mark):
+    if is_done(path, mark) and read(path).get("coarse_sha256") in (None, sha256["coarse"]):
         return
     folder = out / "work" / case.study / f"{case.stem}_{mark[:8]}"
     bench = replace(bench, folder=folder, source=Path(source.path), penalties=penalties)
     bench = replace(bench, own_labels=source.synthetic)
     with Watch(interval_s=0.5) as watch:
         participant = Participant.load(participant_path(out, source))
-        bench.load_prior().asked_coarse = False
+        bench.begin()
         record = study.measure(participant, case.settings, bench)
-    if "coarse" not in study.weights and _asked_coarse(bench):
-        raise UsageError(
-            f"the coarse network was asked, but the study {study.name} does not name it: add "
-            '"coarse" to its weights.'
-        )
+    if bench.asked_coarse():
+        facts["coarse_sha256"] = sha256["coarse"]
     facts |= {"study": case.study, "participant": source.name, "contrast": source.contrast}
     facts |= {"synthetic": source.synthetic, "choosing": source.choosing}
     facts["case_seconds"] = round(watch.usage.seconds, 1)
@@ -387,12 +384,6 @@ def measure(
     if failure:
         raise BrainpriorError(failure)
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _asked_coarse(bench: Bench) -> bool:
-    """Whether the coarse network took part, here or in a command that wrote to the folder."""
-    written = (path.read_text(encoding="utf-8") for path in bench.folder.rglob("*.json"))
-    return bench.load_prior().asked_coarse or any('"CoarsePrior"' in text for text in written)
 
 
 def fingerprint(**values: Any) -> str:

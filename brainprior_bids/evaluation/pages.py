@@ -55,13 +55,16 @@ def write_pages(
         if not part:
             continue
         study = find(name)
+        networks = [
+            kind for kind in KINDS if any(f"{kind}_sha256" in r for r in [*part, *validation])
+        ]
         participants, maps = (
             len({r["participant"] for r in part if r["synthetic"] is synthetic})
             for synthetic in (False, True)
         )
         stamp = Stamp(
-            joined(weights[kind][:DIGITS] for kind in study.weights), day, participants, maps,
-            command, joined(study.weights), _minutes([*part, *validation]), nprocs,
+            joined(weights[kind][:DIGITS] for kind in networks), day, participants, maps,
+            command, joined(networks), _minutes([*part, *validation]), nprocs,
         )  # fmt: skip
         text = [stamp.line(), "", stamp.caption(), "", *study.table(part, validation)]
         paths.append(docs / "tables" / f"{name}.md")

@@ -144,11 +144,12 @@ def joined(parts: Iterable[str]) -> str:
 
 def current_of(name: str, stamp: Stamp, shipped: Mapping[str, str]) -> str:
     """``weights`` of the stamp of a table, the file ``name``, if it were of the shipped weights:
-    those of its study.
+    those of the networks that it and its study name.
     """
-    study = name.removesuffix(".md")
-    networks = find(study).weights if study in STUDIES else stamp.network.split("+")
-    return joined(shipped[kind] for kind in networks)
+    study, networks = name.removesuffix(".md"), set(stamp.network.split("+"))
+    if study in STUDIES:
+        networks |= set(find(study).weights)
+    return joined(shipped[kind] for kind in KINDS if kind in networks)
 
 
 def check_tables(

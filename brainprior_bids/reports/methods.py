@@ -236,9 +236,8 @@ def _coarse(methods: Sequence[Method]) -> str:
         return ""
     return (
         f" In {_scans(len(asked), methods)}, a second network, trained on brains averaged to 2 "
-        "and 4 mm, took part where the first was given no measurements: at high noise, the means "
-        "of blocks of 2 and 4 mm were moved towards its own (weights "
-        f"{'; '.join(dict.fromkeys(asked))})."
+        "mm, took part where the first was given no measurements: at high noise, the means of "
+        f"blocks of 2 mm were moved towards its own (weights {'; '.join(dict.fromkeys(asked))})."
     )
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -179,20 +179,16 @@ def next_to(prior: Prior, network: Coarse, brains: Sequence[Brain]) -> dict[str,
     ``errors``.
     """
     found = measure_weights(prior, network, brains)
+
+    def rows(value: Callable[[Fit], Any]) -> dict[str, list[list[Any]]]:
+        return {
+            kind: [[sigma, *map(value, fits)] for sigma, fits in by_sigma.items()]
+            for kind, by_sigma in found.items()
+        }
+
     return {
-        "weights": {
-            kind: [
-                [sigma, *(round(fit.weight, 3) for fit in fits)] for sigma, fits in rows.items()
-            ]
-            for kind, rows in found.items()
-        },
-        "rms_errors": {
-            kind: [
-                [sigma, *([round(e, 4) for e in fit.rms] for fit in fits)]
-                for sigma, fits in rows.items()
-            ]
-            for kind, rows in found.items()
-        },
+        "weights": rows(lambda fit: round(fit.weight, 3)),
+        "rms_errors": rows(lambda fit: [round(error, 4) for error in fit.rms]),
         "next_to": prior.metadata.get("sha256"),
         "errors": errors(network, brains),
     }
@@ -201,7 +197,7 @@ def next_to(prior: Prior, network: Coarse, brains: Sequence[Brain]) -> dict[str,
 def measure_weights(
     prior: Prior, network: Coarse, brains: Sequence[Brain], contrast: str = "T1w", limit: int = 2
 ) -> dict[str, dict[float, list[Fit]]]:
-    """ "free" and "holes" -> noise level -> fits, as the weights of ``BlockWeights``.
+    """Kind of weights ("free", "holes") -> noise level -> fits, as in ``BlockWeights``.
 
     Parameters
     ----------

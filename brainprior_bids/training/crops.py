@@ -21,9 +21,9 @@ from torch.utils.data import Dataset
 
 from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.engine.unet import CONTRASTS
+from brainprior_bids.training.averaged import averaged_brain
 from brainprior_bids.training.preprocess import UNIT, Brain
 from brainprior_bids.training.surroundings import draw_surroundings, no_surroundings
-from brainprior_bids.training.whole import averaged_brain
 
 TABLE = np.arange(256) / UNIT
 """Intensity of each stored value."""

@@ -3,12 +3,12 @@
 
 EDM training (arXiv 2206.00364): ``F`` of the denoiser learns a target of unit variance at every
 noise level, here in every Haar band, so fine detail counts as much as the local mean. Noise levels
-are log-uniform in three pieces; four of five are in 0.02-3, which determines the image between the
-slices. Some crops come with a stack of slices (``stacks``). The learning rate is constant after a
-warm-up and falls to 0 over the last steps, so a training can be continued: increase ``--steps``
-and rerun the command. All random numbers of a crop are a function of the seed and the crop's
-number, so several processes (``torchrun``) with a batch of B each take the same steps as one
-process with the sum of their batches.
+are log-uniform in pieces; four of five are in 0.02-3, which determines the image between the
+slices (the coarse network: in 0.15-40, where it is asked). Some crops come with a stack of slices
+(``stacks``). The learning rate is constant after a warm-up and falls to 0 over the last steps, so
+a training can be continued: increase ``--steps`` and rerun the command. All random numbers of a
+crop are a function of the seed and the crop's number, so several processes (``torchrun``) with a
+batch of B each take the same steps as one process with the sum of their batches.
 """
 
 from __future__ import annotations
@@ -571,7 +571,7 @@ class Trainer:
         """Gain on white noise, and PSNR of E[x | y] of slices, for the averaged weights."""
         own = self.prior()
         if self.brains is not None:
-            return {"errors": errors(Coarse(own, BlockWeights(), self.brains), validation)}
+            return {"errors": errors(Coarse(own, BlockWeights([], []), self.brains), validation)}
         stacks = stack_errors(own, validation, (5.0,), limit=1) if own.takes_stacks else {}
         return {"gain": gains(own, validation), "stacks": stacks}
 
@@ -657,7 +657,7 @@ def export(
         "device": trainer.device.type,
     }
     if trainer.brains is not None:
-        network = Coarse(prior, BlockWeights(), trainer.brains)
+        network = Coarse(prior, BlockWeights([], []), trainer.brains)
         metadata |= next_to(load_prior(coarse=False, device=trainer.device), network, held_out)
     else:
         metadata |= {"gain": gains(prior, held_out), "inflation": inflation}

@@ -42,6 +42,7 @@ SLAB = 0.15
 HOLE_MM = {1: (2.0, 18.0), 2: (3.0, 25.0)}
 """Semi-axes of the others, by the edge of a voxel."""
 HOLE_VOXELS = 40**3
+"""Of a crop of averaged brains, for one to three holes."""
 
 
 def log_uniform(low: float, high: float, generator: torch.Generator) -> float:
@@ -136,7 +137,7 @@ def draw_hole(
 
 def draw_voxels(image: Tensor, generator: torch.Generator, *, edge: int = 1) -> Voxels:
     """A noisy scan of a crop (c, c, c), voxels of ``edge`` mm, with one to three holes, or an end,
-    missing; of averaged brains, with that many in each ``HOLE_VOXELS``.
+    missing. Averaged brains have one to three for every ``HOLE_VOXELS`` voxels.
     """
     low, high = (mm / edge for mm in HOLE_MM[edge])
     noise_sd = log_uniform(*NOISE_SD, generator)

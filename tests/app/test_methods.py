@@ -88,7 +88,8 @@ def test_displaced_interleaves_are_named_where_they_were_corrected():
 
 def test_the_coarse_network_is_named_where_it_was_asked():
     asked = replace(ONE, coarse="c_1, SHA-256 ef…")
-    assert "In this scan, a second network" in methods_text([asked])
+    once = " ".join(methods_text([asked]).split())
+    assert "In this scan, a second network, trained on brains averaged to 2 mm, took part" in once
     text = methods_text([ONE, asked, asked])
     assert "In 2 of the 3 scans, a second network" in text
     assert text.count("weights c_1, SHA-256 ef…") == 1

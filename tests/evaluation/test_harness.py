@@ -165,12 +165,13 @@ def test_a_failed_job_does_not_stop_the_others(ready, cheap, monkeypatch, caplog
 
 
 @pytest.mark.parametrize("where", ["here", "in a command"])
-def test_a_study_names_every_network_that_takes_part(ready, cheap, monkeypatch, caplog, where):
-    """Else its table would not become old with the weights of the coarse network."""
+def test_the_coarse_network_is_on_record_where_it_took_part(ready, cheap, monkeypatch, where):
+    """The record and the table depend on its weights then."""
     out, words = ready
-    study = harness.find("restoration")
+    study, asked = harness.find("restoration"), []
 
     def asks(participant, condition, bench):
+        asked.append(participant.name)
         if participant.name == "01" and where == "here":
             bench.load_prior().asked_coarse = True
         elif participant.name == "01":
@@ -180,9 +181,21 @@ def test_a_study_names_every_network_that_takes_part(ready, cheap, monkeypatch, 
         return study.measure(participant, condition, bench)
 
     monkeypatch.setattr(harness, "find", lambda _: dataclasses.replace(study, measure=asks))
-    assert main(words) == 1
-    assert "01_T1w 5mm-noise0.01: the coarse network was asked" in caplog.text
-    assert [p.name[:2] for p in (out / "results" / "restoration").glob("*.json")] == ["02"]
+    words = [*words, "--tables", str(out)]
+    assert main(words) == 0
+    paths = sorted((out / "results" / "restoration").glob("*.json"))
+    coarse = sha256_file(FOLDER / "coarse.safetensors")
+    assert [json.loads(path.read_text()).get("coarse_sha256") for path in paths] == [coarse, None]
+    page = out / "tables" / "restoration.md"
+    stamp = read_stamp(page.read_text(), page.name)
+    assert stamp.network == "prior+coarse"
+    assert stamp.weights.endswith(f"+{coarse[:12]}")
+    assert main(words) == 0
+    assert asked == ["01", "02"]
+    record = json.loads(paths[0].read_text())
+    paths[0].write_text(json.dumps({**record, "coarse_sha256": "ab" * 32}))  # of other weights
+    assert main(words) == 0
+    assert asked == ["01", "02", "01"]
 
 
 def test_a_scan_that_cannot_be_prepared_is_named(ready, cheap, caplog):

@@ -12,11 +12,13 @@ import pytest
 import torch
 from toy import AFFINE, toy_brain
 
+from brainprior_bids.engine.coarse import NOISE_FACTOR
 from brainprior_bids.engine.denoiser import ErrorSpectrum
 from brainprior_bids.engine.errors import InputError, UsageError, WeightsError
 from brainprior_bids.engine.grids import Grid
 from brainprior_bids.engine.weights import (
     FOLDER,
+    load_coarse,
     load_prior,
     prior_state,
     sha256_file,
@@ -33,6 +35,15 @@ def test_noise_levels_are_stratified_over_the_pieces():
     assert sigma[99] <= 0.02 <= sigma[100]
     assert sigma[899] <= 3 <= sigma[900]
     assert sigma[500] == pytest.approx((0.02 * 3) ** 0.5, rel=0.01)  # middle of the middle piece
+
+
+def test_the_coarse_network_learns_the_noise_at_which_it_is_asked():
+    drawn = prior.draw_sigmas(1000, torch.Generator().manual_seed(0), prior.COARSE_PIECES)
+    sigma = drawn.sort().values
+    assert 0.15 <= sigma[0] < 0.16
+    assert sigma[749] <= 3 <= sigma[750]
+    lowest = load_coarse().weights.least_sigma
+    assert sigma[0] <= lowest * NOISE_FACTOR
 
 
 def test_learning_rate_rises_stays_and_falls():

@@ -94,12 +94,28 @@ class Bench:
 
     def load_prior(self) -> Prior:
         """The prior, loaded once per process."""
-        return _prior(self.prior, self.device)
+        key = (self.prior, self.device)
+        if key not in _PRIORS:
+            _PRIORS[key] = load_prior(self.prior, device=self.device)
+        return _PRIORS[key]
+
+    def begin(self) -> None:
+        """Forget what was asked of the coarse network for other cases."""
+        for prior in _PRIORS.values():
+            prior.asked_coarse = False
+
+    def asked_coarse(self) -> bool:
+        """Whether the coarse network took part since ``begin``, here or in a command that wrote to
+        ``folder``.
+        """
+        written = self.folder.rglob("*.json")
+        return any(prior.asked_coarse for prior in _PRIORS.values()) or any(
+            b'"CoarsePrior"' in path.read_bytes() for path in written
+        )
 
 
-@cache
-def _prior(path: Path, device: str) -> Prior:
-    return load_prior(path, device=device)
+_PRIORS: dict[tuple[Path, str], Prior] = {}
+"""The priors that this process has loaded, by path and device."""
 
 
 @cache
@@ -140,8 +156,9 @@ class Study:
     lacking : function, optional
         Options -> a sentence for each part of the study that cannot be done on this machine.
     weights : tuple of {"prior", "coarse", "parcellation"}
-        The networks on which the results depend; their hashes are in the records and above the
-        table. (Those of the prior depend on the embedded parcellation too.)
+        The networks on which all results depend; their hashes are in the records and above the
+        table. (Those of the prior depend on the embedded parcellation too.) The coarse network is
+        added to a result in which it took part.
     """
 
     name: str

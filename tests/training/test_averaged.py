@@ -9,32 +9,42 @@ import json
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from toy import toy_brain
 
 from brainprior_bids.engine.coarse import (
     EDGE,
+    MEAN_GRID,
     SHARES,
+    BlockWeights,
+    Coarse,
+    MeanBrains,
     block_means,
     hidden_around,
 )
+from brainprior_bids.engine.grids import Grid
 from brainprior_bids.engine.voxels import Voxels
 from brainprior_bids.engine.weights import load_coarse, load_prior, read_weights
 from brainprior_bids.training import crops, prior
 from brainprior_bids.training.anatomy import (
+    FREE_SIGMAS,
+    HOLE_SIGMAS,
     MEAN_EDGE,
     Fit,
     averaged,
     blocks_by_share,
     errors,
     mean_brains,
+    measure_weights,
     whole_examples,
 )
+from brainprior_bids.training.averaged import averaged_brain, of_blocks
 from brainprior_bids.training.preprocess import Brain, write_pack
 from brainprior_bids.training.stacks import HOLE_MM, draw_voxels
-from brainprior_bids.training.whole import averaged_brain
 
 TABLE = crops.TABLE.astype(np.float32)
 SIZE = 24
+NOTHING = torch.zeros(MEAN_GRID.shape)
 
 
 def points(image, matrix):
@@ -53,6 +63,13 @@ def test_coordinates_follow_the_anatomy(number, edge):
     wrong = np.abs(image - (0.3 + np.abs(x) / 100))[deep]
     assert deep.sum() > 100
     assert np.median(wrong) < 0.06  # the deformation, and the error of an estimated affine
+
+
+def test_the_matrix_leads_to_the_middle_of_the_blocks():
+    matrix = np.array([[1.1, 0.1, 0, 5], [0, 1.2, 0, -3], [0.2, 0, 0.9, 7], [0, 0, 0, 1.0]])
+    voxels = torch.from_numpy(Grid((8, 8, 8), matrix).points_mm())
+    middles = F.avg_pool3d(voxels[None], 4)[0].numpy()
+    assert np.allclose(Grid((2, 2, 2), matrix @ of_blocks(4)).points_mm(), middles)
 
 
 @pytest.mark.parametrize("edge", [EDGE, MEAN_EDGE])
@@ -137,6 +154,37 @@ def test_in_a_hole_each_weight_is_measured_near_its_share():
     for share, part in zip(SHARES, parts, strict=True):
         assert abs(float(around[part].median()) - share) < 0.12
     assert torch.equal(blocks_by_share(None, brain)[0], brain)
+
+
+@pytest.mark.parametrize("better", ["fine", "coarse"])
+def test_the_weights_favour_the_better_network(better):
+    """One knows the truth, the other is off by noise; the noise levels are those of the table."""
+    brains = [toy_brain(split="validation")]
+    example = next(whole_examples(brains, "T1w", 1))
+    truth = example.image[None, None]
+    off = 0.1 * torch.randn(truth.shape, generator=torch.Generator().manual_seed(1))
+
+    class Knows:
+        def __init__(self, answer):
+            self.answer, self.metadata = answer, {}
+
+        def denoise(self, *_, **__):
+            return self.answer
+
+    fine, coarse = (truth + off, truth) if better == "coarse" else (truth, truth + off)
+    network = Coarse(
+        Knows(block_means(coarse)), BlockWeights([], []), MeanBrains({"unknown": NOTHING})
+    )
+    found = measure_weights(Knows(fine), network, brains)
+    assert list(found["free"]) == list(FREE_SIGMAS)
+    assert list(found["holes"]) == list(HOLE_SIGMAS)
+    for fits in (*found["free"].values(), *found["holes"].values()):
+        for fit in fits:
+            count = fit.errors[3]
+            assert fit.weight == (1.0 if better == "coarse" and count else 0.0)
+            error = fit.rms[0 if better == "coarse" else 1]
+            assert not count or error == pytest.approx(0.1 / 8**0.5, rel=0.2)
+    assert all(fit.errors[3] > 50 for fit in found["holes"][1.0])
 
 
 def test_an_example_and_its_average_are_at_the_same_place():

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
-from brainprior_bids.engine.coarse import coarse_matrix
 from brainprior_bids.training.preprocess import Brain
 
 PARTS = 2
@@ -62,7 +61,7 @@ def averaged_brain(
     at = _positions(to_brain, fine) + _warp(fine, part * fine, rng)
     moved = _sample(parts, (at - (part - 1) / 2) / part)
     image = _average(moved, PARTS)[0, 0].numpy()
-    matrix = coarse_matrix(brain.to_mni305 @ to_brain)
+    matrix = brain.to_mni305 @ to_brain @ of_blocks(PARTS)
     if mirrored:
         matrix = np.diag([-1.0, 1.0, 1.0, 1.0]) @ matrix  # left is still left
     error = np.eye(4)
@@ -70,6 +69,13 @@ def averaged_brain(
     error[:3, :3] = turn * rng.normal(1, 0.01, 3)
     error[:3, 3] = rng.normal(0, 2, 3)
     return image, error @ matrix
+
+
+def of_blocks(edge: int) -> NDArray[np.float64]:
+    """(4, 4) from blocks of ``edge`` voxels to voxels."""
+    matrix = np.diag([float(edge)] * 3 + [1.0])
+    matrix[:3, 3] = (edge - 1) / 2
+    return matrix
 
 
 def _average(volume: Tensor, edge: int) -> Tensor:
