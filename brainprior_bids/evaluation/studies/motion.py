@@ -379,7 +379,7 @@ STUDY = Study(
         "noise": (0.01,),
         "interleaves": (1, 2, 3, 4),
         "moves": (2.0,),
-        "restored": (1, 3),
+        "restored": (1, 2, 3, 4),
         "n_samples": 1,
         "calls": 4,
     },
