@@ -187,6 +187,5 @@ STUDY = Study(
         "tools": ("smooth", "sharp"),
         "trusts": (0.03, 0.1, 0.3),
     },
-    weights=("prior", "coarse"),
     quick={"slab": 40, "tools": ("smooth",), "trusts": (0.1,)},
 )
