@@ -46,13 +46,13 @@ CLEARER = 0.95
 of two, and 1.01 to 1.03 with motion between two."""
 LEAST = 0.3
 """Motion below this share of the slice spacing is not reported."""
-LARGEST_SPACINGS_MM = {2: 5.5, 3: 5.5}
+LARGEST_SPACINGS_MM = {2: 5.5, 3: 5.5, 4: 4.2}
 """Number of interleaves -> largest spacing of slices whose motion is corrected. In two interleaves
-of slices further apart, the correction improved some images and made others worse; for more
-interleaves or spacings, its gain was not measured (docs/tasks/restore.md)."""
+of slices further apart, the correction improved some images and made others worse; in four of 5.3
+mm it did not improve them; for more interleaves, it was not measured (docs/tasks/restore.md)."""
 FAR = (
     "its correction has proved to improve the image only in two or three packages of slices 1 to "
-    f"{LARGEST_SPACINGS_MM[2]} mm apart"
+    f"{LARGEST_SPACINGS_MM[2]} mm apart, or four of 1 to {LARGEST_SPACINGS_MM[4]} mm"
 )
 """Why the motion of other scans is not corrected."""
 LEAST_IN_PLANE = 1 / 3

@@ -170,6 +170,17 @@ def test_only_a_motion_in_the_plane_is_corrected(spacing, in_plane, across, word
     assert (motion.obstacle or "") == "" if word is None else word in motion.obstacle
 
 
+@pytest.mark.parametrize(
+    ("count", "spacing", "corrected"),
+    [(3, 5.3, True), (4, 4.0, True), (4, 5.3, False), (5, 2.7, False)],
+)
+def test_more_interleaves_are_corrected_where_the_gain_was_shown(count, spacing, corrected):
+    motions = np.stack([np.eye(4)] * count)
+    motion = InterleaveMotion(motions, 3.0, 0.1, 0.6, spacing, 1.0)
+    assert (motion.obstacle is None) is corrected
+    assert corrected or "four of 1 to 4.2 mm" in motion.obstacle
+
+
 def test_a_motion_that_does_not_make_the_interleaves_alike_is_not_reported():
     """Both directions agree on it, as in sagittal slices of a symmetric brain."""
     found = InterleaveMotion(TWO, 4.6, 0.6, 1.0, 6.0)
