@@ -20,7 +20,6 @@ from pathlib import Path, PurePath
 
 from brainprior_bids.engine.errors import UsageError
 from brainprior_bids.engine.weights import find_weights, sha256_file
-from brainprior_bids.evaluation.studies import STUDIES, find
 
 BEGIN, END = "<!-- brainprior evaluate: ", " -->"
 DIGITS = 12
@@ -142,14 +141,9 @@ def joined(parts: Iterable[str]) -> str:
     return "+".join(parts)
 
 
-def current_of(name: str, stamp: Stamp, shipped: Mapping[str, str]) -> str:
-    """``weights`` of the stamp of a table, the file ``name``, if it were of the shipped weights:
-    those of the networks that it and its study name.
-    """
-    study, networks = name.removesuffix(".md"), set(stamp.network.split("+"))
-    if study in STUDIES:
-        networks |= set(find(study).weights)
-    return joined(shipped[kind] for kind in KINDS if kind in networks)
+def current_of(stamp: Stamp, shipped: Mapping[str, str]) -> str:
+    """``weights`` of the stamp of a table if it were of the shipped weights."""
+    return joined(shipped[kind] for kind in stamp.network.split("+"))
 
 
 def check_tables(
@@ -181,7 +175,7 @@ def check_tables(
             older.pop(path.name, None)
             continue
         weights[path.name], commands[path.name] = stamp.weights, stamp.command
-        expected[path.name] = current_of(path.name, stamp, shipped)
+        expected[path.name] = current_of(stamp, shipped)
     for name, sha256 in _measured_weights(measured).items():
         own = weights.setdefault(f"{name}.md", sha256)
         if own != sha256:
@@ -245,7 +239,7 @@ def with_note(name: str, text: str, shipped: Mapping[str, str]) -> str:
     shipped weights.
     """
     stamp = read_stamp(text, name)
-    current = current_of(name, stamp, shipped)
+    current = current_of(stamp, shipped)
     if stamp.weights == current:
         return text
     note = f"**Older weights** ({stamp.weights}; the shipped weights are {current})."

@@ -198,8 +198,10 @@ def test_the_prior_answers_with_both_networks():
     expected = Coarse(oracle, WEIGHTS, NOTHING).correct(
         alone.denoise(x, 4.0, **given), x, 4.0, **given
     )
-    assert torch.equal(both.denoise(x, 4.0, **given), expected)
     assert torch.equal(both.denoise(x, 0.5, **given), alone.denoise(x, 0.5, **given))
+    assert not both.asked_coarse
+    assert torch.equal(both.denoise(x, 4.0, **given), expected)
+    assert both.asked_coarse
 
 
 def ramp():

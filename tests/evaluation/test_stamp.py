@@ -149,19 +149,20 @@ def test_the_page_says_that_a_table_is_of_older_weights(tmp_path):
     assert lines[4] == stamp.caption()
 
 
-def test_a_table_of_a_study_of_two_networks_needs_both(tmp_path):
-    """A table from before the second network is an older one, and its page says so."""
+def test_a_table_of_two_networks_needs_both(tmp_path):
+    """Weights of the second network alone make it older, and its page says so."""
     shipped = {**SHIPPED, "coarse": "c" * DIGITS}
-    stamp = Stamp(SHIPPED["prior"], "2026-11-30", 2, 0, "brainprior evaluate brains out")
+    old, both = (f"{SHIPPED['prior']}+{digit * DIGITS}" for digit in "bc")
+    command = "brainprior evaluate brains out"
+    stamp = Stamp(old, "2026-11-30", 2, 0, command, network="prior+coarse")
     text = f"{stamp.line()}\n\n| a | b |\n"
     (tmp_path / "inpaint.md").write_text(text, encoding="utf-8")
     (problem,) = check_tables(tmp_path, shipped)
-    both = f"{SHIPPED['prior']}+{'c' * DIGITS}"
     assert both in problem
     assert f"the shipped weights are {both}" in with_note("inpaint.md", text, shipped)
-    (tmp_path / OLDER).write_text(f'"inpaint.md" = "{SHIPPED["prior"]}"\n', encoding="utf-8")
+    (tmp_path / OLDER).write_text(f'"inpaint.md" = "{old}"\n', encoding="utf-8")
     assert check_tables(tmp_path, shipped) == []
-    new = replace(stamp, weights=both, network="prior+coarse")
+    new = replace(stamp, weights=both)
     (tmp_path / "inpaint.md").write_text(new.line() + "\n", encoding="utf-8")
     (tmp_path / OLDER).unlink()
     assert check_tables(tmp_path, shipped) == []

@@ -103,6 +103,5 @@ STUDY = Study(
     table,
     defaults={"n_samples": 4},
     tuned=True,
-    weights=("prior", "coarse"),
     plot=plots.time_and_quality,
 )

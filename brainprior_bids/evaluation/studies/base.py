@@ -155,10 +155,10 @@ class Study:
         Option without which a run of all studies skips this one.
     lacking : function, optional
         Options -> a sentence for each part of the study that cannot be done on this machine.
-    weights : tuple of {"prior", "coarse", "parcellation"}
+    weights : tuple of {"prior", "parcellation"}
         The networks on which all results depend; their hashes are in the records and above the
         table. (Those of the prior depend on the embedded parcellation too.) The coarse network is
-        added to a result in which it took part.
+        named by each result in which it took part.
     """
 
     name: str

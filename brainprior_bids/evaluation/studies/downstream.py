@@ -151,9 +151,12 @@ def restored_once(
             penalties=bench.penalties,
             device=bench.device,
         )
-        save_arrays(path, {**images, "sampler": np.array(result.sampler)})
+        facts = {"sampler": result.sampler, "asked_coarse": bench.asked_coarse()}
+        save_arrays(path, {**images, **{key: np.array(value) for key, value in facts.items()}})
     with np.load(path, allow_pickle=False) as held:
         arrays = dict(held)
+    if arrays.pop("asked_coarse"):
+        bench.load_prior().asked_coarse = True
     return arrays, str(arrays.pop("sampler"))
 
 

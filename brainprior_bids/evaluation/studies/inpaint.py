@@ -300,5 +300,4 @@ STUDY = Study(
     table,
     defaults={"spacing": (1.0,), "noise": (0.02,), "n_samples": 2, "slab": None},
     quick={"n_samples": 1, "slab": 50},
-    weights=("prior", "coarse"),
 )

@@ -383,6 +383,5 @@ STUDY = Study(
         "n_samples": 1,
         "calls": 4,
     },
-    weights=("prior", "coarse"),
     quick={"spacing": (4.0,), "interleaves": (3,), "restored": ()},
 )

@@ -144,5 +144,4 @@ STUDY = Study(
     table,
     defaults={"spacing": (5.0,), "noise": (0.01,), "n_samples": 4},
     quick={"n_samples": 1, "n_steps": 2},
-    weights=("prior", "coarse"),
 )

@@ -278,5 +278,4 @@ STUDY = Study(
     table,
     defaults={"n_samples": 10, "n_steps": 40},
     quick={"n_samples": 1, "n_steps": 20},
-    weights=("prior", "coarse"),
 )

@@ -205,5 +205,4 @@ STUDY = Study(
     table,
     defaults={"spacing": (5.0,), "noise": (0.01,), "n_samples": 4},
     quick={"n_samples": 2},
-    weights=("prior", "coarse"),
 )

@@ -191,6 +191,25 @@ def test_a_small_brain_is_measured_drawn_and_tabulated(cheap, tmp_path, monkeypa
     assert "| n/a | n/a |" in text
 
 
+def test_an_image_of_an_interrupted_call_says_which_networks_made_it(tmp_path, monkeypatch):
+    def images(*_, prior, **__):
+        prior.asked_coarse = True
+        return {"cubic": np.zeros((2, 2, 2), np.float32)}, types.SimpleNamespace(sampler="exact")
+
+    prior = types.SimpleNamespace(asked_coarse=False)
+    monkeypatch.setattr(base, "load_prior", lambda path, device: prior)
+    monkeypatch.setattr(base, "_PRIORS", {})  # those of this test alone
+    monkeypatch.setattr(downstream, "all_images", images)
+    bench = Bench(tmp_path, "cpu", tmp_path / "case")
+    first, sampler = downstream.restored_once(None, "T1w", SETTINGS, bench)
+    bench.begin()
+    assert not bench.asked_coarse()
+    monkeypatch.setattr(downstream, "all_images", None)
+    again, _ = downstream.restored_once(None, "T1w", SETTINGS, bench)
+    assert bench.asked_coarse()
+    assert (list(first), list(again), sampler) == (["cubic"], ["cubic"], "exact")
+
+
 def test_thickness_can_be_left_out(cheap, tmp_path, monkeypatch):
     monkeypatch.setattr(downstream, "thickness_maps", None)
     bench = Bench(tmp_path, "cpu", tmp_path, penalties=protocol.UNTUNED)
